@@ -1,0 +1,61 @@
+"""uhd: native-resolution eyes for any causal language model.
+
+An image is planned (``uhd.plan``: slices at its own aspect ratio, in integers), cut, encoded by a packed ViT,
+compressed by one shared resampler and laid out with "," and "\\n". Sizes are (height, width) and grids
+(rows, columns), everywhere.
+
+Names load on first use, so that ``import uhd`` and planning load no tensor library.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from uhd import resampler, schema, slicing, vision
+    from uhd.batch import SliceBatch
+    from uhd.encoder import EncodedImage, VisualEncoder
+    from uhd.merge import merge_visual
+    from uhd.pixels import PixelSettings
+    from uhd.schema import SpatialSchema, TokenLayout, layout
+    from uhd.slicing import SlicePlan, SlicingConfig, candidates, grid_score, plan, plan_many, strategies, strategy
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "SlicePlan": "uhd.slicing",
+    "SlicingConfig": "uhd.slicing",
+    "candidates": "uhd.slicing",
+    "grid_score": "uhd.slicing",
+    "plan": "uhd.slicing",
+    "plan_many": "uhd.slicing",
+    "strategies": "uhd.slicing",
+    "strategy": "uhd.slicing",
+    "SpatialSchema": "uhd.schema",
+    "TokenLayout": "uhd.schema",
+    "layout": "uhd.schema",
+    "PixelSettings": "uhd.pixels",
+    "SliceBatch": "uhd.batch",
+    "EncodedImage": "uhd.encoder",
+    "VisualEncoder": "uhd.encoder",
+    "merge_visual": "uhd.merge",
+}
+_MODULES = ("resampler", "schema", "slicing", "vision")
+
+__all__ = ["__version__", *_HOMES, *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"uhd.{name}")
+    else:
+        raise AttributeError(f"module 'uhd' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,170 @@
+"""Where a point of the image is in a view, a patch, a token, and back.
+
+Points are (y, x) and boxes (top, left, bottom, right), in px with edges at whole numbers: pixel i covers [i, i + 1).
+Everything is computed in fractions, so a map followed by its inverse gives the number one started with, exactly.
+Call ``float`` on the results to draw them. Every map takes a point or a box.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import accumulate
+from numbers import Rational
+from typing import NamedTuple
+
+from uhd.slicing.plan import Canvas, SlicePlan, View
+
+Coordinates = tuple[Fraction, ...]
+
+
+class PatchHit(NamedTuple):
+    """A view that shows a point: its index, the point in it (px), and the patch (row, column) the point lies in."""
+
+    view: int
+    point: Coordinates
+    patch: tuple[int, int]
+
+
+def image_to_canvas(plan: SlicePlan, canvas: int, place: Sequence[float | Rational]) -> Coordinates:
+    """A point or box of the image, px -> the same on canvas number ``canvas``, px."""
+    found = _item(plan.canvases, canvas, "canvas")
+    return _map(place, *(_resize(found, plan.image_hw, axis) for axis in (0, 1)))
+
+
+def canvas_to_image(plan: SlicePlan, canvas: int, place: Sequence[float | Rational]) -> Coordinates:
+    """The inverse of :func:`image_to_canvas`."""
+    found = _item(plan.canvases, canvas, "canvas")
+    return _map(place, *(_inverse(*_resize(found, plan.image_hw, axis)) for axis in (0, 1)))
+
+
+def canvas_to_view(plan: SlicePlan, view: int, place: Sequence[float | Rational]) -> Coordinates:
+    """A point or box on the view's canvas, px -> the same in view number ``view``, px (outside of it too)."""
+    found = _item(plan.views, view, "view")
+    return _map(place, *(_cut(found, axis) for axis in (0, 1)))
+
+
+def view_to_canvas(plan: SlicePlan, view: int, place: Sequence[float | Rational]) -> Coordinates:
+    """The inverse of :func:`canvas_to_view`."""
+    found = _item(plan.views, view, "view")
+    return _map(place, *(_inverse(*_cut(found, axis)) for axis in (0, 1)))
+
+
+def image_to_view(plan: SlicePlan, view: int, place: Sequence[float | Rational]) -> Coordinates:
+    """A point or box of the image, px -> the same in view number ``view``, px (outside of it too)."""
+    return canvas_to_view(plan, view, image_to_canvas(plan, _item(plan.views, view, "view").canvas, place))
+
+
+def view_to_image(plan: SlicePlan, view: int, place: Sequence[float | Rational]) -> Coordinates:
+    """The inverse of :func:`image_to_view`: from a view's px to the image's."""
+    return canvas_to_image(plan, _item(plan.views, view, "view").canvas, view_to_canvas(plan, view, place))
+
+
+def view_box(plan: SlicePlan, view: int) -> Coordinates:
+    """The part of the image that a view shows, px; it reaches outside the image where the view is padded."""
+    return view_to_image(plan, view, (0, 0, *_item(plan.views, view, "view").size_hw))
+
+
+def patch_box(plan: SlicePlan, view: int, patch: tuple[int, int]) -> Coordinates:
+    """The part of the image under patch (row, column) of a view, px."""
+    rows, cols = _item(plan.views, view, "view").patches_hw
+    row, col = patch
+    if not (0 <= row < rows and 0 <= col < cols):
+        raise ValueError(f"view {view} has {rows}x{cols} patches (rows x columns), so no patch {patch}")
+    p = plan.patch_size
+    return view_to_image(plan, view, (row * p, col * p, (row + 1) * p, (col + 1) * p))
+
+
+def locate(plan: SlicePlan, point: Sequence[float | Rational]) -> tuple[PatchHit, ...]:
+    """Every view and patch that shows the image's point (y, x), px; slices that overlap give several.
+
+    Raises:
+        ValueError: The point is outside of the image.
+    """
+    y, x = (Fraction(value) for value in point)
+    if not (0 <= y < plan.image_hw[0] and 0 <= x < plan.image_hw[1]):
+        raise ValueError(f"point (y, x) = {tuple(point)} lies outside the {plan.image_hw} (height, width) image")
+    hits = []
+    for view in plan.views:
+        inside = image_to_view(plan, view.index, (y, x))
+        patch = (inside[0] // plan.patch_size, inside[1] // plan.patch_size)
+        # a view whose side is no multiple of the patch has a rim that no patch covers
+        if all(0 <= i < n for i, n in zip(patch, view.patches_hw, strict=True)):
+            hits.append(PatchHit(view.index, inside, patch))
+    return tuple(hits)
+
+
+def patch_index(plan: SlicePlan, view: int, patch: tuple[int, int]) -> int:
+    """Row of a patch in the image's packed (N, P) patches."""
+    patch_box(plan, view, patch)  # raises where there is no such patch
+    before = sum(v.num_patches for v in plan.views[:view])
+    return before + patch[0] * plan.views[view].patches_hw[1] + patch[1]
+
+
+def patch_at(plan: SlicePlan, index: int) -> tuple[int, tuple[int, int]]:
+    """The inverse of :func:`patch_index`: (view, (row, column))."""
+    view, rest = _find([v.num_patches for v in plan.views], index, "packed patch")
+    return view, divmod(rest, plan.views[view].patches_hw[1])
+
+
+def token_range(plan: SlicePlan, view: int) -> range:
+    """The visual tokens (separators not counted) that a view's latents become, in feeding order."""
+    counts = _token_counts(plan)
+    _item(plan.views, view, "view")
+    return range(sum(counts[:view]), sum(counts[: view + 1]))
+
+
+def view_of_token(plan: SlicePlan, token: int) -> int:
+    """The view whose latents hold this visual token: the inverse of :func:`token_range`."""
+    return _find(_token_counts(plan), token, "visual token")[0]
+
+
+def _token_counts(plan: SlicePlan) -> list[int]:
+    counts = [view.num_tokens for view in plan.views]
+    if sum(counts) != plan.num_visual_tokens:
+        raise ValueError(
+            f"strategy {plan.strategy!r} joins the views' {sum(counts)} tokens into {plan.num_visual_tokens}: "
+            "no token belongs to one view"
+        )
+    return counts
+
+
+def _find(counts: list[int], index: int, what: str) -> tuple[int, int]:
+    ends = list(accumulate(counts))
+    if not 0 <= index < ends[-1]:
+        raise ValueError(f"{what} {index} is not in 0..{ends[-1] - 1}")
+    view = bisect_right(ends, index)
+    return view, index - (ends[view] - counts[view])
+
+
+def _item(items: Sequence, index: int, what: str):
+    if not 0 <= index < len(items):
+        raise ValueError(f"the plan has {len(items)} {what}s, so no {what} {index}")
+    return items[index]
+
+
+# an axis map is (scale, shift): y -> scale * y + shift
+
+
+def _resize(canvas: Canvas, image_hw: tuple[int, int], axis: int) -> tuple[Fraction, Fraction]:
+    start = canvas.source[axis] if canvas.source else 0
+    length = canvas.source.size_hw[axis] if canvas.source else image_hw[axis]
+    scale = Fraction(canvas.content_hw[axis], length)
+    return scale, canvas.offset[axis] - start * scale
+
+
+def _cut(view: View, axis: int) -> tuple[Fraction, Fraction]:
+    scale = Fraction(view.size_hw[axis], view.box.size_hw[axis])
+    return scale, -view.box[axis] * scale
+
+
+def _inverse(scale: Fraction, shift: Fraction) -> tuple[Fraction, Fraction]:
+    return 1 / scale, -shift / scale
+
+
+def _map(place: Sequence, rows: tuple[Fraction, Fraction], cols: tuple[Fraction, Fraction]) -> Coordinates:
+    if len(place) not in (2, 4):
+        raise ValueError(f"expected a point (y, x) or a box (top, left, bottom, right), got {len(place)} numbers")
+    axes = (rows, cols) * (len(place) // 2)
+    return tuple(scale * Fraction(value) + shift for value, (scale, shift) in zip(place, axes, strict=True))

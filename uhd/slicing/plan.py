@@ -1,0 +1,432 @@
+"""Where an image is cut: the plan every strategy returns, and the adaptive planner of LLaVA-UHD.
+
+Integers only: no image is opened and no tensor library is imported. Sizes are (height, width) in px, grids are
+(rows, columns). A *slice* is one cell of the grid, the *overview* is the whole image made small, a *view* is either.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache, cached_property, lru_cache
+from typing import Any, NamedTuple
+
+from uhd.slicing.config import DEFAULT, SlicingConfig
+
+MAX_SIDE = 1_000_000
+"""Longest image side that is planned, px. No photograph has it; larger numbers are mistaken units."""
+
+
+class Box(NamedTuple):
+    """A rectangle in px, ``bottom`` and ``right`` exclusive."""
+
+    top: int
+    left: int
+    bottom: int
+    right: int
+
+    @property
+    def size_hw(self) -> tuple[int, int]:
+        return self.bottom - self.top, self.right - self.left
+
+
+@dataclass(frozen=True, slots=True)
+class Canvas:
+    """One resize of the image, and the tiles cut from it.
+
+    Attributes:
+        kind: ``"slice"`` or ``"overview"``: what its tiles are.
+        content_hw: The source is resized to this, px.
+        size_hw: The canvas, px; equal to ``content_hw`` where nothing is padded.
+        grid: (rows, columns) of its tiles.
+        tiles: Row-major boxes on the canvas, px. They may overlap or leave a margin.
+        view_hw: What the encoder sees of every tile, px; a tile of another size is resized once more.
+        tokens_per_view: Visual tokens of every tile.
+        source: The part of the image that is resized, px; ``None`` is all of it.
+        offset: (top, left) of the content on the canvas, px; negative where the content is cropped.
+        fill: RGB of the canvas where no content lies; ``None`` where content covers it.
+    """
+
+    kind: str
+    content_hw: tuple[int, int]
+    size_hw: tuple[int, int]
+    grid: tuple[int, int]
+    tiles: tuple[Box, ...]
+    view_hw: tuple[int, int]
+    tokens_per_view: int
+    source: Box | None = None
+    offset: tuple[int, int] = (0, 0)
+    fill: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One picture that the encoder sees.
+
+    Attributes:
+        index: Place in ``plan.views``, the order in which views are encoded and laid out.
+        kind: ``"slice"`` or ``"overview"``.
+        canvas: Index into ``plan.canvases``.
+        row, col: Place in that canvas's grid.
+        box: Its rectangle on the canvas, px.
+        size_hw: What the encoder sees, px.
+        patches_hw: The same in patches.
+        num_tokens: Visual tokens after the compressor.
+    """
+
+    index: int
+    kind: str
+    canvas: int
+    row: int
+    col: int
+    box: Box
+    size_hw: tuple[int, int]
+    patches_hw: tuple[int, int]
+    num_tokens: int
+
+    @property
+    def num_patches(self) -> int:
+        return self.patches_hw[0] * self.patches_hw[1]
+
+
+@dataclass(frozen=True)
+class SlicePlan:
+    """How one image is resized, cut and counted; the same type for every strategy. Frozen, hashable, JSON-able.
+
+    Attributes:
+        image_hw: The image, px.
+        patch_size: px.
+        canvases: In the order in which their views are fed.
+        grid: (rows, columns) of the slices, or ``None``: the image is not cut.
+        num_visual_tokens: Tokens of all views.
+        num_separators: Positions that the layout adds between and around them.
+        strategy: The name of the rule that made it.
+    """
+
+    image_hw: tuple[int, int]
+    patch_size: int
+    canvases: tuple[Canvas, ...]
+    grid: tuple[int, int] | None
+    num_visual_tokens: int
+    num_separators: int
+    strategy: str
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions in the language model's sequence, separators included."""
+        return self.num_visual_tokens + self.num_separators
+
+    @property
+    def num_views(self) -> int:
+        return sum(len(canvas.tiles) for canvas in self.canvases)
+
+    @property
+    def num_patches(self) -> int:
+        """ViT patches of all views."""
+        p = self.patch_size
+        return sum(len(c.tiles) * (c.view_hw[0] // p) * (c.view_hw[1] // p) for c in self.canvases)
+
+    @property
+    def slice_hw(self) -> tuple[int, int] | None:
+        """Size of the (first) slice the encoder sees, px; ``None`` where the image is not cut."""
+        return next((c.view_hw for c in self.canvases if c.kind == "slice"), None)
+
+    @property
+    def overview_hw(self) -> tuple[int, int] | None:
+        """Size of the overview the encoder sees, px; ``None`` where a strategy has none."""
+        return next((c.view_hw for c in self.canvases if c.kind == "overview"), None)
+
+    @cached_property
+    def views(self) -> tuple[View, ...]:
+        """Every view in feeding order; slices are row-major."""
+        return tuple(self._views())
+
+    def _views(self) -> Iterator[View]:
+        index = 0
+        for number, canvas in enumerate(self.canvases):
+            patches_hw = (canvas.view_hw[0] // self.patch_size, canvas.view_hw[1] // self.patch_size)
+            for place, box in enumerate(canvas.tiles):
+                row, col = divmod(place, canvas.grid[1])
+                yield View(
+                    index, canvas.kind, number, row, col, box, canvas.view_hw, patches_hw, canvas.tokens_per_view
+                )
+                index += 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; :meth:`from_dict` is the inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SlicePlan:
+        """The inverse of :meth:`to_dict`, also after a round trip through JSON text."""
+        data = {**data, "canvases": tuple(_canvas_from_dict(c) for c in data["canvases"])}
+        data["image_hw"] = tuple(data["image_hw"])
+        data["grid"] = data["grid"] and tuple(data["grid"])
+        return cls(**data)
+
+    def __str__(self) -> str:
+        cut = ""
+        if self.grid and self.slice_hw:
+            cut = "{}x{} slices of {}x{} px, ".format(*self.grid, *self.slice_hw)
+        overview = "overview {}x{} px, ".format(*self.overview_hw) if self.overview_hw else ""
+        return (
+            f"{self.strategy}: {self.image_hw[0]}x{self.image_hw[1]} px (height x width) -> {cut}{overview}"
+            f"{self.num_views} views, {self.num_patches} patches, {self.num_tokens} tokens"
+        )
+
+
+class Candidate(NamedTuple):
+    """A grid that was considered. ``tied``: its score is the best one to within 1e-12, and so is another's."""
+
+    grid: tuple[int, int]
+    score: float
+    tied: bool
+
+
+def grid_score(image_hw: tuple[int, int], grid: tuple[int, int], view_hw: tuple[int, int] = (1, 1)) -> float:
+    """How well the cells of ``grid`` match the encoder's aspect: <= 0, and 0 is perfect.
+
+    ``-|ln(W / H) - ln(cols / rows) - ln(W_v / H_v)|`` in float64: the cell's aspect against the view's. Released code
+    has a square view. The terms are taken in this order because their rounding decides squares: for a square image
+    ``ln(2/3)`` and ``ln(3/2)`` differ by one ulp, so 3 rows x 2 columns is not tied with 2 x 3.
+
+    Args:
+        image_hw: (H, W) of the image, in any unit.
+        grid: (rows, columns).
+        view_hw: (H_v, W_v) that the encoder was trained on, in any unit.
+
+    Source: LLaVA-UHD (arXiv 2403.11703) section 3.1; thunlp/LLaVA-UHD, llava/slice_process.py.
+    """
+    cell_aspect = math.log(image_hw[1] / image_hw[0]) - math.log(grid[1] / grid[0])
+    return 0.0 - abs(cell_aspect - math.log(view_hw[1] / view_hw[0]))
+
+
+def plan(
+    image_hw: tuple[int, int], config: SlicingConfig | str | None = None, *, max_tokens: int | None = None
+) -> SlicePlan:
+    """Plan one image.
+
+    Args:
+        image_hw: (height, width) of the image, px.
+        config: Settings or a preset's name; ``None`` is ``"llava-uhd-safe"``.
+        max_tokens: Bound on ``plan.num_tokens``: the number of slices is lowered until it holds.
+
+    Returns:
+        The plan. Equal arguments give the same (cached) object.
+
+    Raises:
+        ValueError: The size is not two ints in 1..1,000,000, or not even the overview fits ``max_tokens``.
+    """
+    config = resolve(config)
+    if max_tokens is not None:
+        config = replace(config, max_tokens=max_tokens)
+    return _plan(*check_size(image_hw), config)
+
+
+def candidates(
+    image_hw: tuple[int, int], config: SlicingConfig | str | None = None, *, max_tokens: int | None = None
+) -> tuple[Candidate, ...]:
+    """Every grid that was considered for this image, best first; ``()`` where the image is not cut.
+
+    Equal scores stay in the order in which the rule tries them, so the first entry is the plan's grid.
+    Arguments and errors as in :func:`plan`.
+    """
+    config = resolve(config)
+    if max_tokens is not None:
+        config = replace(config, max_tokens=max_tokens)
+    image_hw = check_size(image_hw)
+    best, cap = _within_budget(image_hw, config)
+    if best.grid is None:
+        return ()
+    scored = [(grid, grid_score(image_hw, grid)) for grid in considered_grids(image_hw, config, cap)]
+    scored.sort(key=lambda pair: -pair[1])
+    ties = sum(score >= scored[0][1] - 1e-12 for _, score in scored)
+    return tuple(Candidate(grid, score, ties > 1 and place < ties) for place, (grid, score) in enumerate(scored))
+
+
+def resolve(config: SlicingConfig | str | None) -> SlicingConfig:
+    """A config as it is, a preset by its name, the default for ``None``; anything else raises ``TypeError``."""
+    if config is None:
+        return DEFAULT
+    if isinstance(config, str):
+        return SlicingConfig.preset(config)
+    if isinstance(config, SlicingConfig):
+        return config
+    raise TypeError(f"expected a SlicingConfig, a preset's name or None, got {type(config).__name__}")
+
+
+def check_size(image_hw: Sequence[int]) -> tuple[int, int]:
+    """(height, width) as two plain ints, or a ``ValueError`` that says what to do."""
+    try:
+        height, width = image_hw
+        if isinstance(height, bool) or isinstance(width, bool):
+            raise TypeError
+        height, width = operator.index(height), operator.index(width)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"an image size is two whole numbers of pixels (height, width), got {image_hw!r}: round it first"
+        ) from None
+    if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
+        raise ValueError(
+            f"got height {height} and width {width}; each must lie in 1..{MAX_SIDE} px: "
+            "check the unit, and that the file holds an image"
+        )
+    return height, width
+
+
+def considered_grids(image_hw: tuple[int, int], config: SlicingConfig, cap: int) -> tuple[tuple[int, int], ...]:
+    """The grids compared under a cap on slices, in the rule's order: counts, then columns, rising. Empty: no cut."""
+    height, width = image_hw
+    ideal = min(math.ceil(width * height / config.image_size**2), cap)
+    if config.rule == "march2024":
+        return _grids((ideal, ideal + 1) if ideal <= 2 else (ideal - 1, ideal, ideal + 1))
+    if ideal <= 1:
+        return ()
+    return _grids(tuple(n for n in (ideal - 1, ideal, ideal + 1) if 1 < n <= cap))
+
+
+@lru_cache(maxsize=1024)
+def _grids(counts: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple((n // cols, cols) for n in counts for cols in range(1, n + 1) if n % cols == 0)
+
+
+def _choose_grid(image_hw: tuple[int, int], config: SlicingConfig, cap: int) -> tuple[int, int] | None:
+    aspect = math.log(image_hw[1] / image_hw[0])
+    best, lowest = None, math.inf
+    for grid in considered_grids(image_hw, config, cap):
+        misfit = abs(aspect - _log_aspect(grid))  # -grid_score(image_hw, grid)
+        if misfit < lowest:  # strict, as released: the first of equals stays
+            best, lowest = grid, misfit
+    return None if best == (1, 1) else best
+
+
+@cache
+def _log_aspect(grid: tuple[int, int]) -> float:
+    return math.log(grid[1] / grid[0])
+
+
+@lru_cache(maxsize=16384)
+def _plan(height: int, width: int, config: SlicingConfig) -> SlicePlan:
+    return _within_budget((height, width), config)[0]
+
+
+def _within_budget(image_hw: tuple[int, int], config: SlicingConfig) -> tuple[SlicePlan, int]:
+    """The plan under the largest cap that keeps ``max_tokens``, and that cap (0: the overview alone)."""
+    if config.max_tokens is None:
+        return _build(image_hw, _choose_grid(image_hw, config, config.max_slices), config), config.max_slices
+    # a view has at least one token, so no cap above this can fit
+    for cap in range(min(config.max_slices, config.max_tokens // (config.tokens_per_view or 1)), 0, -1):
+        found = _build(image_hw, _choose_grid(image_hw, config, cap), config)
+        if found.num_tokens <= config.max_tokens:
+            return found, cap
+    alone = _build(image_hw, None, config)
+    if alone.num_tokens > config.max_tokens:
+        raise ValueError(
+            f"the overview of a {image_hw[0]}x{image_hw[1]} px image (height x width) alone takes {alone.num_tokens} "
+            f"tokens under {config.name!r}, max_tokens is {config.max_tokens}: raise it to {alone.num_tokens}"
+        )
+    return alone, 0
+
+
+def _build(image_hw: tuple[int, int], grid: tuple[int, int] | None, config: SlicingConfig) -> SlicePlan:
+    height, width = image_hw
+    canvases = (_overview_canvas(fit_view(height, width, config, upscale=grid is None), config),)
+    if grid is not None:
+        slices = _slice_canvas(grid, _slice_size(image_hw, grid, config), config)
+        canvases = canvases + (slices,) if config.overview_first else (slices,) + canvases
+    return SlicePlan(
+        image_hw=image_hw,
+        patch_size=config.patch_size,
+        canvases=canvases,
+        grid=grid,
+        num_visual_tokens=sum(len(canvas.tiles) * canvas.tokens_per_view for canvas in canvases),
+        num_separators=config.separators.count(grid),
+        strategy=config.name,
+    )
+
+
+def _slice_size(image_hw: tuple[int, int], grid: tuple[int, int], config: SlicingConfig) -> tuple[int, int]:
+    if config.rule == "march2024":
+        cell_hw = [max(side // count, 1) for side, count in zip(image_hw, grid, strict=True)]
+    else:
+        # the whole image is first stretched to sides that the grid divides
+        stretched = (to_multiple(side, count, config.rounding) for side, count in zip(image_hw, grid, strict=True))
+        cell_hw = [side // count for side, count in zip(stretched, grid, strict=True)]
+    return fit_view(*cell_hw, config, upscale=True)
+
+
+def fit_view(height: int, width: int, config: SlicingConfig, *, upscale: bool) -> tuple[int, int]:
+    """Size of a view for content of this size, px: the encoder's pixel budget at the content's aspect.
+
+    Content below the budget is enlarged only if ``upscale``; sides become multiples of ``config.unit``.
+    Source: thunlp/LLaVA-UHD, llava/slice_process.py ``find_best_resize`` (released); the first release's
+    ``adapt_size`` (march2024).
+    """
+    unit, side = config.unit, config.image_size
+    if config.rule == "march2024":
+        scale = math.sqrt(config.view_budget * (unit / height) * (unit / width))
+        sides = [math.floor(scale * length / unit) for length in (height, width)]
+        height, width = (min(max(steps, 1), config.view_budget) * unit for steps in sides)
+    else:
+        if upscale or width * height > side * side:
+            aspect = width / height
+            height = int(side / math.sqrt(aspect))
+            width = int(height * aspect)  # from the truncated height, as released
+        height, width = to_multiple(height, unit, config.rounding), to_multiple(width, unit, config.rounding)
+    return _clamped(height, width, config) if config.clamp else (height, width)
+
+
+def to_multiple(length: int, unit: int, rounding: str) -> int:
+    """``length`` floored or rounded (half to even) to a multiple of ``unit``, and at least one ``unit``."""
+    steps = length // unit if rounding == "floor" else round(length / unit)
+    return max(steps, 1) * unit
+
+
+def _clamped(height: int, width: int, config: SlicingConfig) -> tuple[int, int]:
+    """Shorten the longer side until the view keeps within the budget."""
+    unit, budget = config.unit, config.view_budget
+    if (height // unit) * (width // unit) <= budget:
+        return height, width
+    if height >= width:
+        return budget // (width // unit) * unit, width
+    return height, budget // (height // unit) * unit
+
+
+def _view_tokens(view_hw: tuple[int, int], config: SlicingConfig) -> int:
+    if config.tokens_per_view is not None:
+        return config.tokens_per_view
+    return (view_hw[0] // config.unit) * (view_hw[1] // config.unit)
+
+
+@lru_cache(maxsize=4096)
+def _overview_canvas(view_hw: tuple[int, int], config: SlicingConfig) -> Canvas:
+    box = Box(0, 0, *view_hw)
+    return Canvas("overview", view_hw, view_hw, (1, 1), (box,), view_hw, _view_tokens(view_hw, config))
+
+
+@lru_cache(maxsize=4096)
+def _slice_canvas(grid: tuple[int, int], slice_hw: tuple[int, int], config: SlicingConfig) -> Canvas:
+    (rows, cols), (h, w) = grid, slice_hw
+    tiles = tuple(Box(r * h, c * w, (r + 1) * h, (c + 1) * w) for r in range(rows) for c in range(cols))
+    size_hw = (rows * h, cols * w)
+    return Canvas("slice", size_hw, size_hw, grid, tiles, slice_hw, _view_tokens(slice_hw, config))
+
+
+def _canvas_from_dict(data: Mapping[str, Any]) -> Canvas:
+    def pair(value):
+        return tuple(value)
+
+    return Canvas(
+        kind=data["kind"],
+        content_hw=pair(data["content_hw"]),
+        size_hw=pair(data["size_hw"]),
+        grid=pair(data["grid"]),
+        tiles=tuple(Box(*box) for box in data["tiles"]),
+        view_hw=pair(data["view_hw"]),
+        tokens_per_view=data["tokens_per_view"],
+        source=data["source"] and Box(*data["source"]),
+        offset=pair(data["offset"]),
+        fill=data["fill"] and pair(data["fill"]),
+    )
