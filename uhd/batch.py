@@ -1,0 +1,260 @@
+"""Every view of every image in one packed batch, without padding; the only place where its ``cu_seqlens`` is built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from uhd.pixels import DEFAULT, PixelSettings, patchify, render
+from uhd.slicing.plan import SlicePlan
+
+
+@dataclass(frozen=True, eq=False)
+class SliceBatch:
+    """The views of I images as V packed sequences, N patches in all.
+
+    Attributes:
+        patches: (N, P), P = 3 * p * p with inner order (channel, py, px); a view's patches are row-major. uint8: raw
+            pixels. Floating: normalised, see :meth:`normalized`.
+        cu_seqlens: (V + 1,) int32 beside ``patches``: view v is ``patches[cu_seqlens[v] : cu_seqlens[v + 1]]``.
+        grids: V pairs (rows, columns) in patches, on the host: no length is ever read back from a device.
+        plans: I plans; their views, in order, are the batch's.
+
+    Raises:
+        ValueError: Plans, grids, ``cu_seqlens`` and patches do not agree. The values of ``cu_seqlens`` are compared on
+            the CPU only, since reading them elsewhere would wait for the device.
+        TypeError: A tensor has a dtype that is not named above.
+    """
+
+    patches: Tensor
+    cu_seqlens: Tensor
+    grids: tuple[tuple[int, int], ...]
+    plans: tuple[SlicePlan, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grids", tuple((int(rows), int(cols)) for rows, cols in self.grids))
+        object.__setattr__(self, "plans", tuple(self.plans))
+        _check_grids(self.plans, self.grids)
+        _check_patches(self.patches, self.plans, self.lengths)
+        _check_cu_seqlens(self.cu_seqlens, self.patches.device, self.lengths)
+
+    @classmethod
+    def from_images(
+        cls,
+        images: Sequence[Any],
+        plans: Sequence[SlicePlan],
+        *,
+        settings: PixelSettings = DEFAULT,
+        patch_size: int | None = None,
+    ) -> SliceBatch:
+        """Load, resize, cut and pack.
+
+        Args:
+            images: I of anything :func:`uhd.pixels.load_image` takes. None at all gives a valid empty batch.
+            plans: I plans, one an image.
+            settings: How pixels are made.
+            patch_size: Gives an empty batch, which has no plan, its P; otherwise P = 0 there.
+
+        Returns:
+            A uint8 batch on the CPU.
+
+        Raises:
+            ValueError: There is not one plan an image, an image is not its plan's size, or it is refused.
+        """
+        _check_count("images", images, plans)
+        views = [render(image, plan, settings=settings) for image, plan in zip(images, plans, strict=True)]
+        return cls.from_views(views, plans, patch_size=patch_size)
+
+    @classmethod
+    def from_views(
+        cls, views: Sequence[Sequence[np.ndarray]], plans: Sequence[SlicePlan], *, patch_size: int | None = None
+    ) -> SliceBatch:
+        """Pack views that are cut already, for example by :func:`uhd.pixels.render` in worker processes.
+
+        Args:
+            views: For each of I images its (h, w, 3) uint8 arrays, in the order of ``plan.views``.
+            plans: I plans.
+            patch_size: As in :meth:`from_images`.
+
+        Raises:
+            ValueError: The number of images or of views, a view's shape or its dtype is not the plan's.
+        """
+        _check_count("lists of views", views, plans)
+        planned = [view for plan in plans for view in plan.views]
+        flat: list[np.ndarray] = []
+        for place, (of_image, plan) in enumerate(zip(views, plans, strict=True)):
+            if len(of_image) != plan.num_views:
+                raise ValueError(f"the plan of image {place} has {plan.num_views} views, got {len(of_image)}")
+            flat.extend(of_image)
+        side = _patch_size(plans) or patch_size or 0
+        lengths = [view.num_patches for view in planned]
+        patches = np.empty((sum(lengths), 3 * side**2), dtype=np.uint8)
+        for view, array, (start, stop) in zip(planned, flat, pairwise(_offsets(lengths)), strict=True):
+            if array.shape != (*view.size_hw, 3) or array.dtype != np.uint8:
+                raise ValueError(
+                    f"view {view.index} ({view.kind}) of its image is planned as uint8 {(*view.size_hw, 3)}, "
+                    f"got {array.dtype} {array.shape}: make it with uhd.pixels.render"
+                )
+            patches[start:stop] = patchify(array, side)
+        return _pack(torch.from_numpy(patches), tuple(view.patches_hw for view in planned), tuple(plans))
+
+    @classmethod
+    def cat(cls, batches: Sequence[SliceBatch]) -> SliceBatch:
+        """Join batches, images in order; the inverse of :meth:`split_images`.
+
+        Empty batches add nothing. No batches at all, or only empty ones, give an empty batch.
+
+        Raises:
+            ValueError: Patch sizes differ.
+            TypeError: Raw and normalised patches, or two float dtypes, are mixed.
+        """
+        full = [batch for batch in batches if batch.plans] or list(batches[:1])
+        if not full:
+            return _pack(torch.empty(0, 0, dtype=torch.uint8), (), ())
+        dtypes = {batch.patches.dtype for batch in full}
+        if len(dtypes) > 1:
+            raise TypeError(f"patches of one dtype can be joined, got {sorted(map(str, dtypes))}")
+        plans = tuple(plan for batch in full for plan in batch.plans)
+        grids = tuple(grid for batch in full for grid in batch.grids)
+        _patch_size(plans)  # before torch.cat complains about widths
+        return _pack(torch.cat([batch.patches for batch in full]), grids, plans)
+
+    @property
+    def num_views(self) -> int:
+        """V."""
+        return len(self.grids)
+
+    @property
+    def views_per_image(self) -> tuple[int, ...]:
+        """I numbers that sum to V."""
+        return tuple(plan.num_views for plan in self.plans)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Patches of each of V views."""
+        return tuple(rows * cols for rows, cols in self.grids)
+
+    @property
+    def max_seqlen(self) -> int:
+        """The largest of :attr:`lengths`; 0 for an empty batch."""
+        return max(self.lengths, default=0)
+
+    def split(self) -> tuple[Tensor, ...]:
+        """V tensors (rows * cols, P), which share memory with the batch."""
+        return self.patches.split(self.lengths) if self.grids else ()
+
+    def split_images(self) -> list[SliceBatch]:
+        """I batches of one image each, whose patches share memory with this one; :meth:`cat` is the inverse."""
+        if not self.plans:
+            return []
+        edges = _offsets(self.views_per_image)
+        per_image = [self.grids[start:stop] for start, stop in pairwise(edges)]
+        parts = self.patches.split([sum(rows * cols for rows, cols in grids) for grids in per_image])
+        return [_pack(*part) for part in zip(parts, per_image, [(plan,) for plan in self.plans], strict=True)]
+
+    def normalized(self, settings: PixelSettings) -> SliceBatch:
+        """The same batch with float32 patches that carry the encoder's mean and std; see :func:`normalize`."""
+        return replace(self, patches=normalize(self.patches, settings))
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None, *, non_blocking: bool = False
+    ) -> SliceBatch:
+        """Both tensors on ``device``, and normalised patches in ``dtype``.
+
+        Raises:
+            TypeError: ``dtype`` for raw uint8 patches: a cast would leave 0..255 where normalised values are meant.
+        """
+        if dtype is not None and dtype != self.patches.dtype and not self.patches.is_floating_point():
+            raise TypeError(f"raw uint8 patches are not cast to {dtype}: call .normalized(settings) first")
+        patches = self.patches.to(device=device, dtype=dtype, non_blocking=non_blocking)
+        return replace(self, patches=patches, cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> SliceBatch:
+        """Both tensors in page-locked memory, for ``to(..., non_blocking=True)``; a ``DataLoader`` calls it too."""
+        return replace(self, patches=self.patches.pin_memory(), cu_seqlens=self.cu_seqlens.pin_memory())
+
+
+def normalize(patches: Tensor, settings: PixelSettings) -> Tensor:
+    """Raw patches to what the encoder was trained on: ``(x / 255 - mean) / std`` for each channel.
+
+    Args:
+        patches: (N, P) uint8, inner order (channel, py, px).
+        settings: With mean and std.
+
+    Returns:
+        (N, P) float32 on the same device.
+
+    Raises:
+        ValueError: The settings have no mean and std, or P is not three channels.
+        TypeError: The patches are not uint8, so they may be normalised already.
+    """
+    mean, std = settings.mean_std()
+    if patches.dtype != torch.uint8:
+        raise TypeError(f"only raw uint8 patches are normalised, got {patches.dtype}: they may be normalised already")
+    if patches.ndim != 2 or patches.shape[1] % 3:
+        raise ValueError(f"patches are (N, 3 * p * p), got {tuple(patches.shape)}")
+    mean, std = (
+        torch.tensor(values, dtype=torch.float32, device=patches.device)[:, None] for values in (mean, std)
+    )  # (3, 1)
+    channels = patches.unflatten(1, (3, patches.shape[1] // 3)).to(torch.float32)  # (N, 3, p * p)
+    return channels.div_(255).sub_(mean).div_(std).flatten(1)
+
+
+def _offsets(lengths: Sequence[int]) -> list[int]:
+    return list(accumulate(lengths, initial=0))
+
+
+def _pack(patches: Tensor, grids: tuple[tuple[int, int], ...], plans: tuple[SlicePlan, ...]) -> SliceBatch:
+    offsets = _offsets([rows * cols for rows, cols in grids])
+    cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=patches.device)
+    return SliceBatch(patches=patches, cu_seqlens=cu_seqlens, grids=grids, plans=plans)
+
+
+def _check_count(what: str, items: Sequence[Any], plans: Sequence[SlicePlan]) -> None:
+    if len(items) != len(plans):
+        raise ValueError(f"every image needs one plan: got {len(items)} {what} and {len(plans)} plans")
+
+
+def _patch_size(plans: Sequence[SlicePlan]) -> int | None:
+    """The one that all plans share, px; ``None`` where there is no plan."""
+    sizes = sorted({plan.patch_size for plan in plans})
+    if len(sizes) > 1:
+        raise ValueError(f"the plans of a batch share one patch size, got {sizes} px: use one batch for each")
+    return sizes[0] if sizes else None
+
+
+def _check_grids(plans: tuple[SlicePlan, ...], grids: tuple[tuple[int, int], ...]) -> None:
+    planned = [view.patches_hw for plan in plans for view in plan.views]
+    if len(planned) != len(grids):
+        raise ValueError(f"the {len(plans)} plans have {len(planned)} views, there are {len(grids)} grids")
+    for place, (expected, grid) in enumerate(zip(planned, grids, strict=True)):
+        if grid != expected:
+            raise ValueError(f"view {place} is planned as {expected} patches (rows, columns), its grid is {grid}")
+
+
+def _check_patches(patches: Tensor, plans: tuple[SlicePlan, ...], lengths: tuple[int, ...]) -> None:
+    if patches.dtype != torch.uint8 and not patches.is_floating_point():
+        raise TypeError(f"patches are uint8 (raw) or floating (normalised), got {patches.dtype}")
+    if patches.ndim != 2 or patches.shape[0] != sum(lengths):
+        raise ValueError(f"{len(lengths)} grids hold {sum(lengths)} patches, the tensor is {tuple(patches.shape)}")
+    side = _patch_size(plans)
+    if side is not None and patches.shape[1] != 3 * side**2:
+        raise ValueError(f"patches of {side} px have 3 * {side}**2 = {3 * side**2} values, got {patches.shape[1]}")
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, device: torch.device, lengths: tuple[int, ...]) -> None:
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"cu_seqlens is int32, got {cu_seqlens.dtype}")
+    if cu_seqlens.shape != (len(lengths) + 1,) or cu_seqlens.device != device:
+        raise ValueError(
+            f"cu_seqlens of {len(lengths)} views is ({len(lengths) + 1},) on {device}, "
+            f"got {tuple(cu_seqlens.shape)} on {cu_seqlens.device}"
+        )
+    if device.type == "cpu" and cu_seqlens.tolist() != _offsets(lengths):
+        raise ValueError(f"the grids make cu_seqlens {_offsets(lengths)}, got {cu_seqlens.tolist()}")
