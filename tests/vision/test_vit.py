@@ -1,0 +1,338 @@
+"""The packed ViT by itself: packing, positions, truncation, training. Equality with other models: test_weights.py."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from uhd.vision import ViT, ViTConfig, patchify, unpatchify
+from uhd.vision.vit import _CACHED_GRIDS
+
+CONFIG = ViTConfig(
+    patch_size=2,
+    width=16,
+    depth=3,
+    heads=2,
+    mlp_width=24,
+    image_size=8,
+    class_token=True,
+    num_registers=2,
+    layer_scale=0.5,
+    pre_norm=True,
+    position_grid_hw=(4, 4),
+    position_prefix=1,
+)
+GRIDS = [(2, 3), (3, 2), (4, 4), (1, 6), (2, 3), (5, 1)]
+
+
+def make(config: ViTConfig = CONFIG, **kwargs) -> ViT:
+    torch.manual_seed(0)
+    vit = ViT(config, **kwargs)
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return vit.eval()
+
+
+def random_patches(grids: list[tuple[int, int]], config: ViTConfig = CONFIG) -> torch.Tensor:
+    return torch.randn(sum(h * w for h, w in grids), config.patch_dim, generator=torch.Generator().manual_seed(1))
+
+
+def lengths(grids: list[tuple[int, int]]) -> list[int]:
+    return [h * w for h, w in grids]
+
+
+def assert_near(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+grids_of_views = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=6)
+
+
+@given(grids=grids_of_views, prefix=st.booleans())
+@settings(max_examples=20)
+def test_packed_equals_one_view_at_a_time(grids: list[tuple[int, int]], prefix: bool) -> None:
+    plain = dataclasses.replace(CONFIG, class_token=False, num_registers=0, position_prefix=0)
+    vit = make(CONFIG if prefix else plain)
+    patches = random_patches(grids)
+    with torch.no_grad():
+        together = vit(patches, grids).split(lengths(grids))
+        for part, grid, ours in zip(patches.split(lengths(grids)), grids, together, strict=True):
+            assert_near(ours, vit(part, [grid]))
+
+
+@given(order=st.permutations(range(len(GRIDS))))
+@settings(max_examples=10)
+def test_permuting_views_permutes_the_output(order: list[int]) -> None:
+    vit, patches = make(), random_patches(GRIDS)
+    parts = patches.split(lengths(GRIDS))
+    with torch.no_grad():
+        straight = vit(patches, GRIDS).split(lengths(GRIDS))
+        permuted = vit(torch.cat([parts[i] for i in order]), [GRIDS[i] for i in order])
+    assert_near(permuted, torch.cat([straight[i] for i in order]))
+
+
+def test_a_view_does_not_see_its_neighbours() -> None:
+    vit, patches = make(), random_patches(GRIDS)
+    changed = patches.clone()
+    changed[:6] += 1
+    with torch.no_grad():
+        difference = (vit(patches, GRIDS) - vit(changed, GRIDS)).abs().amax(dim=1)
+    assert (difference[:6] > 1e-3).all()
+    assert difference[6:].max() < 1e-5
+
+
+def test_position_tells_grids_of_equal_length_apart() -> None:
+    vit, patches = make(), random_patches([(2, 3)])
+    with torch.no_grad():
+        assert (vit(patches, [(2, 3)]) - vit(patches, [(3, 2)])).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2, 3, -1, -2, -3, -4])
+def test_a_truncated_model_gives_the_hidden_state(layer: int) -> None:
+    full = make(dataclasses.replace(CONFIG, final_norm=False))
+    short = ViT(dataclasses.replace(full.config, select_layer=layer)).eval()
+    left_out = short.load_state_dict(full.state_dict(), strict=False)
+    assert not left_out.missing_keys
+    assert len(short.blocks) == layer % 4
+    patches = random_patches(GRIDS)
+    with torch.no_grad():
+        features, states = full(patches, GRIDS, hidden_states=True)
+        assert len(states) == 4
+        assert torch.equal(features, states[-1])
+        assert_near(short(patches, GRIDS), states[layer])
+
+
+def test_hidden_states_do_not_change_the_features() -> None:
+    vit, patches = make(), random_patches(GRIDS)
+    with torch.no_grad():
+        features, states = vit(patches, GRIDS, hidden_states=True)
+        assert_near(features, vit(patches, GRIDS))
+        assert_near(features, vit.norm(states[-1]))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "quick_gelu", "swiglu"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_reach_every_parameter(activation: str, recompute: bool) -> None:
+    vit = make(dataclasses.replace(CONFIG, activation=activation)).train()
+    vit.gradient_checkpointing = recompute
+    patches = random_patches(GRIDS).requires_grad_()
+    vit(patches, GRIDS).square().mean().backward()
+    assert patches.grad.abs().max() > 0
+    # A key bias shifts every score of a query alike, so that its true gradient is zero.
+    silent = [name for name, p in vit.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    assert silent == []
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    gradients = []
+    for recompute in (False, True):
+        vit = make().train()
+        vit.gradient_checkpointing = recompute
+        vit(random_patches(GRIDS), GRIDS).square().mean().backward()
+        gradients.append({name: p.grad for name, p in vit.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_positions_are_interpolated_once_per_grid_and_kept_in_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    inner = ViT.position_embedding
+    monkeypatch.setattr(ViT, "position_embedding", lambda self, grid: (calls.append(grid), inner(self, grid))[1])
+    vit, patches = make(), random_patches(GRIDS)
+    with torch.inference_mode():
+        first = vit(patches, GRIDS)
+        assert sorted(calls) == sorted(set(GRIDS))
+        assert torch.equal(vit(patches, GRIDS), first)
+    assert len(calls) == len(set(GRIDS))
+    vit.train()
+    vit(patches, GRIDS)
+    assert len(calls) == 2 * len(set(GRIDS))
+
+
+CHANGES = {
+    "in place": lambda vit: vit.positions.mul_(-2),
+    "optimiser": lambda vit: torch.optim.SGD([vit.positions], lr=1.0).step(),
+    "load": lambda vit: vit.load_state_dict({**vit.state_dict(), "positions": -2 * vit.positions}),
+    "assign": lambda vit: vit.load_state_dict({**vit.state_dict(), "positions": -2 * vit.positions}, assign=True),
+    "replace": lambda vit: setattr(vit, "positions", nn.Parameter(-2 * vit.positions)),
+    "dtype": lambda vit: vit.bfloat16(),
+    "data": lambda vit: (vit.positions.data.mul_(-2), vit.clear_position_cache()),
+    "config": lambda vit: setattr(vit, "config", dataclasses.replace(vit.config, interpolation="nearest")),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_kept_positions_are_never_stale(change: str) -> None:
+    vit, patches = make(), random_patches(GRIDS)
+    vit.positions.grad = 3 * vit.positions.detach()
+    with torch.no_grad():
+        before = vit(patches, GRIDS)
+        CHANGES[change](vit)
+        after = vit(patches, GRIDS)
+        vit.clear_position_cache()
+        assert torch.equal(after, vit(patches, GRIDS))
+    assert (after.float() - before).abs().max() > 1e-3
+
+
+def test_eval_still_trains_the_table_and_keeps_no_graph() -> None:
+    vit, patches = make(), random_patches(GRIDS)
+    for _ in range(2):
+        vit.zero_grad()
+        vit(patches, GRIDS).sum().backward()
+        assert vit.positions.grad.abs().max() > 0
+    vit.positions.requires_grad_(False)
+    with torch.inference_mode():
+        vit(patches, GRIDS)
+    vit(patches, GRIDS).sum().backward()  # tables kept under inference mode serve a call that trains the rest
+
+
+def test_the_cache_is_bounded_and_a_call_may_exceed_it() -> None:
+    vit = make()
+    grids = [(1, n) for n in range(1, _CACHED_GRIDS + 9)]
+    with torch.no_grad():
+        together = vit(random_patches(grids), grids)
+        assert len(vit._position_cache) == _CACHED_GRIDS
+        last = vit(random_patches(grids)[-lengths(grids)[-1] :], grids[-1:])
+    assert_near(together[-lengths(grids)[-1] :], last)
+    assert not copy.deepcopy(vit)._position_cache
+
+
+def test_interpolation_settings_decide_the_positions() -> None:
+    settings_of = [
+        {},
+        {"interpolation": "bilinear"},
+        {"antialias": True},
+        {"interpolation": "bilinear", "antialias": True},
+        {"interpolation": "nearest"},
+    ]
+    tables = [make(dataclasses.replace(CONFIG, **s)).position_embedding((3, 2)).detach() for s in settings_of]
+    for i, table in enumerate(tables):
+        assert table.shape == (6, 16)
+        assert all((table - other).abs().max() > 1e-4 for other in tables[:i])
+    native = make().position_embedding((4, 4))
+    assert torch.equal(native, make().positions[1:])
+
+
+def test_bucket_rules_pick_rows() -> None:
+    side, grid = 14, (49, 2)
+    config = dataclasses.replace(CONFIG, position_grid_hw=(side, side), interpolation="nearest")
+    exact, remote = (make(dataclasses.replace(config, bucket_rule=rule)) for rule in ("integer", "remote"))
+    moved = (exact.position_embedding(grid) != remote.position_embedding(grid)).any(dim=1).view(grid)
+    assert moved.all(dim=1).nonzero().flatten().tolist() == [7, 14, 35, 42]
+
+
+def test_a_stem_of_ones_own() -> None:
+    stem = nn.Sequential(nn.Linear(CONFIG.patch_dim, 8), nn.GELU(), nn.Linear(8, CONFIG.width))
+    vit = make(stem=stem).train()
+    vit(random_patches(GRIDS), GRIDS).sum().backward()
+    assert stem[0].weight.grad.abs().max() > 0
+    bad = make(stem=nn.Linear(CONFIG.patch_dim, 8))
+    with pytest.raises(ValueError, match=r"stem must return \(N, D\) = \(6, 16\); got \(6, 8\)"):
+        bad(random_patches([(2, 3)]), [(2, 3)])
+
+
+def test_the_stem_is_a_flattened_convolution() -> None:
+    conv = nn.Conv2d(3, 16, kernel_size=2, stride=2)
+    vit = make()
+    images = torch.randn(2, 3, 6, 8)
+    vit.stem.load_state_dict({"weight": conv.weight.flatten(1), "bias": conv.bias})
+    assert_near(vit.stem(patchify(images, 2)), conv(images).flatten(2).transpose(1, 2).flatten(0, 1))
+
+
+@given(views=st.integers(1, 3), rows=st.integers(1, 4), columns=st.integers(1, 4), p=st.integers(1, 4))
+@settings(max_examples=20)
+def test_patchify_and_unpatchify_are_inverses(views: int, rows: int, columns: int, p: int) -> None:
+    images = torch.randn(views, 3, rows * p, columns * p)
+    patches = patchify(images, p)
+    assert patches.shape == (views * rows * columns, 3 * p * p)
+    assert torch.equal(patches[columns - 1].view(3, p, p), images[0, :, :p, (columns - 1) * p :])
+    assert torch.equal(unpatchify(patches, (rows, columns), p), images)
+
+
+def test_no_views_give_no_features() -> None:
+    features, states = make()(random_patches([]), [], hidden_states=True)
+    assert features.shape == (0, 16)
+    assert [state.shape for state in states] == [(0, 16)] * 4
+
+
+def test_a_model_without_positions_or_prefix() -> None:
+    config = ViTConfig(patch_size=2, width=16, depth=1, heads=2, mlp_width=24)
+    vit = make(config)
+    with torch.no_grad():
+        assert torch.equal(vit(random_patches([(2, 3)]), [(2, 3)]), vit(random_patches([(2, 3)]), [(3, 2)]))
+    with pytest.raises(ValueError, match="no position embedding"):
+        vit.position_embedding((2, 3))
+
+
+def test_saved_and_loaded(tmp_path) -> None:
+    vit, patches = make(), random_patches(GRIDS)
+    save_file(vit.state_dict(), tmp_path / "vit.safetensors")
+    (tmp_path / "vit.json").write_text(json.dumps(vit.config.to_dict()))
+    config = ViTConfig.from_dict(json.loads((tmp_path / "vit.json").read_text()))
+    assert config == vit.config
+    again = ViT(config).eval()
+    again.load_state_dict(load_file(tmp_path / "vit.safetensors"))
+    with torch.no_grad():
+        assert torch.equal(again(patches, GRIDS), vit(patches, GRIDS))
+    with pytest.raises(ValueError, match="unknown ViTConfig fields: droppath"):
+        ViTConfig.from_dict({**config.to_dict(), "droppath": 0.1})
+
+
+def test_what_an_encoder_asks_of_it() -> None:
+    vit = make()
+    assert (vit.patch_size, vit.stride, vit.image_size, vit.out_dim, vit.in_channels) == (2, 2, 8, 16, 3)
+    assert vit.output_grids(torch.tensor(GRIDS)) == tuple(GRIDS)
+
+
+def test_half_precision_weights_take_float32_patches() -> None:
+    vit = make().bfloat16()
+    with torch.no_grad():
+        features = vit(random_patches(GRIDS), GRIDS)
+        assert features.dtype == torch.bfloat16
+        assert (features.float() - make()(random_patches(GRIDS), GRIDS)).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize(
+    "patches, grids, error, words",
+    [
+        (torch.zeros(7, 12), [(2, 3)], ValueError, "1 grids hold 6 patches in all; got 7 patches"),
+        (torch.zeros(6, 27), [(2, 3)], ValueError, r"P = C\*p\*p = 12; got \(6, 27\)"),
+        (torch.zeros(6, 12, dtype=torch.uint8), [(2, 3)], TypeError, "floating point and normalised; got torch.uint8"),
+        (torch.zeros(6, 12), [(2, 3), (0, 3)], ValueError, r"grids\[1\] must be at least \(1, 1\)"),
+        (torch.zeros(6, 12), [6], TypeError, r"grids\[0\] must be two integers"),
+        (torch.zeros(6, 12), torch.zeros(1, 2, device="meta"), TypeError, "grids must be on the host"),
+    ],
+)
+def test_bad_input_raises(patches: torch.Tensor, grids: list, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        make()(patches, grids)
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"heads": 3}, "width must be a multiple of heads; got 16 and 3"),
+        ({"depth": 0}, "depth must be at least 1; got 0"),
+        ({"activation": "relu"}, "activation must be one of .*; got 'relu'"),
+        ({"interpolation": "area"}, "interpolation must be one of"),
+        ({"interpolation": "nearest", "antialias": True}, "antialias needs"),
+        ({"bucket_rule": "remote"}, "needs interpolation='nearest'"),
+        ({"bucket_rule": "remote", "interpolation": "nearest", "position_grid_hw": (2, 3)}, "square position table"),
+        ({"position_prefix": 4}, "position_prefix counts"),
+        ({"position_grid_hw": None}, "position_prefix counts"),
+        ({"select_layer": 4}, r"select_layer must lie in \[-4, 3\] for 3 blocks; got 4"),
+        ({"select_layer": -5}, "select_layer must lie in"),
+    ],
+)
+def test_configurations_that_do_not_fit_raise(fields: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(CONFIG, **fields)

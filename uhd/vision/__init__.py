@@ -1,0 +1,27 @@
+"""Vision encoders over packed views: a ViT of our own, its weights from elsewhere, and a wrapper for other backbones.
+
+Every encoder is called as `features = vision(patches, grids)` with packed patches (N, P) and (rows, columns) per view,
+returns packed features (N', D), and tells the grids of those by `vision.output_grids(grids)`.
+"""
+
+from __future__ import annotations
+
+from .patches import patchify, unpatchify
+from .pos_embed import bucket_position_ids, interpolate_pos_embed
+from .tower import VisionTower
+from .vit import ViT, ViTConfig
+from .weights import config_from_hf, load_vit, to_source_state_dict, vit_from
+
+__all__ = [
+    "ViT",
+    "ViTConfig",
+    "VisionTower",
+    "bucket_position_ids",
+    "config_from_hf",
+    "interpolate_pos_embed",
+    "load_vit",
+    "patchify",
+    "to_source_state_dict",
+    "unpatchify",
+    "vit_from",
+]

@@ -1,0 +1,51 @@
+"""Images to packed patches and back, as tensors. One inner order everywhere: (channel, row, column) in the patch."""
+
+from __future__ import annotations
+
+from einops import rearrange
+from torch import Tensor
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """Cut equal-sized images into patches.
+
+    Args:
+        images: (V, C, H, W), any dtype; H and W in px, multiples of `patch_size`.
+        patch_size: p, the side of a patch in px.
+
+    Returns:
+        (V*h*w, P) with P = C*p*p: view by view, row-major over the grid, inner order (c, py, px), which is that of a
+        flattened `Conv2d` weight.
+
+    Raises:
+        ValueError: not four axes, or a side that is no multiple of the patch.
+    """
+    if images.dim() != 4 or images.shape[2] % patch_size or images.shape[3] % patch_size:
+        raise ValueError(
+            f"images must be (V, C, H, W), H and W multiples of the {patch_size} px patch; got {tuple(images.shape)}"
+        )
+    return rearrange(images, "v c (h p) (w q) -> (v h w) (c p q)", p=patch_size, q=patch_size)
+
+
+def unpatchify(patches: Tensor, grid_hw: tuple[int, int], patch_size: int, *, channels: int = 3) -> Tensor:
+    """The inverse of `patchify`, for views of one grid.
+
+    Args:
+        patches: (V*h*w, P), P = channels*p*p, inner order (c, py, px).
+        grid_hw: (rows, columns) of every view, in patches.
+        patch_size: p in px.
+        channels: C.
+
+    Returns:
+        (V, C, h*p, w*p).
+
+    Raises:
+        ValueError: P or the number of patches does not fit.
+    """
+    rows, columns = grid_hw
+    if patches.dim() != 2 or patches.shape[1] != channels * patch_size**2 or patches.shape[0] % (rows * columns):
+        raise ValueError(
+            f"patches must be (V*{rows}*{columns}, {channels}*{patch_size}*{patch_size} = {channels * patch_size**2})"
+            f"; got {tuple(patches.shape)}"
+        )
+    return rearrange(patches, "(v h w) (c p q) -> v c (h p) (w q)", h=rows, w=columns, p=patch_size, q=patch_size)

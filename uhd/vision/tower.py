@@ -1,0 +1,172 @@
+"""Any other vision backbone behind the protocol of the packed ViT: views are grouped by shape and run as images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from .patches import unpatchify
+from .vit import check_grids, check_packed
+
+LAYOUTS = ("NCHW", "NHWC", "NLC")
+
+
+class VisionTower(nn.Module):
+    """Wraps a backbone that takes images (V, C, H, W): packed patches in, packed features out.
+
+    Views of equal shape run as one batch, nothing is padded. A module with `forward_features` (timm) is called through
+    it, any other as itself. From the result it takes the tensor, the last of `feature_maps`, `last_hidden_state`, or
+    the last of a list (timm `features_only`); the map must be (V, D, h, w), (V, h, w, D), or (V, prefix + h*w, D).
+
+    Views stay independent as far as the backbone keeps images apart: in training mode BatchNorm does not.
+
+    Args:
+        module: the backbone. Its own rules on image sizes hold: let it take any (timm `dynamic_img_size`, ...).
+        patch_size: side in px of the packed patches, which is the unit of the grids. A multiple of the stride, such as
+            32 for a ConvNeXt, makes every slice's size fit.
+        out_dim: D of the features.
+        stride: px of the image per feature, on each side; None: the patch size.
+        image_size: native square side in px, if the backbone has one.
+        in_channels: C of the patches.
+        num_prefix_tokens: class and register tokens before the patch tokens of a (V, n, D) map; they are dropped.
+        layout: "NCHW", "NHWC" or "NLC"; None: told from the shape.
+        rounding: features on a side that the stride does not divide: "exact" refuses such grids, "floor" suits strided
+            convolutions without padding, "ceil" models that pad the image (Swin).
+        kwargs: keyword arguments for every call, such as {"interpolate_pos_encoding": True}.
+        select: takes the feature map out of the backbone's result, in place of the rule above.
+
+    Raises:
+        ValueError: on construction, for sizes below 1 or an unknown layout or rounding.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        patch_size: int,
+        out_dim: int,
+        stride: int | None = None,
+        image_size: int | None = None,
+        in_channels: int = 3,
+        num_prefix_tokens: int = 0,
+        layout: str | None = None,
+        rounding: str = "exact",
+        kwargs: Mapping[str, Any] | None = None,
+        select: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        stride = patch_size if stride is None else stride
+        if min(patch_size, out_dim, stride, in_channels) < 1 or num_prefix_tokens < 0:
+            raise ValueError(
+                f"sizes must be positive; got {patch_size=}, {out_dim=}, {stride=}, {in_channels=}, "
+                f"{num_prefix_tokens=}"
+            )
+        if layout not in (None, *LAYOUTS):
+            raise ValueError(f"layout must be None or one of {', '.join(LAYOUTS)}; got {layout!r}")
+        if rounding not in ("exact", "floor", "ceil"):
+            raise ValueError(f"rounding must be 'exact', 'floor' or 'ceil'; got {rounding!r}")
+        self.module = module
+        self.patch_size = patch_size
+        self.out_dim = out_dim
+        self.stride = stride
+        self.image_size = image_size
+        self.in_channels = in_channels
+        self.num_prefix_tokens = num_prefix_tokens
+        self.layout = layout
+        self.rounding = rounding
+        self.kwargs = dict(kwargs or {})
+        self.select = select
+
+    def output_grids(self, grids: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+        """(rows, columns) of every view's features, from its (rows, columns) in patches; known before anything runs.
+
+        Raises:
+            ValueError: a side that the stride does not divide under rounding="exact", or one without any feature.
+        """
+        return tuple((self._cells(rows), self._cells(columns)) for rows, columns in check_grids(grids))
+
+    def forward(self, patches: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+        """Encode packed views.
+
+        Args:
+            patches: (N, P) floating point, normalised; view by view, row-major, inner order (c, py, px).
+            grids: V pairs (rows, columns) on the host, in patches, with sum(rows*columns) = N.
+
+        Returns:
+            (N', D), view by view, row-major over `output_grids(grids)`; N' is their sum.
+
+        Raises:
+            ValueError: patches and grids that disagree, or a feature map of another size than `output_grids` says.
+            TypeError: integer patches, grids that are not host integers, or a result with no tensor in it.
+        """
+        grids = check_packed(patches, grids, self.in_channels * self.patch_size**2)
+        out_grids = self.output_grids(grids)
+        per_view = patches.split([rows * columns for rows, columns in grids])
+        features: dict[int, Tensor] = {}
+        for grid in dict.fromkeys(grids):
+            views = [view for view, other in enumerate(grids) if other == grid]
+            packed = torch.cat([per_view[view] for view in views])
+            images = unpatchify(packed, grid, self.patch_size, channels=self.in_channels)
+            tokens = self._tokens(self._run(images), len(views), out_grids[views[0]])
+            features.update(zip(views, tokens, strict=True))
+        if not features:
+            return patches.new_zeros(0, self.out_dim)
+        return torch.cat([features[view] for view in range(len(grids))])
+
+    def _cells(self, patches: int) -> int:
+        """Features along a side of so many patches."""
+        pixels = patches * self.patch_size
+        if pixels % self.stride and self.rounding == "exact":
+            raise ValueError(
+                f"a side of {patches} patches of {self.patch_size} px is no multiple of the stride {self.stride}: "
+                "plan with a patch size that is, or say how the backbone rounds (rounding='floor' or 'ceil')"
+            )
+        cells = -(-pixels // self.stride) if self.rounding == "ceil" else pixels // self.stride
+        if cells < 1:
+            raise ValueError(f"a side of {pixels} px is shorter than the stride {self.stride}: no feature is left")
+        return cells
+
+    def _run(self, images: Tensor) -> Tensor:
+        """The backbone's feature map for images (V, C, H, W)."""
+        parameter = next((p for p in self.module.parameters() if p.is_floating_point()), images)
+        call = getattr(self.module, "forward_features", self.module)
+        result = call(images.to(parameter.dtype), **self.kwargs)
+        if self.select is not None:
+            return self.select(result)
+        for name in ("feature_maps", "last_hidden_state"):
+            found = getattr(result, name, None)
+            if found is not None:
+                result = found
+                break
+        if isinstance(result, (list, tuple)) and result:
+            result = result[-1]
+        if not isinstance(result, Tensor):
+            raise TypeError(
+                f"{type(self.module).__name__} returned {type(result).__name__}; expected a tensor, feature_maps, "
+                "last_hidden_state or a list of tensors: pass select= to take the feature map out"
+            )
+        return result
+
+    def _tokens(self, features: Tensor, views: int, out_hw: tuple[int, int]) -> Tensor:
+        """(V, h*w, D) of a feature map in any of the three layouts."""
+        (rows, columns), dim = out_hw, self.out_dim
+        shapes = {
+            "NCHW": (views, dim, rows, columns),
+            "NHWC": (views, rows, columns, dim),
+            "NLC": (views, self.num_prefix_tokens + rows * columns, dim),
+        }
+        fitting = [name for name in LAYOUTS if self.layout in (None, name) and tuple(features.shape) == shapes[name]]
+        if len(fitting) != 1:
+            expected = " or ".join(f"{name} {shapes[name]}" for name in LAYOUTS if self.layout in (None, name))
+            raise ValueError(
+                f"{type(self.module).__name__} returned a map of shape {tuple(features.shape)}; expected {expected} "
+                f"for {views} views of {rows}x{columns} features. "
+                + ("Both fit: pass layout=" if fitting else "Check out_dim, stride, rounding and num_prefix_tokens")
+            )
+        if fitting[0] == "NLC":
+            return features[:, self.num_prefix_tokens :]
+        return rearrange(features, "v d h w -> v (h w) d" if fitting[0] == "NCHW" else "v h w d -> v (h w) d")

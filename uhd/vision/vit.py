@@ -1,0 +1,428 @@
+"""A pre-norm vision transformer over packed views of any grids, with no padding between them.
+
+One module covers the encoders of CLIP, SigLIP, SigLIP2, DINOv2 and timm's plain ViTs; `uhd.vision.weights` fills it.
+The residual stream is one (tokens, D) matrix: linear layers never see view borders, attention runs once per group of
+views of equal length, and the layers beyond the selected one are not built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .pos_embed import BUCKET_RULES, MODES, as_grid, bucket_position_ids, interpolate_pos_embed
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "swiglu")
+_CACHED_GRIDS = 64  # 64 grids of 576 patches at width 1024 are 75 MB in bfloat16
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig:
+    """What a packed ViT is made of. Frozen and comparable; `to_dict` gives JSON-able values, `from_dict` reads them.
+
+    Raises:
+        ValueError: on construction, for values that do not fit together.
+    """
+
+    patch_size: int  # px
+    width: int  # D
+    depth: int  # blocks of the source model, also those beyond the selected layer
+    heads: int
+    mlp_width: int
+    image_size: int | None = None  # native square side in px; None where the native size is not square
+    channels: int = 3
+    activation: str = "gelu"  # "gelu" (erf), "gelu_tanh", "quick_gelu" or "swiglu" (gate first, both halves mlp_width)
+    eps: float = 1e-6  # of every LayerNorm
+    class_token: bool = False
+    num_registers: int = 0  # they follow the class token
+    patch_bias: bool = True
+    qkv_bias: bool = True
+    layer_scale: float | None = None  # initial value; None: no layer scale
+    pre_norm: bool = False  # LayerNorm before the first block (CLIP)
+    final_norm: bool = True  # LayerNorm on the selected layer's output
+    position_grid_hw: tuple[int, int] | None = None  # grid of the learned table; None: no position embedding
+    position_prefix: int = 0  # rows before the grid's: for the class token, then for registers
+    interpolation: str = "bicubic"  # "bicubic", "bilinear", or "nearest": rows picked by `bucket_rule`
+    antialias: bool = False
+    bucket_rule: str = "integer"  # see `bucket_position_ids`; all but "integer" need a square table
+    select_layer: int = -1  # index into the hidden states, embeddings first: -1 last block, -2 the one before, 0 none
+
+    def __post_init__(self) -> None:
+        if self.position_grid_hw is not None:  # JSON brings a list
+            object.__setattr__(self, "position_grid_hw", as_grid(self.position_grid_hw, "position_grid_hw"))
+        for name in ("patch_size", "width", "depth", "heads", "mlp_width", "channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.width % self.heads:
+            raise ValueError(f"width must be a multiple of heads; got {self.width} and {self.heads}")
+        for name, known in (("activation", ACTIVATIONS), ("interpolation", MODES), ("bucket_rule", BUCKET_RULES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
+        if self.antialias and self.interpolation == "nearest":
+            raise ValueError("antialias needs interpolation 'bicubic' or 'bilinear'; got 'nearest'")
+        if self.bucket_rule != "integer":
+            rows, columns = self.position_grid_hw or (0, 0)
+            if self.interpolation != "nearest" or rows != columns or not rows:
+                raise ValueError(
+                    f"bucket_rule {self.bucket_rule!r} needs interpolation='nearest' and a square position table; "
+                    f"got {self.interpolation!r} and {self.position_grid_hw}"
+                )
+        if not 0 <= self.position_prefix <= (self.num_prefix_tokens if self.position_grid_hw else 0):
+            raise ValueError(
+                f"position_prefix counts table rows of class and register tokens ({self.num_prefix_tokens} here, "
+                f"table grid {self.position_grid_hw}); got {self.position_prefix}"
+            )
+        if not -self.depth - 1 <= self.select_layer <= self.depth:
+            raise ValueError(
+                f"select_layer must lie in [{-self.depth - 1}, {self.depth}] for {self.depth} blocks; "
+                f"got {self.select_layer}"
+            )
+
+    @property
+    def patch_dim(self) -> int:
+        """P = C*p*p."""
+        return self.channels * self.patch_size**2
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Class token and registers, per view."""
+        return int(self.class_token) + self.num_registers
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that are built and run for the selected layer."""
+        return self.select_layer if self.select_layer >= 0 else self.depth + 1 + self.select_layer
+
+    def to_dict(self) -> dict:
+        """Every field, in JSON-able values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> ViTConfig:
+        """The inverse of `to_dict`; raises ValueError on names it does not know."""
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown ViTConfig fields: {', '.join(unknown)}")
+        return cls(**values)
+
+
+class ViT(nn.Module):
+    """Packed patches of many views in, packed patch features out; class and register tokens live inside only.
+
+    Args:
+        config: what to build.
+        stem: replaces the patch embedding: any module (N, P) -> (N, D). The default is a Linear over patches of inner
+            order (c, py, px), equal to a `Conv2d` weight flattened.
+
+    Attributes:
+        gradient_checkpointing: recompute every block in the backward pass while training.
+    """
+
+    def __init__(self, config: ViTConfig, *, stem: nn.Module | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        width = config.width
+        self.stem = stem if stem is not None else nn.Linear(config.patch_dim, width, bias=config.patch_bias)
+        self.class_token = nn.Parameter(torch.zeros(1, width)) if config.class_token else None
+        self.registers = nn.Parameter(torch.zeros(config.num_registers, width)) if config.num_registers else None
+        self.positions = None
+        if config.position_grid_hw is not None:
+            rows, columns = config.position_grid_hw
+            self.positions = nn.Parameter(torch.zeros(config.position_prefix + rows * columns, width))
+        self.pre_norm = nn.LayerNorm(width, eps=config.eps) if config.pre_norm else nn.Identity()
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
+        self.norm = nn.LayerNorm(width, eps=config.eps) if config.final_norm else nn.Identity()
+        self._position_cache: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
+        self._position_stamp: tuple | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Truncated normal (std 0.02) for matrices, tokens and positions, zero biases; a given stem is left alone."""
+        for module in (self.blocks, *([self.stem] if type(self.stem) is nn.Linear else [])):
+            for layer in module.modules():
+                if isinstance(layer, nn.Linear):
+                    nn.init.trunc_normal_(layer.weight, std=0.02)
+                    if layer.bias is not None:
+                        nn.init.zeros_(layer.bias)
+        for parameter in (self.class_token, self.registers, self.positions):
+            if parameter is not None:
+                nn.init.trunc_normal_(parameter, std=0.02)
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in px."""
+        return self.config.patch_size
+
+    @property
+    def stride(self) -> int:
+        """px between neighbouring features: the patch size."""
+        return self.config.patch_size
+
+    @property
+    def image_size(self) -> int | None:
+        """Native square side in px, None if the native size is not square."""
+        return self.config.image_size
+
+    @property
+    def in_channels(self) -> int:
+        """C of the patches."""
+        return self.config.channels
+
+    @property
+    def out_dim(self) -> int:
+        """D of the features."""
+        return self.config.width
+
+    def output_grids(self, grids: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+        """(rows, columns) of every view's features: here the grids themselves."""
+        return check_grids(grids)
+
+    def forward(
+        self, patches: Tensor, grids: Sequence[tuple[int, int]], *, hidden_states: bool = False
+    ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
+        """Encode packed views.
+
+        Args:
+            patches: (N, P) floating point, normalised; view by view, row-major, inner order (c, py, px).
+            grids: V pairs (rows, columns) on the host, in patches, with sum(rows*columns) = N.
+            hidden_states: also return the packed patch features after the embedding and after every block, in the
+                order of transformers' `hidden_states`, before the final norm.
+
+        Returns:
+            (N, D) features of the selected layer, or that and a tuple of `num_blocks + 1` tensors (N, D).
+
+        Raises:
+            ValueError: patches and grids that disagree, another P, or a stem that returns another shape.
+            TypeError: integer patches, or grids that are not host integers.
+        """
+        grids = check_packed(patches, grids, self.config.patch_dim)
+        x = self._embed(patches, grids)
+        groups = _Groups.of(grids, self.config.num_prefix_tokens)
+        x = self.pre_norm(groups.pack(x, self._prefix()))
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        states = [groups.unpack(x)] if hidden_states else []
+        for block in self.blocks:
+            x = checkpoint(block, x, groups.shapes, use_reentrant=False) if recompute else block(x, groups.shapes)
+            if hidden_states:
+                states.append(groups.unpack(x))
+        features = self.norm(states[-1] if hidden_states else groups.unpack(x))
+        return (features, tuple(states)) if hidden_states else features
+
+    def position_embedding(self, grid_hw: tuple[int, int]) -> Tensor:
+        """(h*w, D) position embeddings of a view's patches, row-major, by the config's interpolation; differentiable.
+
+        Raises:
+            ValueError: the model has no position table, or the grid is not usable.
+        """
+        config = self.config
+        if self.positions is None or config.position_grid_hw is None:
+            raise ValueError("this ViT has no position embedding (position_grid_hw is None)")
+        table = self.positions[config.position_prefix :]
+        if config.bucket_rule != "integer":
+            ids = bucket_position_ids(grid_hw, config.position_grid_hw[0], config.bucket_rule)
+            return table[ids.to(table.device)]
+        return interpolate_pos_embed(table, config.position_grid_hw, grid_hw, config.interpolation, config.antialias)
+
+    def clear_position_cache(self) -> None:
+        """Forget interpolated tables; only needed after writing through `positions.data`, which leaves no trace."""
+        self._position_cache.clear()
+        self._position_stamp = None
+
+    def train(self, mode: bool = True) -> ViT:
+        self.clear_position_cache()
+        return super().train(mode)
+
+    def _apply(self, fn, recurse: bool = True):
+        self.clear_position_cache()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self.clear_position_cache()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_position_cache": OrderedDict(), "_position_stamp": None}
+
+    def _embed(self, patches: Tensor, grids: tuple[tuple[int, int], ...]) -> Tensor:
+        """(N, P) -> (N, D) with positions."""
+        parameter = next(self.stem.parameters(), patches)
+        x = self.stem(patches.to(parameter.dtype if parameter.is_floating_point() else patches.dtype))
+        if x.shape != (len(patches), self.config.width):
+            raise ValueError(
+                f"the stem must return (N, D) = {(len(patches), self.config.width)}; got {tuple(x.shape)}"
+            )
+        return x if self.positions is None or not grids else x + self._positions_of(grids)
+
+    def _prefix(self) -> Tensor | None:
+        """(R, D) class token and registers, with their rows of the position table; None without any."""
+        tokens = [token for token in (self.class_token, self.registers) if token is not None]
+        if not tokens:
+            return None
+        prefix = torch.cat(tokens)
+        rows = self.config.position_prefix
+        return torch.cat([prefix[:rows] + self.positions[:rows], prefix[rows:]]) if rows else prefix
+
+    def _positions_of(self, grids: tuple[tuple[int, int], ...]) -> Tensor:
+        """(N, D): interpolated once per distinct grid, and across calls where no gradient can be wanted."""
+        table = self.positions
+        wants_grad = self.training or (torch.is_grad_enabled() and table.requires_grad)
+        if wants_grad or table.is_inference() or torch.compiler.is_compiling():
+            tables = {grid: self.position_embedding(grid) for grid in dict.fromkeys(grids)}
+            return torch.cat([tables[grid] for grid in grids])
+        state = (table._version, table.data_ptr(), table.device, table.dtype, self.config)
+        known, known_state = self._position_stamp or (None, None)
+        if known is not table or known_state != state:
+            self.clear_position_cache()
+            self._position_stamp = (table, state)
+        tables = {}
+        # Normal tensors even under inference mode: the same cache may serve a call that trains other parts.
+        with torch.inference_mode(False), torch.no_grad():
+            for grid in dict.fromkeys(grids):
+                cached = self._position_cache.pop(grid, None)
+                tables[grid] = self.position_embedding(grid).detach() if cached is None else cached
+                self._position_cache[grid] = tables[grid]
+        while len(self._position_cache) > _CACHED_GRIDS:
+            self._position_cache.popitem(last=False)
+        return torch.cat([tables[grid] for grid in grids])
+
+
+class Block(nn.Module):
+    """Attention and MLP, each after a LayerNorm and added back; scaled per channel if the config has layer scale."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        width, scale = config.width, config.layer_scale
+        self.norm1 = nn.LayerNorm(width, eps=config.eps)
+        self.attn = Attention(width, config.heads, bias=config.qkv_bias)
+        self.scale1 = None if scale is None else nn.Parameter(torch.full((width,), float(scale)))
+        self.norm2 = nn.LayerNorm(width, eps=config.eps)
+        self.mlp = MLP(width, config.mlp_width, activation=config.activation)
+        self.scale2 = None if scale is None else nn.Parameter(torch.full((width,), float(scale)))
+
+    def forward(self, x: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
+        """(tokens, D) -> (tokens, D); `shapes` as in `Attention`."""
+        update = self.attn(self.norm1(x), shapes)
+        x = x + (update if self.scale1 is None else update * self.scale1)
+        update = self.mlp(self.norm2(x))
+        return x + (update if self.scale2 is None else update * self.scale2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention inside every view, one `scaled_dot_product_attention` per group of equal lengths."""
+
+    def __init__(self, width: int, heads: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
+        """(tokens, D) -> (tokens, D); `shapes` lists (views, tokens per view) of the groups, in the order of `x`."""
+        mixed = []
+        for part, (views, _) in zip(self.qkv(x).split([b * n for b, n in shapes]), shapes, strict=True):
+            q, k, v = rearrange(part, "(b n) (three h d) -> three b h n d", b=views, three=3, h=self.heads)
+            mixed.append(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> (b n) (h d)"))
+        return self.proj(torch.cat(mixed) if mixed else x)
+
+
+class MLP(nn.Module):
+    """Linear, activation, Linear; "swiglu" doubles the first layer and gates its second half by silu of its first."""
+
+    def __init__(self, width: int, hidden: int, *, activation: str) -> None:
+        super().__init__()
+        self.activation = activation
+        self.fc1 = nn.Linear(width, 2 * hidden if activation == "swiglu" else hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(tokens, D) -> (tokens, D)."""
+        x = self.fc1(x)
+        if self.activation == "swiglu":
+            gate, x = x.chunk(2, dim=-1)
+            x = F.silu(gate) * x
+        elif self.activation == "quick_gelu":
+            x = x * torch.sigmoid(1.702 * x)
+        else:
+            x = F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+        return self.fc2(x)
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """The order in which views are stored inside the ViT: those of equal length side by side, prefix tokens first."""
+
+    lengths: tuple[int, ...]  # patches of every view, in the caller's order
+    members: tuple[tuple[int, ...], ...]  # views of every group
+    prefix: int  # class and register tokens per view
+
+    @classmethod
+    def of(cls, grids: Iterable[tuple[int, int]], prefix: int) -> _Groups:
+        lengths = tuple(rows * columns for rows, columns in grids)
+        members: dict[int, list[int]] = {}
+        for view, length in enumerate(lengths):
+            members.setdefault(length, []).append(view)
+        return cls(lengths, tuple(map(tuple, members.values())), prefix)
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(views, tokens per view) of every group."""
+        return [(len(views), self.prefix + self.lengths[views[0]]) for views in self.members]
+
+    def pack(self, x: Tensor, prefix: Tensor | None) -> Tensor:
+        """(N, D) patches and (R, D) prefix tokens -> (N + V*R, D)."""
+        per_view = x.split(self.lengths)
+        parts = []
+        for views in self.members:
+            tokens = torch.stack([per_view[view] for view in views])
+            if prefix is not None:
+                tokens = torch.cat([prefix.expand(len(views), -1, -1), tokens], dim=1)
+            parts.append(tokens.flatten(0, 1))
+        return torch.cat(parts) if parts else x
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """The inverse of `pack`, without the prefix tokens."""
+        per_view: dict[int, Tensor] = {}
+        for part, views, shape in zip(
+            x.split([b * n for b, n in self.shapes]), self.members, self.shapes, strict=True
+        ):
+            per_view.update(zip(views, part.unflatten(0, shape)[:, self.prefix :], strict=True))
+        return torch.cat([per_view[view] for view in range(len(self.lengths))]) if per_view else x
+
+
+def check_grids(grids: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Check the views' grids, return them as plain tuples; a tensor must be on the CPU, so that no sync is hidden."""
+    if isinstance(grids, Tensor):
+        if grids.device.type != "cpu":
+            raise TypeError(f"grids must be on the host; got a tensor on {grids.device}. Keep the plan's integers")
+        grids = grids.tolist()
+    return tuple(as_grid(grid, f"grids[{view}]") for view, grid in enumerate(grids))
+
+
+def check_packed(patches: Tensor, grids: Sequence[tuple[int, int]], patch_dim: int) -> tuple[tuple[int, int], ...]:
+    """Check that packed patches (N, P) and the views' grids agree; return the grids as plain tuples.
+
+    Raises:
+        ValueError: with both counts, where N or P is not what grids and model say.
+        TypeError: patches that are not floating point, or grids that are not host integers.
+    """
+    grids = check_grids(grids)
+    if not torch.is_floating_point(patches):
+        raise TypeError(f"patches must be floating point and normalised; got {patches.dtype}")
+    if patches.dim() != 2 or patches.shape[1] != patch_dim:
+        raise ValueError(
+            f"patches must be (N, P) with P = C*p*p = {patch_dim}; got {tuple(patches.shape)}. "
+            "Plan the slices for this model's patch size and channels"
+        )
+    expected = sum(rows * columns for rows, columns in grids)
+    if len(patches) != expected:
+        raise ValueError(f"{len(grids)} grids hold {expected} patches in all; got {len(patches)} patches")
+    return grids
