@@ -1,0 +1,44 @@
+"""The oracle: one view at a time, one line for each formula. Slow; every faster path is tested against it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+def cross_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: Sequence[int],
+    *,
+    key_positions: Tensor | None,
+    offsets: Sequence[int],
+    scale: float,
+) -> Tensor:
+    """Attention of the latents to each view alone, in float32 (float64 where the input is), cast back at the end.
+
+    Args:
+        q: (Q, H, d) latents, shared by every view.
+        k: (N, H, d) keys, packed.
+        v: (N, H, d) values, packed.
+        bounds: V + 1 row numbers on the host; view i owns the rows `bounds[i]:bounds[i + 1]`, possibly none.
+        key_positions: (L, H, d) table, or None.
+        offsets: V row numbers; the keys of view i get the rows of the table that start at `offsets[i]`.
+        scale: factor of the logits.
+
+    Returns:
+        (V, Q, H, d) in the dtype of `q`; zeros for a view without rows. V must be at least 1.
+    """
+    exact = torch.promote_types(q.dtype, torch.float32)
+    outputs = []
+    for (start, end), offset in zip(pairwise(bounds), offsets, strict=True):
+        keys, values = k[start:end].to(exact), v[start:end].to(exact)
+        if key_positions is not None:
+            keys = keys + key_positions[offset : offset + end - start].to(exact)
+        logits = torch.einsum("qhd,nhd->hqn", q.to(exact), keys) * scale
+        outputs.append(torch.einsum("hqn,nhd->qhd", logits.softmax(dim=-1), values))
+    return torch.stack(outputs).to(q.dtype)

@@ -1,0 +1,419 @@
+"""The perceiver resampler against recorded outputs of the releases, and against nn.MultiheadAttention."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from uhd.resampler import PerceiverConfig, PerceiverResampler, attention, sincos_2d
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "resampler.npz"
+TAGS = {
+    "march2024_perceiver_g8": "paper",
+    "minicpmv20_g8": "minicpm-v-2.0",
+    "minicpmv26_q16": "minicpm-v-2.6",
+}
+GRIDS = [(3, 5), (4, 2), (1, 7), (3, 5), (6, 6)]
+CONFIGS = {
+    "paper": PerceiverConfig(width=24, vision_width=10, num_heads=3),
+    "paper, 9 latents": PerceiverConfig(width=24, vision_width=10, num_heads=3, num_latents=9),
+    "paper, 1 latent, equal widths": PerceiverConfig(width=16, vision_width=16, num_heads=2, num_latents=1),
+    "2.0": PerceiverConfig.preset("minicpm-v-2.0", width=24, vision_width=10, num_heads=6, num_latents=16),
+    "2.5": PerceiverConfig.preset("minicpm-v-2.6", width=24, vision_width=10, num_heads=2, num_latents=96),
+    "depth 3 with FFN": PerceiverConfig(width=24, vision_width=10, num_heads=3, num_latents=9, depth=3, ffn_ratio=1.5),
+    "no positions": PerceiverConfig(
+        width=18, vision_width=10, num_heads=3, num_latents=5, query_position=False, key_position="none"
+    ),
+}
+
+
+def randomised(config, *, dtype=torch.float64, seed=0):
+    """A resampler with no parameter at a special value, biases and LayerNorms included."""
+    torch.manual_seed(seed)
+    module = PerceiverResampler(config).to(dtype)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return module
+
+
+def features_for(config, grids=GRIDS, *, dtype=torch.float64, seed=1):
+    rows = sum(h * w for h, w in grids)
+    return torch.randn(rows, config.vision_width, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def per_view(features, grids):
+    return zip(features.split([h * w for h, w in grids]), grids, strict=True)
+
+
+def composed(module, features, grids):
+    """The layers written with nn.MultiheadAttention and full-width positions, one view at a time."""
+    config, state = module.config, module.state_dict()
+
+    def norm(name, x):
+        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], 1e-6)
+
+    def linear(name, x):
+        return F.linear(x, state[f"{name}.weight"], state.get(f"{name}.bias"))
+
+    def attend(name, q, k, v):
+        mha = nn.MultiheadAttention(config.width, config.num_heads, dtype=features.dtype)
+        mha.load_state_dict({key[len(name) + 1 :]: x for key, x in state.items() if key.startswith(f"{name}.")})
+        return mha(q, k, v)[0]
+
+    def feed_forward(name, x):
+        return (
+            x + linear(f"{name}.down", F.gelu(linear(f"{name}.up", norm(f"{name}.norm", x))))
+            if config.ffn_ratio
+            else x
+        )
+
+    side = math.isqrt(config.num_latents)
+    latent_table = sincos_2d(config.width, (side, side)) if config.query_position else 0
+    outputs = []
+    for x, (h, w) in per_view(features, grids):
+        kv = norm("ln_kv", linear("kv_proj", x) if "kv_proj.weight" in state else x)
+        k = kv
+        if config.key_position == "direct":
+            k = kv + sincos_2d(config.width, (h, w))
+        if config.key_position == "interpolated":
+            table = sincos_2d(config.width, (side, side)).reshape(1, side, side, -1).permute(0, 3, 1, 2)
+            k = kv + F.interpolate(table, (h, w), mode="bicubic").permute(0, 2, 3, 1).reshape(h * w, -1)
+        y = feed_forward("ffn", attend("attn", norm("ln_q", state["query"]) + latent_table, k, kv))
+        for i in range(config.depth - 1):
+            layer = f"layers.{i}"
+            y = y + attend(f"{layer}.attn", norm(f"{layer}.ln_q", y) + latent_table, k, kv)
+            y = feed_forward(f"{layer}.ffn", y)
+        outputs.append(norm("ln_post", y) @ state["proj"])
+    return torch.stack(outputs)
+
+
+def golden(tag):
+    """The tag's weights, number of heads, and cases: (packed features, grids, output)."""
+    with np.load(GOLDEN) as file:
+        data = {name: file[name] for name in file.files if name.startswith(tag)}
+        heads = json.loads(str(file["info_json"]))[tag]["num_heads"]
+    state = {name.split("/w/")[1]: torch.tensor(x) for name, x in data.items() if "/w/" in name}
+    cases = []
+    for name, x in data.items():
+        if match := re.fullmatch(rf"{tag}/x_(\d+)x(\d+)", name):
+            cases.append(
+                (x.reshape(-1, x.shape[-1]), [(int(match[1]), int(match[2]))] * len(x), f"y_{name.split('_')[-1]}")
+            )
+    for x, sizes, y in (("x", "tgt_sizes", "y"), ("x_grow", "tgt_grow", "y_grow")):
+        if f"{tag}/{x}" in data:
+            grids = [(int(h), int(w)) for h, w in data[f"{tag}/{sizes}"]]
+            rows = [row[: h * w] for row, (h, w) in zip(data[f"{tag}/{x}"], grids, strict=True)]
+            cases.append((np.concatenate(rows), grids, y))
+    return state, heads, [(torch.tensor(x), grids, torch.tensor(data[f"{tag}/{y}"])) for x, grids, y in cases]
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_equals_the_release(tag):
+    state, heads, cases = golden(tag)
+    module = PerceiverResampler.from_state_dict(state, variant=TAGS[tag], num_heads=heads)
+    assert any(h > w for _, grids, _ in cases for h, w in grids)
+    assert any(h < w for _, grids, _ in cases for h, w in grids)
+    with torch.no_grad():
+        for x, grids, y in cases:
+            torch.testing.assert_close(module(x, grids), y, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_state_dict_round_trip(tag):
+    state, heads, _ = golden(tag)
+    module = PerceiverResampler.from_state_dict(state, variant=TAGS[tag], num_heads=heads)
+    saved = module.state_dict()
+    assert set(saved) == set(state)
+    assert all(torch.equal(saved[name], state[name]) for name in state)
+    with torch.no_grad():
+        module.query.zero_()
+    assert state["query"].abs().min() > 0, "the module must own its weights"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_equals_multihead_attention(name):
+    module = randomised(CONFIGS[name])
+    features = features_for(module.config)
+    out = module(features, GRIDS)
+    assert out.shape == (5, module.config.num_latents, module.config.width)
+    # The tables are float32 in both, but W k + W p is summed in another order than W (k + p).
+    torch.testing.assert_close(out, composed(module, features, GRIDS), atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_packed_equals_single_and_views_do_not_mix(depth):
+    config = PerceiverConfig(width=24, vision_width=10, num_heads=3, num_latents=9, depth=depth, ffn_ratio=1.5)
+    module = randomised(config)
+    features = features_for(config)
+    out = module(features, GRIDS)
+    singles = torch.cat([module(x, [grid]) for x, grid in per_view(features, GRIDS)])
+    torch.testing.assert_close(out, singles)
+
+    order = [3, 0, 4, 2, 1]
+    views = list(per_view(features, GRIDS))
+    shuffled = module(torch.cat([views[i][0] for i in order]), [GRIDS[i] for i in order])
+    torch.testing.assert_close(shuffled, out[order])
+
+    poisoned = features.clone()
+    poisoned[15:23] = math.nan  # the second view
+    out = module(poisoned, GRIDS)
+    assert out[1].isnan().all()
+    torch.testing.assert_close(out[[0, 2, 3, 4]], singles[[0, 2, 3, 4]])
+
+
+def test_same_features_on_another_grid_give_other_tokens():
+    module = randomised(CONFIGS["paper"])
+    x = features_for(module.config, [(2, 6)])
+    assert not torch.allclose(module(x, [(2, 6)]), module(x, [(6, 2)]), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["paper", "2.5"])
+def test_gradients_equal_those_of_multihead_attention(name):
+    module = randomised(CONFIGS[name])
+    features = features_for(module.config).requires_grad_()
+    weights = torch.randn(module(features, GRIDS).shape, dtype=torch.float64)
+    (module(features, GRIDS) * weights).sum().backward()
+    got = features.grad.clone()
+    (wanted,) = torch.autograd.grad((composed(module, features, GRIDS) * weights).sum(), features)
+    torch.testing.assert_close(got, wanted, atol=1e-9, rtol=1e-9)
+    # Keys share one bias, which softmax cannot see; every other number learns.
+    width = module.config.width
+    for parameter_name, parameter in module.named_parameters():
+        grad = parameter.grad
+        if parameter_name == "attn.in_proj_bias":
+            assert grad[width : 2 * width].abs().max() < 1e-9
+            grad = torch.cat([grad[:width], grad[2 * width :]])
+        assert grad.abs().min() > 0, parameter_name
+
+
+def test_gradcheck_through_the_table_projection():
+    config = PerceiverConfig(width=8, vision_width=5, num_heads=2, num_latents=4)
+    module = randomised(config)
+    grids = [(2, 3), (1, 1), (2, 3)]
+
+    def run(weight, features):
+        return torch.func.functional_call(module, {"attn.in_proj_weight": weight}, (features, grids))
+
+    weight = module.attn.in_proj_weight.detach().requires_grad_()
+    assert torch.autograd.gradcheck(run, (weight, features_for(config, grids).requires_grad_()))
+
+
+def test_all_attention_goes_through_the_kernel_package(monkeypatch):
+    calls = []
+    kernel = attention.varlen_cross_attention
+
+    def spy(q, k, v, cu_seqlens, max_seqlen, **keywords):
+        calls.append((tuple(q.shape), tuple(k.shape), tuple(keywords["key_positions"].shape), keywords["impl"]))
+        return kernel(q, k, v, cu_seqlens, max_seqlen, **keywords)
+
+    monkeypatch.setattr(attention, "varlen_cross_attention", spy)
+    module = randomised(CONFIGS["paper, 9 latents"])
+    features = features_for(module.config)
+    auto = module(features, GRIDS)
+    module.attention_impl = "reference"
+    torch.testing.assert_close(module(features, GRIDS), auto)
+    distinct = 15 + 8 + 7 + 36  # the repeated (3, 5) is projected once
+    shapes = ((9, 3, 8), (81, 3, 8), (distinct, 3, 8))
+    assert calls == [(*shapes, "auto"), (*shapes, "reference")]
+    module.attention_impl = "fastest"
+    with pytest.raises(ValueError, match="impl='fastest' is not available"):
+        module(features, GRIDS)
+
+
+def test_depth_with_ffn_trains_and_is_read_back_from_its_weights():
+    config = PerceiverConfig(width=16, vision_width=8, num_heads=2, num_latents=4, depth=2, ffn_ratio=2.0)
+    torch.manual_seed(0)
+    module = PerceiverResampler(config)
+    features = features_for(config, dtype=torch.float32)
+    target = torch.stack([x.mean(0).repeat(4, 2) for x, _ in per_view(features, GRIDS)])
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(60):
+        loss = F.mse_loss(module(features, GRIDS), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0]
+    assert all(parameter.grad.abs().sum() > 0 for parameter in module.parameters())
+
+    again = PerceiverResampler.from_state_dict(module.state_dict(), variant="paper", num_heads=2)
+    assert again.config == config
+    assert torch.equal(again(features, GRIDS), module(features, GRIDS))
+
+
+def test_save_and_load(tmp_path):
+    module = randomised(CONFIGS["2.0"], dtype=torch.float32)
+    save_file(module.state_dict(), tmp_path / "resampler.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(module.config.to_dict()))
+
+    config = PerceiverConfig.from_dict(json.loads((tmp_path / "config.json").read_text()))
+    again = PerceiverResampler(config)
+    again.load_state_dict(load_file(tmp_path / "resampler.safetensors"))
+    assert config == module.config
+    features = features_for(config, dtype=torch.float32)
+    assert torch.equal(again(features, GRIDS), module(features, GRIDS))
+
+
+def test_initialisation_as_released():
+    torch.manual_seed(0)
+    module = PerceiverResampler(PerceiverConfig(width=256, vision_width=192, num_heads=8))
+    for weight in (module.query, module.kv_proj.weight, module.attn.out_proj.weight):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert module.proj.std().item() == pytest.approx(256**-0.5, rel=0.05)
+    bound = math.sqrt(6 / (256 + 3 * 256))  # Xavier, uniform, of the stacked matrix
+    assert module.attn.in_proj_weight.abs().max().item() == pytest.approx(bound, rel=0.01)
+    assert module.attn.in_proj_weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+    assert not module.attn.in_proj_bias.any()
+    assert not module.attn.out_proj.bias.any()
+
+
+def test_positions_stay_frozen_and_are_saved_only_where_the_release_has_them():
+    for name, config in CONFIGS.items():
+        module = PerceiverResampler(config).requires_grad_(True)
+        assert ("pos_embed" in module.state_dict()) == (name not in ("2.5", "no positions"))
+        assert "pos_embed" not in dict(module.named_parameters())
+
+
+def test_tables_are_made_once_for_each_grid_and_the_cache_is_bounded(monkeypatch):
+    module = randomised(CONFIGS["paper, 9 latents"])
+    made = []
+    make = PerceiverResampler._make_key_table
+    monkeypatch.setattr(
+        PerceiverResampler, "_make_key_table", lambda self, grid: made.append(grid) or make(self, grid)
+    )
+    features = features_for(module.config)
+    for _ in range(2):
+        module(features, GRIDS)
+    assert made == [(3, 5), (4, 2), (1, 7), (6, 6)]
+    small = copy.deepcopy(module).double()
+    small.CACHED_GRIDS = 2
+    assert torch.equal(small(features, GRIDS), module(features, GRIDS))
+    assert len(small._key_tables) == 2
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_tables_follow_newly_loaded_positions(assign):
+    """A table cached before the weights arrive must not be used after."""
+    module = randomised(CONFIGS["paper, 9 latents"])
+    features = features_for(module.config)
+    before = module(features, GRIDS)
+    state = copy.deepcopy(module.state_dict())
+    state["pos_embed"] = state["pos_embed"].flip(0).contiguous()
+    module.load_state_dict(state, assign=assign)
+    fresh = PerceiverResampler.from_state_dict(state, variant="paper", num_heads=3)
+    assert not torch.allclose(module(features, GRIDS), before)
+    torch.testing.assert_close(module(features, GRIDS), fresh(features, GRIDS))
+
+
+def test_tables_follow_a_change_of_dtype():
+    """bfloat16 and back rounds pos_embed; a table cached before would be that of other weights."""
+    module = randomised(CONFIGS["paper, 9 latents"], dtype=torch.float32)
+    features = features_for(module.config, dtype=torch.float32)
+    module(features, GRIDS)
+    module.bfloat16().float()
+    fresh = PerceiverResampler.from_state_dict(module.state_dict(), variant="paper", num_heads=3)
+    assert torch.equal(module(features, GRIDS), fresh(features, GRIDS))
+
+
+def test_a_table_first_used_in_inference_mode_can_be_trained_with():
+    module = randomised(CONFIGS["2.0"])
+    features = features_for(module.config)
+    with torch.inference_mode():
+        module(features, GRIDS)
+    module(features, GRIDS).sum().backward()
+    assert module.attn.in_proj_weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["paper", "2.5"])
+def test_bfloat16_weights_and_autocast(name):
+    module = randomised(CONFIGS[name], dtype=torch.float32)
+    features = features_for(module.config, dtype=torch.float32)
+    exact = module(features, GRIDS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = module(features, GRIDS)
+    low = module.bfloat16()(features.bfloat16(), GRIDS)
+    assert low.dtype == torch.bfloat16
+    for out in (mixed.float(), low.float()):
+        assert (out - exact).norm() / exact.norm() < 0.03
+
+
+def test_no_views():
+    module = PerceiverResampler(CONFIGS["paper"])
+    assert module(torch.zeros(0, 10), []).shape == (0, 64, 24)
+    assert module.output_lengths([]) == []
+    deep = PerceiverResampler(PerceiverConfig(width=24, vision_width=10, num_heads=3, depth=2))
+    assert deep(torch.zeros(0, 10), []).shape == (0, 64, 24)
+
+
+@pytest.mark.parametrize(
+    ("grids", "message"),
+    [
+        ([(3, 0)], r"grids\[0\] is \(3, 0\); both sides must be at least 1 patch"),
+        ([(1, 2), (-1, 3)], r"grids\[1\] is \(-1, 3\)"),
+        ([(1, 2), (1.5, 2)], r"grids\[1\] is \(1.5, 2\); expected \(rows, columns\) as two integers"),
+        ([4], r"grids\[0\] is 4"),
+        ([(2, 2), (1, 1)], "features have 4 rows, but the 2 grids add up to 5"),
+    ],
+)
+def test_bad_grids(grids, message):
+    with pytest.raises(ValueError, match=message):
+        PerceiverResampler(CONFIGS["paper"])(torch.zeros(4, 10), grids)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_heads": 5}, "width=24 cannot be divided among num_heads=5"),
+        ({"num_latents": 96}, "num_latents=96 is not a square"),
+        ({"num_latents": 96, "key_position": "direct"}, "num_latents=96 is not a square"),
+        ({"num_latents": 0}, "num_latents=0"),
+        ({"width": 18}, "multiple of 4"),
+        ({"depth": 0}, "depth=0"),
+        ({"ffn_ratio": -1.0}, "ffn_ratio=-1.0"),
+        ({"ffn_ratio": 0.001}, "ffn_ratio=0.001"),
+        ({"key_position": "learned"}, "choose one of .*interpolated"),
+    ],
+)
+def test_bad_config(changes, message):
+    with pytest.raises(ValueError, match=message):
+        PerceiverConfig(**{"width": 24, "vision_width": 10, "num_heads": 3, **changes})
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match=r"variant='flamingo' is unknown; choose one of \['paper'"):
+        PerceiverConfig.preset("flamingo", width=24, vision_width=10, num_heads=3)
+    with pytest.raises(ValueError, match=r"PerceiverConfig has no \['heads'\]"):
+        PerceiverConfig.from_dict({"width": 24, "vision_width": 10, "heads": 3})
+
+
+def test_bad_weights_are_listed():
+    state = randomised(CONFIGS["paper"]).state_dict()
+
+    def load(changed, variant="paper", num_heads=3):
+        return PerceiverResampler.from_state_dict(changed, variant=variant, num_heads=num_heads)
+
+    fewer = {name: x for name, x in state.items() if name not in ("ln_q.bias", "proj")}
+    with pytest.raises(ValueError, match=r"missing \['ln_q.bias', 'proj'\], unexpected \['resampler.proj'\]"):
+        load({**fewer, "resampler.proj": state["proj"]})
+    with pytest.raises(ValueError, match=r"'minicpm-v-2.6': missing \[\], unexpected \['pos_embed'\]"):
+        load(state, variant="minicpm-v-2.6")
+    with pytest.raises(ValueError, match="expected 'query' of shape"):
+        load({f"resampler.{name}": x for name, x in state.items()})
+    with pytest.raises(ValueError, match=r"'proj': \(\(23, 24\), \(24, 24\)\)"):
+        load({**state, "proj": state["proj"][1:]})
+    with pytest.raises(ValueError, match="cannot be divided among num_heads=7"):
+        load(state, num_heads=7)
+    with pytest.raises(ValueError, match="variant='llava'"):
+        load(state, variant="llava")

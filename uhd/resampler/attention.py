@@ -1,0 +1,98 @@
+"""Cross-attention from latents to packed views: the only place from which a resampler reaches a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from uhd_kernels import varlen_cross_attention
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Sequence[int],
+    *,
+    key_positions: Tensor | None = None,
+    position_offsets: Sequence[int] | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Latents attend to the keys of each view, and to nothing else.
+
+    Args:
+        q: (Q, H, d) latents shared by every view, or (V, Q, H, d) where each view has its own (deeper layers).
+        k: (N, H, d) keys, packed.
+        v: (N, H, d) values, packed.
+        lengths: V numbers of rows, on the host, so that no shape has to be read back from the device.
+        key_positions: (L, H, d) projected positions of the distinct grids, one grid after another; None for none.
+        position_offsets: V first rows in `key_positions`.
+        impl: which kernel, see `uhd_kernels.varlen_cross_attention`.
+
+    Returns:
+        (V, Q, H, d).
+    """
+    if q.dim() == 4:  # the kernel is made for shared latents, so views with their own take a call each
+        starts = [None] * len(q) if position_offsets is None else [[offset] for offset in position_offsets]
+        views = [
+            attend(own, keys, values, [len(keys)], key_positions=key_positions, position_offsets=start, impl=impl)
+            for own, keys, values, start in zip(q, k.split(list(lengths)), v.split(list(lengths)), starts, strict=True)
+        ]
+        return torch.cat(views) if views else q
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu")
+    offsets = None
+    if position_offsets is not None:
+        offsets = torch.tensor(position_offsets, dtype=torch.int32, device="cpu")
+    longest = max(lengths, default=0)
+    return varlen_cross_attention(
+        q, k, v, bounds, longest, key_positions=key_positions, position_offsets=offsets, impl=impl
+    )
+
+
+class LatentAttention(nn.Module):
+    """Cross-attention over packed keys with the parameters, names and result of `torch.nn.MultiheadAttention`.
+
+    Positions join the keys before their projection, and the projection is linear: so the table of each distinct grid
+    is projected once, and features plus positions are never formed at full width.
+    """
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As released: the input projection is left to PyTorch's Xavier default, the output projection is not."""
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.in_proj_bias)
+        nn.init.trunc_normal_(self.out_proj.weight, std=0.02)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(
+        self,
+        queries: Tensor,
+        kv: Tensor,
+        lengths: Sequence[int],
+        *,
+        positions: Tensor | None,
+        position_offsets: Sequence[int] | None,
+        impl: str,
+    ) -> Tensor:
+        """queries (Q, D) or (V, Q, D), kv (N, D), positions (L, D) -> (V, Q, D)."""
+        width = self.out_proj.in_features
+        heads = (self.num_heads, width // self.num_heads)
+        w_q, w_kv = self.in_proj_weight.split([width, 2 * width])
+        b_q, b_kv = self.in_proj_bias.split([width, 2 * width])
+        q = F.linear(queries, w_q, b_q).unflatten(-1, heads)
+        k, v = F.linear(kv, w_kv, b_kv).unflatten(-1, (2, *heads)).unbind(1)
+        table = None
+        if positions is not None:
+            table = F.linear(positions.to(w_kv.dtype), w_kv[:width]).unflatten(-1, heads)
+        mixed = attend(q, k, v, lengths, key_positions=table, position_offsets=position_offsets, impl=impl)
+        return self.out_proj(mixed.flatten(-2))

@@ -1,0 +1,291 @@
+"""The shared perceiver resampler: a fixed number of tokens from a view of any grid."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from uhd.resampler.attention import LatentAttention
+from uhd.resampler.protocol import check_features, check_grids
+from uhd.resampler.sincos import sincos_2d
+
+KEY_POSITIONS = ("interpolated", "direct", "none")
+
+# What sets the published layers apart. Sizes are not part of a variant; "minicpm-v-2.6" also reads 2.5 (96 latents).
+VARIANTS: dict[str, dict[str, object]] = {
+    "paper": {"query_position": True, "key_position": "interpolated"},
+    "minicpm-v-2.0": {"query_position": True, "key_position": "direct"},
+    "minicpm-v-2.6": {"query_position": False, "key_position": "direct"},
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PerceiverConfig:
+    """Shape and flags of a `PerceiverResampler`. The defaults are the paper's layer.
+
+    Raises:
+        ValueError: a size does not fit another; the message says which.
+    """
+
+    width: int  # of the latents and of the output: the language model's
+    vision_width: int  # of the features
+    num_heads: int  # divides the width
+    num_latents: int = 64  # tokens per view; a square where the latents have positions
+    query_position: bool = True  # latents get the sincos table of their own square grid
+    key_position: str = "interpolated"  # that table resized to the view's grid; "direct": the view's own; "none"
+    depth: int = 1  # cross-attention layers; the published ones have 1
+    ffn_ratio: float = 0.0  # hidden width of an FFN after each layer, as a multiple of the width; 0 for none
+    eps: float = 1e-6  # of every LayerNorm
+
+    def __post_init__(self) -> None:
+        for name in ("width", "vision_width", "num_heads", "num_latents", "depth"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.width % self.num_heads:
+            raise ValueError(f"width={self.width} cannot be divided among num_heads={self.num_heads}")
+        if self.key_position not in KEY_POSITIONS:
+            raise ValueError(f"key_position={self.key_position!r}: choose one of {list(KEY_POSITIONS)}")
+        if self.ffn_ratio < 0 or (self.ffn_ratio and self.ffn_width < 1):
+            raise ValueError(
+                f"ffn_ratio={self.ffn_ratio}: must be 0 for no FFN, or leave a hidden width of at least 1"
+            )
+        if (self.query_position or self.key_position != "none") and self.width % 4:
+            raise ValueError(f"width={self.width}: 2D sincos positions need a multiple of 4")
+        if self.has_latent_table and math.isqrt(self.num_latents) ** 2 != self.num_latents:
+            raise ValueError(
+                f"num_latents={self.num_latents} is not a square, and the latents' positions are a square grid: take "
+                "64 or 144, say, or query_position=False with key_position='direct' or 'none'"
+            )
+
+    @classmethod
+    def preset(cls, variant: str, **fields: object) -> PerceiverConfig:
+        """A published layer by name ("paper", "minicpm-v-2.0", "minicpm-v-2.6"), with sizes and changes as keywords.
+
+        Raises:
+            ValueError: no such variant.
+        """
+        if variant not in VARIANTS:
+            raise ValueError(f"variant={variant!r} is unknown; choose one of {list(VARIANTS)}")
+        return cls(**{**VARIANTS[variant], **fields})
+
+    @property
+    def has_latent_table(self) -> bool:
+        """Whether a table over the latents' own grid is used, and so saved as `pos_embed`."""
+        return self.query_position or self.key_position == "interpolated"
+
+    @property
+    def ffn_width(self) -> int:
+        return round(self.ffn_ratio * self.width)
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, ready for JSON; `from_dict` is the inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> PerceiverConfig:
+        """Raises a ValueError on a name that is not a field."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"PerceiverConfig has no {unknown}; its fields are {sorted(known)}")
+        return cls(**values)
+
+
+class FeedForward(nn.Module):
+    """x + down(gelu(up(norm(x)))), width unchanged."""
+
+    def __init__(self, config: PerceiverConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.width, eps=config.eps)
+        self.up = nn.Linear(config.width, config.ffn_width)
+        self.down = nn.Linear(config.ffn_width, config.width)
+        for linear in (self.up, self.down):
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class DeeperLayer(nn.Module):
+    """A layer after the first: each view's latents look at its features again, with residuals."""
+
+    def __init__(self, config: PerceiverConfig) -> None:
+        super().__init__()
+        self.ln_q = nn.LayerNorm(config.width, eps=config.eps)
+        self.attn = LatentAttention(config.width, config.num_heads)
+        self.ffn = FeedForward(config) if config.ffn_ratio else nn.Identity()
+
+    def forward(self, x: Tensor, kv: Tensor, lengths: Sequence[int], *, query_table: Tensor | None, **keys) -> Tensor:
+        """x (V, Q, D), kv (N, D) -> (V, Q, D)."""
+        queries = self.ln_q(x) if query_table is None else self.ln_q(x) + query_table
+        return self.ffn(x + self.attn(queries, kv, lengths, **keys))
+
+
+class PerceiverResampler(nn.Module):
+    """Q learned latents attend to the patches of one view at a time; the same weights serve every view.
+
+        kv = LN_kv(kv_proj(x))    q = LN_q(query) + P    k = kv + positions(grid)    v = kv
+        tokens = LN_post(MHA(q, k, v)) @ proj
+
+    With depth 1 and no FFN that is all: no residual, no FFN. P is the 2D sincos table of the latents' square grid.
+    Sources: LLaVA-UHD (arXiv 2403.11703, section 3.2) and the class `Resampler` of its March 2024 release; class
+    `Resampler` of MiniCPM-V 2.0, 2.5 and 2.6. Parameter names are theirs: query, pos_embed (where there is one),
+    kv_proj.weight (where the widths differ), attn.*, ln_q.*, ln_kv.*, ln_post.*, proj; ours are `ffn.*` and
+    `layers.I.*`. The March 2024 release calls its layer with a 24 x 24 grid for every view; here each has its own.
+
+    Attributes:
+        config: the `PerceiverConfig` it was made from.
+        in_dim, out_dim, tokens_per_view: D_v, D and Q.
+        attention_impl: kernel used, see `uhd_kernels.varlen_cross_attention`; "auto" unless set.
+    """
+
+    CACHED_GRIDS = 64  # key tables kept, least recently used dropped: (h * w, D) each
+
+    def __init__(self, config: PerceiverConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.in_dim, self.out_dim, self.tokens_per_view = config.vision_width, config.width, config.num_latents
+        self.attention_impl = "auto"
+        width, side = config.width, math.isqrt(config.num_latents)
+        self.query = nn.Parameter(torch.empty(config.num_latents, width))
+        # A buffer, so that unfreezing a whole model does not train a table that is meant to stay fixed.
+        self.register_buffer("pos_embed", sincos_2d(width, (side, side)) if config.has_latent_table else None)
+        self.kv_proj: nn.Module = nn.Identity()
+        if config.vision_width != width:
+            self.kv_proj = nn.Linear(config.vision_width, width, bias=False)
+        self.attn = LatentAttention(width, config.num_heads)
+        self.ln_q, self.ln_kv, self.ln_post = (nn.LayerNorm(width, eps=config.eps) for _ in range(3))
+        self.proj = nn.Parameter(torch.empty(width, width))
+        self.ffn = FeedForward(config) if config.ffn_ratio else nn.Identity()
+        self.layers = nn.ModuleList(DeeperLayer(config) for _ in range(config.depth - 1))
+        self._key_tables: OrderedDict[tuple, Tensor] = OrderedDict()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As released: truncated normal 0.02 for latents and linears, N(0, 1) / sqrt(D) for the last projection."""
+        nn.init.trunc_normal_(self.query, std=0.02)
+        nn.init.normal_(self.proj, std=self.config.width**-0.5)
+        if isinstance(self.kv_proj, nn.Linear):
+            nn.init.trunc_normal_(self.kv_proj.weight, std=0.02)
+
+    @classmethod
+    def from_state_dict(
+        cls, state: Mapping[str, Tensor], *, variant: str, num_heads: int, eps: float = 1e-6
+    ) -> PerceiverResampler:
+        """Weights under the reference's names, without a prefix. Every size is read off the tensors.
+
+        Args:
+            state: name -> tensor; dtype and device of `query` become the module's. The tensors are copied.
+            variant: "paper", "minicpm-v-2.0" or "minicpm-v-2.6" (also 2.5).
+            num_heads: not visible in the weights; the releases use width // 128 (MiniCPM-V, ECCV), 8 (March 2024).
+            eps: of the LayerNorms.
+
+        Raises:
+            ValueError: names are missing or unexpected (listed), shapes disagree, or the heads do not fit the width.
+        """
+        if "query" not in state or state["query"].dim() != 2:
+            raise ValueError(f"expected 'query' of shape (Q, D) among the weights; got the names {sorted(state)}")
+        num_latents, width = state["query"].shape
+        up = state.get("ffn.up.bias")
+        deeper = {name.split(".")[1] for name in state if name.startswith("layers.")}
+        config = PerceiverConfig.preset(
+            variant,
+            width=width,
+            vision_width=state["kv_proj.weight"].shape[-1] if "kv_proj.weight" in state else width,
+            num_heads=num_heads,
+            num_latents=num_latents,
+            depth=1 + len(deeper),
+            ffn_ratio=0.0 if up is None else len(up) / width,
+            eps=eps,
+        )
+        with torch.device("meta"):  # sizes first: at LLM width an initialisation that is thrown away takes seconds
+            module = cls(config)
+        expected = module.state_dict()
+        missing, unexpected = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
+        if missing or unexpected:
+            raise ValueError(f"weights do not fit variant {variant!r}: missing {missing}, unexpected {unexpected}")
+        wrong = {name: (tuple(state[name].shape), tuple(t.shape)) for name, t in expected.items()}
+        wrong = {name: shapes for name, shapes in wrong.items() if shapes[0] != shapes[1]}
+        if wrong:
+            raise ValueError(f"weights of other shapes than their query implies, as name: (got, expected): {wrong}")
+        module = module.to_empty(device=state["query"].device).to(state["query"].dtype)
+        module.load_state_dict(state)
+        return module
+
+    def output_lengths(self, grids: Sequence[tuple[int, int]]) -> list[int]:
+        """Tokens of every view: Q, whatever the grid."""
+        return [self.tokens_per_view] * len(grids)
+
+    def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+        """Compress every view on its own.
+
+        Args:
+            features: (N, D_v), all views packed, patches row-major; dtype and device of the weights.
+            grids: V pairs (rows, columns) in patches, in the order of the views, on the host.
+
+        Returns:
+            (V, Q, D).
+
+        Raises:
+            ValueError: a grid has a side below 1, or the features do not fit the grids or D_v.
+            TypeError: the dtype is not that of the weights, outside autocast.
+        """
+        grids = check_grids(grids)
+        check_features(features, grids, self.query, self.in_dim)
+        lengths = [h * w for h, w in grids]
+        positions, offsets = self._key_positions(grids, features.device)
+        keys = {"positions": positions, "position_offsets": offsets, "impl": self.attention_impl}
+        kv = self.ln_kv(self.kv_proj(features))  # (N, D)
+        query_table = self.pos_embed if self.config.query_position else None
+        queries = self.ln_q(self.query) if query_table is None else self.ln_q(self.query) + query_table
+        x = self.ffn(self.attn(queries, kv, lengths, **keys))  # (V, Q, D)
+        for layer in self.layers:
+            x = layer(x, kv, lengths, query_table=query_table, **keys)
+        return self.ln_post(x) @ self.proj
+
+    def _key_positions(
+        self, grids: Sequence[tuple[int, int]], device: torch.device
+    ) -> tuple[Tensor | None, list[int] | None]:
+        """Tables of the distinct grids one after another (L, D), and the first row of each view's."""
+        if self.config.key_position == "none" or not grids:
+            return None, None
+        starts: dict[tuple[int, int], int] = {}
+        rows = 0
+        for h, w in dict.fromkeys(grids):
+            starts[h, w] = rows
+            rows += h * w
+        return torch.cat([self._key_table(grid, device) for grid in starts]), [starts[grid] for grid in grids]
+
+    def _key_table(self, grid_hw: tuple[int, int], device: torch.device) -> Tensor:
+        """(h * w, D) in the dtype of the weights; computed in float32, once while the cache holds it."""
+        key = (grid_hw, device, self.query.dtype)
+        if key not in self._key_tables:
+            self._key_tables[key] = self._make_key_table(grid_hw).to(device, self.query.dtype)
+        self._key_tables.move_to_end(key)
+        if len(self._key_tables) > self.CACHED_GRIDS:
+            self._key_tables.popitem(last=False)
+        return self._key_tables[key]
+
+    def _make_key_table(self, grid_hw: tuple[int, int]) -> Tensor:
+        if self.config.key_position == "direct":
+            return sincos_2d(self.config.width, grid_hw)
+        side = math.isqrt(self.config.num_latents)
+        if grid_hw == (side, side):
+            return self.pos_embed
+        table = self.pos_embed.float().T.reshape(1, self.config.width, side, side)
+        return F.interpolate(table, size=grid_hw, mode="bicubic", align_corners=False).flatten(2)[0].T.contiguous()
+
+    # A cached table follows pos_embed and the device: both of the ways to change those empty the cache.
+    def _apply(self, fn: Callable, recurse: bool = True) -> PerceiverResampler:
+        self._key_tables.clear()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args) -> None:
+        self._key_tables.clear()
+        super()._load_from_state_dict(*args)

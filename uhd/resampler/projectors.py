@@ -1,0 +1,99 @@
+"""Compressors without attention, for comparison or for those who do not want a perceiver."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from uhd.resampler.protocol import check_features, check_grids
+
+
+class MLPProjector(nn.Module):
+    """A two-layer MLP on every patch, as in LLaVA-1.5: one token a patch, nothing compressed.
+
+    Args:
+        in_dim: width of the features.
+        out_dim: width of the tokens.
+        hidden_dim: width in between; None means `out_dim`.
+    """
+
+    tokens_per_view = None  # as many as the view has patches
+
+    def __init__(self, in_dim: int, out_dim: int, *, hidden_dim: int | None = None) -> None:
+        super().__init__()
+        self.in_dim, self.out_dim = in_dim, out_dim
+        hidden_dim = out_dim if hidden_dim is None else hidden_dim
+        self.mlp = nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, out_dim))
+
+    def output_lengths(self, grids: Sequence[tuple[int, int]]) -> list[int]:
+        """Tokens of every view: rows times columns."""
+        return [h * w for h, w in check_grids(grids)]
+
+    def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+        """(N, in_dim) packed -> (N, out_dim) packed in the same order.
+
+        Raises:
+            ValueError, TypeError: see `protocol.check_grids` and `protocol.check_features`.
+        """
+        check_features(features, check_grids(grids), self.mlp[0].weight, self.in_dim)
+        return self.mlp(features)
+
+
+class PixelShuffleProjector(nn.Module):
+    """Blocks of `factor` x `factor` patches become one token: space to depth, LayerNorm, two-layer MLP.
+
+    The channels of a block are its patches one after another, row-major, each with its own channels in order; tokens
+    are row-major. Source of order and MLP: InternVL's released models (`pixel_shuffle`, `ps_version` v2).
+
+    Args:
+        in_dim: width of the features.
+        out_dim: width of the tokens.
+        factor: side of a block in patches; both sides of every grid must be multiples of it.
+    """
+
+    tokens_per_view = None  # depends on the grid
+
+    def __init__(self, in_dim: int, out_dim: int, *, factor: int = 2) -> None:
+        super().__init__()
+        if factor < 1:
+            raise ValueError(f"factor={factor}: must be at least 1")
+        self.in_dim, self.out_dim, self.factor = in_dim, out_dim, factor
+        block = in_dim * factor**2
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(block), nn.Linear(block, out_dim), nn.GELU(), nn.Linear(out_dim, out_dim)
+        )
+
+    def output_lengths(self, grids: Sequence[tuple[int, int]]) -> list[int]:
+        """Tokens of every view: its blocks.
+
+        Raises:
+            ValueError: a side of a grid is not a multiple of `factor`.
+        """
+        lengths = []
+        for view, (h, w) in enumerate(check_grids(grids)):
+            if h % self.factor or w % self.factor:
+                raise ValueError(
+                    f"grids[{view}] is {(h, w)}; both sides must be multiples of factor={self.factor}: plan slices "
+                    f"with patch sides divisible by {self.factor}, or use another compressor"
+                )
+            lengths.append((h // self.factor) * (w // self.factor))
+        return lengths
+
+    def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+        """(N, in_dim) packed -> (N / factor ** 2, out_dim) packed, views in the same order.
+
+        Raises:
+            ValueError, TypeError: see `output_lengths`, `protocol.check_grids` and `protocol.check_features`.
+        """
+        grids = check_grids(grids)
+        check_features(features, grids, self.mlp[1].weight, self.in_dim)
+        self.output_lengths(grids)
+        side = self.factor
+        blocks = [
+            rearrange(view, "(h a w b) c -> (h w) (a b c)", h=h // side, a=side, b=side)
+            for view, (h, w) in zip(features.split([h * w for h, w in grids]), grids, strict=True)
+        ]
+        return self.mlp(torch.cat(blocks) if blocks else features.reshape(0, self.mlp[1].in_features))
