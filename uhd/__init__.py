@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from uhd import resampler, schema, slicing, vision
     from uhd.batch import SliceBatch
-    from uhd.encoder import EncodedImage, VisualEncoder
-    from uhd.merge import merge_visual
+    from uhd.encoder import EncodedImage, VisualEncoder, load_tokens, save_tokens
+    from uhd.merge import assemble, merge_samples, merge_visual, separator_embeddings
     from uhd.pixels import PixelSettings
-    from uhd.schema import SpatialSchema, TokenLayout, layout
+    from uhd.schema import SpatialSchema, TokenLayout, layout, resolve_schema
     from uhd.slicing import SlicePlan, SlicingConfig, candidates, grid_score, plan, plan_many, strategies, strategy
 
 __version__ = "0.1.0"
@@ -35,11 +35,17 @@ _HOMES = {
     "SpatialSchema": "uhd.schema",
     "TokenLayout": "uhd.schema",
     "layout": "uhd.schema",
+    "resolve_schema": "uhd.schema",
     "PixelSettings": "uhd.pixels",
     "SliceBatch": "uhd.batch",
     "EncodedImage": "uhd.encoder",
     "VisualEncoder": "uhd.encoder",
+    "load_tokens": "uhd.encoder",
+    "save_tokens": "uhd.encoder",
+    "assemble": "uhd.merge",
+    "merge_samples": "uhd.merge",
     "merge_visual": "uhd.merge",
+    "separator_embeddings": "uhd.merge",
 }
 _MODULES = ("resampler", "schema", "slicing", "vision")
 

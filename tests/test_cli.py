@@ -1,0 +1,181 @@
+"""The command line as a user types it."""
+
+import io
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors import safe_open
+
+from uhd import cli
+from uhd.demo import page_image
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def page(tmp_path):
+    path = tmp_path / "page.png"
+    page_image().save(path)
+    return path
+
+
+def run(*args, capsys):
+    status = cli.main([str(arg) for arg in args])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_plan_of_sizes_and_files_as_json_lines(page, capsys):
+    status, out, _ = run("plan", "672x1008", page, "640x480", "--json", "--strategy", "llava-uhd", capsys=capsys)
+    first, second, third = map(json.loads, out.splitlines())
+    assert status == 0
+    assert (
+        first
+        == second
+        == {
+            "image_hw": [1008, 672],
+            "grid": [3, 2],
+            "slice_hw": [336, 336],
+            "overview_hw": [406, 266],
+            "views": 7,
+            "num_patches": 4007,
+            "num_tokens": 454,
+            "strategy": "llava-uhd",
+        }
+    )
+    assert (third["grid"], third["slice_hw"]) == ([2, 2], [280, 378])
+
+
+def test_plan_of_a_sizes_file_goes_on_past_bad_sizes(tmp_path, capsys):
+    sizes = tmp_path / "sizes.json"
+    sizes.write_text("[[672, 1008], [0, 5], [10.5, 3], [100, 50]]")
+    status, out, _ = run("plan", "--sizes", sizes, "--json", capsys=capsys)
+    good, zero, fraction, small = map(json.loads, out.splitlines())
+    assert status == 0
+    assert good["grid"] == [3, 2]
+    assert zero["image_hw"] == [5, 0]
+    assert "width 0" in zero["error"]
+    assert "whole numbers" in fraction["error"]
+    assert (small["grid"], small["slice_hw"], small["views"]) == (None, None, 1)
+
+
+def test_plan_equals_the_golden_sizes_line_by_line(tmp_path, capsys):
+    golden = json.loads((GOLDEN / "slices_llava_uhd.json").read_text())
+    rows = [dict(zip(golden["columns"], row, strict=True)) for row in golden["rows"]]
+    (tmp_path / "sizes.json").write_text(json.dumps([[row["w"], row["h"]] for row in rows]))
+    _, out, _ = run("plan", "--sizes", tmp_path / "sizes.json", "--strategy", "llava_uhd", "--json", capsys=capsys)
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert len(lines) == 2000
+    for row, line in zip(rows, lines, strict=True):
+        grid = [row["v1_rows"], row["v1_cols"]]
+        assert line["grid"] == (grid if any(grid) else None)
+        assert line["slice_hw"] == ([row["v1_slice_h"], row["v1_slice_w"]] if any(grid) else None)
+        assert line["overview_hw"] == [row["v1_overview_h"], row["v1_overview_w"]]
+
+
+def test_plan_in_words(capsys):
+    status, out, _ = run("plan", "672x1008", "--candidates", capsys=capsys)
+    assert status == 0
+    assert "672x1008 px (width x height)" in out
+    assert "3 rows x 2 columns of 336x336 px slices" in out
+    assert "score -0.810930" in out
+    _, out, _ = run("plan", "1008x1008", "--candidates", "--json", capsys=capsys)
+    ranked = json.loads(out)["candidates"]
+    assert [(c["grid"], c["tied"]) for c in ranked[:3]] == [([2, 3], True), ([3, 2], True), ([6, 1], False)]
+    _, out, _ = run("plan", "672x1008", "--max-tokens", "200", "--json", capsys=capsys)
+    assert json.loads(out)["num_tokens"] <= 200
+    _, out, _ = run("plan", "672x1008", "--max-slices", "2", "--json", capsys=capsys)
+    assert json.loads(out)["views"] == 3
+
+
+def test_plan_says_what_is_wrong(tmp_path, capsys):
+    status, out, _ = run("plan", "nowhere.jpg", "672x1008", capsys=capsys)
+    assert status == 1
+    assert "'nowhere.jpg' is neither a file nor a size" in out
+    assert "454 tokens" in out
+    status, _, err = run("plan", capsys=capsys)
+    assert (status, "nothing to plan" in err) == (1, True)
+    status, _, err = run("plan", "10x10", "--strategy", "llava-hd", capsys=capsys)
+    assert (status, "did you mean" in err) == (1, True)
+    (tmp_path / "bad.json").write_text('{"w": 3}')
+    status, _, err = run("plan", "--sizes", tmp_path / "bad.json", capsys=capsys)
+    assert (status, "JSON list of [width, height]" in err) == (1, True)
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG no")
+    status, _, err = run("show", tmp_path / "broken.png", "-o", tmp_path / "out.png", capsys=capsys)
+    assert (status, "broken.png" in err) == (1, True)
+
+
+def test_layout(page, capsys):
+    _, out, _ = run("layout", "672x1008", "--json", capsys=capsys)
+    want = ["s0", ",", "s1", "\n", "s2", ",", "s3", "\n", "s4", ",", "s5", "\n", "overview"]
+    assert json.loads(out) == want
+    _, out, _ = run("layout", page, "--schema", "llava-uhd-paper", "--json", capsys=capsys)
+    assert json.loads(out) == want[:-2] + ["overview"]
+    _, out, _ = run("layout", "672x1008", "--schema", "minicpm-v-2.6", capsys=capsys)
+    assert "5 separators" not in out
+    assert "</slice>\n<slice>" in out
+
+
+def test_show_writes_a_picture(page, tmp_path, capsys):
+    status, out, _ = run("show", page, "-o", tmp_path / "out.png", "--strategy", "minicpm-v", capsys=capsys)
+    assert status == 0
+    assert "2x2 slices" in out
+    with Image.open(tmp_path / "out.png") as picture:
+        assert picture.width > 900
+
+
+def test_encode_says_loudly_that_it_is_untrained(page, tmp_path, capsys):
+    status, out, err = run("encode", page, page, "-o", tmp_path / "t.safetensors", capsys=capsys)
+    assert status == 0
+    assert "tokens (448, 256)" in out
+    assert "UNTRAINED" in err
+    with safe_open(tmp_path / "t.safetensors", framework="np") as file:
+        assert "UNTRAINED" in file.metadata()["note"]
+        assert file.get_tensor("tokens").shape == (896, 256)
+        names = [image["name"] for image in json.loads(file.metadata()["images"])]
+    assert names == ["page.png", "page.png"]
+
+
+def test_encode_with_a_saved_encoder(page, tmp_path, capsys):
+    from uhd.demo import untrained_encoder
+
+    untrained_encoder(out_dim=64).save_pretrained(tmp_path / "encoder")
+    args = ("encode", page, "-o", tmp_path / "t.safetensors", "--encoder", tmp_path / "encoder")
+    status, out, err = run(*args, capsys=capsys)
+    assert (status, err) == (0, "")
+    assert "tokens (448, 64)" in out
+    with safe_open(tmp_path / "t.safetensors", framework="np") as file:
+        assert "note" not in file.metadata()
+
+
+@pytest.mark.parametrize("with_image", [False, True])
+def test_demo(with_image, tmp_path, capsys):
+    Image.fromarray(np.zeros((200, 700, 3), np.uint8)).save(tmp_path / "in.jpg")
+    inputs = [tmp_path / "in.jpg"] if with_image else []
+    status, out, _ = run("demo", *inputs, "-o", tmp_path / "demo.png", capsys=capsys)
+    assert status == 0
+    shape = "(256, 256)" if with_image else "(7, 64, 256)"
+    for part in ("1 slice", "2 encode", "3 compress", "4 lay out", "UNTRAINED", "[overview:64]"):
+        assert part in out
+    assert shape in out or with_image
+    assert (tmp_path / "demo.png").stat().st_size > 5000
+
+
+def test_a_closed_pipe_is_no_error(monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    assert cli.main(["plan", "10x20"]) == 0
+
+
+def test_plan_starts_without_torch():
+    code = "import sys; from uhd.cli import main; main(['plan', '672x1008']); print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert found.stdout.splitlines()[-1] == "False", found.stderr

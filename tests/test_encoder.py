@@ -1,0 +1,311 @@
+"""Images in, tokens and layouts out: one image or many, any part replaced, saved and loaded."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import uhd
+from uhd.demo import page_image, untrained_encoder
+from uhd.encoder import load_tokens, save_tokens
+from uhd.pixels import PixelSettings
+from uhd.resampler import MLPProjector, PerceiverConfig, PerceiverResampler, PixelShuffleProjector
+from uhd.schema import SpatialSchema
+from uhd.slicing import SlicingConfig
+from uhd.vision import ViT, ViTConfig
+
+PIXELS = PixelSettings(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+
+
+def tiny_vit(**changes):
+    fields = {"image_size": 56, "patch_size": 14, "width": 32, "depth": 2, "heads": 2, "mlp_width": 64}
+    return ViT(ViTConfig(**{**fields, "position_grid_hw": (4, 4), **changes}))
+
+
+def tiny_encoder(compressor=None, **parts):
+    torch.manual_seed(0)
+    if compressor is None:
+        compressor = PerceiverResampler(PerceiverConfig(width=24, vision_width=32, num_heads=2, num_latents=4))
+    parts.setdefault("pixels", PIXELS)
+    return uhd.VisualEncoder(parts.pop("vision", None) or tiny_vit(), compressor, **parts).eval()
+
+
+def noise(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+IMAGES = [noise(100, 60), noise(30, 200, 1), noise(20, 11, 2), noise(168, 112, 3)]
+
+
+def test_tokens_and_layout_of_every_image():
+    encoder = tiny_encoder()
+    encoded = encoder(IMAGES)
+    for pixels, image in zip(IMAGES, encoded, strict=True):
+        assert image.plan == uhd.plan(pixels.shape[:2], encoder.slicing)
+        assert image.tokens.shape == (image.plan.num_visual_tokens, 24)
+        assert image.layout.num_tokens == image.plan.num_tokens
+        assert [view.shape for view in image.views] == [(4, 24)] * image.plan.num_views
+    assert encoded[3].plan.grid == (3, 2)
+    assert encoded[3].layout.symbols == (
+        "s0",
+        ",",
+        "s1",
+        "\n",
+        "s2",
+        ",",
+        "s3",
+        "\n",
+        "s4",
+        ",",
+        "s5",
+        "\n",
+        "overview",
+    )
+
+
+def test_a_batch_equals_its_images_alone():
+    encoder = tiny_encoder()
+    with torch.no_grad():
+        together = encoder(IMAGES)
+        alone = [encoder([image])[0] for image in IMAGES]
+        prepared = encoder(encoder.prepare(IMAGES))
+        normalized = encoder(encoder.prepare(IMAGES).normalized(PIXELS))
+    for a, b, c, d in zip(together, alone, prepared, normalized, strict=True):
+        assert torch.allclose(a.tokens, b.tokens, atol=1e-6)
+        assert torch.equal(a.tokens, c.tokens)
+        assert torch.equal(a.tokens, d.tokens)
+
+
+def test_tokens_are_those_of_the_parts_applied_by_hand():
+    """A slice's tokens equal encoding that rectangle of the resized canvas by itself."""
+    encoder = tiny_encoder()
+    image = Image.fromarray(noise(168, 112))
+    mean, std = (torch.tensor(values)[:, None, None] for values in PIXELS.mean_std())
+    with torch.no_grad():
+        found = encoder([image])[0]
+        box = found.plan.views[3].box
+        assert found.plan.canvases[0].size_hw == (168, 112)  # so that no resize is involved
+        crop = torch.from_numpy(np.asarray(image)[box.top : box.bottom, box.left : box.right].copy())
+        scaled = (crop.permute(2, 0, 1) / 255 - mean) / std
+        patches = nn.functional.unfold(scaled[None], 14, stride=14)[0].T
+        grid = found.plan.views[3].patches_hw
+        want = encoder.compressor(encoder.vision(patches, [grid]), [grid])[0]
+    assert torch.allclose(found.views[3], want, atol=1e-5)
+
+
+def test_no_images_give_no_tokens():
+    assert tiny_encoder()([]) == []
+
+
+def test_gradients_reach_every_part():
+    encoder = tiny_encoder().train()
+    loss = sum(image.tokens.pow(2).sum() for image in encoder(IMAGES[:2]))
+    loss.backward()
+    silent = [
+        name for name, p in encoder.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
+    ]
+    # the key projection's bias shifts all logits of a query alike, so softmax removes it
+    assert [name for name in silent if "bias" not in name] == []
+
+
+@pytest.mark.parametrize(
+    "compressor",
+    [
+        PerceiverResampler(
+            PerceiverConfig(width=24, vision_width=32, num_heads=2, num_latents=9, depth=2, ffn_ratio=2)
+        ),
+        MLPProjector(32, 24),
+        PixelShuffleProjector(32, 24, factor=2),
+    ],
+    ids=["perceiver", "mlp", "pixel_shuffle"],
+)
+def test_save_and_load(compressor, tmp_path):
+    slicing = SlicingConfig(image_size=56, patch_size=14, max_slices=4, merge=getattr(compressor, "factor", 1))
+    encoder = tiny_encoder(compressor, slicing=slicing, schema="minicpm-v-2.5")
+    encoder.save_pretrained(tmp_path)
+    again = uhd.VisualEncoder.from_pretrained(tmp_path)
+    assert (again.slicing, again.schema, again.pixels) == (encoder.slicing, encoder.schema, encoder.pixels)
+    with torch.no_grad():
+        for a, b in zip(encoder(IMAGES), again(IMAGES), strict=True):
+            assert torch.equal(a.tokens, b.tokens)
+            assert a.layout == b.layout
+    assert {path.name for path in tmp_path.iterdir()} == {"uhd_encoder.json", "model.safetensors"}
+    half = encoder.to(torch.bfloat16)
+    half.save_pretrained(tmp_path)
+    assert next(uhd.VisualEncoder.from_pretrained(tmp_path).parameters()).dtype == torch.bfloat16
+
+
+class PatchMeans(nn.Module):
+    """A caller's own vision part: no ViT, no parameters, only what the protocol asks for."""
+
+    patch_size = 14
+
+    def forward(self, patches, grids):
+        return patches.unflatten(1, (3, -1)).mean(2)
+
+
+class FirstPatch(nn.Module):
+    """A caller's own compressor: one token a view."""
+
+    tokens_per_view = 1
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, features, grids):
+        starts = np.cumsum([0, *(h * w for h, w in grids[:-1])])
+        return features[starts][:, None] * self.scale
+
+
+def test_any_part_may_be_the_callers_own(tmp_path):
+    encoder = uhd.VisualEncoder(PatchMeans(), FirstPatch(), slicing="llava-uhd", pixels=PIXELS)
+    image = encoder([noise(700, 400)])[0]
+    assert image.tokens.shape == (image.plan.num_views, 3)
+    encoder.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="saved with a vision of class .*PatchMeans: build it and pass vision="):
+        uhd.VisualEncoder.from_pretrained(tmp_path)
+    again = uhd.VisualEncoder.from_pretrained(tmp_path, vision=PatchMeans(), compressor=FirstPatch())
+    assert torch.equal(again([noise(700, 400)])[0].tokens, image.tokens)
+
+
+def test_a_whole_tower_goes_in():
+    """A convolutional backbone has its own stride; counts follow its output grid."""
+    import timm
+
+    from uhd.vision import VisionTower
+
+    torch.manual_seed(0)
+    net = timm.create_model("test_convnext", pretrained=False, num_classes=0)
+    tower = VisionTower(net, patch_size=32, out_dim=net.num_features, image_size=224)
+    compressor = PerceiverResampler(PerceiverConfig(width=24, vision_width=tower.out_dim, num_heads=2, num_latents=4))
+    encoder = uhd.VisualEncoder(tower, compressor, pixels=PixelSettings.from_timm(net)).eval()
+    image = encoder([noise(500, 300)])[0]
+    assert encoder.slicing.patch_size == 32
+    assert image.tokens.shape == (image.plan.num_visual_tokens, 24)
+
+
+def test_from_a_hugging_face_vision_model(tmp_path):
+    """A CLIP folder brings weights, layer and normalisation; the width is the language model's."""
+    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=56, patch_size=14
+    )
+    model = CLIPVisionModel(config).eval()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="preprocessor"):
+        uhd.VisualEncoder.from_pretrained(tmp_path, out_dim=24)
+    CLIPImageProcessorPil().save_pretrained(tmp_path)
+    encoder = uhd.VisualEncoder.from_pretrained(tmp_path, out_dim=24)
+    assert (encoder.slicing.image_size, encoder.slicing.patch_size, encoder.out_dim) == (56, 14, 24)
+    assert encoder.pixels.mean_std()[0] == pytest.approx((0.48145466, 0.4578275, 0.40821073))
+    from_model = uhd.VisualEncoder.from_pretrained(model, compressor=encoder.compressor, pixels=encoder.pixels)
+    with torch.no_grad():
+        for a, b in zip(encoder(IMAGES), from_model(IMAGES), strict=True):
+            assert torch.equal(a.tokens, b.tokens)
+    with pytest.raises(ValueError, match="needs out_dim"):
+        uhd.VisualEncoder.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="does not tell its mean and std"):
+        uhd.VisualEncoder.from_pretrained(model, out_dim=24)
+
+
+def test_slicing_follows_the_backbone():
+    encoder = tiny_encoder()
+    assert encoder.slicing == SlicingConfig.preset("llava-uhd-safe").for_vision(image_size=56, patch_size=14).replace(
+        tokens_per_view=4
+    )
+    with pytest.raises(ValueError, match=r"for_vision\(image_size=56, patch_size=14\)"):
+        tiny_encoder(slicing="llava-uhd")
+    other = tiny_encoder(slicing="minicpm-v", check_image_size=False, vision=tiny_vit(image_size=None))
+    assert other.slicing.image_size == 448
+    batch = uhd.SliceBatch.from_images([noise(64, 48)], [uhd.plan((64, 48), SlicingConfig(patch_size=16))])
+    with pytest.raises(ValueError, match="planned for patch_size=16, the vision encoder has 14"):
+        encoder(batch)
+
+
+def test_counts_follow_the_schema_and_the_compressor():
+    encoder = tiny_encoder(schema="minicpm-v-2.6", slicing=SlicingConfig(image_size=56, patch_size=14))
+    image = encoder([noise(100, 60)])[0]
+    assert encoder.schema == SpatialSchema.preset("minicpm-v-2.6")
+    assert image.layout.num_tokens == image.plan.num_tokens
+    assert image.plan.num_visual_tokens == 4 * image.plan.num_views
+
+
+def test_parts_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match="width 32, the compressor takes 48"):
+        tiny_encoder(MLPProjector(48, 24))
+    with pytest.raises(ValueError, match="mean"):
+        tiny_encoder(pixels=PixelSettings())
+    shuffle = tiny_encoder(
+        PixelShuffleProjector(32, 24, factor=2), slicing=SlicingConfig(image_size=56, patch_size=14)
+    )
+    with pytest.raises(ValueError, match="multiples of factor=2"):
+        shuffle([noise(100, 60)])
+
+    class Half(nn.Module):
+        tokens_per_view = 4
+
+        def forward(self, features, grids):
+            return features.new_zeros(len(grids), 2, 8)
+
+    with pytest.raises(ValueError, match=r"image 0, view 0 .* the plan counts 4 tokens, the compressor gave 2"):
+        tiny_encoder(Half())([noise(100, 60)])
+
+    class Strided(PatchMeans):
+        def forward(self, patches, grids):
+            return super().forward(patches, grids)[::2]
+
+    with pytest.raises(ValueError, match="needs output_grids"):
+        uhd.VisualEncoder(Strided(), FirstPatch(), pixels=PIXELS)([noise(100, 60)])
+
+
+@pytest.mark.parametrize("image", ["photo.jpg", noise(4, 6), Image.new("RGB", (4, 6))], ids=["path", "array", "pil"])
+def test_one_image_must_be_in_a_list(image):
+    with pytest.raises(TypeError, match="wrap it in a list"):
+        tiny_encoder()(image)
+
+
+def test_a_missing_weight_is_named(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    encoder = tiny_encoder()
+    encoder.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights.pop("compressor.query")
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"missing \['compressor.query'\]"):
+        uhd.VisualEncoder.from_pretrained(tmp_path)
+    config = json.loads((tmp_path / "uhd_encoder.json").read_text())
+    (tmp_path / "uhd_encoder.json").write_text(json.dumps({**config, "format": 2}))
+    with pytest.raises(ValueError, match="format 2"):
+        uhd.VisualEncoder.from_pretrained(tmp_path)
+
+
+def test_token_files_round_trip(tmp_path):
+    encoder = tiny_encoder()
+    with torch.no_grad():
+        encoded = encoder(IMAGES)
+    save_tokens(tmp_path / "t.safetensors", encoded, schema=encoder.schema, note="a note")
+    for a, b in zip(encoded, load_tokens(tmp_path / "t.safetensors"), strict=True):
+        assert torch.equal(a.tokens, b.tokens)
+        assert (a.plan, a.layout) == (b.plan, b.layout)
+    encoder.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="not written by `uhd encode`"):
+        load_tokens(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="no images"):
+        save_tokens(tmp_path / "t.safetensors", [], schema=encoder.schema)
+
+
+def test_the_untrained_encoder_is_the_same_every_time():
+    state = torch.random.get_rng_state()
+    with torch.no_grad():
+        first, second, other = (untrained_encoder(seed=seed)([page_image()])[0].tokens for seed in (0, 0, 1))
+    assert torch.equal(first, second)
+    assert not torch.allclose(first, other)
+    assert first.shape == (448, 256)
+    assert torch.equal(state, torch.random.get_rng_state())

@@ -1,0 +1,130 @@
+"""What ``uhd demo`` shows: a page drawn on the spot, and a small encoder with seeded, untrained weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from PIL import Image, ImageDraw, ImageFont
+
+if TYPE_CHECKING:
+    from uhd.encoder import VisualEncoder
+
+UNTRAINED = "UNTRAINED weights (seeded random numbers): shapes and counts are real, the tokens mean nothing"
+
+_Result = TypeVar("_Result")
+
+_INK, _ACCENT = (34, 36, 42), (38, 110, 104)
+_TEXT = (
+    "A page is taller than it is wide. A square encoder has",
+    "to squeeze it or to pad it, and small print is lost.",
+    "Cut at its own aspect ratio, every line stays readable.",
+)
+_TABLE = (
+    ("Region", "Q1", "Q2", "Q3"),
+    ("North", "412", "436", "471"),
+    ("South", "298", "305", "331"),
+    ("East", "187", "192", "204"),
+    ("West", "256", "243", "270"),
+)
+
+
+def page_image(width: int = 672, height: int = 1008) -> Image.Image:
+    """A page with a headline, text, a table and (where there is room) a chart, drawn with Pillow's own font.
+
+    The same every time. ``width`` and ``height`` are px, at least 200 each.
+    """
+    if min(width, height) < 200:
+        raise ValueError(f"a page needs sides of at least 200 px, got width {width}, height {height}")
+    page = Image.new("RGB", (width, height), (250, 249, 245))
+    pen = ImageDraw.Draw(page)
+    unit = min(width, height * 2 // 3)
+    margin, step, body = unit // 14, unit // 26, ImageFont.load_default(unit // 38)
+    y = margin
+    pen.text((margin, y), "Quarterly report", fill=_INK, font=ImageFont.load_default(unit // 15))
+    y += unit // 9
+    pen.line((margin, y, width - margin, y), fill=_ACCENT, width=max(unit // 168, 1))
+    y += unit // 28
+    for line in _TEXT:
+        pen.text((margin, y), line, fill=_INK, font=body)
+        y += step
+    y += step
+    columns = [margin + i * (width - 2 * margin) // 4 for i in range(4)]
+    for number, row in enumerate(_TABLE):
+        if number % 2 == 0:
+            pen.rectangle((margin, y - 4, width - margin, y + step - 4), fill=(236, 233, 224))
+        for left, cell in zip(columns, row, strict=True):
+            pen.text((left + 8, y), cell, fill=_INK if number else _ACCENT, font=body)
+        y += step + 6
+    bottom = height - 2 * margin
+    if bottom - y > 4 * step:
+        _draw_chart(pen, (margin, y + step, width - margin, bottom), body)
+    return page
+
+
+def _draw_chart(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], font: ImageFont.ImageFont) -> None:
+    left, top, right, bottom = box
+    values = [int(cell) for row in _TABLE[1:] for cell in row[1:]]
+    bar = (right - left) // len(values)
+    for number, value in enumerate(values):
+        start = left + number * bar
+        pen.rectangle((start + 4, bottom - value * (bottom - top) // 480, start + bar - 4, bottom), fill=_ACCENT)
+    pen.line((left, bottom, right, bottom), fill=_INK, width=3)
+    pen.text((left, bottom + 12), "Sales by region and quarter, thousands", fill=_INK, font=font)
+
+
+def untrained_encoder(*, seed: int = 0, out_dim: int = 256) -> VisualEncoder:
+    """A small :class:`uhd.VisualEncoder` (4 ViT layers of width 192, 64 latents) with seeded random weights.
+
+    It shows shapes, counts and speed; its tokens mean nothing. The caller's random state is left as it was.
+    """
+    import torch
+
+    from uhd.encoder import VisualEncoder
+    from uhd.pixels import PixelSettings
+    from uhd.resampler import PerceiverConfig, PerceiverResampler
+    from uhd.vision import ViT, ViTConfig
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vision = ViT(
+            ViTConfig(
+                image_size=336, patch_size=14, width=192, depth=4, heads=3, mlp_width=768, position_grid_hw=(24, 24)
+            )
+        )
+        compressor = PerceiverResampler(PerceiverConfig(width=out_dim, vision_width=192, num_heads=2))
+    pixels = PixelSettings(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    return VisualEncoder(vision, compressor, pixels=pixels).eval()
+
+
+def run(image: Any, *, encoder: VisualEncoder, say: Callable[[str], None]) -> None:
+    """Take one image through the four parts and ``say`` what comes out of each, with shapes and times."""
+    import torch
+
+    from uhd.batch import normalize
+    from uhd.pixels import load_image
+    from uhd.schema import layout
+    from uhd.slicing import candidates
+
+    def timed(call: Callable[[], _Result]) -> tuple[_Result, str]:
+        start = time.perf_counter()
+        return call(), f"{(time.perf_counter() - start) * 1e3:8.1f} ms"
+
+    image = load_image(image, settings=encoder.pixels)
+    image_hw = (image.height, image.width)
+    plan, seconds = timed(lambda: encoder.plan(image_hw))
+    say(f"1 slice     {seconds}   {plan}")
+    for candidate in candidates(image_hw, encoder.slicing)[:3]:
+        say(f"{'':24}considered {candidate.grid[0]}x{candidate.grid[1]}, score {candidate.score:.3f}")
+    batch, seconds = timed(lambda: encoder.prepare([image]))
+    say(f"  cut       {seconds}   {image_hw} -> patches {tuple(batch.patches.shape)} {batch.patches.dtype}")
+    with torch.inference_mode():
+        patches = normalize(batch.patches, encoder.pixels)
+        features, seconds = timed(lambda: encoder.vision(patches, batch.grids))
+        say(f"2 encode    {seconds}   {tuple(patches.shape)} -> features {tuple(features.shape)}")
+        tokens, seconds = timed(lambda: encoder.compressor(features, batch.grids))
+        say(f"3 compress  {seconds}   {tuple(features.shape)} -> tokens {tuple(tokens.shape)} (views, latents, width)")
+    laid, seconds = timed(lambda: layout(plan, encoder.schema))
+    say(f"4 lay out   {seconds}   {laid.num_tokens} positions for the language model:")
+    say(f"{'':24}{laid.text()!r}")

@@ -1,0 +1,249 @@
+"""Visual tokens into a language model's embeddings: pure, differentiable, and counted before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from uhd.schema import SeparatorIds, TokenLayout
+
+IGNORE = -100
+"""Label that PyTorch's cross entropy leaves out."""
+
+
+def merge_visual(embeds: Tensor, mask: Tensor, visual: Tensor, *, counts: Sequence[int] | None = None) -> Tensor:
+    """Write visual rows, in order, to the masked positions of a copy of ``embeds``.
+
+    Args:
+        embeds: (B, T, D), any float dtype.
+        mask: (B, T) bool, True where a visual row goes: row-major, anywhere, in any number of runs, also none. A
+            mask on the CPU is counted there; one on an accelerator costs a sync.
+        visual: (M, D), M the number of masked positions. It is cast and moved to the dtype and device of ``embeds``.
+        counts: Visual rows meant for each batch row. Without them, rows that swap a position go unnoticed: only the
+            total is compared.
+
+    Returns:
+        (B, T, D) in the dtype of ``embeds``; gradients reach ``visual`` and the unmasked part of ``embeds``.
+
+    Raises:
+        ValueError: Shapes or the mask's dtype do not fit, or the counts differ; both counts are in the message.
+    """
+    if embeds.ndim != 3 or mask.shape != embeds.shape[:2] or mask.dtype != torch.bool:
+        raise ValueError(
+            "expected embeds (B, T, D) and a bool mask (B, T), "
+            f"got embeds {tuple(embeds.shape)} and mask {tuple(mask.shape)} of {mask.dtype}"
+        )
+    if visual.ndim != 2 or visual.shape[1] != embeds.shape[2]:
+        raise ValueError(f"expected visual (M, {embeds.shape[2]}), the width of embeds, got {tuple(visual.shape)}")
+    if counts is not None and mask.sum(1).tolist() != list(counts):
+        raise ValueError(f"masked positions of each row: {mask.sum(1).tolist()}, visual rows meant: {list(counts)}")
+    # the gradient of index_copy gathers by position; that of masked_scatter would count the mask again
+    positions = mask.flatten().nonzero().squeeze(1)
+    if len(positions) != len(visual):
+        raise ValueError(
+            f"{len(positions)} masked positions but {len(visual)} visual rows; positions of each batch row: "
+            f"{mask.sum(1).tolist()}"
+        )
+    positions = positions.to(embeds.device, non_blocking=positions.device.type == "cpu")
+    merged = embeds.flatten(0, 1).index_copy(0, positions, visual.to(embeds))
+    return merged.view(embeds.shape)
+
+
+def assemble(
+    view_tokens: Tensor | Sequence[Tensor], layout: TokenLayout, separator_embeddings: Mapping[str, Tensor]
+) -> Tensor:
+    """One image's rows of the language model's sequence: its views and separators, as the layout orders them.
+
+    Args:
+        view_tokens: In the order of ``plan.views``: (V, Q, D), or packed (sum of tokens, D), or V tensors (tokens, D).
+        layout: The image's layout.
+        separator_embeddings: Symbol -> (D,), for every symbol of the layout that is no view. They are cast and moved
+            to the dtype and device of the views.
+
+    Returns:
+        (layout.num_tokens, D) in the dtype of the views; gradients reach views and separators.
+
+    Raises:
+        ValueError: The number or width of views, tokens or separators does not fit the layout.
+    """
+    views = _split_views(view_tokens, layout)
+    width = views[0].shape[-1]
+    separators: dict[str, Tensor] = {}
+    for symbol in (entry.symbol for entry in layout.entries if entry.view is None):
+        if symbol not in separator_embeddings:
+            raise ValueError(f"no embedding for the symbol {symbol!r}; there are {sorted(separator_embeddings)}")
+        if separator_embeddings[symbol].shape != (width,):
+            raise ValueError(
+                f"the embedding of {symbol!r} must be ({width},) as the views, "
+                f"got {tuple(separator_embeddings[symbol].shape)}"
+            )
+        separators.setdefault(symbol, separator_embeddings[symbol].to(views[0]).unsqueeze(0))
+    return torch.cat([separators[e.symbol] if e.view is None else views[e.view] for e in layout.entries])
+
+
+def separator_embeddings(
+    embed: Callable[[Tensor], Tensor], ids: Mapping[str, SeparatorIds], *, device: torch.device | str | None = None
+) -> dict[str, Tensor]:
+    """Embed resolved separators with the language model's own input embedding.
+
+    The module is called, its weight never indexed: scaled embeddings (Gemma) do their scaling in the call.
+
+    Args:
+        embed: ``lm.get_input_embeddings()``, or any function (1, N) int64 -> (1, N, D).
+        ids: From :func:`uhd.schema.resolve_schema`; the mean is taken over several ids of one symbol.
+        device: Of the ids; ``None`` is the module's, the CPU for a plain function.
+
+    Returns:
+        Symbol -> (D,), differentiable.
+    """
+    if not ids:
+        return {}
+    if device is None and isinstance(embed, nn.Module):
+        device = next((parameter.device for parameter in embed.parameters()), None)
+    flat = torch.tensor([list(chain.from_iterable(found.ids for found in ids.values()))], device=device)
+    vectors = embed(flat)[0].split([len(found.ids) for found in ids.values()])
+    return {symbol: part.mean(0) for symbol, part in zip(ids, vectors, strict=True)}
+
+
+@dataclass(frozen=True)
+class MergedBatch:
+    """A padded batch, ready for ``lm(inputs_embeds=..., attention_mask=..., position_ids=..., labels=...)``.
+
+    Attributes:
+        inputs_embeds: (B, T, D).
+        attention_mask: (B, T) int64, 0 at padding.
+        position_ids: (B, T) int64, 0, 1, ... along each row's own tokens, 0 at padding.
+        labels: (B, T) int64, -100 at visual positions and padding.
+        input_ids: (B, T) int64, the pad token at visual positions and padding.
+        visual_mask: (B, T) bool, True at visual positions.
+    """
+
+    inputs_embeds: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    input_ids: Tensor
+    visual_mask: Tensor
+
+
+def merge_samples(
+    input_ids: Sequence[Sequence[int] | Tensor],
+    images: Sequence[Sequence[Tensor]],
+    *,
+    embed: Callable[[Tensor], Tensor],
+    image_token_id: int,
+    pad_token_id: int,
+    labels: Sequence[Sequence[int] | Tensor] | None = None,
+    padding_side: str = "right",
+    device: torch.device | str | None = None,
+) -> MergedBatch:
+    """Build a padded batch from rows of text in which one placeholder stands for each image. Nothing is truncated.
+
+    Args:
+        input_ids: B rows of ids; a row without placeholders is text alone and takes no image.
+        images: For every row its images in order, each (tokens, D) as :func:`assemble` gives them.
+        embed: ``lm.get_input_embeddings()``, or any function (B, T) int64 -> (B, T, D). It is called once.
+        image_token_id: The placeholder. It is never embedded.
+        pad_token_id: An id that ``embed`` knows, for padding and below the images.
+        labels: B rows as long as those of ``input_ids``; ``None`` takes the ids. A placeholder's label is not used.
+        padding_side: ``"right"`` for training, ``"left"`` for generation.
+        device: Of the batch; ``None`` is that of the first image, or of the first row of ids, or the CPU.
+
+    Returns:
+        The batch; ``inputs_embeds`` has the dtype that ``embed`` gives.
+
+    Raises:
+        ValueError: There are no rows, a row and its images or labels differ in number (the message names the row and
+            both numbers), an image is not (tokens, D), or a setting is unknown.
+    """
+    if padding_side not in ("right", "left"):
+        raise ValueError(f"padding_side must be 'right' or 'left', got {padding_side!r}")
+    if not len(input_ids) or len(images) != len(input_ids):
+        raise ValueError(
+            f"got {len(input_ids)} rows of ids and images for {len(images)}: need as many, and at least one"
+        )
+    rows = [_as_list(row) for row in input_ids]
+    targets = rows if labels is None else [_as_list(row) for row in labels]
+    if len(targets) != len(rows):
+        raise ValueError(f"got {len(rows)} rows of ids and {len(targets)} rows of labels")
+    spread = [
+        _spread_row(row, ids, target, pictures, image_token_id, pad_token_id)
+        for row, (ids, target, pictures) in enumerate(zip(rows, targets, images, strict=True))
+    ]
+    flat = [picture for pictures in images for picture in pictures]
+    if device is None:
+        device = next((item.device for item in [*flat, *input_ids] if isinstance(item, Tensor)), None)
+    ids, targets, visual = zip(*spread, strict=True)
+    ids = _padded(ids, pad_token_id, padding_side).to(device)
+    mask = _padded(visual, 0, padding_side).bool()
+    embeds = embed(ids)
+    widths = sorted({picture.shape[1] for picture in flat})
+    if widths not in ([], [embeds.shape[-1]]):
+        raise ValueError(f"images are {widths} wide, embed gives {embeds.shape[-1]}: their widths must be equal")
+    tokens = torch.cat(flat) if flat else embeds.new_zeros(0, embeds.shape[-1])
+    return MergedBatch(
+        inputs_embeds=merge_visual(embeds, mask, tokens),
+        attention_mask=_padded([[1] * len(row) for row in visual], 0, padding_side).to(ids.device),
+        position_ids=_padded([list(range(len(row))) for row in visual], 0, padding_side).to(ids.device),
+        labels=_padded(targets, IGNORE, padding_side).to(ids.device),
+        input_ids=ids,
+        visual_mask=mask.to(ids.device),
+    )
+
+
+def _padded(rows: Sequence[list[int]], fill: int, side: str) -> Tensor:
+    length = max(map(len, rows))
+    gaps = [[fill] * (length - len(row)) for row in rows]
+    pairs = zip(gaps, rows, strict=True) if side == "left" else zip(rows, gaps, strict=True)
+    return torch.tensor([before + after for before, after in pairs], dtype=torch.long)
+
+
+def _spread_row(
+    row: int, ids: list[int], labels: list[int], images: Sequence[Tensor], image_token_id: int, pad_token_id: int
+) -> tuple[list[int], list[int], list[int]]:
+    """(ids, labels, 1 where visual) of one row after every placeholder got its image's length."""
+    if ids.count(image_token_id) != len(images):
+        raise ValueError(
+            f"row {row} has {ids.count(image_token_id)} placeholders (id {image_token_id}) and {len(images)} images"
+        )
+    if len(labels) != len(ids):
+        raise ValueError(f"row {row} has {len(ids)} ids and {len(labels)} labels")
+    for place, image in enumerate(images):
+        if image.ndim != 2:
+            raise ValueError(f"image {place} of row {row} must be (tokens, D), got {tuple(image.shape)}")
+    lengths = iter([len(image) for image in images])
+    out: tuple[list[int], list[int], list[int]] = ([], [], [])
+    for token, label in zip(ids, labels, strict=True):
+        visual = token == image_token_id
+        count = next(lengths) if visual else 1
+        for part, value in zip(out, (pad_token_id, IGNORE, 1) if visual else (token, label, 0), strict=True):
+            part.extend([value] * count)
+    return out
+
+
+def _split_views(view_tokens: Tensor | Sequence[Tensor], layout: TokenLayout) -> Sequence[Tensor]:
+    """Every view's (tokens, D), checked against the layout."""
+    wanted = list(layout.tokens_per_view)
+    if isinstance(view_tokens, Tensor) and view_tokens.ndim == 2:
+        if len(view_tokens) != sum(wanted):
+            raise ValueError(
+                f"the layout has {sum(wanted)} visual tokens {wanted}, got {len(view_tokens)} packed rows"
+            )
+        return view_tokens.split(wanted)
+    views = list(view_tokens)
+    got = [tuple(view.shape) for view in views]
+    if any(len(shape) != 2 or shape[1] != got[0][1] for shape in got):
+        raise ValueError(f"every view must be (tokens, D) with the same D, got {got}")
+    if [shape[0] for shape in got] != wanted:
+        raise ValueError(
+            f"the layout has {len(wanted)} views of {wanted} tokens, got {len(got)} of {[s[0] for s in got]}"
+        )
+    return views
+
+
+def _as_list(row: Sequence[int] | Tensor) -> list[int]:
+    return row.tolist() if isinstance(row, Tensor) else list(row)
