@@ -79,6 +79,7 @@ TIMM_MODELS = {
     "timm registers": partial(timm_vit, reg_tokens=3, init_values=1e-5, no_embed_class=True),
     "timm embedded registers": partial(timm_vit, reg_tokens=2),
     "timm clip": partial(timm_vit, pre_norm=True, act_layer="quick_gelu", norm_layer=partial(nn.LayerNorm, eps=1e-5)),
+    "timm tanh": partial(timm_vit, act_layer=partial(nn.GELU, approximate="tanh")),
     "timm no qkv bias": partial(timm_vit, qkv_bias=False, num_classes=0),
     "timm giant": partial(timm_vit, mlp_layer=SwiGLUPacked, act_layer=nn.SiLU, init_values=1e-5),
     "timm rectangular": partial(timm_vit, img_size=(P * 3, P * 8)),

@@ -284,12 +284,10 @@ class ViT(nn.Module):
             self.clear_position_cache()
             self._position_stamp = (table, state)
         tables = {}
-        # Normal tensors even under inference mode: the same cache may serve a call that trains other parts.
-        with torch.inference_mode(False), torch.no_grad():
-            for grid in dict.fromkeys(grids):
-                cached = self._position_cache.pop(grid, None)
-                tables[grid] = self.position_embedding(grid).detach() if cached is None else cached
-                self._position_cache[grid] = tables[grid]
+        for grid in dict.fromkeys(grids):
+            cached = self._position_cache.pop(grid, None)
+            tables[grid] = self.position_embedding(grid) if cached is None else cached
+            self._position_cache[grid] = tables[grid]
         while len(self._position_cache) > _CACHED_GRIDS:
             self._position_cache.popitem(last=False)
         return torch.cat([tables[grid] for grid in grids])

@@ -367,9 +367,7 @@ def _config_from_timm(model: nn.Module) -> ViTConfig:
     first, embed = model.blocks[0], model.patch_embed
     norms = [model.norm_pre, *(n for block in model.blocks for n in (block.norm1, block.norm2)), model.norm]
     norms = [norm for norm in norms if not isinstance(norm, nn.Identity)]
-    if len({(isinstance(norm, nn.LayerNorm), norm.eps) for norm in norms}) != 1 or not isinstance(
-        norms[0], nn.LayerNorm
-    ):
+    if not all(isinstance(norm, nn.LayerNorm) for norm in norms) or len({norm.eps for norm in norms}) != 1:
         raise ValueError(f"all norms must be LayerNorm with one eps; got {norms}. {_USE_TOWER}")
     image_hw, patch = embed.img_size, _square(embed.patch_size, "patch_size")
     activation, mlp_width = _timm_mlp(model.blocks)
@@ -388,7 +386,7 @@ def _config_from_timm(model: nn.Module) -> ViTConfig:
         num_registers=model.num_reg_tokens,
         patch_bias=embed.proj.bias is not None,
         qkv_bias=first.attn.qkv.bias is not None,
-        layer_scale=float(first.ls1.init_values) if hasattr(first.ls1, "gamma") else None,
+        layer_scale=float(getattr(first.ls1, "init_values", 1.0)) if hasattr(first.ls1, "gamma") else None,
         pre_norm=isinstance(model.norm_pre, nn.LayerNorm),
         final_norm=isinstance(model.norm, nn.LayerNorm),
         position_grid_hw=tuple(embed.grid_size) if model.pos_embed is not None else None,
