@@ -58,7 +58,8 @@ with torch.inference_mode():
     ids = resolve_schema(tokenizer, encoder.schema)
     rows = assemble(image.tokens.to(lm.dtype), image.layout, separator_embeddings(embed, ids))
     # -1 is no token: it marks where the image goes
-    prompt = [-1, *tokenizer.encode(args.question, add_special_tokens=False)]
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    prompt = [*start, -1, *tokenizer.encode(args.question, add_special_tokens=False)]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     batch = merge_samples([prompt], [[rows]], embed=embed, image_token_id=-1, pad_token_id=pad, padding_side="left")
     answer = lm.generate(

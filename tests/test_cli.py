@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from uhd import cli
 from uhd.demo import page_image
+from uhd.slicing import PRESETS
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -82,7 +83,7 @@ def test_plan_in_words(capsys):
     status, out, _ = run("plan", "672x1008", "--candidates", capsys=capsys)
     assert status == 0
     assert "672x1008 px (width x height)" in out
-    assert "3 rows x 2 columns of 336x336 px slices" in out
+    assert "3 x 2 (rows x columns) slices of 336x336 px, overview 266x406 px" in out
     assert "score -0.810930" in out
     _, out, _ = run("plan", "1008x1008", "--candidates", "--json", capsys=capsys)
     ranked = json.loads(out)["candidates"]
@@ -93,10 +94,10 @@ def test_plan_in_words(capsys):
     assert json.loads(out)["views"] == 3
 
 
-def test_plan_says_what_is_wrong(tmp_path, capsys):
+def test_plan_says_what_is_wrong(page, tmp_path, capsys):
     status, out, _ = run("plan", "nowhere.jpg", "672x1008", capsys=capsys)
     assert status == 1
-    assert "'nowhere.jpg' is neither a file nor a size" in out
+    assert "'nowhere.jpg' is neither an image file nor a size" in out
     assert "454 tokens" in out
     status, _, err = run("plan", capsys=capsys)
     assert (status, "nothing to plan" in err) == (1, True)
@@ -104,6 +105,8 @@ def test_plan_says_what_is_wrong(tmp_path, capsys):
     assert (status, "did you mean" in err) == (1, True)
     (tmp_path / "bad.json").write_text('{"w": 3}')
     status, _, err = run("plan", "--sizes", tmp_path / "bad.json", capsys=capsys)
+    assert (status, "JSON list of [width, height]" in err) == (1, True)
+    status, _, err = run("plan", "--sizes", page, capsys=capsys)
     assert (status, "JSON list of [width, height]" in err) == (1, True)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG no")
     status, _, err = run("show", tmp_path / "broken.png", "-o", tmp_path / "out.png", capsys=capsys)
@@ -117,14 +120,23 @@ def test_layout(page, capsys):
     _, out, _ = run("layout", page, "--schema", "llava-uhd-paper", "--json", capsys=capsys)
     assert json.loads(out) == want[:-2] + ["overview"]
     _, out, _ = run("layout", "672x1008", "--schema", "minicpm-v-2.6", capsys=capsys)
-    assert "5 separators" not in out
+    assert "334 positions: 320 visual tokens + 14 separators" in out
     assert "</slice>\n<slice>" in out
+
+
+@pytest.mark.parametrize("strategy", sorted(PRESETS))
+@pytest.mark.parametrize("option", ["--strategy", "--schema"])
+def test_layout_and_plan_agree(strategy, option, capsys):
+    _, out, _ = run("plan", "700x300", option, strategy, "--json", capsys=capsys)
+    tokens = json.loads(out)["num_tokens"]
+    _, out, _ = run("layout", "700x300", option, strategy, capsys=capsys)
+    assert f"{tokens} positions" in out
 
 
 def test_show_writes_a_picture(page, tmp_path, capsys):
     status, out, _ = run("show", page, "-o", tmp_path / "out.png", "--strategy", "minicpm-v", capsys=capsys)
     assert status == 0
-    assert "2x2 slices" in out
+    assert "2 x 2 (rows x columns) slices of 364x546 px" in out
     with Image.open(tmp_path / "out.png") as picture:
         assert picture.width > 900
 
@@ -138,19 +150,66 @@ def test_encode_says_loudly_that_it_is_untrained(page, tmp_path, capsys):
         assert "UNTRAINED" in file.metadata()["note"]
         assert file.get_tensor("tokens").shape == (896, 256)
         names = [image["name"] for image in json.loads(file.metadata()["images"])]
-    assert names == ["page.png", "page.png"]
+    assert names == [str(page), str(page)]
 
 
 def test_encode_with_a_saved_encoder(page, tmp_path, capsys):
     from uhd.demo import untrained_encoder
 
-    untrained_encoder(out_dim=64).save_pretrained(tmp_path / "encoder")
+    encoder = untrained_encoder(out_dim=64)
     args = ("encode", page, "-o", tmp_path / "t.safetensors", "--encoder", tmp_path / "encoder")
+    encoder.save_pretrained(tmp_path / "encoder")
     status, out, err = run(*args, capsys=capsys)
-    assert (status, err) == (0, "")
+    assert (status, "UNTRAINED" in err) == (0, True)
     assert "tokens (448, 64)" in out
+    encoder.note = ""
+    encoder.save_pretrained(tmp_path / "encoder")
+    assert run(*args, capsys=capsys)[::2] == (0, "")
     with safe_open(tmp_path / "t.safetensors", framework="np") as file:
         assert "note" not in file.metadata()
+
+
+def test_encode_goes_on_past_a_bad_image(page, tmp_path, capsys):
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    out_file = tmp_path / "t.safetensors"
+    status, out, err = run("encode", tmp_path / "bad.png", page, "-o", out_file, capsys=capsys)
+    assert status == 1
+    assert "bad.png" in err
+    assert "tokens (448, 256)" in out
+    assert out_file.exists()
+
+
+def test_outputs_are_checked_before_any_work(page, tmp_path, capsys):
+    before = page.read_bytes()
+    for args, message in (
+        (("encode", page, "-o", page), "to a .safetensors file"),
+        (("encode", page, "-o", tmp_path / "no" / "t.safetensors"), "there is no folder"),
+        (("show", page, "-o", page), "is the image itself"),
+        (("show", page, "-o", tmp_path / "out.foo"), "names no picture format"),
+        (("demo", "-o", tmp_path / "no" / "d.png"), "there is no folder"),
+        (("encode", page, "-o", tmp_path / "t.safetensors", "--encoder", tmp_path), "holds no uhd_encoder.json"),
+    ):
+        status, out, err = run(*args, capsys=capsys)
+        assert (status, out) == (1, "")
+        assert message in err
+    assert page.read_bytes() == before
+
+
+def test_a_damaged_encoder_is_named(page, tmp_path, capsys):
+    from uhd.demo import untrained_encoder
+
+    args = ("encode", page, "-o", tmp_path / "t.safetensors", "--encoder", tmp_path / "encoder")
+    untrained_encoder().save_pretrained(tmp_path / "encoder")
+    weights, config = tmp_path / "encoder" / "model.safetensors", tmp_path / "encoder" / "uhd_encoder.json"
+    good = config.read_text()
+    for text in ("{", "[]", '{"format": 1}', good.replace('"width": 192', '"breadth": 192')):
+        config.write_text(text)
+        status, _, err = run(*args, capsys=capsys)
+        assert (status, "uhd_encoder.json does not fit or is damaged" in err) == (1, True), text
+    config.write_text(good)
+    weights.write_bytes(weights.read_bytes()[:1000])
+    status, _, err = run(*args, capsys=capsys)
+    assert (status, "model.safetensors does not fit or is damaged" in err) == (1, True)
 
 
 @pytest.mark.parametrize("with_image", [False, True])
@@ -159,11 +218,11 @@ def test_demo(with_image, tmp_path, capsys):
     inputs = [tmp_path / "in.jpg"] if with_image else []
     status, out, _ = run("demo", *inputs, "-o", tmp_path / "demo.png", capsys=capsys)
     assert status == 0
-    shape = "(256, 256)" if with_image else "(7, 64, 256)"
-    for part in ("1 slice", "2 encode", "3 compress", "4 lay out", "UNTRAINED", "[overview:64]"):
+    tokens = "tokens (4, 64, 256)" if with_image else "tokens (7, 64, 256)"
+    for part in ("1 slice", "2 encode", "3 compress", "4 lay out", "UNTRAINED", "[overview:64]", tokens):
         assert part in out
-    assert shape in out or with_image
-    assert (tmp_path / "demo.png").stat().st_size > 5000
+    with Image.open(tmp_path / "demo.png") as picture:
+        assert "UNTRAINED" in picture.info["note"]
 
 
 def test_a_closed_pipe_is_no_error(monkeypatch):

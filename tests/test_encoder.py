@@ -166,7 +166,7 @@ def test_any_part_may_be_the_callers_own(tmp_path):
     image = encoder([noise(700, 400)])[0]
     assert image.tokens.shape == (image.plan.num_views, 3)
     encoder.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="saved with a vision of class .*PatchMeans: build it and pass vision="):
+    with pytest.raises(ValueError, match="saved with a vision of class .*PatchMeans: build that and pass vision="):
         uhd.VisualEncoder.from_pretrained(tmp_path)
     again = uhd.VisualEncoder.from_pretrained(tmp_path, vision=PatchMeans(), compressor=FirstPatch())
     assert torch.equal(again([noise(700, 400)])[0].tokens, image.tokens)
@@ -208,6 +208,10 @@ def test_from_a_hugging_face_vision_model(tmp_path):
     with torch.no_grad():
         for a, b in zip(encoder(IMAGES), from_model(IMAGES), strict=True):
             assert torch.equal(a.tokens, b.tokens)
+    assert "UNTRAINED" in encoder.note
+    assert not encoder.training
+    with pytest.raises(ValueError, match="is not a folder; give a local one, nothing is downloaded"):
+        uhd.VisualEncoder.from_pretrained("openai/clip-vit-large-patch14", out_dim=24)
     with pytest.raises(ValueError, match="needs out_dim"):
         uhd.VisualEncoder.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="does not tell its mean and std"):
@@ -264,9 +268,29 @@ def test_parts_that_do_not_fit_are_named():
         uhd.VisualEncoder(Strided(), FirstPatch(), pixels=PIXELS)([noise(100, 60)])
 
 
+def test_a_plan_of_another_schema_raises():
+    encoder = tiny_encoder()
+    other = uhd.plan((200, 300), SlicingConfig.preset("minicpm-v", image_size=56))
+    with pytest.raises(ValueError, match=r"'minicpm-v' with \d+ separators, schema 'llava-uhd' has"):
+        encoder(uhd.SliceBatch.from_images([noise(200, 300)], [other]))
+
+
+def test_parts_keep_their_dtypes(tmp_path):
+    encoder = tiny_encoder()
+    encoder.vision.to(torch.bfloat16)
+    encoder.save_pretrained(tmp_path)
+    again = uhd.VisualEncoder.from_pretrained(tmp_path)
+    assert next(again.vision.parameters()).dtype == torch.bfloat16
+    assert next(again.compressor.parameters()).dtype == torch.float32
+    assert again([noise(100, 60)])[0].tokens.dtype == torch.float32
+    assert all(
+        a.requires_grad == b.requires_grad for a, b in zip(encoder.parameters(), again.parameters(), strict=True)
+    )
+
+
 @pytest.mark.parametrize("image", ["photo.jpg", noise(4, 6), Image.new("RGB", (4, 6))], ids=["path", "array", "pil"])
 def test_one_image_must_be_in_a_list(image):
-    with pytest.raises(TypeError, match="wrap it in a list"):
+    with pytest.raises(TypeError, match="put one image into a list"):
         tiny_encoder()(image)
 
 

@@ -6,18 +6,25 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from uhd.slicing import PRESETS, SlicePlan, SlicingConfig, candidates, plan
 
-_SIZE = re.compile(r"(\d+)[xX×](\d+)")  # noqa: RUF001
+if TYPE_CHECKING:
+    from uhd.encoder import VisualEncoder
+    from uhd.schema import SpatialSchema
+
+_SIZE = re.compile(r"([0-9]+)[xX×]([0-9]+)")  # noqa: RUF001
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point. Returns the exit status: 0, or 1 where an input could not be read."""
+    """Entry point. Returns the exit status: 0, or 1 where an input could not be read or an output not written."""
     args = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):  # a file's name may not be writable to the terminal
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return args.run(args)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
@@ -29,7 +36,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from uhd import __version__
+
     parser = argparse.ArgumentParser(prog="uhd", description="Native-resolution eyes for any causal language model.")
+    parser.add_argument("--version", action="version", version=f"uhd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = commands.add_parser("plan", help="where images are cut, and what that costs")
@@ -42,9 +52,6 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("layout", help='where slices, overview, "," and "\\n" go')
     command.add_argument("input", metavar="IMAGE|WxH")
-    command.add_argument(
-        "--schema", metavar="NAME", help="token layout; brings its slicing preset (default llava-uhd)"
-    )
     command.add_argument("--json", action="store_true", help="the list of symbols, as JSON")
     _slicing_arguments(command)
     command.set_defaults(run=_layout)
@@ -52,13 +59,12 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("show", help="a picture of the cut")
     command.add_argument("image")
     command.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the picture to write")
-    command.add_argument("--schema", metavar="NAME", help="token layout; brings its slicing preset")
     _slicing_arguments(command)
     command.set_defaults(run=_show)
 
     command = commands.add_parser("encode", help="images to visual tokens, in a safetensors file")
     command.add_argument("images", nargs="+")
-    command.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
+    command.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.safetensors")
     command.add_argument(
         "--encoder", type=Path, metavar="DIR", help="a folder written by VisualEncoder.save_pretrained"
     )
@@ -67,52 +73,59 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("demo", help="the whole way on one image, step by step")
     command.add_argument("image", nargs="?", help="default: a page drawn for the demo")
     command.add_argument("-o", "--output", type=Path, default=Path("uhd_demo.png"), metavar="FILE")
-    command.add_argument("--encoder", type=Path, metavar="DIR")
+    command.add_argument(
+        "--encoder", type=Path, metavar="DIR", help="a folder written by VisualEncoder.save_pretrained"
+    )
     command.set_defaults(run=_demo)
     return parser
 
 
 def _slicing_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--strategy", metavar="NAME", help=f"one of {', '.join(PRESETS)} (default llava-uhd-safe)")
-    command.add_argument("--max-slices", type=int, metavar="N")
+    command.add_argument("--schema", metavar="NAME", help="a token layout; it brings its slicing and its counts")
+    command.add_argument("--max-slices", type=int, metavar="N", help="cap on slices; 1 never cuts")
     command.add_argument(
         "--max-tokens", type=int, metavar="N", help="fewer slices until a plan costs at most N tokens"
     )
 
 
 def _config(args: argparse.Namespace) -> SlicingConfig:
+    """The slicing that was asked for; a schema brings its own, and its counts in any case."""
     changes = {key: getattr(args, key) for key in ("max_slices", "max_tokens") if getattr(args, key) is not None}
-    if getattr(args, "schema", None) is None:
+    if args.schema is None:
         return SlicingConfig.preset(args.strategy or "llava-uhd-safe", **changes)
     from uhd.schema import SpatialSchema
 
     return SpatialSchema.preset(args.schema).slicing_config(args.strategy).replace(**changes)
 
 
+def _schema(args: argparse.Namespace) -> SpatialSchema:
+    """The schema that was asked for, or the one that goes with the slicing."""
+    from uhd.schema import SpatialSchema
+
+    return SpatialSchema.preset(args.schema or args.strategy or "llava-uhd-safe")
+
+
 def _plan(args: argparse.Namespace) -> int:
     config = _config(args)
-    inputs = list(args.inputs)
-    if args.sizes is not None:
-        inputs += _read_sizes(args.sizes)
-    if not inputs:
+    inputs = list(args.inputs) + ([] if args.sizes is None else _read_sizes(args.sizes))
+    if not inputs and args.sizes is None:
         raise ValueError("nothing to plan: give images, sizes such as 672x1008, or --sizes FILE")
     status = 0
-    for item in _progress(inputs, "sizes", 5000):
-        record: dict[str, Any] = {}
+    for item in _progress(inputs, "sizes", quiet_below=5000):
         try:
-            record["image_hw"] = _size_hw(item)
+            record: dict[str, Any] = {"image_hw": _size_hw(item)}
         except (ValueError, OSError) as problem:
-            record = {"input": str(item), "error": str(problem)}
             status = 1
+            record = {"input": str(item), "error": str(problem)}
         else:
             try:
-                found = plan(record["image_hw"], config)
-                record.update(_record(found))
+                record.update(_record(plan(record["image_hw"], config)))
                 if args.candidates:
                     record["candidates"] = [c._asdict() for c in candidates(record["image_hw"], config)]
-            except ValueError as problem:
+            except ValueError as problem:  # this size is refused; the others go on
                 record["error"] = str(problem)
-        print(json.dumps(record) if args.json else _sentence(item, record, config))
+        print(json.dumps(record) if args.json else _sentences(item, record, config))
     return status
 
 
@@ -128,35 +141,40 @@ def _record(found: SlicePlan) -> dict[str, Any]:
     }
 
 
-def _sentence(item: Any, record: dict[str, Any], config: SlicingConfig) -> str:
-    name = "{1}x{0}".format(*item) if isinstance(item, (list, tuple)) else str(item)
+def _sentences(item: Any, record: dict[str, Any], config: SlicingConfig) -> str:
+    name = "{1}x{0}".format(*item) if isinstance(item, tuple) else str(item)
     if "error" in record:
         return f"{name}: {record['error']}"
-    found = plan(record["image_hw"], config)
-
-    def wide(size_hw: tuple[int, int]) -> str:
-        return f"{size_hw[1]}x{size_hw[0]}"
-
-    cut = "not cut"
-    if found.grid and found.slice_hw:
-        cut = f"{found.grid[0]} rows x {found.grid[1]} columns of {wide(found.slice_hw)} px slices"
-    lines = [
-        f"{name}: {wide(found.image_hw)} px (width x height), {found.strategy}",
-        f"  {cut}, overview {wide(found.overview_hw)} px",
-        f"  {found.num_views} views, {found.num_patches} patches, {found.num_visual_tokens} visual tokens "
-        f"+ {found.num_separators} separators = {found.num_tokens} tokens",
-    ]
+    lines = [f"{name}: {_summary(plan(record['image_hw'], config))}"]
     for candidate in record.get("candidates", ()):
-        tie = "  tied" if candidate["tied"] else ""
+        tie = "  tied but for rounding" if candidate["tied"] else ""
         lines.append("  {}x{} (rows x columns)  score {:.6f}{}".format(*candidate["grid"], candidate["score"], tie))
     return "\n".join(lines)
 
 
-def _layout(args: argparse.Namespace) -> int:
-    from uhd.schema import SpatialSchema, layout
+def _summary(found: SlicePlan) -> str:
+    """A plan in three lines, sizes as width x height."""
 
-    args.schema = args.schema or "llava-uhd"
-    laid = layout(plan(_size_hw(args.input), _config(args)), SpatialSchema.preset(args.schema))
+    def wide(size_hw: tuple[int, int]) -> str:
+        return f"{size_hw[1]}x{size_hw[0]}"
+
+    parts = ["not cut"]
+    if found.grid and found.slice_hw:
+        parts = ["{} x {} (rows x columns) slices of ".format(*found.grid) + f"{wide(found.slice_hw)} px"]
+    if found.overview_hw:
+        parts.append(f"overview {wide(found.overview_hw)} px")
+    return (
+        f"{wide(found.image_hw)} px (width x height), {found.strategy}\n"
+        f"  {', '.join(parts)}\n"
+        f"  {found.num_views} view{'s' * (found.num_views > 1)}, {found.num_patches} patches, "
+        f"{found.num_visual_tokens} visual tokens + {found.num_separators} separators = {found.num_tokens} tokens"
+    )
+
+
+def _layout(args: argparse.Namespace) -> int:
+    from uhd.schema import layout
+
+    laid = layout(plan(_size_hw(args.input), _config(args)), _schema(args))
     if args.json:
         print(json.dumps(laid.symbols))
     else:
@@ -170,12 +188,11 @@ def _layout(args: argparse.Namespace) -> int:
 def _show(args: argparse.Namespace) -> int:
     from uhd.draw import draw_plan
     from uhd.pixels import image_size_hw
-    from uhd.schema import SpatialSchema
 
+    _check_picture(args.output, args.image)
     found = plan(image_size_hw(args.image), _config(args))
-    picture = draw_plan(args.image, found, schema=SpatialSchema.preset(args.schema or args.strategy or "llava-uhd"))
-    picture.save(args.output)
-    print(found)
+    draw_plan(args.image, found, schema=_schema(args)).save(args.output)
+    print(f"{args.image}: {_summary(found)}")
     print(f"wrote {args.output}")
     return 0
 
@@ -183,82 +200,108 @@ def _show(args: argparse.Namespace) -> int:
 def _encode(args: argparse.Namespace) -> int:
     import torch
 
-    from uhd.encoder import save_tokens
+    from uhd.encoder import check_output, save_tokens
 
-    encoder, note = _encoder(args.encoder)
-    encoded = []
+    check_output(args.output)
+    encoder = _encoder(args.encoder)
+    encoded, names = [], []
     with torch.inference_mode():
-        for image in _progress(args.images, "images", 1):
-            encoded += encoder([image])
-    names = [Path(image).name for image in args.images]
-    save_tokens(args.output, encoded, schema=encoder.schema, names=names, note=note)
+        for image in _progress(args.images, "images", quiet_below=1):
+            try:
+                encoded += encoder([image])
+                names.append(image)
+            except (ValueError, OSError) as problem:  # the other images go on
+                print(f"uhd encode: {image}: {problem}", file=sys.stderr)
+    save_tokens(args.output, encoded, schema=encoder.schema, names=names, note=encoder.note)
     for name, item in zip(names, encoded, strict=True):
-        print(f"{name}: {item.plan}, tokens {tuple(item.tokens.shape)}")
+        print(f"{name}: {_summary(item.plan)}\n  tokens {tuple(item.tokens.shape)}")
     print(f"wrote {args.output}")
-    if note:
-        print(f"{note}. Use --encoder DIR.", file=sys.stderr)
-    return 0
+    if encoder.note:
+        print(f"note: {encoder.note}", file=sys.stderr)
+    return 0 if len(names) == len(args.images) else 1
 
 
 def _demo(args: argparse.Namespace) -> int:
+    from PIL.PngImagePlugin import PngInfo
+
     from uhd import demo
     from uhd.draw import draw_plan
-
-    encoder, note = _encoder(args.encoder)
-    image = demo.page_image() if args.image is None else args.image
-    print(f"image: {args.image or 'a page drawn for this demo'}")
-    print(f"encoder: {args.encoder or 'a small ViT and perceiver resampler'}{': ' + note if note else ''}\n")
-    demo.run(image, encoder=encoder, say=print)
     from uhd.pixels import load_image
 
-    image = load_image(image, settings=encoder.pixels)
+    _check_picture(args.output, args.image)
+    encoder = _encoder(args.encoder)
+    image = load_image(demo.page_image() if args.image is None else args.image, settings=encoder.pixels)
     found = encoder.plan((image.height, image.width))
-    draw_plan(image, found, schema=encoder.schema, settings=encoder.pixels).save(args.output)
+    info = PngInfo()
+    info.add_text("note", encoder.note)
+    draw_plan(image, found, schema=encoder.schema, settings=encoder.pixels).save(args.output, pnginfo=info)
+    print(f"image: {args.image or 'a page drawn for this demo'}: {_summary(found)}")
+    print(f"encoder: {args.encoder or 'a small ViT and perceiver resampler'}")
+    if encoder.note:
+        print(f"note: {encoder.note}")
+    print()
+    demo.run(image, encoder=encoder, say=print)
     print(f"\nwrote {args.output}: the cut, every view, and the token string")
     return 0
 
 
-def _encoder(folder: Path | None) -> tuple[Any, str]:
-    """The encoder, and what to say about its weights."""
+def _check_picture(output: Path, image: str | None) -> None:
+    """Before any work: a picture can be written there, and is not the input."""
+    from PIL import Image
+
+    if output.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(
+            f"cannot write {output}: its ending names no picture format; try {output.with_suffix('.png')}"
+        )
+    if not output.parent.is_dir():
+        raise ValueError(f"cannot write {output}: there is no folder {output.parent}")
+    if image is not None and output.exists() and Path(image).exists() and output.samefile(image):
+        raise ValueError(f"{output} is the image itself: choose another output")
+
+
+def _encoder(folder: Path | None) -> VisualEncoder:
     if folder is None:
         from uhd import demo
 
-        return demo.untrained_encoder(), demo.UNTRAINED
-    from uhd.encoder import VisualEncoder
+        return demo.untrained_encoder()
+    from uhd.encoder import CONFIG_FILE, VisualEncoder
 
-    return VisualEncoder.from_pretrained(folder), ""
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"{folder} holds no {CONFIG_FILE}: give a folder that VisualEncoder.save_pretrained wrote")
+    return VisualEncoder.from_pretrained(folder)
 
 
-def _size_hw(item: Any) -> tuple[int, int]:
-    """(height, width) of ``WIDTHxHEIGHT``, of ``[width, height]`` or of a file."""
+def _size_hw(item: Any) -> tuple[Any, Any]:
+    """(height, width) of ``WIDTHxHEIGHT`` or of an image file; an entry of a sizes file is one already."""
     if isinstance(item, tuple):
         return item
     found = _SIZE.fullmatch(item)
     if found:
         return int(found[2]), int(found[1])
-    if not Path(item).exists():
-        raise ValueError(f"{item!r} is neither a file nor a size such as 672x1008 (WIDTHxHEIGHT)")
+    if not Path(item).is_file():
+        raise ValueError(f"{item!r} is neither an image file nor a size such as 672x1008 (WIDTHxHEIGHT)")
     from uhd.pixels import image_size_hw
 
     return image_size_hw(item)
 
 
 def _read_sizes(path: Path) -> list[tuple[Any, Any]]:
-    sizes = json.loads(path.read_text())
+    try:
+        sizes = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as problem:
+        raise ValueError(f"{path} must hold a JSON list of [width, height]: {problem}") from None
     if not isinstance(sizes, list) or not all(isinstance(size, list) and len(size) == 2 for size in sizes):
         raise ValueError(f"{path} must hold a JSON list of [width, height]")
     return [(height, width) for width, height in sizes]
 
 
-def _progress(items: Iterable[Any], unit: str, quiet_below: int) -> Iterator[Any]:
-    """A bar on the terminal's stderr where there is enough to wait for, and stdout goes elsewhere."""
-    items = list(items)
-    if len(items) <= quiet_below or not sys.stderr.isatty():
-        yield from items
-        return
+def _progress(items: Sequence[Any], unit: str, *, quiet_below: int) -> Iterator[Any]:
+    """A bar on stderr, where there is enough to wait for and no line of ours breaks it."""
+    if len(items) <= quiet_below or not sys.stderr.isatty() or (unit == "sizes" and sys.stdout.isatty()):
+        return iter(items)
     from tqdm import tqdm
 
-    yield from tqdm(items, unit=unit, disable=sys.stdout.isatty() and unit == "sizes")
+    return iter(tqdm(items, unit=unit))
 
 
 if __name__ == "__main__":

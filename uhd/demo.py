@@ -95,7 +95,7 @@ def untrained_encoder(*, seed: int = 0, out_dim: int = 256) -> VisualEncoder:
         )
         compressor = PerceiverResampler(PerceiverConfig(width=out_dim, vision_width=192, num_heads=2))
     pixels = PixelSettings(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    return VisualEncoder(vision, compressor, pixels=pixels).eval()
+    return VisualEncoder(vision, compressor, pixels=pixels, note=UNTRAINED).eval()
 
 
 def run(image: Any, *, encoder: VisualEncoder, say: Callable[[str], None]) -> None:
@@ -114,9 +114,10 @@ def run(image: Any, *, encoder: VisualEncoder, say: Callable[[str], None]) -> No
     image = load_image(image, settings=encoder.pixels)
     image_hw = (image.height, image.width)
     plan, seconds = timed(lambda: encoder.plan(image_hw))
-    say(f"1 slice     {seconds}   {plan}")
+    cut = "not cut" if plan.grid is None else "{} x {} (rows x columns)".format(*plan.grid)
+    say(f"1 slice     {seconds}   (height, width) {image_hw} -> {cut}, {plan.num_views} views")
     for candidate in candidates(image_hw, encoder.slicing)[:3]:
-        say(f"{'':24}considered {candidate.grid[0]}x{candidate.grid[1]}, score {candidate.score:.3f}")
+        say(f"{'':24}considered {candidate.grid[0]} x {candidate.grid[1]}, score {candidate.score:.3f}")
     batch, seconds = timed(lambda: encoder.prepare([image]))
     say(f"  cut       {seconds}   {image_hw} -> patches {tuple(batch.patches.shape)} {batch.patches.dtype}")
     with torch.inference_mode():

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from uhd.pixels import PixelSettings, load_image, render
+from uhd.pixels import DEFAULT, PixelSettings, load_image, render
 from uhd.schema import SpatialSchema, layout
-from uhd.slicing import SlicePlan, grid_score, view_box
+from uhd.slicing import SlicePlan, View, grid_score, view_box
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+Color = tuple[int, int, int]
 
 _INK, _PAPER, _FAINT, _EDGE = (28, 32, 40), (255, 255, 255), (110, 116, 128), (205, 208, 214)
 _SLICE, _OVERVIEW = (214, 64, 40), (24, 104, 196)
-_LARGEST = 720  # px of the drawn image's longer side
-_MARGIN = 24
+_IMAGE_SIDE = 720  # px of the drawn image's longer side
+_PANEL_WIDTH = 780  # px for the views beside it
+_VIEW_SIDE = 230  # px of the longest side of a view
+_MIN_WIDTH = 1080  # px of the page
+_MARGIN, _GAP, _CAPTION = 24, 14, 22
 
 
 def draw_plan(
@@ -25,12 +30,12 @@ def draw_plan(
     plan: SlicePlan,
     *,
     schema: SpatialSchema | None = None,
-    settings: PixelSettings | None = None,
+    settings: PixelSettings = DEFAULT,
 ) -> Image.Image:
     """One picture of what a plan does to an image.
 
-    Left: the image with every slice outlined, named and numbered in feeding order. Right: the views as the encoder
-    sees them, at one common scale. Above: sizes, score and counts. Below: the token string.
+    Left: the image with every slice outlined and named in feeding order. Right: the views as the encoder sees them, in
+    their grid. Above: sizes, score and counts. Below: the token string. Sizes read width x height.
 
     Args:
         image: Anything :func:`uhd.pixels.load_image` takes.
@@ -39,113 +44,85 @@ def draw_plan(
         settings: Background of transparent images and the resize filter.
 
     Returns:
-        An RGB picture, at most about 1600 px wide.
+        An RGB picture, about 1080 to 1600 px wide.
+
+    Raises:
+        ValueError: The image has another size than the plan's, or its tokens cannot be laid out.
     """
-    settings = settings or PixelSettings()
     image = load_image(image, settings=settings)
     laid = layout(plan, schema)
+    names = [f"s{place}" for place in range(plan.num_views)]
+    slices = iter(names)
+    names = [next(slices) if view.kind == "slice" else "overview" for view in plan.views]
     views = render(image, plan, settings=settings)  # checks that it is the planned image
-    left = _image_panel(image, plan)
-    right = _views_panel(views, plan, height=left.height)
-    width = max(left.width + right.width + 3 * _MARGIN, 1080)
+    left = _image_panel(image, plan, names)
+    right = _views_panel(views, plan, names, height=left.height)
+    width = max(left.width + right.width + 3 * _MARGIN, _MIN_WIDTH)
     head = _paragraphs(_facts(plan), width - 2 * _MARGIN, size=20, color=_INK)
     # a line break that the language model reads is written out, and breaks the line
     tokens = laid.text().replace("\n", "\\n\n").splitlines()
-    foot = _paragraphs([f"{laid.num_tokens} positions:", *tokens], width - 2 * _MARGIN, size=17, color=_FAINT)
-    body_top = head.height + 2 * _MARGIN
-    page = Image.new("RGB", (width, body_top + max(left.height, right.height) + foot.height + 2 * _MARGIN), _PAPER)
+    count = f"{laid.num_tokens} positions, each view as [name:tokens]:"
+    foot = _paragraphs([count, *tokens], width - 2 * _MARGIN, size=17, color=_FAINT)
+    body = head.height + 2 * _MARGIN
+    page = Image.new("RGB", (width, body + max(left.height, right.height) + foot.height + 2 * _MARGIN), _PAPER)
     page.paste(head, (_MARGIN, _MARGIN))
-    page.paste(left, (_MARGIN, body_top))
-    page.paste(right, (left.width + 2 * _MARGIN, body_top))
+    page.paste(left, (_MARGIN, body))
+    page.paste(right, (left.width + 2 * _MARGIN, body))
     page.paste(foot, (_MARGIN, page.height - foot.height - _MARGIN))
     return page
 
 
 def _facts(plan: SlicePlan) -> list[str]:
-    height, width = plan.image_hw
-    lines = [f"{plan.strategy}:  {width} x {height} px (width x height)"]
-    if plan.grid:
-        rows, cols = plan.grid
-        slice_h, slice_w = plan.slice_hw
-        score = grid_score(plan.image_hw, plan.grid)
-        lines[0] += f",  cut {rows} x {cols} (rows x columns, score {score:.3f}; 0 is perfect)"
-        lines.append(f"slices {slice_w} x {slice_h} px")
+    title = f"{plan.strategy}:  {_wide(plan.image_hw)} px (width x height)"
+    sizes = []
+    if plan.grid and plan.slice_hw:
+        title += ",  cut {} x {} (rows x columns)".format(*plan.grid)
+        title += f",  score {grid_score(plan.image_hw, plan.grid):.3f} (0 is perfect)"
+        sizes.append(f"slices {_wide(plan.slice_hw)} px")
     else:
-        lines[0] += ",  not cut"
-        lines.append("")
+        title += ",  not cut"
     if plan.overview_hw:
-        lines[-1] += f"{', ' if plan.grid else ''}overview {plan.overview_hw[1]} x {plan.overview_hw[0]} px"
-    lines[-1] += (
-        f";  {plan.num_views} views, {plan.num_patches} patches, {plan.num_visual_tokens} visual tokens"
-        f" + {plan.num_separators} separators = {plan.num_tokens}"
+        sizes.append(f"overview {_wide(plan.overview_hw)} px")
+    counts = (
+        f"{plan.num_views} view{'s' * (plan.num_views > 1)}, {plan.num_patches} patches, "
+        f"{plan.num_visual_tokens} visual tokens + {plan.num_separators} separators = {plan.num_tokens}"
     )
-    return lines
+    return [title, f"{', '.join(sizes)};  {counts}"]
 
 
-def _image_panel(image: Image.Image, plan: SlicePlan) -> Image.Image:
-    scale = _LARGEST / max(image.size)
+def _wide(size_hw: tuple[int, int]) -> str:
+    return f"{size_hw[1]} x {size_hw[0]}"
+
+
+def _image_panel(image: Image.Image, plan: SlicePlan, names: Sequence[str]) -> Image.Image:
+    scale = _IMAGE_SIDE / max(image.size)
     size = tuple(max(round(side * scale), 1) for side in image.size)
     panel = image.resize(size, Image.Resampling.BICUBIC if scale < 1 else Image.Resampling.NEAREST)
     # room for labels beside images that are only a few pixels wide
-    panel_size = (max(size[0], 150), max(size[1], 60))
-    canvas = Image.new("RGB", panel_size, (236, 238, 242))
+    canvas = Image.new("RGB", (max(size[0], 150), max(size[1], 60)), (236, 238, 242))
     canvas.paste(panel)
     pen = ImageDraw.Draw(canvas)
-    for view in plan.views:
+    for view, name in zip(plan.views, names, strict=True):
+        if view.kind == "overview" and plan.grid is not None:
+            continue  # it is the whole image
         top, left, bottom, right = (float(edge) * scale for edge in view_box(plan, view.index))
-        box = (left, top, min(right, size[0]) - 1, min(bottom, size[1]) - 1)
-        if view.kind == "slice":
-            pen.rectangle([max(edge, 0) for edge in box], outline=_SLICE, width=3)
-            cell = f"{view.size_hw[1]}x{view.size_hw[0]}"
-            _label(pen, (left + 8, top + 8), f"s{_slice_number(plan, view.index)}", _SLICE, 24)
-            if right - left > 110 and bottom - top > 70:
-                _label(pen, (left + 8, top + 40), f"{cell} px", _SLICE, 14)
-        elif plan.grid is None:
-            pen.rectangle([max(edge, 0) for edge in box], outline=_OVERVIEW, width=3)
-            _label(pen, (left + 8, top + 8), "overview only", _OVERVIEW, 18)
+        color = _SLICE if view.kind == "slice" else _OVERVIEW
+        corner = (max(left, 0), max(top, 0))
+        pen.rectangle(
+            (*corner, max(min(right, size[0]) - 1, left), max(min(bottom, size[1]) - 1, top)), None, color, 3
+        )
+        room = min(max(right - left, 48), max(bottom - top, 30))
+        if room < 24:
+            continue
+        text = name if view.kind == "slice" else "overview only"
+        size_px = int(min(24, room / 3))
+        _label(pen, (corner[0] + 8, corner[1] + 8), text, color, max(size_px, 9))
+        if view.kind == "slice" and right - left > 110 and bottom - top > 70:
+            _label(pen, (corner[0] + 8, corner[1] + 42), f"{_wide(view.size_hw)} px", color, 14)
     return canvas
 
 
-def _slice_number(plan: SlicePlan, index: int) -> int:
-    return sum(view.kind == "slice" for view in plan.views[:index])
-
-
-def _views_panel(views: Sequence[Any], plan: SlicePlan, *, height: int) -> Image.Image:
-    """All views at one scale, wrapped into rows, each with its name and size."""
-    gap, text = 14, 22
-    side = max(max(view.size_hw) for view in plan.views)
-    for shown in (230, 180, 140, 110, 84, 64):
-        panel = _flow(views, plan, shown / side, gap, text)
-        if panel.height <= max(height, 260):
-            break
-    return panel
-
-
-def _flow(views: Sequence[Any], plan: SlicePlan, scale: float, gap: int, text: int) -> Image.Image:
-    width, x, y, row = 780, 0, 0, 0
-    placed = []
-    for view, pixels in zip(plan.views, views, strict=True):
-        size = (max(round(view.size_hw[1] * scale), 2), max(round(view.size_hw[0] * scale), 2))
-        cell_w = max(size[0], 168)
-        if x and (view.col == 0 or x + cell_w > width):
-            x, y, row = 0, y + row + text + gap, 0
-        placed.append((view, Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC), x, y))
-        x, row = x + cell_w + gap, max(row, size[1])
-    right = max(left + max(picture.width, 168) for _, picture, left, _ in placed)
-    panel = Image.new("RGB", (right, y + row + text), _PAPER)
-    pen = ImageDraw.Draw(panel)
-    for view, picture, x, y in placed:
-        panel.paste(picture, (x, y + text))
-        pen.rectangle((x, y + text, x + picture.width - 1, y + text + picture.height - 1), outline=_EDGE)
-        name = f"s{_slice_number(plan, view.index)}" if view.kind == "slice" else "overview"
-        color = _SLICE if view.kind == "slice" else _OVERVIEW
-        pen.text((x, y), name, fill=color, font=_font(15))
-        patches = f"{view.patches_hw[0]}x{view.patches_hw[1]} patches"
-        pen.text((x + _font(15).getlength(name) + 8, y + 2), patches, fill=_FAINT, font=_font(12))
-    return panel
-
-
-def _label(pen: ImageDraw.ImageDraw, place: tuple[float, float], text: str, color: tuple, size: int) -> None:
+def _label(pen: ImageDraw.ImageDraw, place: tuple[float, float], text: str, color: Color, size: int) -> None:
     """White on colour, readable over any photo."""
     font = _font(size)
     left, top, right, bottom = pen.textbbox(place, text, font=font)
@@ -153,11 +130,65 @@ def _label(pen: ImageDraw.ImageDraw, place: tuple[float, float], text: str, colo
     pen.text(place, text, fill=_PAPER, font=font)
 
 
-def _paragraphs(lines: Sequence[str], width: int, *, size: int, color: tuple) -> Image.Image:
+def _views_panel(pixels: Sequence[np.ndarray], plan: SlicePlan, names: Sequence[str], *, height: int) -> Image.Image:
+    """The slices in their grid, and the overview beside a tall grid or below a wide one."""
+    shown = list(zip(plan.views, pixels, names, strict=True))
+    slices = [item for item in shown if item[0].kind == "slice"]
+    others = [item for item in shown if item[0].kind != "slice"]
+    if not slices or not others:
+        return _grid_panel(shown, plan, _PANEL_WIDTH, height)
+    first = _grid_panel(slices, plan, _PANEL_WIDTH, max(height - _VIEW_SIDE // 2, 240))
+    second = _grid_panel(others, plan, _PANEL_WIDTH, _VIEW_SIDE + _CAPTION)
+    beside = first.height > first.width and first.width + second.width + _GAP <= _PANEL_WIDTH
+    place = (first.width + 2 * _GAP, 0) if beside else (0, first.height + _GAP)
+    panel = Image.new(
+        "RGB", (max(first.width, place[0] + second.width), max(first.height, place[1] + second.height)), _PAPER
+    )
+    panel.paste(first, (0, 0))
+    panel.paste(second, place)
+    return panel
+
+
+def _grid_panel(
+    items: Sequence[tuple[View, np.ndarray, str]], plan: SlicePlan, width: int, height: int
+) -> Image.Image:
+    """Views in rows and columns at one scale, captioned where there is room."""
+    count = len(items)
+    full_grid = plan.grid and count == math.prod(plan.grid)
+    cols = plan.grid[1] if full_grid else min(count, math.ceil(math.sqrt(count)))
+    rows = math.ceil(count / cols)
+    tallest = max(view.size_hw[0] for view, _, _ in items)
+    widest = max(view.size_hw[1] for view, _, _ in items)
+    roomy = width / cols >= 72  # px a column
+    gap, caption = (_GAP, _CAPTION) if roomy else (3, 0)
+    scale = min(
+        _VIEW_SIDE / max(tallest, widest),
+        (width - (cols - 1) * gap) / cols / widest,
+        max(height - rows * (caption + gap), rows * 12) / rows / tallest,
+    )
+    cell_w, cell_h = max(round(widest * scale), 58 if caption else 2), max(round(tallest * scale), 2)
+    panel = Image.new("RGB", (max(cols * (cell_w + gap) - gap, 170), rows * (cell_h + caption + gap)), _PAPER)
+    pen = ImageDraw.Draw(panel)
+    for place, (view, array, name) in enumerate(items):
+        row, col = divmod(place, cols)
+        x, y = col * (cell_w + gap), row * (cell_h + caption + gap)
+        size = (max(round(view.size_hw[1] * scale), 1), max(round(view.size_hw[0] * scale), 1))
+        panel.paste(Image.fromarray(array).resize(size, Image.Resampling.BICUBIC), (x, y + caption))
+        pen.rectangle((x, y + caption, x + size[0] - 1, y + caption + size[1] - 1), outline=_EDGE)
+        if caption:
+            pen.text((x, y), name, fill=_SLICE if view.kind == "slice" else _OVERVIEW, font=_font(15))
+            patches = f"{_wide(view.patches_hw)} patches"
+            start = x + _font(15).getlength(name) + 8
+            if start + _font(12).getlength(patches) <= x + (cell_w if cols > 1 else max(cell_w, 170)):
+                pen.text((start, y + 2), patches, fill=_FAINT, font=_font(12))
+    return panel
+
+
+def _paragraphs(lines: Sequence[str], width: int, *, size: int, color: Color) -> Image.Image:
     font = _font(size)
-    per_line = max(int(width / font.getlength("etaoin shrdlu") * 13), 20)
+    per_line = max(int(width / font.getlength("etaoin shrdlu") * 13), 20)  # the average letter
     wrapped = [part for line in lines for part in textwrap.wrap(line, per_line) or [""]]
-    block = Image.new("RGB", (width, max(len(wrapped), 1) * (size + 8)), _PAPER)
+    block = Image.new("RGB", (width, len(wrapped) * (size + 8)), _PAPER)
     pen = ImageDraw.Draw(block)
     for number, line in enumerate(wrapped):
         pen.text((0, number * (size + 8)), line, fill=color, font=font)

@@ -28,6 +28,10 @@ class MLPProjector(nn.Module):
         hidden_dim = out_dim if hidden_dim is None else hidden_dim
         self.mlp = nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, out_dim))
 
+    def to_dict(self) -> dict[str, int]:
+        """The constructor's arguments, ready for JSON."""
+        return {"in_dim": self.in_dim, "out_dim": self.out_dim, "hidden_dim": self.mlp[0].out_features}
+
     def output_lengths(self, grids: Sequence[tuple[int, int]]) -> list[int]:
         """Tokens of every view: rows times columns."""
         return [h * w for h, w in check_grids(grids)]
@@ -65,6 +69,10 @@ class PixelShuffleProjector(nn.Module):
         self.mlp = nn.Sequential(
             nn.LayerNorm(block), nn.Linear(block, out_dim), nn.GELU(), nn.Linear(out_dim, out_dim)
         )
+
+    def to_dict(self) -> dict[str, int]:
+        """The constructor's arguments, ready for JSON."""
+        return {"in_dim": self.in_dim, "out_dim": self.out_dim, "factor": self.factor}
 
     def output_lengths(self, grids: Sequence[tuple[int, int]]) -> list[int]:
         """Tokens of every view: its blocks.

@@ -307,7 +307,7 @@ class TokenLayout:
 
 def layout(
     plan: SlicePlan,
-    schema: SpatialSchema | None = None,
+    schema: SpatialSchema | str | None = None,
     *,
     image_index: int = 0,
     tokens_per_view: int | Sequence[int] | None = None,
@@ -322,7 +322,7 @@ def layout(
 
     Args:
         plan: From any strategy.
-        schema: ``None`` is ``SpatialSchema.preset("llava-uhd")``.
+        schema: Or a preset's name; ``None`` is ``"llava-uhd"``.
         image_index: The image's number in its sample, for schemas that write it.
         tokens_per_view: Visual tokens of every view, or one number for each in the order of ``plan.views``; ``None``
             takes the plan's. A compressor that does not follow the plan's strategy gives its own.
@@ -331,7 +331,8 @@ def layout(
         ValueError: The plan has no views, its slices do not fill their grid, its tokens are not counted by view (an
             un-padded AnyRes image, say) while ``tokens_per_view`` is ``None``, or the given numbers do not fit.
     """
-    schema = PRESETS["llava-uhd"] if schema is None else schema
+    if not isinstance(schema, SpatialSchema):
+        schema = SpatialSchema.preset("llava-uhd" if schema is None else schema)
     if not plan.views:
         raise ValueError(f"the plan of {plan.strategy!r} has no views, there is nothing to lay out")
     cut = [canvas for canvas in plan.canvases if canvas.kind == "slice"]
