@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -85,6 +86,12 @@ def test_a_known_point():
     assert token_range(found, 3) == range(192, 256)
 
 
+def test_numpy_points_are_points():
+    found = plan((1008, 672))
+    assert locate(found, np.array([400.5, 500], np.float32)) == locate(found, (400.5, 500))
+    assert locate(found, np.array([400, 500]))[0].patch == (4, 11)
+
+
 def test_padding_cropping_and_a_second_resize():
     """A letterboxed canvas whose one tile is resized once more: the case of strategies that pad."""
     canvas = Canvas(
@@ -114,6 +121,10 @@ def test_places_that_do_not_exist_are_named():
         view_of_token(found, 448)
     with pytest.raises(ValueError, match="got 3 numbers"):
         image_to_view(found, 0, (1, 2, 3))
+    with pytest.raises(ValueError, match="point \\(y, x\\), got 3 numbers"):
+        locate(found, (1, 2, 3))
+    with pytest.raises(ValueError, match="finite number of px, got inf"):
+        locate(found, (1, float("inf")))
     stitched = SlicePlan(found.image_hw, 14, found.canvases, found.grid, 300, 0, "stitched")
     with pytest.raises(ValueError, match="joins the views' 448 tokens into 300"):
         token_range(stitched, 0)

@@ -75,6 +75,7 @@ def test_no_sizes_give_empty_columns():
         ([[10, 2_000_000]], "1..1000000"),
         ([[10.5, 20]], "dtype float64"),
         ([10, 20], "shape \\(2,\\)"),
+        ([(1, 2), (3,)], "rows of other lengths"),
         ([[10, 20, 3]], "shape \\(1, 3\\)"),
     ],
 )

@@ -197,7 +197,7 @@ def test_the_clamp_at_known_extremes():
 def test_max_tokens_lowers_the_number_of_slices(image_hw, name, budget):
     config = PRESETS[name]
     free = plan(image_hw, config)
-    overview = plan(image_hw, config.replace(max_slices=1, rule="released", rounding=config.rounding))
+    overview = plan(image_hw, config.replace(max_slices=1, rule="released"))  # never cut
     if overview.num_tokens > budget:
         with pytest.raises(ValueError, match=f"max_tokens is {budget}"):
             plan(image_hw, config, max_tokens=budget)
@@ -245,6 +245,21 @@ def test_worst_case_is_an_upper_bound(image_hw, name, cap, clamp):
     assert found.num_patches <= bound.num_patches
     assert found.num_tokens <= bound.num_tokens
     assert all(view.num_patches <= bound.view_patches for view in found.views)
+
+
+@pytest.mark.parametrize("name", ["llava-uhd", "minicpm-v-4.6"])
+def test_worst_case_without_a_clamp_knows_its_aspect(name):
+    strip = (1, 5000)
+    config = SlicingConfig.preset(name)
+    assert plan(strip, config).num_patches > config.worst_case().view_patches
+    assert plan(strip, config).num_patches <= config.worst_case(max_aspect=5000).view_patches
+    with pytest.raises(ValueError, match="at least 1"):
+        config.worst_case(max_aspect=0.5)
+
+
+def test_worst_case_follows_a_token_budget():
+    bound = SlicingConfig.preset("minicpm-v-4.6", max_tokens=400).worst_case()
+    assert (bound.num_tokens, bound.num_patches) == (400, 400 * 16)
 
 
 def test_worst_case_of_the_default():
@@ -305,9 +320,20 @@ def test_bad_sizes_say_what_to_do(size, message):
             ask(size)
 
 
-def test_numpy_integers_are_sizes():
+def test_scores_of_nothing_raise():
+    with pytest.raises(ValueError, match=r"positive, got image_hw=\(0, 3\)"):
+        grid_score((0, 3), (1, 1))
+
+
+def test_dictionaries_of_something_else_raise():
+    with pytest.raises(ValueError, match="not the dictionary of a SlicePlan: KeyError"):
+        SlicePlan.from_dict({})
+
+
+def test_numpy_integers_are_sizes_and_settings():
     import numpy as np
 
+    assert SlicingConfig(max_slices=np.int64(3)) == SlicingConfig(max_slices=3)
     assert plan((np.int32(1008), np.uint16(672))) is plan((1008, 672))
 
 
@@ -329,6 +355,8 @@ def test_unknown_presets_name_the_nearest():
         ({"rule": "paper"}, "'released' or 'march2024'"),
         ({"rule": "march2024", "rounding": "round"}, "march2024"),
         ({"image_size": 13}, "smaller than patch_size"),
+        ({"separators": 3}, "must be a SeparatorCount"),
+        ({"clamp": "no"}, "clamp must be True or False"),
     ],
 )
 def test_bad_settings_are_named(change, message):
@@ -342,6 +370,6 @@ def test_config_rejects_unknown_keys():
 
 
 def test_strategies_are_presets_by_name():
-    assert uhd.strategies().keys() == PRESETS.keys()
+    assert PRESETS.keys() <= uhd.strategies().keys()
     assert uhd.strategy("llava_uhd")((1008, 672)) == plan((1008, 672), "llava-uhd")
     assert "3x2 slices of 336x336 px" in str(plan((1008, 672)))

@@ -10,11 +10,12 @@ from uhd.slicing.plan import MAX_SIDE, SlicePlan, considered_grids, plan, to_mul
 
 
 class WorstCase(NamedTuple):
-    """Upper bounds over images, and one image that comes near them.
+    """Upper bounds over images, and a costly image.
 
     ``num_views`` views an image, ``view_patches`` ViT patches a view, ``num_patches`` and ``num_tokens`` an image;
-    ``image_hw`` is the costliest of the images shaped like a grid of the largest slice count: with a fixed number of
-    tokens a view and no ``max_tokens`` it reaches ``num_views`` and ``num_tokens`` exactly.
+    ``image_hw`` is the costliest of the images shaped like a grid of the largest slice count. With a fixed number of
+    tokens a view and no ``max_tokens`` it reaches ``num_views`` and ``num_tokens`` exactly; elsewhere it may stay well
+    below the bounds.
     """
 
     num_views: int
@@ -39,14 +40,17 @@ def worst_case(config: SlicingConfig, *, max_aspect: float = 200.0) -> WorstCase
     units = _view_units(config, max_aspect)
     view_tokens = config.tokens_per_view or units
     if config.max_tokens is not None:
-        slices = min(slices, max(config.max_tokens // (config.tokens_per_view or 1) - 1, 0))
+        slices = min(slices, max(config.max_tokens // (config.tokens_per_view or 1) - 1, 0))  # and the overview
     views = slices + 1
     grids = [None] if not slices else [(slices, 1), (1, slices)]
     tokens = views * view_tokens + max(config.separators.count(grid) for grid in grids)
     if config.max_tokens is not None:
         tokens = min(tokens, config.max_tokens)
-    view_patches = units * config.merge**2
-    return WorstCase(views, view_patches, views * view_patches, tokens, _costliest(config).image_hw)
+    view_patches, patches = units * config.merge**2, views * units * config.merge**2
+    if config.tokens_per_view is None and config.max_tokens is not None:
+        patches = min(patches, config.max_tokens * config.merge**2)
+        view_patches = min(view_patches, patches)
+    return WorstCase(views, view_patches, patches, tokens, _costliest(config).image_hw)
 
 
 def _view_units(config: SlicingConfig, max_aspect: float) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -42,13 +43,15 @@ class SlicingConfig:
         patch_size: Side of a ViT patch, px.
         merge: Patches joined per side before the language model sees them; view sides are multiples of
             ``patch_size * merge``. 1 where a resampler gives every view the same number of tokens.
-        max_slices: Cap on the number of slices, the overview not counted. 1 never cuts under the released rule.
+        max_slices: Cap on the number of slices, the overview not counted. Any number; 1 never cuts under the released
+            rule.
         rounding: ``"floor"`` (LLaVA-UHD) or ``"round"`` (MiniCPM-V; half to even): how a side becomes a multiple.
         rule: ``"released"``: N - 1, N or N + 1 slices, never 1, never above the cap, no cut where N <= 1.
             ``"march2024"``: the first release; the cap limits N alone, so N + 1 = cap + 1 slices can be chosen, and an
             image of one view's area may be cut in two.
         clamp: Bound every view by ``image_size**2 // (patch_size * merge)**2`` patches (or merged patches) by
-            shortening its longer side. Changes nothing but views whose shorter side is below one patch.
+            shortening its longer side. With ``rounding="floor"`` that changes only views whose shorter side is below
+            one patch; with ``"round"`` also those that rounding made too large.
         overview_first: The overview is fed and laid out before the slices.
         tokens_per_view: Tokens of every view, or ``None``: a view gives ``patches / merge**2`` tokens.
         separators: How many separator positions the layout adds.
@@ -73,10 +76,12 @@ class SlicingConfig:
 
     def __post_init__(self) -> None:
         for key in ("image_size", "patch_size", "merge", "max_slices", "tokens_per_view", "max_tokens"):
-            value = getattr(self, key)
-            optional = key in ("tokens_per_view", "max_tokens")
-            if not (optional and value is None) and (type(value) is not int or value < 1):
-                raise ValueError(f"{key} must be a positive int{' or None' if optional else ''}, got {value!r}")
+            object.__setattr__(self, key, _positive_int(key, getattr(self, key)))
+        if not isinstance(self.separators, SeparatorCount):
+            raise ValueError(f"separators must be a SeparatorCount, got {self.separators!r}")
+        for key in ("clamp", "overview_first"):
+            if not isinstance(getattr(self, key), bool):
+                raise ValueError(f"{key} must be True or False, got {getattr(self, key)!r}")
         if self.rounding not in ("floor", "round"):
             raise ValueError(f"rounding must be 'floor' or 'round', got {self.rounding!r}")
         if self.rule not in ("released", "march2024"):
@@ -97,6 +102,13 @@ class SlicingConfig:
     def view_budget(self) -> int:
         """Units (patches, or merged patches) that fit in ``image_size**2`` px: 576 for 336 px and patch 14."""
         return self.image_size**2 // self.unit**2
+
+    @property
+    def budget_cap(self) -> int:
+        """No plan within ``max_tokens`` has more slices: the cap, or fewer, as every view has at least one token."""
+        if self.max_tokens is None:
+            return self.max_slices
+        return min(self.max_slices, self.max_tokens // (self.tokens_per_view or 1))
 
     @property
     def most_slices(self) -> int:
@@ -125,11 +137,11 @@ class SlicingConfig:
         """The same rule for another backbone, e.g. SigLIP's ``image_size=384, patch_size=14``."""
         return replace(self, image_size=image_size, patch_size=patch_size)
 
-    def worst_case(self) -> WorstCase:
-        """Upper bounds over all images, for memory profiling; see :func:`uhd.slicing.bounds.worst_case`."""
+    def worst_case(self, *, max_aspect: float = 200.0) -> WorstCase:
+        """Upper bounds over images of an aspect up to ``max_aspect``; see :func:`uhd.slicing.bounds.worst_case`."""
         from uhd.slicing.bounds import worst_case
 
-        return worst_case(self)
+        return worst_case(self, max_aspect=max_aspect)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; :meth:`from_dict` is the inverse."""
@@ -145,6 +157,20 @@ class SlicingConfig:
         if isinstance(known.get("separators"), Mapping):
             known["separators"] = SeparatorCount(**known["separators"])
         return cls(**known)
+
+
+def _positive_int(key: str, value: Any) -> int | None:
+    optional = key in ("tokens_per_view", "max_tokens")
+    if value is None and optional:
+        return None
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if isinstance(value, bool) or number < 1:
+        hint = "; 1 never cuts" if key == "max_slices" else ""
+        raise ValueError(f"{key} must be a positive int{' or None' if optional else ''}, got {value!r}{hint}")
+    return number
 
 
 _MARKERS = SeparatorCount(per_image=5, per_cut=-1, per_slice=2, per_row=1)  # MiniCPM-V 2.6: id, <image>, <slice>, "\n"

@@ -82,7 +82,9 @@ def locate(plan: SlicePlan, point: Sequence[float | Rational]) -> tuple[PatchHit
     Raises:
         ValueError: The point is outside of the image.
     """
-    y, x = (Fraction(value) for value in point)
+    if len(point) != 2:
+        raise ValueError(f"expected a point (y, x), got {len(point)} numbers")
+    y, x = (_fraction(value) for value in point)
     if not (0 <= y < plan.image_hw[0] and 0 <= x < plan.image_hw[1]):
         raise ValueError(f"point (y, x) = {tuple(point)} lies outside the {plan.image_hw} (height, width) image")
     hits = []
@@ -122,7 +124,7 @@ def view_of_token(plan: SlicePlan, token: int) -> int:
 
 def _token_counts(plan: SlicePlan) -> list[int]:
     counts = [view.num_tokens for view in plan.views]
-    if sum(counts) != plan.num_visual_tokens:
+    if not plan.tokens_by_view:
         raise ValueError(
             f"strategy {plan.strategy!r} joins the views' {sum(counts)} tokens into {plan.num_visual_tokens}: "
             "no token belongs to one view"
@@ -167,4 +169,11 @@ def _map(place: Sequence, rows: tuple[Fraction, Fraction], cols: tuple[Fraction,
     if len(place) not in (2, 4):
         raise ValueError(f"expected a point (y, x) or a box (top, left, bottom, right), got {len(place)} numbers")
     axes = (rows, cols) * (len(place) // 2)
-    return tuple(scale * Fraction(value) + shift for value, (scale, shift) in zip(place, axes, strict=True))
+    return tuple(scale * _fraction(value) + shift for value, (scale, shift) in zip(place, axes, strict=True))
+
+
+def _fraction(value: float | Rational) -> Fraction:
+    try:  # item() turns NumPy's numbers, which Fraction does not take, into Python's
+        return Fraction(value.item() if hasattr(value, "item") else value)
+    except (OverflowError, ValueError, TypeError):
+        raise ValueError(f"a coordinate is a finite number of px, got {value!r}") from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -35,14 +34,12 @@ def plan_many(
         ValueError: Not an (M, 2) integer array, a side outside 1..1,000,000, or an overview that costs more than
             ``max_tokens``.
     """
-    config = resolve(config)
-    if max_tokens is not None:
-        config = replace(config, max_tokens=max_tokens)
+    config = resolve(config, max_tokens)
     sizes = _check_sizes(sizes_hw)
     columns = _columns(sizes, _choose_grids(sizes, config, config.max_slices), config)
     if config.max_tokens is None:
         return columns
-    for cap in range(min(config.max_slices, config.max_tokens // (config.tokens_per_view or 1)), -1, -1):
+    for cap in range(config.budget_cap, -1, -1):
         over = np.flatnonzero(columns["num_tokens"] > config.max_tokens)
         if not len(over):
             return columns
@@ -55,7 +52,12 @@ def plan_many(
 
 
 def _check_sizes(sizes_hw: np.ndarray | Sequence[Sequence[int]]) -> np.ndarray:
-    sizes = np.asarray(sizes_hw)
+    try:
+        sizes = np.asarray(sizes_hw)
+    except ValueError:
+        raise ValueError(
+            "sizes_hw must be an (M, 2) array of ints (height, width), got rows of other lengths"
+        ) from None
     if sizes.size == 0 and sizes.shape in ((0,), (0, 2)):
         return np.zeros((0, 2), np.int64)
     if sizes.ndim != 2 or sizes.shape[1] != 2 or sizes.dtype.kind not in "iu":

@@ -11,9 +11,12 @@ import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property, lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from uhd.slicing.config import DEFAULT, SlicingConfig
+
+if TYPE_CHECKING:
+    from uhd.slicing.strategies import Rule, StrategyConfig
 
 MAX_SIDE = 1_000_000
 """Longest image side that is planned, px. No photograph has it; larger numbers are mistaken units."""
@@ -47,6 +50,7 @@ class Canvas:
         source: The part of the image that is resized, px; ``None`` is all of it.
         offset: (top, left) of the content on the canvas, px; negative where the content is cropped.
         fill: RGB of the canvas where no content lies; ``None`` where content covers it.
+        cell: (row, column) of its first tile in the plan's grid, where every slice has a canvas of its own.
     """
 
     kind: str
@@ -59,6 +63,60 @@ class Canvas:
     source: Box | None = None
     offset: tuple[int, int] = (0, 0)
     fill: tuple[int, int, int] | None = None
+    cell: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How the views' feature maps become tokens, where that is more than one view after the other.
+
+    The steps, in this order, each only where its field is set. Sizes are (rows, columns) in features.
+
+    Attributes:
+        view_hw: Every view's feature map, after any pooling that the encoder does inside a view.
+        overview_view_hw: The same for the overview, where it differs.
+        pooled_hw: Each view's map is resized (bilinear, corners not aligned, no antialias) to this.
+        map_hw: The slices' maps are put together in their grid to one map of this size. ``None``: views stay apart.
+        overlap: Features dropped from the (leading, trailing) edge of a map that faces another one, before that.
+        kept: The part of the map that is kept, so that padding costs no tokens; it may be empty.
+        resized_hw: The kept part is resized (bilinear, corners not aligned, no antialias) to this.
+        merge: The result, and the overview's map, are pooled by ``merge`` x ``merge``, a rest counting as one.
+        newline: A learned embedding follows every row of the slices' map.
+        overview_newline: The same for the overview.
+        separator: One more learned embedding: ``"between"`` overview and slices, or at the ``"end"``; or ``None``.
+    """
+
+    view_hw: tuple[int, int]
+    overview_view_hw: tuple[int, int] | None = None
+    pooled_hw: tuple[int, int] | None = None
+    map_hw: tuple[int, int] | None = None
+    overlap: tuple[int, int] = (0, 0)
+    kept: Box | None = None
+    resized_hw: tuple[int, int] | None = None
+    merge: int = 1
+    newline: bool = False
+    overview_newline: bool = False
+    separator: str | None = None
+
+    @property
+    def final_hw(self) -> tuple[int, int] | None:
+        """The slices' map as the language model reads it; ``None`` where views stay apart."""
+        if self.map_hw is None:
+            return None
+        rows, cols = self.resized_hw or (self.kept.size_hw if self.kept is not None else self.map_hw)
+        return -(-rows // self.merge), -(-cols // self.merge)
+
+    @property
+    def overview_hw(self) -> tuple[int, int]:
+        """The overview's map as the language model reads it."""
+        rows, cols = self.pooled_hw or self.overview_view_hw or self.view_hw
+        return -(-rows // self.merge), -(-cols // self.merge)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Packing:
+        """From plain JSON types, as in ``SlicePlan.to_dict()["packing"]``."""
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+        return cls(**{**values, "kept": values.get("kept") and Box(*values["kept"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +127,7 @@ class View:
         index: Place in ``plan.views``, the order in which views are encoded and laid out.
         kind: ``"slice"`` or ``"overview"``.
         canvas: Index into ``plan.canvases``.
-        row, col: Place in that canvas's grid.
+        row, col: Place in the plan's grid; (0, 0) for an overview.
         box: Its rectangle on the canvas, px.
         size_hw: What the encoder sees, px.
         patches_hw: The same in patches.
@@ -103,6 +161,7 @@ class SlicePlan:
         num_visual_tokens: Tokens of all views.
         num_separators: Positions that the layout adds between and around them.
         strategy: The name of the rule that made it.
+        packing: How feature maps become tokens; ``None``: every view gives its own tokens, one view after the other.
     """
 
     image_hw: tuple[int, int]
@@ -112,6 +171,7 @@ class SlicePlan:
     num_visual_tokens: int
     num_separators: int
     strategy: str
+    packing: Packing | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -121,6 +181,12 @@ class SlicePlan:
     @property
     def num_views(self) -> int:
         return sum(len(canvas.tiles) for canvas in self.canvases)
+
+    @property
+    def tokens_by_view(self) -> bool:
+        """Whether every visual token is one view's, views following each other; not so for maps put together."""
+        by_view = sum(len(canvas.tiles) * canvas.tokens_per_view for canvas in self.canvases)
+        return by_view == self.num_visual_tokens and (self.packing is None or self.packing.map_hw is None)
 
     @property
     def num_patches(self) -> int:
@@ -149,6 +215,7 @@ class SlicePlan:
             patches_hw = (canvas.view_hw[0] // self.patch_size, canvas.view_hw[1] // self.patch_size)
             for place, box in enumerate(canvas.tiles):
                 row, col = divmod(place, canvas.grid[1])
+                row, col = row + canvas.cell[0], col + canvas.cell[1]
                 yield View(
                     index, canvas.kind, number, row, col, box, canvas.view_hw, patches_hw, canvas.tokens_per_view
                 )
@@ -160,11 +227,19 @@ class SlicePlan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SlicePlan:
-        """The inverse of :meth:`to_dict`, also after a round trip through JSON text."""
-        data = {**data, "canvases": tuple(_canvas_from_dict(c) for c in data["canvases"])}
-        data["image_hw"] = tuple(data["image_hw"])
-        data["grid"] = data["grid"] and tuple(data["grid"])
-        return cls(**data)
+        """The inverse of :meth:`to_dict`, also after a round trip through JSON text.
+
+        Raises:
+            ValueError: The data are not such a plan.
+        """
+        try:
+            data = {**data, "canvases": tuple(_canvas_from_dict(c) for c in data["canvases"])}
+            data["image_hw"] = tuple(data["image_hw"])
+            data["grid"] = data["grid"] and tuple(data["grid"])
+            data["packing"] = Packing.from_dict(data["packing"]) if data.get("packing") else None
+            return cls(**data)
+        except (KeyError, TypeError) as problem:
+            raise ValueError(f"not the dictionary of a SlicePlan: {problem!r}") from None
 
     def __str__(self) -> str:
         cut = ""
@@ -197,32 +272,49 @@ def grid_score(image_hw: tuple[int, int], grid: tuple[int, int], view_hw: tuple[
         grid: (rows, columns).
         view_hw: (H_v, W_v) that the encoder was trained on, in any unit.
 
+    Raises:
+        ValueError: A number is not positive.
+
     Source: LLaVA-UHD (arXiv 2403.11703) section 3.1; thunlp/LLaVA-UHD, llava/slice_process.py.
     """
+    if min(*image_hw, *grid, *view_hw) <= 0:
+        raise ValueError(f"sizes and grids are positive, got image_hw={image_hw}, grid={grid}, view_hw={view_hw}")
     cell_aspect = math.log(image_hw[1] / image_hw[0]) - math.log(grid[1] / grid[0])
     return 0.0 - abs(cell_aspect - math.log(view_hw[1] / view_hw[0]))
 
 
 def plan(
-    image_hw: tuple[int, int], config: SlicingConfig | str | None = None, *, max_tokens: int | None = None
+    image_hw: tuple[int, int],
+    config: SlicingConfig | StrategyConfig | Rule | str | None = None,
+    *,
+    max_tokens: int | None = None,
 ) -> SlicePlan:
-    """Plan one image.
+    """Plan one image by the adaptive rule or by any other.
 
     Args:
         image_hw: (height, width) of the image, px.
-        config: Settings or a preset's name; ``None`` is ``"llava-uhd-safe"``.
-        max_tokens: Bound on ``plan.num_tokens``: the number of slices is lowered until it holds.
+        config: Settings of the adaptive planner or of any strategy, the name of either (see
+            :func:`uhd.strategies`), or your own function from (height, width) to a :class:`SlicePlan`;
+            ``None`` is ``"llava-uhd-safe"``.
+        max_tokens: Bound on ``plan.num_tokens``: the number of slices is lowered until it holds. For the adaptive
+            planner only: other rules have no such freedom.
 
     Returns:
-        The plan. Equal arguments give the same (cached) object.
+        The plan. Equal arguments give the same (cached) object, unless the rule is your own function.
 
     Raises:
-        ValueError: The size is not two ints in 1..1,000,000, or not even the overview fits ``max_tokens``.
+        ValueError: The size is not two ints in 1..1,000,000, the rule refuses it, no strategy has that name, or not
+            even the overview fits ``max_tokens``.
+        TypeError: ``config`` is none of these, or your function did not return a plan.
     """
-    config = resolve(config)
-    if max_tokens is not None:
-        config = replace(config, max_tokens=max_tokens)
-    return _plan(*check_size(image_hw), config)
+    if config is not None and not isinstance(config, SlicingConfig):
+        from uhd.slicing.strategies import find, plan_by_rule  # it imports this module
+
+        found = find(config)
+        if not isinstance(found, SlicingConfig):
+            return plan_by_rule(check_size(image_hw), found, max_tokens=max_tokens)
+        config = found
+    return _plan(*check_size(image_hw), resolve(config, max_tokens))
 
 
 def candidates(
@@ -233,9 +325,7 @@ def candidates(
     Equal scores stay in the order in which the rule tries them, so the first entry is the plan's grid.
     Arguments and errors as in :func:`plan`.
     """
-    config = resolve(config)
-    if max_tokens is not None:
-        config = replace(config, max_tokens=max_tokens)
+    config = resolve(config, max_tokens)
     image_hw = check_size(image_hw)
     best, cap = _within_budget(image_hw, config)
     if best.grid is None:
@@ -246,15 +336,19 @@ def candidates(
     return tuple(Candidate(grid, score, ties > 1 and place < ties) for place, (grid, score) in enumerate(scored))
 
 
-def resolve(config: SlicingConfig | str | None) -> SlicingConfig:
-    """A config as it is, a preset by its name, the default for ``None``; anything else raises ``TypeError``."""
+def resolve(config: SlicingConfig | str | None, max_tokens: int | None = None) -> SlicingConfig:
+    """A config as it is, a preset by its name, the default for ``None``; with a token budget if one is given.
+
+    Raises:
+        TypeError: Something else came.
+    """
     if config is None:
-        return DEFAULT
-    if isinstance(config, str):
-        return SlicingConfig.preset(config)
-    if isinstance(config, SlicingConfig):
-        return config
-    raise TypeError(f"expected a SlicingConfig, a preset's name or None, got {type(config).__name__}")
+        config = DEFAULT
+    elif isinstance(config, str):
+        config = SlicingConfig.preset(config)
+    elif not isinstance(config, SlicingConfig):
+        raise TypeError(f"expected a SlicingConfig, a preset's name or None, got {type(config).__name__}")
+    return config if max_tokens is None else replace(config, max_tokens=max_tokens)
 
 
 def check_size(image_hw: Sequence[int]) -> tuple[int, int]:
@@ -265,13 +359,10 @@ def check_size(image_hw: Sequence[int]) -> tuple[int, int]:
             raise TypeError
         height, width = operator.index(height), operator.index(width)
     except (TypeError, ValueError):
-        raise ValueError(
-            f"an image size is two whole numbers of pixels (height, width), got {image_hw!r}: round it first"
-        ) from None
+        raise ValueError(f"an image size is two whole numbers of pixels (height, width), got {image_hw!r}") from None
     if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
         raise ValueError(
-            f"got height {height} and width {width}; each must lie in 1..{MAX_SIDE} px: "
-            "check the unit, and that the file holds an image"
+            f"got height {height} and width {width}; each must lie in 1..{MAX_SIDE} px: check the unit and the order"
         )
     return height, width
 
@@ -316,8 +407,7 @@ def _within_budget(image_hw: tuple[int, int], config: SlicingConfig) -> tuple[Sl
     """The plan under the largest cap that keeps ``max_tokens``, and that cap (0: the overview alone)."""
     if config.max_tokens is None:
         return _build(image_hw, _choose_grid(image_hw, config, config.max_slices), config), config.max_slices
-    # a view has at least one token, so no cap above this can fit
-    for cap in range(min(config.max_slices, config.max_tokens // (config.tokens_per_view or 1)), 0, -1):
+    for cap in range(config.budget_cap, 0, -1):
         found = _build(image_hw, _choose_grid(image_hw, config, cap), config)
         if found.num_tokens <= config.max_tokens:
             return found, cap
@@ -429,4 +519,5 @@ def _canvas_from_dict(data: Mapping[str, Any]) -> Canvas:
         source=data["source"] and Box(*data["source"]),
         offset=pair(data["offset"]),
         fill=data["fill"] and pair(data["fill"]),
+        cell=pair(data.get("cell", (0, 0))),
     )

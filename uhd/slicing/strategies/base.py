@@ -1,0 +1,236 @@
+"""What every strategy's config shares, and the canvases that all of them are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, NamedTuple
+
+from uhd.slicing.plan import Box, Canvas, Packing, SlicePlan
+
+MAX_VIEWS = 65_536
+"""Most views of one image: a plan lists every tile, so a rule without a cap of its own is stopped here."""
+
+LARGEST_PAD = 8192
+"""Longest side, px, of a square that is padded at the image's own size before it is shrunk."""
+
+BLACK, GRAY, WHITE = (0, 0, 0), (127, 127, 127), (255, 255, 255)
+CLIP_MEAN = (122, 116, 104)  # int(255 * mean)
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class StrategyConfig:
+    """Settings of one rule. Frozen, hashable, JSON-able.
+
+    Attributes:
+        name: Carried into every plan.
+        patch_size: Side of a ViT patch, px.
+
+    Raises:
+        ValueError: A number is not positive; the message names it.
+    """
+
+    name: str = "custom"
+    patch_size: int = 14
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if type(value) in (int, float) and not value > 0:
+                raise ValueError(f"{f.name} of {type(self).__name__} must be positive, got {value!r}")
+
+    def replace(self, **changes: Any) -> StrategyConfig:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    def for_vision(self, *, image_size: int, patch_size: int) -> StrategyConfig:
+        """The same rule for another backbone; native-resolution rules keep their pixel bounds.
+
+        Numbers of tokens that a config states rather than derives are kept too.
+        """
+        tile = {"tile": image_size} if any(f.name == "tile" for f in fields(self)) else {}
+        return replace(self, patch_size=patch_size, **tile)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types with the config's class under ``"rule"``; the inverse is
+        :func:`uhd.slicing.strategies.config_from_dict`."""
+        return {"rule": type(self).__name__, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> StrategyConfig:
+        """From what :meth:`to_dict` gave, also after JSON text; an unknown key raises ``ValueError``."""
+        unknown = sorted(set(data) - {f.name for f in fields(cls)} - {"rule"})
+        if unknown:
+            raise ValueError(f"unknown settings {unknown} for {cls.__name__}; known: {[f.name for f in fields(cls)]}")
+        return cls(**{key: _tuples(value) for key, value in data.items() if key != "rule"})
+
+
+class Strategy(NamedTuple):
+    """A named rule: ``function(image_hw, config)`` is the plan, ``summary`` one line about it."""
+
+    config: StrategyConfig
+    function: Callable[[Size, Any], SlicePlan]
+    summary: str
+
+
+def by_name(function: Callable[[Size, Any], SlicePlan], *entries: tuple[StrategyConfig, str]) -> dict[str, Strategy]:
+    """Several configs of one function, by their names."""
+    return {config.name: Strategy(config, function, summary) for config, summary in entries}
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def finish(
+    image_hw: Size,
+    config: StrategyConfig,
+    canvases: tuple[Canvas, ...],
+    *,
+    visual: int | None = None,
+    separators: int = 0,
+    packing: Packing | None = None,
+    grid: Size | None = None,
+) -> SlicePlan:
+    """The plan of these canvases. ``grid`` is the slices', by default that of the only slice canvas."""
+    if grid is None:
+        grid = next((canvas.grid for canvas in canvases if canvas.kind == "slice"), None)
+    if visual is None:
+        visual = sum(len(canvas.tiles) * canvas.tokens_per_view for canvas in canvases)
+    return SlicePlan(
+        image_hw=image_hw,
+        patch_size=config.patch_size,
+        canvases=canvases,
+        grid=grid,
+        num_visual_tokens=visual,
+        num_separators=separators,
+        strategy=config.name,
+        packing=packing,
+    )
+
+
+def refuse(image_hw: Size, config: StrategyConfig, why: str) -> ValueError:
+    """The error for an image that the rule cannot take."""
+    return ValueError(
+        f"{config.name!r} refuses a {image_hw[0]}x{image_hw[1]} px image (height x width): {why}. "
+        "Crop or pad the image, or take another strategy"
+    )
+
+
+def single(
+    kind: str,
+    view_hw: Size,
+    tokens: int,
+    *,
+    size_hw: Size | None = None,
+    content_hw: Size | None = None,
+    offset: Size = (0, 0),
+    fill: tuple[int, int, int] | None = None,
+    source: Box | None = None,
+    cell: Size = (0, 0),
+) -> Canvas:
+    """A canvas that is one view. Without ``size_hw`` and ``content_hw`` the image is stretched to the view."""
+    size_hw = size_hw or view_hw
+    return Canvas(
+        kind=kind,
+        content_hw=content_hw or size_hw,
+        size_hw=size_hw,
+        grid=(1, 1),
+        tiles=(Box(0, 0, *size_hw),),
+        view_hw=view_hw,
+        tokens_per_view=tokens,
+        source=source,
+        offset=offset,
+        fill=fill,
+        cell=cell,
+    )
+
+
+def tiled(
+    grid: Size,
+    tile_hw: Size,
+    tokens: int,
+    *,
+    view_hw: Size | None = None,
+    stride_hw: Size | None = None,
+    content_hw: Size | None = None,
+    offset: Size = (0, 0),
+    fill: tuple[int, int, int] | None = None,
+) -> Canvas:
+    """A canvas cut into ``grid`` slices of ``tile_hw``; they overlap where ``stride_hw`` is smaller.
+
+    Without ``content_hw`` the image is stretched over the canvas.
+    """
+    (rows, cols), (height, width) = grid, tile_hw
+    check_views(rows * cols)
+    down, right = stride_hw or tile_hw
+    tiles = tuple(
+        Box(r * down, c * right, r * down + height, c * right + width) for r in range(rows) for c in range(cols)
+    )
+    size_hw = ((rows - 1) * down + height, (cols - 1) * right + width)
+    return Canvas(
+        kind="slice",
+        content_hw=content_hw or size_hw,
+        size_hw=size_hw,
+        grid=grid,
+        tiles=tiles,
+        view_hw=view_hw or tile_hw,
+        tokens_per_view=tokens,
+        offset=offset,
+        fill=fill,
+    )
+
+
+def check_views(count: int) -> None:
+    """Raise a ``ValueError`` above :data:`MAX_VIEWS`."""
+    if count > MAX_VIEWS:
+        raise ValueError(f"{count} views of one image, at most {MAX_VIEWS} are planned: lower the cap on slices")
+
+
+def fit(image_hw: Size, box_hw: Size, rounding: Callable[[float], int]) -> Size:
+    """The image's largest size inside a box, aspect kept; the free side is rounded, and at most the box's."""
+    height, width = image_hw
+    scale_h, scale_w = box_hw[0] / height, box_hw[1] / width
+    if scale_w < scale_h:
+        return min(rounding(height * scale_w), box_hw[0]), box_hw[1]
+    return box_hw[0], min(rounding(width * scale_h), box_hw[1])
+
+
+def centred(content_hw: Size, size_hw: Size) -> Size:
+    """Offset of content in the middle of a canvas; an odd pixel goes to the bottom or right."""
+    return (size_hw[0] - content_hw[0]) // 2, (size_hw[1] - content_hw[1]) // 2
+
+
+def padded_square(
+    image_hw: Size,
+    side: int,
+    tokens: int,
+    *,
+    fill: tuple[int, int, int],
+    kind: str = "overview",
+    centre: bool = True,
+    square: int | None = None,
+) -> Canvas:
+    """The image padded to a square and then resized to ``side`` px, in this order, as released.
+
+    An image longer than ``square`` (default :data:`LARGEST_PAD`) is shrunk first, lest the padded square be huge.
+    """
+    longest = max(image_hw)
+    pad = min(longest, square or LARGEST_PAD)
+    content_hw = image_hw
+    if pad < longest:
+        content_hw = tuple(max(round(length * pad / longest), 1) for length in image_hw)
+    offset = centred(content_hw, (pad, pad)) if centre else (0, 0)
+    return single(kind, (side, side), tokens, size_hw=(pad, pad), content_hw=content_hw, offset=offset, fill=fill)
+
+
+def at_least_one(rounding: Callable[[float], int]) -> Callable[[float], int]:
+    """The same rounding, but never 0."""
+    return lambda value: max(rounding(value), 1)
+
+
+def ceil_div(count: int, step: int) -> int:
+    """``count / step`` rounded up."""
+    return -(-count // step)
