@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uhd.slicing import PRESETS, SlicePlan, SlicingConfig, candidates, plan
+from uhd.slicing.strategies import StrategyConfig, find
 
 if TYPE_CHECKING:
     from uhd.encoder import VisualEncoder
     from uhd.schema import SpatialSchema
 
+_STRATEGY_HELP = f"{', '.join(PRESETS)} (default llava-uhd-safe), or any name of docs/strategies.md"
 _SIZE = re.compile(r"([0-9]+)[xX×]([0-9]+)")  # noqa: RUF001
 
 
@@ -80,8 +82,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+_ADAPTIVE_ONLY = ("max_slices", "max_tokens", "schema", "candidates")
+
+
 def _slicing_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--strategy", metavar="NAME", help=f"one of {', '.join(PRESETS)} (default llava-uhd-safe)")
+    command.add_argument("--strategy", metavar="NAME", help=_STRATEGY_HELP)
     command.add_argument("--schema", metavar="NAME", help="a token layout; it brings its slicing and its counts")
     command.add_argument("--max-slices", type=int, metavar="N", help="cap on slices; 1 never cuts")
     command.add_argument(
@@ -89,8 +94,16 @@ def _slicing_arguments(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _config(args: argparse.Namespace) -> SlicingConfig:
+def _config(args: argparse.Namespace) -> SlicingConfig | StrategyConfig:
     """The slicing that was asked for; a schema brings its own, and its counts in any case."""
+    rule = find(args.strategy or "llava-uhd-safe")
+    if not isinstance(rule, SlicingConfig):
+        given = [f"--{key.replace('_', '-')}" for key in _ADAPTIVE_ONLY if getattr(args, key, None)]
+        if given:
+            raise ValueError(
+                f"{', '.join(given)}: for the adaptive rules only ({', '.join(PRESETS)}), not {rule.name!r}"
+            )
+        return rule
     changes = {key: getattr(args, key) for key in ("max_slices", "max_tokens") if getattr(args, key) is not None}
     if args.schema is None:
         return SlicingConfig.preset(args.strategy or "llava-uhd-safe", **changes)
@@ -99,10 +112,12 @@ def _config(args: argparse.Namespace) -> SlicingConfig:
     return SpatialSchema.preset(args.schema).slicing_config(args.strategy).replace(**changes)
 
 
-def _schema(args: argparse.Namespace) -> SpatialSchema:
-    """The schema that was asked for, or the one that goes with the slicing."""
+def _schema(args: argparse.Namespace) -> SpatialSchema | None:
+    """The schema that was asked for, or the one that goes with the slicing; ``None`` for rules without one."""
     from uhd.schema import SpatialSchema
 
+    if not isinstance(_config(args), SlicingConfig):
+        return None
     return SpatialSchema.preset(args.schema or args.strategy or "llava-uhd-safe")
 
 
@@ -141,7 +156,7 @@ def _record(found: SlicePlan) -> dict[str, Any]:
     }
 
 
-def _sentences(item: Any, record: dict[str, Any], config: SlicingConfig) -> str:
+def _sentences(item: Any, record: dict[str, Any], config: SlicingConfig | StrategyConfig) -> str:
     name = "{1}x{0}".format(*item) if isinstance(item, tuple) else str(item)
     if "error" in record:
         return f"{name}: {record['error']}"
@@ -174,7 +189,10 @@ def _summary(found: SlicePlan) -> str:
 def _layout(args: argparse.Namespace) -> int:
     from uhd.schema import layout
 
-    laid = layout(plan(_size_hw(args.input), _config(args)), _schema(args))
+    schema = _schema(args)
+    if schema is None:
+        raise ValueError(f"{args.strategy!r} has no schema of separators; layouts are for {', '.join(PRESETS)}")
+    laid = layout(plan(_size_hw(args.input), _config(args)), schema)
     if args.json:
         print(json.dumps(laid.symbols))
     else:

@@ -40,7 +40,8 @@ def draw_plan(
     Args:
         image: Anything :func:`uhd.pixels.load_image` takes.
         plan: The image's plan.
-        schema: How tokens are laid out; the default is :func:`uhd.schema.layout`'s.
+        schema: How tokens are laid out. The default is :func:`uhd.schema.layout`'s where it counts what the plan does;
+            else the features of each view are listed.
         settings: Background of transparent images and the resize filter.
 
     Returns:
@@ -50,7 +51,6 @@ def draw_plan(
         ValueError: The image has another size than the plan's, or its tokens cannot be laid out.
     """
     image = load_image(image, settings=settings)
-    laid = layout(plan, schema)
     names = [f"s{place}" for place in range(plan.num_views)]
     slices = iter(names)
     names = [next(slices) if view.kind == "slice" else "overview" for view in plan.views]
@@ -59,10 +59,7 @@ def draw_plan(
     right = _views_panel(views, plan, names, height=left.height)
     width = max(left.width + right.width + 3 * _MARGIN, _MIN_WIDTH)
     head = _paragraphs(_facts(plan), width - 2 * _MARGIN, size=20, color=_INK)
-    # a line break that the language model reads is written out, and breaks the line
-    tokens = laid.text().replace("\n", "\\n\n").splitlines()
-    count = f"{laid.num_tokens} positions, each view as [name:tokens]:"
-    foot = _paragraphs([count, *tokens], width - 2 * _MARGIN, size=17, color=_FAINT)
+    foot = _paragraphs(_token_lines(plan, schema, names), width - 2 * _MARGIN, size=17, color=_FAINT)
     body = head.height + 2 * _MARGIN
     page = Image.new("RGB", (width, body + max(left.height, right.height) + foot.height + 2 * _MARGIN), _PAPER)
     page.paste(head, (_MARGIN, _MARGIN))
@@ -70,6 +67,21 @@ def draw_plan(
     page.paste(right, (left.width + 2 * _MARGIN, body))
     page.paste(foot, (_MARGIN, page.height - foot.height - _MARGIN))
     return page
+
+
+def _token_lines(plan: SlicePlan, schema: SpatialSchema | None, names: Sequence[str]) -> list[str]:
+    laid = layout(plan, schema) if schema is not None or plan.tokens_by_view else None
+    if laid is not None and (schema is not None or laid.num_tokens == plan.num_tokens):
+        # a line break that the language model reads is written out, and breaks the line
+        tokens = laid.text().replace("\n", "\\n\n").splitlines()
+        return [f"{laid.num_tokens} positions, each view as [name:tokens]:", *tokens]
+    views = "".join(f"[{name}:{view.num_tokens}]" for name, view in zip(names, plan.views, strict=True))
+    lines = [f"{plan.num_tokens} positions from the views' features, each as [name:features]:", views]
+    final_hw = plan.packing.final_hw if plan.packing else None
+    if final_hw is not None:
+        newlines = ", each row followed by a newline" if plan.packing.newline else ""
+        lines.append("slices joined to {} x {} (rows x columns) features".format(*final_hw) + newlines)
+    return lines
 
 
 def _facts(plan: SlicePlan) -> list[str]:

@@ -545,11 +545,30 @@ def _render_canvas(image: Image.Image, canvas: Canvas, settings: PixelSettings) 
     if canvas.source is not None:
         top, left, bottom, right = canvas.source
         image = image.crop((left, top, right, bottom))  # first, so that the filter sees nothing outside
+    if _is_crop(canvas):
+        # an elongated image would be resized to gigabytes of which one view is kept: make only what is seen
+        size = _wh(canvas.size_hw)
+        return np.asarray(image.resize(size, RESAMPLE[settings.resample], box=_seen(image, canvas)))
     whole = image.resize(_wh(canvas.content_hw), RESAMPLE[settings.resample])
     if canvas.offset != (0, 0) or canvas.size_hw != canvas.content_hw:
         content, whole = whole, Image.new("RGB", _wh(canvas.size_hw), canvas.fill or (0, 0, 0))
         whole.paste(content, _wh(canvas.offset))
     return np.asarray(whole)
+
+
+def _is_crop(canvas: Canvas) -> bool:
+    """Whether the content covers its canvas and reaches beyond it."""
+    sides = list(zip(canvas.offset, canvas.content_hw, canvas.size_hw, strict=True))
+    covers = all(start <= 0 and start + content >= side for start, content, side in sides)
+    return covers and canvas.content_hw != canvas.size_hw
+
+
+def _seen(image: Image.Image, canvas: Canvas) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of the part of the image that a crop shows, px."""
+    (top, left), (height, width) = canvas.offset, canvas.size_hw
+    scale_h, scale_w = image.height / canvas.content_hw[0], image.width / canvas.content_hw[1]
+    right, bottom = min((width - left) * scale_w, image.width), min((height - top) * scale_h, image.height)
+    return -left * scale_w, -top * scale_h, right, bottom
 
 
 def _check_canvas(canvas: Canvas, image_hw: tuple[int, int]) -> None:

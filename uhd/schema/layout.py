@@ -389,7 +389,7 @@ def _token_counts(plan: SlicePlan, tokens_per_view: int | Sequence[int] | None) 
     num_views = len(plan.views)
     if tokens_per_view is None:
         counts = tuple(view.num_tokens for view in plan.views)
-        if sum(counts) != plan.num_visual_tokens:
+        if not plan.tokens_by_view:
             raise ValueError(
                 f"{plan.strategy!r} counts {plan.num_visual_tokens} visual tokens for the whole image, its "
                 f"{num_views} views alone {sum(counts)}: pass tokens_per_view, what your compressor gives each"

@@ -19,7 +19,7 @@ from uhd.slicing.coordinates import (
     view_to_image,
 )
 from uhd.slicing.many import plan_many
-from uhd.slicing.plan import Box, Candidate, Canvas, SlicePlan, View, candidates, grid_score, plan
+from uhd.slicing.plan import Box, Candidate, Canvas, Packing, SlicePlan, View, candidates, grid_score, plan
 from uhd.slicing.strategies import strategies, strategy
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Box",
     "Candidate",
     "Canvas",
+    "Packing",
     "PatchHit",
     "SeparatorCount",
     "SlicePlan",

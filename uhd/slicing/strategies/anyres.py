@@ -100,8 +100,8 @@ def anyres(image_hw: Size, config: AnyResConfig) -> SlicePlan:
 def unpadded(image_hw: Size, map_hw: Size, rounding: str) -> Box:
     """The part of a feature map that shows the image rather than padding; an odd row or column stays.
 
-    Source: transformers, models/llava_next/modeling_llava_next.py ``unpad_image``; LLaVA-NeXT's own truncates without
-    rounding to 7 digits first, and a slice that ends at -0 there keeps nothing of an empty map.
+    Source: transformers, models/llava_next/modeling_llava_next.py ``unpad_image``; LLaVA-NeXT's own code truncates
+    without rounding first.
     """
 
     def whole(value: float) -> int:
@@ -324,6 +324,10 @@ class AriaPortConfig(StrategyConfig):
         super().__post_init__()
         if self.tile not in (self.cell, 2 * self.cell):
             raise ValueError(f"tile must be {self.cell} or {2 * self.cell} px (once or twice cell), got {self.tile}")
+
+    def for_vision(self, *, image_size: int, patch_size: int) -> AriaPortConfig:
+        """The same rule for another backbone; ``cell`` keeps its ratio to ``tile``."""
+        return replace(self, tile=image_size, cell=image_size * self.cell // self.tile, patch_size=patch_size)
 
 
 def aria_port(image_hw: Size, config: AriaPortConfig) -> SlicePlan:

@@ -11,8 +11,8 @@ from uhd.slicing.plan import Box, Canvas, Packing, SlicePlan
 MAX_VIEWS = 65_536
 """Most views of one image: a plan lists every tile, so a rule without a cap of its own is stopped here."""
 
-LARGEST_PAD = 8192
-"""Longest side, px, of a square that is padded at the image's own size before it is shrunk."""
+LARGEST_PAD = 13_312
+"""Longest side, px, of a square that is padded at the image's own size before it is shrunk: 177 million pixels."""
 
 BLACK, GRAY, WHITE = (0, 0, 0), (127, 127, 127), (255, 255, 255)
 CLIP_MEAN = (122, 116, 104)  # int(255 * mean)
@@ -38,6 +38,8 @@ class StrategyConfig:
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
+            if isinstance(value, list):
+                object.__setattr__(self, f.name, _tuples(value))  # configs are hashed
             if type(value) in (int, float) and not value > 0:
                 raise ValueError(f"{f.name} of {type(self).__name__} must be positive, got {value!r}")
 

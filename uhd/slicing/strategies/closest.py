@@ -80,6 +80,7 @@ class OcrConfig(StrategyConfig):
         merge: Patches joined per side; a rest counts as one.
         min_tiles, max_tiles: Bounds on the number of slices.
         newline: A newline after every feature row of the overview and of the slices' map.
+        uncut_grid: What the plan reports for an image without slices; Unlimited-OCR's processor says 1 x 1.
     """
 
     patch_size: int = 16
@@ -89,6 +90,7 @@ class OcrConfig(StrategyConfig):
     min_tiles: int = 2
     max_tiles: int = 6
     newline: bool = False
+    uncut_grid: Size | None = None
 
 
 def ocr(image_hw: Size, config: OcrConfig) -> SlicePlan:
@@ -130,7 +132,7 @@ def ocr(image_hw: Size, config: OcrConfig) -> SlicePlan:
         separator="end",
     )
     separators = 1 + (overview_side if config.newline else 0) + (map_hw[0] if map_hw else 0)
-    return finish(image_hw, config, canvases, separators=separators, packing=packing)
+    return finish(image_hw, config, canvases, separators=separators, packing=packing, grid=grid or config.uncut_grid)
 
 
 @dataclass(frozen=True)
@@ -391,7 +393,7 @@ STRATEGIES = {
         ocr,
         (OcrConfig("deepseek-ocr2"), "2 to 6 stretched 768 px tiles, 1024 px letterboxed overview; DeepSeek-OCR-2"),
         (
-            OcrConfig("unlimited-ocr", tile=640, max_tiles=32, newline=True),
+            OcrConfig("unlimited-ocr", tile=640, max_tiles=32, newline=True, uncut_grid=(1, 1)),
             "2 to 32 stretched 640 px tiles, 1024 px letterboxed overview, newlines; Unlimited-OCR",
         ),
     ),

@@ -1,0 +1,597 @@
+"""Every other system's rule: equal to its reference, well formed on any size, and drawn as the reference draws it."""
+
+import json
+import math
+import pathlib
+import pickle
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import uhd
+from uhd.cli import main
+from uhd.draw import draw_plan
+from uhd.pixels import render
+from uhd.slicing import SlicePlan, SlicingConfig, plan
+from uhd.slicing.plan import MAX_SIDE, Box, Canvas
+from uhd.slicing.strategies import ALIASES, STRATEGIES, anyres, base, config_from_dict, selectors
+from uhd.slicing.strategies.anyres import AnyResConfig, ThresholdConfig, threshold_tokens, video_tokens
+from uhd.slicing.strategies.closest import InternVLConfig
+from uhd.slicing.strategies.fixed import StretchConfig
+from uhd.slicing.strategies.upscale import OpenAIConfig
+
+GOLDEN = json.loads((pathlib.Path(__file__).parent.parent / "golden" / "strategies.json").read_text())
+SIZES = [(height, width) for width, height in GOLDEN["sizes_wh"]]
+TOKEN_COLUMNS = ("tokens_hf", "tokens_hf_processor", "tokens_each", "tokens", "cross_attn_tokens", "patches")
+EXTREMES = [(1, 1), (1, 4096), (4096, 1), (1, 200), (200, 1), (201, 1), (7, 3000), (1, MAX_SIDE), (MAX_SIDE, 1)]
+EXTREMES += [(MAX_SIDE, MAX_SIDE), (999_983, 31), (4096, 20), (500_000, 3)]
+ALL = sorted(STRATEGIES)
+
+
+def _words(text):
+    return text.split()
+
+
+names = st.sampled_from(ALL)
+sides = st.one_of(st.integers(1, 3000), st.integers(1, 40), st.integers(1, MAX_SIDE))
+sizes = st.tuples(sides, sides)
+
+
+def planned(image_hw, rule):
+    """The plan, or ``None`` where the rule refuses the size with a message that names it."""
+    try:
+        return plan(image_hw, rule)
+    except ValueError as problem:
+        if f"refuses a {image_hw[0]}x{image_hw[1]} px image" not in str(problem):
+            raise
+        return None
+
+
+def golden_rows(name):
+    entry = GOLDEN["strategies"][name]
+    for image_hw, row in zip(SIZES, entry["rows"], strict=True):
+        yield image_hw, None if row == "error" else dict(zip(entry["fields"], row, strict=True))
+
+
+def pair(row, name):
+    """(height, width) of the columns ``name_w`` and ``name_h``; ``None`` where the reference has none."""
+    found = (row.get(f"{name}_h"), row.get(f"{name}_w"))
+    return None if None in found else found
+
+
+@pytest.mark.parametrize("name", sorted(GOLDEN["strategies"]))
+def test_equals_the_reference_on_every_size(name):
+    rows = list(golden_rows(name))
+    assert len(rows) == 300
+    for image_hw, row in rows:
+        found = planned(image_hw, name)
+        assert (found is None) == (row is None), image_hw
+        if row is None:
+            continue
+        column = next(column for column in TOKEN_COLUMNS if column in row)
+        assert found.num_tokens == row[column], image_hw
+        if "grid_rows" in row:
+            assert found.grid == (row["grid_rows"], row["grid_cols"]), image_hw
+        if "views" in row:
+            assert found.num_views == row["views"], image_hw
+
+
+@pytest.mark.parametrize("name", sorted(GOLDEN["strategies"]))
+def test_sizes_and_offsets_equal_the_reference(name):
+    """Whatever geometry a preset's columns tell beyond tokens, grid and views."""
+    for image_hw, row in golden_rows(name):
+        if row is None:
+            continue
+        found = plan(image_hw, name)
+        detail = next((canvas for canvas in found.canvases if canvas.kind == "slice"), found.canvases[0])
+        checks = {
+            "content": detail.content_hw,
+            "canvas": detail.size_hw,
+            "resized": detail.content_hw,
+            "out": found.canvases[0].view_hw,
+            "padded": tuple(max(sides) for sides in zip(*(c.size_hw for c in found.canvases), strict=True)),
+            "crop": detail.size_hw,
+            "thumb": found.canvases[-1].view_hw,
+            "last_content": detail.content_hw,
+        }
+        if name.startswith("aria") or (name == "step3p7_728_504" and not row["local_tiles"]):
+            checks = {"last_content": found.canvases[0].content_hw} if name == "aria_980" else {}
+        for column, got in checks.items():
+            want = pair(row, column)
+            if want is not None:
+                assert got == want, (image_hw, column)
+        if "paste_x" in row:
+            assert detail.offset == (row["paste_y"], row["paste_x"]), image_hw
+        if row.get("tiles_dim0"):
+            assert found.grid == (row["tiles_dim0"], row["tiles_dim1"])
+        if "local_tiles" in row:
+            assert sum(view.kind == "slice" for view in found.views) == row["local_tiles"]
+        if "hi_rows" in row:
+            assert found.packing.final_hw == (row["hi_rows"], row["hi_cols"])
+        if "unpad_feat_h_hf" in row:
+            want = (row["unpad_feat_h_hf"], row["unpad_feat_w_hf"])
+            assert found.packing.kept.size_hw == want or 0 == math.prod(want) == math.prod(found.packing.kept.size_hw)
+        if "grid_h" in row and "merge" not in name:
+            assert found.views[0].patches_hw == (row["grid_h"], row["grid_w"])
+
+
+def test_the_two_roundings_of_unpadding_differ_where_the_reference_does():
+    for row in GOLDEN["unpad"]["rows"]:
+        row = dict(zip(GOLDEN["unpad"]["fields"], row, strict=True))
+        image_hw = (row["height"], row["width"])
+        theirs = plan(image_hw, "llava-next")
+        assert theirs.num_tokens == row["tokens_hf"]
+        assert theirs.packing.kept.size_hw == (row["unpad_feat_h_hf"], row["unpad_feat_w_hf"])
+        original = plan(image_hw, AnyResConfig(unpad_rounding="original"))
+        assert original.num_tokens == row["tokens_repo"] != theirs.num_tokens
+        assert original.packing.kept.size_hw == (row["unpad_feat_h_repo"], row["unpad_feat_w_repo"])
+
+
+def test_onevision_video_counts():
+    assert GOLDEN["video"]
+    for frames, tokens in GOLDEN["video"].items():
+        assert video_tokens(int(frames)) == tokens
+    frame = plan((480, 640), "llava-onevision-video")
+    assert (frame.num_tokens, frame.packing.pooled_hw) == (196, (14, 14))
+    assert video_tokens(0) == 0
+    with pytest.raises(ValueError, match="at least 0 frames"):
+        video_tokens(-1)
+
+
+def test_openai_documented_examples():
+    assert len(GOLDEN["openai"]) == 2
+    for width, height, tokens in GOLDEN["openai"]:
+        assert plan((height, width), "gpt-4v").num_tokens == tokens
+    assert plan((4096, 2048), "gpt-4v").num_tokens == plan((4096, 2048), "openai-high-detail-overlap").num_tokens
+    assert plan((3000, 4000), "openai-low-detail").num_tokens == 85
+
+
+def test_overlapping_tiles_start_where_the_pilot_study_has_them():
+    """768 px in two 512 px tiles: starts 0 and 256, so the middle third is seen twice."""
+    found = plan((768, 1500), OpenAIConfig(remainder="overlap"))
+    tiles = found.canvases[1].tiles
+    assert found.canvases[1].size_hw == (768, 1500)
+    assert sorted({tile.top for tile in tiles}) == [0, 256]
+    assert sorted({tile.left for tile in tiles}) == [0, 494, 988]
+    assert {tile.size_hw for tile in tiles} == {(512, 512)}
+
+
+def test_threshold_of_the_paper():
+    """Four crops of 30 tokens against 100: 25 each."""
+    assert threshold_tokens(3, 30, 100) == 25
+    assert threshold_tokens(3, 25, 100) == 25
+    assert threshold_tokens(1, 30, 100) == 30
+    small, large = plan((300, 300), "llava-onevision-threshold"), plan((2300, 2300), "llava-onevision-threshold")
+    assert (small.num_tokens, small.packing) == (2 * 729, None)
+    assert large.grid == (6, 6)
+    assert large.packing.pooled_hw == (14, 14)  # isqrt(7290 // 37)
+    assert large.num_tokens == 37 * 196 <= 7290 < plan((2300, 2300), "llava-onevision").num_tokens
+    with pytest.raises(ValueError, match="leaves no token"):
+        plan((2300, 2300), ThresholdConfig(threshold=36))
+
+
+@settings(max_examples=400)
+@given(sizes, names)
+def test_plans_are_well_formed(image_hw, name):
+    found = planned(image_hw, name)
+    if found is None:
+        return
+    check_form(found)
+    assert found.image_hw == image_hw
+    assert found.strategy == name
+    again = STRATEGIES[name].function(image_hw, STRATEGIES[name].config)
+    assert again == found
+    assert hash(again) == hash(found)
+    if found.num_views < 2000:
+        assert SlicePlan.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+
+def check_form(found):
+    p = found.patch_size
+    for canvas in found.canvases:
+        assert len(canvas.tiles) == math.prod(canvas.grid)
+        assert min(min(tile.top, tile.left) for tile in canvas.tiles) >= 0
+        assert max(tile.bottom for tile in canvas.tiles) <= canvas.size_hw[0]
+        assert max(tile.right for tile in canvas.tiles) <= canvas.size_hw[1]
+        assert all(min(tile.size_hw) >= 1 for tile in canvas.tiles)
+        assert min(canvas.content_hw) >= 1
+        assert min(canvas.view_hw) >= p
+        covered = all(
+            start <= 0 and start + content >= side
+            for start, content, side in zip(canvas.offset, canvas.content_hw, canvas.size_hw, strict=True)
+        )
+        assert covered or canvas.fill is not None
+        inside = all(
+            start >= 0 and start + content <= side
+            for start, content, side in zip(canvas.offset, canvas.content_hw, canvas.size_hw, strict=True)
+        )
+        assert inside or found.strategy.startswith("clip")
+    slices = [view for view in found.views if view.kind == "slice"]
+    if found.grid is None:
+        assert not slices
+    elif slices:
+        rows, cols = found.grid
+        assert [(view.row, view.col) for view in slices] == [(r, c) for r in range(rows) for c in range(cols)]
+    else:
+        assert found.grid == (1, 1)
+    assert 1 <= found.num_views <= base.MAX_VIEWS
+    check_count(found)
+
+
+def check_count(found):
+    """Tokens follow from the views, or from what the packing says about their features."""
+    by_view = sum(view.num_tokens for view in found.views)
+    if found.packing is None:
+        assert found.tokens_by_view
+        assert (found.num_visual_tokens, found.num_separators) == (by_view, 0)
+        return
+    packing, overviews = found.packing, sum(view.kind == "overview" for view in found.views)
+    slices = found.num_views - overviews
+    overview, separators = math.prod(packing.overview_hw) * overviews, int(packing.separator is not None)
+    if packing.overview_newline:
+        separators += packing.overview_hw[0] * overviews
+    if packing.map_hw is None:
+        detail = slices * math.prod(packing.pooled_hw or packing.view_hw)
+        assert found.tokens_by_view
+    else:
+        dropped = sum(packing.overlap)
+        pairs = zip(found.grid, packing.view_hw, strict=True)
+        assert packing.map_hw == tuple(count * side - (count - 1) * dropped for count, side in pairs)
+        assert all(view.num_tokens == math.prod(packing.view_hw) for view in found.views if view.kind == "slice")
+        detail = math.prod(packing.final_hw)
+        separators += packing.final_hw[0] * packing.newline
+        assert not found.tokens_by_view
+        with pytest.raises(ValueError, match="no token belongs to one view"):
+            uhd.slicing.token_range(found, 0)
+    assert (found.num_visual_tokens, found.num_separators) == (overview + detail, separators)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_extremes_are_planned_or_refused(name):
+    """No hang, no unbounded list of tiles, and the error says which rule refused which image."""
+    for image_hw in EXTREMES:
+        found = planned(image_hw, name)
+        if found is not None:
+            check_form(found)
+
+
+def test_refusals_name_the_rule_and_what_to_do():
+    with pytest.raises(ValueError, match=r"'qwen3-vl-ckpt' refuses a 201x1 px image.*at most 200.*Crop or pad"):
+        plan((201, 1), "qwen3-vl")
+    with pytest.raises(ValueError, match="at least 10 are needed"):
+        plan((1, 4096), "phi4")
+    with pytest.raises(ValueError, match="a quarter of it would be empty"):
+        plan((1, 9), "idefics2-split")
+    with pytest.raises(ValueError, match="70000 views of one image, at most 65536"):
+        base.tiled((70, 1000), (14, 14), 1)
+
+
+SYMMETRIC = _words(
+    "cohere2 idefics3 smolvlm idefics2 idefics2-split qwen2.5-vl qwen3-vl hunyuan-vl ernie-4.5-vl pixtral "
+    "mistral-small llama4 mllama gemma3-pan-and-scan gemma4 gemma4-1120 ovis2 molmo2 step3 siglip2-naflex "
+    "kimi monkey siglip clip llava-1.5 llava-onevision-multi-image gpt-4v openai-high-detail-overlap"
+)
+
+
+@pytest.mark.parametrize("name", SYMMETRIC)
+def test_symmetric_rules_cost_the_same_either_way_up(name):
+    refused = 0
+    for height, width in SIZES:
+        found, turned = planned((height, width), name), planned((width, height), name)
+        assert (found is None) == (turned is None)
+        if found is None:
+            refused += 1
+            continue
+        assert found.num_tokens == turned.num_tokens, (height, width)
+        assert found.num_views == turned.num_views
+    assert refused <= 5
+
+
+def test_known_asymmetries_are_kept():
+    """Rules that are not symmetric in the release are not made so."""
+    assert plan((1568, 224), "deepseek-vl2").num_tokens != plan((224, 1568), "deepseek-vl2").num_tokens
+    assert plan((1080, 1920), "fuyu").num_tokens != plan((1920, 1080), "fuyu").num_tokens
+    assert plan((150, 300), "llava-next").grid == (1, 2)
+    assert plan((1008, 672), "ovis2-448-max9-covering").grid == plan((672, 1008), "ovis2").grid == (2, 3)
+
+
+# selectors, each against its definition
+
+
+@given(st.tuples(st.integers(1, 5000), st.integers(1, 5000)), st.integers(1, 16))
+def test_least_upscaling_takes_the_smallest_canvas_that_holds_the_image(image_hw, most):
+    grids = selectors.grids_up_to(most)
+    rows, cols = selectors.least_upscaling(image_hw, grids, 336)
+
+    def scale(grid):
+        return min(Fraction(grid[0] * 336, image_hw[0]), Fraction(grid[1] * 336, image_hw[1]))
+
+    holding = [grid for grid in grids if scale(grid) >= 1]
+    best = min(map(scale, holding)) if holding else max(map(scale, grids))
+    assert float(scale((rows, cols))) == float(best)
+    assert rows * cols == min(r * c for r, c in grids if float(scale((r, c))) == float(best))
+
+
+@given(st.tuples(st.integers(1, 5000), st.integers(1, 5000)), st.integers(1, 20))
+def test_closest_aspect_is_the_closest(image_hw, most):
+    rows, cols = selectors.closest_aspect(image_hw, selectors.grids_up_to(most), 448)
+    aspect = image_hw[1] / image_hw[0]
+    assert abs(aspect - cols / rows) == min(abs(aspect - c / r) for r, c in selectors.grids_up_to(most))
+
+
+def test_closest_aspect_ties_go_by_area():
+    grids = selectors.grids_up_to(4)
+    assert selectors.closest_aspect((448, 448), grids, 448) == (1, 1)
+    assert selectors.closest_aspect((633, 633), grids, 448) == (1, 1)  # 633^2 < 2 * 448^2
+    assert selectors.closest_aspect((634, 634), grids, 448) == (2, 2)
+
+
+def test_best_resolution_order_decides_ties():
+    assert selectors.best_resolution((200, 200), ((1, 2), (2, 1)), 336) == (1, 2)
+    assert selectors.best_resolution((200, 200), ((2, 1), (1, 2)), 336) == (2, 1)
+    assert selectors.best_resolution((1, 4096), ((2, 2), (1, 3)), 336) == (1, 3)  # keeps nothing: least waste
+
+
+@given(st.tuples(st.integers(1, 4000), st.integers(1, 4000)), st.sampled_from([28, 32]))
+def test_smart_resize_keeps_its_range(image_hw, factor):
+    low, high = 16 * factor**2, 1000 * factor**2
+    if max(image_hw) > 200 * min(image_hw):
+        with pytest.raises(ValueError, match="at most 200"):
+            selectors.smart_resize(image_hw, factor, low, high)
+        return
+    height, width = selectors.smart_resize(image_hw, factor, low, high)
+    assert height % factor == width % factor == 0
+    assert low <= height * width
+    assert height * width <= high or min(height, width) == factor
+
+
+def test_grids_are_all_grids():
+    grids = selectors.grids_up_to(20, 3)
+    assert set(grids) == {(r, c) for r in range(1, 21) for c in range(1, 21) if 3 <= r * c <= 20}
+    assert list(grids) == sorted(grids, key=lambda grid: (grid[0] * grid[1], grid[1]))
+    pairs = [pair for group in selectors.pairs_by_ratio(16).values() for pair in group]
+    assert sorted(pairs) == sorted(selectors.grids_up_to(16))
+    assert pairs.index((3, 3)) < pairs.index((1, 9))  # 1.0 was met at 16 cells
+
+
+# pixels
+
+
+def coordinates(image_hw):
+    """An image whose red is its row and green its column, and blue 200, for sides up to 255 px."""
+    rows, cols = np.mgrid[0 : image_hw[0], 0 : image_hw[1]]
+    return np.stack([rows, cols, np.full(image_hw, 200)], axis=-1).astype(np.uint8)
+
+
+def test_letterbox_has_the_right_colour_and_offset():
+    """LLaVA-1.5: 336 px wide, 168 high, is padded by 84 rows of CLIP's mean above and below."""
+    image = np.full((168, 336, 3), 250, np.uint8)
+    (view,) = render(image, plan((168, 336), "llava-1.5"))
+    assert (view[:84] == (122, 116, 104)).all()
+    assert (view[84:252] == 250).all()
+    assert (view[252:] == (122, 116, 104)).all()
+
+
+def test_an_odd_pixel_of_padding_goes_right_and_down():
+    found = plan((336, 335), AnyResConfig(grids=((1, 1),)))
+    assert found.canvases[1].offset == (0, 0)
+    image = np.full((336, 335, 3), 250, np.uint8)
+    _, tile = render(image, found)
+    assert (tile[:, :335] == 250).all()
+    assert (tile[:, 335] == 0).all()
+
+
+@pytest.mark.parametrize("name, fill", [("phi4", 255), ("llama4", 0), ("mllama", 0), ("kimi", 0), ("fuyu", 1)])
+def test_padding_lies_right_and_below(name, fill):
+    image = np.full((100, 150, 3), 90, np.uint8)
+    found = plan((100, 150), name)
+    canvas = found.canvases[0]
+    height, width = canvas.content_hw
+    view = render(image, found)[0]
+    assert (view[:height, :width] == 90).all()
+    assert (view[height:] == fill).all()
+    assert (view[:, width:] == fill).all()
+    assert canvas.content_hw != canvas.size_hw
+
+
+def test_centre_crop_shows_the_middle():
+    image = coordinates((100, 220))
+    found = plan((100, 220), replace(STRATEGIES["clip-center-crop-336"].config, tile=100, patch_size=10))
+    (view,) = render(image, found)
+    assert (view == image[:, 60:160]).all()
+
+
+def test_a_crop_of_an_elongated_image_needs_no_memory_for_the_rest():
+    """336 px high, the content would be 67 million px wide."""
+    found = plan((1, 200_000), "clip")
+    assert found.canvases[0].content_hw == (336, 67_200_000)
+    image = np.zeros((1, 200_000, 3), np.uint8)
+    image[:, 99_000:101_000] = 77
+    (view,) = render(Image.fromarray(image), found)
+    assert view.shape == (336, 336, 3)
+    assert (view == 77).all()
+
+
+def test_overlapping_crops_show_the_same_pixels():
+    found = plan((644, 644), "molmo2")
+    assert found.grid == (2, 2)
+    assert found.canvases[1].size_hw == (644, 644)
+    image = np.random.default_rng(0).integers(0, 256, (644, 644, 3), np.uint8)
+    _, first, right, below, _ = render(image, found)
+    assert (first == image[:378, :378]).all()
+    assert (first[:, 266:] == right[:, :112]).all()
+    assert (first[266:] == below[:112]).all()
+
+
+def test_slices_of_their_own_canvas_show_their_source():
+    """Ovis2 crops the image's own pixels; 448 x 896 is cut into two squares and shown whole before them."""
+    image = np.random.default_rng(1).integers(0, 256, (448, 896, 3), np.uint8)
+    found = plan((448, 896), "ovis2")
+    overview, left, right = render(image, found)
+    assert [view.kind for view in found.views] == ["overview", "slice", "slice"]
+    assert (left == image[:, :448]).all()
+    assert (right == image[:, 448:]).all()
+    assert (overview[:112] == (123, 117, 104)).all()
+    assert uhd.slicing.view_box(found, 2) == (0, 448, 448, 896)
+
+
+def test_very_long_images_are_padded_to_a_square_of_bounded_size():
+    for name in ("llava-1.5", "step3"):
+        found = plan((1, 60_000), name)
+        assert max(max(canvas.size_hw) for canvas in found.canvases) <= base.LARGEST_PAD
+    found = plan((400, 20_000), replace(STRATEGIES["llava15-pad-336"].config, fill=(1, 2, 3)))
+    assert found.canvases[0].content_hw == (266, base.LARGEST_PAD)
+    assert found.canvases[0].size_hw == (base.LARGEST_PAD, base.LARGEST_PAD)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_strategy_renders_and_draws(name):
+    image = Image.fromarray(coordinates((120, 70)))
+    found = plan((120, 70), name)
+    views = render(image, found)
+    assert [view.shape[:2] for view in views] == [view.size_hw for view in found.views]
+    if found.num_views < 12:
+        picture = draw_plan(image, found)
+        assert picture.width > 1000
+
+
+# names, configs, the user's own rule
+
+
+def test_names_are_listed_and_accepted():
+    listed = uhd.strategies()
+    assert {name.replace("_", "-") for name in GOLDEN["strategies"]} <= set(listed)
+    assert all(listed.values())
+    assert not any("\n" in line for line in listed.values())
+    for name in listed:
+        found = uhd.strategy(name)((400, 300))
+        assert found == plan((400, 300), name.upper().replace("-", "_"))
+        assert found.strategy == ALIASES.get(name, name)
+    wanted = _words(
+        "llava-1.5 llava-next llava-onevision internvl idefics3 smolvlm qwen2-vl qwen2.5-vl qwen3-vl pixtral "
+        "mistral-small llama4 llama-3.2-vision deepseek-vl2 deepseek-ocr2 ovis2 aria phi4 gemma3 gemma3-pan-and-scan "
+        "gemma4 lfm2-vl molmo2 monkey ureader docowl fuyu kimi nemotron gpt-4v blip2 minigpt-v2 clip "
+        "siglip siglip2-naflex step3 perception-lm granite cohere2 idefics2 glm-4.6v"
+    )
+    assert set(wanted) <= set(listed)
+
+
+def test_unknown_names_give_the_nearest():
+    with pytest.raises(ValueError, match=r"no strategy named 'lava-next': did you mean .*'llava-next'"):
+        uhd.strategy("lava-next")
+    with pytest.raises(ValueError, match=r"uhd\.strategies\(\) lists all"):
+        plan((10, 10), "xyzzy")
+    with pytest.raises(TypeError, match=r"a function from .* got int"):
+        plan((10, 10), 3)
+
+
+def test_plan_takes_configs_and_adaptive_presets_alike():
+    assert plan((500, 900), InternVLConfig(max_tiles=4)).num_views == 3
+    assert plan((500, 900), STRATEGIES["internvl-dynamic-448-max12"].config) == plan((500, 900), "internvl")
+    assert plan((500, 900), "minicpm-v") == plan((500, 900), SlicingConfig.preset("minicpm-v"))
+    assert uhd.strategy("internvl")((500, 900)) is uhd.strategy("internvl")((500, 900))
+    for bad in ((0, 5), (5.5, 5), (True, 5)):
+        with pytest.raises(ValueError, match="image size|height"):
+            plan(bad, "internvl")
+    with pytest.raises(ValueError, match="max_tokens bounds the adaptive planner only, not 'internvl"):
+        plan((500, 900), "internvl", max_tokens=100)
+
+
+def test_a_users_own_function_is_a_strategy():
+    def halves(image_hw):
+        height, width = image_hw
+        tiles = (Box(0, 0, 28, 28), Box(0, 28, 28, 56))
+        canvas = Canvas("slice", (28, 56), (28, 56), (1, 2), tiles, (28, 28), 4)
+        return SlicePlan((height, width), 14, (canvas,), (1, 2), 8, 0, "halves")
+
+    found = plan((100, 200), halves)
+    assert (found.strategy, found.num_tokens) == ("halves", 8)
+    with pytest.raises(TypeError, match="'<lambda>' must return a SlicePlan for .*, got NoneType"):
+        plan((100, 200), lambda image_hw: None)
+    with pytest.raises(ValueError, match="planned one of"):
+        plan((100, 200), lambda image_hw: halves((1, 1)))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_configs_are_hashable_and_json_able(name):
+    config = STRATEGIES[name].config
+    again = config_from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config == pickle.loads(pickle.dumps(config))
+    assert hash(again) == hash(config)
+    assert plan((333, 777), again) == plan((333, 777), config)
+    fitted = config.for_vision(image_size=224, patch_size=config.patch_size)
+    found = planned((333, 777), fitted)
+    assert found.patch_size == config.patch_size
+
+
+def test_bad_configs_are_refused():
+    with pytest.raises(ValueError, match=r"tile of StretchConfig must be positive, got 0"):
+        StretchConfig(tile=0)
+    with pytest.raises(ValueError, match="min_tiles 5 is above max_tiles 4"):
+        InternVLConfig(min_tiles=5, max_tiles=4)
+    with pytest.raises(ValueError, match="remainder must be"):
+        OpenAIConfig(remainder="crop")
+    with pytest.raises(ValueError, match="unpad_rounding"):
+        AnyResConfig(unpad_rounding="up")
+    with pytest.raises(ValueError, match="once or twice"):
+        anyres.AriaPortConfig(tile=600)
+    with pytest.raises(ValueError, match=r"unknown settings \['tiles'\]"):
+        config_from_dict({"rule": "StretchConfig", "tiles": 3})
+    with pytest.raises(ValueError, match="unknown rule 'Other'"):
+        config_from_dict({"rule": "Other"})
+
+
+def test_lists_become_tuples():
+    assert AnyResConfig(grids=[[1, 2], [2, 2]]) == AnyResConfig(grids=((1, 2), (2, 2)))
+    assert plan((100, 300), AnyResConfig(grids=[[1, 2], [2, 2]])).grid == (1, 2)
+
+
+def test_the_rule_fits_another_backbone():
+    found = plan((800, 600), STRATEGIES["llava-next-anyres-336"].config.for_vision(image_size=384, patch_size=14))
+    assert found.packing.view_hw == (27, 27)
+    assert found.overview_hw == (384, 384)
+
+
+# command line
+
+
+def lines(capsys):
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_the_command_plans_by_any_strategy(capsys, tmp_path):
+    sizes_file = tmp_path / "sizes.json"
+    sizes_file.write_text("[[672, 1008], [201, 1]]")
+    assert main(["plan", "--sizes", str(sizes_file), "--strategy", "qwen3_vl_ckpt", "--json"]) == 0
+    first, second = lines(capsys)
+    assert (first["num_tokens"], first["grid"], first["views"]) == (672, None, 1)
+    assert "refuses" in second["error"]
+    assert main(["plan", "1920x1080", "--strategy", "mllama"]) == 0
+    assert "overview" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", [["--max-slices", "3"], ["--max-tokens", "99"], ["--candidates"]])
+def test_adaptive_options_are_refused_elsewhere(capsys, option):
+    assert main(["plan", "672x1008", "--strategy", "internvl", *option]) == 1
+    assert option[0] in capsys.readouterr().err
+
+
+def test_the_command_draws_any_strategy(capsys, tmp_path):
+    source, output = tmp_path / "in.png", tmp_path / "out.png"
+    Image.fromarray(coordinates((90, 200))).save(source)
+    assert main(["show", str(source), "-o", str(output), "--strategy", "llava-next"]) == 0
+    with Image.open(output) as picture:
+        assert picture.width > 1000
+    assert main(["layout", "672x1008", "--strategy", "llava-next"]) == 1
+    assert "no schema" in capsys.readouterr().err
+
+
+def test_every_name_is_in_the_documentation():
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "strategies.md").read_text()
+    missing = [name for name in uhd.strategies() if f"`{name}`" not in text]
+    assert not missing
