@@ -31,12 +31,15 @@ def merge_visual(embeds: Tensor, mask: Tensor, visual: Tensor, *, counts: Sequen
 
     Raises:
         ValueError: Shapes or the mask's dtype do not fit, or the counts differ; both counts are in the message.
+        TypeError: ``embeds`` are not floating point.
     """
     if embeds.ndim != 3 or mask.shape != embeds.shape[:2] or mask.dtype != torch.bool:
         raise ValueError(
             "expected embeds (B, T, D) and a bool mask (B, T), "
             f"got embeds {tuple(embeds.shape)} and mask {tuple(mask.shape)} of {mask.dtype}"
         )
+    if not embeds.is_floating_point():
+        raise TypeError(f"embeds must be floating point, got {embeds.dtype}")
     if visual.ndim != 2 or visual.shape[1] != embeds.shape[2]:
         raise ValueError(f"expected visual (M, {embeds.shape[2]}), the width of embeds, got {tuple(visual.shape)}")
     if counts is not None and mask.sum(1).tolist() != list(counts):
@@ -160,6 +163,8 @@ def merge_samples(
         ValueError: There are no rows, a row and its images or labels differ in number (the message names the row and
             both numbers), an image is not (tokens, D), or a setting is unknown.
     """
+    if pad_token_id == image_token_id:
+        raise ValueError(f"pad_token_id and image_token_id are both {pad_token_id}: the placeholder is never embedded")
     if padding_side not in ("right", "left"):
         raise ValueError(f"padding_side must be 'right' or 'left', got {padding_side!r}")
     if not len(input_ids) or len(images) != len(input_ids):
@@ -246,4 +251,6 @@ def _split_views(view_tokens: Tensor | Sequence[Tensor], layout: TokenLayout) ->
 
 
 def _as_list(row: Sequence[int] | Tensor) -> list[int]:
+    if isinstance(row, Tensor) and row.ndim != 1:
+        raise ValueError(f"a row of ids is one-dimensional, got {tuple(row.shape)}: split the batch into rows")
     return row.tolist() if isinstance(row, Tensor) else list(row)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from uhd.packed import KEPT_GRIDS
 from uhd.vision import ViT, ViTConfig, patchify, unpatchify
-from uhd.vision.vit import _CACHED_GRIDS
 
 CONFIG = ViTConfig(
     patch_size=2,
@@ -199,13 +199,13 @@ def test_eval_still_trains_the_table_after_calls_that_did_not() -> None:
 
 def test_the_cache_is_bounded_and_a_call_may_exceed_it() -> None:
     vit = make()
-    grids = [(1, n) for n in range(1, _CACHED_GRIDS + 9)]
+    grids = [(1, n) for n in range(1, KEPT_GRIDS + 9)]
     with torch.no_grad():
         together = vit(random_patches(grids), grids)
-        assert len(vit._position_cache) == _CACHED_GRIDS
+        assert len(vit._position_tables) == KEPT_GRIDS
         last = vit(random_patches(grids)[-lengths(grids)[-1] :], grids[-1:])
     assert_near(together[-lengths(grids)[-1] :], last)
-    assert not copy.deepcopy(vit)._position_cache
+    assert not copy.deepcopy(vit)._position_tables
 
 
 def test_interpolation_settings_decide_the_positions() -> None:

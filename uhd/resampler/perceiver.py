@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from uhd.packed import GridTables, check_grids
 from uhd.resampler.attention import LatentAttention
-from uhd.resampler.protocol import check_features, check_grids
+from uhd.resampler.protocol import check_features
 from uhd.resampler.sincos import sincos_2d
 
 KEY_POSITIONS = ("interpolated", "direct", "none")
@@ -145,8 +145,6 @@ class PerceiverResampler(nn.Module):
         attention_impl: kernel used, see `uhd_kernels.varlen_cross_attention`; "auto" unless set.
     """
 
-    CACHED_GRIDS = 64  # key tables kept, least recently used dropped: (h * w, D) each
-
     def __init__(self, config: PerceiverConfig) -> None:
         super().__init__()
         self.config = config
@@ -164,11 +162,17 @@ class PerceiverResampler(nn.Module):
         self.proj = nn.Parameter(torch.empty(width, width))
         self.ffn = FeedForward(config) if config.ffn_ratio else nn.Identity()
         self.layers = nn.ModuleList(DeeperLayer(config) for _ in range(config.depth - 1))
-        self._key_tables: OrderedDict[tuple, Tensor] = OrderedDict()
+        self._key_tables = GridTables()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As released: truncated normal 0.02 for latents and linears, N(0, 1) / sqrt(D) for the last projection."""
+        """As released: truncated normal 0.02 for latents and linears, N(0, 1) / sqrt(D) for the last projection.
+
+        Positions get their sines anew; norms, attention and FFN reset themselves.
+        """
+        if self.pos_embed is not None and not self.pos_embed.is_meta:
+            side = math.isqrt(self.config.num_latents)
+            self.pos_embed.copy_(sincos_2d(self.config.width, (side, side)))
         nn.init.trunc_normal_(self.query, std=0.02)
         nn.init.normal_(self.proj, std=self.config.width**-0.5)
         if isinstance(self.kv_proj, nn.Linear):
@@ -263,14 +267,12 @@ class PerceiverResampler(nn.Module):
         return torch.cat([self._key_table(grid, device) for grid in starts]), [starts[grid] for grid in grids]
 
     def _key_table(self, grid_hw: tuple[int, int], device: torch.device) -> Tensor:
-        """(h * w, D) in the dtype of the weights; computed in float32, once while the cache holds it."""
-        key = (grid_hw, device, self.query.dtype)
-        if key not in self._key_tables:
-            self._key_tables[key] = self._make_key_table(grid_hw).to(device, self.query.dtype)
-        self._key_tables.move_to_end(key)
-        if len(self._key_tables) > self.CACHED_GRIDS:
-            self._key_tables.popitem(last=False)
-        return self._key_tables[key]
+        """(h * w, D) in the dtype of the weights; computed in float32, once while it is kept."""
+        dtype = self.query.dtype
+        source = self.pos_embed if self.config.key_position == "interpolated" else None
+        return self._key_tables.get(
+            (grid_hw, device, dtype), source, lambda: self._make_key_table(grid_hw).to(device, dtype)
+        )
 
     def _make_key_table(self, grid_hw: tuple[int, int]) -> Tensor:
         if self.config.key_position == "direct":
@@ -280,12 +282,3 @@ class PerceiverResampler(nn.Module):
             return self.pos_embed
         table = self.pos_embed.float().T.reshape(1, self.config.width, side, side)
         return F.interpolate(table, size=grid_hw, mode="bicubic", align_corners=False).flatten(2)[0].T.contiguous()
-
-    # A cached table follows pos_embed and the device: both of the ways to change those empty the cache.
-    def _apply(self, fn: Callable, recurse: bool = True) -> PerceiverResampler:
-        self._key_tables.clear()
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args) -> None:
-        self._key_tables.clear()
-        super()._load_from_state_dict(*args)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from uhd.resampler.protocol import check_features, check_grids
+from uhd.packed import check_grids
+from uhd.resampler.protocol import check_features
 
 
 class MLPProjector(nn.Module):
@@ -40,7 +42,7 @@ class MLPProjector(nn.Module):
         """(N, in_dim) packed -> (N, out_dim) packed in the same order.
 
         Raises:
-            ValueError, TypeError: see `protocol.check_grids` and `protocol.check_features`.
+            ValueError, TypeError: see `uhd.packed.check_grids` and `protocol.check_features`.
         """
         check_features(features, check_grids(grids), self.mlp[0].weight, self.in_dim)
         return self.mlp(features)
@@ -94,7 +96,7 @@ class PixelShuffleProjector(nn.Module):
         """(N, in_dim) packed -> (N / factor ** 2, out_dim) packed, views in the same order.
 
         Raises:
-            ValueError, TypeError: see `output_lengths`, `protocol.check_grids` and `protocol.check_features`.
+            ValueError, TypeError: see `output_lengths`, `uhd.packed.check_grids` and `protocol.check_features`.
         """
         grids = check_grids(grids)
         check_features(features, grids, self.mlp[1].weight, self.in_dim)
@@ -105,3 +107,67 @@ class PixelShuffleProjector(nn.Module):
             for view, (h, w) in zip(features.split([h * w for h, w in grids]), grids, strict=True)
         ]
         return self.mlp(torch.cat(blocks) if blocks else features.reshape(0, self.mlp[1].in_features))
+
+
+class PoolProjector(nn.Module):
+    """A two-layer MLP on every patch, then each view's map pooled by `factor` per side, a rest counting as one.
+
+    Sources: Perception-LM and Gemma 3 average blocks; LLaVA-OneVision resizes video frames bilinearly (27 x 27 patches
+    become 14 x 14), both after the projection in the MLP's case.
+
+    Args:
+        in_dim: width of the features.
+        out_dim: width of the tokens.
+        factor: sides shrink by it, rounded up.
+        mode: "average": the mean of blocks, those at the bottom and right may be smaller; "bilinear": resized, corners
+            not aligned, not antialiased.
+    """
+
+    tokens_per_view = None  # depends on the grid
+
+    def __init__(self, in_dim: int, out_dim: int, *, factor: int = 2, mode: str = "average") -> None:
+        super().__init__()
+        if factor < 1:
+            raise ValueError(f"factor={factor}: must be at least 1")
+        if mode not in ("average", "bilinear"):
+            raise ValueError(f"mode={mode!r}: choose 'average' or 'bilinear'")
+        self.in_dim, self.out_dim, self.factor, self.mode = in_dim, out_dim, factor, mode
+        self.mlp = nn.Sequential(nn.Linear(in_dim, out_dim), nn.GELU(), nn.Linear(out_dim, out_dim))
+
+    def to_dict(self) -> dict[str, int | str]:
+        """The constructor's arguments, ready for JSON."""
+        return {"in_dim": self.in_dim, "out_dim": self.out_dim, "factor": self.factor, "mode": self.mode}
+
+    def output_lengths(self, grids: Sequence[tuple[int, int]]) -> list[int]:
+        """Tokens of every view: both sides divided by `factor`, rounded up."""
+        return [-(-h // self.factor) * -(-w // self.factor) for h, w in check_grids(grids)]
+
+    def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+        """(N, in_dim) packed -> (sum of `output_lengths`, out_dim) packed, views in the same order.
+
+        Raises:
+            ValueError, TypeError: see `protocol.check_grids` and `protocol.check_features`.
+        """
+        grids = check_grids(grids)
+        check_features(features, grids, self.mlp[0].weight, self.in_dim)
+        tokens = self.mlp(features)
+        if self.factor == 1 or not grids:
+            return tokens
+        places: dict[tuple[int, int], list[int]] = {}
+        for view, grid in enumerate(grids):
+            places.setdefault(grid, []).append(view)
+        views = tokens.split([h * w for h, w in grids])
+        pooled: dict[int, Tensor] = {}
+        for grid, members in places.items():  # views of one grid are pooled together
+            pooled.update(zip(members, self._pool(torch.stack([views[view] for view in members]), grid), strict=True))
+        return torch.cat([pooled[view] for view in range(len(grids))])
+
+    def _pool(self, views: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(V, h * w, D) -> (V, fewer, D)."""
+        maps = rearrange(views, "v (h w) d -> v d h w", h=grid[0], w=grid[1])
+        if self.mode == "average":
+            maps = F.avg_pool2d(maps, self.factor, ceil_mode=True, count_include_pad=False)
+        else:
+            size = [-(-side // self.factor) for side in grid]
+            maps = F.interpolate(maps, size, mode="bilinear", align_corners=False)
+        return rearrange(maps, "v d h w -> v (h w) d")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import index
 from typing import Protocol
 
 import torch
@@ -27,24 +26,6 @@ class Compressor(Protocol):
     def output_lengths(self, grids: Sequence[tuple[int, int]]) -> list[int]:
         """Tokens of every view, in order."""
         ...
-
-
-def check_grids(grids: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """The grids as plain ints.
-
-    Raises:
-        ValueError: an entry is not a pair of integers, or has a side below 1.
-    """
-    checked = []
-    for view, grid in enumerate(grids):
-        try:
-            h, w = map(index, grid)
-        except TypeError as error:
-            raise ValueError(f"grids[{view}] is {grid}; expected (rows, columns) as two integers") from error
-        if h < 1 or w < 1:
-            raise ValueError(f"grids[{view}] is {(h, w)}; both sides must be at least 1 patch")
-        checked.append((h, w))
-    return tuple(checked)
 
 
 def check_features(features: Tensor, grids: Sequence[tuple[int, int]], like: Tensor, in_dim: int) -> None:

@@ -5,12 +5,12 @@ Tables are flat, row-major over (row, column). Everything here is a pure functio
 
 from __future__ import annotations
 
-import operator
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+
+from uhd.packed import as_grid
 
 MODES = ("bicubic", "bilinear", "nearest")
 BUCKET_RULES = ("integer", "transformers", "remote")
@@ -28,7 +28,7 @@ def interpolate_pos_embed(
     The LLaVA-UHD paper reshapes the table to 2D and interpolates it to every slice's grid. Its release and CLIP in
     transformers use bicubic without antialias, timm's `resample_abs_pos_embed` bicubic with it, SigLIP2 NaFlex
     bilinear with it. Samples lie at cell centres (`align_corners=False`). To a grid of one column, antialias is right
-    here and wrong in those codes on the CPU, where torch repeats the first row.
+    here; on the CPU torch repeats the first row of a contiguous image there, which SigLIP2 in transformers meets.
 
     Args:
         table: (h*w, D) floating point, row-major, patch rows only (no class token).
@@ -64,7 +64,7 @@ def interpolate_pos_embed(
         return table[_flat_ids(rows, columns, src_hw[1])]
     image = rearrange(table, "(h w) d -> 1 d h w", h=src_hw[0])
     image = image.to(torch.promote_types(table.dtype, torch.float32))
-    # torch 2.14 on the CPU repeats the first row when it antialiases to one column; to one row it is right.
+    # torch on the CPU (2.14, 2.15) repeats the first row when it antialiases to one column; to one row it is right
     turned = antialias and dst_hw[1] == 1
     image, size = (image.mT, dst_hw[::-1]) if turned else (image, dst_hw)
     resized = F.interpolate(image, size=size, mode=mode, align_corners=False, antialias=antialias)
@@ -98,17 +98,6 @@ def bucket_position_ids(grid_hw: tuple[int, int], table_side: int, rule: str = "
     else:
         raise ValueError(f"rule must be one of {', '.join(BUCKET_RULES)}; got {rule!r}")
     return _flat_ids(rows, columns, side)
-
-
-def as_grid(grid_hw: tuple[int, int], name: str = "grid") -> tuple[int, int]:
-    """Check one (rows, columns) pair of positive host integers and return it as a plain tuple."""
-    try:
-        rows, columns = (operator.index(n) for n in grid_hw)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} must be two integers (rows, columns); got {grid_hw!r}") from error
-    if rows < 1 or columns < 1:
-        raise ValueError(f"{name} must be at least (1, 1); got ({rows}, {columns})")
-    return rows, columns
 
 
 def _integer_buckets(length: int, side: int, device: torch.device | None = None) -> Tensor:

@@ -9,8 +9,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from uhd.packed import check_grids
+
 from .patches import unpatchify
-from .vit import check_grids, check_packed
+from .vit import check_packed
 
 LAYOUTS = ("NCHW", "NHWC", "NLC")
 

@@ -8,9 +8,9 @@ views of equal length, and the layers beyond the selected one are not built.
 from __future__ import annotations
 
 import dataclasses
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +18,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .pos_embed import BUCKET_RULES, MODES, as_grid, bucket_position_ids, interpolate_pos_embed
+from uhd.packed import GridTables, as_grid, check_grids
+
+from .pos_embed import BUCKET_RULES, MODES, bucket_position_ids, interpolate_pos_embed
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "swiglu")
-_CACHED_GRIDS = 64  # 64 grids of 576 patches at width 1024 are 75 MB in bfloat16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +125,9 @@ class ViT(nn.Module):
 
     Attributes:
         gradient_checkpointing: recompute every block in the backward pass while training.
+
+    Position tables are kept between calls that need no gradient, see `uhd.packed.GridTables`. After writing through
+    `positions.data`, which leaves no trace, call `clear_position_cache`.
     """
 
     def __init__(self, config: ViTConfig, *, stem: nn.Module | None = None) -> None:
@@ -131,7 +135,8 @@ class ViT(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         width = config.width
-        self.stem = stem if stem is not None else nn.Linear(config.patch_dim, width, bias=config.patch_bias)
+        self.own_stem = stem is None
+        self.stem = nn.Linear(config.patch_dim, width, bias=config.patch_bias) if stem is None else stem
         self.class_token = nn.Parameter(torch.zeros(1, width)) if config.class_token else None
         self.registers = nn.Parameter(torch.zeros(config.num_registers, width)) if config.num_registers else None
         self.positions = None
@@ -141,13 +146,12 @@ class ViT(nn.Module):
         self.pre_norm = nn.LayerNorm(width, eps=config.eps) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
         self.norm = nn.LayerNorm(width, eps=config.eps) if config.final_norm else nn.Identity()
-        self._position_cache: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
-        self._position_stamp: tuple | None = None
+        self._position_tables = GridTables()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Truncated normal (std 0.02) for matrices, tokens and positions, zero biases; a given stem is left alone."""
-        for module in (self.blocks, *([self.stem] if type(self.stem) is nn.Linear else [])):
+        for module in (self.blocks, self.stem) if self.own_stem else (self.blocks,):
             for layer in module.modules():
                 if isinstance(layer, nn.Linear):
                     nn.init.trunc_normal_(layer.weight, std=0.02)
@@ -234,23 +238,7 @@ class ViT(nn.Module):
 
     def clear_position_cache(self) -> None:
         """Forget interpolated tables; only needed after writing through `positions.data`, which leaves no trace."""
-        self._position_cache.clear()
-        self._position_stamp = None
-
-    def train(self, mode: bool = True) -> ViT:
-        self.clear_position_cache()
-        return super().train(mode)
-
-    def _apply(self, fn, recurse: bool = True):
-        self.clear_position_cache()
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self.clear_position_cache()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_position_cache": OrderedDict(), "_position_stamp": None}
+        self._position_tables.clear()
 
     def _embed(self, patches: Tensor, grids: tuple[tuple[int, int], ...]) -> Tensor:
         """(N, P) -> (N, D) with positions."""
@@ -273,23 +261,10 @@ class ViT(nn.Module):
 
     def _positions_of(self, grids: tuple[tuple[int, int], ...]) -> Tensor:
         """(N, D): interpolated once per distinct grid, and across calls where no gradient can be wanted."""
-        table = self.positions
-        wants_grad = self.training or (torch.is_grad_enabled() and table.requires_grad)
-        if wants_grad or table.is_inference() or torch.compiler.is_compiling():
-            tables = {grid: self.position_embedding(grid) for grid in dict.fromkeys(grids)}
-            return torch.cat([tables[grid] for grid in grids])
-        state = (table._version, table.data_ptr(), table.device, table.dtype, self.config)
-        known, known_state = self._position_stamp or (None, None)
-        if known is not table or known_state != state:
-            self.clear_position_cache()
-            self._position_stamp = (table, state)
-        tables = {}
+        tables, source = {}, self.positions
         for grid in dict.fromkeys(grids):
-            cached = self._position_cache.pop(grid, None)
-            tables[grid] = self.position_embedding(grid) if cached is None else cached
-            self._position_cache[grid] = tables[grid]
-        while len(self._position_cache) > _CACHED_GRIDS:
-            self._position_cache.popitem(last=False)
+            key = (grid, source.device, source.dtype, self.config)
+            tables[grid] = self._position_tables.get(key, source, partial(self.position_embedding, grid))
         return torch.cat([tables[grid] for grid in grids])
 
 
@@ -394,15 +369,6 @@ class _Groups:
         ):
             per_view.update(zip(views, part.unflatten(0, shape)[:, self.prefix :], strict=True))
         return torch.cat([per_view[view] for view in range(len(self.lengths))]) if per_view else x
-
-
-def check_grids(grids: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Check the views' grids, return them as plain tuples; a tensor must be on the CPU, so that no sync is hidden."""
-    if isinstance(grids, Tensor):
-        if grids.device.type != "cpu":
-            raise TypeError(f"grids must be on the host; got a tensor on {grids.device}. Keep the plan's integers")
-        grids = grids.tolist()
-    return tuple(as_grid(grid, f"grids[{view}]") for view, grid in enumerate(grids))
 
 
 def check_packed(patches: Tensor, grids: Sequence[tuple[int, int]], patch_dim: int) -> tuple[tuple[int, int], ...]:

@@ -12,7 +12,9 @@ is what `vit_from` and `load_vit` take unless told otherwise.
 | DINOv2, registers (`Dinov2WithRegisters…`) | -1    | `layernorm`               | bicubic, antialias  |
 | timm (`VisionTransformer`)                 | -1    | `norm`, if the model has one | bicubic, antialias |
 
-A layer before the last has no final norm unless `final_norm=True`. Fixed-size SigLIP2 checkpoints are SigLIP models to
+A layer before the last has no final norm unless `final_norm=True`. A model that holds a vision model (LLaVA) gets its
+family's layer, not the one its own config names: give `select_layer`. SigLIP2 differs from its source at grids of one
+column, where torch on the CPU antialiases wrongly. Fixed-size SigLIP2 checkpoints are SigLIP models to
 transformers. Dropout and stochastic depth are not carried over; pooling and classification heads are no part of the
 encoder (`HEADS`). The stem's input order is (c, py, px) for every family: SigLIP2 stores (py, px, c) and is permuted.
 """
