@@ -1,0 +1,160 @@
+"""Gradients, labels, checkpointing, and data-parallel ranks without images."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.hf.tiny import IMAGES, TEXTS, encoder, language_model, model, picture, tokenizer
+from uhd.hf import UHDForConditionalGeneration
+
+ROOT = Path(__file__).parents[2]
+
+
+def fresh(kind="llama"):
+    found = UHDForConditionalGeneration.from_vision_and_lm(encoder(), language_model(kind), tokenizer())
+    return found.train()
+
+
+def batch_of(found, texts=TEXTS, images=IMAGES):
+    batch = found.processor(text=texts, images=images, padding_side="right")
+    return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma4_text"])
+def test_gradients_reach_every_part_and_the_separators(kind):
+    found = fresh(kind)
+    found(**batch_of(found)).loss.backward()
+    silent = [name for name, p in found.visual.named_parameters() if p.grad is None or not p.grad.any()]
+    # the key projection's bias shifts all logits of a query alike, so softmax removes it
+    assert [name for name in silent if "bias" not in name] == []
+    found.zero_grad()
+    images = found(**{**batch_of(found), "labels": None}).image_hidden_states
+    sum(image.sum() for image in images).backward()
+    comma, newline = found.config.separator_ids[","][0], found.config.separator_ids["\n"][0]
+    gradient = found.get_input_embeddings().weight.grad
+    assert gradient[comma].any()
+    assert gradient[newline].any()
+
+
+def test_image_positions_are_no_targets():
+    found = model("llama")
+    batch = batch_of(found)
+    mask = batch["input_ids"] == found.config.image_token_id
+    with torch.no_grad():
+        want = found(**batch).loss
+        assert torch.equal(found(**{**batch, "labels": batch["labels"].masked_fill(mask, 7)}).loss, want)
+        assert torch.equal(found(**{**batch, "labels": batch["labels"].masked_fill(mask, -100)}).loss, want)
+    assert (batch["labels"][mask] == found.config.image_token_id).all()  # the caller's are left alone
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    found = fresh()
+    batch = batch_of(found)
+    found(**batch).loss.backward()
+    want = {name: p.grad.clone() for name, p in found.named_parameters() if p.grad is not None}
+    found.zero_grad()
+    found.activation_checkpointing_enable()
+    assert found.visual.vision.gradient_checkpointing
+    found(**batch).loss.backward()
+    for name, p in found.named_parameters():
+        if name in want:
+            torch.testing.assert_close(p.grad, want[name], rtol=1e-4, atol=1e-6)
+
+
+def test_autocast_to_bfloat16():
+    found = fresh()
+    batch = batch_of(found)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = found(**batch).loss
+    loss.backward()
+    with torch.no_grad():
+        torch.testing.assert_close(loss.detach().float(), found(**batch).loss, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("mode", ["embeds", "hook"])
+def test_a_batch_without_images_may_still_give_every_visual_parameter_a_gradient(mode):
+    found = UHDForConditionalGeneration.from_vision_and_lm(
+        encoder(schema="llava-uhd-better"), language_model("llama"), tokenizer(), mode=mode
+    ).train()
+    batch = batch_of(found, ["hello"], None)
+    want = found(**batch)
+    want.loss.backward()
+    assert all(p.grad is None for p in found.visual.parameters())  # off outside of distributed training
+    found.encode_without_images = True
+    got = found(**batch)
+    torch.testing.assert_close(got.logits, want.logits, rtol=1e-6, atol=1e-6)
+    got.loss.backward()
+    for name, p in [*found.visual.named_parameters(), ("learned", found.learned_separators)]:
+        assert p.grad is not None, name
+        assert not p.grad.any(), name
+    with torch.no_grad():
+        assert torch.equal(found(**batch).logits, want.logits)
+
+
+def test_the_blank_is_not_encoded_for_a_frozen_encoder(monkeypatch):
+    found = fresh()
+    found.encode_without_images = True
+    found.visual.requires_grad_(False)
+    monkeypatch.setattr(found.visual, "encode_packed", None)
+    found(**batch_of(found, ["hello"], None)).loss.backward()
+
+
+WORKER = """
+import sys
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tests.hf.test_training import IMAGES, batch_of, fresh
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2,
+                        timeout=timedelta(seconds=60))
+found = fresh()
+texts, images = (["a<image>b"], IMAGES[:1]) if rank == 0 else (["hello there"], None)
+batch = batch_of(found, texts, images)
+if rank == 1:  # any input shape
+    batch = {name: value.repeat(2, 1) for name, value in batch.items()}
+wrapped = DistributedDataParallel(found)
+for _ in range(2):
+    wrapped(**batch).loss.backward()
+torch.save({name: p.grad for name, p in found.named_parameters()}, f"{folder}/{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_a_rank_without_images_does_not_hang(tmp_path):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, [ROOT, ROOT / "kernels"]))}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(rank), tmp_path], env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=240)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], errors
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert first["visual.vision.stem.weight"].any()
+
+
+def test_learning_to_tell_two_images_apart():
+    """Without the image no loss below log 2 is possible."""
+    found = fresh()
+    light, dark = picture(60, 80) // 8 + 220, picture(60, 80) // 8
+    batch = found.processor(text=["<image>a", "<image>b"], images=[light, dark], padding_side="right")
+    labels = torch.full_like(batch["input_ids"], -100)
+    labels[:, -1] = batch["input_ids"][:, -1]
+    optimizer = torch.optim.AdamW(found.parameters(), lr=5e-3)
+    losses = []
+    for _ in range(40):
+        loss = found(**batch, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 < losses[0]

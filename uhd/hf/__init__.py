@@ -1,0 +1,44 @@
+"""The transformers-native face: importing it registers config, model and processors with the Auto classes."""
+
+from __future__ import annotations
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
+
+from uhd.hf.configuration import UHDConfig, UHDResamplerConfig, UHDVisionConfig
+from uhd.hf.image_processing import UHDImageProcessor, UHDImageProcessorPil
+from uhd.hf.injection import choose_injection, inject
+from uhd.hf.modeling import UHDForConditionalGeneration, UHDModel, UHDPreTrainedModel
+from uhd.hf.processing import UHDProcessor
+
+__all__ = [
+    "UHDConfig",
+    "UHDForConditionalGeneration",
+    "UHDImageProcessor",
+    "UHDImageProcessorPil",
+    "UHDModel",
+    "UHDPreTrainedModel",
+    "UHDProcessor",
+    "UHDResamplerConfig",
+    "UHDVisionConfig",
+    "choose_injection",
+    "inject",
+]
+
+for _config in (UHDConfig, UHDVisionConfig, UHDResamplerConfig):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+AutoModel.register(UHDConfig, UHDModel, exist_ok=True)
+for _auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    _auto.register(UHDConfig, UHDForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(UHDConfig, UHDProcessor, exist_ok=True)
+AutoImageProcessor.register(
+    UHDConfig,
+    image_processor_classes={"torchvision": UHDImageProcessor, "pil": UHDImageProcessorPil},
+    exist_ok=True,
+)

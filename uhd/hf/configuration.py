@@ -1,0 +1,203 @@
+"""``UHDConfig``: the vision encoder, the compressor and any causal language model, in one ``config.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from uhd.pixels import PixelSettings
+from uhd.resampler import PerceiverConfig
+from uhd.schema import SeparatorIds, SpatialSchema
+from uhd.slicing import SlicingConfig
+from uhd.vision import ViTConfig
+
+FORMAT = 1
+"""Version of what is written to ``config.json``; another one is refused, never guessed at."""
+
+INJECTION_MODES = ("embeds", "hook")
+COMPRESSORS = ("perceiver", "mlp", "pixel_shuffle")
+
+
+class UHDVisionConfig(PreTrainedConfig):
+    """The fields of :class:`uhd.vision.ViTConfig`, and which kind of vision encoder they are for.
+
+    ``kind`` is ``"vit"``, or ``"custom"`` for a module of the caller's own, which only they can build again. The
+    defaults are CLIP ViT-L/14 at 336 px, read at the layer before the last.
+    """
+
+    model_type = "uhd_vision"
+    base_config_key = "vision_config"
+    attribute_map = {  # noqa: RUF012 - read by transformers as it stands
+        "hidden_size": "width",
+        "num_hidden_layers": "depth",
+        "num_attention_heads": "heads",
+        "intermediate_size": "mlp_width",
+        "num_channels": "channels",
+        "layer_norm_eps": "eps",
+    }
+
+    kind: str = "vit"
+    patch_size: int = 14
+    width: int = 1024
+    depth: int = 24
+    heads: int = 16
+    mlp_width: int = 4096
+    image_size: int | None = 336
+    channels: int = 3
+    activation: str = "quick_gelu"
+    eps: float = 1e-5
+    class_token: bool = True
+    num_registers: int = 0
+    patch_bias: bool = False
+    qkv_bias: bool = True
+    layer_scale: float | None = None
+    pre_norm: bool = True
+    final_norm: bool = False
+    position_grid_hw: tuple[int, int] | list[int] | None = (24, 24)
+    position_prefix: int = 1
+    interpolation: str = "bicubic"
+    antialias: bool = False
+    bucket_rule: str = "integer"
+    select_layer: int = -2
+
+    @classmethod
+    def from_vit(cls, config: ViTConfig) -> UHDVisionConfig:
+        """The inverse of :meth:`to_vit`."""
+        return cls(**config.to_dict())
+
+    def to_vit(self) -> ViTConfig:
+        """What :class:`uhd.vision.ViT` is built from.
+
+        Raises:
+            ValueError: The vision encoder is the caller's own, or its values do not fit together.
+        """
+        if self.kind != "vit":
+            raise ValueError(
+                f"the vision encoder is of kind {self.kind!r}: only its maker can build it. Build it, put it in a "
+                "VisualEncoder and attach that with from_vision_and_lm"
+            )
+        return ViTConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(ViTConfig)})
+
+
+class UHDResamplerConfig(PreTrainedConfig):
+    """The compressor: ``kind`` is ``"perceiver"``, ``"mlp"``, ``"pixel_shuffle"`` or ``"custom"``.
+
+    ``settings`` are its constructor's (for the perceiver :class:`uhd.resampler.PerceiverConfig`'s); ``None`` is a
+    perceiver of 64 latents between the vision encoder's width and the language model's.
+    """
+
+    model_type = "uhd_resampler"
+    base_config_key = "resampler_config"
+
+    kind: str = "perceiver"
+    settings: dict[str, Any] | None = None
+
+
+class UHDConfig(PreTrainedConfig):
+    """A vision encoder, a compressor, and the causal language model they see for.
+
+    Attributes:
+        vision_config, resampler_config, text_config: The parts; ``text_config`` is any ``AutoConfig``.
+        slicing_config, schema_config, pixel_config: Dicts of :class:`uhd.SlicingConfig`, :class:`uhd.SpatialSchema`
+            and :class:`uhd.PixelSettings`; :attr:`slicing`, :attr:`schema` and :attr:`pixels` are those objects.
+        check_image_size: As in :class:`uhd.VisualEncoder`.
+        image_token, image_token_id: The placeholder. Its id is replaced before the language model sees it, so it may
+            lie outside the vocabulary.
+        fill_token_id: What the language model's ids hold at image positions: its padding token where it has one.
+        separator_ids: Symbol -> ids; the symbol's vector is the mean of their embeddings.
+        injection_mode: ``"embeds"``: visual rows go into ``inputs_embeds``. ``"hook"``: ids flow, and a hook on the
+            input embedding replaces its rows.
+        visual_scale: Visual tokens are multiplied by it, so that their RMS is that of the language model's
+            embeddings; 1.0 changes nothing. Set by ``from_vision_and_lm``.
+        visual_dtype: Of the vision side where it is not the language model's, e.g. ``"float32"``.
+        encoder_note: As ``note`` in :class:`uhd.VisualEncoder`.
+        uhd_format: Version of this description.
+
+    Raises:
+        ValueError: ``uhd_format`` or a setting is not known; the message names it.
+    """
+
+    model_type = "uhd"
+    sub_configs_defaults = {  # noqa: RUF012
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+        "vision_config": UHDVisionConfig,
+        "resampler_config": UHDResamplerConfig,
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    resampler_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    slicing_config: dict[str, Any] | None = None
+    schema_config: dict[str, Any] | None = None
+    pixel_config: dict[str, Any] | None = None
+    check_image_size: bool = True
+    image_token: str = "<image>"
+    image_token_id: int | None = None
+    fill_token_id: int = 0
+    separator_ids: dict[str, list[int]] | None = None
+    injection_mode: str = "embeds"
+    visual_scale: float = 1.0
+    visual_dtype: str | None = None
+    encoder_note: str = ""
+    tie_word_embeddings: bool = False
+    uhd_format: int = FORMAT
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.uhd_format != FORMAT:
+            raise ValueError(
+                f"this UHDConfig has uhd_format {self.uhd_format!r}, this version of uhd reads and writes {FORMAT}: "
+                "install the version of uhd that wrote it, or save the model again with this one"
+            )
+        if self.injection_mode not in INJECTION_MODES:
+            raise ValueError(
+                f"injection_mode must be one of {INJECTION_MODES}, got {self.injection_mode!r}: from_vision_and_lm "
+                'chooses with mode="auto"'
+            )
+        super().__post_init__(**kwargs)
+        self.slicing_config = self.slicing.to_dict()
+        self.schema_config = self.schema.to_dict()
+        self.pixel_config = self.pixels.to_dict()
+        if self.resampler_config.kind == "perceiver" and self.resampler_config.settings is None:
+            width = self.text_config.get_text_config().hidden_size
+            heads = next(heads for heads in range(max(width // 128, 1), 0, -1) if width % heads == 0)
+            default = PerceiverConfig(width=width, vision_width=self.vision_config.width, num_heads=heads)
+            self.resampler_config.settings = default.to_dict()
+
+    @property
+    def slicing(self) -> SlicingConfig:
+        """How images are cut."""
+        if self.slicing_config is not None:
+            return SlicingConfig.from_dict(self.slicing_config)
+        vision = self.vision_config
+        base = SlicingConfig.preset("llava-uhd-safe")
+        return base.for_vision(image_size=vision.image_size or base.image_size, patch_size=vision.patch_size)
+
+    @property
+    def schema(self) -> SpatialSchema:
+        """How tokens are laid out."""
+        if self.schema_config is None:
+            return SpatialSchema.preset("llava-uhd")
+        return SpatialSchema.from_dict(self.schema_config)
+
+    @property
+    def pixels(self) -> PixelSettings:
+        """Mean, std and filter; without any, the mean and std of 0.5 that SigLIP has."""
+        if self.pixel_config is None:
+            return PixelSettings(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+        return PixelSettings.from_dict(self.pixel_config)
+
+    @property
+    def separators(self) -> dict[str, SeparatorIds]:
+        """What :func:`uhd.merge.separator_embeddings` takes."""
+        return {symbol: SeparatorIds(tuple(ids), "given") for symbol, ids in (self.separator_ids or {}).items()}
+
+    @property
+    def max_positions(self) -> int | None:
+        """The language model's longest sequence, ``None`` where its config tells none."""
+        text = self.text_config.get_text_config()
+        names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
+        found = (getattr(text, name, None) for name in names)
+        return next((value for value in found if isinstance(value, int) and value > 0), None)

@@ -1,0 +1,729 @@
+"""``UHDModel`` and ``UHDForConditionalGeneration``: eyes for a causal language model, which is held whole.
+
+The language model keeps its head, its softcaps and its way of generating; only what it embeds at image positions is
+replaced. ``generate`` encodes the images once and hands over to the language model's own ``generate``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.utils import can_return_tuple
+
+from uhd.encoder import EncodedImage, VisualEncoder, rebuild_part
+from uhd.hf.attach import attach
+from uhd.hf.configuration import UHDConfig
+from uhd.hf.injection import inject
+from uhd.hf.processing import UHDProcessor, pack_encoded
+from uhd.merge import IGNORE, assemble, merge_visual, separator_embeddings
+from uhd.resampler import PerceiverResampler
+from uhd.resampler.attention import LatentAttention
+from uhd.schema import Entry, SpatialSchema, TokenLayout
+from uhd.schema.layout import OVERVIEW
+from uhd.slicing import plan
+from uhd.vision import ViT
+
+VISUAL_INPUTS = (
+    "pixel_values",
+    "grids",
+    "num_patches",
+    "slice_grids",
+    "image_sizes",
+    "image_tokens",
+    "view_tokens",
+)
+"""What a processor gives beside text."""
+
+
+@dataclass
+class UHDModelOutputWithPast(ModelOutput):
+    """The language model's output, and ``image_hidden_states``: (T_i, D) for each image, as it was laid out."""
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class UHDCausalLMOutputWithPast(ModelOutput):
+    """The language model's output with ``image_hidden_states``; what else it returns is under its own name."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Prompt:
+    """Text and images of a batch, ready for the language model.
+
+    ``ids`` (B, T) hold the fill token at image positions; ``visual`` (B, T) bool on the CPU says where those are;
+    ``change`` turns the embeddings of ``ids`` into the prompt's, ``None`` where they are it.
+    """
+
+    ids: Tensor
+    visual: Tensor
+    change: Callable[[Tensor], Tensor] | None
+    images: tuple[Tensor, ...] | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Views:
+    """Visual tokens (M, D) of I images; for each its views' numbers of tokens and its grid of slices."""
+
+    tokens: Tensor
+    images: tuple[tuple[tuple[int, ...], tuple[int, int] | None], ...]
+    overview_first: bool
+    schema: SpatialSchema
+
+    def num_tokens(self, number: int) -> int:
+        """Positions of an image, separators included."""
+        counts, grid = self.images[number]
+        return sum(counts) + self.schema.separator_count().count(grid)
+
+    def layout(self, number: int, image_index: int) -> TokenLayout:
+        """Where an image's views go, as the ``image_index``-th of its sample."""
+        counts, grid = self.images[number]
+        entries, stop = [], 0
+        for symbol in self.schema.symbols(grid, image_index=image_index):
+            view = None
+            if symbol == OVERVIEW:
+                view = 0 if self.overview_first else len(counts) - 1
+            elif symbol[0] == "s" and symbol[1:].isdigit():
+                view = int(symbol[1:]) + self.overview_first
+            start, stop = stop, stop + (1 if view is None else counts[view])
+            entries.append(Entry(symbol, view, start, stop))
+        return TokenLayout(tuple(entries), self.schema)
+
+
+class UHDPreTrainedModel(PreTrainedModel):
+    config_class = UHDConfig
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ViT", "PerceiverResampler"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    # the language model has its own word on these; the vision side runs one attention, its own
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (ViT, PerceiverResampler, LatentAttention)):
+            module.reset_parameters()
+        if isinstance(module, UHDModel) and module.learned_separators is not None:
+            nn.init.normal_(module.learned_separators, std=0.02)
+
+    @classmethod
+    def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> UHDPreTrainedModel:
+        """As in transformers. Both sides keep the dtypes they were saved in, unless ``dtype`` says otherwise."""
+        if kwargs.get("dtype", "auto") not in ("auto", None) and kwargs.get("config") is None:
+            kwargs.setdefault("visual_dtype", None)
+        return super().from_pretrained(source, *args, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_output_embeddings(value)
+
+
+class UHDModel(UHDPreTrainedModel):
+    """The vision side and the language model; :meth:`forward` gives the hidden states of its trunk.
+
+    Args:
+        config: See :class:`UHDConfig`.
+        visual, language_model: Ready-made parts for the config's; they are taken as they are.
+
+    Attributes:
+        visual: A :class:`uhd.VisualEncoder`.
+        language_model: The whole causal language model.
+        learned_separators: (S, D) for a schema with S learned symbols, else ``None``.
+        encode_without_images: In training, encode a blank patch and add it with weight 0 where a batch has no image,
+            so that every visual parameter has a gradient in every data-parallel rank. ``None``: where
+            ``torch.distributed`` is initialised.
+    """
+
+    def __init__(
+        self,
+        config: UHDConfig,
+        *,
+        visual: VisualEncoder | None = None,
+        language_model: PreTrainedModel | None = None,
+    ) -> None:
+        super().__init__(config)
+        if language_model is None:
+            language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.language_model = language_model  # first: a model's dtype and device are those of its first parameter
+        self.visual = _build_visual(config) if visual is None else visual
+        config.text_config = language_model.config  # one object, so that resizing the vocabulary is seen here too
+        self.supports_gradient_checkpointing = language_model.supports_gradient_checkpointing
+        learned = self.visual.schema.learned
+        width = self.visual.out_dim or language_model.config.get_text_config().hidden_size
+        self.learned_separators = nn.Parameter(0.02 * torch.randn(len(learned), width)) if learned else None
+        self.encode_without_images: bool | None = None
+        self.post_init()
+
+    def get_image_features(
+        self,
+        pixel_values: Tensor | None = None,
+        grids: Tensor | None = None,
+        num_patches: Tensor | None = None,
+        slice_grids: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        image_tokens: Tensor | Sequence[EncodedImage] | None = None,
+        view_tokens: Tensor | None = None,
+        image_indices: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Each image as it stands in the language model's sequence, separators included.
+
+        Args:
+            pixel_values: (N, P) uint8 raw or floating normalised patches of all views.
+            grids: (V, 2) (rows, columns) of each view in patches.
+            num_patches: (I,) views of each image.
+            slice_grids: (I, 2) (rows, columns) of slices, (0, 0) for an uncut image; ``None`` plans ``image_sizes``.
+            image_sizes: (I, 2) (height, width) in px.
+            image_tokens: Instead of pixels: what :func:`uhd.load_tokens` gives, or packed (M, D) with ``view_tokens``
+                (V,), as the processor makes of that.
+            image_indices: (I,) number of each image in its sample, for schemas that write it; ``None``: all 0.
+
+        Returns:
+            ``pooler_output``: I tensors (T_i, D) in the dtype and on the device of the language model's embeddings;
+            ``last_hidden_state``: (M, D) visual tokens of all views, packed, without separators.
+
+        Raises:
+            ValueError: Inputs are missing, or do not agree with each other.
+        """
+        views = self._views(
+            _visual(pixel_values, grids, num_patches, slice_grids, image_sizes, image_tokens, view_tokens)
+        )
+        return self._features(views, [0] * len(views.images) if image_indices is None else image_indices)
+
+    def num_image_tokens(self, image_sizes: Sequence[Sequence[int]]) -> list[int]:
+        """Positions that images of these (height, width), px, take in the language model's sequence."""
+        plans = [plan((int(h), int(w)), self.visual.slicing) for h, w in image_sizes]
+        images = tuple((tuple(view.num_tokens for view in item.views), item.grid) for item in plans)
+        views = _Views(torch.empty(0), images, self.visual.slicing.overview_first, self.visual.schema)
+        return [views.layout(number, 0).num_tokens for number in range(len(images))]
+
+    def _views(self, visual: Mapping[str, Any]) -> _Views:
+        """Encode, or take what is encoded; the images' views are counted, not laid out yet."""
+        visual, schema = dict(visual), self.visual.schema
+        tokens, first = visual["image_tokens"], False
+        if isinstance(tokens, (list, tuple)):
+            _check_schemas(tokens, schema)
+            packed = pack_encoded(tokens)
+            packed.pop("num_image_tokens")
+            visual.update(packed)
+            tokens = visual["image_tokens"]
+        needed = ("pixel_values", "grids") if tokens is None else ("view_tokens",)
+        missing = [name for name in (*needed, "num_patches") if visual[name] is None]
+        if missing or (visual["slice_grids"] is None and visual["image_sizes"] is None):
+            missing += [] if missing else ["slice_grids (or image_sizes)"]
+            raise ValueError(f"images need {', '.join(missing)}: pass everything that the processor returned")
+        if tokens is None:
+            tokens, lengths = self.visual.encode_packed(visual["pixel_values"], visual["grids"].tolist())
+            first = self.visual.slicing.overview_first
+        else:
+            lengths = visual["view_tokens"].tolist()
+        if visual["slice_grids"] is None:
+            slices = [plan(tuple(hw), self.visual.slicing).grid for hw in visual["image_sizes"].tolist()]
+        else:
+            slices = [tuple(grid) if all(grid) else None for grid in visual["slice_grids"].tolist()]
+        images = _group(lengths, visual["num_patches"].tolist(), slices)
+        if len(tokens) != sum(lengths):
+            raise ValueError(f"got {len(tokens)} image tokens, view_tokens add up to {sum(lengths)}")
+        return _Views(tokens * self.config.visual_scale, images, first, schema)
+
+    def _features(self, views: _Views, image_indices: Sequence[int]) -> BaseModelOutputWithPooling:
+        separators = self._separators()
+        fill = torch.tensor([[self.config.fill_token_id]], device=self._embedding_device())
+        like = self.get_input_embeddings()(fill)
+        parts = views.tokens.to(like.device, like.dtype).split([sum(counts) for counts, _ in views.images])
+        features = [
+            assemble(part, views.layout(number, index), separators)
+            for number, (part, index) in enumerate(zip(parts, image_indices, strict=True))
+        ]
+        return BaseModelOutputWithPooling(last_hidden_state=views.tokens, pooler_output=features)
+
+    def _separators(self) -> dict[str, Tensor]:
+        """Symbol -> (D,), with gradients to the language model's embeddings or to the learned ones."""
+        embed = self.get_input_embeddings()
+        found = separator_embeddings(embed, self.config.separators, device=self._embedding_device())
+        if self.learned_separators is not None:
+            like = next(iter(found.values()), self.learned_separators)
+            learned = self.learned_separators.to(like.device, like.dtype)
+            found.update(zip(self.visual.schema.learned, learned, strict=True))
+        return found
+
+    def _embedding_device(self) -> torch.device:
+        """Where ids go; offloaded embeddings are on no device and move their ids themselves."""
+        found = next((p.device for p in self.get_input_embeddings().parameters()), self.device)
+        return torch.device("cpu") if found.type == "meta" else found
+
+    def _read(self, input_ids: Tensor, visual: Mapping[str, Any], attention_mask: Tensor | None = None) -> _Prompt:
+        """Match images with their positions, encode them, and say how the embeddings change.
+
+        Raises:
+            ValueError: A sample's image positions are not those of its images, or it is longer than the language
+                model's positions; the message names the sample and both counts.
+        """
+        positions = (input_ids == self.config.image_token_id).cpu()
+        counts = positions.sum(1).tolist()
+        self._check_length(input_ids, attention_mask, counts)
+        given = visual.get("pixel_values") is not None or visual.get("image_tokens") is not None
+        if not given:
+            if any(counts):
+                sample = next(place for place, count in enumerate(counts) if count)
+                raise ValueError(f"sample {sample} has {counts[sample]} image positions and there are 0 images")
+            return _Prompt(input_ids, positions, self._blank(), None)
+        views = self._views({name: visual.get(name) for name in VISUAL_INPUTS})
+        indices = _match(counts, [views.num_tokens(number) for number in range(len(views.images))])
+        images = tuple(self._features(views, indices).pooler_output)
+        rows = torch.cat(images)
+        ids = input_ids.masked_fill(positions.to(input_ids.device), self.config.fill_token_id)
+        blank = self._blank() if visual.get("pixel_values") is None else None
+
+        def change(embeds: Tensor) -> Tensor:
+            return merge_visual(embeds if blank is None else blank(embeds), positions, rows, counts=counts)
+
+        return _Prompt(ids, positions, change, images)
+
+    def _blank(self) -> Callable[[Tensor], Tensor] | None:
+        """For a batch whose images were not encoded: adds 0 times an encoded blank, where that is wanted."""
+        wanted = self.encode_without_images
+        if wanted is None:
+            wanted = dist.is_available() and dist.is_initialized()
+        sources = [p for p in self.visual.parameters() if p.requires_grad]
+        if self.learned_separators is not None and self.learned_separators.requires_grad:
+            sources.append(self.learned_separators)
+        if not (wanted and sources and self.training and torch.is_grad_enabled()):
+            return None
+        side = self.visual.slicing.merge if isinstance(self.visual.vision, ViT) else self._native_side()
+        channels = getattr(self.visual.vision, "in_channels", 3)
+        patches = torch.zeros(side * side, channels * self.visual.vision.patch_size**2)
+        zero = 0 * self.visual.encode_packed(patches, [(side, side)])[0].sum()
+        if self.learned_separators is not None:
+            zero = zero + 0 * self.learned_separators.sum().to(zero)
+        return lambda embeds: embeds + zero.to(embeds.device, embeds.dtype)
+
+    def _native_side(self) -> int:
+        return self.visual.slicing.image_size // self.visual.slicing.unit * self.visual.slicing.merge
+
+    def _check_length(
+        self, input_ids: Tensor, attention_mask: Tensor | None, image_positions: Sequence[int], *, new_tokens: int = 0
+    ) -> None:
+        """Raise where a sample (and what is to be generated) is longer than the language model's positions."""
+        limit = self.config.max_positions
+        if limit is None or input_ids.shape[1] + new_tokens <= limit:
+            return
+        lengths = [input_ids.shape[1]] * len(input_ids)
+        if attention_mask is not None and attention_mask.shape == input_ids.shape:
+            lengths = attention_mask.sum(1).tolist()
+        for sample, (length, images) in enumerate(zip(lengths, image_positions, strict=True)):
+            if length + new_tokens > limit:
+                asked = f" and {new_tokens} new ones" if new_tokens else ""
+                raise ValueError(
+                    f"sample {sample} has {length} positions ({images} of them images){asked}, the language model has "
+                    f"{limit}: lower max_tokens or max_slices of the images, shorten the text, or raise "
+                    "config.text_config.max_position_embeddings if the model can take more"
+                )
+
+    def _call(
+        self,
+        lm: Callable[..., ModelOutput],
+        *,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        visual: Mapping[str, Any],
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Any,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[ModelOutput, tuple[Tensor, ...] | None]:
+        """Run the language model (or its trunk) on text and images; what is ``None`` is not passed on.
+
+        Returns:
+            Its output, and the images as they were laid out.
+        """
+        visual = {name: visual[name] for name in VISUAL_INPUTS if visual.get(name) is not None}
+        if (input_ids is None) == (inputs_embeds is None) or (visual and input_ids is None):
+            raise ValueError("pass either input_ids, with or without images, or inputs_embeds alone")
+        if position_ids is None and past_key_values is None:
+            position_ids = self._positions(attention_mask)
+        passed = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
+        passed = {name: value for name, value in {**passed, **kwargs}.items() if value is not None}
+        decoding = past_key_values is not None and input_ids is not None and input_ids.shape[1] == 1
+        prompt = None
+        if input_ids is not None and (visual or not decoding):
+            prompt = self._read(input_ids, visual, attention_mask)
+            if labels is not None and prompt.images is not None:
+                labels = labels.masked_fill(prompt.visual.to(labels.device), IGNORE)
+        if labels is not None:
+            passed["labels"] = labels
+        if prompt is None or prompt.change is None:
+            text = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+            return lm(**text, return_dict=True, **passed), None
+        embed = self.get_input_embeddings()
+        if self.config.injection_mode == "embeds":
+            return lm(inputs_embeds=prompt.change(embed(prompt.ids)), return_dict=True, **passed), prompt.images
+        with inject(embed, prompt.ids, prompt.change):
+            return lm(input_ids=prompt.ids, return_dict=True, **passed), prompt.images
+
+    def _positions(self, attention_mask: Tensor | None) -> Tensor | None:
+        """(B, T) positions that do not count padding, as ``generate`` makes them; ``None`` where not wanted."""
+        if attention_mask is None or attention_mask.dim() != 2:
+            return None
+        if "position_ids" not in inspect.signature(self.language_model.forward).parameters:
+            return None
+        return (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 0)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        grids: Tensor | None = None,
+        num_patches: Tensor | None = None,
+        slice_grids: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        image_tokens: Tensor | Sequence[EncodedImage] | None = None,
+        view_tokens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> UHDModelOutputWithPast:
+        """Arguments and errors as in :meth:`UHDForConditionalGeneration.forward`; no head, so no labels."""
+        visual = _visual(pixel_values, grids, num_patches, slice_grids, image_sizes, image_tokens, view_tokens)
+        found, images = self._call(
+            self.language_model.base_model,
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            visual=visual,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return _with_images(UHDModelOutputWithPast(image_hidden_states=images), found)
+
+
+class UHDForConditionalGeneration(UHDModel, GenerationMixin):
+    """Any causal language model of transformers, with eyes: :class:`UHDModel` with the language model's own head.
+
+    Both have the same parameters under the same names. :meth:`from_vision_and_lm` is the way to attach eyes.
+    """
+
+    def __init__(
+        self,
+        config: UHDConfig,
+        *,
+        visual: VisualEncoder | None = None,
+        language_model: PreTrainedModel | None = None,
+    ) -> None:
+        super().__init__(config, visual=visual, language_model=language_model)
+        self._processor: UHDProcessor | None = None
+
+    @classmethod
+    def from_vision_and_lm(
+        cls,
+        encoder: VisualEncoder,
+        lm: PreTrainedModel,
+        tokenizer: Any,
+        *,
+        mode: str = "auto",
+        match_scale: bool = True,
+        image_token: str | None = None,
+        separator_ids: Mapping[str, int | Sequence[int]] | None = None,
+        numbered_images: int = 10,
+        chat_template: str | None = None,
+    ) -> UHDForConditionalGeneration:
+        """Attach a vision encoder to a loaded language model; both are used as they are, on their devices.
+
+        Args:
+            encoder: Its tokens are as wide as the language model's embeddings.
+            lm: From ``AutoModelForCausalLM``. Its embeddings are not resized: an image token that is new to the
+                tokenizer is never embedded.
+            tokenizer: Of the language model. It is copied; the copy gets the image token, and where it has no padding
+                token the end-of-sequence token for that. See :attr:`processor`.
+            mode: How visual rows reach the language model: ``"embeds"``, ``"hook"``, or ``"auto"``, which tries, see
+                :func:`uhd.hf.choose_injection`. Saved as ``config.injection_mode``.
+            match_scale: Multiply visual tokens by ``config.visual_scale``, so that their RMS is that of the language
+                model's embeddings. Off for an encoder that was trained with this language model.
+            image_token: Placeholder of an image; ``None`` takes the tokenizer's, or ``"<image>"``.
+            separator_ids: Ids chosen by hand, by symbol; the others are looked up in the tokenizer.
+            numbered_images: For schemas that number images: how many a sample may have.
+            chat_template: Replaces the tokenizer's.
+
+        Raises:
+            TypeError, ValueError: Parts that do not fit, ids outside the embeddings, a separator the tokenizer cannot
+                write, a scale that is 0 or infinite, a language model that takes images in neither way.
+        """
+        config, processor = attach(
+            encoder,
+            lm,
+            tokenizer,
+            mode=mode,
+            match_scale=match_scale,
+            image_token=image_token,
+            separator_ids=separator_ids,
+            numbered_images=numbered_images,
+            chat_template=chat_template,
+        )
+        with no_init_weights():
+            model = cls(config, visual=encoder, language_model=lm)
+        model.generation_config = lm.generation_config
+        model._processor = processor
+        return model.train(lm.training)
+
+    @property
+    def processor(self) -> UHDProcessor:
+        """Of the tokenizer it was attached with, or from the folder it was loaded from.
+
+        Raises:
+            ValueError: There is none.
+        """
+        if self._processor is None:
+            if not self.config.name_or_path:
+                raise ValueError("this model has no processor: load one with AutoProcessor.from_pretrained(folder)")
+            self._processor = UHDProcessor.from_pretrained(self.config.name_or_path)
+        return self._processor
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether ``num_items_in_batch`` and the like may be passed; read by ``Trainer``."""
+        parameters = inspect.signature(self.language_model.forward).parameters.values()
+        return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, and the processor beside it where there is one.
+
+        Raises:
+            ValueError: A part is the caller's own, so that it could not be built again.
+        """
+        kinds = {"vision": self.config.vision_config.kind, "compressor": self.config.resampler_config.kind}
+        for role, kind in kinds.items():
+            if kind == "custom":
+                part = getattr(self.visual, role)
+                raise ValueError(
+                    f"the {role} is a {type(part).__name__}, which uhd cannot build again: save its weights yourself, "
+                    "and attach again with from_vision_and_lm"
+                )
+        seen = next((str(p.dtype).removeprefix("torch.") for p in self.visual.parameters()), None)
+        self.config.visual_dtype = None if seen == str(self.dtype).removeprefix("torch.") else seen
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if self._processor is not None and kwargs.get("is_main_process", True):
+            self._processor.save_pretrained(save_directory)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        grids: Tensor | None = None,
+        num_patches: Tensor | None = None,
+        slice_grids: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        image_tokens: Tensor | Sequence[EncodedImage] | None = None,
+        view_tokens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> UHDCausalLMOutputWithPast:
+        """The language model on text and images.
+
+        Args:
+            input_ids: (B, T), the image token at every position of an image. Images are taken in order, row by row.
+            pixel_values ... view_tokens: As in :meth:`UHDModel.get_image_features`; none at all for text alone.
+            attention_mask: (B, T). Without ``position_ids`` and cache, positions are counted along it, so a
+                left-padded row gives what it gives alone.
+            inputs_embeds: Instead of ``input_ids`` and images.
+            labels: (B, T); image positions count as -100 whatever they hold.
+            logits_to_keep and the rest: As the language model takes them.
+
+        Raises:
+            ValueError: A sample's image positions are not those of its images, inputs of images are missing or
+                disagree, or a sample is longer than the language model's positions.
+        """
+        visual = _visual(pixel_values, grids, num_patches, slice_grids, image_sizes, image_tokens, view_tokens)
+        if isinstance(logits_to_keep, Tensor) or logits_to_keep:
+            kwargs["logits_to_keep"] = logits_to_keep
+        found, images = self._call(
+            self.language_model,
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            visual=visual,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            labels=labels,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return _with_images(UHDCausalLMOutputWithPast(image_hidden_states=images), found)
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
+        """The language model's own ``generate`` on text and images, which are encoded once.
+
+        Args:
+            inputs: ``input_ids`` (B, T), as the processor gives them; also by that name.
+            generation_config: ``None`` is ``self.generation_config``.
+            kwargs: The processor's other outputs, and everything the language model's ``generate`` takes: beams,
+                sampling, streamers, caches.
+
+        Returns:
+            As the language model's ``generate``: prompts and new ids, with the image token at image positions.
+
+        Raises:
+            ValueError: As in :meth:`forward`; a sample and its new tokens must fit the language model's positions.
+        """
+        visual = {name: kwargs.pop(name) for name in VISUAL_INPUTS if name in kwargs}
+        lm = self.language_model
+        lm.generation_config = self.generation_config
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if input_ids is None and not visual:
+            return lm.generate(generation_config=generation_config, **kwargs)
+        if input_ids is None or (visual and kwargs.get("inputs_embeds") is not None):
+            raise ValueError("pass either input_ids, with or without images, or inputs_embeds alone")
+        mask = kwargs.get("attention_mask")
+        positions = (input_ids == self.config.image_token_id).sum(1).tolist()
+        new = _new_tokens(generation_config or self.generation_config, kwargs, input_ids.shape[1])
+        self._check_length(input_ids, mask, positions, new_tokens=new)
+        prompt = self._read(input_ids, visual, mask)
+        if prompt.change is None:
+            return lm.generate(input_ids, generation_config=generation_config, **kwargs)
+        kwargs["attention_mask"] = torch.ones_like(input_ids) if mask is None else mask
+        embed = self.get_input_embeddings()
+        settings = kwargs.get("use_cache", getattr(generation_config or self.generation_config, "use_cache", True))
+        # without a cache the prompt is embedded again in each step, which inputs_embeds cannot do
+        if self.config.injection_mode == "embeds" and settings is not False:
+            kwargs["inputs_embeds"] = prompt.change(embed(prompt.ids))
+            found = lm.generate(prompt.ids, generation_config=generation_config, **kwargs)
+        else:
+            with inject(embed, prompt.ids, prompt.change):
+                found = lm.generate(prompt.ids, generation_config=generation_config, **kwargs)
+        ids = found if isinstance(found, Tensor) else found.sequences
+        ids[:, : input_ids.shape[1]] = input_ids.repeat_interleave(len(ids) // len(input_ids), 0).to(ids.device)
+        return found
+
+
+def _visual(*values: Any) -> dict[str, Any]:
+    return dict(zip(VISUAL_INPUTS, values, strict=True))
+
+
+def _build_visual(config: UHDConfig) -> VisualEncoder:
+    described = {"kind": config.resampler_config.kind, "config": config.resampler_config.settings}
+    visual = VisualEncoder(
+        ViT(config.vision_config.to_vit()),
+        rebuild_part(described, "compressor"),
+        slicing=config.slicing,
+        schema=config.schema,
+        pixels=config.pixels,
+        check_image_size=config.check_image_size,
+        note=config.encoder_note,
+    )
+    return visual if config.visual_dtype is None else visual.to(getattr(torch, config.visual_dtype))
+
+
+def _check_schemas(images: Sequence[EncodedImage], schema: SpatialSchema) -> None:
+    for place, image in enumerate(images):
+        if image.layout.schema.replace(name=schema.name) != schema:
+            raise ValueError(
+                f"encoded image {place} is laid out by schema {image.layout.schema.name!r}, the model by "
+                f"{schema.name!r}: encode it again with model.visual"
+            )
+
+
+def _group(
+    lengths: Sequence[int], num_views: Sequence[int], slices: Sequence[tuple[int, int] | None]
+) -> tuple[tuple[tuple[int, ...], tuple[int, int] | None], ...]:
+    """Every image's numbers of tokens by view, and its grid of slices."""
+    if len(num_views) != len(slices) or sum(num_views) != len(lengths):
+        raise ValueError(
+            f"num_patches counts {sum(num_views)} views of {len(num_views)} images, there are {len(lengths)} views "
+            f"and grids of {len(slices)} images: pass everything that the processor returned"
+        )
+    images, start = [], 0
+    for image, (count, grid) in enumerate(zip(num_views, slices, strict=True)):
+        wanted = 1 + (0 if grid is None else grid[0] * grid[1])
+        if count != wanted:
+            raise ValueError(
+                f"image {image} has {count} views, a grid of {grid or 'no'} slices and an overview are {wanted}: its "
+                "processor plans otherwise than this model"
+            )
+        images.append((tuple(lengths[start : start + count]), grid))
+        start += count
+    return tuple(images)
+
+
+def _match(counts: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    """Number of each image in its sample, where samples of so many image positions take images of these lengths."""
+    indices: list[int] = []
+    for sample, wanted in enumerate(counts):
+        first, got = len(indices), 0
+        while got < wanted and len(indices) < len(lengths):
+            got += lengths[len(indices)]
+            indices.append(len(indices) - first)
+        if got != wanted:
+            taken = lengths[first : len(indices)]
+            raise ValueError(
+                f"sample {sample} has {wanted} image positions, its {len(taken)} images take {sum(taken)} "
+                f"({list(taken)}); the batch has {sum(counts)} positions and {len(lengths)} images of {sum(lengths)}. "
+                "Prompts come from the processor, with its slicing that of the model, and are never cut"
+            )
+    if len(indices) < len(lengths):
+        raise ValueError(
+            f"the batch has {len(lengths)} images, its samples' image positions ({list(counts)}) take "
+            f"{len(indices)} of them: every image needs its place in a prompt"
+        )
+    return indices
+
+
+def _with_images(output: ModelOutput, found: ModelOutput) -> Any:
+    """The language model's output under our type, fields that only it has included."""
+    for name, value in found.items():
+        output[name] = value
+    return output
+
+
+def _new_tokens(config: Any, kwargs: Mapping[str, Any], length: int) -> int:
+    """How many tokens are surely asked for; 0 where that is left to the language model."""
+    new = kwargs.get("max_new_tokens", getattr(config, "max_new_tokens", None))
+    if new is not None:
+        return new
+    total = kwargs.get("max_length", getattr(config, "max_length", None))
+    return max(total - length, 0) if total is not None else 0
