@@ -1,0 +1,210 @@
+"""The checker finds each kind of broken rule and says so; the hypothesis strategies make what they promise."""
+
+import pathlib
+import re
+from dataclasses import replace
+
+import pytest
+from hypothesis import find, given, settings
+
+from uhd.slicing import Box, SlicePlan, SlicingConfig, plan
+from uhd.testing import CHECKS, SIZES, check_strategy, image_sizes, inspect_strategy, plans, slicing_configs
+
+DOCS = pathlib.Path(__file__).parent.parent / "docs"
+
+
+def good(size):
+    return plan(size, "llava-uhd")
+
+
+def canvas(found, **changes):
+    """The plan with its first canvas changed."""
+    return replace(found, canvases=(replace(found.canvases[0], **changes), *found.canvases[1:]))
+
+
+def whole(size, **changes):
+    return canvas(plan(size, "llava-1.5"), **changes)
+
+
+calls = []
+
+
+def stateful(size):
+    calls.append(size)
+    return replace(good(size), num_separators=len(calls))
+
+
+def lists(size):
+    return replace(good(size), image_hw=size, grid=[1, 2])
+
+
+def outside(size):
+    return whole(size, tiles=(Box(0, 0, 10**7, 10),))
+
+
+def no_fill(size):
+    return whole(size, fill=None)
+
+
+def wrong_source(size):
+    return whole(size, source=Box(0, 0, size[0] + 1, size[1]))
+
+
+def wrong_grid(size):
+    return replace(plan(size, "monkey"), grid=(3, 3))
+
+
+def wrong_count(size):
+    return replace(plan(size, "llava-1.5"), num_visual_tokens=7)
+
+
+def wrong_kind(size):
+    return whole(size, kind="crop")
+
+
+def no_view(size):
+    return replace(plan(size, "llava-1.5"), canvases=())
+
+
+def ragged(size):
+    return whole(size, view_hw=(330, 336))
+
+
+def half(size):
+    return whole(size, source=Box(0, 0, max(size[0] // 2, 1), size[1]))
+
+
+def free(size):
+    return (
+        whole(size, tokens_per_view=0) if size[0] < 0 else replace(whole(size, tokens_per_view=0), num_visual_tokens=0)
+    )
+
+
+def by_height(size):
+    return replace(good(size), num_separators=size[0])
+
+
+def crashes_on_strips(size):
+    return plan(size, "llava-1.5") if 1000 / (min(size) - 1) else None
+
+
+def refuses_everything(size):
+    raise ValueError("no")
+
+
+def returns_nothing(size):
+    return None
+
+
+@pytest.mark.parametrize(
+    "rule, check, words",
+    [
+        (stateful, "purity", "and then"),
+        (lists, "purity", "use tuples"),
+        (outside, "geometry", "is not on the"),
+        (no_fill, "geometry", "give an RGB fill"),
+        (wrong_source, "geometry", "is not in the image"),
+        (wrong_grid, "geometry", "but 4 slices"),
+        (wrong_count, "geometry", "num_visual_tokens is 7"),
+        (wrong_kind, "geometry", "kind is 'crop'"),
+        (ragged, "divisibility", "a view of 330x336 px with patches of 14 px"),
+        (half, "coverage", "50.0% of the image"),
+        (free, "budget", "0 tokens"),
+        (by_height, "transposition", "when turned"),
+        (crashes_on_strips, "extremes", "ZeroDivisionError"),
+        (refuses_everything, "returns", "ValueError: no"),
+        (returns_nothing, "returns", "must return a SlicePlan"),
+    ],
+)
+def test_a_broken_rule_is_explained(rule, check, words):
+    report = inspect_strategy(rule)
+    broken = {failure.check: failure for failure in report.failures}
+    assert check in broken
+    assert words in str(broken[check])
+    with pytest.raises(AssertionError, match=check):
+        check_strategy(rule)
+    rest = inspect_strategy(rule, skip=[check])
+    assert check not in {failure.check for failure in rest.failures}
+
+
+def test_a_plan_without_views_is_reported():
+    assert "geometry: the plan's parts contradict" in str(inspect_strategy(no_view))
+
+
+def test_bounds():
+    assert check_strategy(good, max_tokens=600, max_patches=40_000).ok
+    with pytest.raises(AssertionError, match=r"454 tokens, max_tokens=300(.|\n)*and \d+ more"):
+        check_strategy(good, max_tokens=300)
+    with pytest.raises(AssertionError, match="max_patches=500"):
+        check_strategy(good, max_patches=500)
+
+
+def test_released_rules():
+    assert str(check_strategy("llava-uhd-safe")) == "llava-uhd-safe: 20 sizes planned, 0 refused, every law holds"
+    assert check_strategy("qwen2-vl").refused == 3  # extremes may be refused
+    assert [f.check for f in inspect_strategy("siglip").failures] == ["divisibility"]
+    assert [f.check for f in inspect_strategy("clip").failures] == ["coverage"]
+    assert [f.check for f in inspect_strategy("llava-next").failures] == ["transposition"]
+    assert check_strategy("llava-next", skip=["transposition"]).ok
+    assert check_strategy(SlicingConfig(max_slices=3)).name == "custom"
+    assert [f.check for f in inspect_strategy("qwen2-vl", sizes_hw=[(1, 500)]).failures] == ["returns"]
+
+
+def test_unknown_checks_and_names_raise():
+    with pytest.raises(ValueError, match=r"no checks \['colour'\]; there are returns, purity"):
+        inspect_strategy(good, skip=["colour"])
+    with pytest.raises(ValueError, match="no strategy named"):
+        check_strategy("lava")
+
+
+def test_every_check_is_documented():
+    for check in CHECKS:
+        assert re.search(rf"^    {check} ", check_strategy.__doc__, re.M)
+        assert f"`{check}`" in (DOCS / "compare.md").read_text()
+
+
+@given(image_sizes(min_side=20, max_side=900, max_aspect=5))
+def test_sizes_keep_their_bounds(size):
+    assert 20 <= min(size) <= max(size) <= 900
+    assert max(size) <= 5 * min(size)
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [lambda s: s[0] == s[1], lambda s: s[0] == s[1] + 1, lambda s: s[1] > 50 * s[0], lambda s: s[0] > 50 * s[1]],
+)
+def test_sizes_reach_squares_their_neighbours_and_strips(wanted):
+    assert wanted(find(image_sizes(), wanted))
+
+
+def test_size_bounds_are_checked():
+    with pytest.raises(ValueError, match="min_side <= max_side"):
+        image_sizes(min_side=9, max_side=3)
+
+
+@given(plans("qwen2-vl"))
+@settings(max_examples=20)
+def test_plans_leave_out_refused_sizes(found):
+    assert isinstance(found, SlicePlan)
+    assert max(found.image_hw) <= 200 * min(found.image_hw)
+
+
+@given(plans(slicing_configs(), sizes_hw=image_sizes(max_side=2000)))
+def test_plans_of_drawn_configs(found):
+    assert found.strategy == "custom"
+    assert all(side % found.patch_size == 0 for view in found.views for side in view.size_hw)
+
+
+def test_usual_sizes_are_rectangles_and_squares_both_ways():
+    assert any(h > w for h, w in SIZES)
+    assert any(h < w for h, w in SIZES)
+    assert any(h == w for h, w in SIZES)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_the_guides_code_runs(number, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "compare.md").read_text(), re.S)
+    assert len(blocks) == 3
+    exec(compile(blocks[number], f"compare.md, block {number}", "exec"), {"__name__": "guide"})
+    printed = capsys.readouterr().out
+    assert ("0.44", "1 laws broken", "")[number] in printed

@@ -1,0 +1,239 @@
+"""Small charts as SVG text: scatter plots and curves on logarithmic axes. Standard library only, no scripts inside."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import NamedTuple
+
+INK, FAINT, GRID, ACCENT, OTHER = "#1c2028", "#6e7480", "#e4e6eb", "#d64028", "#9aa3b2"
+COLORS = ("#d64028", "#1868c4", "#2c8c4a", "#8a4bb8", "#c98a12", "#14868c", "#b83a78", "#5a6472")
+"""Of lines drawn together, which tell apart this many."""
+
+
+class Point(NamedTuple):
+    """A labelled point; ``marked`` ones are coloured, and labelled first."""
+
+    x: float
+    y: float
+    label: str
+    marked: bool = False
+
+
+class Axis(NamedTuple):
+    """Data range, ticks with their text, and whether the scale is logarithmic."""
+
+    low: float
+    high: float
+    ticks: tuple[tuple[float, str], ...]
+    log: bool
+    title: str = ""
+
+    def place(self, value: float, length: float) -> float:
+        """Position of ``value`` along an axis of ``length`` px; values outside the range stick to its ends."""
+        value = min(max(value, self.low), self.high)
+        if self.log:
+            share = math.log(value / self.low) / math.log(self.high / self.low)
+        else:
+            share = (value - self.low) / (self.high - self.low)
+        return share * length
+
+
+def log_axis(values: Sequence[float], title: str = "") -> Axis:
+    """A logarithmic axis over positive values, with ticks at 1, 2 and 5 times powers of ten."""
+    low, high = min(values), max(values)
+    if low == high:
+        low, high = low / 2, high * 2
+    steps = [
+        m * 10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for m in (1, 2, 5)
+    ]
+    inside = [step for step in steps if low <= step <= high]
+    if len(inside) > 7:  # whole decades are enough, then
+        inside = [step for step in inside if math.isclose(math.log10(step), round(math.log10(step)))]
+    return Axis(low, high, tuple((step, _short(step)) for step in inside), True, title)
+
+
+def percent_axis(title: str = "") -> Axis:
+    """0 to 100 %, for shares in 0..1, with some room above."""
+    return Axis(0, 1.06, tuple((tick / 4, f"{25 * tick}%") for tick in range(5)), False, title)
+
+
+def _short(value: float) -> str:
+    if value >= 1000:
+        return f"{value / 1000:g}k"
+    return f"{value:g}"
+
+
+def scatter(points: Sequence[Point], x: Axis, y: Axis, *, width: int = 760, height: int = 420) -> str:
+    """Points on two axes, the marked ones joined from left to right. Hovering names a point."""
+    left, top, right, bottom = 64, 16, 24, 52
+    inner_w, inner_h = width - left - right, height - top - bottom
+    parts = [_open(width, height, f"{y.title} against {x.title}"), _frame(x, y, left, top, inner_w, inner_h)]
+
+    def place(point: Point) -> tuple[float, float]:
+        return left + x.place(point.x, inner_w), top + inner_h - y.place(point.y, inner_h)
+
+    marked = sorted(p for p in points if p.marked)
+    if len(marked) > 1:
+        line = " ".join("{:.1f},{:.1f}".format(*place(p)) for p in marked)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{ACCENT}" stroke-width="1.5" opacity="0.5"/>')
+    for point in sorted(points, key=lambda p: p.marked):
+        cx, cy = place(point)
+        color, radius = (ACCENT, 5) if point.marked else (OTHER, 4)
+        parts.append(
+            f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="{radius}" fill="{color}" fill-opacity="0.8" stroke="#fff">'
+            f"<title>{escape(point.label)}: {point.x:g}, {point.y:g}</title></circle>"
+        )
+    named = [*marked, *sorted(set(points) - set(marked))] if len(points) <= _ALL_NAMED else marked
+    parts.append(_labels([(p.label, *place(p)) for p in named], [place(p) for p in points], width))
+    return "".join((*parts, "</svg>"))
+
+
+_ALL_NAMED = 12  # points; of more, only the marked ones get a label
+_SIDES = tuple((dx, dy) for dy in (4, 18, -10, 32, -24, 46, 60) for dx in (9, -9))  # px from a point to its label
+
+
+def _labels(items: Sequence[tuple[str, float, float]], points: Sequence[tuple[float, float]], width: int) -> str:
+    """Text beside the items, moved where it would cover another one or a point, left out where nothing helps."""
+    taken: list[tuple[float, float, float]] = []  # (start, end, y)
+    parts = []
+    for label, cx, cy in items:
+        length = 6.8 * len(label)
+        for dx, dy in _SIDES:
+            start, y = (cx + dx if dx > 0 else cx + dx - length), cy + dy
+            clear = all(end < start or start + length < begin or abs(y - at) > 12 for begin, end, at in taken)
+            clear &= not any(start - 5 < px < start + length + 5 and abs(py - (y - 4)) < 9 for px, py in points)
+            if clear and start > 66 and start + length < width:
+                taken.append((start, start + length, y))
+                anchor = "start" if dx > 0 else "end"
+                parts.append(
+                    f'<text x="{cx + dx:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{INK}">{escape(label)}</text>'
+                )
+                break
+    return "".join(parts)
+
+
+def curves(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    x: Axis,
+    y: Axis,
+    *,
+    width: int = 760,
+    height: int = 340,
+) -> str:
+    """Lines with their names at the right; a point whose y is ``nan`` breaks the line."""
+    left, top, right, bottom = 64, 16, 220, 52
+    inner_w, inner_h = width - left - right, height - top - bottom
+    parts = [_open(width, height, f"{y.title} over {x.title}"), _frame(x, y, left, top, inner_w, inner_h)]
+    ends = []
+    for number, (name, line) in enumerate(series.items()):
+        color = COLORS[number % len(COLORS)]
+        parts += [
+            f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2" stroke-linejoin="round"/>'
+            for path in _paths(line, x, y, left, top, inner_w, inner_h)
+        ]
+        known = [value for _, value in line if not math.isnan(value)]
+        if known:
+            ends.append((top + inner_h - y.place(known[-1], inner_h), name, color))
+    last = top - 10.0
+    for at, name, color in sorted(ends):
+        last = max(at + 4, last + 14)  # names do not cover each other
+        parts.append(f'<text x="{width - right + 8}" y="{last:.1f}" fill="{color}">{escape(name)}</text>')
+    return "".join((*parts, "</svg>"))
+
+
+def backdrop(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    x: Axis,
+    y: Axis,
+    *,
+    name: str,
+    width: int = 250,
+    height: int = 120,
+) -> str:
+    """A hidden drawing of axes and all lines in gray, by its ``name``; :func:`small_curve` draws a line over it."""
+    left, top, inner_w, inner_h = 34, 8, width - 50, height - 34
+    parts = [_frame(x, y, left, top, inner_w, inner_h, small=True)]
+    for line in series.values():
+        parts += [
+            f'<polyline points="{path}" fill="none" stroke="{OTHER}" stroke-width="0.7" opacity="0.35"/>'
+            for path in _paths(line, x, y, left, top, inner_w, inner_h)
+        ]
+    drawn = f'<defs><g id="{name}">{"".join(parts)}</g></defs>'
+    return f'<svg width="0" height="0" class="defs" aria-hidden="true">{drawn}</svg>'
+
+
+def small_curve(
+    line: Sequence[tuple[float, float]],
+    x: Axis,
+    y: Axis,
+    *,
+    behind: str,
+    here: tuple[float, float] | None = None,
+    width: int = 250,
+    height: int = 120,
+) -> str:
+    """One line in colour over :func:`backdrop`'s gray ones, on the same axes; a dot at ``here``."""
+    left, top, inner_w, inner_h = 34, 8, width - 50, height - 34
+    parts = [_open(width, height, f"{y.title} over {x.title}"), f'<use href="#{behind}"/>']
+    parts += [
+        f'<polyline points="{path}" fill="none" stroke="{ACCENT}" stroke-width="2"/>'
+        for path in _paths(line, x, y, left, top, inner_w, inner_h)
+    ]
+    if here is not None:
+        cx, cy = left + x.place(here[0], inner_w), top + inner_h - y.place(here[1], inner_h)
+        parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="3.5" fill="{ACCENT}" stroke="#fff"/>')
+    return "".join((*parts, "</svg>"))
+
+
+def _open(width: int, height: int, label: str) -> str:
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        f'role="img" aria-label="{escape(label)}" font-family="system-ui, sans-serif" font-size="12">'
+    )
+
+
+def _frame(x: Axis, y: Axis, left: int, top: int, inner_w: int, inner_h: int, *, small: bool = False) -> str:
+    """Grid lines, tick texts and titles."""
+    size = 9 if small else 12
+    parts = []
+    for value, text in y.ticks:
+        at = top + inner_h - y.place(value, inner_h)
+        parts.append(f'<line x1="{left}" x2="{left + inner_w}" y1="{at:.1f}" y2="{at:.1f}" stroke="{GRID}"/>')
+        parts.append(
+            f'<text x="{left - 5}" y="{at + size / 3:.1f}" text-anchor="end" font-size="{size}" '
+            f'fill="{FAINT}">{escape(text)}</text>'
+        )
+    for value, text in x.ticks:
+        at = left + x.place(value, inner_w)
+        parts.append(f'<line y1="{top}" y2="{top + inner_h}" x1="{at:.1f}" x2="{at:.1f}" stroke="{GRID}"/>')
+        parts.append(
+            f'<text x="{at:.1f}" y="{top + inner_h + size + 3}" text-anchor="middle" font-size="{size}" '
+            f'fill="{FAINT}">{escape(text)}</text>'
+        )
+    below = top + inner_h + 2 * size + 5 if small else top + inner_h + 40
+    parts.append(
+        f'<text x="{left + inner_w / 2:.1f}" y="{below}" text-anchor="middle" font-size="{size}" '
+        f'fill="{FAINT if small else INK}">{escape(x.title)}</text>'
+    )
+    if not small:
+        middle = top + inner_h / 2
+        parts.append(
+            f'<text x="16" y="{middle:.1f}" text-anchor="middle" fill="{INK}" '
+            f'transform="rotate(-90 16 {middle:.1f})">{escape(y.title)}</text>'
+        )
+    return "".join(parts)
+
+
+def _paths(
+    line: Sequence[tuple[float, float]], x: Axis, y: Axis, left: int, top: int, inner_w: int, inner_h: int
+) -> list[str]:
+    paths: list[list[str]] = [[]]
+    for horizontal, vertical in line:
+        if math.isnan(vertical):
+            paths.append([])
+            continue
+        at_x, at_y = left + x.place(horizontal, inner_w), top + inner_h - y.place(vertical, inner_h)
+        paths[-1].append(f"{at_x:.1f},{at_y:.1f}")
+    return [" ".join(path) for path in paths if path]

@@ -1,0 +1,385 @@
+"""What a plan keeps and what it costs, from its geometry alone: no rule is known here by name.
+
+Notation: the image is w x h px. A *detail view* is a slice, or the overview where the image is not cut. It shows a
+rectangle A_v of the image (clipped to it, padding left out) at the scales s_x, s_y: view px per image px. T is
+``plan.num_tokens``. Metrics of one plan come from :func:`measure`; cliffs, transposition and monotonicity compare
+plans of many sizes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from uhd.slicing.config import SlicingConfig
+from uhd.slicing.flops import Flops, LMShape, ResamplerShape, ViTShape, plan_flops
+from uhd.slicing.plan import MAX_SIDE, Canvas, SlicePlan, plan
+
+if TYPE_CHECKING:
+    from uhd.slicing.strategies import Rule, StrategyConfig
+
+    AnyRule = SlicingConfig | StrategyConfig | Rule | str
+
+_MOST_CELLS = 1 << 24  # rectangles that overlapping views may divide an image into
+
+
+@dataclass(frozen=True)
+class PlanMetrics:
+    """The metrics of one plan; shares are in 0..1.
+
+    Attributes:
+        distortion: D = max over detail views of max(s_x, s_y) / min(s_x, s_y). 1 keeps the aspect.
+        padding: P = 1 - content px / encoder px, over all views, the overview included.
+        resolution_kept: R = (1 / wh) * sum over the image of max over detail views there of min(1, s_x) * min(1, s_y):
+            the share of image px that survive. A pooling of features is not in it; it is in the tokens.
+        tokens: T.
+        views: Encoder inputs.
+        patches: N = sum of N_v, ViT patches.
+        attention_pairs: sum of N_v^2, what attention inside views is proportional to.
+        tokens_per_megapixel: T / (wh / 10^6).
+        pixels_per_token_edge: sqrt(w h R / T): side of the square of surviving px that one token describes.
+        upsampling: U = mean over detail views, weighted by |A_v|, of max(1, s_x) * max(1, s_y): encoder work spent on
+            invented px.
+        coverage: |union of A_v| / wh; below 1 part of the image is in no detail view.
+        duplication: O = sum of |A_v| / wh; above ``coverage`` some px are in several detail views.
+        seam: K = length of the lines between detail views that none of them shows both sides of, over sqrt(wh): how
+            much content is cut. A cut into r x c has ((r - 1) w + (c - 1) h) / sqrt(wh); an overlap removes a seam.
+        budget_error: B = T / budget; ``None`` without a budget.
+        flops: Of the named ViT, compressor and LM, see :func:`uhd.slicing.flops.plan_flops`.
+    """
+
+    distortion: float
+    padding: float
+    resolution_kept: float
+    tokens: int
+    views: int
+    patches: int
+    attention_pairs: int
+    tokens_per_megapixel: float
+    pixels_per_token_edge: float
+    upsampling: float
+    coverage: float
+    duplication: float
+    seam: float
+    budget_error: float | None
+    flops: Flops
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; FLOPs by part and in all."""
+        return {**asdict(self), "flops": {**asdict(self.flops), "total": self.flops.total}}
+
+
+def measure(
+    plan: SlicePlan,
+    *,
+    budget: int | None = None,
+    vit: ViTShape | str = "clip-l",
+    resampler: ResamplerShape | str | None = None,
+    lm: LMShape | str = "llama-13b",
+) -> PlanMetrics:
+    """Every metric of one plan.
+
+    Args:
+        plan: Of any strategy, also your own.
+        budget: Tokens that an image was meant to cost at most, for ``budget_error``.
+        vit, resampler, lm: What FLOPs are counted for: names in :mod:`uhd.slicing.flops`, or shapes. The default is
+            one system for all rules, so that they compare: LLaVA-1.5's, at 13B.
+
+    Raises:
+        ValueError: Views in general position divide the image into more than 2^24 rectangles; an unknown name; a
+            budget below 1.
+    """
+    if budget is not None and budget < 1:
+        raise ValueError(f"a budget is a positive number of tokens, got {budget!r}")
+    height, width = plan.image_hw
+    area = height * width
+    shown = _detail(plan)
+    sizes = shown.sizes
+    cells = _cells(shown)
+    kept = float((cells.kept * cells.areas).sum()) / area
+    sides = np.maximum(shown.scale_h, shown.scale_w) / np.minimum(shown.scale_h, shown.scale_w)
+    enlarged = np.maximum(shown.scale_h, 1) * np.maximum(shown.scale_w, 1)
+    per_view = [(len(c.tiles), math.prod(side // plan.patch_size for side in c.view_hw)) for c in plan.canvases]
+    return PlanMetrics(
+        distortion=float(sides.max(initial=1)),
+        padding=_padding(plan),
+        resolution_kept=kept,
+        tokens=plan.num_tokens,
+        views=plan.num_views,
+        patches=plan.num_patches,
+        attention_pairs=sum(count * patches**2 for count, patches in per_view),
+        tokens_per_megapixel=plan.num_tokens / (area / 1e6),
+        pixels_per_token_edge=math.sqrt(area * kept / plan.num_tokens) if plan.num_tokens else math.inf,
+        upsampling=float((enlarged * sizes).sum() / sizes.sum()) if len(sizes) else 1.0,
+        coverage=float(cells.areas[cells.seen].sum()) / area,
+        duplication=float(sizes.sum()) / area,
+        seam=_seam(cells) / math.sqrt(area),
+        budget_error=None if budget is None else plan.num_tokens / budget,
+        flops=plan_flops(plan, vit=vit, resampler=resampler, lm=lm),
+    )
+
+
+class _Shown(NamedTuple):
+    """Detail views: ``boxes`` (V, 4) of the image, px, and their scales (V,)."""
+
+    boxes: np.ndarray
+    scale_h: np.ndarray
+    scale_w: np.ndarray
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return (self.boxes[:, 2] - self.boxes[:, 0]) * (self.boxes[:, 3] - self.boxes[:, 1])
+
+
+def _detail(plan: SlicePlan) -> _Shown:
+    kinds = {canvas.kind for canvas in plan.canvases}
+    kind = "slice" if "slice" in kinds else "overview"
+    parts = [_shown(canvas, plan.image_hw) for canvas in plan.canvases if canvas.kind == kind]
+    found = _Shown(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+    real = found.sizes > 0  # a tile may hold nothing but padding
+    return _Shown(*(part[real] for part in found))
+
+
+def _content(canvas: Canvas) -> tuple[np.ndarray, np.ndarray]:
+    """Tiles (V, 4), and the part of each that content covers (V, 4), both on the canvas, px."""
+    tiles = np.array(canvas.tiles, dtype=np.int64).reshape(-1, 4)
+    (top, left), (height, width) = canvas.offset, canvas.content_hw
+    low = np.maximum(tiles[:, :2], (top, left))
+    high = np.minimum(tiles[:, 2:], (top + height, left + width))
+    return tiles, np.concatenate([low, np.maximum(high, low)], axis=1)
+
+
+def _shown(canvas: Canvas, image_hw: tuple[int, int]) -> _Shown:
+    tiles, content = _content(canvas)
+    top, left, bottom, right = canvas.source or (0, 0, *image_hw)
+    length = np.array([bottom - top, right - left])
+    resized = np.array(canvas.content_hw)
+    start, offset = np.array([top, left] * 2), np.array(canvas.offset * 2)
+    # one division, so that tiles of several canvases meet at equal numbers; the rest is rounded away
+    boxes = np.round(start + (content - offset) * np.tile(length, 2) / np.tile(resized, 2), 6)
+    boxes = np.clip(boxes, 0, (*image_hw, *image_hw))
+    scale = (resized / length) * (np.array(canvas.view_hw) / (tiles[:, 2:] - tiles[:, :2]))
+    return _Shown(boxes, scale[:, 0], scale[:, 1])
+
+
+def _padding(plan: SlicePlan) -> float:
+    content = total = 0.0
+    for canvas in plan.canvases:
+        tiles, inside = _content(canvas)
+        view = math.prod(canvas.view_hw)
+        used = (inside[:, 2:] - inside[:, :2]).prod(axis=1) / (tiles[:, 2:] - tiles[:, :2]).prod(axis=1)
+        content += float(used.sum()) * view
+        total += len(tiles) * view
+    return 1 - content / total
+
+
+class _Cells(NamedTuple):
+    """The image cut at every edge of a view: R x C rectangles.
+
+    ``areas`` px, ``kept`` best min(1, s_x) min(1, s_y) there, ``seen`` by any view; ``across_h`` (R + 1, C) and
+    ``across_w`` (R, C + 1): a view shows both sides of that edge; ``heights`` (R,) and ``widths`` (C,) px.
+    """
+
+    areas: np.ndarray
+    kept: np.ndarray
+    seen: np.ndarray
+    across_h: np.ndarray
+    across_w: np.ndarray
+    heights: np.ndarray
+    widths: np.ndarray
+
+
+def _cells(shown: _Shown) -> _Cells:
+    ys = np.unique(shown.boxes[:, [0, 2]])
+    xs = np.unique(shown.boxes[:, [1, 3]])
+    rows, cols = max(len(ys) - 1, 0), max(len(xs) - 1, 0)
+    if rows * cols > _MOST_CELLS:
+        raise ValueError(
+            f"{len(shown.boxes)} views cut the image into {rows} x {cols} rectangles, more than {_MOST_CELLS} are not "
+            "measured: put the views in a grid, or use fewer"
+        )
+    kept = np.zeros((rows, cols))
+    seen = np.zeros((rows, cols), dtype=bool)
+    across_h = np.zeros((rows + 1, cols), dtype=bool)
+    across_w = np.zeros((rows, cols + 1), dtype=bool)
+    share = np.minimum(shown.scale_h, 1) * np.minimum(shown.scale_w, 1)
+    tops, bottoms = np.searchsorted(ys, shown.boxes[:, 0]), np.searchsorted(ys, shown.boxes[:, 2])
+    lefts, rights = np.searchsorted(xs, shown.boxes[:, 1]), np.searchsorted(xs, shown.boxes[:, 3])
+    edges = np.stack([tops, bottoms, lefts, rights], axis=1).tolist()
+    for (top, bottom, left, right), value in zip(edges, share.tolist(), strict=True):
+        part = kept[top:bottom, left:right]
+        np.maximum(part, value, out=part)
+        seen[top:bottom, left:right] = True
+        across_h[top + 1 : bottom, left:right] = True
+        across_w[top:bottom, left + 1 : right] = True
+    heights, widths = np.diff(ys), np.diff(xs)
+    return _Cells(np.outer(heights, widths), kept, seen, across_h, across_w, heights, widths)
+
+
+def _seam(cells: _Cells) -> float:
+    """Length of inner edges next to a seen cell that no view shows both sides of, px.
+
+    The outermost edges are the image's own, or those of a crop: nothing is cut between views there.
+    """
+    near_h = cells.seen[1:] | cells.seen[:-1]
+    near_w = cells.seen[:, 1:] | cells.seen[:, :-1]
+    cut_h = (near_h & ~cells.across_h[1:-1]) * cells.widths
+    cut_w = (near_w & ~cells.across_w[:, 1:-1]) * cells.heights[:, None]
+    return float(cut_h.sum() + cut_w.sum())
+
+
+# --- many sizes
+
+
+class Cliffs(NamedTuple):
+    """How far one px moves the token count; see :func:`cliffs`.
+
+    Attributes:
+        p99, worst: Of the ratio J >= 1.
+        worst_at: (height, width) of the worst one; ``None`` where nothing was compared.
+        share: Of sizes with J >= the threshold.
+        compared, refused: Numbers of sizes; a size is refused where the rule raised for it or for its neighbour.
+    """
+
+    p99: float
+    worst: float
+    worst_at: tuple[int, int] | None
+    share: float
+    compared: int
+    refused: int
+
+
+class Violations(NamedTuple):
+    """How often a rule breaks a law of many sizes.
+
+    Attributes:
+        share: Of the compared sizes.
+        example: (height, width) of the worst one; ``None`` where there is none.
+        compared, refused: Numbers of sizes.
+    """
+
+    share: float
+    example: tuple[int, int] | None
+    compared: int
+    refused: int
+
+
+def cliffs(rule: AnyRule, sizes_hw: Iterable[Sequence[int]], *, threshold: float = 1.1) -> Cliffs:
+    """J = max(T(h, w), T(h, w + 1)) / min(the same), over sizes: what one more column of px costs.
+
+    Args:
+        rule: A name, a config, or your function.
+        sizes_hw: (height, width) pairs, px.
+        threshold: J from which on it counts as a cliff.
+    """
+    pairs, refused = _token_pairs(rule, sizes_hw, lambda h, w: (h, w + 1))
+    if not pairs:
+        return Cliffs(1.0, 1.0, None, 0.0, 0, refused)
+    # no tokens at all is as good as one: the ratio stays finite
+    jumps = np.array([max(a, b) / max(min(a, b), 1) for _, a, b in pairs])
+    worst = int(jumps.argmax())
+    return Cliffs(
+        p99=float(np.quantile(jumps, 0.99)),
+        worst=float(jumps[worst]),
+        worst_at=pairs[worst][0],
+        share=float((jumps >= threshold).mean()),
+        compared=len(pairs),
+        refused=refused,
+    )
+
+
+def transposition_violations(rule: AnyRule, sizes_hw: Iterable[Sequence[int]]) -> Violations:
+    """Share of sizes with T(h, w) != T(w, h): turning the page by 90 degrees changes its price."""
+    pairs, refused = _token_pairs(rule, sizes_hw, lambda h, w: (w, h))
+    return _violations([(size, abs(a - b)) for size, a, b in pairs], refused)
+
+
+def monotonicity_violations(
+    rule: AnyRule, sizes_hw: Iterable[Sequence[int]], *, factor: float = 1.1, tolerance: float = 0.02
+) -> Violations:
+    """Share of sizes where enlarging both sides by ``factor`` (rounded to px) lowers T by more than ``tolerance``."""
+
+    def enlarged(h: int, w: int) -> tuple[int, int]:
+        return min(round(h * factor), MAX_SIDE), min(round(w * factor), MAX_SIDE)
+
+    pairs, refused = _token_pairs(rule, sizes_hw, enlarged)
+    return _violations([(size, max((1 - tolerance) * a - b, 0)) for size, a, b in pairs], refused)
+
+
+def _token_pairs(rule: AnyRule, sizes_hw: Iterable[Sequence[int]], other: Any) -> tuple[list, int]:
+    """((height, width), its T, T of ``other(height, width)``) where the rule plans both; how often it did not."""
+    pairs, refused = [], 0
+    for height, width in sizes_hw:
+        size = (int(height), int(width))
+        try:
+            pairs.append((size, plan(size, rule).num_tokens, plan(other(*size), rule).num_tokens))
+        except ValueError:
+            refused += 1
+    return pairs, refused
+
+
+def _violations(by_size: list[tuple[tuple[int, int], float]], refused: int) -> Violations:
+    broken = [(how_far, size) for size, how_far in by_size if how_far > 0]
+    share = len(broken) / len(by_size) if by_size else 0.0
+    return Violations(share, max(broken)[1] if broken else None, len(by_size), refused)
+
+
+class Summary(NamedTuple):
+    """Metrics of a rule over many sizes; see :func:`summarize`. ``refused``: sizes that the rule raised for."""
+
+    distortion_median: float
+    distortion_p95: float
+    padding_mean: float
+    resolution_kept_mean: float
+    tokens_median: float
+    tokens_mean: float
+    tokens_max: int
+    tokens_per_megapixel_median: float
+    duplication_mean: float
+    seam_mean: float
+    encoder_flops_mean: float
+    lm_flops_mean: float
+    compared: int
+    refused: int
+
+
+def summarize(rule: AnyRule, sizes_hw: Iterable[Sequence[int]], **system: Any) -> Summary:
+    """Medians, means and extremes of :func:`measure` over sizes; ``system`` are its ``vit``, ``resampler``, ``lm``.
+
+    Raises:
+        ValueError: The rule refuses every size.
+    """
+    found, refused = [], 0
+    for height, width in sizes_hw:
+        try:
+            planned = plan((int(height), int(width)), rule)
+        except ValueError:
+            refused += 1
+            continue
+        found.append(measure(planned, **system))
+    if not found:
+        raise ValueError(f"nothing to summarize: the rule refused all of {refused} sizes")
+
+    def column(name: str) -> np.ndarray:
+        return np.array([getattr(item, name) for item in found], dtype=float)
+
+    return Summary(
+        distortion_median=float(np.median(column("distortion"))),
+        distortion_p95=float(np.quantile(column("distortion"), 0.95, method="higher")),
+        padding_mean=float(column("padding").mean()),
+        resolution_kept_mean=float(column("resolution_kept").mean()),
+        tokens_median=float(np.median(column("tokens"))),
+        tokens_mean=float(column("tokens").mean()),
+        tokens_max=int(column("tokens").max()),
+        tokens_per_megapixel_median=float(np.median(column("tokens_per_megapixel"))),
+        duplication_mean=float(column("duplication").mean()),
+        seam_mean=float(column("seam").mean()),
+        encoder_flops_mean=float(np.mean([item.flops.encoder for item in found])),
+        lm_flops_mean=float(np.mean([item.flops.lm for item in found])),
+        compared=len(found),
+        refused=refused,
+    )

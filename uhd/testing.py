@@ -1,0 +1,398 @@
+"""For your own tests: a checker of slicing rules, and hypothesis strategies for sizes and plans.
+
+    from uhd.testing import check_strategy
+
+    def test_my_rule():
+        check_strategy(my_rule, max_tokens=2000)
+
+Hypothesis is needed for :func:`image_sizes`, :func:`plans` and :func:`slicing_configs` only.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from uhd.slicing.config import SlicingConfig
+from uhd.slicing.metrics import measure
+from uhd.slicing.plan import MAX_SIDE, Canvas, SlicePlan, plan
+from uhd.slicing.strategies import StrategyConfig, find
+from uhd.slicing.strategies.base import MAX_VIEWS
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
+
+    from uhd.slicing.strategies import Rule
+
+    AnyRule = SlicingConfig | StrategyConfig | Rule | str
+
+SIZES: tuple[tuple[int, int], ...] = (
+    (336, 336),
+    (337, 336),
+    (1008, 672),
+    (1080, 1920),
+    (3000, 4000),
+    (1568, 224),
+    (224, 1568),
+    (100, 60),
+    (61, 997),
+    (2500, 1000),
+    (720, 1280),
+    (1654, 1169),
+)
+"""Usual sizes (height, width), px: squares, one px more, photos, screens, pages, strips, thumbnails."""
+
+EXTREMES: tuple[tuple[int, int], ...] = (
+    (1, 1),
+    (1, 4096),
+    (4096, 1),
+    (20, 4000),
+    (4000, 20),
+    (3, 50_000),
+    (20_000, 20_000),
+    (MAX_SIDE, MAX_SIDE),
+)
+"""Sizes that a rule plans, or refuses with a ``ValueError``."""
+
+CHECKS = ("returns", "purity", "geometry", "divisibility", "coverage", "budget", "transposition", "extremes")
+"""What :func:`check_strategy` tests, by name."""
+
+_MOST_SHOWN = 3  # sizes named for each failure
+_MOST_PIXELS = 4_000_000_000  # px of a canvas
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A law that a rule breaks.
+
+    Attributes:
+        check: One of :data:`CHECKS`.
+        why: What is wrong, and what to do about it.
+        examples: (height, width) of some images that show it, with what was seen.
+        count: Number of images that show it.
+    """
+
+    check: str
+    why: str
+    examples: tuple[str, ...]
+    count: int
+
+    def __str__(self) -> str:
+        seen = "".join(f"\n    {example}" for example in self.examples)
+        more = f"\n    and {self.count - len(self.examples)} more" if self.count > len(self.examples) else ""
+        return f"{self.check}: {self.why}{seen}{more}"
+
+
+@dataclass(frozen=True)
+class StrategyReport:
+    """What :func:`inspect_strategy` found. ``planned`` and ``refused``: numbers of sizes."""
+
+    name: str
+    failures: tuple[Failure, ...]
+    planned: int
+    refused: int
+
+    @property
+    def ok(self) -> bool:
+        return not self.failures
+
+    def __str__(self) -> str:
+        head = f"{self.name}: {self.planned} sizes planned, {self.refused} refused"
+        if self.ok:
+            return f"{head}, every law holds"
+        return "\n  ".join([f"{head}, {len(self.failures)} laws broken", *map(str, self.failures)])
+
+
+def check_strategy(rule: AnyRule, **options: Any) -> StrategyReport:
+    """Assert that a slicing rule keeps every law; a rule of your own, or any name.
+
+    ============== ==============================================================================================
+    returns        a :class:`SlicePlan` for that image, or a ``ValueError``; usual sizes are not refused
+    purity         equal plans for equal sizes, in any order of calls; hashable; equal after a trip through JSON
+    geometry       tiles lie on their canvas, sources in the image, uncovered canvas has a fill, counts agree
+    divisibility   view sides are whole multiples of the patch, so that the encoder sees every px
+    coverage       every px of the image is in some view
+    budget         ``max_tokens``, ``max_patches`` and 65,536 views are kept, also at extremes; tokens are positive
+    transposition  the plan of w x h costs what that of h x w does
+    extremes       1 px strips, an aspect of 200 and more, huge images: planned or refused, never another exception
+    ============== ==============================================================================================
+
+    Args:
+        rule: A function from (height, width) to a :class:`SlicePlan`, a config, or a name.
+        options: Keywords of :func:`inspect_strategy`.
+
+    Returns:
+        The report, where all is well.
+
+    Raises:
+        AssertionError: Some laws are broken; the message lists each with what to do and examples.
+    """
+    report = inspect_strategy(rule, **options)
+    if not report.ok:
+        raise AssertionError(str(report))
+    return report
+
+
+def inspect_strategy(
+    rule: AnyRule,
+    *,
+    sizes_hw: Iterable[Sequence[int]] = SIZES,
+    extremes_hw: Iterable[Sequence[int]] = EXTREMES,
+    max_tokens: int | None = None,
+    max_patches: int | None = None,
+    skip: Iterable[str] = (),
+) -> StrategyReport:
+    """Test a rule as :func:`check_strategy` does, and report instead of asserting.
+
+    Args:
+        rule: A function from (height, width) to a :class:`SlicePlan`, a config, or a name.
+        sizes_hw: Usual sizes, px.
+        extremes_hw: Sizes that may be refused.
+        max_tokens, max_patches: Bounds of the "budget" check.
+        skip: Checks to leave out, of :data:`CHECKS`; many released rules break "transposition", for instance.
+
+    Raises:
+        ValueError: ``skip`` names no check, or no strategy has that name.
+    """
+    skip = set(skip)
+    if unknown := sorted(skip - set(CHECKS)):
+        raise ValueError(f"skip names no checks {unknown}; there are {', '.join(CHECKS)}")
+    config = find(rule)
+    name = rule if isinstance(rule, str) else getattr(config, "name", getattr(config, "__name__", repr(config)))
+    sizes = [(int(h), int(w)) for h, w in sizes_hw]
+    extremes = [(int(h), int(w)) for h, w in extremes_hw]
+    found = {size: _call(config, size) for size in dict.fromkeys([*sizes, *extremes])}
+    usual = {size: found[size] for size in sizes}
+    plans = {size: result for size, result in found.items() if isinstance(result, SlicePlan)}
+    kept = {size: result for size, result in usual.items() if isinstance(result, SlicePlan)}
+    broken = {
+        "returns": ("a plan is expected for every usual size", _bad_returns(usual)),
+        "purity": (
+            "equal sizes must give equal, hashable, JSON-able plans: keep no state, draw no random numbers",
+            _impurities(config, kept),
+        ),
+        "geometry": ("the plan's parts contradict each other", _each(plans, _bad_geometry)),
+        "divisibility": (
+            "a view's sides must be whole multiples of patch_size, or its rim is never seen",
+            _each(kept, _bad_sides),
+        ),
+        "coverage": ("part of the image is in no view: widen the boxes, or add an overview", _each(kept, _uncovered)),
+        "budget": (
+            "a bound is exceeded: cap slices, or shrink views",
+            _each(plans, lambda found: _over_budget(found, max_tokens, max_patches)),
+        ),
+        "transposition": (
+            "turning the image by 90 degrees changes its cost: compare log aspects, and break ties by area",
+            _asymmetries(config, kept),
+        ),
+        "extremes": (
+            "an unusual size must be planned, or refused with a ValueError that names it",
+            _bad_extremes({size: found[size] for size in extremes}),
+        ),
+    }
+    failures = tuple(
+        Failure(check, why, tuple(seen[:_MOST_SHOWN]), len(seen))
+        for check, (why, seen) in broken.items()
+        if seen and check not in skip
+    )
+    return StrategyReport(name, failures, len(plans), len(found) - len(plans))
+
+
+def _call(config: Any, image_hw: tuple[int, int]) -> SlicePlan | Exception:
+    try:
+        return plan(image_hw, config)
+    except Exception as problem:  # whatever a user's rule raises is what is reported
+        return problem
+
+
+def _named(image_hw: tuple[int, int], what: object) -> str:
+    return f"{image_hw[0]}x{image_hw[1]} px (height x width): {what}"
+
+
+def _bad_returns(found: dict[tuple[int, int], SlicePlan | Exception]) -> list[str]:
+    return [
+        _named(size, f"{type(result).__name__}: {result}")
+        for size, result in found.items()
+        if isinstance(result, Exception)
+    ]
+
+
+def _bad_extremes(found: dict[tuple[int, int], SlicePlan | Exception]) -> list[str]:
+    return [
+        _named(size, f"{type(result).__name__}: {result}")
+        for size, result in found.items()
+        if isinstance(result, Exception) and not isinstance(result, ValueError)
+    ]
+
+
+def _each(plans: dict[tuple[int, int], SlicePlan], complaints: Callable[[SlicePlan], Iterator[str]]) -> list[str]:
+    return [_named(size, what) for size, found in plans.items() for what in complaints(found)]
+
+
+def _impurities(config: Any, plans: dict[tuple[int, int], SlicePlan]) -> list[str]:
+    seen = []
+    order = list(plans)
+    random.Random(0).shuffle(order)
+    for size in order:
+        again, first = _call(config, size), plans[size]
+        if again != first:
+            seen.append(_named(size, f"{first}, and then {again}"))
+            continue
+        try:
+            hash(first)
+            restored = SlicePlan.from_dict(json.loads(json.dumps(first.to_dict())))
+        except (TypeError, ValueError) as problem:
+            seen.append(_named(size, f"{problem}: use tuples, Box and ints, no lists or floats"))
+            continue
+        if restored != first:
+            seen.append(_named(size, "changed by to_dict and from_dict: use plain tuples, Box and ints"))
+    return seen
+
+
+def _bad_geometry(found: SlicePlan) -> Iterator[str]:
+    if not found.num_views:
+        yield "no view"
+    for number, canvas in enumerate(found.canvases):
+        for what in _bad_canvas(canvas, found):
+            yield f"canvas {number}: {what}"
+    slices = sum(len(canvas.tiles) for canvas in found.canvases if canvas.kind == "slice")
+    if found.grid is not None and slices > 0 and slices != found.grid[0] * found.grid[1]:
+        yield f"grid {found.grid} (rows, columns) but {slices} slices"
+    by_view = sum(len(canvas.tiles) * canvas.tokens_per_view for canvas in found.canvases)
+    if found.packing is None and by_view != found.num_visual_tokens:
+        yield f"views hold {by_view} tokens, num_visual_tokens is {found.num_visual_tokens}, no packing explains it"
+
+
+def _bad_canvas(canvas: Canvas, found: SlicePlan) -> Iterator[str]:
+    height, width = canvas.size_hw
+    if canvas.kind not in ("slice", "overview"):
+        yield f"kind is {canvas.kind!r}, not 'slice' or 'overview'"
+    if min(*canvas.size_hw, *canvas.content_hw, *canvas.view_hw) < 1:
+        yield f"a size below 1 px: canvas {canvas.size_hw}, content {canvas.content_hw}, view {canvas.view_hw}"
+        return
+    outside = [box for box in canvas.tiles if not (0 <= box[0] < box[2] <= height and 0 <= box[1] < box[3] <= width)]
+    if outside:
+        yield f"tile {tuple(outside[0])} is not on the {canvas.size_hw} canvas: clip it, or enlarge the canvas"
+    source = canvas.source
+    if source is not None and not (
+        0 <= source[0] < source[2] <= found.image_hw[0] and 0 <= source[1] < source[3] <= found.image_hw[1]
+    ):
+        yield f"source {tuple(source)} is not in the image"
+    (top, left), (rows, cols) = canvas.offset, canvas.content_hw
+    full = top <= 0 and left <= 0 and top + rows >= height and left + cols >= width
+    if not full and canvas.fill is None:
+        yield "content leaves part of the canvas empty and fill is None: give an RGB fill"
+    if height * width > _MOST_PIXELS:
+        yield f"a canvas of {height} x {width} px would not fit in memory: bound it"
+
+
+def _bad_sides(found: SlicePlan) -> Iterator[str]:
+    for size in sorted({c.view_hw for c in found.canvases if any(side % found.patch_size for side in c.view_hw)}):
+        yield f"a view of {size[0]}x{size[1]} px with patches of {found.patch_size} px"
+
+
+def _uncovered(found: SlicePlan) -> Iterator[str]:
+    if not found.canvases:
+        return
+    # as if every view were a slice: coverage is that of all of them together
+    share = measure(replace(found, canvases=tuple(replace(c, kind="slice") for c in found.canvases))).coverage
+    if share < 1 - 1e-9:
+        yield f"{100 * share:.1f}% of the image is in a view"
+
+
+def _over_budget(found: SlicePlan, max_tokens: int | None, max_patches: int | None) -> Iterator[str]:
+    if found.num_tokens < 1 or min((c.tokens_per_view for c in found.canvases), default=1) < 0:
+        yield f"{found.num_tokens} tokens"
+    if found.num_views > MAX_VIEWS:
+        yield f"{found.num_views} views, at most {MAX_VIEWS}"
+    if max_tokens is not None and found.num_tokens > max_tokens:
+        yield f"{found.num_tokens} tokens, max_tokens={max_tokens}"
+    if max_patches is not None and found.num_patches > max_patches:
+        yield f"{found.num_patches} patches, max_patches={max_patches}"
+
+
+def _asymmetries(config: Any, plans: dict[tuple[int, int], SlicePlan]) -> list[str]:
+    seen = []
+    for (height, width), found in plans.items():
+        turned = _call(config, (width, height))
+        if not isinstance(turned, SlicePlan):
+            seen.append(_named((height, width), f"planned, but turned: {type(turned).__name__}: {turned}"))
+        elif turned.num_tokens != found.num_tokens:
+            seen.append(_named((height, width), f"{found.num_tokens} tokens, and {turned.num_tokens} when turned"))
+    return seen
+
+
+# --- hypothesis
+
+
+def image_sizes(
+    *, min_side: int = 1, max_side: int = 4096, max_aspect: float | None = None
+) -> SearchStrategy[tuple[int, int]]:
+    """(height, width) pairs, px: everyday ones, thin strips, squares and their neighbours one px off.
+
+    Args:
+        min_side, max_side: Bounds of both sides.
+        max_aspect: Bound on longer / shorter side.
+    """
+    from hypothesis import strategies as st
+
+    if not 1 <= min_side <= max_side <= MAX_SIDE:
+        raise ValueError(f"expected 1 <= min_side <= max_side <= {MAX_SIDE}, got {min_side} and {max_side}")
+    side = st.integers(min_side, max_side)
+    short = st.integers(min_side, min(min_side + 40, max_side))
+    near = st.builds(lambda a, d: (a, min(max(a + d, min_side), max_side)), side, st.integers(-1, 1))
+    sizes = st.one_of(st.tuples(side, side), near, st.tuples(short, side), st.tuples(side, short))
+    if max_aspect is None:
+        return sizes
+
+    def bounded(size: tuple[int, int]) -> tuple[int, int]:
+        longest = max(int(min(size) * max_aspect), min(size))
+        return min(size[0], longest), min(size[1], longest)
+
+    return sizes.map(bounded)
+
+
+def slicing_configs() -> SearchStrategy[SlicingConfig]:
+    """Valid configs of the adaptive planner: any view side, patch, cap, rounding and token rule."""
+    from hypothesis import strategies as st
+
+    def build(patch: int, units: int, merge: int, **fields: Any) -> SlicingConfig:
+        return SlicingConfig(patch_size=patch, merge=merge, image_size=patch * merge * units, **fields)
+
+    return st.builds(
+        build,
+        patch=st.sampled_from((8, 14, 16, 32)),
+        units=st.integers(1, 40),
+        merge=st.sampled_from((1, 2, 4)),
+        max_slices=st.integers(1, 40),
+        rounding=st.sampled_from(("floor", "round")),
+        clamp=st.booleans(),
+        overview_first=st.booleans(),
+        tokens_per_view=st.one_of(st.none(), st.integers(1, 256)),
+    )
+
+
+def plans(
+    rule: AnyRule | SearchStrategy = "llava-uhd-safe", *, sizes_hw: SearchStrategy[tuple[int, int]] | None = None
+) -> SearchStrategy[SlicePlan]:
+    """Plans by a rule, or by rules drawn from a strategy such as :func:`slicing_configs`; refused sizes are left out.
+
+    Args:
+        rule: A name, a config, your function, or a hypothesis strategy of these.
+        sizes_hw: Of (height, width); default :func:`image_sizes`.
+    """
+    from hypothesis import strategies as st
+
+    rules = rule if isinstance(rule, st.SearchStrategy) else st.just(rule)
+    sizes = image_sizes() if sizes_hw is None else sizes_hw
+
+    def planned(pair: tuple[Any, tuple[int, int]]) -> SlicePlan | None:
+        try:
+            return plan(pair[1], pair[0])
+        except ValueError:
+            return None
+
+    return st.tuples(rules, sizes).map(planned).filter(lambda found: found is not None)
