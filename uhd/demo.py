@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -9,7 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from uhd.encoder import VisualEncoder
+    from uhd.slicing import SlicingConfig
+    from uhd.slicing.strategies import StrategyConfig
 
 UNTRAINED = "UNTRAINED weights (seeded random numbers): shapes and counts are real, the tokens mean nothing"
 
@@ -74,28 +79,91 @@ def _draw_chart(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], font: 
     pen.text((left, bottom + 12), "Sales by region and quarter, thousands", fill=_INK, font=font)
 
 
-def untrained_encoder(*, seed: int = 0, out_dim: int = 256) -> VisualEncoder:
-    """A small :class:`uhd.VisualEncoder` (4 ViT layers of width 192, 64 latents) with seeded random weights.
+def untrained_encoder(
+    *,
+    seed: int = 0,
+    out_dim: int = 256,
+    strategy: str | SlicingConfig | StrategyConfig | None = None,
+    depth: int = 4,
+    width: int = 192,
+) -> VisualEncoder:
+    """A small :class:`uhd.VisualEncoder` (4 ViT layers of width 192) with seeded random weights.
 
     It shows shapes, counts and speed; its tokens mean nothing. The caller's random state is left as it was.
+
+    Args:
+        seed: Of the weights.
+        out_dim: Width of the tokens.
+        strategy: Any slicing strategy; its view and patch sizes become the ViT's, and the compressor gives as many
+            tokens as it counts. OpenAI's rules count overview and tiles differently, here both get a tile's.
+            ``None`` is ``"llava-uhd-safe"`` with 64 latents.
+        depth, width: Of the ViT.
     """
     import torch
 
     from uhd.encoder import VisualEncoder
     from uhd.pixels import PixelSettings
-    from uhd.resampler import PerceiverConfig, PerceiverResampler
+    from uhd.schema import SpatialSchema
+    from uhd.slicing import SlicingConfig
+    from uhd.slicing.strategies import find
     from uhd.vision import ViT, ViTConfig
 
+    config = find(strategy or "llava-uhd-safe")
+    adaptive = isinstance(config, SlicingConfig)
+    side, patch = config.image_size if adaptive else getattr(config, "tile", None), config.patch_size
+    positions = (side // patch,) * 2 if side else (24, 24)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vision = ViT(
             ViTConfig(
-                image_size=336, patch_size=14, width=192, depth=4, heads=3, mlp_width=768, position_grid_hw=(24, 24)
+                image_size=side,
+                patch_size=patch,
+                width=width,
+                depth=depth,
+                heads=max(width // 64, 1),
+                mlp_width=4 * width,
+                position_grid_hw=positions,
             )
         )
-        compressor = PerceiverResampler(PerceiverConfig(width=out_dim, vision_width=192, num_heads=2))
-    pixels = PixelSettings(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    return VisualEncoder(vision, compressor, pixels=pixels, note=UNTRAINED).eval()
+        return VisualEncoder(
+            vision,
+            _compressor_for(config, width, out_dim),
+            slicing=config,
+            schema=SpatialSchema.preset(strategy if isinstance(strategy, str) else "llava-uhd") if adaptive else None,
+            pixels=PixelSettings(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+            note=UNTRAINED,
+        ).eval()
+
+
+def _compressor_for(config: SlicingConfig | StrategyConfig, in_dim: int, out_dim: int) -> nn.Module:
+    """One that gives every view the features that the strategy counts: a projector if that is possible."""
+    from uhd.resampler import (
+        MLPProjector,
+        PerceiverConfig,
+        PerceiverResampler,
+        PixelShuffleProjector,
+        PoolProjector,
+    )
+    from uhd.resampler.packing import feature_lengths
+    from uhd.slicing import plan
+
+    plans = [plan(image_hw, config) for image_hw in ((1008, 672), (224, 448))]
+    views = [view for found in plans for view in found.views]
+    lengths = [count for found in plans for count in feature_lengths(found)]
+    fixed = getattr(config, "tokens_per_view", None)
+    for factor in range(1, 9) if fixed is None else ():
+        if all(
+            math.prod(-(-side // factor) for side in v.patches_hw) == n for v, n in zip(views, lengths, strict=True)
+        ):
+            if factor == 1:
+                return MLPProjector(in_dim, out_dim)
+            exact = not any(side % factor for view in views for side in view.patches_hw)
+            return (PixelShuffleProjector if exact else PoolProjector)(in_dim, out_dim, factor=factor)
+    latents = max(lengths)
+    square = math.isqrt(latents) ** 2 == latents
+    positions = {} if square else {"query_position": False, "key_position": "direct"}
+    settings = PerceiverConfig(width=out_dim, vision_width=in_dim, num_heads=2, num_latents=latents, **positions)
+    return PerceiverResampler(settings)
 
 
 def run(image: Any, *, encoder: VisualEncoder, say: Callable[[str], None]) -> None:
@@ -104,8 +172,8 @@ def run(image: Any, *, encoder: VisualEncoder, say: Callable[[str], None]) -> No
 
     from uhd.batch import normalize
     from uhd.pixels import load_image
-    from uhd.schema import layout
-    from uhd.slicing import candidates
+    from uhd.schema.fitted import layout_of
+    from uhd.slicing import SlicingConfig, candidates
 
     def timed(call: Callable[[], _Result]) -> tuple[_Result, str]:
         start = time.perf_counter()
@@ -116,7 +184,8 @@ def run(image: Any, *, encoder: VisualEncoder, say: Callable[[str], None]) -> No
     plan, seconds = timed(lambda: encoder.plan(image_hw))
     cut = "not cut" if plan.grid is None else "{} x {} (rows x columns)".format(*plan.grid)
     say(f"1 slice     {seconds}   (height, width) {image_hw} -> {cut}, {plan.num_views} views")
-    for candidate in candidates(image_hw, encoder.slicing)[:3]:
+    adaptive = isinstance(encoder.slicing, SlicingConfig)
+    for candidate in candidates(image_hw, encoder.slicing)[:3] if adaptive else ():
         say(f"{'':24}considered {candidate.grid[0]} x {candidate.grid[1]}, score {candidate.score:.3f}")
     batch, seconds = timed(lambda: encoder.prepare([image]))
     say(f"  cut       {seconds}   {image_hw} -> patches {tuple(batch.patches.shape)} {batch.patches.dtype}")
@@ -125,7 +194,11 @@ def run(image: Any, *, encoder: VisualEncoder, say: Callable[[str], None]) -> No
         features, seconds = timed(lambda: encoder.vision(patches, batch.grids))
         say(f"2 encode    {seconds}   {tuple(patches.shape)} -> features {tuple(features.shape)}")
         tokens, seconds = timed(lambda: encoder.compressor(features, batch.grids))
-        say(f"3 compress  {seconds}   {tuple(features.shape)} -> tokens {tuple(tokens.shape)} (views, latents, width)")
-    laid, seconds = timed(lambda: layout(plan, encoder.schema))
+        meaning = " (views, latents, width)" if tokens.dim() == 3 else ""
+        say(f"3 compress  {seconds}   {tuple(features.shape)} -> tokens {tuple(tokens.shape)}{meaning}")
+        if plan.packing is not None:
+            packed, seconds = timed(lambda: encoder.pack(tokens.flatten(0, -2), plan))
+            say(f"  pack      {seconds}   {tuple(tokens.shape)} -> tokens {tuple(packed.shape)}, newlines included")
+    laid, seconds = timed(lambda: layout_of(plan, encoder.schema))
     say(f"4 lay out   {seconds}   {laid.num_tokens} positions for the language model:")
     say(f"{'':24}{laid.text()!r}")

@@ -17,15 +17,29 @@ from torch import Tensor, nn
 
 from uhd.batch import SliceBatch, normalize
 from uhd.pixels import PixelSettings, load_image
-from uhd.resampler import MLPProjector, PerceiverConfig, PerceiverResampler, PixelShuffleProjector
-from uhd.schema import SpatialSchema, TokenLayout, layout
+from uhd.resampler import (
+    FeaturePacker,
+    MLPProjector,
+    PerceiverConfig,
+    PerceiverResampler,
+    PixelShuffleProjector,
+    PoolProjector,
+    pack_features,
+)
+from uhd.resampler.packing import feature_lengths
+from uhd.schema import SpatialSchema, TokenLayout
+from uhd.schema.fitted import ADAPTIVE_RULES, PLAIN, FittedRule, layout_of, slicing_from_dict, video_layout
 from uhd.slicing import SlicePlan, SlicingConfig, plan
 from uhd.slicing.config import DEFAULT
-from uhd.slicing.plan import resolve
+from uhd.slicing.media import VideoPlan, plan_images, plan_video
+from uhd.slicing.strategies import Rule, StrategyConfig, find
 from uhd.vision import ViT, ViTConfig
 
 CONFIG_FILE = "uhd_encoder.json"
 WEIGHTS_FILE = "model.safetensors"
+
+AnySlicing = SlicingConfig | StrategyConfig | Rule | str
+"""Settings of the adaptive planner, of any strategy, the name of either, or (height, width) -> plan."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,9 +47,11 @@ class EncodedImage:
     """One image's visual tokens, with the plan and the layout that say what they are.
 
     Attributes:
-        tokens: (plan.num_visual_tokens, D), views in the order of ``plan.views``; no separators among them.
+        tokens: (plan.num_visual_tokens, D), views in the order of ``plan.views``; no separators among them. Where the
+            plan has a packing (LLaVA-NeXT's stitched maps, say) (plan.num_tokens, D), its learned newlines included.
         plan: Where the image was cut.
-        layout: Where its views, "," and "\\n" go in the language model's sequence.
+        layout: Where its views, "," and "\\n" go in the language model's sequence; one entry ``"image"`` where the
+            plan has a packing. :func:`uhd.merge.assemble` takes tokens and layout of either kind.
     """
 
     tokens: Tensor
@@ -44,8 +60,36 @@ class EncodedImage:
 
     @property
     def views(self) -> tuple[Tensor, ...]:
-        """(q, D) for every view of ``plan.views``."""
+        """(q, D) for every view of ``plan.views``.
+
+        Raises:
+            ValueError: The plan has a packing: tokens belong to the image, not to its views.
+        """
+        if self.plan.packing is not None:
+            raise ValueError(
+                f"the {len(self.tokens)} tokens of {self.plan.strategy!r} are packed, not one view's each"
+            )
         return self.tokens.split([view.num_tokens for view in self.plan.views])
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedVideo:
+    """A video's visual tokens.
+
+    Attributes:
+        tokens: (n, D): those of its frames, as in :class:`EncodedImage`, and the newline where ``plan`` has one.
+        plan: How its frames were cut.
+        layout: The frames' layouts one after the other, the newline as entry ``"newline"``.
+    """
+
+    tokens: Tensor
+    plan: VideoPlan
+    layout: TokenLayout
+
+
+def num_rows(plan: SlicePlan) -> int:
+    """Rows of an image's :attr:`EncodedImage.tokens`."""
+    return plan.num_visual_tokens if plan.packing is None else plan.num_tokens
 
 
 class VisualEncoder(nn.Module):
@@ -58,10 +102,13 @@ class VisualEncoder(nn.Module):
     Args:
         vision: The vision encoder, e.g. :class:`uhd.vision.ViT` or :class:`uhd.vision.VisionTower`.
         compressor: Turns a view's features into tokens, e.g. :class:`uhd.resampler.PerceiverResampler`.
-        slicing: How images are cut; ``None`` is ``"llava-uhd-safe"`` for this vision encoder. Its ``tokens_per_view``,
-            ``separators`` and ``overview_first`` are set to what the compressor and the schema say, so that counts and
-            order agree.
-        schema: How tokens are laid out; ``None`` is the ``"llava-uhd"`` schema.
+        slicing: How images are cut: settings of the adaptive planner or of any strategy, the name of either (see
+            :func:`uhd.strategies`), or your own function from (height, width) to a plan; ``None`` is
+            ``"llava-uhd-safe"`` for this vision encoder. Counts and order are set to what the compressor and the
+            schema say: a compressor with fixed ``tokens_per_view`` takes the place of a strategy's counts and packing.
+        schema: How tokens are laid out; ``None`` is the ``"llava-uhd"`` schema for the adaptive planner. Other
+            strategies then have none: views in their own order, learned newlines where their packing has them.
+        packer: The learned embeddings of a strategy's packing; ``None`` makes new ones where a named strategy has any.
         pixels: Mean, std and filter that the vision encoder was trained with.
         check_image_size: Require ``slicing.image_size`` to be the vision encoder's native size. Models that are meant
             for other sizes (MiniCPM-V: 448 px slices, a 980 px encoder) turn it off.
@@ -77,9 +124,10 @@ class VisualEncoder(nn.Module):
         vision: nn.Module,
         compressor: nn.Module,
         *,
-        slicing: SlicingConfig | str | None = None,
+        slicing: AnySlicing | None = None,
         schema: SpatialSchema | str | None = None,
         pixels: PixelSettings,
+        packer: FeaturePacker | None = None,
         check_image_size: bool = True,
         note: str = "",
     ) -> None:
@@ -90,36 +138,84 @@ class VisualEncoder(nn.Module):
         if not hasattr(vision, "patch_size"):
             raise TypeError(f"a vision encoder needs a patch_size, {type(vision).__name__} has none: see VisionTower")
         self.vision, self.compressor, self.pixels = vision, compressor, pixels
+        found = None if slicing is None else find(slicing)
+        rule = None if found is None or isinstance(found, SlicingConfig) else found
+        if schema is None and rule is not None:
+            schema = PLAIN
         self.schema = schema if isinstance(schema, SpatialSchema) else SpatialSchema.preset(schema or "llava-uhd")
         self.check_image_size = check_image_size
         self.note = note
-        self.slicing = self._fitted(slicing)
+        self._check_widths()
+        self.slicing = self._fitted(found) if rule is None else self._fitted_rule(rule)
+        self.packer = self._fitted_packer(packer)
 
-    def _fitted(self, slicing: SlicingConfig | str | None) -> SlicingConfig:
-        patch_size, image_size = self.vision.patch_size, getattr(self.vision, "image_size", None)
-        if slicing is None:
-            slicing = DEFAULT.for_vision(image_size=image_size or DEFAULT.image_size, patch_size=patch_size)
-        else:
-            slicing = resolve(slicing)
-        wanted = (image_size if image_size and self.check_image_size else slicing.image_size, patch_size)
-        if (slicing.image_size, slicing.patch_size) != wanted:
-            raise ValueError(
-                f"slicing {slicing.name!r} plans for image_size={slicing.image_size}, "
-                f"patch_size={slicing.patch_size}; the vision encoder has image_size={image_size}, "
-                f"patch_size={patch_size}: "
-                f"use slicing.for_vision(image_size={wanted[0]}, patch_size={wanted[1]})"
-            )
+    def _check_widths(self) -> None:
         widths = getattr(self.vision, "out_dim", None), getattr(self.compressor, "in_dim", None)
         if None not in widths and widths[0] != widths[1]:
             raise ValueError(
                 f"the vision encoder gives features of width {widths[0]}, the compressor takes {widths[1]}"
             )
-        tokens = getattr(self.compressor, "tokens_per_view", None)
+
+    def _fitted(self, slicing: SlicingConfig | None) -> SlicingConfig:
+        patch_size, image_size = self.vision.patch_size, getattr(self.vision, "image_size", None)
+        if slicing is None:
+            slicing = DEFAULT.for_vision(image_size=image_size or DEFAULT.image_size, patch_size=patch_size)
+        self._check_backbone(slicing, slicing.image_size)
         return slicing.replace(
-            tokens_per_view=tokens,
+            tokens_per_view=getattr(self.compressor, "tokens_per_view", None),
             separators=self.schema.separator_count(),
             overview_first=self.schema.overview == "first",
         )
+
+    def _check_backbone(self, slicing: SlicingConfig | StrategyConfig, side: int | None) -> None:
+        """The slicing plans for this vision encoder; ``side`` is that of its views, ``None`` where it sets none."""
+        patch_size, image_size = self.vision.patch_size, getattr(self.vision, "image_size", None)
+        wanted = (image_size if image_size and side and self.check_image_size else side, patch_size)
+        if (side, slicing.patch_size) != wanted:
+            change = f"for_vision(image_size={wanted[0]}, patch_size={wanted[1]})"
+            if side is None:
+                change = f"replace(patch_size={patch_size})"
+            if not isinstance(slicing, SlicingConfig):
+                change = f"{change}; slicing = find({slicing.name!r}), from uhd.slicing.strategies import find"
+            raise ValueError(
+                f"slicing {slicing.name!r} plans for image_size={side}, "
+                f"patch_size={slicing.patch_size}; the vision encoder has image_size={image_size}, "
+                f"patch_size={patch_size}: "
+                f"use slicing.{change}"
+            )
+
+    def _fitted_rule(self, rule: StrategyConfig | FittedRule | Rule) -> StrategyConfig | FittedRule | Rule:
+        """The rule itself, unless the compressor or the schema counts otherwise."""
+        if isinstance(rule, FittedRule):
+            rule = rule.rule
+        if isinstance(rule, StrategyConfig):
+            self._check_backbone(rule, getattr(rule, "tile", None))
+        tokens = getattr(self.compressor, "tokens_per_view", None)
+        schema = None if self.schema == PLAIN else self.schema
+        return rule if tokens is None and schema is None else FittedRule(rule, tokens, schema)
+
+    def _fitted_packer(self, packer: FeaturePacker | None) -> FeaturePacker | None:
+        """The given one, or a new one for the learned embeddings that a named strategy's packing needs, if any."""
+        rule = getattr(self.slicing, "rule", self.slicing)
+        learned = rule.learned if isinstance(rule, StrategyConfig) else ()
+        if not learned or getattr(self.compressor, "tokens_per_view", None) is not None:
+            return packer
+        if packer is not None:
+            missing = [kind for kind in learned if getattr(packer, kind) is None]
+            if missing:
+                raise ValueError(
+                    f"{rule.name!r} needs learned embeddings, the packer has none for {', '.join(missing)}"
+                )
+            return packer
+        if self.out_dim is None:
+            raise ValueError(
+                f"{rule.name!r} needs learned embeddings ({', '.join(learned)}) as wide as the tokens, and the "
+                f"compressor {type(self.compressor).__name__} has no out_dim: give it one, or pass "
+                "packer=uhd.resampler.FeaturePacker(width)"
+            )
+        weight = next(self.compressor.parameters(), torch.empty(0))
+        packer = FeaturePacker(self.out_dim, newline="newline" in learned, separator="separator" in learned)
+        return packer.to(weight.device, weight.dtype)
 
     @property
     def out_dim(self) -> int | None:
@@ -130,23 +226,56 @@ class VisualEncoder(nn.Module):
         """The plan this encoder makes for an image of this (height, width), px."""
         return plan(image_hw, self.slicing)
 
-    def prepare(self, images: Sequence[Any]) -> SliceBatch:
+    def plan_images(
+        self, sizes_hw: Sequence[tuple[int, int]], *, max_tokens: int | None = None, multi_image: bool = False
+    ) -> tuple[SlicePlan, ...]:
+        """The plans of one sample's images, by :func:`uhd.slicing.plan_images` with this encoder's counts."""
+        rule, count = self._rule_and_count()
+        return plan_images(sizes_hw, rule, max_tokens=max_tokens, multi_image=multi_image, count=count)
+
+    def plan_video(
+        self, frame_hw: tuple[int, int], num_frames: int, *, frames: str = "video", max_tokens: int | None = None
+    ) -> VideoPlan:
+        """The plan of a video, by :func:`uhd.slicing.plan_video` with this encoder's counts."""
+        rule, count = self._rule_and_count()
+        return plan_video(frame_hw, num_frames, rule, frames=frames, max_tokens=max_tokens, count=count)
+
+    def _rule_and_count(self) -> tuple[Any, Callable[[SlicePlan], SlicePlan] | None]:
+        if isinstance(self.slicing, FittedRule):
+            return self.slicing.rule, self.slicing.fit
+        return self.slicing, None
+
+    def prepare(
+        self, images: Sequence[Any], *, max_tokens: int | None = None, multi_image: bool = False
+    ) -> SliceBatch:
         """Load, plan, resize and cut images; uint8 patches on the CPU. Safe to call in data-loading workers.
 
         Args:
             images: A list of what :func:`uhd.pixels.load_image` takes: PIL, path, bytes, array, tensor.
+            max_tokens: Bound on the tokens of all images together; see :func:`uhd.slicing.plan_images`.
+            multi_image: The images are one sample's, and are planned as the strategy does with several.
         """
+        loaded = self._load_all(images)
+        sizes = [(image.height, image.width) for image in loaded]
+        plans = self.plan_images(sizes, max_tokens=max_tokens, multi_image=multi_image)
+        return SliceBatch.from_images(loaded, plans, settings=self.pixels, patch_size=self.vision.patch_size)
+
+    def _load_all(self, images: Sequence[Any]) -> list[Any]:
         if not isinstance(images, (list, tuple)):
             raise TypeError(
                 f"expected a list of images, got {type(images).__name__}: put one image into a list, "
                 "make an iterator a list"
             )
-        loaded = [load_image(image, settings=self.pixels) for image in images]
-        plans = [self.plan((image.height, image.width)) for image in loaded]
-        return SliceBatch.from_images(loaded, plans, settings=self.pixels, patch_size=self.vision.patch_size)
+        return [load_image(image, settings=self.pixels) for image in images]
 
-    def forward(self, images: Sequence[Any] | SliceBatch) -> list[EncodedImage]:
+    def forward(
+        self, images: Sequence[Any] | SliceBatch, *, max_tokens: int | None = None, multi_image: bool = False
+    ) -> list[EncodedImage]:
         """Encode a list of images, or a batch that :meth:`prepare` made.
+
+        Args:
+            images: As in :meth:`prepare`, or its result, which is planned already.
+            max_tokens, multi_image: As in :meth:`prepare`.
 
         Returns:
             One :class:`EncodedImage` an image, on the encoder's device and in its dtype.
@@ -154,17 +283,64 @@ class VisualEncoder(nn.Module):
         Raises:
             ValueError: A part returned another number of features or tokens than the plan counts.
         """
-        batch = images if isinstance(images, SliceBatch) else self.prepare(images)
+        if not isinstance(images, SliceBatch):
+            images = self.prepare(images, max_tokens=max_tokens, multi_image=multi_image)
+        elif max_tokens is not None or multi_image:
+            raise ValueError("a prepared batch is planned already: give max_tokens and multi_image to prepare")
+        return self._split(self.encode(images), images.plans)
+
+    def _split(self, tokens: Tensor, plans: Sequence[SlicePlan]) -> list[EncodedImage]:
+        parts = tokens.split([num_rows(p) for p in plans]) if plans else ()
+        return [EncodedImage(part, p, layout_of(p, self.schema)) for part, p in zip(parts, plans, strict=True)]
+
+    def encode_videos(
+        self, videos: Sequence[Sequence[Any]], *, frames: str = "video", max_tokens: int | None = None
+    ) -> list[EncodedVideo]:
+        """Encode videos, each a list of equally large frames.
+
+        Args:
+            videos: Lists of what :func:`uhd.pixels.load_image` takes.
+            frames: As in :func:`uhd.slicing.plan_video`: ``"video"``, ``"single"`` or ``"rule"``.
+            max_tokens: Bound on the tokens of each video.
+
+        Raises:
+            ValueError: A video has no frames, or frames of different sizes; as in :meth:`forward`.
+        """
+        loaded = [self._load_all(video) for video in videos]
+        plans = []
+        for number, video in enumerate(loaded):
+            sizes = sorted({(frame.height, frame.width) for frame in video})
+            if len(sizes) != 1:
+                raise ValueError(
+                    f"video {number} has {len(video)} frames of the sizes {sizes} (height, width): need one size"
+                )
+            plans.append(self.plan_video(sizes[0], len(video), frames=frames, max_tokens=max_tokens))
+        flat = [frame for video in loaded for frame in video]
+        batch = SliceBatch.from_images(
+            flat, [p for video in plans for p in video.plans], settings=self.pixels, patch_size=self.vision.patch_size
+        )
         tokens = self.encode(batch)
-        parts = tokens.split([p.num_visual_tokens for p in batch.plans]) if batch.plans else ()
-        return [EncodedImage(part, p, layout(p, self.schema)) for part, p in zip(parts, batch.plans, strict=True)]
+        parts = tokens.split([sum(map(num_rows, video.plans)) for video in plans]) if plans else ()
+        return [self._finish_video(part, video) for part, video in zip(parts, plans, strict=True)]
+
+    def _finish_video(self, tokens: Tensor, video: VideoPlan) -> EncodedVideo:
+        if video.newline:
+            tokens = torch.cat([tokens, self.packer.newline.to(tokens).unsqueeze(0)])
+        return EncodedVideo(tokens, video, video_layout(video, self.schema))
 
     def encode(self, batch: SliceBatch) -> Tensor:
-        """All views of a batch -> (num_visual_tokens of all images, D), in order. The part with gradients."""
+        """All views of a batch -> the :func:`num_rows` of all images, D; in order. The part with gradients."""
         self._check_batch(batch)
         tokens, lengths = self.encode_packed(batch.patches, batch.grids)
         self._check_tokens(batch, lengths)
-        return tokens
+        if all(p.packing is None for p in batch.plans):
+            return tokens
+        parts = tokens.split([sum(feature_lengths(p)) for p in batch.plans])
+        return torch.cat([self.pack(part, p) for part, p in zip(parts, batch.plans, strict=True)])
+
+    def pack(self, features: Tensor, plan: SlicePlan) -> Tensor:
+        """One image's compressed views, packed (n, D), to its tokens: :func:`uhd.resampler.pack_features`."""
+        return pack_features(features, plan) if self.packer is None else self.packer(features, plan)
 
     def encode_packed(self, patches: Tensor, grids: Sequence[tuple[int, int]]) -> tuple[Tensor, list[int]]:
         """Packed patches (N, P), raw uint8 or normalised, of V views -> packed tokens (M, D) and V numbers of them.
@@ -174,7 +350,8 @@ class VisualEncoder(nn.Module):
         """
         grids = tuple((int(rows), int(cols)) for rows, cols in grids)
         anchor = next(self.vision.parameters(), torch.zeros(()))
-        patches = patches.to(anchor.device)
+        # offloaded weights are on no device: whoever loads them moves what they are called on
+        patches = patches.to(patches.device if anchor.is_meta else anchor.device)
         if not patches.is_floating_point():
             patches = normalize(patches, self.pixels)
         patches = patches.to(anchor.dtype)
@@ -186,7 +363,8 @@ class VisualEncoder(nn.Module):
                 "a vision encoder of another stride needs output_grids(grids)"
             )
         weight = next(self.compressor.parameters(), features)
-        tokens = self.compressor(features.to(weight.device, weight.dtype), grids)
+        features = features.to(features.device if weight.is_meta else weight.device, weight.dtype)
+        tokens = self.compressor(features, grids)
         dense = tokens.dim() == 3
         lengths = [tokens.shape[1]] * len(tokens) if dense else list(self.compressor.output_lengths(grids))
         tokens = tokens.flatten(0, 1) if dense else tokens
@@ -207,34 +385,44 @@ class VisualEncoder(nn.Module):
                     f"image {number} is planned for patch_size={p.patch_size}, the vision encoder has "
                     f"{self.vision.patch_size}: plan it with encoder.plan(image_hw)"
                 )
-            separators = self.schema.separator_count().count(p.grid)
-            if p.num_separators != separators:
+            separators = layout_of(p, self.schema).num_separators
+            if p.packing is None and p.num_separators != separators:
+                advice = "plan it with encoder.plan(image_hw)"
+                if self.schema == PLAIN:
+                    advice = "give the encoder the schema that they are in, or let the plan count none"
                 raise ValueError(
                     f"image {number} is planned by {p.strategy!r} with {p.num_separators} separators, schema "
-                    f"{self.schema.name!r} has {separators}: plan it with encoder.plan(image_hw)"
+                    f"{self.schema.name!r} has {separators}: {advice}"
                 )
 
     def _check_tokens(self, batch: SliceBatch, lengths: list[int]) -> None:
         views = [(number, view) for number, p in enumerate(batch.plans) for view in p.views]
         if len(lengths) != len(views):
             raise ValueError(f"the compressor returned {len(lengths)} views, the batch has {len(views)}")
-        for (image, view), got in zip(views, lengths, strict=True):
-            if got != view.num_tokens:
+        wanted = [count for p in batch.plans for count in feature_lengths(p)]
+        for (image, view), count, got in zip(views, wanted, lengths, strict=True):
+            if got != count:
+                advice = "set slicing.tokens_per_view, or slicing.merge to the patches that one token covers per side"
+                if not isinstance(self.slicing, SlicingConfig):
+                    advice = "take a compressor that gives as many, or set the strategy's merge or rate, if it has one"
                 raise ValueError(
                     f"image {image}, view {view.index} ({view.patches_hw[0]}x{view.patches_hw[1]} patches): the plan "
-                    f"counts {view.num_tokens} tokens, the compressor gave {got}: set slicing.tokens_per_view, or "
-                    "slicing.merge to the patches that one token covers per side"
+                    f"counts {count} tokens, the compressor gave {got}: {advice}"
                 )
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write ``model.safetensors`` and ``uhd_encoder.json`` (parts, slicing, schema, mean and std)."""
+        """Write ``model.safetensors`` and ``uhd_encoder.json`` (parts, slicing, schema, mean and std).
+
+        A slicing function of the caller's own is not written: loading asks for it.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {
             "format": 1,
             "vision": describe_part(self.vision),
             "compressor": describe_part(self.compressor),
-            "slicing": self.slicing.to_dict(),
+            "slicing": describe_slicing(self.slicing),
+            "packer": self.packer and self.packer.to_dict(),
             "schema": self.schema.to_dict(),
             "pixels": self.pixels.to_dict(),
             "check_image_size": self.check_image_size,
@@ -252,7 +440,7 @@ class VisualEncoder(nn.Module):
         out_dim: int | None = None,
         vision: nn.Module | None = None,
         compressor: nn.Module | None = None,
-        slicing: SlicingConfig | str | None = None,
+        slicing: AnySlicing | None = None,
         schema: SpatialSchema | str | None = None,
         pixels: PixelSettings | None = None,
     ) -> VisualEncoder:
@@ -264,7 +452,9 @@ class VisualEncoder(nn.Module):
                 and ``encoder.note`` says so. Nothing is downloaded.
             out_dim: Width of that resampler's tokens, the language model's ``hidden_size``.
             vision, compressor: The caller's own parts. Needed to load an encoder that was saved with such.
-            slicing, schema: As in the constructor; they replace what was saved.
+            slicing, schema: As in the constructor; they replace what was saved. A schema for the adaptive planner does
+                not outlive another strategy, nor the other way round: the default is taken. Newlines that the saved
+                encoder had none of are new, and ``encoder.note`` says so.
             pixels: Mean and std, where the source does not tell them. Never guessed.
 
         Returns:
@@ -297,7 +487,7 @@ class VisualEncoder(nn.Module):
         folder: Path,
         vision: nn.Module | None,
         compressor: nn.Module | None,
-        slicing: SlicingConfig | str | None,
+        slicing: AnySlicing | None,
         schema: SpatialSchema | str | None,
         pixels: PixelSettings | None,
     ) -> VisualEncoder:
@@ -305,21 +495,39 @@ class VisualEncoder(nn.Module):
             config = json.loads((folder / CONFIG_FILE).read_text())
             if config["format"] != 1:
                 raise ValueError(f"it has format {config['format']!r}; this version reads format 1")
+            saved = config["slicing"]
+            if schema is None and (slicing is None or _is_adaptive(find(slicing)) == _is_adaptive(saved)):
+                schema = SpatialSchema.from_dict(config["schema"])
             encoder = cls(
                 rebuild_part(config["vision"], "vision") if vision is None else vision,
                 rebuild_part(config["compressor"], "compressor") if compressor is None else compressor,
-                slicing=SlicingConfig.from_dict(config["slicing"]) if slicing is None else slicing,
-                schema=SpatialSchema.from_dict(config["schema"]) if schema is None else schema,
+                slicing=slicing_from_dict(saved) if slicing is None else slicing,
+                schema=schema,
                 pixels=PixelSettings.from_dict(config["pixels"]) if pixels is None else pixels,
                 check_image_size=config["check_image_size"],
                 note=config["note"],
             )
+        new = encoder._take_packer(config.get("packer"))
         with _damage_named(folder / WEIGHTS_FILE):
             # assigned, not copied: every tensor keeps the dtype it was saved in
             found = encoder.load_state_dict(load_file(folder / WEIGHTS_FILE), strict=False, assign=True)
-            if found.missing_keys or found.unexpected_keys:
-                raise ValueError(f"missing {found.missing_keys}, unexpected {found.unexpected_keys}")
+            missing = [name for name in found.missing_keys if name not in new]
+            if missing or found.unexpected_keys:
+                raise ValueError(f"missing {missing}, unexpected {found.unexpected_keys}")
+        if new:
+            note = f"{', '.join(new)}: new, UNTRAINED weights, since the saved encoder had another slicing"
+            encoder.note = "; ".join(filter(None, (encoder.note, note)))
         return encoder.eval()
+
+    def _take_packer(self, saved: dict[str, Any] | None) -> list[str]:
+        """Make room for a saved packer's embeddings; returns the names of those that are needed and were not saved."""
+        saved = saved or {"newline": False, "separator": False}
+        kinds = ("newline", "separator")
+        own = {kind: getattr(self.packer, kind, None) is not None for kind in kinds}
+        if any(saved[kind] and not own[kind] for kind in kinds):
+            width = saved["width"]
+            self.packer = FeaturePacker(width, **{kind: saved[kind] or own[kind] for kind in kinds})
+        return [f"packer.{kind}" for kind in kinds if own[kind] and not saved[kind]]
 
 
 @contextmanager
@@ -351,7 +559,20 @@ _PARTS = {
     "pixel_shuffle": _Part(
         PixelShuffleProjector, lambda part: part.to_dict(), lambda config: PixelShuffleProjector(**config)
     ),
+    "pool": _Part(PoolProjector, lambda part: part.to_dict(), lambda config: PoolProjector(**config)),
 }
+
+
+def describe_slicing(slicing: SlicingConfig | StrategyConfig | FittedRule | Rule) -> dict[str, Any]:
+    """What :func:`uhd.schema.fitted.slicing_from_dict` reads; only the name of a function of the caller's own."""
+    if isinstance(slicing, (SlicingConfig, StrategyConfig, FittedRule)):
+        return slicing.to_dict()
+    return FittedRule(slicing).to_dict()["base"]
+
+
+def _is_adaptive(slicing: Any) -> bool:
+    """Whether a slicing, or its dictionary, is of the adaptive planner."""
+    return slicing.get("rule") in ADAPTIVE_RULES if isinstance(slicing, dict) else isinstance(slicing, SlicingConfig)
 
 
 def describe_part(part: nn.Module) -> dict[str, Any]:
@@ -396,19 +617,19 @@ def _heads(width: int) -> int:
 
 def save_tokens(
     path: str | os.PathLike,
-    encoded: Sequence[EncodedImage],
+    encoded: Sequence[EncodedImage | EncodedVideo],
     *,
     schema: SpatialSchema,
     names: Sequence[str] | None = None,
     note: str = "",
 ) -> None:
-    """Write encoded images to one safetensors file: ``tokens`` (all images' visual tokens, D), the rest in metadata.
+    """Write encoded images or videos to one safetensors file: ``tokens`` (all their tokens, D), the rest in metadata.
 
     Args:
         path: The file; its folder must exist.
-        encoded: What :class:`VisualEncoder` returned.
+        encoded: What :class:`VisualEncoder` or its ``encode_videos`` returned.
         schema: The encoder's.
-        names: Where each image came from.
+        names: Where each of them came from.
         note: Free text for whoever reads the file, e.g. that the weights are untrained.
     """
     if not encoded:
@@ -432,7 +653,7 @@ def check_output(path: str | os.PathLike) -> None:
         raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
 
 
-def load_tokens(path: str | os.PathLike) -> list[EncodedImage]:
+def load_tokens(path: str | os.PathLike) -> list[EncodedImage | EncodedVideo]:
     """The inverse of :func:`save_tokens`.
 
     Raises:
@@ -444,9 +665,14 @@ def load_tokens(path: str | os.PathLike) -> list[EncodedImage]:
             if metadata.get("format") != "uhd-tokens-1":
                 raise ValueError(f"format {metadata.get('format')!r}, so not written by `uhd encode`")
             tokens = file.get_tensor("tokens")
-        plans = [SlicePlan.from_dict(image["plan"]) for image in json.loads(metadata["images"])]
+        described = [item["plan"] for item in json.loads(metadata["images"])]
+        plans = [(VideoPlan if "plans" in data else SlicePlan).from_dict(data) for data in described]
         schema = SpatialSchema.from_dict(json.loads(metadata["schema"]))
-        counts = [p.num_visual_tokens for p in plans]
+        layouts = [video_layout(p, schema) if isinstance(p, VideoPlan) else layout_of(p, schema) for p in plans]
+        counts = [laid.num_visual_tokens for laid in layouts]
         if sum(counts) != len(tokens):
             raise ValueError(f"it holds {len(tokens)} tokens, its {len(plans)} plans count {sum(counts)}")
-    return [EncodedImage(part, p, layout(p, schema)) for part, p in zip(tokens.split(counts), plans, strict=True)]
+    return [
+        (EncodedVideo if isinstance(p, VideoPlan) else EncodedImage)(part, p, laid)
+        for part, p, laid in zip(tokens.split(counts), plans, layouts, strict=True)
+    ]

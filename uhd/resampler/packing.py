@@ -193,7 +193,7 @@ def _merged(part: Tensor, merge: int) -> Tensor:
     if not part.numel():
         return part.new_zeros(-(-part.shape[0] // merge), -(-part.shape[1] // merge), part.shape[2])
     channels = rearrange(part, "h w d -> 1 d h w")
-    pooled = F.avg_pool2d(channels, merge, ceil_mode=True, count_include_pad=False)
+    pooled = F.avg_pool2d(channels, merge, ceil_mode=True)
     return rearrange(pooled, "1 d h w -> h w d")
 
 

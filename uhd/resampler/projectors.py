@@ -112,8 +112,8 @@ class PixelShuffleProjector(nn.Module):
 class PoolProjector(nn.Module):
     """A two-layer MLP on every patch, then each view's map pooled by `factor` per side, a rest counting as one.
 
-    Sources: Perception-LM and Gemma 3 average blocks; LLaVA-OneVision resizes video frames bilinearly (27 x 27 patches
-    become 14 x 14), both after the projection in the MLP's case.
+    Perception-LM averages blocks of 2 x 2 after its MLP; LLaVA-OneVision resizes a video's frames bilinearly after its
+    own, 27 x 27 patches to 14 x 14.
 
     Args:
         in_dim: width of the features.
@@ -146,7 +146,7 @@ class PoolProjector(nn.Module):
         """(N, in_dim) packed -> (sum of `output_lengths`, out_dim) packed, views in the same order.
 
         Raises:
-            ValueError, TypeError: see `protocol.check_grids` and `protocol.check_features`.
+            ValueError, TypeError: see `uhd.packed.check_grids` and `protocol.check_features`.
         """
         grids = check_grids(grids)
         check_features(features, grids, self.mlp[0].weight, self.in_dim)
@@ -166,7 +166,7 @@ class PoolProjector(nn.Module):
         """(V, h * w, D) -> (V, fewer, D)."""
         maps = rearrange(views, "v (h w) d -> v d h w", h=grid[0], w=grid[1])
         if self.mode == "average":
-            maps = F.avg_pool2d(maps, self.factor, ceil_mode=True, count_include_pad=False)
+            maps = F.avg_pool2d(maps, self.factor, ceil_mode=True)
         else:
             size = [-(-side // self.factor) for side in grid]
             maps = F.interpolate(maps, size, mode="bilinear", align_corners=False)

@@ -19,6 +19,7 @@ from uhd.slicing.coordinates import (
     view_to_image,
 )
 from uhd.slicing.many import plan_many
+from uhd.slicing.media import VideoPlan, plan_images, plan_video
 from uhd.slicing.plan import Box, Candidate, Canvas, Packing, SlicePlan, View, candidates, grid_score, plan
 from uhd.slicing.strategies import strategies, strategy
 
@@ -32,6 +33,7 @@ __all__ = [
     "SeparatorCount",
     "SlicePlan",
     "SlicingConfig",
+    "VideoPlan",
     "View",
     "WorstCase",
     "candidates",
@@ -45,7 +47,9 @@ __all__ = [
     "patch_box",
     "patch_index",
     "plan",
+    "plan_images",
     "plan_many",
+    "plan_video",
     "strategies",
     "strategy",
     "token_range",

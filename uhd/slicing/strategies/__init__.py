@@ -124,4 +124,14 @@ def config_from_dict(data: Mapping[str, Any]) -> StrategyConfig:
     return rules[data["rule"]].from_dict(data)
 
 
-__all__ = ["ALIASES", "STRATEGIES", "Rule", "Strategy", "StrategyConfig", "config_from_dict", "strategies", "strategy"]
+__all__ = [
+    "ALIASES",
+    "STRATEGIES",
+    "Rule",
+    "Strategy",
+    "StrategyConfig",
+    "config_from_dict",
+    "find",
+    "strategies",
+    "strategy",
+]

@@ -58,6 +58,10 @@ class AnyResConfig(StrategyConfig):
         if not self.grids:
             raise ValueError("grids must hold at least one (rows, columns)")
 
+    @property
+    def learned(self) -> tuple[str, ...]:
+        return ("newline",)
+
 
 def anyres(image_hw: Size, config: AnyResConfig) -> SlicePlan:
     """Fit the image into the canvas that keeps most pixels, centre it on black, cut tiles; the stretched image first.
@@ -184,6 +188,10 @@ class VideoFrameConfig(StrategyConfig):
     tile: int = 384
     pool: int = 2
 
+    @property
+    def learned(self) -> tuple[str, ...]:
+        return ("newline",)
+
 
 def video_frame(image_hw: Size, config: VideoFrameConfig) -> SlicePlan:
     """Stretch the frame to one view and resize its feature map (bilinear) to half its sides, rounded up.
@@ -227,6 +235,10 @@ class DeepSeekVL2Config(StrategyConfig):
     grids: Grids = _DEEPSEEK
     merge: int = 2
     cropping: bool = True
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        return ("newline", "separator")
 
 
 def deepseek_vl2(image_hw: Size, config: DeepSeekVL2Config) -> SlicePlan:

@@ -43,6 +43,11 @@ class StrategyConfig:
             if type(value) in (int, float) and not value > 0:
                 raise ValueError(f"{f.name} of {type(self).__name__} must be positive, got {value!r}")
 
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """The learned embeddings that its plans' packings may need: ``"newline"``, ``"separator"``."""
+        return ()
+
     def replace(self, **changes: Any) -> StrategyConfig:
         """A copy with some fields changed."""
         return replace(self, **changes)

@@ -92,6 +92,10 @@ class OcrConfig(StrategyConfig):
     newline: bool = False
     uncut_grid: Size | None = None
 
+    @property
+    def learned(self) -> tuple[str, ...]:
+        return ("newline", "separator") if self.newline else ("separator",)
+
 
 def ocr(image_hw: Size, config: OcrConfig) -> SlicePlan:
     """An image longer than a tile is stretched to the grid of the closest aspect ratio; a letterboxed overview, last.
@@ -196,6 +200,10 @@ class Phi4Config(StrategyConfig):
     tile: int = 448
     merge: int = 2
     max_tiles: int = 36
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        return ("newline", "separator")
 
 
 def phi4(image_hw: Size, config: Phi4Config) -> SlicePlan:

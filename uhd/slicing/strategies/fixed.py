@@ -85,6 +85,10 @@ class SquarePadConfig(StrategyConfig):
     fill: tuple[int, int, int] = CLIP_MEAN
     newline: bool = False
 
+    @property
+    def learned(self) -> tuple[str, ...]:
+        return ("newline",) if self.newline else ()
+
 
 def square_pad(image_hw: Size, config: SquarePadConfig) -> SlicePlan:
     """Pad to a square with the encoder's mean colour, the image in the middle, then resize to ``tile``.

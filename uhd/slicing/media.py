@@ -1,0 +1,293 @@
+"""Plans for several images of one sample, and for videos: the modes that strategies have for them, and one budget."""
+
+from __future__ import annotations
+
+import heapq
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from uhd.slicing.config import SlicingConfig
+from uhd.slicing.plan import Packing, SlicePlan, check_size, plan
+from uhd.slicing.strategies import Rule, StrategyConfig, find
+from uhd.slicing.strategies.anyres import AnyResConfig, DeepSeekVL2Config, VideoFrameConfig
+from uhd.slicing.strategies.base import GRAY
+from uhd.slicing.strategies.fixed import SquarePadConfig
+
+AnyConfig = SlicingConfig | StrategyConfig | Rule
+Count = Callable[[SlicePlan], SlicePlan]
+
+FRAMES = ("video", "single", "rule")
+
+
+@dataclass(frozen=True)
+class VideoPlan:
+    """How the frames of one video are cut and counted. Frozen, hashable, JSON-able.
+
+    Attributes:
+        plans: One plan a frame.
+        newline: One learned embedding follows the last frame.
+    """
+
+    plans: tuple[SlicePlan, ...]
+    newline: bool = False
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.plans)
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions in the language model's sequence, separators and the newline included."""
+        return sum(frame.num_tokens for frame in self.plans) + self.newline
+
+    @property
+    def num_patches(self) -> int:
+        """ViT patches of all frames."""
+        return sum(frame.num_patches for frame in self.plans)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; :meth:`from_dict` is the inverse."""
+        return {"plans": [frame.to_dict() for frame in self.plans], "newline": self.newline}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> VideoPlan:
+        """The inverse of :meth:`to_dict`, also after JSON text; a ``ValueError`` where the data are no such plan."""
+        try:
+            return cls(tuple(SlicePlan.from_dict(frame) for frame in data["plans"]), bool(data["newline"]))
+        except (KeyError, TypeError) as problem:
+            raise ValueError(f"not the dictionary of a VideoPlan: {problem!r}") from None
+
+
+def plan_images(
+    sizes_hw: Iterable[Sequence[int]],
+    config: AnyConfig | str | None = None,
+    *,
+    max_tokens: int | None = None,
+    multi_image: bool = False,
+    count: Count | None = None,
+) -> tuple[SlicePlan, ...]:
+    """Plan the images of one sample, under one budget.
+
+    While all of them cost more than ``max_tokens``, the costliest image, of equals the last, is planned with fewer
+    slices: the largest number of slices that costs less than before, at last its overview alone. So the order in which
+    images shrink does not depend on the budget, a larger budget never gives any image less, and equal input gives
+    equal plans.
+
+    Args:
+        sizes_hw: (height, width) of every image, px.
+        config: As in :func:`uhd.plan`. A rule of your own is only ever reduced to its overview.
+        max_tokens: Bound on the sum of ``num_tokens``.
+        multi_image: Plan as the strategy does where a sample has several images: LLaVA-OneVision takes one padded view
+            and a newline for each from two images on, DeepSeek-VL2 stops cropping from three on. Others have no such
+            mode.
+        count: Applied to every plan before its tokens are counted, such as an encoder's own count.
+
+    Returns:
+        One plan an image.
+
+    Raises:
+        ValueError: As in :func:`uhd.plan`; or not even the smallest plans fit the budget.
+    """
+    sizes = [check_size(size_hw) for size_hw in sizes_hw]
+    rule = find("llava-uhd-safe" if config is None else config)
+    if multi_image:
+        rule = multi_image_rule(rule, len(sizes))
+    ladders = [_ladder(size_hw, rule, count or _as_planned) for size_hw in sizes]
+    plans = [next(ladder) for ladder in ladders]
+    if max_tokens is None:
+        return tuple(plans)
+    total = sum(item.num_tokens for item in plans)
+    costliest = [(-item.num_tokens, -place) for place, item in enumerate(plans)]
+    heapq.heapify(costliest)
+    while total > max_tokens and costliest:
+        place = -heapq.heappop(costliest)[1]
+        lower = next(ladders[place], None)
+        if lower is not None:
+            total += lower.num_tokens - plans[place].num_tokens
+            plans[place] = lower
+            heapq.heappush(costliest, (-lower.num_tokens, -place))
+    if total > max_tokens:
+        raise ValueError(
+            f"{len(plans)} images cost at least {total} tokens under {plans[0].strategy!r}, max_tokens is "
+            f"{max_tokens}: raise it to {total}, give fewer images, or take a strategy with smaller views"
+        )
+    return tuple(plans)
+
+
+def plan_video(
+    frame_hw: Sequence[int],
+    num_frames: int,
+    config: AnyConfig | str | None = None,
+    *,
+    frames: str = "video",
+    max_tokens: int | None = None,
+    count: Count | None = None,
+) -> VideoPlan:
+    """Plan a video of equal frames.
+
+    Args:
+        frame_hw: (height, width) of its frames, px.
+        num_frames: At least 1.
+        config: As in :func:`uhd.plan`.
+        frames: ``"video"``: as the strategy plans videos: LLaVA-OneVision pools every frame to 196 tokens and ends
+            with one newline, all others as ``"single"``. ``"single"``: every frame is one view, the overview alone.
+            ``"rule"``: every frame is planned as an image.
+        max_tokens: Bound on the video's tokens, shared by its frames as in :func:`plan_images`.
+        count: As in :func:`plan_images`.
+
+    Raises:
+        ValueError: As in :func:`plan_images`; no frames; an unknown mode; or ``"single"`` for a rule without overview.
+    """
+    try:
+        num_frames = operator.index(num_frames)
+    except TypeError:
+        raise ValueError(f"num_frames must be a whole number, got {num_frames!r}") from None
+    if num_frames < 1:
+        raise ValueError(f"a video has at least 1 frame, got {num_frames}")
+    if frames not in FRAMES:
+        raise ValueError(f"frames must be one of {', '.join(map(repr, FRAMES))}, got {frames!r}")
+    size_hw = check_size(frame_hw)
+    rule, fitted = find("llava-uhd-safe" if config is None else config), count or _as_planned
+    own = video_rule(rule) if frames == "video" else None
+    if frames == "rule":
+        return VideoPlan(plan_images([size_hw] * num_frames, rule, max_tokens=max_tokens, count=count))
+    if own is not None:
+        rule, frame = own, fitted(plan(size_hw, own))
+    else:
+        frame = fitted(single_view(size_hw, rule))
+    # a frame that an encoder counts anew has lost its packing, and the newline with it
+    newline = own is not None and frame.packing is not None
+    found = VideoPlan((frame,) * num_frames, newline)
+    if max_tokens is not None and found.num_tokens > max_tokens:
+        fits = max(max_tokens - newline, 0) // frame.num_tokens
+        raise ValueError(
+            f"{num_frames} frames of {frame.num_tokens} tokens cost {found.num_tokens} under {frame.strategy!r}, "
+            f"max_tokens is {max_tokens}: give at most {fits} frames, or raise it"
+        )
+    return found
+
+
+def multi_image_rule(rule: AnyConfig, num_images: int) -> AnyConfig:
+    """What a strategy plans each of several images of one sample by; the rule itself where it has no such mode.
+
+    Source: transformers, models/llava_onevision/ (nested images); DeepSeek-VL2, ``tokenize_with_images``.
+    """
+    if _is_onevision(rule) and num_images > 1:
+        return SquarePadConfig(f"{rule.name}-multi-image", rule.patch_size, rule.tile, GRAY, newline=True)
+    if isinstance(rule, DeepSeekVL2Config) and num_images > 2:
+        return rule.replace(cropping=False)
+    return rule
+
+
+def video_rule(rule: AnyConfig) -> VideoFrameConfig | None:
+    """What a strategy plans the frames of a video by; ``None`` where it has no such mode."""
+    if isinstance(rule, VideoFrameConfig):
+        return rule
+    return VideoFrameConfig(f"{rule.name}-video", rule.patch_size, rule.tile) if _is_onevision(rule) else None
+
+
+def _is_onevision(rule: AnyConfig) -> bool:
+    return isinstance(rule, AnyResConfig) and rule.max_tiles is not None
+
+
+def single_view(image_hw: tuple[int, int], rule: AnyConfig) -> SlicePlan:
+    """The plan of the rule's only view, else of its overview alone; learned newlines of the overview stay.
+
+    Raises:
+        ValueError: The rule cuts this image and has no overview.
+    """
+    if isinstance(rule, SlicingConfig):
+        return _uncut(image_hw, rule)
+    found = plan(image_hw, rule)
+    alone = found if found.num_views == 1 else overview_alone(found)
+    if alone is None:
+        raise ValueError(
+            f"{found.strategy!r} cuts a {image_hw[0]}x{image_hw[1]} px image (height x width) and has no overview, so "
+            'there is no single view: use frames="rule"'
+        )
+    return alone
+
+
+def _uncut(image_hw: tuple[int, int], config: SlicingConfig) -> SlicePlan:
+    """The adaptive planner's overview, also under the rule whose smallest grids would cut."""
+    from uhd.slicing.plan import _build
+
+    return _build(check_size(image_hw), None, config)
+
+
+def overview_alone(found: SlicePlan) -> SlicePlan | None:
+    """A plan without its slices; ``None`` where it has no overview."""
+    canvases = tuple(canvas for canvas in found.canvases if canvas.kind == "overview")
+    if not canvases:
+        return None
+    packing, visual, separators = found.packing, sum(canvas.tokens_per_view for canvas in canvases), 0
+    if packing is not None:
+        packing = Packing(
+            view_hw=packing.overview_view_hw or packing.view_hw,
+            pooled_hw=packing.pooled_hw,
+            merge=packing.merge,
+            overview_newline=packing.overview_newline,
+            separator="end" if packing.separator == "end" else None,
+        )
+        visual = math.prod(packing.overview_hw)
+        separators = packing.overview_newline * packing.overview_hw[0] + (packing.separator is not None)
+        if packing == Packing(view_hw=packing.view_hw):
+            packing = None
+    return replace(
+        found,
+        canvases=canvases,
+        grid=None,
+        num_visual_tokens=visual,
+        num_separators=separators,
+        packing=packing,
+    )
+
+
+def _as_planned(found: SlicePlan) -> SlicePlan:
+    return found
+
+
+def _ladder(image_hw: tuple[int, int], rule: AnyConfig, count: Count) -> Iterator[SlicePlan]:
+    """The image's own plan, and then ever cheaper ones."""
+    current = count(plan(image_hw, rule))
+    yield current
+    for lower in _fewer_slices(image_hw, rule, current):
+        lower = count(lower)
+        if lower.num_tokens < current.num_tokens:
+            current = lower
+            yield current
+
+
+def _fewer_slices(image_hw: tuple[int, int], rule: AnyConfig, own: SlicePlan) -> Iterator[SlicePlan]:
+    slices = sum(view.kind == "slice" for view in own.views)
+    for cap in range(slices - 1, 0, -1):
+        lower = _capped(rule, cap)
+        if lower is None:
+            break
+        yield plan(image_hw, lower)
+    if slices > 0:
+        alone = _uncut(image_hw, rule) if isinstance(rule, SlicingConfig) else overview_alone(own)
+        if alone is not None:
+            yield alone
+
+
+def _capped(rule: AnyConfig, cap: int) -> AnyConfig | None:
+    """The same rule with at most ``cap`` slices; ``None`` where its settings do not say how."""
+    if isinstance(rule, SlicingConfig):
+        return rule.replace(max_slices=cap)
+    if not isinstance(rule, StrategyConfig):
+        return None
+    names = {f.name for f in fields(rule)}
+    if "grids" in names:
+        grids = tuple(grid for grid in rule.grids if math.prod(grid) <= cap)
+        return rule.replace(grids=grids) if grids else None
+    if "max_tiles" not in names or cap >= rule.max_tiles:
+        return rule if "max_tiles" in names else None
+    least = {"min_tiles": min(rule.min_tiles, cap)} if "min_tiles" in names else {}
+    return rule.replace(max_tiles=cap, **least)
+
+
+__all__ = ["VideoPlan", "plan_images", "plan_video"]
