@@ -333,3 +333,47 @@ def test_the_untrained_encoder_is_the_same_every_time():
     assert not torch.allclose(first, other)
     assert first.shape == (448, 256)
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_integer_parameters_do_not_decide_the_dtype():
+    """Quantised parts keep integer weights first; patches and features stay floating point."""
+
+    class Quantised(PatchMeans):
+        def __init__(self):
+            super().__init__()
+            self.codes = nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
+
+        def forward(self, patches, grids):
+            assert patches.is_floating_point()
+            return super().forward(patches, grids)
+
+    image = uhd.VisualEncoder(Quantised(), FirstPatch(), pixels=PIXELS)([noise(100, 60)])[0]
+    assert image.tokens.is_floating_point()
+    assert len(image.tokens.unique()) > 1
+
+
+def test_a_failed_save_leaves_an_older_one_whole(tmp_path):
+    encoder = tiny_encoder()
+    encoder.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    encoder.vision.blocks[1].mlp.fc1.weight = encoder.vision.blocks[0].mlp.fc1.weight
+    with pytest.raises(ValueError, match="share memory cannot be saved: untie them"):
+        encoder.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_stem_of_the_callers_own_is_not_rebuilt(tmp_path):
+    """Also when it is a Linear: the config does not describe it."""
+    vision = ViT(tiny_vit().config, stem=nn.Linear(588, 32, bias=False))
+    tiny_encoder(vision=vision).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="saved with a vision of class uhd.vision.vit.ViT"):
+        uhd.VisualEncoder.from_pretrained(tmp_path)
+
+
+def test_token_files_need_their_own_schema_and_names(tmp_path):
+    encoder = tiny_encoder()
+    encoded = encoder(IMAGES[:2])
+    with pytest.raises(ValueError, match="laid out by another schema than 'minicpm-v-2.6'"):
+        save_tokens(tmp_path / "t.safetensors", encoded, schema=SpatialSchema.preset("minicpm-v-2.6"))
+    with pytest.raises(ValueError, match="2 encoded images and 1 names"):
+        save_tokens(tmp_path / "t.safetensors", encoded, schema=encoder.schema, names=["a"])

@@ -13,9 +13,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from uhd import resampler, schema, slicing, vision
+    from uhd import hf, resampler, schema, slicing, vision
     from uhd.batch import SliceBatch
     from uhd.encoder import EncodedImage, VisualEncoder, load_tokens, save_tokens
+    from uhd.hf import (
+        UHDConfig,
+        UHDForConditionalGeneration,
+        UHDImageProcessor,
+        UHDImageProcessorPil,
+        UHDModel,
+        UHDProcessor,
+        UHDVisionConfig,
+    )
     from uhd.merge import assemble, merge_samples, merge_visual, separator_embeddings
     from uhd.pixels import PixelSettings
     from uhd.schema import SpatialSchema, TokenLayout, layout, resolve_schema
@@ -42,12 +51,19 @@ _HOMES = {
     "VisualEncoder": "uhd.encoder",
     "load_tokens": "uhd.encoder",
     "save_tokens": "uhd.encoder",
+    "UHDConfig": "uhd.hf",
+    "UHDForConditionalGeneration": "uhd.hf",
+    "UHDImageProcessor": "uhd.hf",
+    "UHDImageProcessorPil": "uhd.hf",
+    "UHDModel": "uhd.hf",
+    "UHDProcessor": "uhd.hf",
+    "UHDVisionConfig": "uhd.hf",
     "assemble": "uhd.merge",
     "merge_samples": "uhd.merge",
     "merge_visual": "uhd.merge",
     "separator_embeddings": "uhd.merge",
 }
-_MODULES = ("resampler", "schema", "slicing", "vision")
+_MODULES = ("hf", "resampler", "schema", "slicing", "vision")
 
 __all__ = ["__version__", *_HOMES, *_MODULES]
 

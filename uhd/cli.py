@@ -64,12 +64,24 @@ def _parser() -> argparse.ArgumentParser:
     _slicing_arguments(command)
     command.set_defaults(run=_show)
 
+    command = commands.add_parser("compare", help="what many slicing rules do to an image, side by side")
+    command.add_argument("inputs", nargs="+", metavar="IMAGE|WxH", help="an image file, or WIDTHxHEIGHT in px")
+    command.add_argument("--strategies", metavar="A,B,C", help="names of docs/strategies.md (default: all)")
+    command.add_argument("--html", type=Path, metavar="FILE.html", help="one page with the drawn cuts and curves")
+    command.add_argument("--json", action="store_true", help="one JSON object an image")
+    command.add_argument("--budget", type=int, metavar="N", help="tokens an image should cost: adds tokens / N")
+    for part, default in (("vit", "clip-l"), ("resampler", "none, an MLP"), ("lm", "llama-13b")):
+        command.add_argument(f"--{part}", metavar="NAME", help=f"what FLOPs are counted for (default {default})")
+    command.set_defaults(run=_compare)
+
     command = commands.add_parser("encode", help="images to visual tokens, in a safetensors file")
     command.add_argument("images", nargs="+")
     command.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.safetensors")
     command.add_argument(
         "--encoder", type=Path, metavar="DIR", help="a folder written by VisualEncoder.save_pretrained"
     )
+    command.add_argument("--strategy", metavar="NAME", help=_STRATEGY_HELP)
+    command.add_argument("--video", action="store_true", help="the images are the frames of one video, in order")
     command.set_defaults(run=_encode)
 
     command = commands.add_parser("demo", help="the whole way on one image, step by step")
@@ -79,6 +91,12 @@ def _parser() -> argparse.ArgumentParser:
         "--encoder", type=Path, metavar="DIR", help="a folder written by VisualEncoder.save_pretrained"
     )
     command.set_defaults(run=_demo)
+
+    command = commands.add_parser("doctor", help="how eyes would be attached to a language model")
+    command.add_argument("lm", type=Path, metavar="LM_DIR", help="a folder with config, weights and tokenizer")
+    command.add_argument("--schema", metavar="NAME", default="llava-uhd", help="a token layout (default llava-uhd)")
+    command.add_argument("--json", action="store_true", help="one JSON object")
+    command.set_defaults(run=_doctor)
     return parser
 
 
@@ -215,13 +233,52 @@ def _show(args: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(args: argparse.Namespace) -> int:
+    from uhd.compare import compare, picture_of, system_of, table, write_page
+
+    rules = None if args.strategies is None else [name.strip() for name in args.strategies.split(",") if name.strip()]
+    for rule in rules or ():
+        find(rule)  # a name that does not exist is an error before any work
+    if args.html is not None:
+        _check_page(args.html, args.inputs)
+    system = system_of(args.vit, args.resampler, args.lm)
+    found, status = [], 0
+    for item in args.inputs:
+        try:
+            size_hw, image = _size_hw(item), None
+            if args.html is not None and not _SIZE.fullmatch(item):
+                image, size_hw = picture_of(item)
+            found.append(compare(size_hw, rules, name=Path(item).name, image=image, budget=args.budget, **system))
+        except (ValueError, OSError) as problem:  # the other images go on
+            print(f"uhd compare: {item}: {problem}", file=sys.stderr)
+            status = 1
+            continue
+        print(json.dumps(found[-1].to_dict()) if args.json else table(found[-1]) + "\n")
+    if args.html is not None and found:
+        write_page(args.html, found)
+        print(f"wrote {args.html}: open it in a browser", file=sys.stderr if args.json else sys.stdout)
+    return status
+
+
+def _check_page(output: Path, inputs: Sequence[str]) -> None:
+    """Before any work: a page can be written there, and is none of the inputs."""
+    if output.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"cannot write {output}: a page ends in .html; try {output.with_suffix('.html')}")
+    if not output.parent.is_dir():
+        raise ValueError(f"cannot write {output}: there is no folder {output.parent}")
+    if output.exists() and any(Path(item).exists() and output.samefile(item) for item in inputs):
+        raise ValueError(f"{output} is one of the images itself: choose another output")
+
+
 def _encode(args: argparse.Namespace) -> int:
     import torch
 
     from uhd.encoder import check_output, save_tokens
 
     check_output(args.output)
-    encoder = _encoder(args.encoder)
+    encoder = _encoder(args.encoder, args.strategy)
+    if args.video:
+        return _encode_video(args, encoder)
     encoded, names = [], []
     with torch.inference_mode():
         for image in _progress(args.images, "images", quiet_below=1):
@@ -239,6 +296,22 @@ def _encode(args: argparse.Namespace) -> int:
     return 0 if len(names) == len(args.images) else 1
 
 
+def _encode_video(args: argparse.Namespace, encoder: VisualEncoder) -> int:
+    import torch
+
+    from uhd.encoder import save_tokens
+
+    with torch.inference_mode():
+        video = encoder.encode_videos([args.images])[0]
+    save_tokens(args.output, [video], schema=encoder.schema, names=[f"{len(args.images)} frames"], note=encoder.note)
+    frame = video.plan.plans[0]
+    print(f"{len(args.images)} frames: {_summary(frame)} each")
+    print(f"  {video.plan.num_tokens} tokens in all, tokens {tuple(video.tokens.shape)}\nwrote {args.output}")
+    if encoder.note:
+        print(f"note: {encoder.note}", file=sys.stderr)
+    return 0
+
+
 def _demo(args: argparse.Namespace) -> int:
     from PIL.PngImagePlugin import PngInfo
 
@@ -252,7 +325,8 @@ def _demo(args: argparse.Namespace) -> int:
     found = encoder.plan((image.height, image.width))
     info = PngInfo()
     info.add_text("note", encoder.note)
-    draw_plan(image, found, schema=encoder.schema, settings=encoder.pixels).save(args.output, pnginfo=info)
+    schema = encoder.schema if found.packing is None else None
+    draw_plan(image, found, schema=schema, settings=encoder.pixels).save(args.output, pnginfo=info)
     print(f"image: {args.image or 'a page drawn for this demo'}: {_summary(found)}")
     print(f"encoder: {args.encoder or 'a small ViT and perceiver resampler'}")
     if encoder.note:
@@ -261,6 +335,17 @@ def _demo(args: argparse.Namespace) -> int:
     demo.run(image, encoder=encoder, say=print)
     print(f"\nwrote {args.output}: the cut, every view, and the token string")
     return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from transformers.utils import logging
+
+    from uhd.hf.doctor import diagnose, table
+
+    logging.disable_progress_bar()
+    found = diagnose(args.lm, schema=args.schema)
+    print(json.dumps(found.to_dict()) if args.json else table(found))
+    return 1 if found.problems else 0
 
 
 def _check_picture(output: Path, image: str | None) -> None:
@@ -277,16 +362,17 @@ def _check_picture(output: Path, image: str | None) -> None:
         raise ValueError(f"{output} is the image itself: choose another output")
 
 
-def _encoder(folder: Path | None) -> VisualEncoder:
+def _encoder(folder: Path | None, strategy: str | None = None) -> VisualEncoder:
+    """The saved encoder, cutting by ``strategy`` if one is named, or an untrained one that is made for it."""
     if folder is None:
         from uhd import demo
 
-        return demo.untrained_encoder()
+        return demo.untrained_encoder(strategy=strategy)
     from uhd.encoder import CONFIG_FILE, VisualEncoder
 
     if not (folder / CONFIG_FILE).is_file():
         raise ValueError(f"{folder} holds no {CONFIG_FILE}: give a folder that VisualEncoder.save_pretrained wrote")
-    return VisualEncoder.from_pretrained(folder)
+    return VisualEncoder.from_pretrained(folder, slicing=strategy)
 
 
 def _size_hw(item: Any) -> tuple[Any, Any]:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from uhd.batch import SliceBatch, normalize
+from uhd.packed import check_grids
 from uhd.pixels import PixelSettings, load_image
 from uhd.resampler import (
     FeaturePacker,
@@ -348,8 +349,8 @@ class VisualEncoder(nn.Module):
         Raises:
             ValueError: A part returned another number of features or tokens than the grids hold.
         """
-        grids = tuple((int(rows), int(cols)) for rows, cols in grids)
-        anchor = next(self.vision.parameters(), torch.zeros(()))
+        grids = check_grids(grids)
+        anchor = _float_parameter(self.vision, torch.zeros(()))
         # offloaded weights are on no device: whoever loads them moves what they are called on
         patches = patches.to(patches.device if anchor.is_meta else anchor.device)
         if not patches.is_floating_point():
@@ -362,7 +363,7 @@ class VisualEncoder(nn.Module):
                 f"vision returned {len(features)} features for {sum(h * w for h, w in grids)} patches: "
                 "a vision encoder of another stride needs output_grids(grids)"
             )
-        weight = next(self.compressor.parameters(), features)
+        weight = _float_parameter(self.compressor, features)
         features = features.to(features.device if weight.is_meta else weight.device, weight.dtype)
         tokens = self.compressor(features, grids)
         dense = tokens.dim() == 3
@@ -428,9 +429,12 @@ class VisualEncoder(nn.Module):
             "check_image_size": self.check_image_size,
             "note": self.note,
         }
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        try:
+            save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        except RuntimeError as problem:  # before the config is written, so that an older save stays whole
+            raise ValueError(f"weights that share memory cannot be saved: untie them first. {problem}") from None
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(
@@ -472,8 +476,11 @@ class VisualEncoder(nn.Module):
             return cls._load(saved.parent, vision, compressor, slicing, schema, pixels)
         vision, note = _load_vision(source) if vision is None else vision, ""
         if compressor is None:
-            if out_dim is None:
-                raise ValueError("a new compressor needs out_dim, the language model's hidden_size")
+            if out_dim is None or not hasattr(vision, "out_dim"):
+                raise ValueError(
+                    "a new compressor needs out_dim, the language model's hidden_size, and a vision encoder that "
+                    "tells its own out_dim; or pass compressor=..."
+                )
             compressor = PerceiverResampler(
                 PerceiverConfig(width=out_dim, vision_width=vision.out_dim, num_heads=_heads(out_dim))
             )
@@ -577,7 +584,7 @@ def _is_adaptive(slicing: Any) -> bool:
 
 def describe_part(part: nn.Module) -> dict[str, Any]:
     """What is needed to build a part again; ``custom`` where only the caller can."""
-    foreign_stem = isinstance(part, ViT) and type(part.stem) is not nn.Linear
+    foreign_stem = isinstance(part, ViT) and not part.own_stem
     for kind, entry in _PARTS.items():
         if type(part) is entry.cls and not foreign_stem:
             return {"kind": kind, "config": entry.describe(part)}
@@ -610,6 +617,11 @@ def _find_pixels(source: str | os.PathLike | nn.Module) -> PixelSettings:
     )
 
 
+def _float_parameter(module: nn.Module, default: Tensor) -> Tensor:
+    """The parameter whose dtype and device inputs get; quantised ones, which are integers, do not count."""
+    return next((parameter for parameter in module.parameters() if parameter.is_floating_point()), default)
+
+
 def _heads(width: int) -> int:
     """Heads of about 128 channels, as released, that divide the width."""
     return next(heads for heads in range(max(width // 128, 1), 0, -1) if width % heads == 0)
@@ -635,6 +647,11 @@ def save_tokens(
     if not encoded:
         raise ValueError("no images to save")
     names = [""] * len(encoded) if names is None else list(names)
+    if len(names) != len(encoded):
+        raise ValueError(f"got {len(encoded)} encoded images and {len(names)} names")
+    for number, item in enumerate(encoded):
+        if _layout_under(schema, item.plan).symbols != item.layout.symbols:
+            raise ValueError(f"image {number} was laid out by another schema than {schema.name!r}: give the encoder's")
     images = [{"name": name, "plan": item.plan.to_dict()} for name, item in zip(names, encoded, strict=True)]
     tokens = torch.cat([item.tokens.detach().cpu() for item in encoded])
     metadata = {"format": "uhd-tokens-1", "images": json.dumps(images), "schema": json.dumps(schema.to_dict())}
@@ -642,6 +659,10 @@ def save_tokens(
         metadata["note"] = note
     check_output(path)
     save_file({"tokens": tokens.contiguous()}, path, metadata=metadata)
+
+
+def _layout_under(schema: SpatialSchema, plan: SlicePlan | VideoPlan) -> TokenLayout:
+    return video_layout(plan, schema) if isinstance(plan, VideoPlan) else layout_of(plan, schema)
 
 
 def check_output(path: str | os.PathLike) -> None:
@@ -668,7 +689,7 @@ def load_tokens(path: str | os.PathLike) -> list[EncodedImage | EncodedVideo]:
         described = [item["plan"] for item in json.loads(metadata["images"])]
         plans = [(VideoPlan if "plans" in data else SlicePlan).from_dict(data) for data in described]
         schema = SpatialSchema.from_dict(json.loads(metadata["schema"]))
-        layouts = [video_layout(p, schema) if isinstance(p, VideoPlan) else layout_of(p, schema) for p in plans]
+        layouts = [_layout_under(schema, p) for p in plans]
         counts = [laid.num_visual_tokens for laid in layouts]
         if sum(counts) != len(tokens):
             raise ValueError(f"it holds {len(tokens)} tokens, its {len(plans)} plans count {sum(counts)}")
