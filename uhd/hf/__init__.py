@@ -13,7 +13,7 @@ from transformers import (
 
 from uhd.hf.configuration import UHDConfig, UHDResamplerConfig, UHDVisionConfig
 from uhd.hf.image_processing import UHDImageProcessor, UHDImageProcessorPil
-from uhd.hf.injection import choose_injection, inject
+from uhd.hf.injection import choose_injection, explain_injection, inject
 from uhd.hf.modeling import UHDForConditionalGeneration, UHDModel, UHDPreTrainedModel
 from uhd.hf.processing import UHDProcessor
 
@@ -28,6 +28,7 @@ __all__ = [
     "UHDResamplerConfig",
     "UHDVisionConfig",
     "choose_injection",
+    "explain_injection",
     "inject",
 ]
 

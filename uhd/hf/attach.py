@@ -46,8 +46,8 @@ def attach(
     if mode not in ("auto", *INJECTION_MODES):
         raise ValueError(f"mode must be 'auto' or one of {INJECTION_MODES}, got {mode!r}")
     text = lm.config.get_text_config()
-    tokenizer, image_token = _with_image_token(tokenizer, image_token, encoder.schema.separators)
-    _check_ids(tokenizer, text.vocab_size)
+    tokenizer, image_token = with_image_token(tokenizer, image_token, encoder.schema.separators)
+    check_ids(tokenizer, text.vocab_size)
     fill = _fill_token_id(tokenizer, text)
     width = lm.get_input_embeddings()(_ids([fill], lm)).shape[-1]
     if encoder.out_dim not in (None, width):
@@ -118,7 +118,7 @@ def _check_parts(encoder: VisualEncoder, lm: PreTrainedModel) -> None:
         )
 
 
-def _with_image_token(tokenizer: Any, image_token: str | None, symbols: Sequence[str]) -> tuple[Any, str]:
+def with_image_token(tokenizer: Any, image_token: str | None, symbols: Sequence[str]) -> tuple[Any, str]:
     """A copy of the tokenizer that has an image token, and a padding token where it can have one."""
     if image_token in symbols:
         raise ValueError(f"the schema writes {image_token!r} itself ({list(symbols)}): choose another image_token")
@@ -135,7 +135,7 @@ def _with_image_token(tokenizer: Any, image_token: str | None, symbols: Sequence
     return tokenizer, image_token
 
 
-def _check_ids(tokenizer: Any, vocab_size: int) -> None:
+def check_ids(tokenizer: Any, vocab_size: int) -> None:
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= vocab_size:
         raise ValueError(
             f"the tokenizer pads with id {tokenizer.pad_token_id} ({tokenizer.pad_token!r}), the language model "
@@ -153,8 +153,6 @@ def _fill_token_id(tokenizer: Any, text: Any) -> int:
 
 def _scale(encoder: VisualEncoder, lm: PreTrainedModel) -> float:
     """RMS of the language model's embeddings over RMS of the encoder's tokens on a picture of ramps and noise."""
-    vocab_size = lm.config.get_text_config().vocab_size
-    ids = torch.linspace(0, vocab_size - 1, min(vocab_size, SAMPLED_IDS)).long().tolist()
     side = encoder.slicing.image_size
     ramp = np.linspace(0, 255, side)
     picture = np.stack([np.tile(ramp, (side, 1)), np.tile(ramp[:, None], (1, side)), np.full((side, side), 128)], -1)
@@ -162,10 +160,10 @@ def _scale(encoder: VisualEncoder, lm: PreTrainedModel) -> float:
     training = [module for module in encoder.modules() if module.training]
     encoder.eval()
     with torch.no_grad():
-        embeddings = _rms(lm.get_input_embeddings()(_ids(ids, lm)))
         tokens = _rms(encoder([picture.clip(0, 255).astype(np.uint8)])[0].tokens)
     for module in training:
         module.training = True
+    embeddings = embedding_rms(lm)
     scale = embeddings / tokens if tokens > 0 else float("nan")
     if not 0 < scale < float("inf"):
         raise ValueError(
@@ -173,6 +171,14 @@ def _scale(encoder: VisualEncoder, lm: PreTrainedModel) -> float:
             "their scales cannot be matched. Check the weights, or pass match_scale=False"
         )
     return scale
+
+
+def embedding_rms(lm: PreTrainedModel) -> float:
+    """Of what the language model's input embedding returns, over ids spread over the vocabulary."""
+    vocab_size = lm.config.get_text_config().vocab_size
+    ids = torch.linspace(0, vocab_size - 1, min(vocab_size, SAMPLED_IDS)).long().tolist()
+    with torch.no_grad():
+        return _rms(lm.get_input_embeddings()(_ids(ids, lm)))
 
 
 def _rms(x: Tensor) -> float:

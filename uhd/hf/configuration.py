@@ -197,7 +197,12 @@ class UHDConfig(PreTrainedConfig):
     @property
     def max_positions(self) -> int | None:
         """The language model's longest sequence, ``None`` where its config tells none."""
-        text = self.text_config.get_text_config()
-        names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
-        found = (getattr(text, name, None) for name in names)
-        return next((value for value in found if isinstance(value, int) and value > 0), None)
+        return max_positions(self.text_config)
+
+
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """A language model's longest sequence, ``None`` where its config tells none."""
+    text = config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
+    found = (getattr(text, name, None) for name in names)
+    return next((value for value in found if isinstance(value, int) and value > 0), None)

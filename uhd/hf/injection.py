@@ -94,19 +94,27 @@ def choose_injection(lm: nn.Module) -> str:
     Raises:
         ValueError: Neither way works: the model calls another embedding than ``get_input_embeddings()``.
     """
+    return explain_injection(lm)[0]
+
+
+def explain_injection(lm: nn.Module) -> tuple[str, str]:
+    """As :func:`choose_injection`, and with the choice a sentence that says why."""
     embed = lm.get_input_embeddings()
     training = [module for module in lm.modules() if module.training]
     lm.eval()
     try:
         with torch.no_grad(), _constants_shaken(lm):
-            return "embeds" if _embeds_agree(lm, embed) else "hook"
+            problem = _embeds_problem(lm, embed)
     finally:
         for module in training:
             module.training = True
+    if problem is None:
+        return "embeds", "ids and their embeddings give the same logits through the same modules"
+    return "hook", problem
 
 
-def _embeds_agree(lm: nn.Module, embed: nn.Module) -> bool:
-    """Whether ``inputs_embeds`` gives what the hook gives; raises where not even the hook works."""
+def _embeds_problem(lm: nn.Module, embed: nn.Module) -> str | None:
+    """What keeps ``inputs_embeds`` from doing what the hook does; raises where not even the hook works."""
     ids = _probe_ids(lm, embed)
     rows = embed(ids)
     generator = torch.Generator().manual_seed(1)
@@ -118,16 +126,20 @@ def _embeds_agree(lm: nn.Module, embed: nn.Module) -> bool:
     except ValueError as error:
         raise ValueError(f"{type(lm).__name__} cannot be given images: {error}") from error
     if "inputs_embeds" not in inspect.signature(lm.prepare_inputs_for_generation).parameters:
-        return False
+        return "its generate does not take inputs_embeds"
     try:
         by_embeds, others = _run(lm, inputs_embeds=rows)
-    except Exception:  # whatever a model raises without ids, it is not usable this way
-        return False
+    except Exception as error:  # whatever a model raises without ids, it is not usable this way
+        return f"with inputs_embeds it raises {type(error).__name__}: {' '.join(str(error).split())[:120]}"
     modules.subtract({embed: 1})
     if +modules != +others:
-        return False
+        names = {module: name for name, module in lm.named_modules()}
+        differ = [names[module] for module in modules | others if modules[module] != others[module]]
+        return f"ids and inputs_embeds do not call the same modules: {', '.join(differ[:3])}"
     tolerance = 1e-4 if by_hook.dtype == torch.float32 else 1e-2
-    return bool((by_hook - by_embeds).abs().max() <= tolerance * by_hook.abs().max())
+    if (by_hook - by_embeds).abs().max() <= tolerance * by_hook.abs().max():
+        return None
+    return "ids and inputs_embeds give other logits: the ids are read a second time"
 
 
 def _probe_ids(lm: nn.Module, embed: nn.Module) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
-from transformers.utils import can_return_tuple
+from transformers.utils import PROCESSOR_NAME, can_return_tuple
 
 from uhd.encoder import EncodedImage, VisualEncoder, rebuild_part
 from uhd.hf.attach import attach
@@ -539,6 +540,9 @@ class UHDForConditionalGeneration(UHDModel, GenerationMixin):
                 )
         seen = next((str(p.dtype).removeprefix("torch.") for p in self.visual.parameters()), None)
         self.config.visual_dtype = None if seen == str(self.dtype).removeprefix("torch.") else seen
+        self.config.encoder_note = self.visual.note
+        if self._processor is None and (Path(self.config.name_or_path) / PROCESSOR_NAME).is_file():
+            self._processor = self.processor  # loaded on first use, which may not have been
         super().save_pretrained(save_directory, *args, **kwargs)
         if self._processor is not None and kwargs.get("is_main_process", True):
             self._processor.save_pretrained(save_directory)
