@@ -1,7 +1,8 @@
-"""Cross-attention from shared latents to packed views of unequal length. Depends on torch alone."""
+"""Cross-attention from shared latents to packed views of unequal length. Needs torch; uses Triton if it is there."""
 
 from __future__ import annotations
 
 from uhd_kernels.dispatch import varlen_cross_attention
+from uhd_kernels.op import calls
 
-__all__ = ["varlen_cross_attention"]
+__all__ = ["calls", "varlen_cross_attention"]

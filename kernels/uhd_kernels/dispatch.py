@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+import os
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 
-from uhd_kernels.reference import cross_attention_reference
-from uhd_kernels.sdpa import cross_attention_sdpa
+from uhd_kernels.checks import check_packed, check_views, host_views
+from uhd_kernels.configs import MAX_HEAD_DIM, MAX_LATENTS
+from uhd_kernels.op import attention_op, refuse_vmap, run_portable
 
-IMPLEMENTATIONS = {"sdpa": cross_attention_sdpa, "reference": cross_attention_reference}
+IMPLEMENTATIONS = ("auto", "triton", "sdpa", "reference")
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HAS_TRITON = find_spec("triton") is not None  # looked for, not imported
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def varlen_cross_attention(
@@ -27,6 +33,8 @@ def varlen_cross_attention(
 ) -> Tensor:
     """Every view's keys attended by the same latents: `softmax(scale * q (k + positions)^T) v`, view by view.
 
+    Under autocast q, k, v and the table are cast to its dtype first. `uhd_kernels.calls` counts who computed.
+
     Args:
         q: (Q, H, d) latents, shared by every view.
         k: (N, H, d) keys of all views, packed without padding. Same dtype and device as `q`.
@@ -37,103 +45,83 @@ def varlen_cross_attention(
         key_positions: (L, H, d) table of projected positions, dtype and device of `k`. Goes with `position_offsets`.
         position_offsets: (V,) int32, on the device or the host; view i gets the table rows that start there.
         scale: factor of the logits; None means d ** -0.5.
-        impl: "auto" (today "sdpa"), "sdpa" (PyTorch, any device, dtype and head dim) or "reference" (the slow oracle).
+        impl: "triton" (CUDA and ROCm; on the CPU only under TRITON_INTERPRET=1; float32, float16 or bfloat16, d up to
+            128, Q up to 256), "sdpa" (PyTorch, any device, dtype and head dim), "reference" (the slow oracle), or
+            "auto": Triton on a GPU that can run it on these shapes, else SDPA.
 
     Returns:
         (V, Q, H, d). A view of length 0 gives zeros, and zero gradients.
 
     Raises:
         TypeError: a dtype is wrong.
-        ValueError: a shape, a device, a length, an offset or the name of the implementation is wrong.
+        ValueError: a shape, a device, a length, an offset or the name of the implementation is wrong, "triton" cannot
+            run here (the message says why), or the call is inside `torch.vmap`.
     """
-    if impl != "auto" and impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl={impl!r} is not available; choose one of {['auto', *IMPLEMENTATIONS]}")
-    _check_packed(q, k, v)
-    _check_views(q, cu_seqlens, key_positions, position_offsets)
-    bounds, offsets = _to_host(cu_seqlens, position_offsets)
-    _check_bounds(bounds, max_seqlen, len(k))
-    if key_positions is not None:
-        _check_offsets(bounds, offsets, len(key_positions))
-    if not offsets:
-        return q.expand(0, *q.shape)
-    compute = IMPLEMENTATIONS["sdpa" if impl == "auto" else impl]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return compute(q, k, v, bounds, key_positions=key_positions, offsets=offsets, scale=scale)
-
-
-def _check_packed(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if q.dim() != 3 or k.dim() != 3 or v.dim() != 3 or q.shape[-1] == 0:
-        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("q", q), ("k", k), ("v", v)))
-        raise ValueError(f"expected q (Q, H, d), k (N, H, d) and v (N, H, d) with d >= 1; got {shapes}")
-    if k.shape != v.shape:
-        raise ValueError(f"k and v must have one shape (N, H, d); got k {tuple(k.shape)} and v {tuple(v.shape)}")
-    if q.shape[1:] != k.shape[1:]:
-        raise ValueError(
-            f"q and k must agree in heads and head dim; got q (H, d) = {tuple(q.shape[1:])} and k {tuple(k.shape[1:])}"
-        )
-    if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"q, k and v must share one floating dtype; got {q.dtype}, {k.dtype} and {v.dtype}: cast them")
-    if not q.device == k.device == v.device:
-        raise ValueError(f"q, k and v must be on one device; got {q.device}, {k.device} and {v.device}: move them")
-
-
-def _check_views(q: Tensor, cu_seqlens: Tensor, key_positions: Tensor | None, offsets: Tensor | None) -> None:
-    _check_index("cu_seqlens", cu_seqlens, q.device)
-    if len(cu_seqlens) == 0:
-        raise ValueError("cu_seqlens is empty; expected (V + 1,) numbers, [0] for no views")
-    if (key_positions is None) != (offsets is None):
-        raise ValueError("key_positions and position_offsets go together; give both or neither")
-    if key_positions is None:
-        return
-    _check_index("position_offsets", offsets, q.device)
-    if len(offsets) != len(cu_seqlens) - 1:
-        raise ValueError(
-            f"position_offsets has {len(offsets)} entries for {len(cu_seqlens) - 1} views; give one a view"
-        )
-    if key_positions.dim() != 3 or key_positions.shape[1:] != q.shape[1:]:
-        raise ValueError(f"key_positions must be (L, {q.shape[1]}, {q.shape[2]}); got {tuple(key_positions.shape)}")
-    if key_positions.dtype != q.dtype:
-        raise TypeError(f"key_positions is {key_positions.dtype} and the keys are {q.dtype}: cast the table")
-    if key_positions.device != q.device:
-        raise ValueError(f"key_positions is on {key_positions.device} and the keys are on {q.device}: move the table")
-
-
-def _check_index(name: str, index: Tensor, device: torch.device) -> None:
-    if index.dim() != 1:
-        raise ValueError(f"{name} must have one dimension; got shape {tuple(index.shape)}")
-    if index.dtype != torch.int32:
-        raise TypeError(f"{name} must be int32; got {index.dtype}: use {name}.int()")
-    if index.device.type != "cpu" and index.device != device:
-        raise ValueError(f"{name} must be on {device} or on the host; it is on {index.device}")
-
-
-def _to_host(cu_seqlens: Tensor, offsets: Tensor | None) -> tuple[list[int], list[int]]:
-    """The values as Python ints. One wait for the device at most, since a second would double the stall."""
-    views = len(cu_seqlens) - 1
-    if offsets is None:
-        return cu_seqlens.tolist(), [0] * views
-    if cu_seqlens.device != offsets.device:
-        return cu_seqlens.tolist(), offsets.tolist()
-    both = torch.cat([cu_seqlens, offsets]).tolist()
-    return both[: views + 1], both[views + 1 :]
-
-
-def _check_bounds(bounds: list[int], max_seqlen: int, rows: int) -> None:
-    if bounds[0] != 0 or bounds[-1] != rows:
-        raise ValueError(f"cu_seqlens must run from 0 to N = {rows}, the rows of k; got {bounds[0]} to {bounds[-1]}")
-    lengths = [end - start for start, end in pairwise(bounds)]
-    for view, length in enumerate(lengths):
-        if length < 0:
-            raise ValueError(f"cu_seqlens must not fall; view {view} runs from {bounds[view]} to {bounds[view + 1]}")
-    if max(lengths, default=0) > max_seqlen:
-        raise ValueError(f"max_seqlen={max_seqlen}, but the longest view has {max(lengths)} rows; pass at least that")
-
-
-def _check_offsets(bounds: list[int], offsets: list[int], rows: int) -> None:
-    for view, offset in enumerate(offsets):
-        end = offset + bounds[view + 1] - bounds[view]
-        if offset < 0 or end > rows:
-            raise ValueError(
-                f"view {view} asks for rows {offset}:{end} of key_positions, which has {rows}; "
-                "check position_offsets against the grids the table was made for"
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl={impl!r} is unknown; choose one of {list(IMPLEMENTATIONS)}")
+    if not torch.compiler.is_compiling() and any(is_batchedtensor(x) for x in (q, k, v, cu_seqlens)):
+        refuse_vmap()
+    kind = q.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        q, k, v, key_positions = (_autocast(x, dtype) for x in (q, k, v, key_positions))
+        with torch.autocast(kind, enabled=False):
+            return varlen_cross_attention(
+                q,
+                k,
+                v,
+                cu_seqlens,
+                max_seqlen,
+                key_positions=key_positions,
+                position_offsets=position_offsets,
+                scale=scale,
+                impl=impl,
             )
+    check_packed(q, k, v)
+    check_views(q, cu_seqlens, key_positions, position_offsets)
+    problem = _triton_problem(q)
+    if impl == "triton" and problem:
+        raise ValueError(f"impl='triton' cannot run: {problem}; use impl='auto' or 'sdpa'")
+    if impl == "auto":
+        impl = "triton" if kind == "cuda" and not problem else "sdpa"
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if impl == "triton" or torch.compiler.is_compiling():
+        return attention_op(q, k, v, cu_seqlens, max_seqlen, key_positions, position_offsets, scale, impl)[0]
+    rows = None if key_positions is None else len(key_positions)
+    bounds, offsets = host_views(cu_seqlens, position_offsets, max_seqlen, len(k), rows)
+    return run_portable(impl, q, k, v, bounds, key_positions, offsets, scale)
+
+
+def _autocast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x
+
+
+def _triton_problem(q: Tensor) -> str | None:
+    """Why the kernels cannot run on these latents; None if they can."""
+    latents, heads, dim = q.shape
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if q.device.type == "cuda":
+        if reason := _device_problem(q.device):
+            return reason
+    elif q.device.type != "cpu":
+        return f"the tensors are on {q.device}, and the kernels run on CUDA and ROCm"
+    elif not INTERPRETED:
+        return (
+            "the tensors are on the CPU, where only Triton's interpreter runs (TRITON_INTERPRET=1 before the import)"
+        )
+    if q.dtype not in TRITON_DTYPES:
+        return f"the dtype is {q.dtype}, and the kernels take float32, float16 and bfloat16"
+    if not 1 <= dim <= MAX_HEAD_DIM or not 1 <= latents <= MAX_LATENTS or not heads:
+        return (
+            f"q (Q, H, d) is {tuple(q.shape)}, and the kernels take Q from 1 to {MAX_LATENTS}, H from 1 and d from 1 "
+            f"to {MAX_HEAD_DIM}"
+        )
+    return None
+
+
+def _device_problem(device: torch.device) -> str | None:
+    chip = torch.cuda.get_device_properties(device)  # of what torch.cuda tells, torch.compile takes this as a constant
+    if torch.version.hip or chip.major >= 8:
+        return None
+    return f"the GPU has compute capability {chip.major}.{chip.minor}, and the kernels need 8.0 (Ampere) or more"

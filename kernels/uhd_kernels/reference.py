@@ -42,3 +42,38 @@ def cross_attention_reference(
         logits = torch.einsum("qhd,nhd->hqn", q.to(exact), keys) * scale
         outputs.append(torch.einsum("hqn,nhd->qhd", logits.softmax(dim=-1), values))
     return torch.stack(outputs).to(q.dtype)
+
+
+def cross_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: Sequence[int],
+    *,
+    key_positions: Tensor | None,
+    offsets: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The gradients of `cross_attention_reference`, written out; same arguments after `grad` (V, Q, H, d).
+
+    Returns:
+        Gradients of q (Q, H, d), k and v (N, H, d), and key_positions (L, H, d) or None, each in its input's dtype.
+    """
+    exact = torch.promote_types(q.dtype, torch.float32)
+    queries = q.to(exact)
+    dq, dk, dv = (torch.zeros_like(x, dtype=exact) for x in (q, k, v))
+    d_table = None if key_positions is None else torch.zeros_like(key_positions, dtype=exact)
+    for d_out, (start, end), offset in zip(grad.to(exact), pairwise(bounds), offsets, strict=True):
+        keys, values = k[start:end].to(exact), v[start:end].to(exact)
+        if key_positions is not None:
+            keys = keys + key_positions[offset : offset + end - start].to(exact)
+        weights = (torch.einsum("qhd,nhd->hqn", queries, keys) * scale).softmax(dim=-1)
+        d_weights = torch.einsum("qhd,nhd->hqn", d_out, values)
+        d_logits = weights * (d_weights - (weights * d_weights).sum(-1, keepdim=True)) * scale
+        dv[start:end] = torch.einsum("hqn,qhd->nhd", weights, d_out)
+        dk[start:end] = torch.einsum("hqn,qhd->nhd", d_logits, queries)
+        dq += torch.einsum("hqn,nhd->qhd", d_logits, keys)
+        if d_table is not None:
+            d_table[offset : offset + end - start] += dk[start:end]
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None if d_table is None else d_table.to(q.dtype)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from uhd_kernels import varlen_cross_attention
+from uhd_kernels import calls, varlen_cross_attention
+from uhd_kernels.reference import cross_attention_backward
 
 # lengths, first table row of each view, table rows
 CASES = {
@@ -223,7 +224,37 @@ def test_errors_name_what_came(changes, error, message):
 
 
 def test_unknown_implementation_lists_the_available_ones():
-    with pytest.raises(
-        ValueError, match=r"impl='triton' is not available; choose one of \['auto', 'sdpa', 'reference'\]"
-    ):
+    with pytest.raises(ValueError, match=r"impl='flash' is unknown; choose one of \['auto', 'triton', 'sdpa', 'ref"):
+        varlen_cross_attention(**arguments(), impl="flash")
+
+
+def test_triton_on_the_cpu_says_why_not():
+    with pytest.raises(ValueError, match=r"impl='triton' cannot run: the tensors are on the CPU.*TRITON_INTERPRET"):
         varlen_cross_attention(**arguments(), impl="triton")
+
+
+def test_auto_on_the_cpu_is_sdpa_and_the_counter_says_so():
+    before = dict(calls)
+    varlen_cross_attention(**arguments())
+    assert calls["sdpa"] == before.get("sdpa", 0) + 1
+    assert calls["triton"] == before.get("triton", 0) == 0
+
+
+@pytest.mark.parametrize("table", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_written_out_gradients_are_those_of_autograd(case, table):
+    lengths, offsets, rows = CASES[case]
+    leaves, cu_seqlens, keywords = make(lengths, offsets, rows, table=table)
+    wanted = run(leaves, cu_seqlens, keywords, max(lengths), "reference")
+    cotangent = torch.randn(wanted[0].shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    got = cross_attention_backward(
+        cotangent,
+        *(x.detach() for x in leaves[:3]),
+        cu_seqlens.tolist(),
+        key_positions=leaves[3].detach() if table else None,
+        offsets=offsets,
+        scale=6**-0.5,
+    )
+    assert (got[3] is None) == (not table)
+    for a, b in zip(got, wanted[1:], strict=False):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
