@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from uhd import hf, resampler, schema, slicing, vision
     from uhd.batch import SliceBatch
-    from uhd.encoder import EncodedImage, VisualEncoder, load_tokens, save_tokens
+    from uhd.encoder import EncodedImage, EncodedVideo, VisualEncoder, load_tokens, save_tokens
     from uhd.hf import (
         UHDConfig,
         UHDForConditionalGeneration,
@@ -28,7 +28,18 @@ if TYPE_CHECKING:
     from uhd.merge import assemble, merge_samples, merge_visual, separator_embeddings
     from uhd.pixels import PixelSettings
     from uhd.schema import SpatialSchema, TokenLayout, layout, resolve_schema
-    from uhd.slicing import SlicePlan, SlicingConfig, candidates, grid_score, plan, plan_many, strategies, strategy
+    from uhd.slicing import (
+        SlicePlan,
+        SlicingConfig,
+        candidates,
+        grid_score,
+        plan,
+        plan_images,
+        plan_many,
+        plan_video,
+        strategies,
+        strategy,
+    )
 
 __version__ = "0.1.0"
 
@@ -38,7 +49,9 @@ _HOMES = {
     "candidates": "uhd.slicing",
     "grid_score": "uhd.slicing",
     "plan": "uhd.slicing",
+    "plan_images": "uhd.slicing",
     "plan_many": "uhd.slicing",
+    "plan_video": "uhd.slicing",
     "strategies": "uhd.slicing",
     "strategy": "uhd.slicing",
     "SpatialSchema": "uhd.schema",
@@ -48,6 +61,7 @@ _HOMES = {
     "PixelSettings": "uhd.pixels",
     "SliceBatch": "uhd.batch",
     "EncodedImage": "uhd.encoder",
+    "EncodedVideo": "uhd.encoder",
     "VisualEncoder": "uhd.encoder",
     "load_tokens": "uhd.encoder",
     "save_tokens": "uhd.encoder",
