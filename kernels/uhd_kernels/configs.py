@@ -1,7 +1,8 @@
 """Which tiles, warps and stages each kernel gets: a fixed table, so that nothing is timed at the first call.
 
-Made by compiling ahead of time (`python -m uhd_kernels.resources`): the largest blocks without register spills. No
-entry has been chosen by its speed; `benchmarks/tune_kernels.py` times the alternatives where there is a GPU.
+Made by compiling ahead of time (`python -m uhd_kernels.resources`) with Triton 3.8 and 3.9: the largest blocks without
+register spills under both. No entry has been chosen by its speed; `benchmarks/tune_kernels.py` times the alternatives
+where there is a GPU.
 """
 
 from __future__ import annotations
@@ -52,11 +53,11 @@ FORWARD_16 = {
 BACKWARD_16 = {
     ("80", False, False): Config((64, 0), 32, 4, 2),
     ("80", False, True): Config((16, 0), 64, 8, 2),
-    ("80", True, False): Config((64, 0), 32, 8, 1),
+    ("80", True, False): Config((64, 0), 16, 8, 2),
     ("80", True, True): Config((16, 0), 32, 8, 1),
     ("90", False, False): Config((64, 0), 64, 8, 2),
     ("90", False, True): Config((32, 0), 64, 8, 2),
-    ("90", True, False): Config((64, 0), 64, 8, 2),
+    ("90", True, False): Config((64, 0), 32, 8, 2),
     ("90", True, True): Config((32, 0), 64, 8, 2),
     ("100", False, False): Config((64, 0), 64, 4, 2),
     ("100", False, True): Config((32, 0), 64, 8, 1),
