@@ -8,6 +8,8 @@ where there is a GPU.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib.metadata
 
 import torch
 
@@ -53,11 +55,11 @@ FORWARD_16 = {
 BACKWARD_16 = {
     ("80", False, False): Config((64, 0), 32, 4, 2),
     ("80", False, True): Config((16, 0), 64, 8, 2),
-    ("80", True, False): Config((64, 0), 16, 8, 2),
+    ("80", True, False): Config((64, 0), 32, 8, 1),
     ("80", True, True): Config((16, 0), 32, 8, 1),
     ("90", False, False): Config((64, 0), 64, 8, 2),
     ("90", False, True): Config((32, 0), 64, 8, 2),
-    ("90", True, False): Config((64, 0), 32, 8, 2),
+    ("90", True, False): Config((64, 0), 64, 8, 2),
     ("90", True, True): Config((32, 0), 64, 8, 2),
     ("100", False, False): Config((64, 0), 64, 4, 2),
     ("100", False, True): Config((32, 0), 64, 8, 1),
@@ -67,6 +69,11 @@ BACKWARD_16 = {
     ("hip", False, True): Config((32, 0), 32, 8, 1),
     ("hip", True, False): Config((16, 0), 32, 8, 1),
     ("hip", True, True): Config((16, 0), 32, 8, 1),
+}
+# Triton 3.8 spills with the blocks above; smaller ones cost the matrix units part of their work.
+BACKWARD_16_BEFORE_3_9 = {
+    ("80", True, False): Config((64, 0), 16, 8, 2),
+    ("90", True, False): Config((64, 0), 32, 8, 2),
 }
 # IEEE products in float32 run on the plain units, which hold their operands in registers: small tiles everywhere.
 FORWARD_32 = {"80": Config((64, 0), 32, 8, 1), "90": Config((64, 0), 32, 8, 1)}
@@ -95,7 +102,18 @@ def backward_config(arch: int | str, head_dim: int, dtype: torch.dtype, latents:
     """Latents past the first tile go round in `backward_many_kernel`, which still reads the keys once."""
     if dtype.itemsize == 4:
         return BACKWARD_32
-    return BACKWARD_16[family(arch), head_dim > 64, latents > FEW_LATENTS]
+    key = (family(arch), head_dim > 64, latents > FEW_LATENTS)
+    return (BACKWARD_16_BEFORE_3_9 if triton_version() < (3, 9) else {}).get(key, BACKWARD_16[key])
+
+
+@functools.cache
+def triton_version() -> tuple[int, int]:
+    """(major, minor) of the installed Triton, which is not imported; (0, 0) where there is none."""
+    try:
+        major, minor = importlib.metadata.version("triton").split(".")[:2]
+    except importlib.metadata.PackageNotFoundError:
+        return 0, 0
+    return int(major), int(minor)
 
 
 def padded_dim(head_dim: int) -> int:

@@ -59,7 +59,8 @@ def varlen_cross_attention(
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r} is unknown; choose one of {list(IMPLEMENTATIONS)}")
-    if not torch.compiler.is_compiling() and any(is_batchedtensor(x) for x in (q, k, v, cu_seqlens)):
+    given = [x for x in (q, k, v, cu_seqlens, key_positions, position_offsets) if x is not None]
+    if not torch.compiler.is_compiling() and any(is_batchedtensor(x) for x in given):
         refuse_vmap()
     kind = q.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):

@@ -115,7 +115,8 @@ def _(grad, q, k, v, out, lse, index, max_seqlen, key_positions, scale, impl, ta
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, _, ctx.max_seqlen, table, _, ctx.scale, ctx.impl = inputs
+    q, k, v, _, max_seqlen, table, _, ctx.scale, ctx.impl = inputs
+    ctx.max_seqlen = min(max_seqlen, k.shape[0])  # a generous bound must not decide how keys are split
     out, lse, index = output
     ctx.mark_non_differentiable(lse, index)
     ctx.save_for_backward(q, k, v, out, lse, index, table)

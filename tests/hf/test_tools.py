@@ -104,3 +104,15 @@ def test_the_whole_model_does_not_export_because_counts_are_read_from_tensors():
     batch = dict(found.processor(text=TEXTS[:1], images=IMAGES[:1]))
     with torch.no_grad(), pytest.raises(Exception, match="data-dependent"):
         torch.export.export(found, (), batch)
+
+
+def test_images_need_the_whole_prompt_at_once():
+    """What splits a prompt is refused by name, before anything is encoded."""
+    found = model("nemotron_h")
+    batch = found.processor(text=TEXTS[0], images=IMAGES[:1])
+    with pytest.raises(ValueError, match="leave prefill_chunk_size out"):
+        found.generate(**batch, max_new_tokens=2, prefill_chunk_size=4)
+    first = found.generate(**batch, max_new_tokens=2, return_dict_in_generate=True)
+    again = {**batch, "input_ids": first.sequences, "attention_mask": torch.ones_like(first.sequences)}
+    with pytest.raises(ValueError, match=r"past_key_values hold \d+ positions, .* takes images by a hook"):
+        found.generate(**again, past_key_values=first.past_key_values, max_new_tokens=2)

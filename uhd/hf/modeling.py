@@ -575,7 +575,8 @@ class UHDForConditionalGeneration(UHDModel, GenerationMixin):
             attention_mask: (B, T). Without ``position_ids`` and cache, positions are counted along it, so a
                 left-padded row gives what it gives alone.
             inputs_embeds: Instead of ``input_ids`` and images.
-            labels: (B, T); image positions count as -100 whatever they hold.
+            labels: (B, T); image positions count as -100 whatever they hold. ``Trainer`` counts targets before that:
+                give it labels that hold -100 there (docs/training.md).
             logits_to_keep and the rest: As the language model takes them.
 
         Raises:
@@ -599,6 +600,17 @@ class UHDForConditionalGeneration(UHDModel, GenerationMixin):
         )
         return _with_images(UHDCausalLMOutputWithPast(image_hidden_states=images), found)
 
+    def _check_prefill(self, generation_config: Any, kwargs: dict[str, Any]) -> None:
+        """Images are merged into the whole prompt at once: refuse, before they are encoded, what splits it."""
+        if kwargs.get("prefill_chunk_size", getattr(generation_config, "prefill_chunk_size", None)):
+            raise ValueError("a prompt with images is fed at once: leave prefill_chunk_size out")
+        cached = _cached_length(kwargs.get("past_key_values"))
+        if cached and self.config.injection_mode == "hook":
+            raise ValueError(
+                f"past_key_values hold {cached} positions, and this language model takes images by a hook on the "
+                "whole prompt: give the whole conversation and no cache"
+            )
+
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """The language model's own ``generate`` on text and images, which are encoded once.
@@ -613,9 +625,12 @@ class UHDForConditionalGeneration(UHDModel, GenerationMixin):
             As the language model's ``generate``: prompts and new ids, with the image token at image positions.
 
         Raises:
-            ValueError: As in :meth:`forward`; a sample and its new tokens must fit the language model's positions.
+            ValueError: As in :meth:`forward`; a sample and its new tokens must fit the language model's positions;
+                images cannot be given with ``prefill_chunk_size``, nor, where they go in by hook, with a filled cache.
         """
         visual = {name: kwargs.pop(name) for name in VISUAL_INPUTS if name in kwargs}
+        if any(value is not None for value in visual.values()):
+            self._check_prefill(generation_config or self.generation_config, kwargs)
         lm = self.language_model
         lm.generation_config = self.generation_config
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
@@ -643,6 +658,13 @@ class UHDForConditionalGeneration(UHDModel, GenerationMixin):
         ids = found if isinstance(found, Tensor) else found.sequences
         ids[:, : input_ids.shape[1]] = input_ids.repeat_interleave(len(ids) // len(input_ids), 0).to(ids.device)
         return found
+
+
+def _cached_length(cache: Any) -> int:
+    """Positions that a cache holds already; caches that cannot tell count as filled."""
+    if cache is None:
+        return 0
+    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 1
 
 
 def _visual(*values: Any) -> dict[str, Any]:
