@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor
+from torch.autograd.forward_ad import unpack_dual
 
 from uhd_kernels.checks import check_packed, check_views, host_views
 from uhd_kernels.configs import MAX_HEAD_DIM, MAX_LATENTS
@@ -86,6 +87,12 @@ def varlen_cross_attention(
     if impl == "auto":
         impl = "triton" if kind == "cuda" and not problem else "sdpa"
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if (
+        impl == "triton"
+        and not torch.compiler.is_compiling()
+        and any(unpack_dual(x).tangent is not None for x in given)
+    ):
+        raise ValueError("impl='triton' has no forward-mode derivative: use impl='reference'")
     if impl == "triton" or torch.compiler.is_compiling():
         return attention_op(q, k, v, cu_seqlens, max_seqlen, key_positions, position_offsets, scale, impl)[0]
     rows = None if key_positions is None else len(key_positions)

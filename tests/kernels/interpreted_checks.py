@@ -391,3 +391,17 @@ def test_a_view_past_32_bits_is_refused():
     cross_attention._check_reach(2**11 - 1, q, q, far, None)
     with pytest.raises(ValueError, match=r"a view of 2048 rows, 1048576 numbers apart, is past the 2\*\*31"):
         cross_attention._check_reach(2**11, q, q, far, None)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
+def test_forward_mode_is_refused():
+    """An operator without a forward-mode rule would give a zero tangent without a word."""
+    q, k = torch.randn(3, 2, 16), torch.randn(5, 2, 16)
+    bounds = torch.tensor([0, 4, 4, 5], dtype=torch.int32)
+
+    def attend(latents):
+        return varlen_cross_attention(latents, k, k, bounds, 4, impl="triton")
+
+    assert attend(q).isfinite().all()
+    with pytest.raises(ValueError, match="no forward-mode derivative"):
+        torch.func.jvp(attend, (q,), (q,))
