@@ -20,21 +20,36 @@ from uhd.packed import check_grids
 from uhd.pixels import PixelSettings, load_image
 from uhd.resampler import (
     FeaturePacker,
+    MergeProjector,
     MLPProjector,
     PerceiverConfig,
     PerceiverResampler,
     PixelShuffleProjector,
     PoolProjector,
+    PyramidConfig,
+    PyramidResampler,
+    RewriteConfig,
+    RewriteResampler,
+    SpatialConfig,
+    SpatialResampler,
     pack_features,
 )
 from uhd.resampler.packing import feature_lengths
 from uhd.schema import SpatialSchema, TokenLayout
-from uhd.schema.fitted import ADAPTIVE_RULES, PLAIN, FittedRule, layout_of, slicing_from_dict, video_layout
+from uhd.schema.fitted import (
+    ADAPTIVE_RULES,
+    PLAIN,
+    FittedRule,
+    layout_of,
+    slicing_from_dict,
+    slicing_to_dict,
+    video_layout,
+)
 from uhd.slicing import SlicePlan, SlicingConfig, plan
 from uhd.slicing.config import DEFAULT
 from uhd.slicing.media import VideoPlan, plan_images, plan_video
 from uhd.slicing.strategies import Rule, StrategyConfig, find
-from uhd.vision import ViT, ViTConfig
+from uhd.vision import CompressedViT, CompressedViTConfig, ViT, ViTConfig
 
 CONFIG_FILE = "uhd_encoder.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -107,10 +122,13 @@ class VisualEncoder(nn.Module):
             :func:`uhd.strategies`), or your own function from (height, width) to a plan; ``None`` is
             ``"llava-uhd-safe"`` for this vision encoder. Counts and order are set to what the compressor and the
             schema say: a compressor with fixed ``tokens_per_view`` takes the place of a strategy's counts and packing.
+            Where the strategy is ``nested`` (OpenAI's), a view keeps as many of its first latents as the strategy
+            counts for it.
         schema: How tokens are laid out; ``None`` is the ``"llava-uhd"`` schema for the adaptive planner. Other
             strategies then have none: views in their own order, learned newlines where their packing has them.
         packer: The learned embeddings of a strategy's packing; ``None`` makes new ones where a named strategy has any.
-        pixels: Mean, std and filter that the vision encoder was trained with.
+        pixels: Mean and std that the vision encoder was trained with, and a filter; with ``resample=None`` every rule
+            has the one that it was released with.
         check_image_size: Require ``slicing.image_size`` to be the vision encoder's native size. Models that are meant
             for other sizes (MiniCPM-V: 448 px slices, a 980 px encoder) turn it off.
         note: What a user of the tokens must know, such as untrained weights. Saved, and shown by the command line;
@@ -333,11 +351,21 @@ class VisualEncoder(nn.Module):
         """All views of a batch -> the :func:`num_rows` of all images, D; in order. The part with gradients."""
         self._check_batch(batch)
         tokens, lengths = self.encode_packed(batch.patches, batch.grids)
+        tokens, lengths = self._nested(tokens, lengths, batch)
         self._check_tokens(batch, lengths)
         if all(p.packing is None for p in batch.plans):
             return tokens
         parts = tokens.split([sum(feature_lengths(p)) for p in batch.plans])
         return torch.cat([self.pack(part, p) for part, p in zip(parts, batch.plans, strict=True)])
+
+    def _nested(self, tokens: Tensor, lengths: list[int], batch: SliceBatch) -> tuple[Tensor, list[int]]:
+        """The first latents of every view, as many as its plan counts, where the rule says that counts nest."""
+        wanted = [view.num_tokens for p in batch.plans for view in p.views]
+        rule = self.slicing.rule if isinstance(self.slicing, FittedRule) else None
+        if wanted == lengths or len(wanted) != len(lengths) or not getattr(rule, "nested", False):
+            return tokens, lengths
+        kept = [min(count, got) for count, got in zip(wanted, lengths, strict=True)]
+        return torch.cat([part[:count] for part, count in zip(tokens.split(lengths), kept, strict=True)]), kept
 
     def pack(self, features: Tensor, plan: SlicePlan) -> Tensor:
         """One image's compressed views, packed (n, D), to its tokens: :func:`uhd.resampler.pack_features`."""
@@ -422,7 +450,7 @@ class VisualEncoder(nn.Module):
             "format": 1,
             "vision": describe_part(self.vision),
             "compressor": describe_part(self.compressor),
-            "slicing": describe_slicing(self.slicing),
+            "slicing": slicing_to_dict(self.slicing),
             "packer": self.packer and self.packer.to_dict(),
             "schema": self.schema.to_dict(),
             "pixels": self.pixels.to_dict(),
@@ -555,26 +583,28 @@ class _Part(NamedTuple):
     build: Callable[[dict[str, Any]], nn.Module]
 
 
+def _configured(cls: type[nn.Module], config: type) -> _Part:
+    """A part that is built from a config object and keeps it."""
+    return _Part(cls, lambda part: part.config.to_dict(), lambda values: cls(config.from_dict(values)))
+
+
+def _plain(cls: type[nn.Module]) -> _Part:
+    """A part whose `to_dict` gives its constructor's arguments."""
+    return _Part(cls, lambda part: part.to_dict(), lambda values: cls(**values))
+
+
 _PARTS = {
-    "vit": _Part(ViT, lambda part: part.config.to_dict(), lambda config: ViT(ViTConfig.from_dict(config))),
-    "perceiver": _Part(
-        PerceiverResampler,
-        lambda part: part.config.to_dict(),
-        lambda config: PerceiverResampler(PerceiverConfig.from_dict(config)),
-    ),
-    "mlp": _Part(MLPProjector, lambda part: part.to_dict(), lambda config: MLPProjector(**config)),
-    "pixel_shuffle": _Part(
-        PixelShuffleProjector, lambda part: part.to_dict(), lambda config: PixelShuffleProjector(**config)
-    ),
-    "pool": _Part(PoolProjector, lambda part: part.to_dict(), lambda config: PoolProjector(**config)),
+    "vit": _configured(ViT, ViTConfig),
+    "compressed_vit": _configured(CompressedViT, CompressedViTConfig),
+    "perceiver": _configured(PerceiverResampler, PerceiverConfig),
+    "spatial": _configured(SpatialResampler, SpatialConfig),
+    "rewrite": _configured(RewriteResampler, RewriteConfig),
+    "pyramid": _configured(PyramidResampler, PyramidConfig),
+    "mlp": _plain(MLPProjector),
+    "merge": _plain(MergeProjector),
+    "pixel_shuffle": _plain(PixelShuffleProjector),
+    "pool": _plain(PoolProjector),
 }
-
-
-def describe_slicing(slicing: SlicingConfig | StrategyConfig | FittedRule | Rule) -> dict[str, Any]:
-    """What :func:`uhd.schema.fitted.slicing_from_dict` reads; only the name of a function of the caller's own."""
-    if isinstance(slicing, (SlicingConfig, StrategyConfig, FittedRule)):
-        return slicing.to_dict()
-    return FittedRule(slicing).to_dict()["base"]
 
 
 def _is_adaptive(slicing: Any) -> bool:

@@ -410,7 +410,7 @@ def test_bad_weights_are_listed():
         load({**fewer, "resampler.proj": state["proj"]})
     with pytest.raises(ValueError, match=r"'minicpm-v-2.6': missing \[\], unexpected \['pos_embed'\]"):
         load(state, variant="minicpm-v-2.6")
-    with pytest.raises(ValueError, match="expected 'query' of shape"):
+    with pytest.raises(ValueError, match="expected 'query' with 2 axes"):
         load({f"resampler.{name}": x for name, x in state.items()})
     with pytest.raises(ValueError, match=r"'proj': \(\(23, 24\), \(24, 24\)\)"):
         load({**state, "proj": state["proj"][1:]})

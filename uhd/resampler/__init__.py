@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from uhd.resampler.merger import MergeProjector
 from uhd.resampler.packing import FeaturePacker, pack_features
 from uhd.resampler.perceiver import PerceiverConfig, PerceiverResampler
 from uhd.resampler.projectors import MLPProjector, PixelShuffleProjector, PoolProjector
 from uhd.resampler.protocol import Compressor
+from uhd.resampler.pyramid import PyramidConfig, PyramidResampler
+from uhd.resampler.rewrite import RewriteConfig, RewriteResampler
 from uhd.resampler.sincos import sincos_2d
+from uhd.resampler.spatial import SpatialConfig, SpatialResampler
 
 __all__ = [
     "Compressor",
     "FeaturePacker",
     "MLPProjector",
+    "MergeProjector",
     "PerceiverConfig",
     "PerceiverResampler",
     "PixelShuffleProjector",
     "PoolProjector",
+    "PyramidConfig",
+    "PyramidResampler",
+    "RewriteConfig",
+    "RewriteResampler",
+    "SpatialConfig",
+    "SpatialResampler",
     "pack_features",
     "sincos_2d",
 ]

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from uhd.packed import GridTables, check_grids
 from uhd.resampler.attention import LatentAttention
+from uhd.resampler.loading import Settings, check_sizes, load_exactly, shape_of
 from uhd.resampler.protocol import check_features
-from uhd.resampler.sincos import sincos_2d
+from uhd.resampler.sincos import resize_table, sincos_2d
 
 KEY_POSITIONS = ("interpolated", "direct", "none")
 
@@ -26,7 +27,7 @@ VARIANTS: dict[str, dict[str, object]] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PerceiverConfig:
+class PerceiverConfig(Settings):
     """Shape and flags of a `PerceiverResampler`. The defaults are the paper's layer.
 
     Raises:
@@ -44,11 +45,7 @@ class PerceiverConfig:
     eps: float = 1e-6  # of every LayerNorm
 
     def __post_init__(self) -> None:
-        for name in ("width", "vision_width", "num_heads", "num_latents", "depth"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.width % self.num_heads:
-            raise ValueError(f"width={self.width} cannot be divided among num_heads={self.num_heads}")
+        check_sizes(self, ("width", "vision_width", "num_heads", "num_latents", "depth"))
         if self.key_position not in KEY_POSITIONS:
             raise ValueError(f"key_position={self.key_position!r}: choose one of {list(KEY_POSITIONS)}")
         if self.ffn_ratio < 0 or (self.ffn_ratio and self.ffn_width < 1):
@@ -82,18 +79,6 @@ class PerceiverConfig:
     @property
     def ffn_width(self) -> int:
         return round(self.ffn_ratio * self.width)
-
-    def to_dict(self) -> dict[str, object]:
-        """Plain values, ready for JSON; `from_dict` is the inverse."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, object]) -> PerceiverConfig:
-        """Raises a ValueError on a name that is not a field."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"PerceiverConfig has no {unknown}; its fields are {sorted(known)}")
-        return cls(**values)
 
 
 class FeedForward(nn.Module):
@@ -193,9 +178,7 @@ class PerceiverResampler(nn.Module):
         Raises:
             ValueError: names are missing or unexpected (listed), shapes disagree, or the heads do not fit the width.
         """
-        if "query" not in state or state["query"].dim() != 2:
-            raise ValueError(f"expected 'query' of shape (Q, D) among the weights; got the names {sorted(state)}")
-        num_latents, width = state["query"].shape
+        num_latents, width = shape_of(state, "query", 2)
         up = state.get("ffn.up.bias")
         deeper = {name.split(".")[1] for name in state if name.startswith("layers.")}
         config = PerceiverConfig.preset(
@@ -208,19 +191,7 @@ class PerceiverResampler(nn.Module):
             ffn_ratio=0.0 if up is None else len(up) / width,
             eps=eps,
         )
-        with torch.device("meta"):  # sizes first: at LLM width an initialisation that is thrown away takes seconds
-            module = cls(config)
-        expected = module.state_dict()
-        missing, unexpected = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
-        if missing or unexpected:
-            raise ValueError(f"weights do not fit variant {variant!r}: missing {missing}, unexpected {unexpected}")
-        wrong = {name: (tuple(state[name].shape), tuple(t.shape)) for name, t in expected.items()}
-        wrong = {name: shapes for name, shapes in wrong.items() if shapes[0] != shapes[1]}
-        if wrong:
-            raise ValueError(f"weights of other shapes than their query implies, as name: (got, expected): {wrong}")
-        module = module.to_empty(device=state["query"].device).to(state["query"].dtype)
-        module.load_state_dict(state)
-        return module
+        return load_exactly(lambda: cls(config), state, f"variant {variant!r}", like="query")
 
     def output_lengths(self, grids: Sequence[tuple[int, int]]) -> list[int]:
         """Tokens of every view: Q, whatever the grid."""
@@ -277,8 +248,4 @@ class PerceiverResampler(nn.Module):
     def _make_key_table(self, grid_hw: tuple[int, int]) -> Tensor:
         if self.config.key_position == "direct":
             return sincos_2d(self.config.width, grid_hw)
-        side = math.isqrt(self.config.num_latents)
-        if grid_hw == (side, side):
-            return self.pos_embed
-        table = self.pos_embed.float().T.reshape(1, self.config.width, side, side)
-        return F.interpolate(table, size=grid_hw, mode="bicubic", align_corners=False).flatten(2)[0].T.contiguous()
+        return resize_table(self.pos_embed, grid_hw)

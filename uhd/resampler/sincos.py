@@ -1,9 +1,12 @@
-"""The fixed 2D sine-cosine position table of every resampler of this family."""
+"""The 2D sine-cosine position table of every resampler of this family, and how it is resized."""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -39,3 +42,23 @@ def sincos_2d(dim: int, grid_hw: tuple[int, int]) -> Tensor:
     x = np.broadcast_to(one_axis(columns)[None], (rows, columns, dim // 2))
     y = np.broadcast_to(one_axis(rows)[:, None], (rows, columns, dim // 2))
     return torch.from_numpy(np.concatenate([x, y], axis=-1).reshape(rows * columns, dim))
+
+
+def resize_table(table: Tensor, grid_hw: tuple[int, int]) -> Tensor:
+    """A square table of positions on another grid: bicubic, not antialiased, in float32.
+
+    Args:
+        table: (s*s, D) floating point, row-major.
+        grid_hw: (rows, columns).
+
+    Returns:
+        (rows * columns, D) in the dtype of the table; the table itself where its grid is wanted. Differentiable.
+
+    Source: `get_abs_pos` in the resampler files of LLaVA-UHD.
+    """
+    side = math.isqrt(len(table))
+    if tuple(grid_hw) == (side, side):
+        return table
+    image = table.float().T.unflatten(1, (side, side)).unsqueeze(0)
+    resized = F.interpolate(image, size=grid_hw, mode="bicubic", align_corners=False)
+    return resized.flatten(2)[0].T.contiguous().to(table.dtype)

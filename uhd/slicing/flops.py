@@ -1,4 +1,4 @@
-"""Floating-point operations of a vision transformer, a perceiver resampler and a language model, counted by formula.
+"""Floating-point operations of a vision transformer, a compressor and a language model, counted by formula.
 
 Matrix products only, 2 for each multiply-add, attention over all pairs (a causal mask halves nothing): the convention
 of ``torch.utils.flop_counter``, against which the formulas are tested. Norms, activations and softmax are left out.
@@ -7,7 +7,8 @@ of ``torch.utils.flop_counter``, against which the formulas are tested. Norms, a
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -23,24 +24,54 @@ class ViTShape:
         width: D.
         mlp: Hidden width of a block's MLP.
         prefix: Tokens that stand before a view's patches (a class token).
+        compress_after: Blocks after which 2 x 2 patches become one, from 1; as in ``uhd.vision.CompressedViT``.
+        compressor: ``"window"`` (LLaVA-UHD v4), ``"average"`` or ``"adaptive"`` (v3).
     """
 
     depth: int
     width: int
     mlp: int
     prefix: int = 0
+    compress_after: tuple[int, ...] = ()
+    compressor: str = "window"
+
+    def output_hw(self, grid_hw: tuple[int, int]) -> tuple[int, int]:
+        """(rows, columns) of the features of a view of so many patches.
+
+        Raises:
+            ValueError: A side cannot be halved as often as the ViT does.
+        """
+        return _divided(grid_hw, 2 ** len(self.compress_after), "this ViT")
 
 
 @dataclass(frozen=True)
 class ResamplerShape:
-    """A perceiver resampler of one cross-attention layer, as in LLaVA-UHD.
+    """A resampler of one cross-attention layer, as in LLaVA-UHD; its kinds are the classes of ``uhd.resampler``.
 
     Attributes:
         latents: Q, tokens of a view.
         width: D, the language model's; None takes it from the language model.
+        kind: ``"perceiver"``; ``"rewrite"`` (with an FFN); ``"spatial"`` (windows); ``"pyramid"`` (windows on several
+            levels, the making of which is not counted).
+        levels: Of a pyramid: how many times finer each is.
     """
 
     latents: int = 64
+    width: int | None = None
+    kind: str = "perceiver"
+    levels: tuple[int, ...] = (1, 2, 4)
+
+
+@dataclass(frozen=True)
+class MergerShape:
+    """Blocks of 2 x 2 features become one through a two-layer MLP: ``uhd.resampler.MergeProjector``.
+
+    Attributes:
+        rounds: How often; each divides the features by 4.
+        width: Of the tokens; None takes it from the language model.
+    """
+
+    rounds: int = 1
     width: int | None = None
 
 
@@ -68,6 +99,7 @@ VITS: dict[str, ViTShape] = {
     "siglip-so400m": ViTShape(27, 1152, 4304),
     "dinov2-l": ViTShape(24, 1024, 4096, prefix=1),
     "siglip-b": ViTShape(12, 768, 3072),
+    "siglip-so400m-v4": ViTShape(27, 1152, 4304, compress_after=(6,)),
 }
 LMS: dict[str, LMShape] = {
     "llama-7b": LMShape(32, 4096, 11008, 4096, 32000),
@@ -75,7 +107,17 @@ LMS: dict[str, LMShape] = {
     "llama-3-8b": LMShape(32, 4096, 14336, 1024, 128256),
     "qwen2.5-7b": LMShape(28, 3584, 18944, 512, 152064),
 }
-RESAMPLERS: dict[str, ResamplerShape] = {"perceiver-64": ResamplerShape(64), "perceiver-144": ResamplerShape(144)}
+RESAMPLERS: dict[str, ResamplerShape | MergerShape] = {
+    "perceiver-64": ResamplerShape(64),
+    "perceiver-144": ResamplerShape(144),
+    "spatial-144": ResamplerShape(144, kind="spatial"),
+    "rewrite-64": ResamplerShape(64, kind="rewrite"),
+    "pyramid-144": ResamplerShape(144, kind="pyramid"),
+    "merge-4": MergerShape(1),
+    "merge-16": MergerShape(2),
+}
+WINDOW_POOLS = ((2, 4), (2, 3), (3, 4), (3, 3), (4, 2), (3, 2), (4, 3))
+"""(rows, columns) of the pooled keys of a window; a test holds them equal to ``uhd.resampler.windows.POOLS``."""
 
 _Shape = TypeVar("_Shape")
 
@@ -98,24 +140,133 @@ def named(shape: str | _Shape, known: Mapping[str, _Shape]) -> _Shape:
 def vit_flops(patches: int, vit: ViTShape | str, *, patch_size: int = 14, channels: int = 3) -> int:
     """One view of ``patches`` patches. With n = patches + prefix:
 
-    ``2 * patches * channels * p^2 * D + depth * (2 * n * (4 D^2 + 2 D * mlp) + 4 * n^2 * D)``
+    ``2 * patches * channels * p^2 * D + depth * (2 * n * (4 D^2 + 2 D * mlp) + 4 * n^2 * D)``; after a compressor
+    (see :func:`window_flops`) a quarter of the patches.
     """
     vit = named(vit, VITS)
-    n = patches + vit.prefix
-    embed = 2 * patches * channels * patch_size**2 * vit.width
-    block = 2 * n * (4 * vit.width**2 + 2 * vit.width * vit.mlp) + 4 * n * n * vit.width
-    return embed + vit.depth * block
+    total = 2 * patches * channels * patch_size**2 * vit.width
+    for block in range(1, vit.depth + 1):
+        n = patches + vit.prefix
+        total += 2 * n * (4 * vit.width**2 + 2 * vit.width * vit.mlp) + 4 * n * n * vit.width
+        if block in vit.compress_after:
+            total += window_flops(patches, vit)
+            patches //= 4
+    return total
+
+
+def window_flops(patches: int, vit: ViTShape | str) -> int:
+    """One compressor inside a ViT, on n patches of one view.
+
+    ``"window"``: ``8 n D^2 + 16 n D`` (attention inside windows) ``+ 10 n D * mlp``; ``"adaptive"``: ``6 n D^2``;
+    ``"average"``: none.
+
+    Raises:
+        ValueError: No such compressor.
+    """
+    vit = named(vit, VITS)
+    d, n = vit.width, patches
+    known = {"window": 8 * n * d * d + 16 * n * d + 10 * n * d * vit.mlp, "adaptive": 6 * n * d * d, "average": 0}
+    return known[_known(vit.compressor, known, "compressor")]
 
 
 def resampler_flops(patches: int, vision_width: int, resampler: ResamplerShape | str, *, width: int) -> int:
-    """One view of ``patches`` features, n, through Q latents of width D.
+    """One view of ``patches`` features, n, through Q latents of width D, all of which see all features.
 
     ``2 n D_v D`` (features to width D) ``+ 4 n D^2`` (keys, values) ``+ 2 Q D^2`` (queries) ``+ 4 Q n D`` (attention)
-    ``+ 4 Q D^2`` (output and last projection).
+    ``+ 4 Q D^2`` (output and last projection); the rewrite has ``8 Q D^2`` (FFN) in place of the last projection.
+
+    Raises:
+        ValueError: The resampler works on windows: see :func:`spatial_flops` and :func:`pyramid_flops`.
     """
     resampler = named(resampler, RESAMPLERS)
+    after = {"perceiver": 4, "rewrite": 10}[_known(resampler.kind, ("perceiver", "rewrite"), "kind")]
     q, d, n = resampler.latents, resampler.width or width, patches
-    return 2 * n * vision_width * d + 4 * n * d * d + 2 * q * d * d + 4 * q * n * d + 4 * q * d * d
+    return 2 * n * vision_width * d + 4 * n * d * d + 2 * q * d * d + 4 * q * n * d + after * q * d * d
+
+
+def spatial_flops(grid_hw: tuple[int, int], vision_width: int, resampler: ResamplerShape | str, *, width: int) -> int:
+    """One view of n = rows * columns features through Q latents, each of which sees m pooled keys of its window.
+
+    As :func:`resampler_flops` with ``4 Q m D`` for attention, and the pooling of keys and values (:func:`pool_flops`).
+    """
+    resampler = named(resampler, RESAMPLERS)
+    q, d, n = resampler.latents, resampler.width or width, math.prod(grid_hw)
+    pooled = 2 * pool_flops(grid_hw, math.isqrt(q), d) + 4 * q * math.prod(_pool_hw(grid_hw)) * d
+    return 2 * n * vision_width * d + 4 * n * d * d + 6 * q * d * d + pooled
+
+
+def pyramid_flops(grid_hw: tuple[int, int], vision_width: int, resampler: ResamplerShape | str, *, width: int) -> int:
+    """One view through four sets of Q latents, each of which sees its window on every level of a pyramid.
+
+    For each level of n features ``2 n D_v D``, the pooling of keys and values, and with m pooled keys ``4 Q m D^2``
+    (keys, values) ``+ 16 Q m D`` (attention); then ``26 Q D^2`` (queries, outputs, joining, last projection).
+    """
+    resampler = named(resampler, RESAMPLERS)
+    q, d, m = resampler.latents, resampler.width or width, math.prod(_pool_hw(grid_hw))
+    total = 26 * q * d * d
+    for scale in resampler.levels:
+        level_hw = (grid_hw[0] * scale, grid_hw[1] * scale)
+        total += 2 * math.prod(level_hw) * vision_width * d + 2 * pool_flops(level_hw, math.isqrt(q), d)
+        total += 4 * q * m * d * d + 16 * q * m * d
+    return total
+
+
+def pool_flops(grid_hw: tuple[int, int], side: int, width: int) -> int:
+    """Pooling a map to g x g windows of a x b keys, a matrix along each side: ``2 g a h w D + 2 (g a) (g b) w D``.
+
+    RoI alignment by gathering needs fewer; this is what ``uhd.resampler`` does.
+    """
+    (h, w), (a, b) = grid_hw, _pool_hw(grid_hw)
+    return 2 * side * a * h * w * width + 2 * side * a * side * b * w * width
+
+
+def merge_flops(grid_hw: tuple[int, int], vision_width: int, merger: MergerShape | str, *, width: int) -> int:
+    """2 x 2 features become one, ``2 n / 4 * (16 D_v^2 + 4 D_v D_out)`` a round; only the last has another width.
+
+    Raises:
+        ValueError: A side of the grid cannot be halved so often.
+    """
+    merger = named(merger, RESAMPLERS)
+    _divided(grid_hw, 2**merger.rounds, "this merger")
+    total, n = 0, math.prod(grid_hw)
+    for last in range(1, merger.rounds + 1):
+        out, n = (merger.width or width) if last == merger.rounds else vision_width, n // 4
+        total += 2 * n * (16 * vision_width**2 + 4 * vision_width * out)
+    return total
+
+
+def compressor_flops(
+    grid_hw: tuple[int, int], vision_width: int, compressor: ResamplerShape | MergerShape | str, *, width: int
+) -> int:
+    """One view of (rows, columns) features through any of the above."""
+    compressor = named(compressor, RESAMPLERS)
+    if isinstance(compressor, MergerShape):
+        return merge_flops(grid_hw, vision_width, compressor, width=width)
+    windows = {"spatial": spatial_flops, "pyramid": pyramid_flops}
+    if compressor.kind in windows:
+        return windows[compressor.kind](grid_hw, vision_width, compressor, width=width)
+    return resampler_flops(math.prod(grid_hw), vision_width, compressor, width=width)
+
+
+def _pool_hw(grid_hw: tuple[int, int]) -> tuple[int, int]:
+    aspect = math.log(grid_hw[1] / grid_hw[0])
+    return min(WINDOW_POOLS, key=lambda pool: abs(aspect - math.log(pool[1] / pool[0])))
+
+
+def _divided(grid_hw: tuple[int, int], factor: int, what: str) -> tuple[int, int]:
+    rows, columns = grid_hw
+    if rows % factor or columns % factor:
+        raise ValueError(
+            f"{what} joins {factor} x {factor} features, a view has {(rows, columns)}: plan with a multiple of "
+            f"merge={factor}"
+        )
+    return rows // factor, columns // factor
+
+
+def _known(name: str, names: Iterable[str], what: str) -> str:
+    if name not in names:
+        raise ValueError(f"{what}={name!r}: choose one of {list(names)}")
+    return name
 
 
 def mlp_flops(features: int, vision_width: int, *, width: int) -> int:
@@ -151,7 +302,7 @@ def plan_flops(
     plan: SlicePlan,
     *,
     vit: ViTShape | str = "clip-l",
-    resampler: ResamplerShape | str | None = None,
+    resampler: ResamplerShape | MergerShape | str | None = None,
     lm: LMShape | str = "llama-13b",
     head: bool = False,
 ) -> Flops:
@@ -159,15 +310,19 @@ def plan_flops(
 
     Attention stays inside a view. ``resampler=None`` is LLaVA-1.5's two-layer MLP over the plan's visual tokens. The
     LM reads ``plan.num_tokens`` positions, whatever the compressor.
+
+    Raises:
+        ValueError: No such model; a view that the ViT or the merger cannot halve as often as it does.
     """
     vit, lm = named(vit, VITS), named(lm, LMS)
     encoder = compressor = 0
     for canvas in plan.canvases:
         count = len(canvas.tiles)
-        patches = (canvas.view_hw[0] // plan.patch_size) * (canvas.view_hw[1] // plan.patch_size)
-        encoder += count * vit_flops(patches, vit, patch_size=plan.patch_size)
+        grid_hw = (canvas.view_hw[0] // plan.patch_size, canvas.view_hw[1] // plan.patch_size)
+        features_hw = vit.output_hw(grid_hw)
+        encoder += count * vit_flops(math.prod(grid_hw), vit, patch_size=plan.patch_size)
         if resampler is not None:
-            compressor += count * resampler_flops(patches, vit.width, resampler, width=lm.width)
+            compressor += count * compressor_flops(features_hw, vit.width, resampler, width=lm.width)
     if resampler is None:
         compressor = mlp_flops(plan.num_visual_tokens, vit.width, width=lm.width)
     return Flops(encoder, compressor, lm_flops(plan.num_tokens, lm, head=head))

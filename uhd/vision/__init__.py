@@ -6,6 +6,7 @@ returns packed features (N', D), and tells the grids of those by `vision.output_
 
 from __future__ import annotations
 
+from .compressor import CompressedViT, CompressedViTConfig, compress_vit
 from .patches import patchify, unpatchify
 from .pos_embed import bucket_position_ids, interpolate_pos_embed
 from .tower import VisionTower
@@ -13,10 +14,13 @@ from .vit import ViT, ViTConfig
 from .weights import config_from_hf, load_vit, to_source_state_dict, vit_from
 
 __all__ = [
+    "CompressedViT",
+    "CompressedViTConfig",
     "ViT",
     "ViTConfig",
     "VisionTower",
     "bucket_position_ids",
+    "compress_vit",
     "config_from_hf",
     "interpolate_pos_embed",
     "load_vit",

@@ -8,7 +8,7 @@ views of equal length, and the layers beyond the selected one are not built.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from uhd.packed import GridTables, as_grid, check_grids
 
 from .pos_embed import BUCKET_RULES, MODES, bucket_position_ids, interpolate_pos_embed
+from .stem import WindowStem
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "swiglu")
 
@@ -45,6 +46,9 @@ class ViTConfig:
     class_token: bool = False
     num_registers: int = 0  # they follow the class token
     patch_bias: bool = True
+    stem_border: int = 0  # px of the neighbours that a patch embedding sees on each side, see `WindowStem`; 0: none
+    stem_hidden: int | None = None  # width inside that stem; None: twice the width
+    stem_grey: bool = False  # that stem sees the mean of the channels
     qkv_bias: bool = True
     layer_scale: float | None = None  # initial value; None: no layer scale
     pre_norm: bool = False  # LayerNorm before the first block (CLIP)
@@ -120,8 +124,9 @@ class ViT(nn.Module):
 
     Args:
         config: what to build.
-        stem: replaces the patch embedding: any module (N, P) -> (N, D). The default is a Linear over patches of inner
-            order (c, py, px), equal to a `Conv2d` weight flattened.
+        stem: replaces the patch embedding: any module (N, P) -> (N, D), called with the grids too where it has a true
+            `needs_grids`. The default is a Linear over patches of inner order (c, py, px), equal to a `Conv2d` weight
+            flattened, or the config's `WindowStem`.
 
     Attributes:
         gradient_checkpointing: recompute every block in the backward pass while training.
@@ -136,7 +141,7 @@ class ViT(nn.Module):
         self.gradient_checkpointing = False
         width = config.width
         self.own_stem = stem is None
-        self.stem = nn.Linear(config.patch_dim, width, bias=config.patch_bias) if stem is None else stem
+        self.stem = _make_stem(config) if stem is None else stem
         self.class_token = nn.Parameter(torch.zeros(1, width)) if config.class_token else None
         self.registers = nn.Parameter(torch.zeros(config.num_registers, width)) if config.num_registers else None
         self.positions = None
@@ -214,11 +219,12 @@ class ViT(nn.Module):
         x = self.pre_norm(groups.pack(x, self._prefix()))
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         states = [groups.unpack(x)] if hidden_states else []
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks, 1):
             x = checkpoint(block, x, groups.shapes, use_reentrant=False) if recompute else block(x, groups.shapes)
             if hidden_states:
                 states.append(groups.unpack(x))
-        features = self.norm(states[-1] if hidden_states else groups.unpack(x))
+            x, groups = self._after_block(number, x, groups)
+        features = self.norm(groups.unpack(x))
         return (features, tuple(states)) if hidden_states else features
 
     def position_embedding(self, grid_hw: tuple[int, int]) -> Tensor:
@@ -243,12 +249,17 @@ class ViT(nn.Module):
     def _embed(self, patches: Tensor, grids: tuple[tuple[int, int], ...]) -> Tensor:
         """(N, P) -> (N, D) with positions."""
         parameter = next(self.stem.parameters(), patches)
-        x = self.stem(patches.to(parameter.dtype if parameter.is_floating_point() else patches.dtype))
+        patches = patches.to(parameter.dtype if parameter.is_floating_point() else patches.dtype)
+        x = self.stem(patches, grids) if getattr(self.stem, "needs_grids", False) else self.stem(patches)
         if x.shape != (len(patches), self.config.width):
             raise ValueError(
                 f"the stem must return (N, D) = {(len(patches), self.config.width)}; got {tuple(x.shape)}"
             )
         return x if self.positions is None or not grids else x + self._positions_of(grids)
+
+    def _after_block(self, number: int, x: Tensor, groups: _Groups) -> tuple[Tensor, _Groups]:
+        """What happens to all tokens after `number` blocks: nothing here, see `uhd.vision.CompressedViT`."""
+        return x, groups
 
     def _prefix(self) -> Tensor | None:
         """(R, D) class token and registers, with their rows of the position table; None without any."""
@@ -266,6 +277,15 @@ class ViT(nn.Module):
             key = (grid, source.device, source.dtype, self.config)
             tables[grid] = self._position_tables.get(key, source, partial(self.position_embedding, grid))
         return torch.cat([tables[grid] for grid in grids])
+
+
+def _make_stem(config: ViTConfig) -> nn.Module:
+    if not config.stem_border:
+        return nn.Linear(config.patch_dim, config.width, bias=config.patch_bias)
+    hidden = config.stem_hidden or 2 * config.width
+    return WindowStem(
+        config.patch_size, config.stem_border, hidden, config.width, channels=config.channels, grey=config.stem_grey
+    )
 
 
 class Block(nn.Module):
@@ -310,14 +330,14 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Linear, activation, Linear; "swiglu" doubles the first layer and gates its second half by silu of its first."""
 
-    def __init__(self, width: int, hidden: int, *, activation: str) -> None:
+    def __init__(self, width: int, hidden: int, *, activation: str, out: int | None = None) -> None:
         super().__init__()
         self.activation = activation
         self.fc1 = nn.Linear(width, 2 * hidden if activation == "swiglu" else hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc2 = nn.Linear(hidden, width if out is None else out)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(tokens, D) -> (tokens, D)."""
+        """(tokens, width) -> (tokens, out)."""
         x = self.fc1(x)
         if self.activation == "swiglu":
             gate, x = x.chunk(2, dim=-1)
@@ -333,17 +353,18 @@ class MLP(nn.Module):
 class _Groups:
     """The order in which views are stored inside the ViT: those of equal length side by side, prefix tokens first."""
 
-    lengths: tuple[int, ...]  # patches of every view, in the caller's order
+    grids: tuple[tuple[int, int], ...]  # (rows, columns) of every view, in the caller's order
+    lengths: tuple[int, ...]  # patches of every view
     members: tuple[tuple[int, ...], ...]  # views of every group
     prefix: int  # class and register tokens per view
 
     @classmethod
-    def of(cls, grids: Iterable[tuple[int, int]], prefix: int) -> _Groups:
+    def of(cls, grids: tuple[tuple[int, int], ...], prefix: int) -> _Groups:
         lengths = tuple(rows * columns for rows, columns in grids)
         members: dict[int, list[int]] = {}
         for view, length in enumerate(lengths):
             members.setdefault(length, []).append(view)
-        return cls(lengths, tuple(map(tuple, members.values())), prefix)
+        return cls(grids, lengths, tuple(map(tuple, members.values())), prefix)
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -351,24 +372,35 @@ class _Groups:
         return [(len(views), self.prefix + self.lengths[views[0]]) for views in self.members]
 
     def pack(self, x: Tensor, prefix: Tensor | None) -> Tensor:
-        """(N, D) patches and (R, D) prefix tokens -> (N + V*R, D)."""
+        """(N, D) patches and prefix tokens, (R, D) for all views or (V, R, D), -> (N + V*R, D)."""
         per_view = x.split(self.lengths)
         parts = []
         for views in self.members:
             tokens = torch.stack([per_view[view] for view in views])
             if prefix is not None:
-                tokens = torch.cat([prefix.expand(len(views), -1, -1), tokens], dim=1)
+                own = prefix.expand(len(views), -1, -1) if prefix.dim() == 2 else prefix[list(views)]
+                tokens = torch.cat([own, tokens], dim=1)
             parts.append(tokens.flatten(0, 1))
         return torch.cat(parts) if parts else x
 
     def unpack(self, x: Tensor) -> Tensor:
-        """The inverse of `pack`, without the prefix tokens."""
-        per_view: dict[int, Tensor] = {}
+        """The inverse of `pack`, without the prefix tokens: (N, D)."""
+        per_view = [tokens[self.prefix :] for tokens in self._per_view(x)]
+        return torch.cat(per_view) if per_view else x
+
+    def prefixes(self, x: Tensor) -> Tensor:
+        """The prefix tokens of every view, in the caller's order: (V, R, D)."""
+        per_view = [tokens[: self.prefix] for tokens in self._per_view(x)]
+        return torch.stack(per_view) if per_view else x.unsqueeze(1)[:, : self.prefix]
+
+    def _per_view(self, x: Tensor) -> list[Tensor]:
+        """V times (R + patches, D), in the caller's order."""
+        found: dict[int, Tensor] = {}
         for part, views, shape in zip(
             x.split([b * n for b, n in self.shapes]), self.members, self.shapes, strict=True
         ):
-            per_view.update(zip(views, part.unflatten(0, shape)[:, self.prefix :], strict=True))
-        return torch.cat([per_view[view] for view in range(len(self.lengths))]) if per_view else x
+            found.update(zip(views, part.unflatten(0, shape), strict=True))
+        return [found[view] for view in range(len(self.lengths))]
 
 
 def check_packed(patches: Tensor, grids: Sequence[tuple[int, int]], patch_dim: int) -> tuple[tuple[int, int], ...]:

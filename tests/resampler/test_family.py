@@ -1,0 +1,395 @@
+"""The family's other resamplers: recorded outputs of their code, and what holds for all of them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from uhd.resampler import (
+    PyramidConfig,
+    PyramidResampler,
+    RewriteConfig,
+    RewriteResampler,
+    SpatialConfig,
+    SpatialResampler,
+    sincos_2d,
+)
+from uhd.resampler.pyramid import upsampled
+from uhd.resampler.windows import pool_hw
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "resampler_family.npz"
+GRIDS = [(3, 5), (4, 2), (1, 7), (3, 5), (6, 6)]
+SIZES = {"width": 24, "vision_width": 10, "num_heads": 3, "num_latents": 9}
+CONFIGS = {
+    "spatial": SpatialConfig(**SIZES),
+    "spatial, as released": SpatialConfig(**SIZES, aligned=False),
+    "spatial, equal widths": SpatialConfig(width=16, vision_width=16, num_heads=2, num_latents=4),
+    "rewrite": RewriteConfig(**SIZES, table_side=4),
+    "pyramid": PyramidConfig(**SIZES, upsample=True),
+    "pyramid, as released": PyramidConfig(**SIZES, levels=(1, 4), upsample=True, aligned=False),
+}
+MODULES = {SpatialConfig: SpatialResampler, RewriteConfig: RewriteResampler, PyramidConfig: PyramidResampler}
+
+
+def make(name, *, dtype=torch.float64, seed=0):
+    """A resampler with no parameter at a special value, gates, biases and LayerNorms included."""
+    torch.manual_seed(seed)
+    config = CONFIGS[name]
+    module = MODULES[type(config)](config).to(dtype)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return module
+
+
+def features_for(module, grids=GRIDS, *, seed=1):
+    rows = sum(h * w for h, w in grids)
+    generator = torch.Generator().manual_seed(seed)
+    dtype = next(module.parameters()).dtype
+    return torch.randn(rows, module.in_dim, dtype=torch.float64, generator=generator).to(dtype)
+
+
+def per_view(features, grids):
+    return zip(features.split([h * w for h, w in grids]), grids, strict=True)
+
+
+def golden(tag):
+    with np.load(GOLDEN) as file:
+        data = {name.split("/", 1)[1]: file[name] for name in file.files if name.startswith(f"{tag}/")}
+        info = json.loads(str(file["info_json"]))[tag]
+    return {name[2:]: torch.tensor(x) for name, x in data.items() if name.startswith("w/")}, info, data
+
+
+# --- recorded outputs
+
+
+@pytest.mark.parametrize("tag", ["v1_spatial_g4", "v1_spatial_g12", "v1_spatial_g8_nokvproj"])
+def test_spatial_equals_the_release(tag):
+    state, info, data = golden(tag)
+    module = SpatialResampler.from_state_dict(state, num_heads=info["num_heads"])
+    assert module.tokens_per_view == info["grid_size"] ** 2
+    tried = []
+    for name, x in data.items():
+        if match := re.fullmatch(r"x_(\d+)x(\d+)", name):
+            grid = (int(match[1]), int(match[2]))
+            y = torch.tensor(data[name.replace("x_", "y_", 1)])
+            packed, grids = torch.tensor(x).flatten(0, 1), [grid] * len(x)
+            assert list(pool_hw(grid)) == data[name.replace("x_", "pool_", 1)].tolist()
+            with torch.no_grad():
+                torch.testing.assert_close(module(packed, grids), y, atol=1e-5, rtol=0)
+                corrected = SpatialResampler.from_state_dict(state, num_heads=info["num_heads"], aligned=True)
+                assert (corrected(packed, grids) - y).abs().max() > 1e-3
+            tried.append(grid)
+    assert (7, 5) in tried, "the map that is thinner than its windows"
+    assert len(tried) > 1
+
+
+def test_rewrite_equals_its_source():
+    state, info, data = golden("better_q16")
+    module = RewriteResampler.from_state_dict(state, num_heads=info["num_heads"])
+    grids = [(int(h), int(w)) for h, w in data["tgt_sizes"]]
+    assert any(h > w for h, w in grids)
+    assert any(h < w for h, w in grids)
+    packed = np.concatenate([x[: h * w] for x, (h, w) in zip(data["x"], grids, strict=True)])
+    with torch.no_grad():
+        torch.testing.assert_close(module(torch.tensor(packed), grids), torch.tensor(data["y"]), atol=1e-5, rtol=0)
+
+
+def test_pyramid_equals_the_release():
+    state, info, data = golden("v2_hiwin_g4")
+    module = PyramidResampler.from_state_dict(state, num_heads=info["num_heads"])
+    grids = [(int(h), int(w)) for h, w in data["tgt_sizes"]]
+    assert grids == [(6, 8), (8, 6)]
+    levels = []
+    for scale in (1, 2, 4):
+        maps = [torch.tensor(data[f"img{view}_feat{scale}x"])[0] for view in range(len(grids))]
+        assert [tuple(x.shape[1:]) for x in maps] == [(h * scale, w * scale) for h, w in grids]
+        levels.append(torch.cat([x.flatten(1).T for x in maps]))
+    with torch.no_grad():
+        torch.testing.assert_close(module(levels, grids), torch.tensor(data["y"]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "tag, cls, dropped",
+    [
+        ("v1_spatial_g4", SpatialResampler, 0),
+        ("v1_spatial_g8_nokvproj", SpatialResampler, 0),
+        ("better_q16", RewriteResampler, 0),
+        ("v2_hiwin_g4", PyramidResampler, 5),  # the release's dead `query`, `kv_proj` and level 8
+    ],
+)
+def test_state_dict_round_trip(tag, cls, dropped):
+    state, info, _ = golden(tag)
+    module = cls.from_state_dict(state, num_heads=info["num_heads"])
+    saved = module.state_dict()
+    assert len(saved) == len(state) - dropped
+    assert all(torch.equal(saved[name], state[name]) for name in saved)
+    first = next(module.parameters())
+    with torch.no_grad():
+        first.zero_()
+    assert all(tensor.any() for tensor in state.values()), "the module must own its weights"
+
+
+# --- what holds for all
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_equals_single_and_views_do_not_mix(name):
+    module = make(name)
+    features = features_for(module)
+    out = module(features, GRIDS)
+    assert out.shape == (5, module.tokens_per_view, module.out_dim)
+    assert module.output_lengths(GRIDS) == [module.tokens_per_view] * 5
+    singles = torch.cat([module(x, [grid]) for x, grid in per_view(features, GRIDS)])
+    torch.testing.assert_close(out, singles)
+
+    order = [3, 0, 4, 2, 1]
+    views = list(per_view(features, GRIDS))
+    shuffled = module(torch.cat([views[i][0] for i in order]), [GRIDS[i] for i in order])
+    torch.testing.assert_close(shuffled, out[order])
+
+    poisoned = features.clone()
+    poisoned[15:23] = math.nan  # the second view
+    out = module(poisoned, GRIDS)
+    assert out[1].isnan().any()
+    torch.testing.assert_close(out[[0, 2, 3, 4]], singles[[0, 2, 3, 4]])
+
+
+@settings(max_examples=25)
+@given(
+    name=st.sampled_from(sorted(CONFIGS)), grids=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=4)
+)
+def test_any_grids_give_finite_tokens(name, grids):
+    module = make(name)
+    with torch.no_grad():
+        out = module(features_for(module, grids), grids)
+    assert out.shape == (len(grids), module.tokens_per_view, module.out_dim)
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_same_features_on_another_grid_give_other_tokens(name):
+    module = make(name)
+    x = features_for(module, [(2, 6)])
+    assert not torch.allclose(module(x, [(2, 6)]), module(x, [(6, 2)]), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradients_reach_everything_that_can_learn(name):
+    module = make(name)
+    features = features_for(module).requires_grad_()
+    out = module(features, GRIDS)
+    (out * torch.randn(out.shape, dtype=out.dtype)).sum().backward()
+    assert (features.grad.abs().amax(1) > 0).all()
+    for parameter_name, parameter in module.named_parameters():
+        grad = parameter.grad
+        if parameter_name == "attn.in_proj_bias":  # one bias for all keys: softmax cannot see it where bins are whole
+            grad = torch.cat([grad[: module.out_dim], grad[2 * module.out_dim :]])
+        assert grad.abs().min() > 0, parameter_name
+
+
+@pytest.mark.parametrize("name", ["spatial, as released", "rewrite", "pyramid"])
+def test_gradcheck(name):
+    module = make(name)
+    grids = [(2, 3), (1, 1)]
+    features = features_for(module, grids).requires_grad_()
+    project = torch.randn(module.out_dim, dtype=torch.float64)
+    # few outputs keep the numerical side cheap
+    assert torch.autograd.gradcheck(lambda x: (module(x, grids) @ project).sum(1), features, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_made_again_from_json_and_weights(name):
+    module = make(name, dtype=torch.float32)
+    config = type(module.config).from_dict(json.loads(json.dumps(module.config.to_dict())))
+    assert config == module.config
+    again = MODULES[type(config)](config)
+    again.load_state_dict(module.state_dict())
+    features = features_for(module)
+    assert torch.equal(again(features, GRIDS), module(features, GRIDS))
+    with pytest.raises(ValueError, match=r"has no \['heads'\]; its fields are"):
+        type(config).from_dict({**config.to_dict(), "heads": 3})
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bfloat16_weights_and_autocast(name):
+    module = make(name, dtype=torch.float32)
+    features = features_for(module)
+    exact = module(features, GRIDS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = module(features, GRIDS)
+    low = module.bfloat16()(features.bfloat16(), GRIDS)
+    assert low.dtype == torch.bfloat16
+    for out in (mixed.float(), low.float()):
+        assert (out - exact).norm() / exact.norm() < 0.05
+    with pytest.raises(TypeError, match=r"features are torch.float64 and the weights torch.bfloat16"):
+        module(features.double(), GRIDS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tables_are_never_stale(name):
+    module = make(name)
+    features = features_for(module)
+    with torch.no_grad():
+        before = module(features, GRIDS)
+        state = copy.deepcopy(module.state_dict())
+        state["pos_embed"] = state["pos_embed"].flip(0).contiguous()
+        module.load_state_dict(state)
+        after = module(features, GRIDS)
+    fresh = MODULES[type(module.config)](module.config).double()
+    fresh.load_state_dict(state)
+    assert not torch.allclose(after, before)
+    assert torch.equal(after, fresh(features, GRIDS))
+    with torch.inference_mode():
+        module(features, GRIDS)
+    module(features, GRIDS).sum().backward()  # tables made under inference mode serve training
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bad_input_says_what_was_expected(name):
+    module = make(name)
+    features = features_for(module)
+    with pytest.raises(ValueError, match=r"features have \d+ rows, but the 5 grids add up to \d+"):
+        module(features[:-1], GRIDS)
+    with pytest.raises(ValueError, match=rf"expected \(N, {module.in_dim}\)"):
+        module(features[:, :-1], GRIDS)
+    with pytest.raises(ValueError, match=r"grids\[0\] must be at least \(1, 1\)"):
+        module(features, [(0, 5)])
+
+
+@pytest.mark.parametrize("tag, cls", [("v1_spatial_g4", SpatialResampler), ("better_q16", RewriteResampler)])
+def test_bad_weights_are_listed(tag, cls):
+    state, _, _ = golden(tag)
+    fewer = {name: x for name, x in state.items() if name != "ln_kv.bias"}
+    with pytest.raises(ValueError, match=r"missing \['ln_kv.bias'\], unexpected \['resampler.proj'\]"):
+        cls.from_state_dict({**fewer, "resampler.proj": state["query"]}, num_heads=4)
+    with pytest.raises(ValueError, match="expected 'query' with [23] axes"):
+        cls.from_state_dict({f"resampler.{name}": x for name, x in state.items()}, num_heads=4)
+    with pytest.raises(ValueError, match=r"'ln_kv.bias': \(\(31,\), \(32,\)\)"):
+        cls.from_state_dict({**state, "ln_kv.bias": state["ln_kv.bias"][1:]}, num_heads=4)
+    with pytest.raises(ValueError, match="cannot be divided among num_heads=7"):
+        cls.from_state_dict(state, num_heads=7)
+
+
+@pytest.mark.parametrize(
+    "cls, changes, message",
+    [
+        (SpatialConfig, {"num_latents": 10}, "num_latents=10 is not a square"),
+        (SpatialConfig, {"width": 18}, "multiple of 4"),
+        (SpatialConfig, {"num_heads": 5}, "cannot be divided among num_heads=5"),
+        (SpatialConfig, {"vision_width": 0}, "vision_width=0: must be at least 1"),
+        (RewriteConfig, {"table_side": 0}, "table_side=0"),
+        (RewriteConfig, {"width": 18}, "multiple of 4"),
+        (PyramidConfig, {"num_latents": 10}, "not a square"),
+        (PyramidConfig, {"levels": (2, 1)}, "ascending"),
+        (PyramidConfig, {"levels": (1, 3)}, r"levels=\(1, 3\): take some of \(1, 2, 4, 8\)"),
+        (PyramidConfig, {"levels": ()}, "levels="),
+        (PyramidConfig, {"levels": (2, 4), "upsample": True}, "with 1 among them"),
+    ],
+)
+def test_bad_config(cls, changes, message):
+    with pytest.raises(ValueError, match=message):
+        cls(**{**SIZES, **changes})
+
+
+# --- each on its own
+
+
+def test_a_spatial_latent_depends_on_its_own_window():
+    module = make("spatial")
+    features = features_for(module, [(6, 9)])
+    changed = features.clone()
+    changed[0] += 1  # patch (0, 0), in the first of 3 x 3 windows
+    moved = (module(changed, [(6, 9)]) - module(features, [(6, 9)])).abs().amax(dim=(0, 2)) > 1e-9
+    assert moved.tolist() == [True] + [False] * 8
+
+
+def test_initialisation_as_released():
+    torch.manual_seed(0)
+    sizes = {"width": 256, "vision_width": 192, "num_heads": 8, "num_latents": 64}
+    spatial, pyramid = SpatialResampler(SpatialConfig(**sizes)), PyramidResampler(PyramidConfig(**sizes))
+    for weight in (spatial.query, spatial.kv_proj.weight, pyramid.query_4, pyramid.cat_proj.weight):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.05)
+    for module in (spatial, pyramid):
+        assert module.proj.std().item() == pytest.approx(256**-0.5, rel=0.05)
+        assert torch.equal(module.pos_embed, sincos_2d(256, (8, 8)))
+    assert not pyramid.feature_2x_embedding.any()
+    rewrite = RewriteResampler(RewriteConfig(**sizes))
+    assert rewrite.alpha.item() == 0
+    assert torch.equal(rewrite.pos_embed, sincos_2d(256, (24, 24)))
+    cut = 0.8796  # standard deviation of a unit normal that is cut at two
+    assert rewrite.proj.weight.std().item() == pytest.approx(cut * 512**-0.5, rel=0.05)
+    assert rewrite.query.std().item() == pytest.approx(cut * 256**-0.5, rel=0.05)
+
+
+def test_the_rewrites_positions_start_switched_off_and_learn():
+    config = CONFIGS["rewrite"]
+    torch.manual_seed(0)
+    module = RewriteResampler(config)
+    features = features_for(module, [(2, 6)])
+    assert torch.equal(module(features, [(2, 6)]), module(features, [(3, 4)]))
+    module(features, [(2, 6)]).square().sum().backward()
+    assert module.alpha.grad.abs() > 0
+
+
+def test_the_rewrites_separators_are_held_where_asked_for():
+    assert "sep_embeddings" not in make("rewrite").state_dict()
+    held = RewriteResampler(RewriteConfig(**SIZES, separators=True))
+    assert held.sep_embeddings.shape == (3, 1, 24)
+    assert held.sep_embeddings.std() > 0
+
+
+def test_a_pyramid_takes_levels_or_makes_them():
+    module = make("pyramid")
+    features = features_for(module)
+    levels = upsampled(features, GRIDS, (1, 2, 4))
+    assert [len(level) for level in levels] == [len(features) * s * s for s in (1, 2, 4)]
+    assert torch.equal(levels[0], features)
+    assert torch.equal(module(levels, GRIDS), module(features, GRIDS))
+    given = PyramidResampler(PyramidConfig(**SIZES)).double()
+    given.load_state_dict(module.state_dict())
+    assert torch.equal(given(levels, GRIDS), module(features, GRIDS))
+    with pytest.raises(ValueError, match="features of the 3 levels .* got one tensor: give a list, or set upsample"):
+        given(features, GRIDS)
+    with pytest.raises(ValueError, match=r"the 3 levels \(1, 2, 4\), got 2"):
+        given(levels[:2], GRIDS)
+    with pytest.raises(ValueError, match="rows, but the 5 grids add up to"):
+        given([levels[0], levels[1][:-1], levels[2]], GRIDS)
+    with pytest.raises(ValueError, match="rows, but the 5 grids add up to"):
+        upsampled(features[1:], GRIDS, (1, 2))
+
+
+def test_a_finer_level_of_a_pyramid_counts():
+    module = make("pyramid")
+    levels = upsampled(features_for(module), GRIDS, (1, 2, 4))
+    before = module(levels, GRIDS)
+    for level in range(3):
+        other = list(levels)
+        other[level] = levels[level] + torch.randn_like(levels[level])
+        assert (module(other, GRIDS) - before).abs().max() > 1e-3
+    single = PyramidResampler(PyramidConfig(**SIZES, levels=(1,)))
+    assert single(levels[0].float(), GRIDS).shape == (5, 9, 24)
+
+
+def test_attention_is_that_of_torch():
+    """One view of one window: latents over all its pooled keys, by nn.MultiheadAttention."""
+    torch.manual_seed(0)
+    module = SpatialResampler(SpatialConfig(width=16, vision_width=16, num_heads=2, num_latents=1)).double()
+    mha = nn.MultiheadAttention(16, 2, dtype=torch.float64)
+    mha.load_state_dict(module.attn.state_dict())
+    x = features_for(module, [(3, 3)])  # each of 3 x 3 bins is one patch
+    kv = module.ln_kv(x)
+    positions = sincos_2d(16, (1, 1)).double()  # a table of one row is the same everywhere
+    y = mha(module.ln_q(module.query) + positions, kv + positions, kv)[0]
+    # the table is resized in float32
+    torch.testing.assert_close(module(x, [(3, 3)])[0], module.ln_post(y) @ module.proj, atol=1e-6, rtol=0)

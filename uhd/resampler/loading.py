@@ -1,0 +1,77 @@
+"""Settings that become JSON, and weights that must fit by name and shape: what every resampler with weights shares."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+_Settings = TypeVar("_Settings", bound="Settings")
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+class Settings:
+    """Base of the frozen dataclasses that describe a compressor."""
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, ready for JSON; `from_dict` is the inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls: type[_Settings], values: Mapping[str, object]) -> _Settings:
+        """Raises a ValueError on a name that is not a field."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"{cls.__name__} has no {unknown}; its fields are {sorted(known)}")
+        return cls(**values)
+
+
+def check_sizes(settings: Settings, names: tuple[str, ...]) -> None:
+    """Raises a ValueError unless the named fields are at least 1 and the heads divide the width."""
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name}={getattr(settings, name)}: must be at least 1")
+    if settings.width % settings.num_heads:
+        raise ValueError(f"width={settings.width} cannot be divided among num_heads={settings.num_heads}")
+
+
+def shape_of(state: Mapping[str, Tensor], name: str, axes: int) -> tuple[int, ...]:
+    """Shape of one tensor among weights, where sizes are read off it.
+
+    Raises:
+        ValueError: it is not there, or has another number of axes.
+    """
+    if name not in state or state[name].dim() != axes:
+        raise ValueError(f"expected {name!r} with {axes} axes among the weights; got the names {sorted(state)}")
+    return tuple(state[name].shape)
+
+
+def load_exactly(make: Callable[[], _Module], state: Mapping[str, Tensor], what: str, *, like: str) -> _Module:
+    """A new module with these weights, all of them and no others.
+
+    Args:
+        make: builds the module; called under the meta device, since at the width of a language model an
+            initialisation that is thrown away takes seconds.
+        state: name -> tensor; copied.
+        what: names the kind of weights in messages.
+        like: name of the tensor whose dtype and device the module gets.
+
+    Raises:
+        ValueError: names are missing or unexpected (listed), or shapes disagree.
+    """
+    with torch.device("meta"):
+        module = make()
+    expected = module.state_dict()
+    missing, unexpected = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
+    if missing or unexpected:
+        raise ValueError(f"weights do not fit {what}: missing {missing}, unexpected {unexpected}")
+    wrong = {name: (tuple(state[name].shape), tuple(t.shape)) for name, t in expected.items()}
+    wrong = {name: shapes for name, shapes in wrong.items() if shapes[0] != shapes[1]}
+    if wrong:
+        raise ValueError(f"weights of other shapes than {what} implies, as name: (got, expected): {wrong}")
+    module = module.to_empty(device=state[like].device).to(state[like].dtype)
+    module.load_state_dict(state)
+    return module

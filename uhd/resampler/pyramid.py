@@ -1,0 +1,267 @@
+"""Hierarchical window attention: latents of a window see that window on every level of a feature pyramid."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from uhd.packed import GridTables, check_grids
+from uhd.resampler.attention import LatentAttention
+from uhd.resampler.loading import Settings, check_sizes, load_exactly, shape_of
+from uhd.resampler.protocol import check_features
+from uhd.resampler.sincos import resize_table, sincos_2d
+from uhd.resampler.windows import attend_windows, pool_windows
+
+NUM_SETS = 4
+"""Sets of latents, as released; their results are joined into one token a window."""
+
+SCALES = (1, 2, 4, 8)
+"""Levels that the release has names for: how many times finer than the view's own map."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PyramidConfig(Settings):
+    """Shape and flags of a `PyramidResampler`.
+
+    Raises:
+        ValueError: a size does not fit another, or a level has no name; the message says which.
+    """
+
+    width: int  # of the latents and of the output: the language model's
+    vision_width: int  # of the features of every level
+    num_heads: int  # divides the width
+    num_latents: int = 144  # tokens per view, a square: one for each window
+    levels: tuple[int, ...] = (1, 2, 4)  # how many times finer than the view's own map, each of 1, 2, 4, 8
+    upsample: bool = False  # make finer levels from the first by bilinear resizing, where they are not given
+    aligned: bool = True  # sample where the features are; False: as released, see `uhd.resampler.windows.pool_weights`
+    eps: float = 1e-6  # of every LayerNorm
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", tuple(self.levels))  # JSON brings a list
+        check_sizes(self, ("width", "vision_width", "num_heads", "num_latents"))
+        if self.width % 4:
+            raise ValueError(f"width={self.width}: 2D sincos positions need a multiple of 4")
+        if math.isqrt(self.num_latents) ** 2 != self.num_latents:
+            raise ValueError(f"num_latents={self.num_latents} is not a square: take 64 or 144, say")
+        known = [scale for scale in SCALES if scale in self.levels]
+        if list(self.levels) != known or not known or (self.upsample and known[0] != 1):
+            raise ValueError(
+                f"levels={self.levels}: take some of {SCALES}, ascending, with 1 among them where upsample is set"
+            )
+
+    @property
+    def side(self) -> int:
+        """Windows along each side of a view."""
+        return math.isqrt(self.num_latents)
+
+
+class PyramidResampler(nn.Module):
+    """Four sets of Q = g*g latents attend to the pooled keys of their window on all levels; one token a window.
+
+        x_l = LN_kv(features_lx_projector(level l))
+        k = windows of (x_l + positions(grid of l) + feature_lx_embedding), all levels    v = windows of x_l
+        y_i = LN_proj(MHA(LN_q(query_i) + P, k, v)), i = 1..4
+        tokens = LN_post(cat_proj(y_1 .. y_4)) @ proj
+
+    Windows, P and positions are those of `SpatialResampler`. The levels come from outside: the release makes them with
+    an upsampler that is guided by the image (FeatUp), which is not part of this module.
+
+    Source: class `AdaptSpatialResampler` of LLaVA-UHD v2 (Hiwin transformer), its method that takes several
+    resolutions. Parameter names are the release's. Its `query`, `kv_proj` and the parts of unused levels take part in
+    nothing there, and are not held here.
+
+    Attributes:
+        config: the `PyramidConfig` it was made from.
+        in_dim, out_dim, tokens_per_view: D_v, D and Q.
+    """
+
+    def __init__(self, config: PyramidConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.in_dim, self.out_dim, self.tokens_per_view = config.vision_width, config.width, config.num_latents
+        width = config.width
+        for scale in config.levels:
+            self.register_module(f"features_{scale}x_projector", nn.Linear(config.vision_width, width))
+            self.register_parameter(f"feature_{scale}x_embedding", nn.Parameter(torch.empty(1, 1, width)))
+        for number in range(1, NUM_SETS + 1):
+            self.register_parameter(f"query_{number}", nn.Parameter(torch.empty(config.num_latents, width)))
+        self.register_buffer("pos_embed", sincos_2d(width, (config.side, config.side)))  # fixed, so not a parameter
+        self.attn = LatentAttention(width, config.num_heads)
+        self.ln_q, self.ln_kv, self.ln_proj, self.ln_post = (nn.LayerNorm(width, eps=config.eps) for _ in range(4))
+        self.cat_proj = nn.Linear(NUM_SETS * width, width)
+        self.proj = nn.Parameter(torch.empty(width, width))
+        self._tables = GridTables()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As released: truncated normal 0.02, zero biases and level embeddings, N(0, 1) / sqrt(D) at the end."""
+        if not self.pos_embed.is_meta:
+            self.pos_embed.copy_(sincos_2d(self.config.width, (self.config.side, self.config.side)))
+        for linear in (self.cat_proj, *(self.get_submodule(f"features_{s}x_projector") for s in self.config.levels)):
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+        for query in self._queries():
+            nn.init.trunc_normal_(query, std=0.02)
+        for scale in self.config.levels:
+            nn.init.zeros_(self.get_parameter(f"feature_{scale}x_embedding"))
+        nn.init.normal_(self.proj, std=self.config.width**-0.5)
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        state: Mapping[str, Tensor],
+        *,
+        num_heads: int,
+        levels: Sequence[int] = (1, 2, 4),
+        upsample: bool = False,
+        aligned: bool = False,
+        eps: float = 1e-6,
+    ) -> PyramidResampler:
+        """Weights under the release's names, without a prefix and without `upsampler.*`.
+
+        Args:
+            state: name -> tensor; dtype and device of `query_1` become the module's. The tensors are copied, those
+                that the release never uses (`query`, `kv_proj.weight`, other levels') are left out.
+            num_heads: not visible in the weights; the release uses width // 128.
+            levels: those that its `feature_scale_mask` selects: bits 1, 2, 4, 8; 7, the default, is (1, 2, 4).
+            upsample: as in `PyramidConfig`.
+            aligned: False samples where the released weights were trained to.
+            eps: of the LayerNorms.
+
+        Raises:
+            ValueError: names are missing or unexpected (listed), shapes disagree, or the heads do not fit the width.
+        """
+        num_latents, width = shape_of(state, "query_1", 2)
+        projector = f"features_{min(levels, default=1)}x_projector.weight"
+        config = PyramidConfig(
+            width=width,
+            vision_width=shape_of(state, projector, 2)[1],
+            num_heads=num_heads,
+            num_latents=num_latents,
+            levels=tuple(levels),
+            upsample=upsample,
+            aligned=aligned,
+            eps=eps,
+        )
+        unused = {"query", "kv_proj.weight"}
+        for scale in set(SCALES) - set(levels):
+            unused |= {f"feature_{scale}x_embedding"}
+            unused |= {f"features_{scale}x_projector.{part}" for part in ("weight", "bias")}
+        used = {name: tensor for name, tensor in state.items() if name not in unused}
+        return load_exactly(lambda: cls(config), used, "a PyramidResampler", like="query_1")
+
+    def output_lengths(self, grids: Sequence[tuple[int, int]]) -> list[int]:
+        """Tokens of every view: Q, whatever the grid."""
+        return [self.tokens_per_view] * len(grids)
+
+    def forward(self, features: Tensor | Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> Tensor:
+        """Compress every view on its own.
+
+        Args:
+            features: for every level s of `config.levels` its (N*s*s, D_v), all views packed in the same order, every
+                view row-major over (rows*s, columns*s). With `config.upsample` also (N, D_v) alone, the level 1.
+            grids: V pairs (rows, columns) of the views' own maps, on the host.
+
+        Returns:
+            (V, Q, D).
+
+        Raises:
+            ValueError: another number of levels, a grid with a side below 1, or features that do not fit.
+            TypeError: the dtype is not that of the weights, outside autocast.
+        """
+        grids = check_grids(grids)
+        pyramid = self._pyramid(features, grids)
+        queries = torch.stack([self.ln_q(query) + self.pos_embed for query in self._queries()], dim=1)  # (Q, 4, D)
+        w_q, b_q = (x.chunk(3)[0] for x in (self.attn.in_proj_weight, self.attn.in_proj_bias))
+        q = F.linear(queries, w_q, b_q)
+        mixed: dict[int, Tensor] = {}
+        for grid in dict.fromkeys(grids):
+            views = [view for view, other in enumerate(grids) if other == grid]
+            mixed.update(zip(views, self._attend(q, pyramid, views, grid), strict=True))
+        if not mixed:
+            return q.new_zeros(0, self.tokens_per_view, self.out_dim)
+        heads = self.ln_proj(self.attn.out_proj(torch.stack([mixed[view] for view in range(len(grids))])))
+        return self.ln_post(self.cat_proj(rearrange(heads, "v s q d -> v q (s d)"))) @ self.proj
+
+    def _queries(self) -> list[nn.Parameter]:
+        return [self.get_parameter(f"query_{number}") for number in range(1, NUM_SETS + 1)]
+
+    def _pyramid(self, features: Tensor | Sequence[Tensor], grids: tuple[tuple[int, int], ...]) -> list[list[Tensor]]:
+        """For every level the V maps (h*s, w*s, D_v)."""
+        levels = self.config.levels
+        if isinstance(features, Tensor):
+            if not self.config.upsample and levels != (1,):
+                raise ValueError(
+                    f"expected features of the {len(levels)} levels {levels}, got one tensor: give a list, or set "
+                    "upsample=True in PyramidConfig to have finer levels made by bilinear resizing"
+                )
+            features = [features] if levels == (1,) else upsampled(features, grids, levels)
+        if len(features) != len(levels):
+            raise ValueError(f"expected features of the {len(levels)} levels {levels}, got {len(features)}")
+        pyramid = []
+        for scale, level in zip(levels, features, strict=True):
+            sizes = [(h * scale, w * scale) for h, w in grids]
+            check_features(level, sizes, self.query_1, self.in_dim)
+            parts = level.split([h * w for h, w in sizes]) if sizes else ()
+            pyramid.append([part.unflatten(0, size) for part, size in zip(parts, sizes, strict=True)])
+        return pyramid
+
+    def _attend(
+        self, q: Tensor, pyramid: Sequence[Sequence[Tensor]], views: Sequence[int], grid_hw: tuple[int, int]
+    ) -> Tensor:
+        """Views of one grid -> (V, 4, Q, D), before the output projection."""
+        keys, values = [], []
+        for scale, maps in zip(self.config.levels, pyramid, strict=True):
+            projector = self.get_submodule(f"features_{scale}x_projector")
+            x = self.ln_kv(projector(torch.stack([maps[view] for view in views])))  # (V, h*s, w*s, D)
+            size = (grid_hw[0] * scale, grid_hw[1] * scale)
+            table = self._table(size).unflatten(0, size)
+            keys.append(self._pooled(x + table + self.get_parameter(f"feature_{scale}x_embedding")))
+            values.append(self._pooled(x))
+        # projected after pooling: the finest level has far more features than its windows have keys
+        _, w_k, w_v = self.attn.in_proj_weight.chunk(3)
+        _, b_k, b_v = self.attn.in_proj_bias.chunk(3)
+        k, v = F.linear(torch.cat(keys, dim=2), w_k, b_k), F.linear(torch.cat(values, dim=2), w_v, b_v)
+        return attend_windows(q, k, v, self.config.num_heads)
+
+    def _pooled(self, maps: Tensor) -> Tensor:
+        return pool_windows(maps, self.config.side, aligned=self.config.aligned, tables=self._tables)
+
+    def _table(self, grid_hw: tuple[int, int]) -> Tensor:
+        key = ("positions", grid_hw, self.pos_embed.device, self.pos_embed.dtype)
+        return self._tables.get(key, self.pos_embed, lambda: resize_table(self.pos_embed, grid_hw))
+
+
+def upsampled(features: Tensor, grids: Sequence[tuple[int, int]], levels: Sequence[int]) -> list[Tensor]:
+    """A pyramid by bilinear resizing (corners not aligned), for want of an upsampler that sees the image.
+
+    Args:
+        features: (N, D), all views packed, row-major.
+        grids: V pairs (rows, columns) that sum to N.
+        levels: how many times finer each level is.
+
+    Returns:
+        For every level s its (N*s*s, D), views in the same order.
+
+    Raises:
+        ValueError: the features do not fit the grids.
+    """
+    lengths = [h * w for h, w in grids]
+    if sum(lengths) != len(features):
+        raise ValueError(f"features have {len(features)} rows, but the {len(grids)} grids add up to {sum(lengths)}")
+    parts = features.split(lengths) if grids else ()
+    pyramid = []
+    for scale in levels:
+        finer = []
+        for part, (h, w) in zip(parts, grids, strict=True):
+            image = rearrange(part, "(h w) d -> 1 d h w", h=h)
+            image = F.interpolate(image, size=(h * scale, w * scale), mode="bilinear", align_corners=False)
+            finer.append(rearrange(image, "1 d h w -> (h w) d"))
+        pyramid.append(torch.cat(finer) if finer else features)
+    return pyramid

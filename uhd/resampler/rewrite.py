@@ -1,0 +1,155 @@
+"""The resampler of the community rewrite of LLaVA-UHD: gated trained positions, and an FFN after the attention."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from uhd.packed import GridTables, check_grids
+from uhd.resampler.attention import LatentAttention
+from uhd.resampler.loading import Settings, check_sizes, load_exactly, shape_of
+from uhd.resampler.protocol import check_features
+from uhd.resampler.sincos import resize_table, sincos_2d
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewriteConfig(Settings):
+    """Shape of a `RewriteResampler`.
+
+    Raises:
+        ValueError: a size does not fit another; the message says which.
+    """
+
+    width: int  # of the latents and of the output: the language model's
+    vision_width: int  # of the features
+    num_heads: int  # divides the width
+    num_latents: int = 64  # tokens per view
+    table_side: int = 24  # patches along each side of the trained position table
+    separators: bool = False  # hold the three trained vectors of the "llava-uhd-better" schema
+    eps: float = 1e-6  # of every LayerNorm
+
+    def __post_init__(self) -> None:
+        check_sizes(self, ("width", "vision_width", "num_heads", "num_latents", "table_side"))
+        if self.width % 4:
+            raise ValueError(f"width={self.width}: 2D sincos positions need a multiple of 4")
+
+
+class RewriteResampler(nn.Module):
+    """Q learned latents attend to the patches of one view; positions of the keys start switched off.
+
+        x = LN_kv(kv_proj(features))
+        y = LN_1(MHA(query, x + tanh(alpha) * positions(grid), x))
+        tokens = LN_2(y + proj(gelu(updim_proj(y))))
+
+    `positions` is a trained table, 24 x 24 at first a sincos one, resized to the view's grid; alpha starts at 0.
+
+    Source: class `Resampler` of ParadoxZW/LLaVA-UHD-Better, without its attention dropout of 0.1. Parameter names are
+    its own: query, pos_embed, alpha, kv_proj.weight (where the widths differ), attn.*, ln_kv.*, ln1.*, ln2.*,
+    updim_proj.*, proj.*, and sep_embeddings (3, 1, D) where `config.separators` is set. Those stand between slices of
+    a row, between rows and before the overview, as sep0, sep1 and sep2 of the schema "llava-uhd-better"; `forward`
+    does not use them.
+
+    Attributes:
+        config: the `RewriteConfig` it was made from.
+        in_dim, out_dim, tokens_per_view: D_v, D and Q.
+        attention_impl: kernel used, see `uhd_kernels.varlen_cross_attention`; "auto" unless set.
+    """
+
+    def __init__(self, config: RewriteConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.in_dim, self.out_dim, self.tokens_per_view = config.vision_width, config.width, config.num_latents
+        self.attention_impl = "auto"
+        width = config.width
+        self.query = nn.Parameter(torch.empty(1, config.num_latents, width))
+        self.pos_embed = nn.Parameter(torch.empty(config.table_side**2, width))
+        self.alpha = nn.Parameter(torch.empty(1))
+        self.sep_embeddings = nn.Parameter(torch.empty(3, 1, width)) if config.separators else None
+        self.kv_proj: nn.Module = nn.Identity()
+        if config.vision_width != width:
+            self.kv_proj = nn.Linear(config.vision_width, width, bias=False)
+        self.attn = LatentAttention(width, config.num_heads)
+        self.ln_kv, self.ln1, self.ln2 = (nn.LayerNorm(width, eps=config.eps) for _ in range(3))
+        self.updim_proj, self.proj = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self._tables = GridTables()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As released: normal of 1 / sqrt(width) cut at two deviations, zero biases and gate, sincos positions."""
+        linears = [self.updim_proj, self.proj, self.attn.out_proj, self.kv_proj]
+        linears = [linear for linear in linears if isinstance(linear, nn.Linear)]
+        for tensor in (self.query, self.sep_embeddings, *(linear.weight for linear in linears)):
+            if tensor is not None:
+                std = tensor.shape[-1] ** -0.5
+                nn.init.trunc_normal_(tensor, std=std, a=-2 * std, b=2 * std)
+        for linear in linears:
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        nn.init.zeros_(self.alpha)
+        if not self.pos_embed.is_meta:
+            with torch.no_grad():
+                self.pos_embed.copy_(sincos_2d(self.config.width, (self.config.table_side,) * 2))
+
+    @classmethod
+    def from_state_dict(
+        cls, state: Mapping[str, Tensor], *, num_heads: int = 8, eps: float = 1e-6
+    ) -> RewriteResampler:
+        """Weights under the rewrite's names, without a prefix. Every size is read off the tensors.
+
+        Args:
+            state: name -> tensor; dtype and device of `query` become the module's. The tensors are copied.
+            num_heads: not visible in the weights; the rewrite uses 8.
+            eps: of the LayerNorms.
+
+        Raises:
+            ValueError: names are missing or unexpected (listed), shapes disagree, or the heads do not fit the width.
+        """
+        _, num_latents, width = shape_of(state, "query", 3)
+        config = RewriteConfig(
+            width=width,
+            vision_width=state["kv_proj.weight"].shape[-1] if "kv_proj.weight" in state else width,
+            num_heads=num_heads,
+            num_latents=num_latents,
+            table_side=math.isqrt(shape_of(state, "pos_embed", 2)[0]),
+            separators="sep_embeddings" in state,
+            eps=eps,
+        )
+        return load_exactly(lambda: cls(config), state, "a RewriteResampler", like="query")
+
+    def output_lengths(self, grids: Sequence[tuple[int, int]]) -> list[int]:
+        """Tokens of every view: Q, whatever the grid."""
+        return [self.tokens_per_view] * len(grids)
+
+    def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+        """(N, D_v) packed features of V views -> (V, Q, D); as in `PerceiverResampler.forward`.
+
+        Raises:
+            ValueError, TypeError: see `uhd.packed.check_grids` and `protocol.check_features`.
+        """
+        grids = check_grids(grids)
+        check_features(features, grids, self.query, self.in_dim)
+        x = self.ln_kv(self.kv_proj(features))  # (N, D)
+        tables = {grid: self._table(grid) for grid in dict.fromkeys(grids)}
+        starts, rows = {}, 0
+        for grid, table in tables.items():
+            starts[grid], rows = rows, rows + len(table)
+        positions = torch.tanh(self.alpha) * torch.cat(list(tables.values())) if tables else None
+        y = self.attn(
+            self.query[0],
+            x,
+            [h * w for h, w in grids],
+            positions=positions,
+            position_offsets=[starts[grid] for grid in grids] if tables else None,
+            impl=self.attention_impl,
+        )
+        y = self.ln1(y)
+        return self.ln2(y + self.proj(F.gelu(self.updim_proj(y))))
+
+    def _table(self, grid_hw: tuple[int, int]) -> Tensor:
+        key = (grid_hw, self.pos_embed.device, self.pos_embed.dtype)
+        return self._tables.get(key, self.pos_embed, lambda: resize_table(self.pos_embed, grid_hw))

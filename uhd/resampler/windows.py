@@ -1,0 +1,111 @@
+"""A view's map cut into as many windows as there are latents, and a few pooled keys from each of them.
+
+RoI alignment of a regular grid of windows is a product of two small matrices, one a side, so that it needs no operator
+of its own: :func:`pool_weights` makes them and :func:`pool_windows` applies them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from uhd.packed import GridTables
+
+POOLS = ((2, 4), (2, 3), (3, 4), (3, 3), (4, 2), (3, 2), (4, 3))
+"""(rows, columns) that a window may be pooled to, in the order of the release: on equal terms the first is taken."""
+
+
+def pool_hw(grid_hw: tuple[int, int]) -> tuple[int, int]:
+    """(rows, columns) of the pooled keys of every window of a map: the shape in `POOLS` nearest to the map's own.
+
+    All windows of a map have its shape, whatever that is: a wide map has wide windows. 6 to 12 keys.
+    """
+    aspect = math.log(grid_hw[1] / grid_hw[0])
+    return min(POOLS, key=lambda pool: abs(aspect - math.log(pool[1] / pool[0])))
+
+
+def pool_weights(length: int, windows: int, bins: int, *, aligned: bool) -> Tensor:
+    """What each bin takes from each feature along one side.
+
+    Every bin is the mean of `ceil(window / bins)` samples, each interpolated between its two neighbours.
+
+    Args:
+        length: features along the side.
+        windows: equal windows it is cut into; a border may lie inside a feature.
+        bins: bins of a window.
+        aligned: feature i covers [i, i + 1) and a sample at its centre is that feature. False is the release: samples
+            lie half a feature too far down and right, and windows narrower than a feature are widened to one at their
+            start, so that the last ones reach outside the map, where samples count as zero.
+
+    Returns:
+        (windows * bins, length), float32, on the CPU; rows sum to 1, those that reach outside to less.
+
+    Source: `roi_align` of torchvision, sampling_ratio -1, in the same float32 arithmetic.
+    """
+    size, half = length / windows, np.float32(0.5 if aligned else 0.0)
+    weights = np.zeros((windows, bins, length), dtype=np.float32)
+    for window in range(windows):
+        start, end = (np.float32(window * size + extra) - half for extra in (0.0, size))
+        extent = end - start if aligned else max(end - start, np.float32(1))
+        step = extent / np.float32(bins)
+        samples = math.ceil(step)
+        for place, sample in np.ndindex(bins, samples):
+            at = start + np.float32(place) * step + np.float32(sample + 0.5) * step / np.float32(samples)
+            if at < -1 or at > length:
+                continue
+            at = min(max(at, np.float32(0)), np.float32(length - 1))
+            low = math.floor(at)
+            share = at - np.float32(low)
+            weights[window, place, low] += (1 - share) / np.float32(samples)
+            weights[window, place, min(low + 1, length - 1)] += share / np.float32(samples)
+    return torch.from_numpy(weights.reshape(windows * bins, length))
+
+
+def pool_windows(maps: Tensor, side: int, *, aligned: bool, tables: GridTables) -> Tensor:
+    """Pooled features of every window.
+
+    Args:
+        maps: (V, h, w, C) of views of one grid.
+        side: windows along each side, g.
+        aligned: as in :func:`pool_weights`.
+        tables: keeps the matrices.
+
+    Returns:
+        (V, g*g, bins, C), windows row-major, bins row-major inside their window.
+    """
+    grid_hw = (maps.shape[1], maps.shape[2])
+    bins_hw = pool_hw(grid_hw)
+    rows, columns = (
+        tables.get(
+            ("pool", length, bins, side, aligned, maps.device, maps.dtype),
+            None,
+            lambda length=length, bins=bins: pool_weights(length, side, bins, aligned=aligned).to(maps),
+        )
+        for length, bins in zip(grid_hw, bins_hw, strict=True)
+    )
+    pooled = torch.matmul(rows, maps.flatten(2)).unflatten(2, maps.shape[2:])  # (V, g*a, w, C)
+    pooled = torch.matmul(columns, pooled)  # (V, g*a, g*b, C)
+    return rearrange(pooled, "v (g a) (f b) c -> v (g f) (a b) c", g=side, f=side)
+
+
+def attend_windows(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+    """Latents of a window attend to the keys of that window, and to nothing else.
+
+    Args:
+        q: (Q, S, D): S latents for each of Q windows.
+        k: (V, Q, n, D).
+        v: (V, Q, n, D).
+        num_heads: divides D.
+
+    Returns:
+        (V, S, Q, D).
+    """
+    views = len(k)
+    q = rearrange(q, "q s (h d) -> q h s d", h=num_heads).expand(views, -1, -1, -1, -1).flatten(0, 1)
+    k, v = (rearrange(x, "v q n (h d) -> (v q) h n d", h=num_heads) for x in (k, v))
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "(v q) h s d -> v s q (h d)", v=views)

@@ -1,0 +1,329 @@
+"""Compression inside the ViT: after chosen blocks every 2 x 2 patches of a view become one, so later blocks see fewer.
+
+Source: LLaVA-UHD v4 (arXiv 2605.08985, section 3) and MiniCPM-V 4.6 (transformers, models/minicpmv4_6); the two
+poolings are those of LLaVA-UHD v3 (its class `WTC`).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from uhd.packed import check_grids
+
+from .vit import MLP, Attention, Block, ViT, ViTConfig, _Groups
+
+COMPRESSORS = ("window", "average", "adaptive")
+
+_SOURCE_NAMES = {
+    "norm1": ("layer_norm1",),
+    "attn.qkv": tuple(f"self_attn.{part}_proj" for part in "qkv"),
+    "attn.proj": ("self_attn.out_proj",),
+    "norm2": ("pre_norm",),
+    "mlp.fc1": ("linear_1",),
+    "mlp.fc2": ("linear_2",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressedViTConfig(ViTConfig):
+    """What a `CompressedViT` is made of: a `ViTConfig`, and where and how it compresses.
+
+    Raises:
+        ValueError: on construction, for values that do not fit together.
+    """
+
+    compress_after: tuple[int, ...]  # numbers of blocks run before, from 1, ascending; transformers' layer 6 is 7 here
+    compressor: str = "window"  # "window" (LLaVA-UHD v4), "average" or "adaptive" (v3)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "compress_after", tuple(self.compress_after))  # JSON brings a list
+        places = self.compress_after
+        if not places or list(places) != sorted(set(places)) or places[0] < 1 or places[-1] > self.num_blocks:
+            raise ValueError(
+                f"compress_after must be ascending numbers of blocks from 1 to {self.num_blocks}, those that the "
+                f"selected layer needs; got {places}"
+            )
+        if self.compressor not in COMPRESSORS:
+            raise ValueError(f"compressor must be one of {', '.join(COMPRESSORS)}; got {self.compressor!r}")
+
+
+class CompressedViT(ViT):
+    """A packed `ViT` whose blocks after each compressor see a quarter of the patches.
+
+    Class and register tokens pass by. Views stay apart, as everywhere in the ViT: no 2 x 2 window has patches of two.
+    The patch embedding and its positions are untouched; nothing new says where the joined patches lie.
+
+    Attributes:
+        compressors: one module for each of `config.compress_after`, under that number as a string.
+
+    Both sides of every grid must be multiples of 2 ** (number of compressors): plan slices with `merge` set to that,
+    times what comes after the ViT (`SlicingConfig.merge`).
+    """
+
+    config: CompressedViTConfig
+
+    def __init__(self, config: CompressedViTConfig, *, stem: nn.Module | None = None) -> None:
+        super().__init__(config, stem=stem)
+        self.compressors = nn.ModuleDict({str(place): make_compressor(config) for place in config.compress_after})
+
+    @property
+    def stride(self) -> int:
+        """px between neighbouring features."""
+        return self.config.patch_size * self._factor
+
+    @property
+    def _factor(self) -> int:
+        return 2 ** len(self.config.compress_after)
+
+    def output_grids(self, grids: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+        """(rows, columns) of every view's features.
+
+        Raises:
+            ValueError: a side that cannot be halved as often as there are compressors.
+        """
+        grids, factor = check_grids(grids), self._factor
+        for view, (rows, columns) in enumerate(grids):
+            if rows % factor or columns % factor:
+                raise ValueError(
+                    f"grids[{view}] is {(rows, columns)}; both sides must be multiples of {factor} to be halved after "
+                    f"the blocks {self.config.compress_after}: plan with merge={factor}, times what the compressor "
+                    "behind the ViT joins"
+                )
+        return tuple((rows // factor, columns // factor) for rows, columns in grids)
+
+    def forward(
+        self, patches: Tensor, grids: Sequence[tuple[int, int]], *, hidden_states: bool = False
+    ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
+        """Encode packed views; as `ViT.forward`, but for N.
+
+        Returns:
+            (N', D) features, view by view, row-major over `output_grids(grids)`; with `hidden_states` also those after
+            the embedding and after every block, as many rows as patches at that depth: a state after a block that is
+            followed by a compressor is what goes into it.
+
+        Raises:
+            ValueError, TypeError: as in `ViT.forward` and `output_grids`.
+        """
+        self.output_grids(grids)  # refuse them before anything runs
+        return super().forward(patches, grids, hidden_states=hidden_states)
+
+    def _after_block(self, number: int, x: Tensor, groups: _Groups) -> tuple[Tensor, _Groups]:
+        if str(number) not in self.compressors:
+            return x, groups
+        tokens = self.compressors[str(number)](groups.unpack(x), groups.grids)
+        prefix = groups.prefixes(x) if groups.prefix else None
+        smaller = _Groups.of(tuple((rows // 2, columns // 2) for rows, columns in groups.grids), groups.prefix)
+        return smaller.pack(tokens, prefix), smaller
+
+
+class WindowCompressor(nn.Module):
+    """Attention inside every 2 x 2 window, then the four patches become one.
+
+        y = x + attn(norm1(x))    out = mlp(norm2([y_1 | y_2 | y_3 | y_4])) + mean of the y
+
+    Source: `MiniCPMV4_6ViTWindowAttentionMerger` of transformers.
+
+    Args:
+        width: D of the patches.
+        heads: divides the width.
+        mlp_width: hidden width of the neighbouring block's MLP; the one here has four times that.
+        activation, eps, qkv_bias: as in `ViTConfig`.
+    """
+
+    def __init__(
+        self, width: int, heads: int, mlp_width: int, *, activation: str, eps: float = 1e-6, qkv_bias: bool = True
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attn = Attention(width, heads, bias=qkv_bias)
+        self.norm2 = nn.LayerNorm(4 * width, eps=eps)
+        self.mlp = MLP(4 * width, 4 * mlp_width, activation=activation, out=width)
+        for layer in (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+        """(N, D) packed, patches row-major -> (N / 4, D)."""
+        x = windows_2x2(x, grids)  # (N / 4, 4, D)
+        tokens = x.flatten(0, 1)
+        y = tokens + self.attn(self.norm1(tokens), [(len(x), 4)] if len(x) else [])
+        y = y.unflatten(0, (-1, 4)) if len(x) else x
+        return self.mlp(self.norm2(y.flatten(1))) + y.mean(1)
+
+    @torch.no_grad()
+    def reuse(self, block: Block) -> None:
+        """Take over a block's weights: its attention as it is, its MLP on each of the four patches, then their mean.
+
+        The first linear layer is block-diagonal, the second four times a quarter of the block's, biases and norms are
+        repeated. A block's layer scale goes into the linear layers before it. Source: LLaVA-UHD v4, section 3.
+
+        Raises:
+            ValueError: a block of another width, MLP or activation.
+        """
+        theirs = block.mlp
+        got = (self.norm1.normalized_shape[0], self.mlp.fc2.in_features, self.mlp.activation)
+        wanted = (block.norm1.normalized_shape[0], 4 * theirs.fc2.in_features, theirs.activation)
+        if got != wanted:
+            raise ValueError(f"a compressor of (width, hidden width, activation) {got} cannot reuse a block: {wanted}")
+        self.norm1.load_state_dict(block.norm1.state_dict())
+        self.attn.load_state_dict(block.attn.state_dict())
+        self.norm2.weight.copy_(block.norm2.weight.repeat(4))
+        self.norm2.bias.copy_(block.norm2.bias.repeat(4))
+        parts = 2 if theirs.activation == "swiglu" else 1
+        weights, biases = theirs.fc1.weight.chunk(parts), theirs.fc1.bias.chunk(parts)
+        self.mlp.fc1.weight.copy_(torch.cat([torch.block_diag(*[weight] * 4) for weight in weights]))
+        self.mlp.fc1.bias.copy_(torch.cat([bias.repeat(4) for bias in biases]))
+        self.mlp.fc2.weight.copy_(theirs.fc2.weight.repeat(1, 4) / 4)
+        self.mlp.fc2.bias.copy_(theirs.fc2.bias)
+        for layer, scale in ((self.attn.proj, block.scale1), (self.mlp.fc2, block.scale2)):
+            if scale is not None:
+                layer.weight.mul_(scale[:, None])
+                layer.bias.mul_(scale)
+
+    def load_source_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Weights under the names of transformers' `vit_merger`, without that prefix; copied.
+
+        Raises:
+            ValueError: names are missing or left over (listed), or shapes disagree.
+        """
+        needed = {name: _source_names(name) for name in self.state_dict()}
+        wanted = {source for sources in needed.values() for source in sources}
+        missing, left = sorted(wanted - set(state)), sorted(set(state) - wanted)
+        if missing or left:
+            raise ValueError(f"weights do not fit a window compressor. Missing: {missing}. Left over: {left}")
+        ours = {name: torch.cat([state[source] for source in sources]) for name, sources in needed.items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        wrong = {name: (tuple(x.shape), shapes[name]) for name, x in ours.items() if tuple(x.shape) != shapes[name]}
+        if wrong:
+            raise ValueError(f"weights of other shapes than this compressor's, as name: (got, expected): {wrong}")
+        self.load_state_dict(ours)
+
+    def to_source_state_dict(self) -> dict[str, Tensor]:
+        """The inverse of `load_source_state_dict`; tensors are detached and share memory."""
+        state = {}
+        for name, tensor in self.state_dict().items():
+            sources = _source_names(name)
+            state.update(zip(sources, tensor.detach().chunk(len(sources)), strict=True))
+        return state
+
+
+class AverageCompressor(nn.Module):
+    """The mean of every 2 x 2 window; nothing to learn."""
+
+    def forward(self, x: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+        """(N, D) packed, patches row-major -> (N / 4, D)."""
+        return windows_2x2(x, grids).mean(1)
+
+
+class AdaptiveCompressor(nn.Module):
+    """A weighted mean of every 2 x 2 window, with weights for each channel from the patch and the window's mean.
+
+        weights = softmax over the four of down(gelu(up([x_i | mean])))
+
+    Starts as the plain mean, `down` being zero. LLaVA-UHD v3 sets `up` to zero as well, where no gradient reaches
+    either layer.
+
+    Args:
+        width: D of the patches.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(2 * width, width), nn.Linear(width, width)
+        nn.init.trunc_normal_(self.up.weight, std=0.02)
+        for tensor in (self.up.bias, self.down.weight, self.down.bias):
+            nn.init.zeros_(tensor)
+
+    def forward(self, x: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+        """(N, D) packed, patches row-major -> (N / 4, D)."""
+        x = windows_2x2(x, grids)
+        seen = torch.cat([x, x.mean(1, keepdim=True).expand_as(x)], dim=-1)
+        weights = self.down(nn.functional.gelu(self.up(seen))).softmax(1)
+        return (x * weights).sum(1)
+
+
+def windows_2x2(x: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+    """(N, D) packed -> (N / 4, 4, D): views in order, windows row-major, row-major inside; sides must be even."""
+    views = x.split([rows * columns for rows, columns in grids]) if grids else ()
+    parts = [
+        rearrange(view, "(h a w b) d -> (h w) (a b) d", h=rows // 2, a=2, b=2)
+        for view, (rows, _) in zip(views, grids, strict=True)
+    ]
+    return torch.cat(parts) if parts else x.reshape(0, 4, x.shape[1])
+
+
+def make_compressor(config: CompressedViTConfig) -> nn.Module:
+    """A new compressor of the config's kind and sizes."""
+    if config.compressor == "average":
+        return AverageCompressor()
+    if config.compressor == "adaptive":
+        return AdaptiveCompressor(config.width)
+    return WindowCompressor(
+        config.width,
+        config.heads,
+        config.mlp_width,
+        activation=config.activation,
+        eps=config.eps,
+        qkv_bias=config.qkv_bias,
+    )
+
+
+def compress_vit(
+    vit: ViT,
+    after: int | Sequence[int],
+    *,
+    compressor: str = "window",
+    weights: Mapping[str, Tensor] | None = None,
+) -> CompressedViT:
+    """Give any plain ViT compressors: those of kind "window" start from the weights of the block before them.
+
+    Args:
+        vit: as `vit_from` and `load_vit` make them, or your own.
+        after: number of blocks to run before each, from 1. LLaVA-UHD v4 puts one after layer 6; `insert_layer_id` 6 of
+            transformers counts from 0, so that MiniCPM-V 4.6 has it after 7.
+        compressor: "window", "average" or "adaptive".
+        weights: of one window compressor, under the names of transformers' `vit_merger`, in place of the block's.
+
+    Returns:
+        A `CompressedViT` with its own copy of the weights, in the same dtype, device and training mode.
+
+    Raises:
+        TypeError: something else than a plain ViT.
+        ValueError: places outside the blocks, or weights that do not fit.
+    """
+    if type(vit) is not ViT:
+        raise TypeError(f"compress_vit takes a plain ViT, all places at once; got {type(vit).__name__}")
+    places = (after,) if isinstance(after, int) else tuple(after)
+    fields = {field.name: getattr(vit.config, field.name) for field in dataclasses.fields(ViTConfig)}
+    config = CompressedViTConfig(**fields, compress_after=places, compressor=compressor)
+    if weights is not None and (compressor != "window" or len(places) != 1):
+        raise ValueError(f"weights are for one window compressor; got {len(places)} of kind {compressor!r}")
+    with torch.device("meta"):
+        result = CompressedViT(config, stem=None if vit.own_stem else copy.deepcopy(vit.stem))
+    anchor = vit.blocks[0].norm1.weight
+    for place in places:
+        module = make_compressor(config).to(anchor.device, anchor.dtype)
+        if weights is not None:
+            module.load_source_state_dict(weights)
+        elif compressor == "window":
+            module.reuse(vit.blocks[place - 1])
+        result.compressors[str(place)] = module
+    copied = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
+    result.load_state_dict({**result.compressors.state_dict(prefix="compressors."), **copied}, assign=True)
+    for name, parameter in vit.named_parameters():
+        result.get_parameter(name).requires_grad_(parameter.requires_grad)
+    return result.train(vit.training)
+
+
+def _source_names(name: str) -> tuple[str, ...]:
+    module, _, ending = name.rpartition(".")
+    return tuple(f"{source}.{ending}" for source in _SOURCE_NAMES[module])

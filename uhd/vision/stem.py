@@ -1,0 +1,82 @@
+"""A patch embedding that looks beyond its patch, for small ViTs that are trained from nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from uhd.packed import GridTables
+
+
+class WindowStem(nn.Module):
+    """Each patch with a border of its neighbours' pixels, through two linear layers; beyond the view the border is 0.
+
+        (p + 2b) x (p + 2b) px of every patch -> Linear -> GELU -> Linear
+
+    A stroke on a patch border is so seen whole, as in the overlapping patch embeddings of PVT v2 and the early
+    convolutions of Xiao et al. (arXiv 2106.14881), without a convolution over padded views. `needs_grids` tells the
+    ViT to pass the grids.
+
+    Args:
+        patch_size: p, px.
+        border: b, px on each side, 1 to p.
+        hidden: Width between the two layers.
+        width: D of the features.
+        channels: C of the patches.
+        grey: See the mean of the channels only.
+
+    Raises:
+        ValueError: a border outside 1 to p.
+    """
+
+    needs_grids = True
+
+    def __init__(
+        self, patch_size: int, border: int, hidden: int, width: int, *, channels: int = 3, grey: bool = False
+    ) -> None:
+        super().__init__()
+        if not 1 <= border <= patch_size:
+            raise ValueError(f"border must be 1 to patch_size={patch_size} px; got {border}")
+        self.patch_size, self.border, self.channels, self.grey = patch_size, border, channels, grey
+        self.up = nn.Linear((1 if grey else channels) * (patch_size + 2 * border) ** 2, hidden)
+        self.down = nn.Linear(hidden, width)
+        self._neighbours = GridTables()
+
+    def forward(self, patches: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+        """(N, C*p*p) packed patches, inner order (c, py, px), and their V grids -> (N, D)."""
+        return self.down(F.gelu(self.up(self.windows(patches, grids))))
+
+    def windows(self, patches: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+        """(N, C*p*p) -> (N, C*(p+2b)*(p+2b)), inner order (c, y, x); one channel where `grey`."""
+        p, b = self.patch_size, self.border
+        tables = [self._neighbours.get((grid, "cpu"), None, lambda grid=grid: _neighbours(grid)) for grid in grids]
+        if not tables:
+            return patches.new_zeros(0, self.up.in_features)
+        lengths = torch.tensor([len(table) for table in tables])
+        starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)[:, None]
+        near = torch.cat(tables)
+        near = torch.where(near < 0, len(patches), near + starts).to(patches.device)  # outside: the row of zeros
+        pixels = torch.cat([patches, patches.new_zeros(1, patches.shape[1])])
+        pixels = rearrange(pixels, "n (c y x) -> n c y x", c=self.channels, y=p)
+        if self.grey:
+            pixels = pixels.mean(1, keepdim=True)
+        rows = []
+        for dy, ys in enumerate((slice(p - b, p), slice(0, p), slice(0, b))):
+            parts = [
+                pixels[near[:, 3 * dy + dx], :, ys, xs]
+                for dx, xs in enumerate((slice(p - b, p), slice(0, p), slice(0, b)))
+            ]
+            rows.append(torch.cat(parts, dim=-1))
+        return torch.cat(rows, dim=-2).flatten(1)
+
+
+def _neighbours(grid_hw: tuple[int, int]) -> Tensor:
+    """(h*w, 9) rows of the patches around and at each patch, row-major; -1 outside the view."""
+    height, width = grid_hw
+    ids = F.pad(torch.arange(height * width).view(height, width), (1, 1, 1, 1), value=-1)
+    around = [ids[dy : dy + height, dx : dx + width] for dy in range(3) for dx in range(3)]
+    return torch.stack(around, dim=-1).flatten(0, 1)
