@@ -119,20 +119,26 @@ def _equal(ours: float, claimed: float) -> str:
 # --- FLOPs
 
 
+def uhd_teraflops() -> float:
+    """LLaVA-UHD at 672 x 1008 as the paper counts it: 7 views of 576 patches, a resampler each, 448 tokens."""
+    views = 7 * (vit_flops(576, "clip-l") + resampler_flops(576, 1024, "perceiver-64", width=5120))
+    return (views + lm_flops(448, "llama-13b")) / 1e12
+
+
+def mlp_teraflops(views: int) -> float:
+    """The same with an MLP for a compressor: 576 tokens a view."""
+    tokens = views * 576
+    total = views * vit_flops(576, "clip-l") + mlp_flops(tokens, 1024, width=5120) + lm_flops(tokens, "llama-13b")
+    return total / 1e12
+
+
 def flop_rows() -> list[Row]:
     """The paper's TFLOPs with a 13B language model on visual tokens; 2 for each multiply-add."""
-    cut = uhd.plan(FULL, "llava-uhd")
-    seven = 7 * (vit_flops(576, "clip-l") + resampler_flops(576, 1024, "perceiver-64", width=5120))
-    uhd_paper = (seven + lm_flops(448, "llama-13b")) / 1e12
-    exact = plan_flops(cut, resampler="perceiver-64").total / 1e12
+    uhd_paper = uhd_teraflops()
+    exact = plan_flops(uhd.plan(FULL, "llava-uhd"), resampler="perceiver-64").total / 1e12
     square = uhd.plan(FULL, "llava-1.5")
     bare, head = (plan_flops(square, head=head).total / 1e12 for head in (False, True))
-
-    def mlp(views: int) -> float:
-        tokens = views * 576
-        total = views * vit_flops(576, "clip-l") + mlp_flops(tokens, 1024, width=5120) + lm_flops(tokens, "llama-13b")
-        return total / 1e12
-
+    slice_gflops = vit_flops(1024, "siglip-so400m") / 1e9
     return [
         Row(
             PAPER,
@@ -160,38 +166,45 @@ def flop_rows() -> list[Row]:
             "both without the output head; the paper's two numbers agree with ours only if one counts the head and "
             "the other does not",
         ),
+        *_uncompressed_rows(uhd_paper),
+        Row(
+            V4,
+            "visual encoding of a slice takes 3555 GFLOPs before compression in the ViT",
+            "3555.1",
+            f"{slice_gflops:.1f}",
+            near(slice_gflops, 3555.1),
+            "one 448 px slice through SigLIP so400m/14; 3555 would be about 3000 patches: the setting is not stated",
+        ),
+    ]
+
+
+def _uncompressed_rows(uhd_paper: float) -> list[Row]:
+    seven, five = mlp_teraflops(7), mlp_teraflops(5)
+    return [
         Row(
             PAPER,
             "TFLOPs with an MLP instead of the compressor",
             "113.65",
-            f"{mlp(7):.2f}",
-            near(mlp(7), 113.65),
+            f"{seven:.2f}",
+            near(seven, 113.65),
             "7 views of 576 tokens each: attention of the LM over all pairs; with half of them (a causal mask) "
-            f"{mlp(7) - 2 * 40 * 4032**2 * 5120 / 1e12:.2f}",
+            f"{seven - 2 * 40 * 4032**2 * 5120 / 1e12:.2f}",
         ),
         Row(
             PAPER,
             "TFLOPs with an MLP and a fixed partition",
             "80.10",
-            f"{mlp(5):.2f}",
-            near(mlp(5), 80.10),
+            f"{five:.2f}",
+            near(five, 80.10),
             "read as 2 x 2 slices and an overview: 2880 tokens; 2% off",
         ),
         Row(
             PAPER,
             "the compressor saves 87% of the computation",
             "0.129",
-            f"{uhd_paper / mlp(7):.3f}",
-            near(uhd_paper / mlp(7), 0.129),
+            f"{uhd_paper / seven:.3f}",
+            near(uhd_paper / seven, 0.129),
             "14.63 / 113.65, against ours",
-        ),
-        Row(
-            V4,
-            "visual encoding of a slice takes 3555 GFLOPs before compression in the ViT",
-            "3555.1",
-            f"{vit_flops(1024, 'siglip-so400m') / 1e9:.1f}",
-            near(vit_flops(1024, "siglip-so400m") / 1e9, 3555.1),
-            "one 448 px slice through SigLIP so400m/14; 3555 would be about 3000 patches: the setting is not stated",
         ),
     ]
 
@@ -219,15 +232,13 @@ def area_range(count: int) -> tuple[float, float]:
 
 def bound_rows() -> list[Row]:
     """The appendix: aspects in [1/2, 2] and areas in [1/3, 3/2] for N <= 20 and aspects in [1/6, 6]."""
+    return [*_aspect_rows(), *_area_rows()]
+
+
+def _aspect_rows() -> list[Row]:
     aspects = {n: worst_misfit(n, tuple(k for k in (n - 1, n, n + 1) if k > 1)) for n in range(2, 21)}
     worst = max(aspects, key=lambda n: aspects[n])
     one = worst_misfit(1, (1, 2))
-    lows, highs = zip(*(area_range(n) for n in range(2, 21)), strict=True)
-    big = uhd.plan((3000, 4000), "llava-uhd")
-    cell = 3000 * 4000 / math.prod(big.grid) / 336**2
-    ratio, area = _expectations()
-    floor = max(side - to_multiple(side, 14, "floor") for side in range(14, 700))
-    nearest = max(abs(side - to_multiple(side, 14, "round")) for side in range(14, 700))
     return [
         Row(
             PAPER,
@@ -246,6 +257,17 @@ def bound_rows() -> list[Row]:
             "an image of one view's area may have an aspect of 6; two slices bring that to 3, the released code "
             "does not cut it",
         ),
+    ]
+
+
+def _area_rows() -> list[Row]:
+    lows, highs = zip(*(area_range(n) for n in range(2, 21)), strict=True)
+    big = uhd.plan((3000, 4000), "llava-uhd")
+    cell = 3000 * 4000 / math.prod(big.grid) / 336**2
+    ratio, area = _expectations()
+    floor = max(side - to_multiple(side, 14, "floor") for side in range(14, 700))
+    nearest = max(abs(side - to_multiple(side, 14, "round")) for side in range(14, 700))
+    return [
         Row(
             PAPER,
             "a slice's area lies in [0.33, 1.5] of the view's",
@@ -435,6 +457,24 @@ def validate() -> dict[str, list[int]]:
     Raises:
         RuntimeError: One of them differs.
     """
+    grids = [(5, 7), (3, 4)]
+    formulas = {
+        "ViT, two views": sum(vit_flops(h * w, ViTShape(3, 32, 48, prefix=1), patch_size=4) for h, w in grids),
+        "resampler, one view": resampler_flops(35, 32, ResamplerShape(9), width=64),
+        "MLP projector": mlp_flops(35, 32, width=64),
+        "language model": lm_flops(37, LMShape(3, 64, 96, 16, 100), head=True),
+    }
+    found = {name: [formulas[name], _counted(forward)] for name, forward in _small_models(grids).items()}
+    wrong = {name: pair for name, pair in found.items() if pair[0] != pair[1]}
+    if wrong:
+        raise RuntimeError(f"formulas differ from torch's counter, [formula, counted]: {wrong}")
+    if uhd.plan(FULL, "internvl").num_tokens != 1792:
+        raise RuntimeError("InternVL's known count at 672 x 1008 is 1792 tokens")
+    return found
+
+
+def _small_models(grids: list[tuple[int, int]]) -> dict[str, Callable[[], object]]:
+    """The forward pass of each formula's model: its shapes are those that :func:`validate` names."""
     import torch
     from torch import nn
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -442,54 +482,33 @@ def validate() -> dict[str, list[int]]:
     from uhd.vision import ViT, ViTConfig
 
     vit = ViT(ViTConfig(patch_size=4, width=32, depth=3, heads=4, mlp_width=48, image_size=32, class_token=True))
-    shape = ViTShape(3, 32, 48, prefix=1)
-    lm = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=3,
-            num_attention_heads=8,
-            num_key_value_heads=2,
-            vocab_size=100,
-            attn_implementation="eager",
-        )
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=100,
+        attn_implementation="eager",
     )
-    width, queries, features = 64, torch.randn(1, 9, 64), torch.randn(1, 35, 32)
-    into, attention, project = (
-        nn.Linear(32, width, bias=False),
-        nn.MultiheadAttention(width, 4, batch_first=True),
-        nn.Linear(width, width),
-    )
-    projector = nn.Sequential(nn.Linear(32, width), nn.GELU(), nn.Linear(width, width))
+    lm = LlamaForCausalLM(config)
+    into, attention = nn.Linear(32, 64, bias=False), nn.MultiheadAttention(64, 4, batch_first=True)
+    project = nn.Linear(64, 64)
+    projector = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 64))
     for module in (vit, lm, into, attention, project, projector):
         module.eval().requires_grad_(False)
+    queries, features = torch.randn(1, 9, 64), torch.randn(1, 35, 32)
 
-    def resample() -> None:
+    def resample() -> torch.Tensor:
         keys = into(features)
-        project(attention(queries, keys, keys, need_weights=False)[0])
+        return project(attention(queries, keys, keys, need_weights=False)[0])
 
-    grids = [(5, 7), (3, 4)]
-    found = {
-        "ViT, two views": [
-            sum(vit_flops(h * w, shape, patch_size=4) for h, w in grids),
-            _counted(lambda: vit(torch.randn(47, 48), grids)),
-        ],
-        "resampler, one view": [
-            resampler_flops(35, 32, ResamplerShape(9), width=width),
-            _counted(resample),
-        ],
-        "MLP projector": [mlp_flops(35, 32, width=width), _counted(lambda: projector(features))],
-        "language model": [
-            lm_flops(37, LMShape(3, 64, 96, 16, 100), head=True),
-            _counted(lambda: lm(torch.randint(0, 100, (1, 37)))),
-        ],
+    return {
+        "ViT, two views": lambda: vit(torch.randn(sum(h * w for h, w in grids), 48), grids),
+        "resampler, one view": resample,
+        "MLP projector": lambda: projector(features),
+        "language model": lambda: lm(torch.randint(0, 100, (1, 37))),
     }
-    wrong = {name: pair for name, pair in found.items() if pair[0] != pair[1]}
-    if wrong:
-        raise RuntimeError(f"formulas differ from torch's counter, [formula, counted]: {wrong}")
-    if uhd.plan(FULL, "internvl").num_tokens != 1792:
-        raise RuntimeError("InternVL's known count at 672 x 1008 is 1792 tokens")
-    return found
 
 
 def _counted(forward: Callable[[], object]) -> int:

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,15 +36,13 @@ from uhd.slicing.plan import Packing
 from uhd.slicing.strategies import ALIASES, STRATEGIES, find
 from uhd.vision import ViT, ViTConfig
 
+DOCS = Path(__file__).parent.parent / "docs"
 PIXELS = PixelSettings(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 
 
 def small(name):
     """A strategy for the tiny backbone: views of 56 px, patches of 14."""
-    config = find(name)
-    if hasattr(config, "margins"):  # those of the release leave nothing of 4 patches
-        config = config.replace(margins=(1, 1))
-    return config.for_vision(image_size=56, patch_size=14)
+    return find(name).for_vision(image_size=56, patch_size=14)
 
 
 def tiny_encoder(compressor=None, slicing="llava-next", **parts):
@@ -79,10 +78,16 @@ def test_every_strategy_encodes(name):
     assert image.layout.num_tokens == image.plan.num_tokens
     assert len(image.tokens) == image.layout.num_visual_tokens
     assert torch.isfinite(image.tokens).all()
-    if not name.startswith("openai-high"):  # overview and tiles have one compressor here, and cost the same
-        assert image.plan.num_tokens == plan.num_tokens
+    assert image.plan.num_tokens == plan.num_tokens
     if image.plan.num_separators == 0 or image.plan.packing is not None:
         assert torch.equal(assemble(image.tokens, image.layout, {}), image.tokens)
+
+
+def test_the_code_of_the_documentation_runs(capsys):
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", (DOCS / "strategies.md").read_text(), re.S):
+        exec(compile(block, "docs/strategies.md", "exec"), names)
+    assert {"730", "1569", "2048"} <= set(capsys.readouterr().out.splitlines())
 
 
 def test_every_name_reaches_its_strategy():
@@ -107,6 +112,46 @@ def test_swapping_is_one_argument(name):
         assert image.tokens.shape == (plan.num_visual_tokens, 24)
         assert len(image.views) == plan.num_views
         assert slicing_from_dict(json.loads(json.dumps(encoder.slicing.to_dict()))) == encoder.slicing
+
+
+@pytest.mark.parametrize("latents", [4, 100, 170])
+def test_an_overview_that_costs_less_keeps_the_first_latents(latents, tmp_path):
+    """OpenAI: 85 tokens of an overview and 170 of a tile, with one resampler; fewer latents bound both."""
+    compressor = PerceiverResampler(
+        PerceiverConfig(
+            width=24, vision_width=32, num_heads=2, num_latents=latents, query_position=False, key_position="direct"
+        )
+    )
+    encoder = tiny_encoder(compressor, "openai-high-detail")
+    image = noise(70, 60)
+    plan = encoder.plan((70, 60))
+    assert [view.num_tokens for view in plan.views] == [min(85, latents)] + [latents] * 4
+    assert (plan.num_tokens == uhd.plan((70, 60), small("openai-high-detail")).num_tokens) == (latents == 170)
+    encoder.save_pretrained(tmp_path)
+    again = uhd.VisualEncoder.from_pretrained(tmp_path)
+    with torch.no_grad():
+        (found,), (alone,), (loaded,) = encoder([image]), tiny_encoder(compressor, "siglip")([image]), again([image])
+        both = encoder([image, noise(40, 30, 1)])
+        batch = encoder.prepare([image])
+        raw, lengths = encoder.encode_packed(batch.patches, batch.grids)
+    assert len(found.tokens) == plan.num_tokens == found.layout.num_tokens
+    whole = raw.split(lengths)
+    assert torch.equal(found.tokens, torch.cat([whole[0][:85], *whole[1:]]))
+    assert alone.tokens.shape == (latents, 24)  # no other rule leaves latents out
+    assert torch.equal(loaded.tokens, found.tokens)
+    assert torch.allclose(both[0].tokens, found.tokens, atol=1e-5)
+    assert [len(view) for view in found.views] == [view.num_tokens for view in plan.views]
+
+
+def test_every_rule_is_encoded_with_its_own_filter():
+    image = noise(300, 200)
+    rules = {"lanczos": "smolvlm", "bilinear": "llama4", "bicubic": "internvl"}
+    for filter_name, name in rules.items():
+        own = tiny_encoder(perceiver(), name).prepare([image]).patches
+        for other in rules:
+            pixels = replace(PIXELS, resample=other)
+            given_one = tiny_encoder(perceiver(), name, pixels=pixels).prepare([image]).patches
+            assert torch.equal(own, given_one) == (other == filter_name)
 
 
 def test_next_tokens_are_the_packed_projections():

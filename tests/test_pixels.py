@@ -182,6 +182,75 @@ def test_canvas_source_box_hides_what_lies_outside():
     assert (render(COLOURS, found)[0] == np.asarray(expected)).all()
 
 
+def one_view(size_hw, view_hw, **changes):
+    """A canvas of ``size_hw`` px, all of it one view; ``plan`` changes go to the plan."""
+    found = changes.pop("plan", {})
+    canvas = Canvas("overview", size_hw, size_hw, (1, 1), (Box(0, 0, *size_hw),), view_hw, 1, **changes)
+    return SlicePlan(COLOURS.shape[:2], 1, (canvas,), None, 1, 0, "one", **found)
+
+
+@pytest.mark.parametrize("resample", ["bicubic", "lanczos", "bilinear"])
+def test_the_filter_is_the_plans_unless_the_settings_name_one(resample):
+    shrunk = np.asarray(Image.fromarray(COLOURS).resize((4, 5), Image.Resampling[resample.upper()]))
+    found = one_view((5, 4), (5, 4), plan={"resample": resample})
+    assert (render(COLOURS, found)[0] == shrunk).all()
+    assert (render(COLOURS, found, settings=PixelSettings(MEAN, STD))[0] == shrunk).all()
+    other = replace(found, resample="lanczos" if resample == "bilinear" else "bilinear")
+    assert (render(COLOURS, other)[0] != shrunk).any()
+    assert (render(COLOURS, other, settings=PixelSettings(resample=resample))[0] == shrunk).all()
+
+
+def sampled(image, size_hw, mode):
+    """PyTorch's resize without antialiasing, in 8 bits."""
+    channels = torch.from_numpy(np.array(image)).float().permute(2, 0, 1)[None]
+    found = torch.nn.functional.interpolate(channels, size_hw, mode=mode, align_corners=False)
+    return found[0].permute(1, 2, 0).round().clamp(0, 255).numpy()
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size_hw", [(2, 5), (3, 4), (5, 20), (13, 3), (6, 9)])
+def test_without_antialiasing_pixels_are_sampled_as_in_torch(mode, size_hw):
+    found = one_view(size_hw, size_hw, plan={"resample": mode, "antialias": False})
+    assert np.abs(render(COLOURS, found)[0] - sampled(COLOURS, size_hw, mode)).max() <= 1
+    if min(size_hw) < 6:
+        widened = render(COLOURS, replace(found, antialias=True))[0]
+        assert np.abs(widened - sampled(COLOURS, size_hw, mode)).max() > 10
+
+
+def test_lanczos_without_antialiasing_enlarges_as_pillow_does():
+    found = one_view((12, 18), (12, 18), plan={"resample": "lanczos", "antialias": False})
+    image = COLOURS // 2 + 64  # so that nothing is clipped between Pillow's two passes
+    widened = render(image, replace(found, antialias=True))[0].astype(int)
+    inner = np.s_[5:7, 5:13]  # nearer to the rim Pillow leaves taps out, this repeats the edge
+    assert np.abs(render(image, found)[0].astype(int) - widened)[inner].max() <= 2
+
+
+def test_a_view_may_have_a_filter_of_its_own():
+    found = one_view((5, 4), (2, 3), view_filter=("bicubic", False), plan={"resample": "bilinear"})
+    whole = Image.fromarray(COLOURS).resize((4, 5), Image.Resampling.BILINEAR)
+    assert np.abs(render(COLOURS, found)[0] - sampled(whole, (2, 3), "bicubic")).max() <= 1
+    whole = Image.fromarray(COLOURS).resize((4, 5), Image.Resampling.BICUBIC)
+    given_one = render(COLOURS, found, settings=PixelSettings(resample="bilinear"))[0]
+    assert (given_one != render(COLOURS, found)[0]).any()
+
+
+def test_a_canvas_may_be_resized_twice():
+    found = one_view((5, 4), (5, 4), first_hw=(3, 7))
+    bicubic = Image.Resampling.BICUBIC
+    twice = Image.fromarray(COLOURS).resize((7, 3), bicubic).resize((4, 5), bicubic)
+    assert (render(COLOURS, found)[0] == np.asarray(twice)).all()
+    part = one_view((5, 4), (5, 4), first_hw=(3, 7), source=Box(1, 2, 6, 9))
+    twice = Image.fromarray(COLOURS[1:6, 2:9]).resize((7, 3), bicubic).resize((4, 5), bicubic)
+    assert (render(COLOURS, part)[0] == np.asarray(twice)).all()
+    with pytest.raises(ValueError, match="every side of a canvas must be at least 1 px"):
+        render(COLOURS, one_view((5, 4), (5, 4), first_hw=(0, 4)))
+
+
+def test_a_plan_with_an_unknown_filter_raises():
+    with pytest.raises(ValueError, match="resample must be one of bicubic, lanczos, bilinear, got 'nearest'"):
+        render(COLOURS, one_view((5, 4), (5, 4), plan={"resample": "nearest"}))
+
+
 @pytest.mark.parametrize("resample", ["bicubic", "lanczos", "bilinear"])
 def test_a_tile_of_another_size_is_resized_once_more(resample):
     found = one_canvas((6, 9), tiles=(Box(0, 1, 6, 9),), view_hw=(4, 10))

@@ -105,6 +105,11 @@ class SliceBatch:
         return _pack(torch.from_numpy(patches), tuple(view.patches_hw for view in planned), tuple(plans))
 
     @classmethod
+    def from_patches(cls, patches: Tensor, plans: Sequence[SlicePlan]) -> SliceBatch:
+        """The batch of patches that were packed before, raw or normalised, on any device; their number is checked."""
+        return _pack(patches, tuple(view.patches_hw for plan in plans for view in plan.views), tuple(plans))
+
+    @classmethod
     def cat(cls, batches: Sequence[SliceBatch]) -> SliceBatch:
         """Join batches, images in order; the inverse of :meth:`split_images`.
 

@@ -95,8 +95,7 @@ def untrained_encoder(
         seed: Of the weights.
         out_dim: Width of the tokens.
         strategy: Any slicing strategy; its view and patch sizes become the ViT's, and the compressor gives as many
-            tokens as it counts. OpenAI's rules count overview and tiles differently, here both get a tile's.
-            ``None`` is ``"llava-uhd-safe"`` with 64 latents.
+            tokens as it counts. ``None`` is ``"llava-uhd-safe"`` with 64 latents.
         depth, width: Of the ViT.
     """
     import torch

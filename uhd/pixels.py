@@ -13,7 +13,7 @@ import math
 import os
 import struct
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -36,6 +36,13 @@ RESAMPLE = {
 }
 """Filters by name. Pillow widens all three when it shrinks, so none of them aliases."""
 
+_TAPS: dict[str, tuple[int, Callable[[np.ndarray], np.ndarray]]] = {
+    "bilinear": (1, lambda x: 1 - x),
+    "bicubic": (2, lambda x: np.where(x < 1, (1.25 * x - 2.25) * x**2 + 1, ((-0.75 * x + 3.75) * x - 6) * x + 3)),
+    "lanczos": (3, lambda x: np.sinc(x) * np.sinc(x / 3)),
+}
+"""Without widening: pixels to either side that count, and their weight by distance; as PyTorch's, a = -0.75."""
+
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -56,7 +63,8 @@ class PixelSettings:
     Attributes:
         mean: RGB mean that normalised pixels are centred on, in 0..1 units; ``None`` is not known, never guessed.
         std: RGB standard deviation in 0..1 units; known exactly when ``mean`` is.
-        resample: ``"bicubic"`` (LLaVA-UHD and MiniCPM-V), ``"lanczos"`` or ``"bilinear"``.
+        resample: ``"bicubic"``, ``"lanczos"`` or ``"bilinear"``; ``None`` is the filter that each plan's rule was
+            released with (``plan.resample``: bicubic for LLaVA-UHD and MiniCPM-V).
         background: RGB in 0..255 under transparent pixels; white, as most transparent pictures are drawn for a page.
         max_pixels: A file with more pixels is refused before it is decoded. Pillow's own ``Image.MAX_IMAGE_PIXELS``
             is left alone and refuses from twice its value on: raise both for larger pictures.
@@ -68,7 +76,7 @@ class PixelSettings:
 
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
-    resample: str = "bicubic"
+    resample: str | None = None
     background: tuple[int, int, int] = (255, 255, 255)
     max_pixels: int = MAX_PIXELS
     backend: str = "pillow"
@@ -84,8 +92,8 @@ class PixelSettings:
                     f"mean must lie in 0..1 and std above 0, got mean={self.mean}, std={self.std}: "
                     "divide both by 255 where they are in 0..255 units"
                 )
-        if self.resample not in RESAMPLE:
-            raise ValueError(f"resample must be one of {', '.join(RESAMPLE)}, got {self.resample!r}")
+        if self.resample is not None:
+            _check_filter(self.resample)
         background = tuple(self.background)
         if len(background) != 3 or not all(type(value) is int and 0 <= value <= 255 for value in background):
             raise ValueError(f"background must be three ints in 0..255 (RGB), got {self.background!r}")
@@ -230,19 +238,21 @@ def image_size_hw(source: Any) -> tuple[int, int]:
 def render(image: Any, plan: SlicePlan, *, settings: PixelSettings = DEFAULT) -> list[np.ndarray]:
     """The views of a plan, in the order of ``plan.views``.
 
-    Every canvas is resized once from the original image as a whole and then cut, so neighbouring slices share their
-    filter's support across the cut. A tile whose size is not ``view_hw`` is resized once more.
+    Every canvas is resized from the original image as a whole and then cut, so neighbouring slices share their
+    filter's support across the cut. It is resized once, or twice where it has a ``first_hw``; a tile whose size is not
+    ``view_hw`` once more.
 
     Args:
         image: Anything :func:`load_image` takes; its size must be ``plan.image_hw``.
         plan: From :func:`uhd.slicing.plan` or any strategy.
+        settings: Its filter, or the plan's where it names none. Whether that antialiases is the plan's.
 
     Returns:
         One (h, w, 3) uint8 array a view, (h, w) = ``view.size_hw``; each owns its memory.
 
     Raises:
         ValueError: The image has another size than the plan, or a canvas is not whole: its source or a tile lies
-            outside, or a part is neither content nor filled.
+            outside, or a part is neither content nor filled; or there is no such filter.
 
     Source: one resize and an exact cut as in thunlp/LLaVA-UHD, llava/slice_process.py ``slice_image_minicpm``.
     """
@@ -253,14 +263,17 @@ def render(image: Any, plan: SlicePlan, *, settings: PixelSettings = DEFAULT) ->
             f"the plan is for an image of {plan.image_hw[0]}x{plan.image_hw[1]} px (height x width), this one has "
             f"{image_hw[0]}x{image_hw[1]} px: plan it by image_size_hw(image), which knows the EXIF orientation"
         )
+    resize = _Resize(settings.resample or plan.resample, plan.antialias)
     views = []
     for canvas in plan.canvases:
         _check_canvas(canvas, image_hw)
-        whole = _render_canvas(image, canvas, settings)
+        whole = _render_canvas(image, canvas, resize)
+        name, antialias = canvas.view_filter or (plan.resample, plan.antialias)
+        resize_view = _Resize(settings.resample or name, antialias)
         for top, left, bottom, right in canvas.tiles:
             tile = whole[top:bottom, left:right].copy()
             if tile.shape[:2] != tuple(canvas.view_hw):
-                tile = np.array(Image.fromarray(tile).resize(_wh(canvas.view_hw), RESAMPLE[settings.resample]))
+                tile = np.array(resize_view(Image.fromarray(tile), canvas.view_hw))
             views.append(tile)
     return views
 
@@ -540,16 +553,56 @@ def _image_from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 
-def _render_canvas(image: Image.Image, canvas: Canvas, settings: PixelSettings) -> np.ndarray:
+def _check_filter(name: Any) -> None:
+    if name not in RESAMPLE:
+        raise ValueError(f"resample must be one of {', '.join(RESAMPLE)}, got {name!r}")
+
+
+class _Resize:
+    """``resize(image, size_hw)``: 8-bit RGB by one filter, which widens where it shrinks unless told not to."""
+
+    def __init__(self, name: str, antialias: bool) -> None:
+        _check_filter(name)
+        self.name, self.antialias = name, antialias
+
+    def __call__(
+        self, image: Image.Image, size_hw: tuple[int, int], *, box: tuple[float, float, float, float] | None = None
+    ) -> Image.Image:
+        """``box``: (left, top, right, bottom) of the part that is resized, px; ``None`` is all of it."""
+        left, top, right, bottom = box or (0, 0, image.width, image.height)
+        if self.antialias:
+            return image.resize(_wh(size_hw), RESAMPLE[self.name], box=box)
+        rows = self._sampled(np.asarray(image), 0, (top, bottom), size_hw[0])
+        found = self._sampled(rows, 1, (left, right), size_hw[1])
+        return Image.fromarray(np.rint(found).clip(0, 255).astype(np.uint8))
+
+    def _sampled(self, array: np.ndarray, axis: int, span: tuple[float, float], length: int) -> np.ndarray:
+        """float32 with ``length`` samples of one axis, at the middles of as many equal parts of ``span``."""
+        reach, weight = _TAPS[self.name]
+        places = span[0] + (np.arange(length) + 0.5) * (span[1] - span[0]) / length - 0.5
+        first = np.floor(places).astype(np.int64)
+        taps = range(1 - reach, reach + 1)
+        weights = np.stack([weight(np.abs(places - first - tap)) for tap in taps])
+        weights /= weights.sum(axis=0)
+        shape = [-1 if place == axis else 1 for place in range(3)]
+        return sum(
+            array.take(np.clip(first + tap, 0, array.shape[axis] - 1), axis) * part.astype(np.float32).reshape(shape)
+            for tap, part in zip(taps, weights, strict=True)
+        )
+
+
+def _render_canvas(image: Image.Image, canvas: Canvas, resize: _Resize) -> np.ndarray:
     """(h, w, 3) uint8 of a whole canvas."""
     if canvas.source is not None:
         top, left, bottom, right = canvas.source
         image = image.crop((left, top, right, bottom))  # first, so that the filter sees nothing outside
-    if _is_crop(canvas):
-        # an elongated image would be resized to gigabytes of which one view is kept: make only what is seen
-        size = _wh(canvas.size_hw)
-        return np.asarray(image.resize(size, RESAMPLE[settings.resample], box=_seen(image, canvas)))
-    whole = image.resize(_wh(canvas.content_hw), RESAMPLE[settings.resample])
+    if canvas.first_hw is not None:
+        image = resize(image, canvas.first_hw)
+    if _is_crop(canvas) and math.prod(canvas.content_hw) > 16 * math.prod(canvas.size_hw):
+        # an elongated image would be resized to gigabytes of which one view is kept: make only what is seen, which
+        # may differ by a level or two, as Pillow then takes its two passes in another order
+        return np.asarray(resize(image, canvas.size_hw, box=_seen(image, canvas)))
+    whole = resize(image, canvas.content_hw)
     if canvas.offset != (0, 0) or canvas.size_hw != canvas.content_hw:
         content, whole = whole, Image.new("RGB", _wh(canvas.size_hw), canvas.fill or (0, 0, 0))
         whole.paste(content, _wh(canvas.offset))
@@ -578,7 +631,7 @@ def _check_canvas(canvas: Canvas, image_hw: tuple[int, int]) -> None:
         top, left, bottom, right = box
         return 0 <= top < bottom <= size_hw[0] and 0 <= left < right <= size_hw[1]
 
-    if min(*canvas.content_hw, *canvas.size_hw, *canvas.view_hw) < 1:
+    if min(*canvas.content_hw, *canvas.size_hw, *canvas.view_hw, *(canvas.first_hw or ())) < 1:
         raise ValueError(f"every side of a canvas must be at least 1 px, got {canvas}")
     if canvas.source is not None and not inside(canvas.source, image_hw):
         raise ValueError(f"the source {tuple(canvas.source)} of a canvas lies outside the image of {image_hw} px")

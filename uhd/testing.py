@@ -11,6 +11,7 @@ Hypothesis is needed for :func:`image_sizes`, :func:`plans` and :func:`slicing_c
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -166,9 +167,27 @@ def inspect_strategy(
     extremes = [(int(h), int(w)) for h, w in extremes_hw]
     found = {size: _call(config, size) for size in dict.fromkeys([*sizes, *extremes])}
     usual = {size: found[size] for size in sizes}
-    plans = {size: result for size, result in found.items() if isinstance(result, SlicePlan)}
+    unusual = {size: found[size] for size in extremes}
+    failures = tuple(
+        Failure(check, why, tuple(seen[:_MOST_SHOWN]), len(seen))
+        for check, (why, seen) in _broken(config, usual, unusual, max_tokens, max_patches).items()
+        if seen and check not in skip
+    )
+    planned = sum(isinstance(result, SlicePlan) for result in found.values())
+    return StrategyReport(name, failures, planned, len(found) - planned)
+
+
+def _broken(
+    config: Any,
+    usual: dict[tuple[int, int], SlicePlan | Exception],
+    unusual: dict[tuple[int, int], SlicePlan | Exception],
+    max_tokens: int | None,
+    max_patches: int | None,
+) -> dict[str, tuple[str, list[str]]]:
+    """For each of :data:`CHECKS`: what to do about it, and every size that fails, with what was seen."""
+    plans = {size: result for size, result in {**usual, **unusual}.items() if isinstance(result, SlicePlan)}
     kept = {size: result for size, result in usual.items() if isinstance(result, SlicePlan)}
-    broken = {
+    return {
         "returns": ("a plan is expected for every usual size", _bad_returns(usual)),
         "purity": (
             "equal sizes must give equal, hashable, JSON-able plans: keep no state, draw no random numbers",
@@ -190,15 +209,9 @@ def inspect_strategy(
         ),
         "extremes": (
             "an unusual size must be planned, or refused with a ValueError that names it",
-            _bad_extremes({size: found[size] for size in extremes}),
+            _bad_extremes(unusual),
         ),
     }
-    failures = tuple(
-        Failure(check, why, tuple(seen[:_MOST_SHOWN]), len(seen))
-        for check, (why, seen) in broken.items()
-        if seen and check not in skip
-    )
-    return StrategyReport(name, failures, len(plans), len(found) - len(plans))
 
 
 def _call(config: Any, image_hw: tuple[int, int]) -> SlicePlan | Exception:
@@ -270,8 +283,9 @@ def _bad_canvas(canvas: Canvas, found: SlicePlan) -> Iterator[str]:
     height, width = canvas.size_hw
     if canvas.kind not in ("slice", "overview"):
         yield f"kind is {canvas.kind!r}, not 'slice' or 'overview'"
-    if min(*canvas.size_hw, *canvas.content_hw, *canvas.view_hw) < 1:
-        yield f"a size below 1 px: canvas {canvas.size_hw}, content {canvas.content_hw}, view {canvas.view_hw}"
+    if min(*canvas.size_hw, *canvas.content_hw, *canvas.view_hw, *(canvas.first_hw or ())) < 1:
+        first = f", first {canvas.first_hw}" if canvas.first_hw else ""
+        yield f"a size below 1 px: canvas {canvas.size_hw}, content {canvas.content_hw}, view {canvas.view_hw}{first}"
         return
     outside = [box for box in canvas.tiles if not (0 <= box[0] < box[2] <= height and 0 <= box[1] < box[3] <= width)]
     if outside:
@@ -285,7 +299,7 @@ def _bad_canvas(canvas: Canvas, found: SlicePlan) -> Iterator[str]:
     full = top <= 0 and left <= 0 and top + rows >= height and left + cols >= width
     if not full and canvas.fill is None:
         yield "content leaves part of the canvas empty and fill is None: give an RGB fill"
-    if height * width > _MOST_PIXELS:
+    if max(height * width, math.prod(canvas.first_hw or ())) > _MOST_PIXELS:
         yield f"a canvas of {height} x {width} px would not fit in memory: bound it"
 
 

@@ -332,6 +332,9 @@ OTHER_DISTORTION = {
     "idefics2_split",  # four quarters of different sizes: ours takes the worst one
     "step3p7_728_504",  # windows beside an uncut image: the table's median is of other views
 }
+OTHER_KEPT = {
+    "idefics3_364",  # the table forgets the first of two resizes, to a longer side of 1456 px
+}
 
 
 SIZES = [(h, w) for w, h in GOLDEN["sizes_wh"] if min(w, h) >= 64 and max(w, h) <= 8 * min(w, h)]
@@ -348,7 +351,8 @@ def test_equals_the_table_at_five_sizes(name):
         assert f"{found.distortion:.2f}" == distortion, size
         if name not in OTHER_PADDING:
             assert f"{100 * found.padding:.0f}" == padding, size
-        assert f"{100 * found.resolution_kept:.0f}" == kept, size
+        if name not in OTHER_KEPT:
+            assert f"{100 * found.resolution_kept:.0f}" == kept, size
 
 
 def test_where_the_table_counts_text_too_the_difference_is_positive_and_small():
@@ -368,7 +372,8 @@ def test_equals_the_aggregate_over_198_sizes(name):
         assert round(found.distortion_p95, 2) == high
     if name not in OTHER_PADDING:
         assert round(100 * found.padding_mean) == padding
-    assert round(100 * found.resolution_kept_mean) == kept
+    if name not in OTHER_KEPT:
+        assert round(100 * found.resolution_kept_mean) == kept
     assert (found.compared, found.refused) == (198, 0)
 
 
@@ -413,6 +418,17 @@ def test_where_views_overlap_the_sharper_one_counts_for_resolution(order):
     share = 28 * 56 / 20000
     assert found.resolution_kept == pytest.approx(share + (1 - share) * 0.28 * 0.28)
     assert found.distortion == 1
+
+
+def test_what_a_first_resize_loses_does_not_come_back():
+    """Idefics3: 1080 x 1920 px become 820 x 1456, and only then 1092 x 1456."""
+    found = measure(plan((1080, 1920), "idefics3"))
+    assert found.resolution_kept == pytest.approx(820 / 1080 * 1456 / 1920)
+    assert found.distortion == pytest.approx(1092 / 1080 / (1456 / 1920))
+    shown = two_views(Box(0, 0, 100, 100), Box(0, 100, 100, 200))
+    small = replace(shown, canvases=tuple(replace(canvas, first_hw=(14, 112)) for canvas in shown.canvases))
+    assert measure(small).resolution_kept == pytest.approx(0.14 * 0.56)
+    assert measure(small).distortion == measure(shown).distortion
 
 
 def test_enlarging_counts_as_upsampling_not_as_resolution():

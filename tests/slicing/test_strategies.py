@@ -1,9 +1,11 @@
 """Every other system's rule: equal to its reference, well formed on any size, and drawn as the reference draws it."""
 
+import inspect
 import json
 import math
 import pathlib
 import pickle
+import re
 from dataclasses import replace
 from fractions import Fraction
 
@@ -399,6 +401,20 @@ def test_padding_lies_right_and_below(name, fill):
     assert canvas.content_hw != canvas.size_hw
 
 
+def test_idefics3_is_resized_twice_and_its_overview_thrice():
+    """1456 px, then multiples of 364 px, then the overview: each with a Lanczos filter and in 8 bits."""
+    image = Image.fromarray(np.random.default_rng(2).integers(0, 256, (90, 161, 3), np.uint8))
+    found = plan((90, 161), "idefics3")
+    assert found.canvases[0].first_hw == (814, 1456)
+    assert found.canvases[0].size_hw == (1092, 1456)
+    lanczos = Image.Resampling.LANCZOS
+    whole = image.resize((1456, 814), lanczos).resize((1456, 1092), lanczos)
+    views = render(image, found)
+    assert (views[0] == np.asarray(whole)[:364, :364]).all()
+    assert (views[11] == np.asarray(whole)[728:, 1092:]).all()
+    assert (views[12] == np.asarray(whole.resize((364, 364), lanczos))).all()
+
+
 def test_centre_crop_shows_the_middle():
     image = coordinates((100, 220))
     found = plan((100, 220), replace(STRATEGIES["clip-center-crop-336"].config, tile=100, patch_size=10))
@@ -557,6 +573,124 @@ def test_the_rule_fits_another_backbone():
     assert found.overview_hw == (384, 384)
 
 
+TILED = [name for name in ALL if hasattr(STRATEGIES[name].config, "tile")]
+FIT_SIZES = [(1008, 672), (1080, 1920), (300, 1700), (2990, 410), (97, 240), (61, 70)]
+
+
+@pytest.mark.parametrize("name", TILED)
+@pytest.mark.parametrize("image_hw", FIT_SIZES)
+def test_twice_the_image_is_cut_alike_for_a_backbone_of_twice_the_size(name, image_hw):
+    """Every length of a rule grows with its tile: grids, views, tokens and padding stay, sizes double."""
+    config = STRATEGIES[name].config
+    large = config.for_vision(image_size=2 * config.tile, patch_size=2 * config.patch_size)
+    found, double = plan(image_hw, config), plan((2 * image_hw[0], 2 * image_hw[1]), large)
+    assert (double.grid, double.num_views, double.num_tokens) == (found.grid, found.num_views, found.num_tokens)
+    assert [v.patches_hw for v in double.views] == [v.patches_hw for v in found.views]
+    assert [v.size_hw for v in double.views] == [(2 * v.size_hw[0], 2 * v.size_hw[1]) for v in found.views]
+    for one, two in zip(found.canvases, double.canvases, strict=True):
+        for small, big in zip((*one.content_hw, *one.offset), (*two.content_hw, *two.offset), strict=True):
+            assert abs(2 * small - big) <= 4
+        assert (one.first_hw is None) == (two.first_hw is None)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(("image_size", "patch_size"), [(56, 14), (224, 16), (448, 14), (518, 14), (980, 14)])
+def test_every_rule_plans_for_other_backbones(name, image_size, patch_size):
+    config = STRATEGIES[name].config
+    fitted = config.for_vision(image_size=image_size, patch_size=patch_size)
+    assert fitted.for_vision(image_size=image_size, patch_size=patch_size).patch_size == patch_size
+    assert config_from_dict(json.loads(json.dumps(fitted.to_dict()))) == fitted
+    for image_hw in ((500, 310), (200, 1500)):
+        found = plan(image_hw, fitted)
+        check_form(found)
+        assert found.patch_size == patch_size
+        if name in TILED and name != "lfm2-vl-512":  # its overview keeps the image's aspect
+            slices = {view.size_hw for view in found.views if view.kind == "slice"}
+            assert slices <= {(image_size, image_size)}
+            sides = {side for view in found.views for side in view.size_hw}
+            assert all(side == image_size or side % patch_size == 0 for side in sides)
+
+
+def test_lengths_beside_the_tile_keep_their_ratio_to_it():
+    def fitted(name, image_size, patch_size=14):
+        return STRATEGIES[name].config.for_vision(image_size=image_size, patch_size=patch_size)
+
+    assert fitted("idefics3-364", 384).longest == 1536
+    assert fitted("smolvlm-512", 256, 16).longest == 1024
+    assert fitted("deepseek-ocr2", 384, 16).overview_side == 512
+    assert fitted("deepseek-ocr2", 384).overview_side == 37 * 14  # 512 in whole patches
+    assert (fitted("step3p7-728-504", 252).overview_side, fitted("step3p7-728-504", 252).longest) == (26 * 14, 1512)
+    assert (fitted("openai-high-detail", 256).longest, fitted("openai-high-detail", 256).shortest) == (1024, 384)
+    assert fitted("gemma3-896-pas", 448).min_crop == 128
+    assert (fitted("aria-980-split", 490).cell, fitted("aria-980-split", 490).min_side) == (245, 168)
+    assert fitted("aria-original-490-split", 245).min_side == 168
+    assert fitted("molmo2-378-max8", 336).margins == (4, 4)  # Molmo's own, on 24 patches
+    assert fitted("molmo2-378-max8", 56).margins == (1, 1)
+    lfm = fitted("lfm2-vl-512", 256, 16)
+    assert (lfm.min_tokens, lfm.max_tokens) == (16, 64)
+    assert fitted("qwen3-vl-ckpt", 384) == STRATEGIES["qwen3-vl-ckpt"].config.replace(patch_size=14)
+    for name in ALL:
+        config = STRATEGIES[name].config
+        same = config.for_vision(image_size=getattr(config, "tile", 1), patch_size=config.patch_size)
+        assert same == config
+
+
+# what a rule is: its documentation, its filter, and plans from before
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_rule_says_where_it_is_from_who_uses_it_and_what_to_mind(name):
+    text = inspect.cleandoc(STRATEGIES[name].function.__doc__)
+    rule = text.split("Source:")[0].strip()
+    assert 1 <= len(rule.splitlines()) <= 8
+    parts = [text.index(f"\n{part}: ") for part in ("Source", "Models", "Traps")]
+    assert parts == sorted(parts)
+    assert "\n" not in STRATEGIES[name].summary
+
+
+def test_plans_carry_the_filter_of_their_rule():
+    lanczos = {"idefics3", "smolvlm", "muse"}
+    bilinear = {
+        "llama4",
+        "mllama",
+        "gemma3",
+        "idefics2",
+        "phi4",
+        "molmo2",
+        "fuyu",
+        "lfm2-vl",
+        "siglip2-naflex",
+        "step3",
+    }
+    for name in ALIASES:
+        want = "lanczos" if name in lanczos else "bilinear" if name in bilinear else "bicubic"
+        if name in lanczos | bilinear or name in ("internvl", "llava-next", "qwen3-vl", "siglip", "monkey"):
+            assert plan((300, 500), name).resample == want, name
+    assert [name for name in ALL if not plan((300, 500), name).antialias] == ["molmo2-378-max8"]
+    assert plan((300, 500), "phi4").canvases[1].view_filter == ("bicubic", False)
+    assert plan((300, 500), InternVLConfig(resample="lanczos")).resample == "lanczos"
+    assert plan((300, 500), "llava-uhd").resample == "bicubic"
+    with pytest.raises(ValueError, match="resample must be one of bicubic, bilinear, lanczos, got 'nearest'"):
+        InternVLConfig(resample="nearest")
+
+
+def test_plans_that_were_saved_before_filters_were_known_still_load():
+    found = plan((300, 500), "internvl")
+    data = json.loads(json.dumps(found.to_dict()))
+    for key in ("resample", "antialias"):
+        del data[key]
+    for canvas in data["canvases"]:
+        for key in ("first_hw", "view_filter", "cell"):
+            del canvas[key]
+    assert SlicePlan.from_dict(data) == found
+    twice = plan((300, 500), "smolvlm")
+    assert SlicePlan.from_dict(json.loads(json.dumps(twice.to_dict()))) == twice
+    config = InternVLConfig().to_dict()
+    assert config_from_dict({key: config[key] for key in config if key not in ("resample", "antialias")}) == (
+        InternVLConfig()
+    )
+
+
 # command line
 
 
@@ -595,3 +729,11 @@ def test_every_name_is_in_the_documentation():
     text = (pathlib.Path(__file__).parents[2] / "docs" / "strategies.md").read_text()
     missing = [name for name in uhd.strategies() if f"`{name}`" not in text]
     assert not missing
+
+
+def test_the_documentation_says_what_the_docstrings_say():
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "strategies.md").read_text()
+    for function in dict.fromkeys(entry.function for entry in STRATEGIES.values()):
+        said = re.sub(r":\w+:`(?:[\w.]+\.)?(\w+)`", r"`\1`", inspect.cleandoc(function.__doc__)).replace("``", "`")
+        cells = (" ".join(part.split()) for part in re.split(r"\n(?:Source|Models|Traps): ", said))
+        assert f"| {' | '.join(cells)} |\n" in text, function.__name__

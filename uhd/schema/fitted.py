@@ -9,7 +9,7 @@ from typing import Any
 
 from uhd.schema.layout import Entry, SpatialSchema, TokenLayout, layout
 from uhd.slicing import SlicePlan, SlicingConfig, plan
-from uhd.slicing.media import VideoPlan
+from uhd.slicing.media import Planner, VideoPlan
 from uhd.slicing.strategies import Rule, StrategyConfig, config_from_dict
 
 PLAIN = SpatialSchema(name="plain", column="", row="")
@@ -57,7 +57,7 @@ class FittedRule:
     Attributes:
         rule: A strategy's config, or your own function.
         tokens_per_view: What a compressor makes of any view; it takes the place of the rule's counts and packing.
-            ``None`` keeps both.
+            A ``nested`` rule's lower counts stay: such a view keeps the first latents. ``None`` keeps both.
         schema: Its separators are counted; not for plans that keep a packing. ``None``: the rule's own count.
     """
 
@@ -78,7 +78,7 @@ class FittedRule:
 
     def fit(self, found: SlicePlan) -> SlicePlan:
         """A plan of the rule, counted anew."""
-        return _fit(found, self.tokens_per_view, self.schema)
+        return _fit(found, self.tokens_per_view, self.schema, getattr(self.rule, "nested", False))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; :func:`slicing_from_dict` is the inverse, except for a function."""
@@ -91,11 +91,16 @@ class FittedRule:
         }
 
 
+AnySlicing = SlicingConfig | StrategyConfig | FittedRule | Rule
+"""What an encoder holds as ``slicing``."""
+
+
 @lru_cache(maxsize=4096)
-def _fit(found: SlicePlan, tokens_per_view: int | None, schema: SpatialSchema | None) -> SlicePlan:
+def _fit(found: SlicePlan, tokens_per_view: int | None, schema: SpatialSchema | None, nested: bool) -> SlicePlan:
     if tokens_per_view is not None:
-        canvases = tuple(replace(canvas, tokens_per_view=tokens_per_view) for canvas in found.canvases)
-        visual = tokens_per_view * found.num_views
+        counts = [min(c.tokens_per_view, tokens_per_view) if nested else tokens_per_view for c in found.canvases]
+        canvases = tuple(replace(canvas, tokens_per_view=n) for canvas, n in zip(found.canvases, counts, strict=True))
+        visual = sum(len(canvas.tiles) * canvas.tokens_per_view for canvas in canvases)
         found = replace(found, canvases=canvases, num_visual_tokens=visual, num_separators=0, packing=None)
     if schema is not None and found.packing is not None:
         raise ValueError(
@@ -130,4 +135,34 @@ def slicing_from_dict(data: Mapping[str, Any]) -> SlicingConfig | StrategyConfig
     return config_from_dict(data)
 
 
-__all__ = ["PLAIN", "FittedRule", "layout_of", "slicing_from_dict", "video_layout"]
+def slicing_to_dict(slicing: AnySlicing) -> dict[str, Any]:
+    """What :func:`slicing_from_dict` reads; of a function of the caller's own only the name."""
+    if isinstance(slicing, (SlicingConfig, StrategyConfig, FittedRule)):
+        return slicing.to_dict()
+    return FittedRule(slicing).to_dict()["base"]
+
+
+def own_function(slicing: AnySlicing | Mapping[str, Any]) -> str | None:
+    """The name of the caller's own function in a slicing or its dictionary; ``None`` where it has none."""
+    data = slicing if isinstance(slicing, Mapping) else slicing_to_dict(slicing)
+    data = data["base"] if data.get("rule") == FittedRule.__name__ else data
+    return data["name"] if data.get("rule") == "custom" else None
+
+
+def planner_of(slicing: AnySlicing) -> Planner:
+    """A slicing as :func:`uhd.slicing.media.plan_sample` takes it."""
+    if isinstance(slicing, FittedRule):
+        return Planner(slicing.rule, slicing.fit)
+    return Planner(slicing)
+
+
+__all__ = [
+    "PLAIN",
+    "FittedRule",
+    "layout_of",
+    "own_function",
+    "planner_of",
+    "slicing_from_dict",
+    "slicing_to_dict",
+    "video_layout",
+]

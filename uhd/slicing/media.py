@@ -95,26 +95,86 @@ def plan_images(
     rule = find("llava-uhd-safe" if config is None else config)
     if multi_image:
         rule = multi_image_rule(rule, len(sizes))
-    ladders = [_ladder(size_hw, rule, count or _as_planned) for size_hw in sizes]
+    plans, total = _within([_ladder(size_hw, rule, count or _as_planned) for size_hw in sizes], max_tokens)
+    if max_tokens is not None and total > max_tokens:
+        raise ValueError(
+            f"{len(plans)} images cost at least {total} tokens under {plans[0].strategy!r}, max_tokens is "
+            f"{max_tokens}: raise it to {total}, give fewer images, or take a strategy with smaller views"
+        )
+    return tuple(plans)
+
+
+def _within(ladders: Sequence[Iterator[SlicePlan]], max_tokens: int | None) -> tuple[list[SlicePlan], int]:
+    """A plan of every ladder, and their tokens: more than ``max_tokens`` only where no ladder goes lower."""
     plans = [next(ladder) for ladder in ladders]
-    if max_tokens is None:
-        return tuple(plans)
     total = sum(item.num_tokens for item in plans)
     costliest = [(-item.num_tokens, -place) for place, item in enumerate(plans)]
     heapq.heapify(costliest)
-    while total > max_tokens and costliest:
+    while max_tokens is not None and total > max_tokens and costliest:
         place = -heapq.heappop(costliest)[1]
         lower = next(ladders[place], None)
         if lower is not None:
             total += lower.num_tokens - plans[place].num_tokens
             plans[place] = lower
             heapq.heappush(costliest, (-lower.num_tokens, -place))
-    if total > max_tokens:
+    return plans, total
+
+
+@dataclass(frozen=True)
+class Planner:
+    """What images, or the frames of videos, are planned by: a rule as in :func:`uhd.plan`, and an encoder's count."""
+
+    rule: AnyConfig
+    count: Count | None = None
+
+
+def plan_sample(
+    images_hw: Sequence[Sequence[int]],
+    videos: Sequence[tuple[Sequence[int], int]],
+    planner: Planner,
+    *,
+    video_planner: Planner | None = None,
+    frames: str = "video",
+    max_tokens: int | None = None,
+    multi_image: bool = False,
+) -> tuple[tuple[SlicePlan, ...], tuple[VideoPlan, ...]]:
+    """Plan the images and the videos of one sample, under one budget.
+
+    Videos whose frames are single views cost what they cost, and the images shrink to what is left, as in
+    :func:`plan_images`; with ``frames="rule"`` every frame shrinks with them.
+
+    Args:
+        images_hw: (height, width) of every image, px.
+        videos: Of every video the (height, width) of its frames, px, and their number.
+        planner: For the images.
+        video_planner: For the videos; ``None`` is the images'.
+        frames: As in :func:`plan_video`.
+        max_tokens: Bound on the tokens of all images and videos together.
+        multi_image: As in :func:`plan_images`; videos do not count as images.
+
+    Raises:
+        ValueError: As in :func:`plan_images` and :func:`plan_video`.
+    """
+    moving = planner if video_planner is None else video_planner
+    by_rule = frames == "rule"
+    clips = [plan_video(size, number, moving.rule, frames=frames, count=moving.count) for size, number in videos]
+    rule = multi_image_rule(planner.rule, len(images_hw)) if multi_image else planner.rule
+    ladders = [_ladder(check_size(size_hw), rule, planner.count or _as_planned) for size_hw in images_hw]
+    fixed = 0 if by_rule else sum(clip.num_tokens for clip in clips)
+    if by_rule:
+        flat = [check_size(size) for size, number in videos for _ in range(number)]
+        ladders += [_ladder(size_hw, moving.rule, moving.count or _as_planned) for size_hw in flat]
+    plans, total = _within(ladders, None if max_tokens is None else max_tokens - fixed)
+    if max_tokens is not None and total + fixed > max_tokens:
         raise ValueError(
-            f"{len(plans)} images cost at least {total} tokens under {plans[0].strategy!r}, max_tokens is "
-            f"{max_tokens}: raise it to {total}, give fewer images, or take a strategy with smaller views"
+            f"{len(images_hw)} images and {len(clips)} videos of {sum(clip.num_frames for clip in clips)} frames cost "
+            f"at least {total + fixed} tokens, max_tokens is {max_tokens}: raise it to {total + fixed}, give fewer "
+            "images or frames, or take a strategy with smaller views"
         )
-    return tuple(plans)
+    if by_rule:
+        rest = iter(plans[len(images_hw) :])
+        clips = [VideoPlan(tuple(next(rest) for _ in clip.plans)) for clip in clips]
+    return tuple(plans[: len(images_hw)]), tuple(clips)
 
 
 def plan_video(
@@ -176,7 +236,8 @@ def multi_image_rule(rule: AnyConfig, num_images: int) -> AnyConfig:
     Source: transformers, models/llava_onevision/ (nested images); DeepSeek-VL2, ``tokenize_with_images``.
     """
     if _is_onevision(rule) and num_images > 1:
-        return SquarePadConfig(f"{rule.name}-multi-image", rule.patch_size, rule.tile, GRAY, newline=True)
+        name = f"{rule.name}-multi-image"
+        return SquarePadConfig(name, rule.patch_size, rule.tile, GRAY, newline=True, resample=rule.resample)
     if isinstance(rule, DeepSeekVL2Config) and num_images > 2:
         return rule.replace(cropping=False)
     return rule
@@ -186,7 +247,9 @@ def video_rule(rule: AnyConfig) -> VideoFrameConfig | None:
     """What a strategy plans the frames of a video by; ``None`` where it has no such mode."""
     if isinstance(rule, VideoFrameConfig):
         return rule
-    return VideoFrameConfig(f"{rule.name}-video", rule.patch_size, rule.tile) if _is_onevision(rule) else None
+    if not _is_onevision(rule):
+        return None
+    return VideoFrameConfig(f"{rule.name}-video", rule.patch_size, rule.tile, resample=rule.resample)
 
 
 def _is_onevision(rule: AnyConfig) -> bool:
@@ -264,7 +327,7 @@ def _ladder(image_hw: tuple[int, int], rule: AnyConfig, count: Count) -> Iterato
 def _fewer_slices(image_hw: tuple[int, int], rule: AnyConfig, own: SlicePlan) -> Iterator[SlicePlan]:
     slices = sum(view.kind == "slice" for view in own.views)
     for cap in range(slices - 1, 0, -1):
-        lower = _capped(rule, cap)
+        lower = capped(rule, cap)
         if lower is None:
             break
         yield plan(image_hw, lower)
@@ -274,7 +337,7 @@ def _fewer_slices(image_hw: tuple[int, int], rule: AnyConfig, own: SlicePlan) ->
             yield alone
 
 
-def _capped(rule: AnyConfig, cap: int) -> AnyConfig | None:
+def capped(rule: AnyConfig, cap: int) -> AnyConfig | None:
     """The same rule with at most ``cap`` slices; ``None`` where its settings do not say how."""
     if isinstance(rule, SlicingConfig):
         return rule.replace(max_slices=cap)
@@ -290,4 +353,4 @@ def _capped(rule: AnyConfig, cap: int) -> AnyConfig | None:
     return rule.replace(max_tiles=cap, **least)
 
 
-__all__ = ["VideoPlan", "plan_images", "plan_video"]
+__all__ = ["Planner", "VideoPlan", "plan_images", "plan_sample", "plan_video"]

@@ -1,7 +1,8 @@
 """What a plan keeps and what it costs, from its geometry alone: no rule is known here by name.
 
 Notation: the image is w x h px. A *detail view* is a slice, or the overview where the image is not cut. It shows a
-rectangle A_v of the image (clipped to it, padding left out) at the scales s_x, s_y: view px per image px. T is
+rectangle A_v of the image (clipped to it, padding left out) at the scales s_x, s_y: view px per image px. A rule that
+resizes more than once may make the image smaller on the way there: m_x, m_y are the least of those scales. T is
 ``plan.num_tokens``. Metrics of one plan come from :func:`measure`; cliffs, transposition and monotonicity compare
 plans of many sizes.
 """
@@ -34,7 +35,7 @@ class PlanMetrics:
     Attributes:
         distortion: D = max over detail views of max(s_x, s_y) / min(s_x, s_y). 1 keeps the aspect.
         padding: P = 1 - content px / encoder px, over all views, the overview included.
-        resolution_kept: R = (1 / wh) * sum over the image of max over detail views there of min(1, s_x) * min(1, s_y):
+        resolution_kept: R = (1 / wh) * sum over the image of max over detail views there of min(1, m_x) * min(1, m_y):
             the share of image px that survive. A pooling of features is not in it; it is in the tokens.
         tokens: T.
         views: Encoder inputs.
@@ -124,11 +125,12 @@ def measure(
 
 
 class _Shown(NamedTuple):
-    """Detail views: ``boxes`` (V, 4) of the image, px, and their scales (V,)."""
+    """Detail views: ``boxes`` (V, 4) of the image, px, their scales (V,), and ``kept`` (V,), the share of px left."""
 
     boxes: np.ndarray
     scale_h: np.ndarray
     scale_w: np.ndarray
+    kept: np.ndarray
 
     @property
     def sizes(self) -> np.ndarray:
@@ -163,7 +165,9 @@ def _shown(canvas: Canvas, image_hw: tuple[int, int]) -> _Shown:
     boxes = np.round(start + (content - offset) * np.tile(length, 2) / np.tile(resized, 2), 6)
     boxes = np.clip(boxes, 0, (*image_hw, *image_hw))
     scale = (resized / length) * (np.array(canvas.view_hw) / (tiles[:, 2:] - tiles[:, :2]))
-    return _Shown(boxes, scale[:, 0], scale[:, 1])
+    first = np.array(canvas.first_hw or canvas.content_hw) / length
+    kept = np.minimum(np.minimum(scale, np.minimum(first, resized / length)), 1).prod(axis=1)
+    return _Shown(boxes, scale[:, 0], scale[:, 1], kept)
 
 
 def _padding(plan: SlicePlan) -> float:
@@ -206,11 +210,10 @@ def _cells(shown: _Shown) -> _Cells:
     seen = np.zeros((rows, cols), dtype=bool)
     across_h = np.zeros((rows + 1, cols), dtype=bool)
     across_w = np.zeros((rows, cols + 1), dtype=bool)
-    share = np.minimum(shown.scale_h, 1) * np.minimum(shown.scale_w, 1)
     tops, bottoms = np.searchsorted(ys, shown.boxes[:, 0]), np.searchsorted(ys, shown.boxes[:, 2])
     lefts, rights = np.searchsorted(xs, shown.boxes[:, 1]), np.searchsorted(xs, shown.boxes[:, 3])
     edges = np.stack([tops, bottoms, lefts, rights], axis=1).tolist()
-    for (top, bottom, left, right), value in zip(edges, share.tolist(), strict=True):
+    for (top, bottom, left, right), value in zip(edges, shown.kept.tolist(), strict=True):
         part = kept[top:bottom, left:right]
         np.maximum(part, value, out=part)
         seen[top:bottom, left:right] = True

@@ -51,6 +51,8 @@ class Canvas:
         offset: (top, left) of the content on the canvas, px; negative where the content is cropped.
         fill: RGB of the canvas where no content lies; ``None`` where content covers it.
         cell: (row, column) of its first tile in the plan's grid, where every slice has a canvas of its own.
+        first_hw: The source is resized to this before it is resized to ``content_hw``, px, where a rule resizes twice.
+        view_filter: (filter, antialias) of a tile's own resize to ``view_hw``; ``None``: the plan's, as the canvas.
     """
 
     kind: str
@@ -64,6 +66,8 @@ class Canvas:
     offset: tuple[int, int] = (0, 0)
     fill: tuple[int, int, int] | None = None
     cell: tuple[int, int] = (0, 0)
+    first_hw: tuple[int, int] | None = None
+    view_filter: tuple[str, bool] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +166,8 @@ class SlicePlan:
         num_separators: Positions that the layout adds between and around them.
         strategy: The name of the rule that made it.
         packing: How feature maps become tokens; ``None``: every view gives its own tokens, one view after the other.
+        resample: The filter that the rule was released with: ``"bicubic"``, ``"bilinear"`` or ``"lanczos"``.
+        antialias: Whether the filter widens where it shrinks; without, px between its samples are skipped.
     """
 
     image_hw: tuple[int, int]
@@ -172,6 +178,8 @@ class SlicePlan:
     num_separators: int
     strategy: str
     packing: Packing | None = None
+    resample: str = "bicubic"
+    antialias: bool = True
 
     @property
     def num_tokens(self) -> int:
@@ -520,4 +528,6 @@ def _canvas_from_dict(data: Mapping[str, Any]) -> Canvas:
         offset=pair(data["offset"]),
         fill=data["fill"] and pair(data["fill"]),
         cell=pair(data.get("cell", (0, 0))),
+        first_hw=data.get("first_hw") and pair(data["first_hw"]),
+        view_filter=data.get("view_filter") and pair(data["view_filter"]),
     )

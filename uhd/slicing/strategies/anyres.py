@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from uhd.slicing.plan import Box, Canvas, Packing, SlicePlan
 from uhd.slicing.strategies.base import (
@@ -332,14 +333,12 @@ class AriaPortConfig(StrategyConfig):
     grids: Grids = ARIA_GRIDS
     tokens: int = 256
 
+    grows: ClassVar[tuple[str, ...]] = ("cell", "min_side")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.tile not in (self.cell, 2 * self.cell):
             raise ValueError(f"tile must be {self.cell} or {2 * self.cell} px (once or twice cell), got {self.tile}")
-
-    def for_vision(self, *, image_size: int, patch_size: int) -> AriaPortConfig:
-        """The same rule for another backbone; ``cell`` keeps its ratio to ``tile``."""
-        return replace(self, tile=image_size, cell=image_size * self.cell // self.tile, patch_size=patch_size)
 
 
 def aria_port(image_hw: Size, config: AriaPortConfig) -> SlicePlan:

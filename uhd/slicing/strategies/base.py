@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, ClassVar, NamedTuple
 
 from uhd.slicing.plan import Box, Canvas, Packing, SlicePlan
 
@@ -17,6 +17,8 @@ LARGEST_PAD = 13_312
 BLACK, GRAY, WHITE = (0, 0, 0), (127, 127, 127), (255, 255, 255)
 CLIP_MEAN = (122, 116, 104)  # int(255 * mean)
 
+_FILTERS = ("bicubic", "bilinear", "lanczos")
+
 Size = tuple[int, int]
 
 
@@ -27,15 +29,27 @@ class StrategyConfig:
     Attributes:
         name: Carried into every plan.
         patch_size: Side of a ViT patch, px.
+        resample: The filter of the release: ``"bicubic"``, ``"bilinear"`` or ``"lanczos"``. Carried into every plan;
+            :class:`uhd.PixelSettings` may name another one, which wins.
+        antialias: ``False`` where the release resizes without.
 
     Raises:
-        ValueError: A number is not positive; the message names it.
+        ValueError: A number is not positive, or there is no such filter; the message names it.
     """
 
     name: str = "custom"
     patch_size: int = 14
+    resample: str = field(default="bicubic", kw_only=True)
+    antialias: bool = field(default=True, kw_only=True)
+
+    grows: ClassVar[tuple[str, ...]] = ()
+    """Lengths, px, that keep their ratio to ``tile``."""
+    view_sides: ClassVar[tuple[str, ...]] = ()
+    """The same for sides of other views, which become whole patches."""
 
     def __post_init__(self) -> None:
+        if self.resample not in _FILTERS:
+            raise ValueError(f"resample must be one of {', '.join(_FILTERS)}, got {self.resample!r}")
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, list):
@@ -48,17 +62,32 @@ class StrategyConfig:
         """The learned embeddings that its plans' packings may need: ``"newline"``, ``"separator"``."""
         return ()
 
+    @property
+    def nested(self) -> bool:
+        """Whether its token counts are a resampler's: a view that it counts fewer for takes the first latents only."""
+        return False
+
     def replace(self, **changes: Any) -> StrategyConfig:
         """A copy with some fields changed."""
         return replace(self, **changes)
 
     def for_vision(self, *, image_size: int, patch_size: int) -> StrategyConfig:
-        """The same rule for another backbone; native-resolution rules keep their pixel bounds.
+        """The same rule for another backbone, e.g. SigLIP's ``image_size=384, patch_size=14``.
 
-        Numbers of tokens that a config states rather than derives are kept too.
+        ``tile`` becomes ``image_size``, and every length that the rule states beside it keeps its ratio to ``tile``
+        (:attr:`grows`, :attr:`view_sides`): an image twice as large is cut alike with tiles twice as large. A rule
+        without ``tile`` has no view size of its own and keeps its bounds, in px or patches; only the patch changes.
+        Numbers of tokens that a config states rather than derives are kept.
         """
-        tile = {"tile": image_size} if any(f.name == "tile" for f in fields(self)) else {}
-        return replace(self, patch_size=patch_size, **tile)
+        tile = getattr(self, "tile", None)
+        if tile is None:
+            return replace(self, patch_size=patch_size)
+        lengths = {name: max(round(getattr(self, name) * image_size / tile), 1) for name in self.grows}
+        sides = {
+            name: max(round(getattr(self, name) * image_size / tile / patch_size), 1) * patch_size
+            for name in self.view_sides
+        }
+        return replace(self, tile=image_size, patch_size=patch_size, **lengths, **sides)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types with the config's class under ``"rule"``; the inverse is
@@ -115,6 +144,8 @@ def finish(
         num_separators=separators,
         strategy=config.name,
         packing=packing,
+        resample=config.resample,
+        antialias=config.antialias,
     )
 
 
@@ -137,6 +168,7 @@ def single(
     fill: tuple[int, int, int] | None = None,
     source: Box | None = None,
     cell: Size = (0, 0),
+    first_hw: Size | None = None,
 ) -> Canvas:
     """A canvas that is one view. Without ``size_hw`` and ``content_hw`` the image is stretched to the view."""
     size_hw = size_hw or view_hw
@@ -152,6 +184,7 @@ def single(
         offset=offset,
         fill=fill,
         cell=cell,
+        first_hw=first_hw,
     )
 
 
@@ -165,6 +198,7 @@ def tiled(
     content_hw: Size | None = None,
     offset: Size = (0, 0),
     fill: tuple[int, int, int] | None = None,
+    first_hw: Size | None = None,
 ) -> Canvas:
     """A canvas cut into ``grid`` slices of ``tile_hw``; they overlap where ``stride_hw`` is smaller.
 
@@ -187,6 +221,7 @@ def tiled(
         tokens_per_view=tokens,
         offset=offset,
         fill=fill,
+        first_hw=first_hw,
     )
 
 

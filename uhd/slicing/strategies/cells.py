@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 from uhd.slicing.plan import Box, Canvas, SlicePlan
 from uhd.slicing.strategies.base import (
@@ -37,6 +38,9 @@ class Idefics3Config(StrategyConfig):
     tile: int = 364
     longest: int = 1456
     tokens: int = 169
+    resample: str = field(default="lanczos", kw_only=True)
+
+    grows: ClassVar[tuple[str, ...]] = ("longest",)
 
 
 def idefics3(image_hw: Size, config: Idefics3Config) -> SlicePlan:
@@ -44,11 +48,11 @@ def idefics3(image_hw: Size, config: Idefics3Config) -> SlicePlan:
 
     Source: transformers, models/idefics3/image_processing_idefics3.py ``resize_for_vision_encoder``.
     Models: Idefics3, SmolVLM, SmolDocling, Granite-Docling, nanoVLM.
-    Traps: the number of tiles depends on the aspect alone, so a 336 px thumbnail costs 17 views; the release resizes
-    twice (to the fixed length, then to the multiple) with a Lanczos filter, here it is once; row and column tags exist
-    up to 6 x 6 only.
+    Traps: the number of tiles depends on the aspect alone, so a 336 px thumbnail costs 17 views; every pixel is
+    resized twice, to the fixed length and then to the multiple, so what the first resize loses does not come back;
+    row and column tags exist up to 6 x 6 only.
     """
-    height, width = _idefics3_first(image_hw, min(config.longest, _LARGEST_IDEFICS3))
+    height, width = first_hw = _idefics3_first(image_hw, min(config.longest, _LARGEST_IDEFICS3))
     aspect = width / height
     if width >= height:
         width = ceil_div(width, config.tile) * config.tile
@@ -57,8 +61,8 @@ def idefics3(image_hw: Size, config: Idefics3Config) -> SlicePlan:
         height = ceil_div(height, config.tile) * config.tile
         width = math.ceil(int(height * aspect) / config.tile) * config.tile
     grid, tile_hw = (height // config.tile, width // config.tile), (config.tile, config.tile)
-    overview = single("overview", tile_hw, config.tokens, size_hw=(height, width))
-    canvases = (overview,) if grid == (1, 1) else (tiled(grid, tile_hw, config.tokens), overview)
+    overview = single("overview", tile_hw, config.tokens, size_hw=(height, width), first_hw=first_hw)
+    canvases = (overview,) if grid == (1, 1) else (tiled(grid, tile_hw, config.tokens, first_hw=first_hw), overview)
     return finish(image_hw, config, canvases, grid=grid)
 
 
@@ -87,6 +91,7 @@ class Idefics2Config(StrategyConfig):
     longest: int = 980
     tokens: int = 64
     split: bool = False
+    resample: str = field(default="bilinear", kw_only=True)
 
 
 def idefics2(image_hw: Size, config: Idefics2Config) -> SlicePlan:
@@ -172,6 +177,9 @@ class PanAndScanConfig(StrategyConfig):
     min_crop: int = 256
     max_crops: int = 4
     min_aspect: float = 1.2
+    resample: str = field(default="bilinear", kw_only=True)
+
+    grows: ClassVar[tuple[str, ...]] = ("min_crop",)
 
 
 def pan_and_scan(image_hw: Size, config: PanAndScanConfig) -> SlicePlan:
@@ -223,6 +231,10 @@ class Step3p7Config(StrategyConfig):
     overview_side: int = 728
     longest: int = 3024
     stride: int = 4
+    resample: str = field(default="bilinear", kw_only=True)
+
+    grows: ClassVar[tuple[str, ...]] = ("longest",)
+    view_sides: ClassVar[tuple[str, ...]] = ("overview_side",)
 
 
 def step3p7(image_hw: Size, config: Step3p7Config) -> SlicePlan:

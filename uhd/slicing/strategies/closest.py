@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from uhd.slicing.plan import Box, Canvas, Packing, SlicePlan
 from uhd.slicing.strategies.anyres import ARIA_GRIDS, kept_ratio
@@ -92,6 +93,8 @@ class OcrConfig(StrategyConfig):
     newline: bool = False
     uncut_grid: Size | None = None
 
+    view_sides: ClassVar[tuple[str, ...]] = ("overview_side",)
+
     @property
     def learned(self) -> tuple[str, ...]:
         return ("newline", "separator") if self.newline else ("separator",)
@@ -159,6 +162,13 @@ class Lfm2Config(StrategyConfig):
     tolerance: float = 2.0
     min_tiles: int = 2
     max_tiles: int = 10
+    resample: str = field(default="bilinear", kw_only=True)
+
+    def for_vision(self, *, image_size: int, patch_size: int) -> Lfm2Config:
+        """As for other rules; ``min_tokens`` and ``max_tokens`` stand for areas, which grow with that of a tile."""
+        units = (image_size / (patch_size * self.merge)) ** 2 / (self.tile / (self.patch_size * self.merge)) ** 2
+        tokens = {name: max(round(getattr(self, name) * units), 1) for name in ("min_tokens", "max_tokens")}
+        return replace(self, tile=image_size, patch_size=patch_size, **tokens)
 
 
 def lfm2(image_hw: Size, config: Lfm2Config) -> SlicePlan:
@@ -200,6 +210,7 @@ class Phi4Config(StrategyConfig):
     tile: int = 448
     merge: int = 2
     max_tiles: int = 36
+    resample: str = field(default="bilinear", kw_only=True)
 
     @property
     def learned(self) -> tuple[str, ...]:
@@ -213,7 +224,8 @@ def phi4(image_hw: Size, config: Phi4Config) -> SlicePlan:
     overview, a separator stands between the two. The overview is the padded canvas squeezed to a square.
     Source: transformers, models/phi4_multimodal/image_processing_phi4_multimodal.py ``dynamic_preprocess``.
     Models: Phi-4-multimodal; Phi-3.5-vision and InternLM-XComposer2-4KHD have its ancestors.
-    Traps: refuses images whose fitted side is below 10 px; the overview's resize does not antialias in the release.
+    Traps: refuses images whose fitted side is below 10 px; slices are resized bilinearly, the overview then bicubic
+    and without antialiasing, from normalised pixels that are not clipped to 0..255 as here.
     """
     tile = config.tile
     grid = tuple(math.ceil(length / tile) for length in image_hw)
@@ -232,12 +244,13 @@ def phi4(image_hw: Size, config: Phi4Config) -> SlicePlan:
         for count, size, content in zip(grid, canvas_hw, content_hw, strict=True)
     )
     side = patches // config.merge
+    overview = single("overview", tile_hw, side * side, size_hw=canvas_hw, content_hw=content_hw, fill=WHITE)
     return finish(
         image_hw,
         config,
         (
             tiled(grid, tile_hw, side * side, content_hw=content_hw, fill=WHITE),
-            single("overview", tile_hw, side * side, size_hw=canvas_hw, content_hw=content_hw, fill=WHITE),
+            replace(overview, view_filter=("bicubic", False)),
         ),
         visual=math.prod(kept_hw) + side * side,
         separators=kept_hw[0] + 1 + side,
@@ -362,6 +375,8 @@ class AriaConfig(StrategyConfig):
     grids: Grids = tuple((rows, cols) for cols, rows in ARIA_GRIDS)
     min_side: int = 336
     tokens: int = 128
+
+    grows: ClassVar[tuple[str, ...]] = ("min_side",)
 
 
 def aria(image_hw: Size, config: AriaConfig) -> SlicePlan:

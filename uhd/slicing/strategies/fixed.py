@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from uhd.slicing.plan import Packing, SlicePlan
 from uhd.slicing.strategies.base import (
@@ -77,7 +77,7 @@ class SquarePadConfig(StrategyConfig):
 
     Attributes:
         tile: Side of the view, px.
-        fill: RGB of the padding.
+        fill: RGB of the padding: the encoder's mean colour, int(255 * mean), by default CLIP's.
         newline: One learned embedding follows the view.
     """
 
@@ -127,12 +127,13 @@ def fixed_windows(image_hw: Size, config: WindowsConfig) -> SlicePlan:
     Source: Yuliang-Liu/Monkey, monkey_model/visual.py ``sliding_window`` and Resize((896, 896)).
     Models: Monkey (TextMonkey keeps 896 px, with shifted windows).
     Traps: every window has its own LoRA in Monkey, so windows are not interchangeable; the overview is made from the
-    stretched 896 px canvas, not from the image.
+    stretched 896 px canvas, not from the image, and without antialiasing.
     """
     tile_hw = (config.tile, config.tile)
     canvas_hw = (config.grid[0] * config.tile, config.grid[1] * config.tile)
     windows = tiled(config.grid, tile_hw, config.tokens)
-    return finish(image_hw, config, (windows, single("overview", tile_hw, config.tokens, size_hw=canvas_hw)))
+    overview = single("overview", tile_hw, config.tokens, size_hw=canvas_hw)
+    return finish(image_hw, config, (windows, replace(overview, view_filter=("bicubic", False))))
 
 
 STRATEGIES = {
@@ -141,7 +142,10 @@ STRATEGIES = {
         (StretchConfig("square-stretch-384", 14, 384), "stretched to 384 px, 729 tokens; SigLIP"),
         (StretchConfig("blip2-224", 14, 224, tokens=32), "stretched to 224 px, 32 queries; BLIP-2, InstructBLIP"),
         (StretchConfig("minigpt-v2-448", 14, 448, 2), "stretched to 448 px, 4 neighbours joined; MiniGPT-v2"),
-        (StretchConfig("gemma3-896", 14, 896, 4), "stretched to 896 px, 256 tokens; Gemma 3 by default"),
+        (
+            StretchConfig("gemma3-896", 14, 896, 4, resample="bilinear"),
+            "stretched to 896 px, 256 tokens; Gemma 3 by default",
+        ),
     ),
     **by_name(
         center_crop,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from uhd.slicing.plan import SlicePlan
 from uhd.slicing.strategies.base import BLACK, Size, StrategyConfig, by_name, ceil_div, finish, refuse, single
@@ -77,6 +77,7 @@ class NaFlexConfig(StrategyConfig):
 
     patch_size: int = 16
     max_patches: int = 256
+    resample: str = field(default="bilinear", kw_only=True)
 
 
 def naflex(image_hw: Size, config: NaFlexConfig) -> SlicePlan:
@@ -132,6 +133,7 @@ class FuyuConfig(StrategyConfig):
 
     patch_size: int = 30
     largest_hw: Size = (1080, 1920)
+    resample: str = field(default="bilinear", kw_only=True)
 
 
 def fuyu(image_hw: Size, config: FuyuConfig) -> SlicePlan:
@@ -258,6 +260,7 @@ class MuseConfig(StrategyConfig):
 
     merge: int = 2
     max_tokens: int = 4096
+    resample: str = field(default="lanczos", kw_only=True)
 
 
 def muse(image_hw: Size, config: MuseConfig) -> SlicePlan:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import numpy as np
 
@@ -32,6 +33,7 @@ class Llama4Config(StrategyConfig):
     tile: int = 336
     merge: int = 2
     max_tiles: int = 16
+    resample: str = field(default="bilinear", kw_only=True)
 
 
 def llama4(image_hw: Size, config: Llama4Config) -> SlicePlan:
@@ -63,6 +65,7 @@ class MllamaConfig(StrategyConfig):
 
     tile: int = 560
     max_tiles: int = 4
+    resample: str = field(default="bilinear", kw_only=True)
 
 
 def mllama(image_hw: Size, config: MllamaConfig) -> SlicePlan:
@@ -122,11 +125,19 @@ class Molmo2Config(StrategyConfig):
     margins: Size = (4, 4)
     max_tiles: int = 8
     merge: int = 2
+    resample: str = field(default="bilinear", kw_only=True)
+    antialias: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if sum(self.margins) >= self.tile // self.patch_size:
             raise ValueError(f"margins {self.margins} leave nothing of {self.tile // self.patch_size} patches")
+
+    def for_vision(self, *, image_size: int, patch_size: int) -> Molmo2Config:
+        """As for other rules; ``margins`` keep their share of a crop's patches: 4 of 27, and also 4 of 24."""
+        share = (image_size // patch_size) / (self.tile // self.patch_size)
+        margins = tuple(round(margin * share) for margin in self.margins)
+        return replace(self, tile=image_size, patch_size=patch_size, margins=margins)
 
 
 def molmo2(image_hw: Size, config: Molmo2Config) -> SlicePlan:
@@ -135,7 +146,7 @@ def molmo2(image_hw: Size, config: Molmo2Config) -> SlicePlan:
     Source: transformers, models/molmo2/image_processing_molmo2.py ``compute_crop_geometry``.
     Models: Molmo2; Molmo has the rule with other numbers.
     Traps: pixels are encoded up to 1.5 times; scales are compared in float32 and may be negative for small images;
-    the release resizes without antialiasing.
+    the release resizes without antialiasing, so fine print in large images aliases.
     """
     window = config.tile // config.patch_size - sum(config.margins)
     margin, stride = sum(config.margins) * config.patch_size, window * config.patch_size
@@ -166,8 +177,8 @@ class OpenAIConfig(StrategyConfig):
     Attributes:
         tile: Side of a tile, px.
         longest, shortest: The image is shrunk until its sides are at most these, px.
-        base_tokens: Cost of the overview.
-        tile_tokens: Cost of a tile.
+        base_tokens: Tokens of the overview.
+        tile_tokens: Tokens of a tile.
         remainder: What fills a partial tile: ``"pad"``, or ``"overlap"``: tiles are spread evenly and overlap.
         detail: ``"high"``, or ``"low"``: the overview alone.
     """
@@ -180,6 +191,12 @@ class OpenAIConfig(StrategyConfig):
     tile_tokens: int = 170
     remainder: str = "pad"
     detail: str = "high"
+
+    grows: ClassVar[tuple[str, ...]] = ("longest", "shortest")
+
+    @property
+    def nested(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -198,7 +215,9 @@ def openai_tiles(image_hw: Size, config: OpenAIConfig) -> SlicePlan:
     pilot study of LLaVA-UHD (arXiv 2403.11703).
     Models: GPT-4V, GPT-4o, GPT-4.1; smaller models cost other tokens.
     Traps: nobody outside has run it: the rounding of scaled sides (here to the nearest px), the filling of partial
-    tiles, the overview's geometry and the patch size are assumptions.
+    tiles, the overview's geometry, the patch size, the filter and what makes 85 or 170 tokens of a view are
+    assumptions. Here a resampler of 170 latents does, of which the overview takes the first 85, as in the Matryoshka
+    query transformer (arXiv 2405.19315); one of fewer latents gives no view more than it has.
     """
     tile_hw = (config.tile, config.tile)
     small_hw = _shrunk(image_hw, config.tile / max(image_hw))
