@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         UHDImageProcessorPil,
         UHDModel,
         UHDProcessor,
+        UHDVideoProcessor,
         UHDVisionConfig,
     )
     from uhd.merge import assemble, merge_samples, merge_visual, separator_embeddings
@@ -71,6 +72,7 @@ _HOMES = {
     "UHDImageProcessorPil": "uhd.hf",
     "UHDModel": "uhd.hf",
     "UHDProcessor": "uhd.hf",
+    "UHDVideoProcessor": "uhd.hf",
     "UHDVisionConfig": "uhd.hf",
     "assemble": "uhd.merge",
     "merge_samples": "uhd.merge",

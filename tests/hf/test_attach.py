@@ -44,7 +44,7 @@ class TestParts:
         assert len(tok) == size
         assert found.config.text_config is lm.config
         assert lm.config._attn_implementation == attention
-        assert found.config.image_token_id == size == len(found.processor.tokenizer) - 1
+        assert found.config.image_token_id == size == len(found.processor.tokenizer) - 2
         assert found.get_input_embeddings().weight.shape[0] == size  # not resized for the image token
 
     @pytest.mark.parametrize("kind", ["llama", "gemma2"])

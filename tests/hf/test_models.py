@@ -250,7 +250,9 @@ class TestGeneration:
         found = model("gpt2")
         batch = found.processor(text=[TEXTS[1], TEXTS[0]], images=IMAGES[:1])
         length, images = int(batch["attention_mask"][1].sum()), found.num_image_tokens([(100, 60)])[0]
-        with pytest.raises(ValueError, match=f"sample 1 has {length} positions \\({images} of them images\\) and 180"):
+        with pytest.raises(
+            ValueError, match=f"sample 1 has {length} positions \\({images} of them images or videos\\) and 180"
+        ):
             found.generate(**batch, max_new_tokens=180)
         long = found.processor(text="a" * 190 + "<image>", images=IMAGES[:1])
         with pytest.raises(ValueError, match=f"sample 0 has {190 + images} positions .* has 192"):

@@ -234,8 +234,8 @@ class TestProcessor:
         two = found.processor.apply_chat_template([CHAT, CHAT[:1]], tokenize=True, return_dict=True)
         assert two["input_ids"].shape[0] == 2
         assert two["num_patches"].shape == (2,)
-        with pytest.raises(ValueError, match="got type 'video'"):
-            found.processor.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}])
+        with pytest.raises(ValueError, match="got type 'audio'"):
+            found.processor.apply_chat_template([{"role": "user", "content": [{"type": "audio"}]}])
 
     def test_a_template_that_knows_images(self):
         processor = model("llama").processor

@@ -10,7 +10,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 import uhd
 from uhd.hf import UHDForConditionalGeneration
 from uhd.pixels import PixelSettings
-from uhd.resampler import PerceiverConfig, PerceiverResampler
+from uhd.resampler import (
+    MLPProjector,
+    PerceiverConfig,
+    PerceiverResampler,
+    PixelShuffleProjector,
+    PoolProjector,
+)
+from uhd.slicing.strategies import find
 from uhd.vision import ViT, ViTConfig
 
 WIDTH = 32
@@ -150,3 +157,42 @@ def picture(height, width, seed=0):
 
 IMAGES = [picture(100, 60), picture(30, 200, 1), picture(20, 11, 2)]
 TEXTS = ["a<image>b", "hello", "x<image>yz<image>?"]
+
+
+def packed_encoder(name, compressor=None, **parts):
+    """An encoder of any strategy, for views of 56 px and patches of 14, with one feature a token unless told."""
+    torch.manual_seed(3)
+    vision = ViT(
+        ViTConfig(image_size=56, patch_size=14, width=32, depth=1, heads=2, mlp_width=64, position_grid_hw=(4, 4))
+    )
+    slicing = find(name).for_vision(image_size=56, patch_size=14) if isinstance(name, str) else name
+    parts.setdefault("pixels", PixelSettings(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4)))
+    return uhd.VisualEncoder(vision, compressor or MLPProjector(32, WIDTH), slicing=slicing, **parts).eval()
+
+
+COMPRESSORS = {
+    "llava-1.5": lambda: MLPProjector(32, WIDTH),
+    "llava-next": lambda: MLPProjector(32, WIDTH),
+    "llava-onevision": lambda: MLPProjector(32, WIDTH),
+    "internvl": lambda: PixelShuffleProjector(32, WIDTH, factor=2),
+    "qwen2-vl": lambda: PoolProjector(32, WIDTH, factor=2),
+    "deepseek-vl2": lambda: PoolProjector(32, WIDTH, factor=2),
+    "openai-high-detail": lambda: PerceiverResampler(
+        PerceiverConfig(width=WIDTH, vision_width=32, num_heads=2, num_latents=4)
+    ),
+    "smolvlm": lambda: PerceiverResampler(PerceiverConfig(width=WIDTH, vision_width=32, num_heads=2, num_latents=1)),
+}
+"""Strategies of every kind (one view, stitched and un-padded, apart, native, several canvases) and what fits them."""
+
+
+def attached(name, kind="llama", **changes):
+    """A fresh model of a strategy of COMPRESSORS, or around a ready encoder."""
+    eyes = packed_encoder(name, COMPRESSORS[name]()) if isinstance(name, str) else name
+    lm = language_model(kind, **{"max_position_embeddings": 1024, **changes})
+    return UHDForConditionalGeneration.from_vision_and_lm(eyes, lm, tokenizer())
+
+
+@functools.cache
+def shared(name):
+    """Shared by tests that do not change it."""
+    return attached(name)

@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
+    AutoVideoProcessor,
 )
 
 from uhd.hf.configuration import UHDConfig, UHDResamplerConfig, UHDVisionConfig
@@ -16,6 +17,7 @@ from uhd.hf.image_processing import UHDImageProcessor, UHDImageProcessorPil
 from uhd.hf.injection import choose_injection, explain_injection, inject
 from uhd.hf.modeling import UHDForConditionalGeneration, UHDModel, UHDPreTrainedModel
 from uhd.hf.processing import UHDProcessor
+from uhd.hf.video_processing import UHDVideoProcessor
 
 __all__ = [
     "UHDConfig",
@@ -26,6 +28,7 @@ __all__ = [
     "UHDPreTrainedModel",
     "UHDProcessor",
     "UHDResamplerConfig",
+    "UHDVideoProcessor",
     "UHDVisionConfig",
     "choose_injection",
     "explain_injection",
@@ -43,3 +46,4 @@ AutoImageProcessor.register(
     image_processor_classes={"torchvision": UHDImageProcessor, "pil": UHDImageProcessorPil},
     exist_ok=True,
 )
+AutoVideoProcessor.register(UHDConfig, UHDVideoProcessor, exist_ok=True)

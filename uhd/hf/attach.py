@@ -13,14 +13,16 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from uhd.encoder import VisualEncoder, describe_part
-from uhd.hf.configuration import COMPRESSORS, INJECTION_MODES, UHDConfig, UHDResamplerConfig, UHDVisionConfig
+from uhd.hf.configuration import INJECTION_MODES, UHDConfig, UHDResamplerConfig, UHDVisionConfig
 from uhd.hf.image_processing import UHDImageProcessor
 from uhd.hf.injection import choose_injection
-from uhd.hf.processing import IMAGE_TOKEN, PLAIN_CHAT_TEMPLATE, UHDProcessor, image_token_id
+from uhd.hf.processing import IMAGE_TOKEN, PLAIN_CHAT_TEMPLATE, VIDEO_TOKEN, UHDProcessor, placeholder_id
 from uhd.schema import resolve_schema
+from uhd.schema.fitted import slicing_to_dict
+from uhd.slicing import SlicingConfig
 
-OTHER_IMAGE_TOKEN = "<|image_pad|>"
-"""The placeholder where a schema has a marker of the usual name."""
+OTHER_IMAGE_TOKEN, OTHER_VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
+"""The placeholders where a schema has a marker of the usual name."""
 
 SAMPLED_IDS = 4096
 """Embeddings that are read for the language model's RMS, spread over its vocabulary."""
@@ -34,6 +36,7 @@ def attach(
     mode: str = "auto",
     match_scale: bool = True,
     image_token: str | None = None,
+    video_token: str | None = None,
     separator_ids: Mapping[str, int | Sequence[int]] | None = None,
     numbered_images: int = 10,
     chat_template: str | None = None,
@@ -47,6 +50,7 @@ def attach(
         raise ValueError(f"mode must be 'auto' or one of {INJECTION_MODES}, got {mode!r}")
     text = lm.config.get_text_config()
     tokenizer, image_token = with_image_token(tokenizer, image_token, encoder.schema.separators)
+    tokenizer, video_token = with_video_token(tokenizer, video_token, (*encoder.schema.separators, image_token))
     check_ids(tokenizer, text.vocab_size)
     fill = _fill_token_id(tokenizer, text)
     width = lm.get_input_embeddings()(_ids([fill], lm)).shape[-1]
@@ -69,7 +73,9 @@ def attach(
         **_describe(encoder),
         text_config=lm.config,
         image_token=image_token,
-        image_token_id=image_token_id(tokenizer, image_token),
+        image_token_id=placeholder_id(tokenizer, image_token),
+        video_token=video_token,
+        video_token_id=placeholder_id(tokenizer, video_token, "video"),
         fill_token_id=fill,
         separator_ids={symbol: list(found.ids) for symbol, found in separators.items()},
         injection_mode=choose_injection(lm) if mode == "auto" else mode,
@@ -78,9 +84,11 @@ def attach(
     )
     # a new config resets those of the configs inside it
     lm.config._attn_implementation, lm.config._experts_implementation = implementations
-    template = chat_template or tokenizer.chat_template or PLAIN_CHAT_TEMPLATE.replace("IMAGE_TOKEN", image_token)
+    plain = PLAIN_CHAT_TEMPLATE.replace("IMAGE_TOKEN", image_token).replace("VIDEO_TOKEN", video_token)
+    template = chat_template or tokenizer.chat_template or plain
     images = UHDImageProcessor.from_settings(encoder.slicing, encoder.pixels)
-    return config, UHDProcessor(images, tokenizer, chat_template=template, image_token=image_token)
+    tokens = {"image_token": image_token, "video_token": video_token}
+    return config, UHDProcessor(images, tokenizer, chat_template=template, **tokens)
 
 
 def _describe(encoder: VisualEncoder) -> dict[str, Any]:
@@ -89,11 +97,11 @@ def _describe(encoder: VisualEncoder) -> dict[str, Any]:
         vision_config = UHDVisionConfig.from_vit(encoder.vision.config)
     else:
         vision_config = UHDVisionConfig(kind="custom", patch_size=encoder.vision.patch_size)
-    kind = compressor["kind"] if compressor["kind"] in COMPRESSORS else "custom"
     return {
         "vision_config": vision_config,
-        "resampler_config": UHDResamplerConfig(kind=kind, settings=compressor.get("config", {})),
-        "slicing_config": encoder.slicing.to_dict(),
+        "resampler_config": UHDResamplerConfig(kind=compressor["kind"], settings=compressor.get("config", {})),
+        "packer_config": encoder.packer and encoder.packer.to_dict(),
+        "slicing_config": slicing_to_dict(encoder.slicing),
         "schema_config": encoder.schema.to_dict(),
         "pixel_config": encoder.pixels.to_dict(),
         "check_image_size": encoder.check_image_size,
@@ -125,14 +133,29 @@ def with_image_token(tokenizer: Any, image_token: str | None, symbols: Sequence[
     tokenizer = copy.deepcopy(tokenizer)
     known = (image_token, getattr(tokenizer, "image_token", None), IMAGE_TOKEN, OTHER_IMAGE_TOKEN)
     image_token = next(name for name in known if name and name not in symbols)
-    try:
-        image_token_id(tokenizer, image_token)
-    except ValueError:
-        added = {"extra_special_tokens": [image_token]}
-        tokenizer.add_special_tokens(added, replace_extra_special_tokens=False)
+    _add(tokenizer, image_token)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer, image_token
+
+
+def with_video_token(tokenizer: Any, video_token: str | None, symbols: Sequence[str]) -> tuple[Any, str]:
+    """A copy of the tokenizer that has a video token beside its image token."""
+    if video_token in symbols:
+        raise ValueError(f"{video_token!r} stands for something else already ({list(symbols)}): choose another")
+    tokenizer = copy.deepcopy(tokenizer)
+    known = (video_token, getattr(tokenizer, "video_token", None), VIDEO_TOKEN, OTHER_VIDEO_TOKEN)
+    video_token = next(name for name in known if name and name not in symbols)
+    _add(tokenizer, video_token)
+    return tokenizer, video_token
+
+
+def _add(tokenizer: Any, token: str) -> None:
+    """Make a token one of the tokenizer's, unless it is."""
+    try:
+        placeholder_id(tokenizer, token)
+    except ValueError:
+        tokenizer.add_special_tokens({"extra_special_tokens": [token]}, replace_extra_special_tokens=False)
 
 
 def check_ids(tokenizer: Any, vocab_size: int) -> None:
@@ -153,7 +176,7 @@ def _fill_token_id(tokenizer: Any, text: Any) -> int:
 
 def _scale(encoder: VisualEncoder, lm: PreTrainedModel) -> float:
     """RMS of the language model's embeddings over RMS of the encoder's tokens on a picture of ramps and noise."""
-    side = encoder.slicing.image_size
+    side = native_side(encoder)
     ramp = np.linspace(0, 255, side)
     picture = np.stack([np.tile(ramp, (side, 1)), np.tile(ramp[:, None], (1, side)), np.full((side, side), 128)], -1)
     picture += np.random.default_rng(0).normal(0, 32, picture.shape)
@@ -171,6 +194,14 @@ def _scale(encoder: VisualEncoder, lm: PreTrainedModel) -> float:
             "their scales cannot be matched. Check the weights, or pass match_scale=False"
         )
     return scale
+
+
+def native_side(encoder: VisualEncoder) -> int:
+    """Side of a square image that the encoder sees in its own size, px."""
+    if isinstance(encoder.slicing, SlicingConfig):
+        return encoder.slicing.image_size
+    rule = getattr(encoder.slicing, "rule", encoder.slicing)
+    return getattr(rule, "tile", None) or getattr(encoder.vision, "image_size", None) or 16 * encoder.vision.patch_size
 
 
 def embedding_rms(lm: PreTrainedModel) -> float:

@@ -11,6 +11,7 @@ from transformers.configuration_utils import SubConfigSpec
 from uhd.pixels import PixelSettings
 from uhd.resampler import PerceiverConfig
 from uhd.schema import SeparatorIds, SpatialSchema
+from uhd.schema.fitted import AnySlicing, own_function, slicing_from_dict
 from uhd.slicing import SlicingConfig
 from uhd.vision import ViTConfig
 
@@ -18,7 +19,6 @@ FORMAT = 1
 """Version of what is written to ``config.json``; another one is refused, never guessed at."""
 
 INJECTION_MODES = ("embeds", "hook")
-COMPRESSORS = ("perceiver", "mlp", "pixel_shuffle")
 
 
 class UHDVisionConfig(PreTrainedConfig):
@@ -83,7 +83,7 @@ class UHDVisionConfig(PreTrainedConfig):
 
 
 class UHDResamplerConfig(PreTrainedConfig):
-    """The compressor: ``kind`` is ``"perceiver"``, ``"mlp"``, ``"pixel_shuffle"`` or ``"custom"``.
+    """The compressor: ``kind`` is one of those that :class:`uhd.VisualEncoder` can build again, or ``"custom"``.
 
     ``settings`` are its constructor's (for the perceiver :class:`uhd.resampler.PerceiverConfig`'s); ``None`` is a
     perceiver of 64 latents between the vision encoder's width and the language model's.
@@ -101,11 +101,15 @@ class UHDConfig(PreTrainedConfig):
 
     Attributes:
         vision_config, resampler_config, text_config: The parts; ``text_config`` is any ``AutoConfig``.
-        slicing_config, schema_config, pixel_config: Dicts of :class:`uhd.SlicingConfig`, :class:`uhd.SpatialSchema`
-            and :class:`uhd.PixelSettings`; :attr:`slicing`, :attr:`schema` and :attr:`pixels` are those objects.
+        slicing_config, schema_config, pixel_config: Dicts of :class:`uhd.SlicingConfig` (or any other strategy's
+            settings, as :func:`uhd.schema.fitted.slicing_from_dict` reads them), :class:`uhd.SpatialSchema` and
+            :class:`uhd.PixelSettings`; :attr:`slicing`, :attr:`schema` and :attr:`pixels` are those objects. A slicing
+            function of your own has no such dictionary: only its name is here, and :attr:`slicing` raises.
+        packer_config: Of :class:`uhd.resampler.FeaturePacker`, where the slicing's packing has learned embeddings.
         check_image_size: As in :class:`uhd.VisualEncoder`.
         image_token, image_token_id: The placeholder. Its id is replaced before the language model sees it, so it may
             lie outside the vocabulary.
+        video_token, video_token_id: The same for videos; an id of ``None``: the model takes no videos.
         fill_token_id: What the language model's ids hold at image positions: its padding token where it has one.
         separator_ids: Symbol -> ids; the symbol's vector is the mean of their embeddings.
         injection_mode: ``"embeds"``: visual rows go into ``inputs_embeds``. ``"hook"``: ids flow, and a hook on the
@@ -131,11 +135,14 @@ class UHDConfig(PreTrainedConfig):
     resampler_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     slicing_config: dict[str, Any] | None = None
+    packer_config: dict[str, Any] | None = None
     schema_config: dict[str, Any] | None = None
     pixel_config: dict[str, Any] | None = None
     check_image_size: bool = True
     image_token: str = "<image>"
     image_token_id: int | None = None
+    video_token: str = "<video>"
+    video_token_id: int | None = None
     fill_token_id: int = 0
     separator_ids: dict[str, list[int]] | None = None
     injection_mode: str = "embeds"
@@ -157,7 +164,8 @@ class UHDConfig(PreTrainedConfig):
                 'chooses with mode="auto"'
             )
         super().__post_init__(**kwargs)
-        self.slicing_config = self.slicing.to_dict()
+        if not (self.slicing_config and own_function(self.slicing_config)):
+            self.slicing_config = self.slicing.to_dict()
         self.schema_config = self.schema.to_dict()
         self.pixel_config = self.pixels.to_dict()
         if self.resampler_config.kind == "perceiver" and self.resampler_config.settings is None:
@@ -167,10 +175,10 @@ class UHDConfig(PreTrainedConfig):
             self.resampler_config.settings = default.to_dict()
 
     @property
-    def slicing(self) -> SlicingConfig:
+    def slicing(self) -> AnySlicing:
         """How images are cut."""
         if self.slicing_config is not None:
-            return SlicingConfig.from_dict(self.slicing_config)
+            return slicing_from_dict(self.slicing_config)
         vision = self.vision_config
         base = SlicingConfig.preset("llava-uhd-safe")
         return base.for_vision(image_size=vision.image_size or base.image_size, patch_size=vision.patch_size)

@@ -7,7 +7,9 @@ resize whose result differs by a level: the plan and the bytes of an image are t
 # no `from __future__ import annotations`: transformers reads the types of the keywords below at run time
 
 import json
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -18,8 +20,13 @@ from transformers.image_utils import load_image as fetch_image
 from transformers.processing_utils import ImagesKwargs
 
 from uhd.batch import SliceBatch
+from uhd.encoder import EncodedImage
+from uhd.hf.plans import write_plans
 from uhd.pixels import RESAMPLE, PixelSettings, load_image
-from uhd.slicing import SlicePlan, SlicingConfig, plan
+from uhd.schema.fitted import AnySlicing, own_function, planner_of, slicing_from_dict, slicing_to_dict
+from uhd.slicing import SlicePlan, SlicingConfig
+from uhd.slicing.media import Planner, capped, plan_sample, single_view
+from uhd.slicing.strategies import find
 
 _FILTER_NAMES = {int(value): name for name, value in RESAMPLE.items()}
 _REMOTE = ("http://", "https://", "data:")
@@ -28,20 +35,142 @@ _REMOTE = ("http://", "https://", "data:")
 class UHDImagesKwargs(ImagesKwargs, total=False):
     """What a call may override beside transformers' own keywords.
 
-    slicing (`dict`): of :class:`uhd.SlicingConfig`. max_slices, max_tokens (`int`): replace those of ``slicing`` for
-    this call: fewer slices, or as many tokens an image. crop_to_patches (`bool`): ``False`` leaves images uncut.
-    background (`list[int]`): RGB under transparent pixels. max_pixels (`int`): larger files are refused.
+    slicing: As in the image processor. max_slices (`int`): as many slices an image at most. max_tokens (`int`): as
+    many tokens at most, for all images and videos of a sample together. multi_image (`bool`): plan several images of
+    a sample as the strategy does with several. crop_to_patches (`bool`): ``False`` leaves images uncut. background
+    (`list[int]`): RGB under transparent pixels. max_pixels (`int`): larger files are refused.
     """
 
-    slicing: dict | None
+    slicing: Any
     max_slices: int | None
     max_tokens: int | None
+    multi_image: bool | None
     crop_to_patches: bool | None
     background: list | tuple | None
     max_pixels: int | None
 
 
-class UHDImageProcessorPil(PilBackend):
+@dataclass(frozen=True, eq=False)
+class PlannedImage:
+    """An upright RGB picture and its plan, which was made together with those of its sample."""
+
+    picture: Image.Image
+    plan: SlicePlan
+
+
+class Planning:
+    """What image and video processor have in common: a slicing, pixel settings, and how both are given and checked."""
+
+    do_resize = None
+    do_convert_rgb = True
+    do_rescale = True
+    do_normalize = True
+    rescale_factor = 1 / 255
+    image_mean = (0.5, 0.5, 0.5)
+    image_std = (0.5, 0.5, 0.5)
+    resample = None
+    slicing = SlicingConfig.preset("llava-uhd-safe").to_dict()
+    max_slices = None
+    max_tokens = None
+    crop_to_patches = None
+    background = (255, 255, 255)
+    max_pixels = PixelSettings().max_pixels
+    default_return_tensors = None
+
+    @classmethod
+    def from_settings(cls, slicing: AnySlicing, pixels: PixelSettings, **changes: Any) -> "Planning":
+        """The processor of an encoder with this slicing and these pixels."""
+        mean, std = pixels.mean_std()
+        return cls(
+            slicing=slicing if own_function(slicing) else slicing_to_dict(slicing),
+            image_mean=mean,
+            image_std=std,
+            resample=None if pixels.resample is None else int(RESAMPLE[pixels.resample]),
+            background=pixels.background,
+            max_pixels=pixels.max_pixels,
+            **changes,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; of a slicing function of the caller's own only the name."""
+        found = super().to_dict()
+        if not isinstance(self.slicing, (Mapping, str)):
+            found["slicing"] = slicing_to_dict(self.slicing)
+        return found
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers.
+
+        Raises:
+            ValueError: The slicing is a function of the caller's own.
+        """
+        refuse_own_function(self.slicing)
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    def planner(self, kwargs: Mapping[str, Any]) -> Planner:
+        """What images, or frames, are planned by under a call's keywords.
+
+        Raises:
+            ValueError: ``max_slices`` or ``crop_to_patches`` does not apply to this slicing.
+        """
+        names = ("slicing", "max_slices", "crop_to_patches")
+        given = {name: kwargs[name] if kwargs.get(name) is not None else getattr(self, name) for name in names}
+        found = planner_of(as_slicing(given["slicing"]))
+        name = getattr(found.rule, "name", None) or getattr(found.rule, "__name__", "custom")
+        if given["max_slices"] is not None:
+            few = _with_max_slices(found.rule, given["max_slices"])
+            if few is None:
+                raise ValueError(
+                    f"the settings of {name!r} have no number of slices that max_slices={given['max_slices']} could "
+                    "lower: bound the tokens with max_tokens, or leave images uncut with crop_to_patches=False"
+                )
+            found = Planner(few, found.count)
+        if given["crop_to_patches"] is False:
+            found = Planner(_uncut_rule(found.rule), found.count)
+        return found
+
+    def setting(self, name: str, kwargs: Mapping[str, Any]) -> Any:
+        """A call's keyword, or the processor's own where it was not given."""
+        return kwargs[name] if kwargs.get(name) is not None else getattr(self, name)
+
+    def picture(self, source: Any) -> Image.Image:
+        """What :func:`uhd.pixels.load_image` takes, or an address, as an upright RGB Pillow image."""
+        if isinstance(source, str) and source.startswith(_REMOTE):
+            source = fetch_image(source)
+        return load_image(source, settings=self._pixels(self.background, self.max_pixels))
+
+    def _pixels(self, background: Any, max_pixels: int, **changes: Any) -> PixelSettings:
+        return PixelSettings(background=tuple(background), max_pixels=max_pixels, **changes)
+
+    def _patches(self, pictures: list[Image.Image], plans: list[SlicePlan], kwargs: Mapping[str, Any]) -> SliceBatch:
+        """All views, raw or normalised as the keywords say."""
+        settings = self._pixels(
+            kwargs["background"],
+            kwargs["max_pixels"],
+            mean=kwargs["image_mean"],
+            std=kwargs["image_std"],
+            resample=None if kwargs["resample"] is None else _FILTER_NAMES[int(kwargs["resample"])],
+        )
+        side = getattr(as_slicing(self.setting("slicing", kwargs)), "patch_size", None)
+        batch = SliceBatch.from_images(pictures, plans, settings=settings, patch_size=side)
+        return batch.normalized(settings) if kwargs["do_normalize"] else batch
+
+    def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
+        if bool(kwargs.get("do_rescale")) != bool(kwargs.get("do_normalize")):
+            raise ValueError(
+                f"got do_rescale={kwargs.get('do_rescale')} and do_normalize={kwargs.get('do_normalize')}: set both "
+                "for normalised float32 patches, or neither for raw uint8 ones, which the model normalises"
+            )
+        if kwargs.get("do_rescale") and abs(kwargs.get("rescale_factor") * 255 - 1) > 1e-6:
+            raise ValueError(f"pixels are rescaled by 1/255, got rescale_factor={kwargs.get('rescale_factor')}")
+        if kwargs["resample"] is not None and int(kwargs["resample"]) not in _FILTER_NAMES:
+            raise ValueError(f"resample must be one of {_FILTER_NAMES} (Pillow's numbers), got {kwargs['resample']!r}")
+        for name in ("do_resize", "do_center_crop", "do_pad"):
+            if kwargs.get(name):
+                raise ValueError(f"{name} does not apply: the plan decides every size. Leave it out")
+
+
+class UHDImageProcessorPil(Planning, PilBackend):
     """Images to packed patches, NumPy arrays unless ``return_tensors`` says otherwise.
 
     A call returns, for I images with V views and N patches in all:
@@ -53,16 +182,23 @@ class UHDImageProcessorPil(PilBackend):
     * ``slice_grids`` (I, 2) int64: (rows, columns) of slices, (0, 0) for an uncut image.
     * ``image_sizes`` (I, 2) int64: (height, width), px.
     * ``num_image_tokens`` (I,) int64: positions in the language model's sequence, separators included.
+    * ``image_plans`` (I, L) uint8: the plans, where the slicing is not the adaptive planner's; see
+      :func:`uhd.hf.plans.write_plans`.
+
+    A nested list of images is one list a sample; in a flat one every image is a sample.
 
     Args:
-        slicing: Dict of :class:`uhd.SlicingConfig`; the model's ``config.slicing_config``.
+        slicing: The model's ``config.slicing_config``: the dictionary of any strategy's settings. Also those settings,
+            a strategy's name, or your own function from (height, width) to a plan, which cannot be saved.
+        max_slices, max_tokens, multi_image, crop_to_patches: As :class:`UHDImagesKwargs` says, for all calls.
         image_mean, image_std, resample, background, max_pixels: As in :class:`uhd.PixelSettings`; ``resample`` is a
             Pillow filter's number.
         do_rescale, do_normalize: Both or neither, see above.
 
     Raises:
         ValueError: Only one of ``do_rescale`` and ``do_normalize``, another ``rescale_factor`` than 1/255, a filter
-            that is not supported, or an image that :func:`uhd.pixels.load_image` refuses.
+            that is not supported, an image that :func:`uhd.pixels.load_image` refuses or the slicing does, or a budget
+            that not even the smallest plans fit.
     """
 
     valid_kwargs = UHDImagesKwargs
@@ -72,96 +208,49 @@ class UHDImageProcessorPil(PilBackend):
         "num_patches",
         "slice_grids",
         "image_sizes",
+        "image_plans",
     ]
 
-    do_resize = None
-    do_convert_rgb = True
-    do_rescale = True
-    do_normalize = True
-    rescale_factor = 1 / 255
-    image_mean = (0.5, 0.5, 0.5)
-    image_std = (0.5, 0.5, 0.5)
-    resample = int(Image.Resampling.BICUBIC)
-    slicing = SlicingConfig.preset("llava-uhd-safe").to_dict()
-    max_slices = None
-    max_tokens = None
-    crop_to_patches = None
-    background = (255, 255, 255)
-    max_pixels = PixelSettings().max_pixels
-    default_return_tensors = None
-
-    @classmethod
-    def from_settings(cls, slicing: SlicingConfig, pixels: PixelSettings) -> "UHDImageProcessorPil":
-        """The processor of an encoder with this slicing and these pixels."""
-        mean, std = pixels.mean_std()
-        return cls(
-            slicing=slicing.to_dict(),
-            image_mean=mean,
-            image_std=std,
-            resample=int(RESAMPLE[pixels.resample]),
-            background=pixels.background,
-            max_pixels=pixels.max_pixels,
-        )
+    multi_image = False
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """What :func:`uhd.pixels.load_image` takes, or an address, as upright RGB Pillow images; nesting is kept."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(item) for item in image_url_or_urls]
-        if isinstance(image_url_or_urls, str) and image_url_or_urls.startswith(_REMOTE):
-            image_url_or_urls = fetch_image(image_url_or_urls)
-        return load_image(image_url_or_urls, settings=self._pixels(self.background, self.max_pixels))
+        ready = isinstance(image_url_or_urls, (PlannedImage, EncodedImage))
+        return image_url_or_urls if ready else self.picture(image_url_or_urls)
 
     def plan(self, image_hw: tuple[int, int], **kwargs: Any) -> SlicePlan:
         """The plan for an image of this (height, width), px, under a call's keywords."""
-        return plan(image_hw, self._slicing(kwargs))
+        return self.plan_images([image_hw], **kwargs)[0]
+
+    def plan_images(self, sizes_hw: list[tuple[int, int]], **kwargs: Any) -> tuple[SlicePlan, ...]:
+        """The plans of one sample's images, under a call's keywords; see :func:`uhd.slicing.plan_images`."""
+        return plan_sample(
+            sizes_hw,
+            [],
+            self.planner(kwargs),
+            max_tokens=self.setting("max_tokens", kwargs),
+            multi_image=bool(self.setting("multi_image", kwargs)),
+        )[0]
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
         """ViT patches of an image, its rows in ``pixel_values``: what an engine splits the packed tensor by."""
         return self.plan((height, width), **(images_kwargs or {})).num_patches
 
-    def _slicing(self, kwargs: dict[str, Any]) -> SlicingConfig:
-        given = {name: kwargs[name] if kwargs.get(name) is not None else getattr(self, name) for name in _PLANNING}
-        config = _parsed(json.dumps(given["slicing"], sort_keys=True))
-        changes = {name: given[name] for name in ("max_slices", "max_tokens") if given[name] is not None}
-        if given["crop_to_patches"] is False:
-            if config.rule != "released":
-                raise ValueError(
-                    f"crop_to_patches=False needs the slicing rule 'released', this one is {config.rule!r}"
-                )
-            changes["max_slices"] = 1
-        return config.replace(**changes) if changes else config
-
-    def _pixels(self, background: Any, max_pixels: int, **changes: Any) -> PixelSettings:
-        return PixelSettings(background=tuple(background), max_pixels=max_pixels, **changes)
-
-    def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
-        if bool(kwargs.get("do_rescale")) != bool(kwargs.get("do_normalize")):
-            raise ValueError(
-                f"got do_rescale={kwargs.get('do_rescale')} and do_normalize={kwargs.get('do_normalize')}: set both "
-                "for normalised float32 patches, or neither for raw uint8 ones, which the model normalises"
-            )
-        if kwargs.get("do_rescale") and abs(kwargs.get("rescale_factor") * 255 - 1) > 1e-6:
-            raise ValueError(f"pixels are rescaled by 1/255, got rescale_factor={kwargs.get('rescale_factor')}")
-        if int(kwargs["resample"]) not in _FILTER_NAMES:
-            raise ValueError(f"resample must be one of {_FILTER_NAMES} (Pillow's numbers), got {kwargs['resample']!r}")
-        for name in ("do_resize", "do_center_crop", "do_pad"):
-            if kwargs.get(name):
-                raise ValueError(f"{name} does not apply: the plan decides every size. Leave it out")
-
     def _preprocess_image_like_inputs(self, images: Any, **kwargs: Any) -> BatchFeature:
-        pictures = _flat(self.fetch_images(images))
-        settings = self._pixels(
-            kwargs["background"],
-            kwargs["max_pixels"],
-            mean=kwargs["image_mean"],
-            std=kwargs["image_std"],
-            resample=_FILTER_NAMES[int(kwargs["resample"])],
-        )
-        plans = [self.plan((picture.height, picture.width), **kwargs) for picture in pictures]
-        batch = SliceBatch.from_images(pictures, plans, settings=settings, patch_size=self._slicing(kwargs).patch_size)
-        if kwargs["do_normalize"]:
-            batch = batch.normalized(settings)
+        pictures, plans = [], []
+        for sample in _samples(self.fetch_images(images)):
+            if all(isinstance(item, PlannedImage) for item in sample):
+                pictures += [item.picture for item in sample]
+                plans += [item.plan for item in sample]
+            else:
+                pictures += sample
+                plans += self.plan_images([(picture.height, picture.width) for picture in sample], **kwargs)
+        batch = self._patches(pictures, plans, kwargs)
         data = {"pixel_values": batch.patches.numpy(), "grids": _pairs(batch.grids), **describe_plans(plans)}
+        if not isinstance(self.planner(kwargs).rule, SlicingConfig):
+            data["image_plans"] = write_plans(plans)
         return BatchFeature(data, tensor_type=kwargs.get("return_tensors") or self.default_return_tensors)
 
 
@@ -169,9 +258,6 @@ class UHDImageProcessor(UHDImageProcessorPil):
     """The default: :class:`UHDImageProcessorPil` returning torch tensors."""
 
     default_return_tensors = "pt"
-
-
-_PLANNING = ("slicing", "max_slices", "max_tokens", "crop_to_patches")
 
 
 def describe_plans(plans: list[SlicePlan]) -> dict[str, np.ndarray]:
@@ -188,9 +274,49 @@ def _pairs(pairs: Any) -> np.ndarray:
     return np.array(list(pairs), np.int64).reshape(-1, 2)
 
 
+def as_slicing(given: Any) -> AnySlicing:
+    """A slicing from its dictionary or name, or as it is.
+
+    Raises:
+        ValueError: Not such a dictionary, no such name, or what was saved of a function of the caller's own.
+    """
+    return _parsed(json.dumps(given, sort_keys=True)) if isinstance(given, Mapping) else find(given)
+
+
 @lru_cache(maxsize=64)
-def _parsed(slicing: str) -> SlicingConfig:
-    return SlicingConfig.from_dict(json.loads(slicing))
+def _parsed(slicing: str) -> AnySlicing:
+    return slicing_from_dict(json.loads(slicing))
+
+
+def refuse_own_function(slicing: Any) -> None:
+    """Raise a ``ValueError`` where a slicing is, or holds, a function of the caller's own."""
+    name = None if isinstance(slicing, str) else own_function(slicing)
+    if name is not None:
+        raise ValueError(
+            f"the slicing is a function of your own, {name!r}, which cannot be saved: save visual and language_model "
+            "with their own save_pretrained, load the encoder with slicing=your function and attach it again with "
+            "from_vision_and_lm"
+        )
+
+
+def _with_max_slices(rule: Any, max_slices: int) -> Any:
+    return rule.replace(max_slices=max_slices) if isinstance(rule, SlicingConfig) else capped(rule, max_slices)
+
+
+def _uncut_rule(rule: Any) -> SlicingConfig | Callable[[tuple[int, int]], SlicePlan]:
+    """The same rule without slices."""
+    if not isinstance(rule, SlicingConfig):
+        return partial(single_view, rule=rule)
+    if rule.rule != "released":
+        raise ValueError(f"crop_to_patches=False needs the slicing rule 'released', this one is {rule.rule!r}")
+    return rule.replace(max_slices=1)
+
+
+def _samples(images: Any) -> list[list[Any]]:
+    """Lists of the images that are planned together: a nested list's own, else every image by itself."""
+    if not isinstance(images, (list, tuple)):
+        return [[images]]
+    return [_flat(item) if isinstance(item, (list, tuple)) else [item] for item in images]
 
 
 def _flat(images: Any) -> list[Any]:

@@ -20,17 +20,20 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import PROCESSOR_NAME, can_return_tuple
 
-from uhd.encoder import EncodedImage, VisualEncoder, rebuild_part
-from uhd.hf.attach import attach
+from uhd.batch import SliceBatch
+from uhd.encoder import EncodedImage, EncodedVideo, VisualEncoder, num_rows, rebuild_part
+from uhd.hf.attach import attach, native_side
 from uhd.hf.configuration import UHDConfig
+from uhd.hf.image_processing import refuse_own_function
 from uhd.hf.injection import inject
-from uhd.hf.processing import UHDProcessor, pack_encoded
+from uhd.hf.placing import GridItem, Media, PlannedItem, check_schemas, group, match
+from uhd.hf.plans import read_plans
+from uhd.hf.processing import UHDProcessor, pack_encoded, pack_encoded_videos
 from uhd.merge import IGNORE, assemble, merge_visual, separator_embeddings
-from uhd.resampler import PerceiverResampler
+from uhd.resampler import FeaturePacker, PerceiverResampler
 from uhd.resampler.attention import LatentAttention
-from uhd.schema import Entry, SpatialSchema, TokenLayout
-from uhd.schema.layout import OVERVIEW
-from uhd.slicing import plan
+from uhd.schema.fitted import layout_of
+from uhd.slicing import SlicePlan, SlicingConfig, VideoPlan, plan
 from uhd.vision import ViT
 
 VISUAL_INPUTS = (
@@ -41,24 +44,32 @@ VISUAL_INPUTS = (
     "image_sizes",
     "image_tokens",
     "view_tokens",
+    "image_plans",
+    "pixel_values_videos",
+    "video_grids",
+    "video_plans",
+    "video_tokens",
 )
 """What a processor gives beside text."""
 
 
 @dataclass
 class UHDModelOutputWithPast(ModelOutput):
-    """The language model's output, and ``image_hidden_states``: (T_i, D) for each image, as it was laid out."""
+    """The language model's output, ``image_hidden_states``: (T_i, D) for each image, as it was laid out, and
+    ``video_hidden_states``: the same for each video."""
 
     last_hidden_state: Tensor | None = None
     past_key_values: Any = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     image_hidden_states: tuple[Tensor, ...] | None = None
+    video_hidden_states: tuple[Tensor, ...] | None = None
 
 
 @dataclass
 class UHDCausalLMOutputWithPast(ModelOutput):
-    """The language model's output with ``image_hidden_states``; what else it returns is under its own name."""
+    """The language model's output with ``image_hidden_states`` and ``video_hidden_states``; what else it returns is
+    under its own name."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -66,54 +77,27 @@ class UHDCausalLMOutputWithPast(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     image_hidden_states: tuple[Tensor, ...] | None = None
+    video_hidden_states: tuple[Tensor, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class _Prompt:
-    """Text and images of a batch, ready for the language model.
+    """Text, images and videos of a batch, ready for the language model.
 
-    ``ids`` (B, T) hold the fill token at image positions; ``visual`` (B, T) bool on the CPU says where those are;
-    ``change`` turns the embeddings of ``ids`` into the prompt's, ``None`` where they are it.
+    ``ids`` (B, T) hold the fill token at visual positions; ``visual`` (B, T) bool on the CPU says where those are;
+    ``change`` turns the embeddings of ``ids`` into the prompt's, ``None`` where they are it. ``media`` are the fields
+    of the output.
     """
 
     ids: Tensor
     visual: Tensor
     change: Callable[[Tensor], Tensor] | None
-    images: tuple[Tensor, ...] | None
-
-
-@dataclass(frozen=True, eq=False)
-class _Views:
-    """Visual tokens (M, D) of I images; for each its views' numbers of tokens and its grid of slices."""
-
-    tokens: Tensor
-    images: tuple[tuple[tuple[int, ...], tuple[int, int] | None], ...]
-    overview_first: bool
-    schema: SpatialSchema
-
-    def num_tokens(self, number: int) -> int:
-        """Positions of an image, separators included."""
-        counts, grid = self.images[number]
-        return sum(counts) + self.schema.separator_count().count(grid)
-
-    def layout(self, number: int, image_index: int) -> TokenLayout:
-        """Where an image's views go, as the ``image_index``-th of its sample."""
-        counts, grid = self.images[number]
-        entries, stop = [], 0
-        for symbol in self.schema.symbols(grid, image_index=image_index):
-            view = None
-            if symbol == OVERVIEW:
-                view = 0 if self.overview_first else len(counts) - 1
-            elif symbol[0] == "s" and symbol[1:].isdigit():
-                view = int(symbol[1:]) + self.overview_first
-            start, stop = stop, stop + (1 if view is None else counts[view])
-            entries.append(Entry(symbol, view, start, stop))
-        return TokenLayout(tuple(entries), self.schema)
+    media: dict[str, tuple[Tensor, ...]]
 
 
 class UHDPreTrainedModel(PreTrainedModel):
     config_class = UHDConfig
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "video", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["ViT", "PerceiverResampler"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
@@ -128,6 +112,9 @@ class UHDPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, (ViT, PerceiverResampler, LatentAttention)):
             module.reset_parameters()
+        if isinstance(module, FeaturePacker):
+            for embedding in module.parameters():
+                nn.init.normal_(embedding, std=module.width**-0.5)
         if isinstance(module, UHDModel) and module.learned_separators is not None:
             nn.init.normal_(module.learned_separators, std=0.02)
 
@@ -196,6 +183,7 @@ class UHDModel(UHDPreTrainedModel):
         image_sizes: Tensor | None = None,
         image_tokens: Tensor | Sequence[EncodedImage] | None = None,
         view_tokens: Tensor | None = None,
+        image_plans: Tensor | None = None,
         image_indices: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
@@ -208,7 +196,9 @@ class UHDModel(UHDPreTrainedModel):
             slice_grids: (I, 2) (rows, columns) of slices, (0, 0) for an uncut image; ``None`` plans ``image_sizes``.
             image_sizes: (I, 2) (height, width) in px.
             image_tokens: Instead of pixels: what :func:`uhd.load_tokens` gives, or packed (M, D) with ``view_tokens``
-                (V,), as the processor makes of that.
+                (V,) or ``image_plans``, as the processor makes of that.
+            image_plans: (I, L) uint8, see :func:`uhd.hf.plans.write_plans`; ``None``: the adaptive planner's are told
+                by the grids, those of other strategies are made anew of ``image_sizes``.
             image_indices: (I,) number of each image in its sample, for schemas that write it; ``None``: all 0.
 
         Returns:
@@ -216,35 +206,57 @@ class UHDModel(UHDPreTrainedModel):
             ``last_hidden_state``: (M, D) visual tokens of all views, packed, without separators.
 
         Raises:
-            ValueError: Inputs are missing, or do not agree with each other.
+            ValueError: Inputs are missing, or do not agree with each other or with the model's strategy.
         """
-        views = self._views(
-            _visual(pixel_values, grids, num_patches, slice_grids, image_sizes, image_tokens, view_tokens)
-        )
-        return self._features(views, [0] * len(views.images) if image_indices is None else image_indices)
+        values = pixel_values, grids, num_patches, slice_grids, image_sizes, image_tokens, view_tokens, image_plans
+        media = self._images(_visual(*values))
+        return self._features(media, [0] * len(media.items) if image_indices is None else image_indices)
+
+    def get_video_features(
+        self,
+        pixel_values_videos: Tensor | None = None,
+        video_grids: Tensor | None = None,
+        video_plans: Tensor | None = None,
+        video_tokens: Tensor | Sequence[EncodedVideo] | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Each video as it stands in the language model's sequence; as :meth:`get_image_features`.
+
+        Args:
+            pixel_values_videos: (N, P) patches of all frames' views.
+            video_grids: (V, 2) (rows, columns) of each view in patches.
+            video_plans: (K, L) uint8, see :func:`uhd.hf.plans.write_plans`.
+            video_tokens: Instead of pixels: encoded videos, or packed (M, D).
+        """
+        given = pixel_values_videos, video_grids, video_plans, video_tokens
+        media = self._videos(dict(zip(VISUAL_INPUTS[-4:], given, strict=True)))
+        return self._features(media, [0] * len(media.items))
 
     def num_image_tokens(self, image_sizes: Sequence[Sequence[int]]) -> list[int]:
         """Positions that images of these (height, width), px, take in the language model's sequence."""
         plans = [plan((int(h), int(w)), self.visual.slicing) for h, w in image_sizes]
-        images = tuple((tuple(view.num_tokens for view in item.views), item.grid) for item in plans)
-        views = _Views(torch.empty(0), images, self.visual.slicing.overview_first, self.visual.schema)
-        return [views.layout(number, 0).num_tokens for number in range(len(images))]
+        return [layout_of(item, self.visual.schema).num_tokens for item in plans]
 
-    def _views(self, visual: Mapping[str, Any]) -> _Views:
-        """Encode, or take what is encoded; the images' views are counted, not laid out yet."""
+    def _images(self, visual: Mapping[str, Any]) -> Media:
+        """Encode, or take what is encoded; the images are counted, not laid out yet."""
         visual, schema = dict(visual), self.visual.schema
-        tokens, first = visual["image_tokens"], False
+        tokens = visual["image_tokens"]
         if isinstance(tokens, (list, tuple)):
-            _check_schemas(tokens, schema)
-            packed = pack_encoded(tokens)
-            packed.pop("num_image_tokens")
-            visual.update(packed)
+            check_schemas(tokens, schema)
+            visual.update(pack_encoded(tokens))
             tokens = visual["image_tokens"]
-        needed = ("pixel_values", "grids") if tokens is None else ("view_tokens",)
+        by_plans = visual["image_plans"] is not None
+        needed = ("pixel_values", "grids") if tokens is None else () if by_plans else ("view_tokens",)
         missing = [name for name in (*needed, "num_patches") if visual[name] is None]
-        if missing or (visual["slice_grids"] is None and visual["image_sizes"] is None):
+        if missing or (visual["slice_grids"] is None and visual["image_sizes"] is None and not by_plans):
             missing += [] if missing else ["slice_grids (or image_sizes)"]
             raise ValueError(f"images need {', '.join(missing)}: pass everything that the processor returned")
+        plans = self._given_plans(visual)
+        if plans is not None:
+            if tokens is None:
+                tokens = self._encode(visual["pixel_values"], visual["grids"], plans, "image")
+            return self._media(tokens, plans, "image_tokens")
+        first = False
         if tokens is None:
             tokens, lengths = self.visual.encode_packed(visual["pixel_values"], visual["grids"].tolist())
             first = self.visual.slicing.overview_first
@@ -254,21 +266,93 @@ class UHDModel(UHDPreTrainedModel):
             slices = [plan(tuple(hw), self.visual.slicing).grid for hw in visual["image_sizes"].tolist()]
         else:
             slices = [tuple(grid) if all(grid) else None for grid in visual["slice_grids"].tolist()]
-        images = _group(lengths, visual["num_patches"].tolist(), slices)
+        images = group(lengths, visual["num_patches"].tolist(), slices)
         if len(tokens) != sum(lengths):
             raise ValueError(f"got {len(tokens)} image tokens, view_tokens add up to {sum(lengths)}")
-        return _Views(tokens * self.config.visual_scale, images, first, schema)
+        items = tuple(GridItem(counts, grid, first, schema) for counts, grid in images)
+        return Media(tokens * self.config.visual_scale, items)
 
-    def _features(self, views: _Views, image_indices: Sequence[int]) -> BaseModelOutputWithPooling:
+    def _given_plans(self, visual: Mapping[str, Any]) -> tuple[SlicePlan, ...] | None:
+        """The images' plans; ``None`` where their grids of slices say all."""
+        if visual["image_plans"] is not None:
+            plans = read_plans(visual["image_plans"])
+            if not all(isinstance(item, SlicePlan) for item in plans):
+                raise ValueError("image_plans hold the plan of a video: pass those as video_plans")
+        elif visual["view_tokens"] is not None or isinstance(self.visual.slicing, SlicingConfig):
+            return None
+        elif visual["image_sizes"] is None:
+            raise ValueError("images need image_plans (or image_sizes): pass everything that the processor returned")
+        else:
+            plans = tuple(self.visual.plan(tuple(hw)) for hw in visual["image_sizes"].tolist())
+        counts, given = [item.num_views for item in plans], visual["num_patches"].tolist()
+        if counts != given:
+            raise ValueError(
+                f"the images' plans have {counts} views, num_patches says {given}: their processor plans otherwise "
+                "than this model"
+            )
+        return plans
+
+    def _videos(self, visual: Mapping[str, Any]) -> Media:
+        """Encode videos, or take what is encoded."""
+        tokens, plans = visual["video_tokens"], visual["video_plans"]
+        if isinstance(tokens, (list, tuple)):
+            check_schemas(tokens, self.visual.schema)
+            packed = pack_encoded_videos(tokens)
+            tokens, plans = packed["video_tokens"], packed["video_plans"]
+        needed = {"video_plans": plans}
+        if tokens is None:
+            needed |= {name: visual[name] for name in ("pixel_values_videos", "video_grids")}
+        missing = [name for name, value in needed.items() if value is None]
+        if missing:
+            raise ValueError(f"videos need {', '.join(missing)}: pass everything that the processor returned")
+        plans = read_plans(plans)
+        if not all(isinstance(item, VideoPlan) for item in plans):
+            raise ValueError("video_plans hold the plan of an image: pass those as image_plans")
+        if tokens is None:
+            frames = [frame for item in plans for frame in item.plans]
+            rows = self._encode(visual["pixel_values_videos"], visual["video_grids"], frames, "frame")
+            parts = rows.split([sum(map(num_rows, item.plans)) for item in plans])
+            tokens = torch.cat([self._ended(part, item) for part, item in zip(parts, plans, strict=True)])
+        return self._media(tokens, plans, "video_tokens")
+
+    def _ended(self, tokens: Tensor, video: VideoPlan) -> Tensor:
+        """A video's tokens with the newline that its plan ends with."""
+        newline = getattr(self.visual.packer, "newline", None)
+        if not video.newline:
+            return tokens
+        if newline is None:
+            raise ValueError(
+                "a video's plan ends with a newline, this model's strategy has none: its processor plans "
+                "otherwise than this model"
+            )
+        return torch.cat([tokens, newline.to(tokens)[None]])
+
+    def _encode(self, patches: Tensor, grids: Tensor, plans: Sequence[SlicePlan], kind: str) -> Tensor:
+        """The tokens of planned images or frames; their views' grids are compared first."""
+        wanted = [list(view.patches_hw) for item in plans for view in item.views]
+        if grids.tolist() != wanted:
+            raise ValueError(
+                f"the {len(plans)} {kind}s' plans have {len(wanted)} views, there are {len(grids)} grids, or their "
+                "rows and columns differ: pass everything that the processor returned"
+            )
+        return self.visual.encode(SliceBatch.from_patches(patches, plans))
+
+    def _media(self, tokens: Tensor, plans: Sequence[SlicePlan | VideoPlan], name: str) -> Media:
+        items = tuple(PlannedItem(item, self.visual.schema) for item in plans)
+        if len(tokens) != sum(item.rows for item in items):
+            raise ValueError(f"got {len(tokens)} {name}, their plans count {sum(item.rows for item in items)}")
+        return Media(tokens * self.config.visual_scale, items)
+
+    def _features(self, media: Media, indices: Sequence[int]) -> BaseModelOutputWithPooling:
         separators = self._separators()
         fill = torch.tensor([[self.config.fill_token_id]], device=self._embedding_device())
         like = self.get_input_embeddings()(fill)
-        parts = views.tokens.to(like.device, like.dtype).split([sum(counts) for counts, _ in views.images])
+        parts = media.tokens.to(like.device, like.dtype).split([item.rows for item in media.items])
         features = [
-            assemble(part, views.layout(number, index), separators)
-            for number, (part, index) in enumerate(zip(parts, image_indices, strict=True))
+            assemble(part, item.layout(index), separators)
+            for part, item, index in zip(parts, media.items, indices, strict=True)
         ]
-        return BaseModelOutputWithPooling(last_hidden_state=views.tokens, pooler_output=features)
+        return BaseModelOutputWithPooling(last_hidden_state=media.tokens, pooler_output=features)
 
     def _separators(self) -> dict[str, Tensor]:
         """Symbol -> (D,), with gradients to the language model's embeddings or to the learned ones."""
@@ -286,56 +370,78 @@ class UHDModel(UHDPreTrainedModel):
         return torch.device("cpu") if found.type == "meta" else found
 
     def _read(self, input_ids: Tensor, visual: Mapping[str, Any], attention_mask: Tensor | None = None) -> _Prompt:
-        """Match images with their positions, encode them, and say how the embeddings change.
+        """Match images and videos with their positions, encode them, and say how the embeddings change.
 
         Raises:
-            ValueError: A sample's image positions are not those of its images, or it is longer than the language
-                model's positions; the message names the sample and both counts.
+            ValueError: A sample's image or video positions are not those of its images or videos, or it is longer than
+                the language model's positions; the message names the sample and both counts.
         """
-        positions = (input_ids == self.config.image_token_id).cpu()
-        counts = positions.sum(1).tolist()
-        self._check_length(input_ids, attention_mask, counts)
-        given = visual.get("pixel_values") is not None or visual.get("image_tokens") is not None
-        if not given:
-            if any(counts):
-                sample = next(place for place, count in enumerate(counts) if count)
-                raise ValueError(f"sample {sample} has {counts[sample]} image positions and there are 0 images")
-            return _Prompt(input_ids, positions, self._blank(), None)
-        views = self._views({name: visual.get(name) for name in VISUAL_INPUTS})
-        indices = _match(counts, [views.num_tokens(number) for number in range(len(views.images))])
-        images = tuple(self._features(views, indices).pooler_output)
-        rows = torch.cat(images)
-        ids = input_ids.masked_fill(positions.to(input_ids.device), self.config.fill_token_id)
-        blank = self._blank() if visual.get("pixel_values") is None else None
+        positions = self._positions_of(input_ids)
+        together = torch.stack(list(positions.values())).any(0)
+        self._check_length(input_ids, attention_mask, together.sum(1).tolist())
+        visual = {name: visual.get(name) for name in VISUAL_INPUTS}
+        given = _given(visual)
+        media: dict[str, tuple[Tensor, ...]] = {}
+        places: list[tuple[Tensor, list[int], Tensor]] = []
+        for kind, mask in positions.items():
+            counts = mask.sum(1).tolist()
+            if kind not in given:
+                if any(counts):
+                    sample = next(place for place, count in enumerate(counts) if count)
+                    raise ValueError(f"sample {sample} has {counts[sample]} {kind} positions and there are 0 {kind}s")
+                continue
+            found = self._images(visual) if kind == "image" else self._videos(visual)
+            features = self._features(found, match(counts, found.lengths, kind)).pooler_output
+            media[f"{kind}_hidden_states"] = tuple(features)
+            places.append((mask, counts, torch.cat(features)))
+        encoded = visual["pixel_values"] is not None or visual["pixel_values_videos"] is not None
+        idle = self._idle(encoded)
+        if not places and idle is None:
+            return _Prompt(input_ids, together, None, media)
 
         def change(embeds: Tensor) -> Tensor:
-            return merge_visual(embeds if blank is None else blank(embeds), positions, rows, counts=counts)
+            for mask, counts, rows in places:
+                embeds = merge_visual(embeds, mask, rows, counts=counts)
+            return embeds if idle is None else embeds + idle.to(embeds.device, embeds.dtype)
 
-        return _Prompt(ids, positions, change, images)
+        ids = input_ids.masked_fill(together.to(input_ids.device), self.config.fill_token_id)
+        return _Prompt(ids, together, change, media)
 
-    def _blank(self) -> Callable[[Tensor], Tensor] | None:
-        """For a batch whose images were not encoded: adds 0 times an encoded blank, where that is wanted."""
+    def _positions_of(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """(B, T) bool on the CPU for images and for videos."""
+        ids = input_ids.cpu()
+        image, video = self.config.image_token_id, self.config.video_token_id
+        none = torch.zeros_like(ids, dtype=torch.bool)
+        return {"image": ids == image, "video": none if video is None else ids == video}
+
+    def _idle(self, encoded: bool) -> Tensor | None:
+        """0 with a gradient to every visual parameter that may have none in this batch, where that is wanted."""
         wanted = self.encode_without_images
         if wanted is None:
             wanted = dist.is_available() and dist.is_initialized()
-        sources = [p for p in self.visual.parameters() if p.requires_grad]
-        if self.learned_separators is not None and self.learned_separators.requires_grad:
-            sources.append(self.learned_separators)
-        if not (wanted and sources and self.training and torch.is_grad_enabled()):
+        if not (wanted and self.training and torch.is_grad_enabled()):
             return None
-        side = self.visual.slicing.merge if isinstance(self.visual.vision, ViT) else self._native_side()
-        channels = getattr(self.visual.vision, "in_channels", 3)
-        patches = torch.zeros(side * side, channels * self.visual.vision.patch_size**2)
-        zero = 0 * self.visual.encode_packed(patches, [(side, side)])[0].sum()
-        if self.learned_separators is not None:
-            zero = zero + 0 * self.learned_separators.sum().to(zero)
-        return lambda embeds: embeds + zero.to(embeds.device, embeds.dtype)
+        learned = [] if self.visual.packer is None else list(self.visual.packer.parameters())
+        learned += [] if self.learned_separators is None else [self.learned_separators]
+        parts = [embedding.sum() for embedding in learned if embedding.requires_grad]
+        if not encoded and any(p.requires_grad for p in self.visual.parameters()):
+            parts.append(self._encoded_blank().sum())
+        return 0 * sum(part.to(parts[-1]) for part in parts) if parts else None
 
-    def _native_side(self) -> int:
-        return self.visual.slicing.image_size // self.visual.slicing.unit * self.visual.slicing.merge
+    def _encoded_blank(self) -> Tensor:
+        """The tokens of the smallest blank view that every part takes."""
+        vision, slicing = self.visual.vision, self.visual.slicing
+        if isinstance(slicing, SlicingConfig):
+            side = slicing.merge if isinstance(vision, ViT) else slicing.image_size // slicing.unit * slicing.merge
+            grid = (side, side)
+        else:
+            side = native_side(self.visual)
+            grid = self.visual.plan((side, side)).views[0].patches_hw
+        patches = torch.zeros(grid[0] * grid[1], getattr(vision, "in_channels", 3) * vision.patch_size**2)
+        return self.visual.encode_packed(patches, [grid])[0]
 
     def _check_length(
-        self, input_ids: Tensor, attention_mask: Tensor | None, image_positions: Sequence[int], *, new_tokens: int = 0
+        self, input_ids: Tensor, attention_mask: Tensor | None, visual_positions: Sequence[int], *, new_tokens: int = 0
     ) -> None:
         """Raise where a sample (and what is to be generated) is longer than the language model's positions."""
         limit = self.config.max_positions
@@ -344,12 +450,12 @@ class UHDModel(UHDPreTrainedModel):
         lengths = [input_ids.shape[1]] * len(input_ids)
         if attention_mask is not None and attention_mask.shape == input_ids.shape:
             lengths = attention_mask.sum(1).tolist()
-        for sample, (length, images) in enumerate(zip(lengths, image_positions, strict=True)):
+        for sample, (length, visual) in enumerate(zip(lengths, visual_positions, strict=True)):
             if length + new_tokens > limit:
                 asked = f" and {new_tokens} new ones" if new_tokens else ""
                 raise ValueError(
-                    f"sample {sample} has {length} positions ({images} of them images){asked}, the language model has "
-                    f"{limit}: lower max_tokens or max_slices of the images, shorten the text, or raise "
+                    f"sample {sample} has {length} positions ({visual} of them images or videos){asked}, the language "
+                    f"model has {limit}: lower max_tokens or max_slices of the images, shorten the text, or raise "
                     "config.text_config.max_position_embeddings if the model can take more"
                 )
 
@@ -365,11 +471,11 @@ class UHDModel(UHDPreTrainedModel):
         past_key_values: Any,
         labels: Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[ModelOutput, tuple[Tensor, ...] | None]:
-        """Run the language model (or its trunk) on text and images; what is ``None`` is not passed on.
+    ) -> tuple[ModelOutput, dict[str, tuple[Tensor, ...]]]:
+        """Run the language model (or its trunk) on text, images and videos; what is ``None`` is not passed on.
 
         Returns:
-            Its output, and the images as they were laid out.
+            Its output, and the images and videos as they were laid out.
         """
         visual = {name: visual[name] for name in VISUAL_INPUTS if visual.get(name) is not None}
         if (input_ids is None) == (inputs_embeds is None) or (visual and input_ids is None):
@@ -382,18 +488,18 @@ class UHDModel(UHDPreTrainedModel):
         prompt = None
         if input_ids is not None and (visual or not decoding):
             prompt = self._read(input_ids, visual, attention_mask)
-            if labels is not None and prompt.images is not None:
+            if labels is not None and prompt.media:
                 labels = labels.masked_fill(prompt.visual.to(labels.device), IGNORE)
         if labels is not None:
             passed["labels"] = labels
         if prompt is None or prompt.change is None:
             text = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
-            return lm(**text, return_dict=True, **passed), None
+            return lm(**text, return_dict=True, **passed), {}
         embed = self.get_input_embeddings()
         if self.config.injection_mode == "embeds":
-            return lm(inputs_embeds=prompt.change(embed(prompt.ids)), return_dict=True, **passed), prompt.images
+            return lm(inputs_embeds=prompt.change(embed(prompt.ids)), return_dict=True, **passed), prompt.media
         with inject(embed, prompt.ids, prompt.change):
-            return lm(input_ids=prompt.ids, return_dict=True, **passed), prompt.images
+            return lm(input_ids=prompt.ids, return_dict=True, **passed), prompt.media
 
     def _positions(self, attention_mask: Tensor | None) -> Tensor | None:
         """(B, T) positions that do not count padding, as ``generate`` makes them; ``None`` where not wanted."""
@@ -414,6 +520,11 @@ class UHDModel(UHDPreTrainedModel):
         image_sizes: Tensor | None = None,
         image_tokens: Tensor | Sequence[EncodedImage] | None = None,
         view_tokens: Tensor | None = None,
+        image_plans: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grids: Tensor | None = None,
+        video_plans: Tensor | None = None,
+        video_tokens: Tensor | Sequence[EncodedVideo] | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
@@ -422,8 +533,9 @@ class UHDModel(UHDPreTrainedModel):
         **kwargs: Any,
     ) -> UHDModelOutputWithPast:
         """Arguments and errors as in :meth:`UHDForConditionalGeneration.forward`; no head, so no labels."""
-        visual = _visual(pixel_values, grids, num_patches, slice_grids, image_sizes, image_tokens, view_tokens)
-        found, images = self._call(
+        images = pixel_values, grids, num_patches, slice_grids, image_sizes, image_tokens, view_tokens, image_plans
+        visual = _visual(*images, pixel_values_videos, video_grids, video_plans, video_tokens)
+        found, media = self._call(
             self.language_model.base_model,
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
@@ -434,7 +546,7 @@ class UHDModel(UHDPreTrainedModel):
             use_cache=use_cache,
             **kwargs,
         )
-        return _with_images(UHDModelOutputWithPast(image_hidden_states=images), found)
+        return _with_fields(UHDModelOutputWithPast(**media), found)
 
 
 class UHDForConditionalGeneration(UHDModel, GenerationMixin):
@@ -463,6 +575,7 @@ class UHDForConditionalGeneration(UHDModel, GenerationMixin):
         mode: str = "auto",
         match_scale: bool = True,
         image_token: str | None = None,
+        video_token: str | None = None,
         separator_ids: Mapping[str, int | Sequence[int]] | None = None,
         numbered_images: int = 10,
         chat_template: str | None = None,
@@ -470,18 +583,20 @@ class UHDForConditionalGeneration(UHDModel, GenerationMixin):
         """Attach a vision encoder to a loaded language model; both are used as they are, on their devices.
 
         Args:
-            encoder: Its tokens are as wide as the language model's embeddings.
+            encoder: Its tokens are as wide as the language model's embeddings. Its slicing, of any strategy, is the
+                model's and the processor's.
             lm: From ``AutoModelForCausalLM``. Its embeddings are not resized: an image token that is new to the
                 tokenizer is never embedded.
-            tokenizer: Of the language model. It is copied; the copy gets the image token, and where it has no padding
-                token the end-of-sequence token for that. See :attr:`processor`.
+            tokenizer: Of the language model. It is copied; the copy gets the image and the video token, and where it
+                has no padding token the end-of-sequence token for that. See :attr:`processor`.
             mode: How visual rows reach the language model: ``"embeds"``, ``"hook"``, or ``"auto"``, which tries, see
                 :func:`uhd.hf.choose_injection`. Saved as ``config.injection_mode``.
             match_scale: Multiply visual tokens by ``config.visual_scale``, so that their RMS is that of the language
                 model's embeddings. Off for an encoder that was trained with this language model.
             image_token: Placeholder of an image; ``None`` takes the tokenizer's, or ``"<image>"``.
+            video_token: Placeholder of a video; ``None`` takes the tokenizer's, or ``"<video>"``.
             separator_ids: Ids chosen by hand, by symbol; the others are looked up in the tokenizer.
-            numbered_images: For schemas that number images: how many a sample may have.
+            numbered_images: For schemas that number images: how many a sample, or frames a video, may have.
             chat_template: Replaces the tokenizer's.
 
         Raises:
@@ -495,6 +610,7 @@ class UHDForConditionalGeneration(UHDModel, GenerationMixin):
             mode=mode,
             match_scale=match_scale,
             image_token=image_token,
+            video_token=video_token,
             separator_ids=separator_ids,
             numbered_images=numbered_images,
             chat_template=chat_template,
@@ -528,8 +644,9 @@ class UHDForConditionalGeneration(UHDModel, GenerationMixin):
         """As in transformers, and the processor beside it where there is one.
 
         Raises:
-            ValueError: A part is the caller's own, so that it could not be built again.
+            ValueError: A part, or the slicing, is the caller's own, so that it could not be built again.
         """
+        refuse_own_function(self.visual.slicing)
         kinds = {"vision": self.config.vision_config.kind, "compressor": self.config.resampler_config.kind}
         for role, kind in kinds.items():
             if kind == "custom":
@@ -558,6 +675,11 @@ class UHDForConditionalGeneration(UHDModel, GenerationMixin):
         image_sizes: Tensor | None = None,
         image_tokens: Tensor | Sequence[EncodedImage] | None = None,
         view_tokens: Tensor | None = None,
+        image_plans: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grids: Tensor | None = None,
+        video_plans: Tensor | None = None,
+        video_tokens: Tensor | Sequence[EncodedVideo] | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
@@ -570,8 +692,10 @@ class UHDForConditionalGeneration(UHDModel, GenerationMixin):
         """The language model on text and images.
 
         Args:
-            input_ids: (B, T), the image token at every position of an image. Images are taken in order, row by row.
-            pixel_values ... view_tokens: As in :meth:`UHDModel.get_image_features`; none at all for text alone.
+            input_ids: (B, T), the image token at every position of an image, the video token at every position of a
+                video. Images and videos are taken in order, row by row.
+            pixel_values ... image_plans: As in :meth:`UHDModel.get_image_features`; none at all without images.
+            pixel_values_videos ... video_tokens: As in :meth:`UHDModel.get_video_features`.
             attention_mask: (B, T). Without ``position_ids`` and cache, positions are counted along it, so a
                 left-padded row gives what it gives alone.
             inputs_embeds: Instead of ``input_ids`` and images.
@@ -583,10 +707,11 @@ class UHDForConditionalGeneration(UHDModel, GenerationMixin):
             ValueError: A sample's image positions are not those of its images, inputs of images are missing or
                 disagree, or a sample is longer than the language model's positions.
         """
-        visual = _visual(pixel_values, grids, num_patches, slice_grids, image_sizes, image_tokens, view_tokens)
+        images = pixel_values, grids, num_patches, slice_grids, image_sizes, image_tokens, view_tokens, image_plans
+        visual = _visual(*images, pixel_values_videos, video_grids, video_plans, video_tokens)
         if isinstance(logits_to_keep, Tensor) or logits_to_keep:
             kwargs["logits_to_keep"] = logits_to_keep
-        found, images = self._call(
+        found, media = self._call(
             self.language_model,
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
@@ -598,7 +723,7 @@ class UHDForConditionalGeneration(UHDModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        return _with_images(UHDCausalLMOutputWithPast(image_hidden_states=images), found)
+        return _with_fields(UHDCausalLMOutputWithPast(**media), found)
 
     def _check_prefill(self, generation_config: Any, kwargs: dict[str, Any]) -> None:
         """Images are merged into the whole prompt at once: refuse, before they are encoded, what splits it."""
@@ -639,7 +764,7 @@ class UHDForConditionalGeneration(UHDModel, GenerationMixin):
         if input_ids is None or (visual and kwargs.get("inputs_embeds") is not None):
             raise ValueError("pass either input_ids, with or without images, or inputs_embeds alone")
         mask = kwargs.get("attention_mask")
-        positions = (input_ids == self.config.image_token_id).sum(1).tolist()
+        positions = sum(mask.sum(1) for mask in self._positions_of(input_ids).values()).tolist()
         new = _new_tokens(generation_config or self.generation_config, kwargs, input_ids.shape[1])
         self._check_length(input_ids, mask, positions, new_tokens=new)
         prompt = self._read(input_ids, visual, mask)
@@ -668,7 +793,14 @@ def _cached_length(cache: Any) -> int:
 
 
 def _visual(*values: Any) -> dict[str, Any]:
-    return dict(zip(VISUAL_INPUTS, values, strict=True))
+    """The first of :data:`VISUAL_INPUTS` by name."""
+    return dict(zip(VISUAL_INPUTS, values, strict=False))
+
+
+def _given(visual: Mapping[str, Any]) -> set[str]:
+    """Which of images and videos there are."""
+    kinds = {"image": ("pixel_values", "image_tokens"), "video": ("pixel_values_videos", "video_tokens")}
+    return {kind for kind, names in kinds.items() if any(visual[name] is not None for name in names)}
 
 
 def _build_visual(config: UHDConfig) -> VisualEncoder:
@@ -679,67 +811,14 @@ def _build_visual(config: UHDConfig) -> VisualEncoder:
         slicing=config.slicing,
         schema=config.schema,
         pixels=config.pixels,
+        packer=config.packer_config and FeaturePacker(**config.packer_config),
         check_image_size=config.check_image_size,
         note=config.encoder_note,
     )
     return visual if config.visual_dtype is None else visual.to(getattr(torch, config.visual_dtype))
 
 
-def _check_schemas(images: Sequence[EncodedImage], schema: SpatialSchema) -> None:
-    for place, image in enumerate(images):
-        if image.layout.schema.replace(name=schema.name) != schema:
-            raise ValueError(
-                f"encoded image {place} is laid out by schema {image.layout.schema.name!r}, the model by "
-                f"{schema.name!r}: encode it again with model.visual"
-            )
-
-
-def _group(
-    lengths: Sequence[int], num_views: Sequence[int], slices: Sequence[tuple[int, int] | None]
-) -> tuple[tuple[tuple[int, ...], tuple[int, int] | None], ...]:
-    """Every image's numbers of tokens by view, and its grid of slices."""
-    if len(num_views) != len(slices) or sum(num_views) != len(lengths):
-        raise ValueError(
-            f"num_patches counts {sum(num_views)} views of {len(num_views)} images, there are {len(lengths)} views "
-            f"and grids of {len(slices)} images: pass everything that the processor returned"
-        )
-    images, start = [], 0
-    for image, (count, grid) in enumerate(zip(num_views, slices, strict=True)):
-        wanted = 1 + (0 if grid is None else grid[0] * grid[1])
-        if count != wanted:
-            raise ValueError(
-                f"image {image} has {count} views, a grid of {grid or 'no'} slices and an overview are {wanted}: its "
-                "processor plans otherwise than this model"
-            )
-        images.append((tuple(lengths[start : start + count]), grid))
-        start += count
-    return tuple(images)
-
-
-def _match(counts: Sequence[int], lengths: Sequence[int]) -> list[int]:
-    """Number of each image in its sample, where samples of so many image positions take images of these lengths."""
-    indices: list[int] = []
-    for sample, wanted in enumerate(counts):
-        first, got = len(indices), 0
-        while got < wanted and len(indices) < len(lengths):
-            got += lengths[len(indices)]
-            indices.append(len(indices) - first)
-        if got != wanted:
-            taken = lengths[first : len(indices)]
-            raise ValueError(
-                f"sample {sample} has {wanted} image positions, its {len(taken)} images take {sum(taken)} "
-                f"({list(taken)}); the batch has {sum(counts)} positions and {len(lengths)} images of {sum(lengths)}. "
-                "Prompts come from the processor, with its slicing that of the model, and are never cut"
-            )
-    if len(indices) < len(lengths):
-        raise ValueError(
-            f"the batch has {len(lengths)} images, its samples' image positions ({list(counts)}) take "
-            f"{len(indices)} of them: every image needs its place in a prompt"
-        )
-    return indices
-
-
-def _with_images(output: ModelOutput, found: ModelOutput) -> Any:
+def _with_fields(output: ModelOutput, found: ModelOutput) -> Any:
     """The language model's output under our type, fields that only it has included."""
     for name, value in found.items():
         output[name] = value

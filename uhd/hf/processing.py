@@ -1,4 +1,4 @@
-"""``UHDProcessor``: text and images, or text and encoded images, to what the model takes."""
+"""``UHDProcessor``: text, images and videos, or encoded ones, to what the model takes."""
 
 # no `from __future__ import annotations`: transformers reads the types of the keywords below at run time
 
@@ -9,252 +9,463 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import processing_utils
 from transformers.processing_utils import BatchFeature, MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from uhd.encoder import EncodedImage
-from uhd.hf.image_processing import UHDImagesKwargs, describe_plans
+from uhd.encoder import EncodedImage, EncodedVideo
+from uhd.hf.image_processing import PlannedImage, UHDImagesKwargs, describe_plans, refuse_own_function
+from uhd.hf.plans import write_plans
+from uhd.hf.video_processing import (
+    PlannedVideo,
+    UHDVideoProcessor,
+    UHDVideosKwargs,
+    arrange_videos,
+    same_slicing,
+)
 from uhd.schema.layout import OVERVIEW
+from uhd.slicing.media import plan_sample
 
 IMAGE_TOKEN = "<image>"
+VIDEO_TOKEN = "<video>"
 
 PLAIN_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message.role | capitalize }}: "
     "{% if message.content is string %}{{ message.content }}{% else %}"
     "{% for part in message.content %}"
-    "{% if part.type == 'image' %}{{ 'IMAGE_TOKEN\n' }}{% elif part.type == 'text' %}{{ part.text }}{% endif %}"
+    "{% if part.type == 'image' %}{{ 'IMAGE_TOKEN\n' }}{% elif part.type == 'video' %}{{ 'VIDEO_TOKEN\n' }}"
+    "{% elif part.type == 'text' %}{{ part.text }}{% endif %}"
     "{% endfor %}{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-"""For tokenizers that bring no chat template; IMAGE_TOKEN stands for the image token."""
+"""For tokenizers that bring no chat template; IMAGE_TOKEN and VIDEO_TOKEN stand for the image and video token."""
 
 
 class UHDProcessorKwargs(ProcessingKwargs, total=False):
-    """transformers' keywords, and those of the image processor."""
+    """transformers' keywords, and those of the image and the video processor."""
 
     images_kwargs: UHDImagesKwargs
+    videos_kwargs: UHDVideosKwargs
 
 
 class UHDProcessor(ProcessorMixin):
-    """A tokenizer and an image processor.
+    """A tokenizer, an image processor and a video processor.
 
-    Every image token in the text stands for one image and becomes as many image tokens as the plan counts, separators
-    included. Text is padded on the left, as generation needs; pass ``padding_side="right"`` for training. Truncation
-    that would cut an image raises.
+    Every image token in the text stands for one image, every video token for one video, in order; each becomes as many
+    such tokens as the plan counts, separators included. Text is padded on the left, as generation needs; pass
+    ``padding_side="right"`` for training. Truncation that would cut an image or a video raises. ``max_tokens`` is one
+    budget for all images and videos of a sample that are not encoded yet.
 
-    Chat templates that know images are used as they are. One that takes text only is given each message as a string,
-    with the image token and a line break where an image was.
+    Chat templates that know images (and videos, where a conversation has some) are used as they are. With others each
+    message becomes a string, with the token and a line break where an image or a video was.
 
     Args:
         image_processor: :class:`uhd.hf.UHDImageProcessor` or its Pil variant.
         tokenizer: Any tokenizer that writes ``image_token`` as one token.
+        video_processor: ``None`` is a :class:`uhd.hf.UHDVideoProcessor` with the image processor's settings.
         chat_template: Replaces the tokenizer's.
         image_token: The placeholder of an image.
+        video_token: The placeholder of a video; a tokenizer that does not write it as one token takes no videos.
 
     Raises:
-        ValueError: The tokenizer has no image token; on a call: images and image tokens differ in number (the sample
-            and both counts are named), or an image was truncated.
+        ValueError: The tokenizer has no image token, or the slicings of the two processors differ; on a call: images
+            or videos and their tokens differ in number (the sample and both counts are named), or one was truncated.
     """
 
     valid_processor_kwargs = UHDProcessorKwargs
     text_kwargs = {"padding": True, "padding_side": "left", "return_tensors": "pt"}  # noqa: RUF012
     images_kwargs = {"return_tensors": "pt"}  # noqa: RUF012
+    videos_kwargs = {"return_tensors": "pt"}  # noqa: RUF012
 
     def __init__(
         self,
         image_processor: Any = None,
         tokenizer: Any = None,
+        video_processor: Any = None,
         chat_template: str | None = None,
         image_token: str = IMAGE_TOKEN,
+        video_token: str | None = VIDEO_TOKEN,
         **kwargs: Any,
     ) -> None:
         self.image_token = image_token
-        self.image_token_id = image_token_id(tokenizer, image_token)
-        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+        self.image_token_id = placeholder_id(tokenizer, image_token)
+        self.video_token, self.video_token_id = None, None
+        if video_token is not None and _knows(tokenizer, video_token):
+            self.video_token, self.video_token_id = video_token, placeholder_id(tokenizer, video_token, "video")
+        video_processor = UHDVideoProcessor.of(image_processor) if video_processor is None else video_processor
+        if not same_slicing(image_processor, video_processor):
+            raise ValueError(
+                "image and video processor have other slicings, the model has one: leave video_processor out, or make "
+                "it with UHDVideoProcessor.of(image_processor)"
+            )
+        super().__init__(image_processor, tokenizer, video_processor, chat_template=chat_template, **kwargs)
 
     @property
     def unused_input_names(self) -> list[str]:
-        return ["num_image_tokens"]
+        return ["num_image_tokens", "num_video_tokens"]
 
     @property
     def model_input_names(self) -> list[str]:
-        return [*super().model_input_names, "image_tokens", "view_tokens"]
+        return [*super().model_input_names, "image_tokens", "view_tokens", "video_tokens"]
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers.
+
+        Raises:
+            ValueError: The slicing is a function of the caller's own.
+        """
+        refuse_own_function(self.image_processor.slicing)
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """The image token once for every position of an image."""
         return self.image_token * int(image_inputs["num_image_tokens"][image_idx])
 
+    def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs: Any) -> str:
+        """The video token once for every position of a video."""
+        return self.video_token * int(video_inputs["num_video_tokens"][video_idx])
+
     def _get_num_multimodal_tokens(
-        self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs: Any
+        self,
+        image_sizes: Sequence[Sequence[int]] | None = None,
+        video_sizes: Sequence[Sequence[int]] | None = None,
+        **kwargs: Any,
     ) -> MultiModalData:
-        """Tokens, and rows of ``pixel_values``, for images of these (height, width): from the planner alone."""
-        if image_sizes is None:
-            return MultiModalData()
-        plans = [self.image_processor.plan((int(h), int(w)), **kwargs) for h, w in image_sizes]
-        return MultiModalData(
-            num_image_tokens=[item.num_tokens for item in plans],
-            num_image_patches=[item.num_patches for item in plans],
-        )
+        """Tokens, and rows of ``pixel_values``, for images of these (height, width), and tokens for videos of these
+        (number of frames, height, width): from the planner alone."""
+        found: dict[str, Any] = {}
+        if image_sizes is not None:
+            plans = [self.image_processor.plan((int(h), int(w)), **kwargs) for h, w in image_sizes]
+            found["num_image_tokens"] = [item.num_tokens for item in plans]
+            found["num_image_patches"] = [item.num_patches for item in plans]
+        if video_sizes is not None:
+            clips = [self.video_processor.plan((int(h), int(w)), int(n), **kwargs) for n, h, w in video_sizes]
+            found["num_video_tokens"] = [item.num_tokens for item in clips]
+        return MultiModalData(**found)
 
-    def prepare_inputs_layout(
+    def __call__(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
-    ) -> tuple[Any, Any, Any, Any]:
-        if text is not None:
-            text = [text] if isinstance(text, str) else list(text)
-        if images is None:
-            return None, text, videos, audio
-        per_sample = isinstance(images, (list, tuple)) and any(isinstance(item, (list, tuple)) for item in images)
-        nested = [list(item) if isinstance(item, (list, tuple)) else [item] for item in images] if per_sample else None
-        if nested is not None and text is not None:
-            self._check_samples(text, [len(item) for item in nested])
-        flat = [item for sample in nested for item in sample] if nested is not None else images
-        flat = list(flat) if isinstance(flat, (list, tuple)) else [flat]
-        encoded = [isinstance(item, EncodedImage) for item in flat]
-        if any(encoded) and not all(encoded):
-            raise ValueError(f"got {sum(encoded)} encoded images among {len(flat)}: encode all of them, or none")
-        if not any(encoded):
-            flat = [self.image_processor.fetch_images(item) for item in flat]
-        return flat or None, text, videos, audio
+    ) -> BatchFeature:
+        """Text with its images and videos as the model's inputs.
 
-    def validate_inputs(
-        self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
-    ) -> None:
-        if videos is not None or audio is not None:
-            raise ValueError(f"{type(self).__name__} takes text and images, got videos or audio")
-        if images is None and text is None:
-            raise ValueError(f"{type(self).__name__} was given neither text nor images")
-        if text is None:
-            return
-        if not all(isinstance(sample, str) for sample in text):
+        Args:
+            images: One, a flat list, or a list of lists, one a sample: what :func:`uhd.pixels.load_image` takes, or
+                encoded images.
+            text: A string or a list of them, with an image token for every image and a video token for every video.
+            videos: One, a flat list, or a list of lists, one a sample: lists of frames, 4-D arrays or tensors, files,
+                or encoded videos; see :class:`uhd.hf.UHDVideoProcessor`.
+            kwargs: Those of the tokenizer, the image processor and the video processor.
+
+        Raises:
+            ValueError: See the class.
+        """
+        if audio is not None:
+            raise ValueError(f"{type(self).__name__} takes text, images and videos, got audio")
+        if images is None and text is None and videos is None:
+            raise ValueError(f"{type(self).__name__} was given neither text nor images nor videos")
+        text = [text] if isinstance(text, str) else None if text is None else list(text)
+        if text is not None and not all(isinstance(sample, str) for sample in text):
             raise ValueError("text must be a string or a list of strings")
-        counts, left = [sample.count(self.image_token) for sample in text], len(images or [])
-        if sum(counts) == left:
-            return
-        for sample, count in enumerate(counts):
-            if count > left:
-                raise ValueError(
-                    f"sample {sample} has {count} {self.image_token} and {left} images are left for it; in all "
-                    f"{sum(counts)} {self.image_token} and {len(images or [])} images"
-                )
-            left -= count
-        raise ValueError(
-            f"the {len(text)} samples have {sum(counts)} {self.image_token} (per sample: {counts}) and there are "
-            f"{len(images)} images: each image needs its own {self.image_token} in the text"
-        )
+        if videos is not None and text is not None and self.video_token is None:
+            raise ValueError(
+                f"this processor's tokenizer ({type(self.tokenizer).__name__}) has no video token: add one with "
+                f"tokenizer.add_special_tokens({{'extra_special_tokens': [{VIDEO_TOKEN!r}]}}, "
+                "replace_extra_special_tokens=False) and build the processor again, or let from_vision_and_lm do it"
+            )
+        unmarked = _unmarked(text, kwargs)
+        flat, counts = _arrange_images(images)
+        clips, clip_counts = ([], None) if videos is None else arrange_videos(videos)
+        counts = _per_sample(unmarked, self.image_token, len(flat), counts, "image")
+        clip_counts = _per_sample(unmarked, self.video_token, len(clips), clip_counts, "video")
+        if text is None:  # nothing says which of them belong together
+            counts, clip_counts = counts + [0] * len(clip_counts), [0] * len(counts) + clip_counts
+        given = self._planned(flat, counts, clips, clip_counts, kwargs)
+        return super().__call__(images=given[0] or None, text=text, videos=given[1] or None, **kwargs)
 
-    def _check_samples(self, text: list[str], images: list[int]) -> None:
-        if len(text) != len(images):
-            raise ValueError(f"got {len(text)} texts and lists of images for {len(images)}: need as many")
-        for sample, (line, count) in enumerate(zip(text, images, strict=True)):
-            if line.count(self.image_token) != count:
-                raise ValueError(
-                    f"sample {sample} has {line.count(self.image_token)} {self.image_token} and {count} images"
-                )
+    def _planned(
+        self,
+        images: list[Any],
+        image_counts: list[int],
+        videos: list[Any],
+        video_counts: list[int],
+        kwargs: dict[str, Any],
+    ) -> tuple[list[Any], list[Any]]:
+        """Pictures and frames with their plans, those of a sample made together; what is encoded stays as it is."""
+        encoded = _all_encoded(images, EncodedImage, "images"), _all_encoded(videos, EncodedVideo, "videos")
+        if all(encoded):
+            return images, videos
+        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        for_images, for_videos = merged["images_kwargs"], merged["videos_kwargs"]
+        pictures = [] if encoded[0] else [self.image_processor.fetch_images(item) for item in images]
+        loaded = [] if encoded[1] else [self.video_processor.load(v, n, for_videos) for n, v in enumerate(videos)]
+        settings = {
+            "planner": self.image_processor.planner(for_images),
+            "video_planner": self.video_processor.planner(for_videos),
+            "frames": self.video_processor.setting("frames", for_videos),
+            "max_tokens": self._budget(for_images, for_videos),
+            "multi_image": bool(self.image_processor.setting("multi_image", for_images)),
+        }
+        none = [0] * len(image_counts)
+        rows = zip(none if encoded[0] else image_counts, none if encoded[1] else video_counts, strict=True)
+        still, moving = iter(pictures), iter(loaded)
+        found, clips = [], []
+        for num_images, num_videos in rows:
+            sample = [next(still) for _ in range(num_images)]
+            frames = [next(moving) for _ in range(num_videos)]
+            sizes = [((clip[0].height, clip[0].width), len(clip)) for clip in frames]
+            plans, video_plans = plan_sample([(item.height, item.width) for item in sample], sizes, **settings)
+            found += map(PlannedImage, sample, plans)
+            clips += map(PlannedVideo, frames, video_plans)
+        return images if encoded[0] else found, videos if encoded[1] else clips
+
+    def _budget(self, for_images: dict[str, Any], for_videos: dict[str, Any]) -> int | None:
+        """The one bound on a sample's tokens."""
+        given = {
+            self.image_processor.setting("max_tokens", for_images),
+            self.video_processor.setting("max_tokens", for_videos),
+        } - {None}
+        if len(given) > 1:
+            raise ValueError(
+                f"max_tokens is {sorted(given)} for images and videos: it bounds both of a sample together, so give "
+                "one number"
+            )
+        return next(iter(given), None)
+
+    def validate_inputs(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: inputs are checked before they are planned, in the call."""
 
     def _process_images(self, images: list[Any], **kwargs: Any) -> tuple[dict[str, Any], list[str]]:
         encoded = isinstance(images[0], EncodedImage)
         data = pack_encoded(images) if encoded else self.image_processor(images, **kwargs)
         return data, [self.replace_image_token(data, index) for index in range(len(images))]
 
+    def _process_videos(self, videos: list[Any], **kwargs: Any) -> tuple[dict[str, Any], list[str]]:
+        encoded = isinstance(videos[0], EncodedVideo)
+        data = pack_encoded_videos(videos) if encoded else self.video_processor(videos, **kwargs)
+        if self.video_token is None:
+            return data, []
+        return data, [self.replace_video_token(data, index) for index in range(len(videos))]
+
     def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
+        tokens = {"image": (self.image_token, self.image_token_id), "video": (self.video_token, self.video_token_id)}
         for sample, (line, ids) in enumerate(zip(text, text_inputs["input_ids"], strict=True)):
-            wanted, got = line.count(self.image_token), list(map(int, ids)).count(self.image_token_id)
-            if wanted != got:
-                raise ValueError(
-                    f"sample {sample} needs {wanted} positions for its images and {got} are left: truncation would "
-                    "cut an image. Raise max_length, turn truncation off, or lower max_tokens or max_slices"
-                )
+            ids = list(map(int, ids))
+            for kind, (token, token_id) in tokens.items():
+                wanted, got = (0, 0) if token is None else (line.count(token), ids.count(token_id))
+                if wanted != got:
+                    raise ValueError(
+                        f"sample {sample} needs {wanted} positions for its {kind}s and {got} are left: truncation "
+                        f"would cut {'an image' if kind == 'image' else 'a video'}. Raise max_length, turn truncation "
+                        "off, or lower max_tokens or max_slices"
+                    )
 
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
         """As in transformers; see the class for templates that take text only."""
         template = self._resolve_chat_template(chat_template)
-        if _writes_images(template, self.image_token, json.dumps(self.tokenizer.special_tokens_map)):
-            return super().apply_chat_template(conversation, template, **kwargs)
         conversations, batched = self._normalize_conversations(conversation)
-        flattened = [[self._as_text(message) for message in messages] for messages in conversations]
-        images = [[image for _, found in messages for image in found] for messages in flattened]
-        texts = [[message for message, _ in messages] for messages in flattened]
-        if kwargs.get("tokenize") and any(images):
-            given = dict(kwargs.get("processor_kwargs") or {})
-            kwargs["processor_kwargs"] = {**given, "images": images if batched else images[0]}
+        special = json.dumps(self.tokenizer.special_tokens_map)
+        kinds = {"image"} | {"video" for messages in conversations for message in messages if _has_video(message)}
+        tokens = {"image": self.image_token, "video": self.video_token}
+        if all(tokens[kind] and _writes(template, kind, tokens[kind], special) for kind in kinds):
+            return super().apply_chat_template(conversation, template, **kwargs)
+        texts = [[self._as_text(message) for message in messages] for messages in conversations]
         return super().apply_chat_template(texts if batched else texts[0], template, **kwargs)
 
-    def _as_text(self, message: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
-        """A message with its content as one string, and the images that were in it."""
+    def _as_text(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A message with its content as one string, which remembers the images and videos that were in it."""
         content = message.get("content")
         if content is None or isinstance(content, str):
-            return message, []
-        parts, images = [], []
+            return message
+        parts: list[str] = []
+        found: dict[str, list[Any]] = {"image": [], "video": []}
         for part in content:
-            if part["type"] == "image":
-                images += [part[key] for key in ("image", "url", "path", "base64") if key in part]
-                parts.append(self.image_token + "\n")
-            elif part["type"] == "text":
+            kind = part["type"]
+            if kind == "text":
                 parts.append(part["text"])
+            elif kind == "image" or (kind == "video" and self.video_token is not None):
+                parts.append((self.image_token if kind == "image" else self.video_token) + "\n")
+                found[kind] += [part[key] for key in (kind, "url", "path", "base64") if key in part]
             else:
-                raise ValueError(f"a message's content is of images and text, got type {part['type']!r}")
-        return {**message, "content": "".join(parts)}, images
+                raise ValueError(f"a message's content is of images, videos and text, got type {kind!r}")
+        return {**message, "content": _Content("".join(parts), found["image"], found["video"])}
+
+    def _multimodal_inputs_from_conversations(
+        self, conversations: list[list[dict[str, Any]]], *args: Any, **kwargs: Any
+    ) -> tuple[list[list[Any]], list[list[Any]], list[Any], dict[str, Any]]:
+        contents = [
+            [message["content"] for message in messages if isinstance(message.get("content"), _Content)]
+            for messages in conversations
+        ]
+        if not any(contents):
+            return super()._multimodal_inputs_from_conversations(conversations, *args, **kwargs)
+        images = [[image for content in found for image in content.images] for found in contents]
+        videos = [[video for content in found for video in content.videos] for found in contents]
+        return images, videos, [], {}
 
 
-def image_token_id(tokenizer: Any, image_token: str) -> int:
-    """Id of the image token.
+class _Content(str):
+    """A message's text, and the images and videos whose tokens are in it."""
+
+    def __new__(cls, text: str, images: list[Any], videos: list[Any]) -> "_Content":
+        found = super().__new__(cls, text)
+        found.images, found.videos = images, videos
+        return found
+
+
+def placeholder_id(tokenizer: Any, token: str, kind: str = "image") -> int:
+    """Id of the image token, or of the video token.
 
     Raises:
         ValueError: The tokenizer does not write it as one token.
     """
-    found = tokenizer.convert_tokens_to_ids(image_token)
-    unknown = found is None or found == getattr(tokenizer, "unk_token_id", None)
-    if unknown or list(tokenizer.encode(image_token, add_special_tokens=False)) != [found]:
+    found = tokenizer.convert_tokens_to_ids(token)
+    if not _knows(tokenizer, token) or list(tokenizer.encode(token, add_special_tokens=False)) != [found]:
         raise ValueError(
-            f"this tokenizer ({type(tokenizer).__name__}) has no image token {image_token!r}: add it with "
-            f"tokenizer.add_special_tokens({{'extra_special_tokens': [{image_token!r}]}}, "
+            f"this tokenizer ({type(tokenizer).__name__}) has no {kind} token {token!r}: add it with "
+            f"tokenizer.add_special_tokens({{'extra_special_tokens': [{token!r}]}}, "
             "replace_extra_special_tokens=False), or let from_vision_and_lm do it"
         )
     return found
 
 
+def _knows(tokenizer: Any, token: str) -> bool:
+    return tokenizer.convert_tokens_to_ids(token) not in (None, getattr(tokenizer, "unk_token_id", None))
+
+
 def pack_encoded(images: Sequence[EncodedImage]) -> dict[str, Any]:
     """Encoded images as the model's tensors, and the per-image keys of :class:`uhd.hf.UHDImageProcessor`.
 
-    ``image_tokens`` (M, D): visual tokens of each image, its slices row-major and then its overview, whatever order
-    they were encoded in. ``view_tokens`` (V,) int64: the tokens of each view.
-
-    Raises:
-        ValueError: A plan has more than slices on one canvas and an overview, so the model cannot lay it out again.
+    ``image_tokens`` (M, D): visual tokens of each image. Where all plans are of slices on one canvas and an overview,
+    its slices row-major and then its overview, whatever order they were encoded in, with ``view_tokens`` (V,) int64:
+    the tokens of each view. Otherwise as they were encoded, with ``image_plans``.
     """
-    for place, image in enumerate(images):
-        rows, cols = image.plan.grid or (0, 0)
-        if image.plan.num_views != rows * cols + 1 or image.plan.overview_hw is None:
-            raise ValueError(
-                f"encoded image {place} has {image.plan.num_views} views for a {rows}x{cols} grid: only plans of "
-                f"{rows * cols} slices and one overview can be laid out"
-            )
-    views = [
-        (tokens, view.num_tokens)
-        for image in images
-        for view, tokens in sorted(
-            zip(image.plan.views, image.views, strict=True), key=lambda pair: pair[0].kind == OVERVIEW
-        )
-    ]
     described = describe_plans([image.plan for image in images])
     described["num_image_tokens"] = np.array([image.layout.num_tokens for image in images], np.int64)
+    if all(map(_is_grid_and_overview, images)):
+        views = [
+            (tokens, view.num_tokens)
+            for image in images
+            for view, tokens in sorted(
+                zip(image.plan.views, image.views, strict=True), key=lambda pair: pair[0].kind == OVERVIEW
+            )
+        ]
+        tokens = torch.cat([tokens for tokens, _ in views])
+        found = {"view_tokens": torch.tensor([count for _, count in views], dtype=torch.long)}
+    else:
+        tokens = torch.cat([image.tokens for image in images])
+        found = {"image_plans": torch.from_numpy(write_plans([image.plan for image in images]))}
     return {
-        "image_tokens": torch.cat([tokens for tokens, _ in views]),
-        "view_tokens": torch.tensor([count for _, count in views], dtype=torch.long),
+        "image_tokens": tokens,
+        **found,
         **{name: torch.from_numpy(values) for name, values in described.items()},
     }
 
 
+def pack_encoded_videos(videos: Sequence[EncodedVideo]) -> dict[str, Any]:
+    """Encoded videos as the model's tensors: ``video_tokens`` (M, D), ``video_plans`` and ``num_video_tokens``."""
+    return {
+        "video_tokens": torch.cat([video.tokens for video in videos]),
+        "video_plans": torch.from_numpy(write_plans([video.plan for video in videos])),
+        "num_video_tokens": torch.tensor([video.layout.num_tokens for video in videos], dtype=torch.long),
+    }
+
+
+def _is_grid_and_overview(image: EncodedImage) -> bool:
+    """Whether the grid of slices alone says how the image is laid out."""
+    rows, cols = image.plan.grid or (0, 0)
+    canvases = [canvas.kind for canvas in image.plan.canvases]
+    return (
+        image.plan.packing is None
+        and image.plan.num_views == rows * cols + 1
+        and sorted(canvases) == ["overview", "slice"][: len(canvases)]
+    )
+
+
+def _all_encoded(items: list[Any], kind: type, name: str) -> bool:
+    encoded = [isinstance(item, kind) for item in items]
+    if any(encoded) and not all(encoded):
+        raise ValueError(f"got {sum(encoded)} encoded {name} among {len(items)}: encode all of them, or none")
+    return all(encoded)
+
+
+def _arrange_images(images: Any) -> tuple[list[Any], list[int] | None]:
+    """All images in order, and how many each sample has; ``None`` where they are not nested by samples."""
+    if images is None:
+        return [], None
+    if not isinstance(images, (list, tuple)):
+        return [images], None
+    if not any(isinstance(item, (list, tuple)) for item in images):
+        return list(images), None
+    nested = [list(item) if isinstance(item, (list, tuple)) else [item] for item in images]
+    return [item for sample in nested for item in sample], [len(sample) for sample in nested]
+
+
+def _per_sample(
+    text: list[str] | None, token: str | None, given: int, nested: list[int] | None, kind: str
+) -> list[int]:
+    """How many images or videos each sample has: as nested, else as their tokens are in the text.
+
+    Raises:
+        ValueError: The text has other numbers of their tokens.
+    """
+    if text is None:
+        return [1] * given if nested is None else nested
+    counts = [0 if token is None else sample.count(token) for sample in text]
+    if nested is not None:
+        if len(text) != len(nested):
+            raise ValueError(f"got {len(text)} texts and lists of {kind}s for {len(nested)}: need as many")
+        for sample, (count, number) in enumerate(zip(counts, nested, strict=True)):
+            if count != number:
+                raise ValueError(f"sample {sample} has {count} {token} and {number} {kind}s")
+        return counts
+    left = given
+    if sum(counts) == given:
+        return counts
+    for sample, count in enumerate(counts):
+        if count > left:
+            raise ValueError(
+                f"sample {sample} has {count} {token} and {left} {kind}s are left for it; in all "
+                f"{sum(counts)} {token} and {given} {kind}s"
+            )
+        left -= count
+    raise ValueError(
+        f"the {len(text)} samples have {sum(counts)} {token} (per sample: {counts}) and there are "
+        f"{given} {kind}s: each {kind} needs its own {token} in the text"
+    )
+
+
+def _unmarked(text: list[str] | None, kwargs: dict[str, Any]) -> list[str] | None:
+    """The text without what transformers marked as the user's own words, in which a token is no placeholder."""
+    marked = getattr(processing_utils, "_MARKED_RE", None)
+    if text is None or marked is None or not kwargs.get("sanitize_control_tokens"):
+        return text
+    return [marked.sub("", sample) for sample in text]
+
+
+def _has_video(message: dict[str, Any]) -> bool:
+    content = message.get("content")
+    return isinstance(content, (list, tuple)) and any(
+        isinstance(part, dict) and part.get("type") == "video" for part in content
+    )
+
+
 @lru_cache(maxsize=32)
-def _writes_images(template: str, image_token: str, special_tokens: str) -> bool:
-    """Whether a chat template renders a list of an image and text with exactly one image token."""
-    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}
+def _writes(template: str, kind: str, token: str, special_tokens: str) -> bool:
+    """Whether a chat template renders a list of an image or video and text with exactly one such token."""
+    message = {"role": "user", "content": [{"type": kind}, {"type": "text", "text": "x"}]}
     try:
         [text], _ = render_jinja_template(
             conversations=[[message]], chat_template=template, **json.loads(special_tokens)
         )
     except Exception:  # templates raise what they like on content that they do not know
         return False
-    return text.count(image_token) == 1
+    return text.count(token) == 1
 
 
-__all__ = ["BatchFeature", "UHDProcessor", "UHDProcessorKwargs", "image_token_id", "pack_encoded"]
+__all__ = [
+    "BatchFeature",
+    "UHDProcessor",
+    "UHDProcessorKwargs",
+    "pack_encoded",
+    "pack_encoded_videos",
+    "placeholder_id",
+]

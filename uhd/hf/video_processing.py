@@ -1,0 +1,237 @@
+"""A video processor in the transformers manner: frames are views, planned and rendered as images are."""
+
+# no `from __future__ import annotations`: transformers reads the types of the keywords below at run time
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub.dataclasses import validate_typed_dict
+from PIL import Image
+from torch import Tensor
+from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_utils import BatchFeature
+from transformers.processing_utils import VideosKwargs
+from transformers.video_processing_utils import VideoProcessorMixin
+from transformers.video_utils import VideoMetadata, default_sample_indices_fn
+
+from uhd.encoder import EncodedVideo
+from uhd.hf.image_processing import Planning, as_slicing
+from uhd.hf.plans import write_plans
+from uhd.schema.fitted import slicing_to_dict
+from uhd.slicing.media import VideoPlan, plan_sample
+
+Image.init()
+_PICTURE_SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind != "MPEG"}
+
+
+class UHDVideosKwargs(VideosKwargs, total=False):
+    """What a call may override beside transformers' own keywords.
+
+    frames (`str`): ``"video"``, ``"single"`` or ``"rule"``, see :func:`uhd.slicing.plan_video`. slicing, max_slices,
+    max_tokens, background, max_pixels: As for images.
+    """
+
+    frames: str | None
+    slicing: Any
+    max_slices: int | None
+    max_tokens: int | None
+    background: list | tuple | None
+    max_pixels: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedVideo:
+    """The upright RGB frames of a video and its plan, which was made together with those of its sample."""
+
+    frames: tuple[Image.Image, ...]
+    plan: VideoPlan
+
+
+class UHDVideoProcessor(Planning, VideoProcessorMixin, PilBackend):
+    """Videos to packed patches, by the planner and the renderer of :class:`uhd.hf.UHDImageProcessor`.
+
+    A video is a list of equally large frames (anything :func:`uhd.pixels.load_image` takes), an array or tensor
+    (T, h, w, c) or (T, c, h, w), or the path or address of a file that transformers can decode (it needs
+    ``torchcodec``). Videos come as one video, as a list of them, or as a list of lists, one a sample.
+
+    A call returns, for K videos with V views and N patches in all:
+
+    * ``pixel_values_videos`` (N, P), as ``pixel_values`` of the image processor.
+    * ``video_grids`` (V, 2) int64: (rows, columns) of each view in patches; a frame has one view or more.
+    * ``video_plans`` (K, L) uint8: the plans, see :func:`uhd.hf.plans.write_plans`.
+    * ``num_video_tokens`` (K,) int64: positions in the language model's sequence.
+
+    Args:
+        frames: How frames are planned: ``"video"`` as the strategy plans videos, ``"single"`` one view each,
+            ``"rule"`` as images.
+        num_frames, fps: As many frames of a video, or a second of it, at equal distances; ``None`` takes all. A list
+            of frames does not tell its speed, so ``fps`` is for files.
+        do_sample_frames: ``False`` takes all whatever those say.
+        slicing and the rest: As in :class:`uhd.hf.UHDImageProcessor`; ``max_tokens`` bounds all videos of a sample
+            together.
+
+    Raises:
+        ValueError: A video has no frames, or frames of different sizes; a keyword that does not apply; or as the image
+            processor.
+    """
+
+    valid_kwargs = UHDVideosKwargs
+    model_input_names = ["pixel_values_videos", "video_grids", "video_plans"]  # noqa: RUF012
+
+    frames = "video"
+    num_frames = None
+    fps = None
+    do_sample_frames = None
+    default_return_tensors = "pt"
+
+    @classmethod
+    def of(cls, image_processor: Planning) -> "UHDVideoProcessor":
+        """With the slicing and the pixel settings of an image processor."""
+        shared = set(cls.valid_kwargs.__annotations__) & set(image_processor.valid_kwargs.__annotations__)
+        return cls(**{name: getattr(image_processor, name, None) for name in shared})
+
+    def plan(self, frame_hw: tuple[int, int], num_frames: int, **kwargs: Any) -> VideoPlan:
+        """The plan for a video of so many frames of this (height, width), px, under a call's keywords."""
+        return self.plan_videos([(frame_hw, num_frames)], **kwargs)[0]
+
+    def plan_videos(self, videos: list[tuple[tuple[int, int], int]], **kwargs: Any) -> tuple[VideoPlan, ...]:
+        """The plans of one sample's videos, each (height, width) of its frames and their number."""
+        planner, frames = self.planner(kwargs), self.setting("frames", kwargs)
+        return plan_sample([], videos, planner, frames=frames, max_tokens=self.setting("max_tokens", kwargs))[1]
+
+    def load(self, video: Any, number: int, kwargs: Mapping[str, Any]) -> tuple[Image.Image, ...]:
+        """The frames of one video, sampled, as upright RGB Pillow images; errors call it video ``number``."""
+        num_frames, fps = self.setting("num_frames", kwargs), self.setting("fps", kwargs)
+        if self.setting("do_sample_frames", kwargs) is False:
+            num_frames = fps = None
+        if num_frames is not None and fps is not None:
+            raise ValueError(f"give num_frames or fps, got num_frames={num_frames} and fps={fps}")
+        if isinstance(video, (str, Path)):
+            decoded, _ = self.fetch_videos(
+                str(video), lambda metadata, **_: default_sample_indices_fn(metadata, num_frames, fps)
+            )
+            video = list(decoded)
+        elif fps is not None:
+            raise ValueError(
+                f"fps={fps} needs a file, the speed of the frames of video {number} is not known: choose them "
+                "yourself, or give num_frames"
+            )
+        elif num_frames is not None and len(video):
+            video = [video[place] for place in _evenly(len(video), num_frames, number)]
+        found = tuple(self.picture(frame) for frame in video)
+        sizes = sorted({(frame.height, frame.width) for frame in found})
+        if len(sizes) != 1:
+            raise ValueError(
+                f"video {number} has {len(found)} frames of the sizes {sizes} (height, width): need one size"
+            )
+        return found
+
+    def preprocess(self, videos: Any, **kwargs: Any) -> BatchFeature:
+        """See the class."""
+        validate_typed_dict(self.valid_kwargs, kwargs)
+        for name in self.valid_kwargs.__annotations__:
+            kwargs.setdefault(name, getattr(self, name, None))
+        self._validate_preprocess_kwargs(**kwargs)
+        planned = videos if _all_planned(videos) else self._planned(videos, kwargs)
+        plans = [video.plan for video in planned]
+        frames = [frame for video in planned for frame in video.frames]
+        batch = self._patches(frames, [frame for plan in plans for frame in plan.plans], kwargs)
+        data = {
+            "pixel_values_videos": batch.patches.numpy(),
+            "video_grids": np.array(batch.grids, np.int64).reshape(-1, 2),
+            "video_plans": write_plans(plans),
+            "num_video_tokens": np.array([plan.num_tokens for plan in plans], np.int64),
+        }
+        return BatchFeature(data, tensor_type=kwargs.get("return_tensors") or self.default_return_tensors)
+
+    def _planned(self, videos: Any, kwargs: Mapping[str, Any]) -> list[PlannedVideo]:
+        flat, counts = arrange_videos(videos)
+        found, start = [], 0
+        loaded = [self.load(video, number, kwargs) for number, video in enumerate(flat)]
+        for count in [1] * len(flat) if counts is None else counts:
+            sample = loaded[start : start + count]
+            plans = self.plan_videos([_described(frames) for frames in sample], **kwargs)
+            found += [PlannedVideo(frames, plan) for frames, plan in zip(sample, plans, strict=True)]
+            start += count
+        return found
+
+    def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
+        super()._validate_preprocess_kwargs(**kwargs)
+        for name in ("video_metadata", "return_metadata"):
+            if kwargs.get(name):
+                raise ValueError(f"{name} does not apply: nothing here reads it. Leave it out")
+
+
+def same_slicing(one: Planning, other: Planning) -> bool:
+    """Whether two processors plan alike before a call's keywords."""
+    return slicing_to_dict(as_slicing(one.slicing)) == slicing_to_dict(as_slicing(other.slicing))
+
+
+def arrange_videos(videos: Any) -> tuple[list[Any], list[int] | None]:
+    """All videos in order, and how many each sample has; ``None`` where they are not nested by samples.
+
+    A list is a video where its items are frames; else it is a list of videos, or of the samples' lists of videos.
+
+    Raises:
+        ValueError: Neither videos nor lists of them.
+    """
+    if _is_video(videos):
+        return [videos], None
+    if not isinstance(videos, (list, tuple)) and _ndim(videos) != 5:
+        raise ValueError(
+            "a video is a list of frames, an array (T, h, w, c) or (T, c, h, w), or a file; got "
+            f"{type(videos).__name__}{f' with {_ndim(videos)} axes' if _ndim(videos) else ''}"
+        )
+    videos = list(videos)
+    empty = [isinstance(item, (list, tuple)) and not item for item in videos]
+    if all(_is_video(item) or nothing for item, nothing in zip(videos, empty, strict=True)) and not all(empty):
+        return videos, None
+    nested = [[item] if _is_video(item) else list(item) for item in videos]
+    flat = [video for sample in nested for video in sample]
+    for video in flat:
+        if not _is_video(video) and not (isinstance(video, (list, tuple)) and not video):
+            raise ValueError(
+                f"videos are nested too deeply, or mixed with frames: got {type(video).__name__} where a video is "
+                "expected. Give a video, a list of videos, or a list of the samples' lists of videos"
+            )
+    return flat, [len(sample) for sample in nested] if videos else None
+
+
+def _is_video(item: Any) -> bool:
+    if isinstance(item, (EncodedVideo, PlannedVideo)) or _ndim(item) == 4:
+        return True
+    if isinstance(item, (str, Path)):
+        return not _is_frame(item)
+    return isinstance(item, (list, tuple)) and bool(item) and all(_is_frame(part) for part in item)
+
+
+def _is_frame(item: Any) -> bool:
+    if isinstance(item, (str, Path)):
+        text = str(item)
+        return text.startswith("data:image") or Path(text.partition("?")[0]).suffix.lower() in _PICTURE_SUFFIXES
+    return isinstance(item, (Image.Image, bytes)) or _ndim(item) in (2, 3)
+
+
+def _ndim(item: Any) -> int | None:
+    return item.ndim if isinstance(item, (np.ndarray, Tensor)) else None
+
+
+def _all_planned(videos: Any) -> bool:
+    return isinstance(videos, list) and bool(videos) and all(isinstance(video, PlannedVideo) for video in videos)
+
+
+def _described(frames: tuple[Image.Image, ...]) -> tuple[tuple[int, int], int]:
+    return (frames[0].height, frames[0].width), len(frames)
+
+
+def _evenly(total: int, num_frames: int, number: int) -> list[int]:
+    """Places of ``num_frames`` frames at equal distances, as transformers chooses them."""
+    if num_frames > total:
+        raise ValueError(f"video {number} has {total} frames, num_frames is {num_frames}: ask for at most {total}")
+    return default_sample_indices_fn(VideoMetadata(total_num_frames=total), num_frames).tolist()
+
+
+__all__ = ["PlannedVideo", "UHDVideoProcessor", "UHDVideosKwargs", "arrange_videos"]
