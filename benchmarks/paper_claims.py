@@ -561,7 +561,12 @@ def table(result: dict) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Write ``paper_claims.json`` and print the table; 1 where our own checks fail."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent / "results",
+        help="folder for results (default results/ beside this file)",
+    )
     args = parser.parse_args(argv)
     try:
         result = run()

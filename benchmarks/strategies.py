@@ -241,12 +241,17 @@ def table(result: dict) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Write ``strategies.json`` and three plots, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent / "results",
+        help="folder for results and plots (default results/ beside this file)",
+    )
     parser.add_argument("--count", type=int, default=400, help="sizes (default 400)")
     parser.add_argument(
         "--stability-count", type=int, default=200, help="of them for cliffs and symmetry (default 200)"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the sizes (default 0)")
     args = parser.parse_args(argv)
     validate()
     result = run(args.count, args.seed, args.stability_count)

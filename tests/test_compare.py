@@ -1,5 +1,6 @@
 """Rules side by side: the table, the JSON and the page, which a real browser opens where there is one."""
 
+import functools
 import html.parser
 import json
 import math
@@ -15,7 +16,7 @@ from uhd import charts, cli
 from uhd.compare import all_rules, compare, curves_over_aspect, curves_over_size, html_page, pareto, table
 from uhd.demo import page_image
 from uhd.slicing import plan
-from uhd.slicing.strategies import ALIASES
+from uhd.slicing.strategies import ALIASES, strategy
 from uhd.slicing.strategies.closest import InternVLConfig
 
 FEW = ("llava-uhd", "llava-1.5", "molmo2", "clip", "idefics3", "gemma3-896-pas")
@@ -93,9 +94,30 @@ def test_rules_by_value_keep_their_order_and_names():
     def mine(size):
         return plan(size, "llava-1.5")
 
-    found = compare((300, 200), [mine, InternVLConfig("tuned", max_tiles=3), "clip"])
-    assert [entry.name for entry in found.entries] == ["mine", "tuned", "clip"]
+    given = [mine, InternVLConfig("tuned", max_tiles=3), "clip", strategy("siglip"), functools.partial(mine)]
+    found = compare((300, 200), given)
+    names = ["mine", "tuned", "clip", "square-stretch-384", "mine (2)"]
+    assert [entry.name for entry in found.entries] == names
     assert found.name == "200x300"
+
+
+def test_rules_of_one_name_stay_apart():
+    """Each has its own curve and its own anchor, and the front names only the one that is on it."""
+    tuned = [InternVLConfig("tuned", max_tiles=3), InternVLConfig("tuned", max_tiles=24), InternVLConfig("tuned (2)")]
+    found = compare((1000, 700), tuned)
+    assert [entry.name for entry in found.entries] == ["tuned", "tuned (2)", "tuned (2) (2)"]
+    assert [entry.rule for entry in found.entries] == tuned
+    anchors = [attrs["id"] for tag, attrs in read(html_page([found])) if tag == "article"]
+    assert len(set(anchors)) == 3
+    lines = curves_over_size([(e.name, e.rule) for e in found.entries], (1000, 700))
+    assert len({tuple(line) for line in lines.values()}) == 3
+    assert "tuned" in pareto(found.planned)
+    assert not {"tuned", "tuned (2)"} <= pareto(compare((448, 448), tuned[:2]).planned)
+
+
+def test_one_name_is_no_list_of_rules():
+    with pytest.raises(TypeError, match=r"write \['internvl'\]"):
+        compare((30, 50), "internvl")
 
 
 def test_a_refusal_is_an_entry_an_unknown_name_an_error():
@@ -249,7 +271,7 @@ def test_command_names_other_models(capsys):
         (("30x40", "--html", "out.png"), "a page ends in .html"),
         (("30x40", "--html", "nowhere/out.html"), "there is no folder nowhere"),
         (("30x40", "--lm", "llama-14b"), "no model named 'llama-14b'"),
-        (("30x40", "--budget", "0"), "positive number of tokens"),
+        (("30x40", "--budget", "0"), "budget must be a positive int"),
         (("30x40", "--strategies", ","), "no rules to compare"),
     ],
 )

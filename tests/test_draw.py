@@ -36,6 +36,14 @@ def test_any_shape_is_drawn(size_hw, strategy):
     assert count(picture, ORANGE if plan.grid else BLUE) > 100
 
 
+@pytest.mark.parametrize("size_hw", [(1, 4096), (4096, 1)])
+@pytest.mark.parametrize("strategy", ["llava-next", "llava-next-anyres-336-repo-order", "aria-490-split"])
+def test_slices_of_nothing_but_padding_are_drawn(size_hw, strategy):
+    """Their boxes lie outside the image."""
+    picture = draw_plan(Image.new("RGB", size_hw[::-1], (128, 128, 128)), uhd.plan(size_hw, strategy))
+    assert count(picture, ORANGE) > 10
+
+
 def test_many_slices_and_other_plans_are_drawn():
     image = page_image()
     assert count(draw_plan(image, uhd.plan((1008, 672), uhd.SlicingConfig(image_size=112, max_slices=64))), ORANGE)

@@ -267,6 +267,13 @@ def whole_and_middle(image_hw):
     return SlicePlan(image_hw, 14, (whole, detail), (1, 1), 16 + 12, 3, "whole-and-middle", packing)
 
 
+def test_what_strategy_gave_can_be_encoded_with_and_saved(tmp_path):
+    encoder = tiny_encoder(slicing=uhd.strategy("llava-uhd"), check_image_size=False, compressor=perceiver())
+    assert encoder.slicing.name == "llava-uhd"
+    encoder.save_pretrained(tmp_path)
+    assert uhd.VisualEncoder.from_pretrained(tmp_path).slicing == encoder.slicing
+
+
 def test_a_function_is_a_strategy(tmp_path):
     with pytest.raises(ValueError, match=r"needs newline=.*FeaturePacker"):
         tiny_encoder(slicing=whole_and_middle)(IMAGES)
@@ -439,11 +446,37 @@ def test_videos_are_checked():
     with pytest.raises(ValueError, match="give at most 5 frames, or raise it"):
         plan_video((480, 640), 8, "llava-onevision", max_tokens=1000)
     assert plan_video((480, 640), 5, "llava-onevision", max_tokens=1000).num_tokens == 981
+    with pytest.raises(ValueError, match="max_tokens is 100: raise it to 197 at least, which is one frame"):
+        plan_video((480, 640), 8, "llava-onevision", max_tokens=100)
+    with pytest.raises(ValueError, match="^1 video of 8 frames cost at least 2048 tokens .*give fewer frames, or"):
+        plan_video((720, 1280), 8, "internvl", frames="rule", max_tokens=100)
+    with pytest.raises(TypeError, match=r"video 0 is a ndarray of shape \(20, 30, 3\): expected a list of frames"):
+        encoder.encode_videos([noise(20, 30)])
     with pytest.raises(ValueError, match='has no overview.*frames="rule"'):
         plan_video((3000, 3000), 2, "mllama")
     assert overview_alone(uhd.plan((3000, 3000), "mllama")) is None
     with pytest.raises(ValueError, match="not the dictionary of a VideoPlan"):
         VideoPlan.from_dict({"newline": True})
+
+
+@pytest.mark.parametrize("bad", [0, -1, 99.5, "100", True])
+def test_a_budget_is_a_positive_whole_number(bad):
+    for call in (
+        lambda: plan_images([], max_tokens=bad),
+        lambda: plan_images([(1008, 672)], max_tokens=bad),
+        lambda: plan_video((20, 30), 2, max_tokens=bad),
+        lambda: plan_video((20, 30), 2, frames="rule", max_tokens=bad),
+    ):
+        with pytest.raises(ValueError, match=f"max_tokens must be a positive int or None, got {bad!r}"):
+            call()
+
+
+def test_videos_as_arrays():
+    encoder = tiny_encoder(slicing="llava-onevision")
+    frames = [noise(20, 30, seed) for seed in range(3)]
+    want = encoder.encode_videos([frames])[0].tokens
+    for video in (np.stack(frames), torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)):
+        assert torch.equal(encoder.encode_videos([video])[0].tokens, want)
 
 
 BUDGETED = [
@@ -463,7 +496,7 @@ sizes = st.lists(st.tuples(st.integers(20, 3000), st.integers(20, 3000)), min_si
 @given(sizes, st.sampled_from(BUDGETED), st.floats(0.05, 1.1))
 def test_one_budget_for_all_images(sizes_hw, name, share):
     own = [uhd.plan(size_hw, name) for size_hw in sizes_hw]
-    budget = int(share * sum(plan.num_tokens for plan in own))
+    budget = max(int(share * sum(plan.num_tokens for plan in own)), 1)
     try:
         found = plan_images(sizes_hw, name, max_tokens=budget)
     except ValueError as problem:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import find, given, settings
 
 from uhd.slicing import Box, SlicePlan, SlicingConfig, plan
+from uhd.slicing.strategies import STRATEGIES
 from uhd.testing import CHECKS, SIZES, check_strategy, image_sizes, inspect_strategy, plans, slicing_configs
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
@@ -70,6 +71,50 @@ def ragged(size):
     return whole(size, view_hw=(330, 336))
 
 
+def float_sides(size):
+    return whole(size, view_hw=(336.0, 336.0))
+
+
+def unknown_filter(size):
+    return replace(whole(size), resample="sharpest")
+
+
+def no_colour(size):
+    return whole(size, fill=(0, 0, 700))
+
+
+def short_colour(size):
+    return whole(size, fill=(0,))
+
+
+def no_tiles(size):
+    return whole(size, tiles=())
+
+
+def wrong_tiles(size):
+    return whole(size, grid=(2, 2))
+
+
+def empty_source(size):
+    return whole(size, source=Box(0, 0, 0, 0))
+
+
+def no_patch(size):
+    return replace(whole(size), patch_size=0)
+
+
+def no_grid(size):
+    return replace(plan(size, "monkey"), grid=None)
+
+
+def grid_of_nothing(size):
+    return replace(plan(size, "llava-1.5"), grid=(2, 3))
+
+
+def negative(size):
+    return replace(plan(size, "llava-1.5"), num_visual_tokens=-9)
+
+
 def half(size):
     return whole(size, source=Box(0, 0, max(size[0] // 2, 1), size[1]))
 
@@ -107,6 +152,17 @@ def returns_nothing(size):
         (wrong_grid, "geometry", "but 4 slices"),
         (wrong_count, "geometry", "num_visual_tokens is 7"),
         (wrong_kind, "geometry", "kind is 'crop'"),
+        (float_sides, "geometry", "view_hw is (336.0, 336.0), not 2 whole numbers"),
+        (unknown_filter, "geometry", "resample is 'sharpest': take one of bicubic"),
+        (no_colour, "geometry", "(0, 0, 700) is no RGB colour"),
+        (short_colour, "geometry", "fill is (0,), not 3 whole numbers"),
+        (no_tiles, "geometry", "its grid is (1, 1) (rows, columns), its tiles are 0"),
+        (wrong_tiles, "geometry", "its grid is (2, 2) (rows, columns), its tiles are 1"),
+        (empty_source, "geometry", "source (0, 0, 0, 0) is not in the image"),
+        (no_patch, "geometry", "patch_size is 0"),
+        (no_grid, "geometry", "4 slices and no grid"),
+        (grid_of_nothing, "geometry", "grid (2, 3) (rows, columns) but 0 slices"),
+        (negative, "budget", "-9 tokens"),
         (ragged, "divisibility", "a view of 330x336 px with patches of 14 px"),
         (half, "coverage", "50.0% of the image"),
         (free, "budget", "0 tokens"),
@@ -129,6 +185,17 @@ def test_a_broken_rule_is_explained(rule, check, words):
 
 def test_a_plan_without_views_is_reported():
     assert "geometry: the plan's parts contradict" in str(inspect_strategy(no_view))
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_released_rule_is_sound(name):
+    skip = ("divisibility", "coverage", "transposition")
+    assert check_strategy(name, skip=skip, sizes_hw=SIZES[:6]).planned > 6
+
+
+def test_an_aspect_below_one_is_refused():
+    with pytest.raises(ValueError, match="max_aspect is longer / shorter side, so at least 1, got 0.5"):
+        image_sizes(max_aspect=0.5)
 
 
 def test_bounds():

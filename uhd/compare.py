@@ -6,7 +6,7 @@ import base64
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from html import escape
 from pathlib import Path
@@ -21,7 +21,7 @@ from uhd.slicing.config import PRESETS, SlicingConfig
 from uhd.slicing.flops import LMS, RESAMPLERS, VITS, named
 from uhd.slicing.metrics import PlanMetrics, measure
 from uhd.slicing.plan import MAX_SIDE, Canvas, check_size
-from uhd.slicing.strategies import STRATEGIES, Rule, StrategyConfig, find
+from uhd.slicing.strategies import STRATEGIES, Rule, StrategyConfig, find, rule_name
 
 AnyRule = SlicingConfig | StrategyConfig | Rule | str
 Curve = list[tuple[float, float]]
@@ -79,7 +79,8 @@ def compare(
 
     Args:
         image_hw: (height, width), px.
-        rules: Names, configs, or your own functions; ``None`` is every rule, cheapest in tokens first.
+        rules: Names, configs, or your own functions; ``None`` is every rule, cheapest in tokens first. Of equal names
+            the second becomes ``"name (2)"``.
         name: What to call the image.
         image: The picture itself, for :func:`html_page`.
         budget: Tokens an image should cost at most; every metric's ``budget_error`` is relative to it.
@@ -88,12 +89,15 @@ def compare(
     Raises:
         ValueError: An unknown name, no rules, or a size that is not two whole numbers of px. A rule that refuses this
             size is an entry with its error, not an exception.
+        TypeError: ``rules`` is one name rather than a list.
     """
+    if isinstance(rules, str):
+        raise TypeError(f"rules are a list of rules, got the string {rules!r}: write [{rules!r}]")
     chosen = all_rules() if rules is None else list(rules)
     if not chosen:
         raise ValueError("no rules to compare: name at least one, or leave them out for all")
     image_hw = check_size(image_hw)
-    found = [_entry(image_hw, rule, budget, system) for rule in chosen]
+    found = _distinct(_entry(image_hw, rule, budget, system) for rule in chosen)
     if rules is None:
         found.sort(key=lambda e: (e.plan is None, e.plan.num_tokens if e.plan else 0))
     return Comparison(name or "{1}x{0}".format(*image_hw), image_hw, tuple(found), image)
@@ -101,12 +105,23 @@ def compare(
 
 def _entry(image_hw: tuple[int, int], rule: AnyRule, budget: int | None, system: Mapping[str, Any]) -> Entry:
     config = find(rule)  # an unknown name is the caller's mistake, and raises
-    name = rule if isinstance(rule, str) else getattr(config, "name", getattr(config, "__name__", repr(config)))
+    name = rule if isinstance(rule, str) else rule_name(config)
     try:
         planned = plan(image_hw, config)
     except ValueError as problem:
         return Entry(name, config, None, None, str(problem))
     return Entry(name, config, planned, measure(planned, budget=budget, **system))
+
+
+def _distinct(entries: Iterable[Entry]) -> list[Entry]:
+    """The same with a number behind names that come again: curves, anchors and the front go by name."""
+    found: dict[str, Entry] = {}
+    for entry in entries:
+        name = next(
+            n for n in (entry.name, *(f"{entry.name} ({i})" for i in range(2, len(found) + 2))) if n not in found
+        )
+        found[name] = replace(entry, name=name)
+    return list(found.values())
 
 
 def _record(entry: Entry) -> dict[str, Any]:

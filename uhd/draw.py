@@ -120,9 +120,8 @@ def _image_panel(image: Image.Image, plan: SlicePlan, names: Sequence[str]) -> I
         top, left, bottom, right = (float(edge) * scale for edge in view_box(plan, view.index))
         color = _SLICE if view.kind == "slice" else _OVERVIEW
         corner = (max(left, 0), max(top, 0))
-        pen.rectangle(
-            (*corner, max(min(right, size[0]) - 1, left), max(min(bottom, size[1]) - 1, top)), None, color, 3
-        )
+        end = (max(min(right, size[0]) - 1, corner[0]), max(min(bottom, size[1]) - 1, corner[1]))
+        pen.rectangle((*corner, *end), None, color, 3)
         room = min(max(right - left, 48), max(bottom - top, 30))
         if room < 24:
             continue

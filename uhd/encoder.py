@@ -103,6 +103,17 @@ class EncodedVideo:
     layout: TokenLayout
 
 
+def _frames_of(video: Any, number: int) -> list[Any]:
+    """The frames of one of the videos that were given."""
+    if isinstance(video, (list, tuple)) or getattr(video, "ndim", None) == 4:
+        return list(video)
+    shape = f" of shape {tuple(video.shape)}" if hasattr(video, "shape") else ""
+    raise TypeError(
+        f"video {number} is a {type(video).__name__}{shape}: expected a list of frames, or an array (T, h, w, c) or "
+        "(T, c, h, w). Videos come as a list of them: put the frames of one video into a list of their own"
+    )
+
+
 def num_rows(plan: SlicePlan) -> int:
     """Rows of an image's :attr:`EncodedImage.tokens`."""
     return plan.num_visual_tokens if plan.packing is None else plan.num_tokens
@@ -318,14 +329,15 @@ class VisualEncoder(nn.Module):
         """Encode videos, each a list of equally large frames.
 
         Args:
-            videos: Lists of what :func:`uhd.pixels.load_image` takes.
+            videos: A list of videos: each a list of what :func:`uhd.pixels.load_image` takes, or an array or tensor
+                (T, h, w, c) or (T, c, h, w).
             frames: As in :func:`uhd.slicing.plan_video`: ``"video"``, ``"single"`` or ``"rule"``.
             max_tokens: Bound on the tokens of each video.
 
         Raises:
             ValueError: A video has no frames, or frames of different sizes; as in :meth:`forward`.
         """
-        loaded = [self._load_all(video) for video in videos]
+        loaded = [self._load_all(_frames_of(video, number)) for number, video in enumerate(videos)]
         plans = []
         for number, video in enumerate(loaded):
             sizes = sorted({(frame.height, frame.width) for frame in video})

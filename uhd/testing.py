@@ -14,14 +14,14 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from uhd.slicing.config import SlicingConfig
-from uhd.slicing.metrics import measure
+from uhd.slicing.metrics import share_seen
 from uhd.slicing.plan import MAX_SIDE, Canvas, SlicePlan, plan
-from uhd.slicing.strategies import StrategyConfig, find
-from uhd.slicing.strategies.base import MAX_VIEWS
+from uhd.slicing.strategies import StrategyConfig, find, rule_name
+from uhd.slicing.strategies.base import FILTERS, MAX_VIEWS
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -113,7 +113,9 @@ def check_strategy(rule: AnyRule, **options: Any) -> StrategyReport:
     ============== ==============================================================================================
     returns        a :class:`SlicePlan` for that image, or a ``ValueError``; usual sizes are not refused
     purity         equal plans for equal sizes, in any order of calls; hashable; equal after a trip through JSON
-    geometry       tiles lie on their canvas, sources in the image, uncovered canvas has a fill, counts agree
+    geometry       lengths are ints, tiles lie on their canvas, sources in the image, uncovered canvas has a fill,
+                   filters exist, grids and counts agree; a plan whose canvases are wrong is not examined for
+                   divisibility and coverage
     divisibility   view sides are whole multiples of the patch, so that the encoder sees every px
     coverage       every px of the image is in some view
     budget         ``max_tokens``, ``max_patches`` and 65,536 views are kept, also at extremes; tokens are positive
@@ -162,7 +164,7 @@ def inspect_strategy(
     if unknown := sorted(skip - set(CHECKS)):
         raise ValueError(f"skip names no checks {unknown}; there are {', '.join(CHECKS)}")
     config = find(rule)
-    name = rule if isinstance(rule, str) else getattr(config, "name", getattr(config, "__name__", repr(config)))
+    name = rule if isinstance(rule, str) else rule_name(config)
     sizes = [(int(h), int(w)) for h, w in sizes_hw]
     extremes = [(int(h), int(w)) for h, w in extremes_hw]
     found = {size: _call(config, size) for size in dict.fromkeys([*sizes, *extremes])}
@@ -187,6 +189,7 @@ def _broken(
     """For each of :data:`CHECKS`: what to do about it, and every size that fails, with what was seen."""
     plans = {size: result for size, result in {**usual, **unusual}.items() if isinstance(result, SlicePlan)}
     kept = {size: result for size, result in usual.items() if isinstance(result, SlicePlan)}
+    sound = {size: found for size, found in kept.items() if not any(_bad_canvases(found))}
     return {
         "returns": ("a plan is expected for every usual size", _bad_returns(usual)),
         "purity": (
@@ -196,9 +199,9 @@ def _broken(
         "geometry": ("the plan's parts contradict each other", _each(plans, _bad_geometry)),
         "divisibility": (
             "a view's sides must be whole multiples of patch_size, or its rim is never seen",
-            _each(kept, _bad_sides),
+            _each(sound, _bad_sides),
         ),
-        "coverage": ("part of the image is in no view: widen the boxes, or add an overview", _each(kept, _uncovered)),
+        "coverage": ("part of the image is in no view: widen the boxes, or add an overview", _each(sound, _uncovered)),
         "budget": (
             "a bound is exceeded: cap slices, or shrink views",
             _each(plans, lambda found: _over_budget(found, max_tokens, max_patches)),
@@ -266,41 +269,80 @@ def _impurities(config: Any, plans: dict[tuple[int, int], SlicePlan]) -> list[st
 
 
 def _bad_geometry(found: SlicePlan) -> Iterator[str]:
-    if not found.num_views:
-        yield "no view"
-    for number, canvas in enumerate(found.canvases):
-        for what in _bad_canvas(canvas, found):
-            yield f"canvas {number}: {what}"
+    yield from _bad_canvases(found)
+    if found.resample not in FILTERS:
+        yield f"resample is {found.resample!r}: take one of {', '.join(FILTERS)}"
     slices = sum(len(canvas.tiles) for canvas in found.canvases if canvas.kind == "slice")
-    if found.grid is not None and slices > 0 and slices != found.grid[0] * found.grid[1]:
-        yield f"grid {found.grid} (rows, columns) but {slices} slices"
+    grid = found.grid
+    if grid is None and slices:
+        yield f"{slices} slices and no grid: say how many rows and columns they are"
+    elif grid is not None and math.prod(grid) != max(slices, 1):
+        yield f"grid {tuple(grid)} (rows, columns) but {slices} slices"
     by_view = sum(len(canvas.tiles) * canvas.tokens_per_view for canvas in found.canvases)
     if found.packing is None and by_view != found.num_visual_tokens:
         yield f"views hold {by_view} tokens, num_visual_tokens is {found.num_visual_tokens}, no packing explains it"
 
 
-def _bad_canvas(canvas: Canvas, found: SlicePlan) -> Iterator[str]:
+def _bad_canvases(found: SlicePlan) -> Iterator[str]:
+    """What is wrong with the plan's canvases; nothing else about such a plan can be told."""
+    if not _is_int(found.patch_size) or found.patch_size < 1:
+        yield f"patch_size is {found.patch_size!r}: give the side of a ViT patch, px"
+    if not found.num_views:
+        yield "no view"
+    for number, canvas in enumerate(found.canvases):
+        for what in _bad_numbers(canvas) or _bad_canvas(canvas, found.image_hw):
+            yield f"canvas {number}: {what}"
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _bad_numbers(canvas: Canvas) -> list[str]:
+    """What is no whole number, or one too few or too small."""
+    pairs = ("content_hw", "size_hw", "view_hw", "grid", "first_hw", "offset", "cell")
+    given = {name: (getattr(canvas, name), 2) for name in pairs}
+    given |= {"source": (canvas.source, 4), "fill": (canvas.fill, 3)}
+    given |= {f"tile {place}": (box, 4) for place, box in enumerate(canvas.tiles)}
+    given["tokens_per_view"] = ((canvas.tokens_per_view,), 1)
+    wrong = []
+    for name, (value, length) in given.items():
+        if value is None and name in ("first_hw", "source", "fill"):
+            continue
+        if not isinstance(value, Sequence) or len(value) != length or not all(map(_is_int, value)):
+            wrong.append(f"{name} is {value!r}, not {length} whole number{'s' * (length > 1)} (plain ints)")
+        elif name in pairs[:5] and min(value) < 1:
+            wrong.append(f"{name} {tuple(value)} is below 1")
+    return wrong
+
+
+def _bad_canvas(canvas: Canvas, image_hw: tuple[int, int]) -> Iterator[str]:
     height, width = canvas.size_hw
     if canvas.kind not in ("slice", "overview"):
         yield f"kind is {canvas.kind!r}, not 'slice' or 'overview'"
-    if min(*canvas.size_hw, *canvas.content_hw, *canvas.view_hw, *(canvas.first_hw or ())) < 1:
-        first = f", first {canvas.first_hw}" if canvas.first_hw else ""
-        yield f"a size below 1 px: canvas {canvas.size_hw}, content {canvas.content_hw}, view {canvas.view_hw}{first}"
-        return
-    outside = [box for box in canvas.tiles if not (0 <= box[0] < box[2] <= height and 0 <= box[1] < box[3] <= width)]
+    if math.prod(canvas.grid) != len(canvas.tiles):
+        yield f"its grid is {tuple(canvas.grid)} (rows, columns), its tiles are {len(canvas.tiles)}"
+    outside = [box for box in canvas.tiles if not _within(box, canvas.size_hw)]
     if outside:
         yield f"tile {tuple(outside[0])} is not on the {canvas.size_hw} canvas: clip it, or enlarge the canvas"
-    source = canvas.source
-    if source is not None and not (
-        0 <= source[0] < source[2] <= found.image_hw[0] and 0 <= source[1] < source[3] <= found.image_hw[1]
-    ):
-        yield f"source {tuple(source)} is not in the image"
+    if canvas.source is not None and not _within(canvas.source, image_hw):
+        yield f"source {tuple(canvas.source)} is not in the image"
     (top, left), (rows, cols) = canvas.offset, canvas.content_hw
     full = top <= 0 and left <= 0 and top + rows >= height and left + cols >= width
     if not full and canvas.fill is None:
         yield "content leaves part of the canvas empty and fill is None: give an RGB fill"
+    if canvas.fill is not None and not all(0 <= level <= 255 for level in canvas.fill):
+        yield f"fill {tuple(canvas.fill)} is no RGB colour of 0..255"
+    if canvas.view_filter is not None and canvas.view_filter[0] not in FILTERS:
+        yield f"view_filter is {canvas.view_filter!r}: take one of {', '.join(FILTERS)}, and True or False"
     if max(height * width, math.prod(canvas.first_hw or ())) > _MOST_PIXELS:
         yield f"a canvas of {height} x {width} px would not fit in memory: bound it"
+
+
+def _within(box: Sequence[int], size_hw: tuple[int, int]) -> bool:
+    """Whether (top, left, bottom, right) has an area and lies in 0..size."""
+    top, left, bottom, right = box
+    return 0 <= top < bottom <= size_hw[0] and 0 <= left < right <= size_hw[1]
 
 
 def _bad_sides(found: SlicePlan) -> Iterator[str]:
@@ -309,10 +351,7 @@ def _bad_sides(found: SlicePlan) -> Iterator[str]:
 
 
 def _uncovered(found: SlicePlan) -> Iterator[str]:
-    if not found.canvases:
-        return
-    # as if every view were a slice: coverage is that of all of them together
-    share = measure(replace(found, canvases=tuple(replace(c, kind="slice") for c in found.canvases))).coverage
+    share = share_seen(found)
     if share < 1 - 1e-9:
         yield f"{100 * share:.1f}% of the image is in a view"
 
@@ -355,6 +394,8 @@ def image_sizes(
 
     if not 1 <= min_side <= max_side <= MAX_SIDE:
         raise ValueError(f"expected 1 <= min_side <= max_side <= {MAX_SIDE}, got {min_side} and {max_side}")
+    if max_aspect is not None and not max_aspect >= 1:
+        raise ValueError(f"max_aspect is longer / shorter side, so at least 1, got {max_aspect!r}")
     side = st.integers(min_side, max_side)
     short = st.integers(min_side, min(min_side + 40, max_side))
     near = st.builds(lambda a, d: (a, min(max(a + d, min_side), max_side)), side, st.integers(-1, 1))

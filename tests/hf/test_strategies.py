@@ -34,7 +34,7 @@ from uhd.resampler import FeaturePacker, MLPProjector, PerceiverConfig, Perceive
 from uhd.schema.fitted import own_function, planner_of
 from uhd.slicing import plan_images, plan_video
 from uhd.slicing.media import plan_sample
-from uhd.slicing.strategies import STRATEGIES
+from uhd.slicing.strategies import STRATEGIES, find
 
 GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
 LEARNED = ("llava-next", "llava-onevision", "deepseek-vl2")
@@ -220,7 +220,7 @@ class TestBudget:
             states = found(**batch).image_hidden_states[1:]
         for got, want in zip(states, encoded(found, IMAGES[1:], max_tokens=budget), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-        with pytest.raises(ValueError, match="cost at least 32 tokens, max_tokens is 20: raise it to 32"):
+        with pytest.raises(ValueError, match="cost at least 32 tokens under .*, max_tokens is 20: raise it to 32"):
             found.processor(text="<image><image>", images=IMAGES[1:], max_tokens=20)
 
     def test_images_and_videos_share_it(self):
@@ -238,7 +238,7 @@ class TestBudget:
         assert read_plans(tight["video_plans"]) == videos == read_plans(free["video_plans"])
         assert videos[0].num_tokens == 13
         assert found(**tight).logits.shape[1] == tight["input_ids"].shape[1]
-        message = "1 images and 1 videos of 3 frames cost at least 29 tokens, max_tokens is 20: raise it to 29"
+        message = "1 image and 1 video of 3 frames cost at least 29 tokens under .*, max_tokens is 20: raise it to 29"
         with pytest.raises(ValueError, match=message):
             found.processor(**ask, max_tokens=20)
         with pytest.raises(ValueError, match=re.escape("max_tokens is [20, 30] for images and videos")):
@@ -258,7 +258,7 @@ class TestBudget:
         assert plans == plan_images(images, name)
         assert clips == tuple(plan_video(size, number, name, frames=frames) for size, number in videos)
         full = sum(item.num_tokens for item in (*plans, *clips))
-        budget = int(share * full)
+        budget = max(int(share * full), 1)
         try:
             less, shorter = plan_sample(images, videos, planner, frames=frames, max_tokens=budget)
         except ValueError as problem:
@@ -298,6 +298,8 @@ def test_fewer_slices_and_none():
     assert views[0] > views[1] == 3 > views[2] == 1
     for batch in (fewer, uncut):
         assert found(**batch).logits.shape[1] == batch["input_ids"].shape[1]
+    with pytest.raises(ValueError, match="max_slices must be a positive int, got 0; 1 never cuts"):
+        found.processor(text="<image>", images=IMAGES[1], max_slices=0)
     with pytest.raises(ValueError, match="'llava15-pad-336' have no number of slices that max_slices=2"):
         shared("llava-1.5").processor(text="<image>", images=IMAGES[1], max_slices=2)
 
@@ -426,6 +428,28 @@ def test_the_image_processor_takes_names_and_settings():
         assert images.plan((500, 300), slicing="internvl") == uhd.plan((500, 300), "internvl")
     with pytest.raises(ValueError, match="no strategy named 'llava-nest': did you mean 'llava-next'"):
         UHDImageProcessorPil(slicing="llava-nest").plan((500, 300))
+
+
+def test_a_slicing_for_another_backbone_is_refused():
+    """As by the encoder: views of 448 px would be seen by a model of 56 px, without a word."""
+    processor = shared("internvl").processor
+    for name, got in (("internvl", "image_size=448, patch_size=14"), ("qwen3-vl", "image_size=None, patch_size=16")):
+        with pytest.raises(ValueError, match=rf"{got}; this processor's model has image_size=56, patch_size=14"):
+            processor(text="<image>", images=IMAGES[0], slicing=name)
+        with pytest.raises(ValueError, match=r"\.for_vision\(image_size=56, patch_size=14\)"):
+            processor(text="<video>", videos=[IMAGES[:1]], slicing=name)
+    fitted = find("llava-1.5").for_vision(image_size=56, patch_size=14)
+    assert processor(text="<image>", images=IMAGES[0], slicing=fitted)["num_patches"].tolist() == [1]
+    assert processor(text="<image>", images=IMAGES[0], slicing="qwen2-vl")["num_patches"].tolist() == [1]
+
+
+def test_an_array_of_images_is_its_images():
+    processor = shared("internvl").processor
+    images = np.stack([picture(40, 50, seed) for seed in range(2)])
+    want = processor(text=["<image>", "a<image>"], images=list(images))
+    for array in (images, torch.from_numpy(images).permute(0, 3, 1, 2)):
+        got = processor(text=["<image>", "a<image>"], images=array)
+        assert all(torch.equal(got[key], want[key]) for key in want)
 
 
 def test_an_encoder_that_is_narrower_is_refused():

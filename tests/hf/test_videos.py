@@ -229,6 +229,7 @@ def test_a_file_is_decoded_by_transformers(monkeypatch):
         ("<video>", 3, "got int"),
         ("<video>", "photo.png", "got str"),
         ("<video>", [[[[LONG]]]], "videos are nested too deeply, or mixed with frames"),
+        ("<video>", [Image.new("RGB", (5, 4)), LONG], "mixed with frames: got Image where a video is expected"),
         ("<video>", [LONG[0], LONG], "nested too deeply, or mixed with frames: got ndarray"),
     ],
 )
@@ -237,10 +238,21 @@ def test_what_is_refused(text, videos, message):
         shared("llava-onevision").processor(text=text, videos=videos)
 
 
+def test_an_encoded_image_is_no_video():
+    found = shared("llava-onevision")
+    with pytest.raises(ValueError, match="got EncodedImage where a video is expected"):
+        found.processor(text="<video>", videos=found.visual(IMAGES[:1]))
+
+
 def test_settings_that_do_not_apply():
     processor = shared("llava-onevision").processor
     with pytest.raises(ValueError, match="frames must be one of 'video', 'single', 'rule', got 'all'"):
         processor(text="<video>", videos=[LONG], frames="all")
+    for count in (0, -1):
+        with pytest.raises(ValueError, match=f"num_frames must be at least 1, got {count}"):
+            processor(text="<video>", videos=[LONG], num_frames=count)
+    with pytest.raises(ValueError, match=r"text must be a string or a list of strings, at least one, got \[\]"):
+        processor(text=[])
     with pytest.raises(ValueError, match="return_metadata does not apply"):
         processor(text="<video>", videos=[LONG], return_metadata=True)
     with pytest.raises(ValueError, match="do_resize does not apply"):

@@ -28,6 +28,7 @@ from uhd.slicing.metrics import (
     cliffs,
     measure,
     monotonicity_violations,
+    share_seen,
     summarize,
     transposition_violations,
 )
@@ -518,8 +519,28 @@ def test_views_in_general_position_are_refused_rather_than_allocated():
 def test_budget():
     planned = plan((1008, 672), "llava-uhd")
     assert measure(planned, budget=908).budget_error == 0.5
-    with pytest.raises(ValueError, match="positive number of tokens, got 0"):
+    with pytest.raises(ValueError, match="budget must be a positive int or None, got 0"):
         measure(planned, budget=0)
+
+
+def test_what_is_not_measured():
+    with pytest.raises(TypeError, match="a SlicePlan is measured, got str"):
+        measure("internvl")
+    for bad in (0, -3, 2.5, True):
+        with pytest.raises(ValueError, match=f"budget must be a positive int or None, got {bad}"):
+            measure(plan((30, 50)), budget=bad)
+    for metric in (cliffs, transposition_violations, monotonicity_violations, summarize):
+        with pytest.raises(ValueError, match="two whole numbers of pixels"):
+            metric("internvl", (300, 500))
+        with pytest.raises(ValueError, match="each must lie in"):
+            metric("internvl", [(300, 500), (0, 5)])
+    with pytest.raises(ValueError, match="factor enlarges"):
+        monotonicity_violations("internvl", [(300, 500)], factor=0)
+
+
+def test_the_share_seen_counts_every_view():
+    assert share_seen(plan((300, 500), "clip")) == pytest.approx(0.6)
+    assert share_seen(plan((300, 500), "molmo2")) == pytest.approx(1)
 
 
 def test_cliffs():

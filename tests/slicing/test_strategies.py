@@ -1,5 +1,6 @@
 """Every other system's rule: equal to its reference, well formed on any size, and drawn as the reference draws it."""
 
+import functools
 import inspect
 import json
 import math
@@ -21,9 +22,9 @@ from uhd.draw import draw_plan
 from uhd.pixels import render
 from uhd.slicing import SlicePlan, SlicingConfig, plan
 from uhd.slicing.plan import MAX_SIDE, Box, Canvas
-from uhd.slicing.strategies import ALIASES, STRATEGIES, anyres, base, config_from_dict, selectors
+from uhd.slicing.strategies import ALIASES, STRATEGIES, anyres, base, config_from_dict, find, rule_name, selectors
 from uhd.slicing.strategies.anyres import AnyResConfig, ThresholdConfig, threshold_tokens, video_tokens
-from uhd.slicing.strategies.closest import InternVLConfig
+from uhd.slicing.strategies.closest import InternVLConfig, Ovis2Config
 from uhd.slicing.strategies.fixed import StretchConfig
 from uhd.slicing.strategies.upscale import OpenAIConfig
 
@@ -737,3 +738,65 @@ def test_the_documentation_says_what_the_docstrings_say():
         said = re.sub(r":\w+:`(?:[\w.]+\.)?(\w+)`", r"`\1`", inspect.cleandoc(function.__doc__)).replace("``", "`")
         cells = (" ".join(part.split()) for part in re.split(r"\n(?:Source|Models|Traps): ", said))
         assert f"| {' | '.join(cells)} |\n" in text, function.__name__
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: InternVLConfig(max_tiles="12"),
+            "max_tiles of InternVLConfig must be a whole number, e.g. 12, got '12'",
+        ),
+        (lambda: InternVLConfig(max_tiles=12.5), "must be a whole number, e.g. 12, got 12.5"),
+        (lambda: InternVLConfig(max_tiles=True), "must be a whole number, e.g. 12, got True"),
+        (lambda: InternVLConfig(tile=448.5), "tile of InternVLConfig must be a whole number"),
+        (lambda: InternVLConfig(tile=10), "tile 10 px is smaller than a patch of 14 px"),
+        (lambda: InternVLConfig(max_tiles=200_000), "max_tiles is at most 65536, got 200000"),
+        (lambda: Ovis2Config(max_tiles=300), "max_tiles of an Ovis2Config is at most 256, got 300"),
+        (lambda: Ovis2Config(transformers="yes"), "transformers of Ovis2Config must be bool"),
+        (lambda: Ovis2Config(fill=(0, 0)), "fill of Ovis2Config must be whole numbers, nested as these are"),
+        (lambda: AnyResConfig(grids=((1, 0),)), "grids of AnyResConfig must be positive, got ((1, 0),)"),
+        (lambda: AnyResConfig(grids=((1.5, 2),)), "grids of AnyResConfig must be whole numbers"),
+        (lambda: AnyResConfig(grids=(3, 4)), "grids of AnyResConfig must be whole numbers"),
+        (lambda: AnyResConfig(rate=(1, 0)), "rate of AnyResConfig must be positive"),
+        (lambda: AnyResConfig(max_tiles="9"), "max_tiles of AnyResConfig must be a whole number"),
+        (lambda: uhd.SlicingConfig(max_slices=10**9), "max_slices is at most 65536, got 1000000000"),
+        (lambda: uhd.plan((9, 9), InternVLConfig(tile=20)), "views too small for a token: raise tile"),
+    ],
+)
+def test_settings_are_checked_where_they_are_made(make, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()
+
+
+def test_what_strategy_gave_is_the_rule_it_names():
+    """Not a function of the caller's own: it has a name, is cached, and can be saved."""
+    for name in ("llava-next", "llava-uhd", "openai"):
+        assert find(uhd.strategy(name)) is find(name)
+        assert plan((1008, 672), uhd.strategy(name)) is plan((1008, 672), name)
+    assert plan((1008, 672), uhd.strategy("llava-uhd"), max_tokens=200).num_tokens <= 200
+    mine = functools.partial(plan, config="clip", max_tokens=None)
+    assert find(mine) is mine
+    assert rule_name(mine) == "plan"
+    assert rule_name(find("clip")) == "clip-center-crop-336"
+
+
+def test_settings_become_plain_numbers():
+    config = InternVLConfig(max_tiles=np.int64(6), tile=np.int32(448))
+    assert config == InternVLConfig(max_tiles=6)
+    assert type(config.max_tiles) is int
+    json.dumps(config.to_dict())
+
+
+def test_candidate_grids_are_listed_without_trying_every_pair():
+    """Up to the largest cap in a second or two, where trying every pair would take minutes."""
+    from uhd.slicing.strategies.selectors import grids_up_to, pairs_by_ratio
+
+    slow = [(n // c, c) for n in range(3, 60) for c in range(1, n + 1) if n % c == 0]
+    assert list(grids_up_to(59, 3)) == slow
+    groups = {}
+    for n in range(40, 0, -1):
+        for a in (a for a in range(1, n + 1) if n % a == 0):
+            groups.setdefault(a / (n // a), []).append((a, n // a))
+    assert [(ratio, list(pairs)) for ratio, pairs in pairs_by_ratio(40).items()] == list(groups.items())
+    assert len(grids_up_to(20_000)) == sum(20_000 // cols for cols in range(1, 20_001))

@@ -25,8 +25,9 @@ from uhd.hf.plans import write_plans
 from uhd.pixels import RESAMPLE, PixelSettings, load_image
 from uhd.schema.fitted import AnySlicing, own_function, planner_of, slicing_from_dict, slicing_to_dict
 from uhd.slicing import SlicePlan, SlicingConfig
+from uhd.slicing.config import positive_int
 from uhd.slicing.media import Planner, capped, plan_sample, single_view
-from uhd.slicing.strategies import find
+from uhd.slicing.strategies import find, rule_name
 
 _FILTER_NAMES = {int(value): name for name, value in RESAMPLE.items()}
 _REMOTE = ("http://", "https://", "data:")
@@ -116,13 +117,13 @@ class Planning:
         names = ("slicing", "max_slices", "crop_to_patches")
         given = {name: kwargs[name] if kwargs.get(name) is not None else getattr(self, name) for name in names}
         found = planner_of(as_slicing(given["slicing"]))
-        name = getattr(found.rule, "name", None) or getattr(found.rule, "__name__", "custom")
         if given["max_slices"] is not None:
-            few = _with_max_slices(found.rule, given["max_slices"])
+            few = _with_max_slices(found.rule, positive_int("max_slices", given["max_slices"]))
             if few is None:
                 raise ValueError(
-                    f"the settings of {name!r} have no number of slices that max_slices={given['max_slices']} could "
-                    "lower: bound the tokens with max_tokens, or leave images uncut with crop_to_patches=False"
+                    f"the settings of {rule_name(found.rule)!r} have no number of slices that "
+                    f"max_slices={given['max_slices']} could lower: bound the tokens with "
+                    "max_tokens, or leave images uncut with crop_to_patches=False"
                 )
             found = Planner(few, found.count)
         if given["crop_to_patches"] is False:
@@ -297,6 +298,24 @@ def refuse_own_function(slicing: Any) -> None:
             "with their own save_pretrained, load the encoder with slicing=your function and attach it again with "
             "from_vision_and_lm"
         )
+
+
+def check_backbone(slicing: Any, own: Any) -> None:
+    """Raise a ``ValueError`` where a call's slicing plans for another backbone than the processor's own."""
+    rule, own = (planner_of(as_slicing(one)).rule for one in (slicing, own))
+    wanted, got = ((_side(one), getattr(one, "patch_size", None)) for one in (own, rule))
+    if all(a is None or b is None or a == b for a, b in zip(wanted, got, strict=True)):
+        return
+    raise ValueError(
+        f"slicing {rule_name(rule)!r} plans for image_size={got[0]}, patch_size={got[1]}; this processor's model has "
+        f"image_size={wanted[0]}, patch_size={wanted[1]}: fit it with uhd.slicing.strategies.find({rule_name(rule)!r})"
+        f".for_vision(image_size={wanted[0] or got[0]}, patch_size={wanted[1]})"
+    )
+
+
+def _side(rule: Any) -> int | None:
+    """Side of a rule's views, px; ``None`` where it sets none."""
+    return getattr(rule, "image_size", None) or getattr(rule, "tile", None)
 
 
 def _with_max_slices(rule: Any, max_slices: int) -> Any:

@@ -14,7 +14,13 @@ from transformers.processing_utils import BatchFeature, MultiModalData, Processi
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from uhd.encoder import EncodedImage, EncodedVideo
-from uhd.hf.image_processing import PlannedImage, UHDImagesKwargs, describe_plans, refuse_own_function
+from uhd.hf.image_processing import (
+    PlannedImage,
+    UHDImagesKwargs,
+    check_backbone,
+    describe_plans,
+    refuse_own_function,
+)
 from uhd.hf.plans import write_plans
 from uhd.hf.video_processing import (
     PlannedVideo,
@@ -148,23 +154,23 @@ class UHDProcessor(ProcessorMixin):
         """Text with its images and videos as the model's inputs.
 
         Args:
-            images: One, a flat list, or a list of lists, one a sample: what :func:`uhd.pixels.load_image` takes, or
-                encoded images.
+            images: One, a flat list or 4-D array, or a list of lists, one a sample: what
+                :func:`uhd.pixels.load_image` takes, or encoded images.
             text: A string or a list of them, with an image token for every image and a video token for every video.
             videos: One, a flat list, or a list of lists, one a sample: lists of frames, 4-D arrays or tensors, files,
                 or encoded videos; see :class:`uhd.hf.UHDVideoProcessor`.
             kwargs: Those of the tokenizer, the image processor and the video processor.
 
         Raises:
-            ValueError: See the class.
+            ValueError: See the class; or a ``slicing`` that plans for another view or patch size than the model's.
         """
         if audio is not None:
             raise ValueError(f"{type(self).__name__} takes text, images and videos, got audio")
         if images is None and text is None and videos is None:
             raise ValueError(f"{type(self).__name__} was given neither text nor images nor videos")
         text = [text] if isinstance(text, str) else None if text is None else list(text)
-        if text is not None and not all(isinstance(sample, str) for sample in text):
-            raise ValueError("text must be a string or a list of strings")
+        if text is not None and not (text and all(isinstance(sample, str) for sample in text)):
+            raise ValueError(f"text must be a string or a list of strings, at least one, got {text!r:.200}")
         if videos is not None and text is not None and self.video_token is None:
             raise ValueError(
                 f"this processor's tokenizer ({type(self.tokenizer).__name__}) has no video token: add one with "
@@ -195,6 +201,9 @@ class UHDProcessor(ProcessorMixin):
             return images, videos
         merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         for_images, for_videos = merged["images_kwargs"], merged["videos_kwargs"]
+        for given in (for_images.get("slicing"), for_videos.get("slicing")):
+            if given is not None:
+                check_backbone(given, self.image_processor.slicing)
         pictures = [] if encoded[0] else [self.image_processor.fetch_images(item) for item in images]
         loaded = [] if encoded[1] else [self.video_processor.load(v, n, for_videos) for n, v in enumerate(videos)]
         settings = {
@@ -391,6 +400,8 @@ def _arrange_images(images: Any) -> tuple[list[Any], list[int] | None]:
     """All images in order, and how many each sample has; ``None`` where they are not nested by samples."""
     if images is None:
         return [], None
+    if getattr(images, "ndim", None) == 4:  # an array of equally large images
+        return list(images), None
     if not isinstance(images, (list, tuple)):
         return [images], None
     if not any(isinstance(item, (list, tuple)) for item in images):

@@ -189,7 +189,7 @@ def arrange_videos(videos: Any) -> tuple[list[Any], list[int] | None]:
     empty = [isinstance(item, (list, tuple)) and not item for item in videos]
     if all(_is_video(item) or nothing for item, nothing in zip(videos, empty, strict=True)) and not all(empty):
         return videos, None
-    nested = [[item] if _is_video(item) else list(item) for item in videos]
+    nested = [list(item) if isinstance(item, (list, tuple)) and not _is_video(item) else [item] for item in videos]
     flat = [video for sample in nested for video in sample]
     for video in flat:
         if not _is_video(video) and not (isinstance(video, (list, tuple)) and not video):
@@ -229,6 +229,8 @@ def _described(frames: tuple[Image.Image, ...]) -> tuple[tuple[int, int], int]:
 
 def _evenly(total: int, num_frames: int, number: int) -> list[int]:
     """Places of ``num_frames`` frames at equal distances, as transformers chooses them."""
+    if num_frames < 1:
+        raise ValueError(f"num_frames must be at least 1, got {num_frames}: leave it out to take all {total}")
     if num_frames > total:
         raise ValueError(f"video {number} has {total} frames, num_frames is {num_frames}: ask for at most {total}")
     return default_sample_indices_fn(VideoMetadata(total_num_frames=total), num_frames).tolist()

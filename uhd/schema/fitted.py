@@ -10,7 +10,7 @@ from typing import Any
 from uhd.schema.layout import Entry, SpatialSchema, TokenLayout, layout
 from uhd.slicing import SlicePlan, SlicingConfig, plan
 from uhd.slicing.media import Planner, VideoPlan
-from uhd.slicing.strategies import Rule, StrategyConfig, config_from_dict
+from uhd.slicing.strategies import Rule, StrategyConfig, config_from_dict, rule_name
 
 PLAIN = SpatialSchema(name="plain", column="", row="")
 """No symbols at all: the views in the plan's own order."""
@@ -67,7 +67,7 @@ class FittedRule:
 
     @property
     def name(self) -> str:
-        return getattr(self.rule, "name", None) or getattr(self.rule, "__name__", "custom")
+        return rule_name(self.rule)
 
     @property
     def patch_size(self) -> int | None:

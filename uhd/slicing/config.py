@@ -33,6 +33,10 @@ class SeparatorCount:
         return self.per_image + self.per_cut + self.per_slice * rows * cols + self.per_row * rows
 
 
+MAX_VIEWS = 65_536
+"""Most views of one image: a plan lists every one, so rules are stopped here."""
+
+
 @dataclass(frozen=True)
 class SlicingConfig:
     """Settings of the adaptive (LLaVA-UHD) planner. Frozen and hashable; change one with :meth:`replace`.
@@ -76,7 +80,9 @@ class SlicingConfig:
 
     def __post_init__(self) -> None:
         for key in ("image_size", "patch_size", "merge", "max_slices", "tokens_per_view", "max_tokens"):
-            object.__setattr__(self, key, _positive_int(key, getattr(self, key)))
+            object.__setattr__(self, key, positive_int(key, getattr(self, key)))
+        if self.max_slices > MAX_VIEWS:
+            raise ValueError(f"max_slices is at most {MAX_VIEWS}, got {self.max_slices}: a plan lists every slice")
         if not isinstance(self.separators, SeparatorCount):
             raise ValueError(f"separators must be a SeparatorCount, got {self.separators!r}")
         for key in ("clamp", "overview_first"):
@@ -159,8 +165,9 @@ class SlicingConfig:
         return cls(**known)
 
 
-def _positive_int(key: str, value: Any) -> int | None:
-    optional = key in ("tokens_per_view", "max_tokens")
+def positive_int(key: str, value: Any) -> int | None:
+    """A count of at least 1, or ``None`` where that is no bound; else a ``ValueError`` that names the setting."""
+    optional = key in ("tokens_per_view", "max_tokens", "budget")
     if value is None and optional:
         return None
     try:

@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from uhd.slicing.config import SlicingConfig
+from uhd.slicing.config import SlicingConfig, positive_int
 from uhd.slicing.plan import Packing, SlicePlan, check_size, plan
 from uhd.slicing.strategies import Rule, StrategyConfig, find
 from uhd.slicing.strategies.anyres import AnyResConfig, DeepSeekVL2Config, VideoFrameConfig
-from uhd.slicing.strategies.base import GRAY
 from uhd.slicing.strategies.fixed import SquarePadConfig
 
 AnyConfig = SlicingConfig | StrategyConfig | Rule
@@ -91,17 +90,8 @@ def plan_images(
     Raises:
         ValueError: As in :func:`uhd.plan`; or not even the smallest plans fit the budget.
     """
-    sizes = [check_size(size_hw) for size_hw in sizes_hw]
-    rule = find("llava-uhd-safe" if config is None else config)
-    if multi_image:
-        rule = multi_image_rule(rule, len(sizes))
-    plans, total = _within([_ladder(size_hw, rule, count or _as_planned) for size_hw in sizes], max_tokens)
-    if max_tokens is not None and total > max_tokens:
-        raise ValueError(
-            f"{len(plans)} images cost at least {total} tokens under {plans[0].strategy!r}, max_tokens is "
-            f"{max_tokens}: raise it to {total}, give fewer images, or take a strategy with smaller views"
-        )
-    return tuple(plans)
+    planner = Planner(find("llava-uhd-safe" if config is None else config), count)
+    return plan_sample(list(sizes_hw), [], planner, max_tokens=max_tokens, multi_image=multi_image)[0]
 
 
 def _within(ladders: Sequence[Iterator[SlicePlan]], max_tokens: int | None) -> tuple[list[SlicePlan], int]:
@@ -155,26 +145,48 @@ def plan_sample(
     Raises:
         ValueError: As in :func:`plan_images` and :func:`plan_video`.
     """
+    max_tokens, by_rule = positive_int("max_tokens", max_tokens), frames == "rule"
     moving = planner if video_planner is None else video_planner
-    by_rule = frames == "rule"
-    clips = [plan_video(size, number, moving.rule, frames=frames, count=moving.count) for size, number in videos]
+    videos = [(check_size(frame_hw), _frame_count(number)) for frame_hw, number in videos]
     rule = multi_image_rule(planner.rule, len(images_hw)) if multi_image else planner.rule
     ladders = [_ladder(check_size(size_hw), rule, planner.count or _as_planned) for size_hw in images_hw]
-    fixed = 0 if by_rule else sum(clip.num_tokens for clip in clips)
+    clips: list[VideoPlan] = []
     if by_rule:
-        flat = [check_size(size) for size, number in videos for _ in range(number)]
-        ladders += [_ladder(size_hw, moving.rule, moving.count or _as_planned) for size_hw in flat]
+        flat = [frame_hw for frame_hw, number in videos for _ in range(number)]
+        ladders += [_ladder(frame_hw, moving.rule, moving.count or _as_planned) for frame_hw in flat]
+    else:
+        clips = [plan_video(*video, moving.rule, frames=frames, count=moving.count) for video in videos]
+    fixed = sum(clip.num_tokens for clip in clips)
     plans, total = _within(ladders, None if max_tokens is None else max_tokens - fixed)
-    if max_tokens is not None and total + fixed > max_tokens:
-        raise ValueError(
-            f"{len(images_hw)} images and {len(clips)} videos of {sum(clip.num_frames for clip in clips)} frames cost "
-            f"at least {total + fixed} tokens, max_tokens is {max_tokens}: raise it to {total + fixed}, give fewer "
-            "images or frames, or take a strategy with smaller views"
-        )
     if by_rule:
         rest = iter(plans[len(images_hw) :])
-        clips = [VideoPlan(tuple(next(rest) for _ in clip.plans)) for clip in clips]
+        clips = [VideoPlan(tuple(next(rest) for _ in range(number))) for _, number in videos]
+    if max_tokens is not None and total + fixed > max_tokens:
+        raise _over_budget(plans[: len(images_hw)], clips, total + fixed, max_tokens)
     return tuple(plans[: len(images_hw)]), tuple(clips)
+
+
+def _over_budget(plans: Sequence[SlicePlan], clips: Sequence[VideoPlan], least: int, max_tokens: int) -> ValueError:
+    frames = [frame for clip in clips for frame in clip.plans]
+    counts = {"image": len(plans), "video": len(clips), "frame": len(frames)}
+    images, videos, shots = (f"{number} {kind}{'s' * (number != 1)}" for kind, number in counts.items())
+    what = " and ".join(([images] if plans else []) + ([f"{videos} of {shots}"] if clips else []))
+    fewer = " or ".join(["images"] * bool(plans) + ["frames"] * bool(clips))
+    return ValueError(
+        f"{what} cost at least {least} tokens under {(*plans, *frames)[0].strategy!r}, max_tokens is {max_tokens}: "
+        f"raise it to {least}, give fewer {fewer}, or take a strategy with smaller views"
+    )
+
+
+def _frame_count(num_frames: Any) -> int:
+    """A whole number of at least 1, or a ``ValueError``."""
+    try:
+        count = operator.index(num_frames)
+    except TypeError:
+        raise ValueError(f"num_frames must be a whole number, got {num_frames!r}") from None
+    if count < 1:
+        raise ValueError(f"a video has at least 1 frame, got {count}")
+    return count
 
 
 def plan_video(
@@ -201,19 +213,15 @@ def plan_video(
     Raises:
         ValueError: As in :func:`plan_images`; no frames; an unknown mode; or ``"single"`` for a rule without overview.
     """
-    try:
-        num_frames = operator.index(num_frames)
-    except TypeError:
-        raise ValueError(f"num_frames must be a whole number, got {num_frames!r}") from None
-    if num_frames < 1:
-        raise ValueError(f"a video has at least 1 frame, got {num_frames}")
+    num_frames, max_tokens = _frame_count(num_frames), positive_int("max_tokens", max_tokens)
     if frames not in FRAMES:
         raise ValueError(f"frames must be one of {', '.join(map(repr, FRAMES))}, got {frames!r}")
     size_hw = check_size(frame_hw)
     rule, fitted = find("llava-uhd-safe" if config is None else config), count or _as_planned
-    own = video_rule(rule) if frames == "video" else None
     if frames == "rule":
-        return VideoPlan(plan_images([size_hw] * num_frames, rule, max_tokens=max_tokens, count=count))
+        video = (size_hw, num_frames)
+        return plan_sample([], [video], Planner(rule, count), frames=frames, max_tokens=max_tokens)[1][0]
+    own = video_rule(rule) if frames == "video" else None
     if own is not None:
         rule, frame = own, fitted(plan(size_hw, own))
     else:
@@ -223,9 +231,11 @@ def plan_video(
     found = VideoPlan((frame,) * num_frames, newline)
     if max_tokens is not None and found.num_tokens > max_tokens:
         fits = max(max_tokens - newline, 0) // frame.num_tokens
+        fewer = f"give at most {fits} frame{'s' * (fits != 1)}, or " if fits else ""
         raise ValueError(
             f"{num_frames} frames of {frame.num_tokens} tokens cost {found.num_tokens} under {frame.strategy!r}, "
-            f"max_tokens is {max_tokens}: give at most {fits} frames, or raise it"
+            f"max_tokens is {max_tokens}: {fewer}raise it"
+            + ("" if fits else f" to {frame.num_tokens + newline} at least, which is one frame")
         )
     return found
 
@@ -237,7 +247,8 @@ def multi_image_rule(rule: AnyConfig, num_images: int) -> AnyConfig:
     """
     if _is_onevision(rule) and num_images > 1:
         name = f"{rule.name}-multi-image"
-        return SquarePadConfig(name, rule.patch_size, rule.tile, GRAY, newline=True, resample=rule.resample)
+        fill = rule.square_fill
+        return SquarePadConfig(name, rule.patch_size, rule.tile, fill, newline=True, resample=rule.resample)
     if isinstance(rule, DeepSeekVL2Config) and num_images > 2:
         return rule.replace(cropping=False)
     return rule

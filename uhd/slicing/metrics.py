@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from uhd.slicing.config import SlicingConfig
+from uhd.slicing.config import SlicingConfig, positive_int
 from uhd.slicing.flops import Flops, LMShape, ResamplerShape, ViTShape, plan_flops
-from uhd.slicing.plan import MAX_SIDE, Canvas, SlicePlan, plan
+from uhd.slicing.plan import MAX_SIDE, Canvas, SlicePlan, check_size, plan
 
 if TYPE_CHECKING:
     from uhd.slicing.strategies import Rule, StrategyConfig
@@ -92,10 +92,12 @@ def measure(
 
     Raises:
         ValueError: Views in general position divide the image into more than 2^24 rectangles; an unknown name; a
-            budget below 1.
+            budget that is no whole number of at least 1.
+        TypeError: ``plan`` is none.
     """
-    if budget is not None and budget < 1:
-        raise ValueError(f"a budget is a positive number of tokens, got {budget!r}")
+    if not isinstance(plan, SlicePlan):
+        raise TypeError(f"a SlicePlan is measured, got {type(plan).__name__}: uhd.plan(image_hw, rule) makes one")
+    budget = positive_int("budget", budget)
     height, width = plan.image_hw
     area = height * width
     shown = _detail(plan)
@@ -139,8 +141,11 @@ class _Shown(NamedTuple):
 
 def _detail(plan: SlicePlan) -> _Shown:
     kinds = {canvas.kind for canvas in plan.canvases}
-    kind = "slice" if "slice" in kinds else "overview"
-    parts = [_shown(canvas, plan.image_hw) for canvas in plan.canvases if canvas.kind == kind]
+    return _views(plan, {"slice" if "slice" in kinds else "overview"})
+
+
+def _views(plan: SlicePlan, kinds: set[str]) -> _Shown:
+    parts = [_shown(canvas, plan.image_hw) for canvas in plan.canvases if canvas.kind in kinds]
     found = _Shown(*(np.concatenate(part) for part in zip(*parts, strict=True)))
     real = found.sizes > 0  # a tile may hold nothing but padding
     return _Shown(*(part[real] for part in found))
@@ -168,6 +173,12 @@ def _shown(canvas: Canvas, image_hw: tuple[int, int]) -> _Shown:
     first = np.array(canvas.first_hw or canvas.content_hw) / length
     kept = np.minimum(np.minimum(scale, np.minimum(first, resized / length)), 1).prod(axis=1)
     return _Shown(boxes, scale[:, 0], scale[:, 1], kept)
+
+
+def share_seen(plan: SlicePlan) -> float:
+    """Share of the image that lies in any view, slice or overview."""
+    cells = _cells(_views(plan, {canvas.kind for canvas in plan.canvases}))
+    return float(cells.areas[cells.seen].sum()) / math.prod(plan.image_hw)
 
 
 def _padding(plan: SlicePlan) -> float:
@@ -304,7 +315,13 @@ def transposition_violations(rule: AnyRule, sizes_hw: Iterable[Sequence[int]]) -
 def monotonicity_violations(
     rule: AnyRule, sizes_hw: Iterable[Sequence[int]], *, factor: float = 1.1, tolerance: float = 0.02
 ) -> Violations:
-    """Share of sizes where enlarging both sides by ``factor`` (rounded to px) lowers T by more than ``tolerance``."""
+    """Share of sizes where enlarging both sides by ``factor`` (rounded to px) lowers T by more than ``tolerance``.
+
+    Raises:
+        ValueError: ``factor`` is below 1.
+    """
+    if not factor >= 1:
+        raise ValueError(f"factor enlarges, so it is at least 1, got {factor!r}")
 
     def enlarged(h: int, w: int) -> tuple[int, int]:
         return min(round(h * factor), MAX_SIDE), min(round(w * factor), MAX_SIDE)
@@ -316,8 +333,7 @@ def monotonicity_violations(
 def _token_pairs(rule: AnyRule, sizes_hw: Iterable[Sequence[int]], other: Any) -> tuple[list, int]:
     """((height, width), its T, T of ``other(height, width)``) where the rule plans both; how often it did not."""
     pairs, refused = [], 0
-    for height, width in sizes_hw:
-        size = (int(height), int(width))
+    for size in map(check_size, sizes_hw):
         try:
             pairs.append((size, plan(size, rule).num_tokens, plan(other(*size), rule).num_tokens))
         except ValueError:
@@ -357,9 +373,9 @@ def summarize(rule: AnyRule, sizes_hw: Iterable[Sequence[int]], **system: Any) -
         ValueError: The rule refuses every size.
     """
     found, refused = [], 0
-    for height, width in sizes_hw:
+    for size in map(check_size, sizes_hw):
         try:
-            planned = plan((int(height), int(width)), rule)
+            planned = plan(size, rule)
         except ValueError:
             refused += 1
             continue

@@ -55,12 +55,14 @@ def strategy(name: str) -> Rule:
 
 
 def find(rule: Any) -> SlicingConfig | StrategyConfig | Rule:
-    """What a name stands for; a config or a function as it is.
+    """What a name stands for, or what :func:`strategy` made of one; a config or another function as it is.
 
     Raises:
         ValueError: No rule has that name.
         TypeError: Neither a name, nor a config, nor a function.
     """
+    if isinstance(rule, partial) and rule.func is plan and not rule.args and set(rule.keywords) == {"config"}:
+        rule = rule.keywords["config"]  # what strategy() gave
     if isinstance(rule, str):
         key = rule.lower().replace("_", "-")
         if key in PRESETS:
@@ -82,6 +84,12 @@ def find(rule: Any) -> SlicingConfig | StrategyConfig | Rule:
     )
 
 
+def rule_name(rule: SlicingConfig | StrategyConfig | Rule) -> str:
+    """What to call a rule: its config's name, or that of the function."""
+    function = getattr(rule, "func", rule)  # of a partial
+    return getattr(rule, "name", None) or getattr(function, "__name__", type(rule).__name__)
+
+
 def plan_by_rule(
     image_hw: tuple[int, int], rule: StrategyConfig | Rule, *, max_tokens: int | None = None
 ) -> SlicePlan:
@@ -93,15 +101,14 @@ def plan_by_rule(
     """
     if max_tokens is not None:
         raise ValueError(
-            f"max_tokens bounds the adaptive planner only, not {getattr(rule, 'name', rule)!r}: change the strategy's "
+            f"max_tokens bounds the adaptive planner only, not {rule_name(rule)!r}: change the strategy's "
             "own settings, e.g. its number of tiles"
         )
     if isinstance(rule, StrategyConfig):
         return _cached(image_hw, rule)
     found = rule(image_hw)
     if not isinstance(found, SlicePlan):
-        name = getattr(rule, "__name__", rule)
-        raise TypeError(f"{name!r} must return a SlicePlan for (height, width), got {type(found).__name__}")
+        raise TypeError(f"{rule_name(rule)!r} must return a SlicePlan for (height, width), got {type(found).__name__}")
     if found.image_hw != image_hw:
         raise ValueError(f"asked to plan a {image_hw} image, {found.strategy!r} planned one of {found.image_hw}")
     return found
@@ -132,6 +139,7 @@ __all__ = [
     "StrategyConfig",
     "config_from_dict",
     "find",
+    "rule_name",
     "strategies",
     "strategy",
 ]

@@ -44,6 +44,8 @@ class AnyResConfig(StrategyConfig):
             no bound.
         rate: (numerator, denominator): features per side of a tile after the model's downsampling.
         unpad_rounding: ``"transformers"`` rounds to 7 digits before truncating, ``"original"`` only truncates.
+        square_fill: RGB around an image that shares its sample with others, where the rule has such a mode
+            (LLaVA-OneVision: int(255 * mean)).
     """
 
     tile: int = 336
@@ -51,6 +53,7 @@ class AnyResConfig(StrategyConfig):
     max_tiles: int | None = None
     rate: Size = (1, 1)
     unpad_rounding: str = "transformers"
+    square_fill: tuple[int, int, int] = GRAY
 
     def __post_init__(self) -> None:
         super().__post_init__()

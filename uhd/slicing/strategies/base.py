@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import numbers
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
+from uhd.slicing.config import MAX_VIEWS
 from uhd.slicing.plan import Box, Canvas, Packing, SlicePlan
-
-MAX_VIEWS = 65_536
-"""Most views of one image: a plan lists every tile, so a rule without a cap of its own is stopped here."""
 
 LARGEST_PAD = 13_312
 """Longest side, px, of a square that is padded at the image's own size before it is shrunk: 177 million pixels."""
@@ -17,7 +16,8 @@ LARGEST_PAD = 13_312
 BLACK, GRAY, WHITE = (0, 0, 0), (127, 127, 127), (255, 255, 255)
 CLIP_MEAN = (122, 116, 104)  # int(255 * mean)
 
-_FILTERS = ("bicubic", "bilinear", "lanczos")
+FILTERS = ("bicubic", "bilinear", "lanczos")
+"""Names of filters that a plan may carry."""
 
 Size = tuple[int, int]
 
@@ -34,7 +34,8 @@ class StrategyConfig:
         antialias: ``False`` where the release resizes without.
 
     Raises:
-        ValueError: A number is not positive, or there is no such filter; the message names it.
+        ValueError: A number is not positive, a setting is of another type than its default, a cap on tiles is above
+            65,536, a tile is smaller than a patch, or there is no such filter; the message names it.
     """
 
     name: str = "custom"
@@ -48,14 +49,19 @@ class StrategyConfig:
     """The same for sides of other views, which become whole patches."""
 
     def __post_init__(self) -> None:
-        if self.resample not in _FILTERS:
-            raise ValueError(f"resample must be one of {', '.join(_FILTERS)}, got {self.resample!r}")
+        if self.resample not in FILTERS:
+            raise ValueError(f"resample must be one of {', '.join(FILTERS)}, got {self.resample!r}")
         for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, list):
-                object.__setattr__(self, f.name, _tuples(value))  # configs are hashed
-            if type(value) in (int, float) and not value > 0:
-                raise ValueError(f"{f.name} of {type(self).__name__} must be positive, got {value!r}")
+            where, value = f"{f.name} of {type(self).__name__}", getattr(self, f.name)
+            object.__setattr__(self, f.name, _checked(where, value, f.default))
+        most = getattr(self, "max_tiles", None)
+        if most is not None and most > MAX_VIEWS:
+            raise ValueError(f"max_tiles is at most {MAX_VIEWS}, got {most}: a plan lists every tile")
+        for name in ("grids", "rate"):
+            if min(_leaves(getattr(self, name, ())), default=1) < 1:
+                raise ValueError(f"{name} of {type(self).__name__} must be positive, got {getattr(self, name)!r:.60}")
+        if getattr(self, "tile", self.patch_size) < self.patch_size:
+            raise ValueError(f"tile {self.tile} px is smaller than a patch of {self.patch_size} px")
 
     @property
     def learned(self) -> tuple[str, ...]:
@@ -116,6 +122,47 @@ def by_name(function: Callable[[Size, Any], SlicePlan], *entries: tuple[Strategy
     return {config.name: Strategy(config, function, summary) for config, summary in entries}
 
 
+def _checked(where: str, value: Any, default: Any) -> Any:
+    """A setting as plain, hashable types; a ``ValueError`` where it is of another type than its default, or too small.
+
+    Settings that default to ``None`` are optional whole numbers, or pairs of them.
+    """
+    value = _tuples(value)  # configs are hashed
+    if default is None:
+        if value is None:
+            return None
+        default = (1, 1) if isinstance(value, tuple) else 1
+    if isinstance(default, (bool, str)):
+        fits, kind = isinstance(value, type(default)), type(default).__name__
+    elif isinstance(default, tuple):
+        fits, kind = _alike(value, default), "whole numbers, nested as these are"
+    else:
+        whole = isinstance(default, int)
+        fits = isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
+        kind = "a whole number" if whole else "a number"
+    if not fits:
+        raise ValueError(f"{where} must be {kind}, e.g. {default!r:.60}, got {value!r:.60}")
+    if isinstance(default, (bool, str, tuple)):
+        return value
+    if not value > 0:
+        raise ValueError(f"{where} must be positive, got {value!r}")
+    return type(default)(value)
+
+
+def _alike(value: Any, default: tuple) -> bool:
+    """Whether whole numbers from 0 on are nested as in the default, in any number of pairs where it holds pairs."""
+    if not isinstance(value, tuple):
+        return False
+    if not default or isinstance(default[0], tuple):
+        return all(_alike(part, (1, 1)) for part in value)
+    return len(value) == len(default) and all(type(part) is int and part >= 0 for part in value)
+
+
+def _leaves(value: Any) -> Iterator[int]:
+    for part in value:
+        yield from _leaves(part) if isinstance(part, tuple) else (part,)
+
+
 def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
@@ -135,6 +182,8 @@ def finish(
         grid = next((canvas.grid for canvas in canvases if canvas.kind == "slice"), None)
     if visual is None:
         visual = sum(len(canvas.tiles) * canvas.tokens_per_view for canvas in canvases)
+    if visual < 1:
+        raise ValueError(f"{config.name!r} has views too small for a token: raise tile, or lower patch_size or merge")
     return SlicePlan(
         image_hw=image_hw,
         patch_size=config.patch_size,

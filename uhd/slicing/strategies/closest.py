@@ -285,6 +285,11 @@ class Ovis2Config(StrategyConfig):
     transformers: bool = False
     fill: tuple[int, int, int] = (123, 117, 104)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_tiles > 256:  # the work grows with the square: every piece of every grid is measured
+            raise ValueError(f"max_tiles of an Ovis2Config is at most 256, got {self.max_tiles}")
+
 
 def ovis2(image_hw: Size, config: Ovis2Config) -> SlicePlan:
     """Fewest slices of the original pixels that keep 90 % of the area when shrunk to ``tile``; overview first.

@@ -18,8 +18,8 @@ Grids = tuple[Size, ...]
 @lru_cache(maxsize=64)
 def grids_up_to(most: int, least: int = 1) -> Grids:
     """Every grid of ``least`` to ``most`` cells, sorted by cells and then by columns."""
-    grids = [(n // cols, cols) for n in range(least, most + 1) for cols in range(1, n + 1) if n % cols == 0]
-    return tuple(grids)
+    grids = [(rows, cols) for cols in range(1, most + 1) for rows in range(-(-least // cols), most // cols + 1)]
+    return tuple(sorted(grids, key=lambda grid: (math.prod(grid), grid[1])))
 
 
 @lru_cache(maxsize=64)
@@ -29,10 +29,8 @@ def pairs_by_ratio(most: int) -> dict[float, Grids]:
     Source: transformers, models/llama4/image_processing_llama4.py ``find_supported_resolutions``.
     """
     groups: dict[float, list[Size]] = {}
-    for n in range(most, 0, -1):
-        for a in range(1, n + 1):
-            if n % a == 0:
-                groups.setdefault(a / (n // a), []).append((a, n // a))
+    for a, b in sorted(grids_up_to(most), key=lambda pair: (-math.prod(pair), pair[0])):
+        groups.setdefault(a / b, []).append((a, b))
     return {ratio: tuple(pairs) for ratio, pairs in groups.items()}
 
 
