@@ -59,8 +59,41 @@ def test_eyes_are_attached_in_ten_lines_saved_and_loaded(tmp_path, monkeypatch):
     assert torch.equal(again["input_ids"], batch["input_ids"])
 
 
+def test_the_eyes_of_a_release_are_loaded_and_written_back(tmp_path, monkeypatch):
+    import torch
+
+    from tests.pretrained import released
+
+    monkeypatch.chdir(tmp_path)
+    model, images = released.make("llava_next")
+    photo = released.picture((90, 135))
+    photo.save("photo.png")
+    names = {"released_folder": released.save(model, images, tmp_path / "release")}
+    exec(compile(python_blocks(README)[3], "README.md", "exec"), names)
+    (theirs,) = released.features(model, images, images([photo], return_tensors="pt"))
+    torch.testing.assert_close(names["tokens"], theirs, atol=1e-4, rtol=1e-4)
+    assert (tmp_path / "trained" / "model.safetensors").exists()
+
+
+def test_the_code_of_the_family_page_runs(tmp_path, monkeypatch):
+    from tests.pretrained import released
+    from uhd.pretrained import FAMILIES
+
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs/family.md").read_text()
+    photo = released.picture((90, 135))
+    photo.save("photo.png")
+    model, images = released.make("llava_onevision")
+    names = {"released_folder": released.save(model, images, tmp_path / "release"), "photo": photo}
+    (block,) = python_blocks(page)
+    exec(compile(block, "docs/family.md", "exec"), names)
+    assert [len(item.tokens) for item in names["sample"]] == [17, 17]
+    assert names["other"].plan((90, 135)).grid != names["encoder"].plan((90, 135)).grid
+    assert set(re.findall(r"^\| [^|]+ \| `([\w.-]+)` \|", page, re.M)) - {"family"} == set(FAMILIES)
+
+
 def test_every_python_block_of_the_readme_is_run_by_a_test():
-    assert len(python_blocks(README)) == 3
+    assert len(python_blocks(README)) == 4
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

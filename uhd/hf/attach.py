@@ -93,7 +93,7 @@ def attach(
 
 def _describe(encoder: VisualEncoder) -> dict[str, Any]:
     vision, compressor = describe_part(encoder.vision), describe_part(encoder.compressor)
-    if vision["kind"] == "vit":
+    if vision["kind"] in ("vit", "compressed_vit"):
         vision_config = UHDVisionConfig.from_vit(encoder.vision.config)
     else:
         vision_config = UHDVisionConfig(kind="custom", patch_size=encoder.vision.patch_size)

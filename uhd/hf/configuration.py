@@ -13,19 +13,22 @@ from uhd.resampler import PerceiverConfig
 from uhd.schema import SeparatorIds, SpatialSchema
 from uhd.schema.fitted import AnySlicing, own_function, slicing_from_dict
 from uhd.slicing import SlicingConfig
-from uhd.vision import ViTConfig
+from uhd.vision import CompressedViTConfig, ViTConfig
 
 FORMAT = 1
 """Version of what is written to ``config.json``; another one is refused, never guessed at."""
 
 INJECTION_MODES = ("embeds", "hook")
 
+_VIT_CONFIGS = {"vit": ViTConfig, "compressed_vit": CompressedViTConfig}
+
 
 class UHDVisionConfig(PreTrainedConfig):
     """The fields of :class:`uhd.vision.ViTConfig`, and which kind of vision encoder they are for.
 
-    ``kind`` is ``"vit"``, or ``"custom"`` for a module of the caller's own, which only they can build again. The
-    defaults are CLIP ViT-L/14 at 336 px, read at the layer before the last.
+    ``kind`` is ``"vit"``, ``"compressed_vit"`` for a :class:`uhd.vision.CompressedViT`, whose two fields come last, or
+    ``"custom"`` for a module of the caller's own, which only they can build again. The defaults are CLIP ViT-L/14 at
+    336 px, read at the layer before the last.
     """
 
     model_type = "uhd_vision"
@@ -52,6 +55,9 @@ class UHDVisionConfig(PreTrainedConfig):
     class_token: bool = True
     num_registers: int = 0
     patch_bias: bool = False
+    stem_border: int = 0
+    stem_hidden: int | None = None
+    stem_grey: bool = False
     qkv_bias: bool = True
     layer_scale: float | None = None
     pre_norm: bool = True
@@ -62,24 +68,28 @@ class UHDVisionConfig(PreTrainedConfig):
     antialias: bool = False
     bucket_rule: str = "integer"
     select_layer: int = -2
+    compress_after: tuple[int, ...] | list[int] | None = None
+    compressor: str = "window"
 
     @classmethod
     def from_vit(cls, config: ViTConfig) -> UHDVisionConfig:
         """The inverse of :meth:`to_vit`."""
-        return cls(**config.to_dict())
+        kind = next(kind for kind, config_class in _VIT_CONFIGS.items() if type(config) is config_class)
+        return cls(kind=kind, **config.to_dict())
 
     def to_vit(self) -> ViTConfig:
-        """What :class:`uhd.vision.ViT` is built from.
+        """What :class:`uhd.vision.ViT`, or :class:`uhd.vision.CompressedViT`, is built from.
 
         Raises:
             ValueError: The vision encoder is the caller's own, or its values do not fit together.
         """
-        if self.kind != "vit":
+        if self.kind not in _VIT_CONFIGS:
             raise ValueError(
                 f"the vision encoder is of kind {self.kind!r}: only its maker can build it. Build it, put it in a "
                 "VisualEncoder and attach that with from_vision_and_lm"
             )
-        return ViTConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(ViTConfig)})
+        config_class = _VIT_CONFIGS[self.kind]
+        return config_class(**{field.name: getattr(self, field.name) for field in dataclasses.fields(config_class)})
 
 
 class UHDResamplerConfig(PreTrainedConfig):

@@ -30,7 +30,13 @@ from uhd.hf.placing import GridItem, Media, PlannedItem, check_schemas, group, m
 from uhd.hf.plans import read_plans
 from uhd.hf.processing import UHDProcessor, pack_encoded, pack_encoded_videos
 from uhd.merge import IGNORE, assemble, merge_visual, separator_embeddings
-from uhd.resampler import FeaturePacker, PerceiverResampler
+from uhd.resampler import (
+    FeaturePacker,
+    PerceiverResampler,
+    PyramidResampler,
+    RewriteResampler,
+    SpatialResampler,
+)
 from uhd.resampler.attention import LatentAttention
 from uhd.schema.fitted import layout_of
 from uhd.slicing import SlicePlan, SlicingConfig, VideoPlan, plan
@@ -51,6 +57,9 @@ VISUAL_INPUTS = (
     "video_tokens",
 )
 """What a processor gives beside text."""
+
+RESAMPLERS = (PerceiverResampler, PyramidResampler, RewriteResampler, SpatialResampler)
+"""Compressors with parameters of their own beside those of their layers."""
 
 
 @dataclass
@@ -99,7 +108,7 @@ class UHDPreTrainedModel(PreTrainedModel):
     config_class = UHDConfig
     input_modalities = ("image", "video", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ViT", "PerceiverResampler"]  # noqa: RUF012
+    _no_split_modules = ["ViT", "CompressedViT", *(module.__name__ for module in RESAMPLERS)]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     # the language model has its own word on these; the vision side runs one attention, its own
     _supports_sdpa = True
@@ -110,7 +119,7 @@ class UHDPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, (ViT, PerceiverResampler, LatentAttention)):
+        if isinstance(module, (ViT, *RESAMPLERS, LatentAttention)):
             module.reset_parameters()
         if isinstance(module, FeaturePacker):
             for embedding in module.parameters():
@@ -804,9 +813,10 @@ def _given(visual: Mapping[str, Any]) -> set[str]:
 
 
 def _build_visual(config: UHDConfig) -> VisualEncoder:
+    vision = config.vision_config
     described = {"kind": config.resampler_config.kind, "config": config.resampler_config.settings}
     visual = VisualEncoder(
-        ViT(config.vision_config.to_vit()),
+        rebuild_part({"kind": vision.kind, "config": vision.to_vit().to_dict()}, "vision"),
         rebuild_part(described, "compressor"),
         slicing=config.slicing,
         schema=config.schema,

@@ -20,19 +20,40 @@ class MLPProjector(nn.Module):
         in_dim: width of the features.
         out_dim: width of the tokens.
         hidden_dim: width in between; None means `out_dim`.
+        bias: of both layers.
+        activation: between them: "gelu" (erf) or "gelu_tanh".
     """
 
     tokens_per_view = None  # as many as the view has patches
 
-    def __init__(self, in_dim: int, out_dim: int, *, hidden_dim: int | None = None) -> None:
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        *,
+        hidden_dim: int | None = None,
+        bias: bool = True,
+        activation: str = "gelu",
+    ) -> None:
         super().__init__()
-        self.in_dim, self.out_dim = in_dim, out_dim
+        if activation not in ("gelu", "gelu_tanh"):
+            raise ValueError(f"activation={activation!r}: choose 'gelu' or 'gelu_tanh'")
+        self.in_dim, self.out_dim, self.activation = in_dim, out_dim, activation
         hidden_dim = out_dim if hidden_dim is None else hidden_dim
-        self.mlp = nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, out_dim))
+        gelu = nn.GELU(approximate="tanh" if activation == "gelu_tanh" else "none")
+        self.mlp = nn.Sequential(
+            nn.Linear(in_dim, hidden_dim, bias=bias), gelu, nn.Linear(hidden_dim, out_dim, bias=bias)
+        )
 
-    def to_dict(self) -> dict[str, int]:
+    def to_dict(self) -> dict[str, int | bool | str]:
         """The constructor's arguments, ready for JSON."""
-        return {"in_dim": self.in_dim, "out_dim": self.out_dim, "hidden_dim": self.mlp[0].out_features}
+        return {
+            "in_dim": self.in_dim,
+            "out_dim": self.out_dim,
+            "hidden_dim": self.mlp[0].out_features,
+            "bias": self.mlp[0].bias is not None,
+            "activation": self.activation,
+        }
 
     def output_lengths(self, grids: Sequence[tuple[int, int]]) -> list[int]:
         """Tokens of every view: rows times columns."""

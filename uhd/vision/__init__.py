@@ -11,7 +11,7 @@ from .patches import patchify, unpatchify
 from .pos_embed import bucket_position_ids, interpolate_pos_embed
 from .tower import VisionTower
 from .vit import ViT, ViTConfig
-from .weights import config_from_hf, load_vit, to_source_state_dict, vit_from
+from .weights import config_from_hf, config_from_timm, load_vit, to_source_state_dict, vit_from
 
 __all__ = [
     "CompressedViT",
@@ -22,6 +22,7 @@ __all__ = [
     "bucket_position_ids",
     "compress_vit",
     "config_from_hf",
+    "config_from_timm",
     "interpolate_pos_embed",
     "load_vit",
     "patchify",

@@ -176,14 +176,14 @@ def vit_from(
     }
     state: Mapping[str, Tensor] = model.state_dict()
     if type(model).__module__.startswith("timm."):
-        family, config = "timm", _override(_config_from_timm(model), overrides)
+        family, config = "timm", _override(config_from_timm(model), overrides)
     elif hasattr(getattr(model, "config", None), "model_type"):
         config = config_from_hf(model.config, **overrides)
         state = {name: state[full] for name, full in _strip_prefix(state).items()}
         family = _hf_family(model.config, state)
     else:
         raise TypeError(f"vit_from takes a transformers or timm model; got {type(model).__name__}. {_USE_TOWER}")
-    return _build(config, state, lambda name: state[name].clone(), family).train(model.training)
+    return build_vit(config, state, lambda name: state[name].clone(), family).train(model.training)
 
 
 def load_vit(
@@ -238,7 +238,7 @@ def load_vit(
             file: stack.enter_context(safe_open(file, framework="pt", device=str(device)))
             for file in sorted({files[full] for full in names.values()})
         }
-        vit = _build(
+        vit = build_vit(
             config,
             names,
             lambda name: opened[files[names[name]]].get_tensor(names[name]),
@@ -356,7 +356,12 @@ def _square(size: int | Iterable[int], name: str) -> int:
     return sides.pop()
 
 
-def _config_from_timm(model: nn.Module) -> ViTConfig:
+def config_from_timm(model: nn.Module) -> ViTConfig:
+    """The `ViTConfig` of a timm `VisionTransformer`, whose weights may be on the meta device.
+
+    Raises:
+        TypeError, ValueError: as in `vit_from`.
+    """
     from timm.layers import PatchEmbed
     from timm.models.vision_transformer import VisionTransformer
 
@@ -467,8 +472,25 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     raise FileNotFoundError(f"no model.safetensors in {folder}; save the model with save_pretrained first")
 
 
-def _build(config: ViTConfig, names: Iterable[str], read: Callable[[str], Tensor], family: str) -> ViT:
-    """A ViT of the source tensors that `read` gives; all `names` must be used, heads, or past the selected layer."""
+def needed_names(config: ViTConfig, family: str) -> set[str]:
+    """Names of the source tensors that a ViT of this config is made of, by a family's rename table."""
+    with torch.device("meta"):
+        vit = ViT(config)
+    return {source for name in vit.state_dict() for source in _source_names(name, family, config)}
+
+
+def build_vit(config: ViTConfig, names: Iterable[str], read: Callable[[str], Tensor], family: str) -> ViT:
+    """A ViT of the source tensors that `read` gives, which become its own without a copy where that can be.
+
+    Args:
+        config: the model.
+        names: all that the source has for its vision model, without its prefix.
+        read: tensor by name; asked for those that are needed.
+        family: the rename table, a key of `HEADS`.
+
+    Raises:
+        ValueError: names that are missing, or left over: neither heads nor past the selected layer.
+    """
     with torch.device("meta"):
         vit = ViT(config)
     targets = {name: tensor.shape for name, tensor in vit.state_dict().items()}

@@ -1,0 +1,211 @@
+"""Small models of transformers with random weights, saved as released, and what their own code makes of images."""
+
+import functools
+import importlib
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from tokenizers import AddedToken
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    Qwen2Config,
+    Qwen3Config,
+    SiglipVisionConfig,
+)
+
+from tests.hf import tiny
+from uhd.batch import SliceBatch
+from uhd.vision import patchify
+
+TILE, PATCH, WIDTH = 56, 14, 32
+SIZES = [(112, 112), (50, 50), (60, 120), (140, 70), (40, 160), (171, 57), (90, 135), (128, 72), (200, 20)]
+"""(height, width): squares, 2:1, 1:2, 4:1, 1:3, 3:2, 9:16 and 1:10."""
+
+VISION = {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "image_size": TILE,
+    "patch_size": PATCH,
+}
+TEXT = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 320,
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.2,
+    "eos_token_id": 319,
+    "pad_token_id": 318,
+}
+NEXT_POINTS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
+ONEVISION_POINTS = [[56 * rows, 56 * cols] for rows in range(1, 5) for cols in range(1, 5)]
+EXTRA = {
+    "image_token": "<|image_pad|>",
+    "video_token": "<|video_pad|>",
+    "image_start_token": "<image>",
+    "image_end_token": "</image>",
+    "slice_start_token": "<slice>",
+    "slice_end_token": "</slice>",
+    "image_id_start_token": "<image_id>",
+    "image_id_end_token": "</image_id>",
+}
+
+
+@functools.cache
+def tokenizer():
+    """Bytes, and the tokens that MiniCPM-V 4.6 has."""
+    core = tiny.tokenizer().backend_tokenizer
+    names = {"pad_token": "<pad>", "eos_token": "</s>"}
+    found = transformers.PreTrainedTokenizerFast(tokenizer_object=core, extra_special_tokens=EXTRA, **names)
+    found.add_tokens([AddedToken(token, special=True, normalized=False) for token in EXTRA.values()])
+    return found
+
+
+def randomise(model):
+    """No parameter of the visual side at a special value; the language model's logits far apart."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "language_model" not in name and "lm_head" not in name:
+                parameter.normal_(std=0.2)
+    return model.eval()
+
+
+def make(kind, **changes):
+    """(model, image processor on Pillow) of a kind, with changed settings of the model."""
+    torch.manual_seed(0)
+    square = {"height": TILE, "width": TILE}
+    clip, siglip = CLIPVisionConfig(**VISION), SiglipVisionConfig(**VISION, vision_use_head=False)
+    ids = {"image_token_index": 310}
+    if kind == "llava":
+        config = LlavaConfig(**{"vision_config": clip, "text_config": LlamaConfig(**TEXT), **ids, **changes})
+        settings = {"size": {"shortest_edge": TILE}, "crop_size": square}
+        return randomise(LlavaForConditionalGeneration(config)), processor("llava", "Llava", **settings)
+    if kind == "llava_next":
+        points = {"image_grid_pinpoints": NEXT_POINTS}
+        parts = {"vision_config": clip, "text_config": LlamaConfig(**TEXT)}
+        config = LlavaNextConfig(**{**parts, **ids, **points, **changes})
+        settings = {"size": {"shortest_edge": TILE}, "crop_size": square, **points}
+        return randomise(LlavaNextForConditionalGeneration(config)), processor("llava_next", "LlavaNext", **settings)
+    if kind == "llava_onevision":
+        points, parts = {"image_grid_pinpoints": ONEVISION_POINTS}, {"vision_config": siglip}
+        parts |= {"text_config": Qwen2Config(**TEXT), "vision_aspect_ratio": "anyres_max_3", "video_token_index": 311}
+        config = LlavaOnevisionConfig(**{**parts, **ids, **points, **changes})
+        settings = {"size": square, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.6, 0.5], **points}
+        found = processor("llava_onevision", "LlavaOnevision", **settings)
+        return randomise(LlavaOnevisionForConditionalGeneration(config)), found
+    return make_4_6(**changes)
+
+
+def make_4_6(**changes):
+    from transformers.models.minicpmv4_6 import MiniCPMV4_6Config, MiniCPMV4_6ForConditionalGeneration
+
+    vision = {**VISION, "patch_size": 4, "image_size": 24}
+    text = Qwen3Config(**TEXT, head_dim=12).to_dict()
+    names = {name.replace("token", "token_id"): tokenizer().convert_tokens_to_ids(EXTRA[name]) for name in EXTRA}
+    ids = {name: names[name] for name in ("image_token_id", "video_token_id")}
+    config = MiniCPMV4_6Config(
+        **{"text_config": text, "vision_config": vision, "insert_layer_id": 1, "patch_size": 4, **ids, **changes}
+    )
+    mode = {"downsample_mode": config.downsample_mode}
+    settings = {"scale_resolution": 64, "patch_size": 4, "max_slice_nums": 9, **mode}
+    return randomise(MiniCPMV4_6ForConditionalGeneration(config)), processor("minicpmv4_6", "MiniCPMV4_6", **settings)
+
+
+def make_full(kind):
+    """The released geometry (sides of views, patches, grids, bounds, buckets) around a narrow model."""
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sides = {"llava": 336, "llava_next": 336, "llava_onevision": 384}
+    if kind not in sides:
+        vision = {**small, "image_size": 980, "patch_size": 14}
+        model = make(kind, vision_config=vision, insert_layer_id=0, patch_size=14)[0]
+        return model, processor("minicpmv4_6", "MiniCPMV4_6")
+    side, family = (
+        sides[kind],
+        {"llava": "Llava", "llava_next": "LlavaNext", "llava_onevision": "LlavaOnevision"}[kind],
+    )
+    vision = {**small, "image_size": side, "patch_size": 14}
+    if kind == "llava_onevision":
+        points = LlavaOnevisionConfig().image_grid_pinpoints
+        parts = {"vision_config": SiglipVisionConfig(**vision, vision_use_head=False)}
+        model = make(kind, **parts, image_grid_pinpoints=points, vision_aspect_ratio="anyres_max_9")[0]
+        return model, processor(kind, family, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    points = {} if kind == "llava" else {"image_grid_pinpoints": LlavaNextConfig().image_grid_pinpoints}
+    square = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    return make(kind, vision_config=CLIPVisionConfig(**vision), **points)[0], processor(kind, family, **square)
+
+
+def processor(module, name, *, pillow=True, **settings):
+    """A processor's class by its names; on Pillow, or on torchvision."""
+    found = importlib.import_module(f"transformers.models.{module}.image_processing_{'pil_' * pillow}{module}")
+    return getattr(found, f"{name}ImageProcessor{'Pil' * pillow}")(**settings)
+
+
+def save(model, images, folder, **how):
+    model.save_pretrained(folder, **how)
+    images.save_pretrained(folder)
+    return folder
+
+
+def noise(height, width):
+    """Every px of misplacement, and every other filter, gives other views of it."""
+    return np.random.default_rng(height * 1000 + width).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def picture(size_hw):
+    return Image.fromarray(noise(*size_hw))
+
+
+def batch_of(views, plans):
+    """(V, 3, h, w) of equal sizes, or a list of V, to a planned batch of ours."""
+    side = plans[0].patch_size
+    return SliceBatch.from_patches(torch.cat([patchify(view[None], side) for view in views]), plans)
+
+
+def features(model, images, pixels, **how):
+    """What the model makes of a processor's output: its tokens of every image."""
+    with torch.no_grad():
+        if "target_sizes" in pixels:
+            views = model.model.get_image_features(pixels.pixel_values, pixels.target_sizes, **how).pooler_output
+            counts = pixels.num_patches_per_image
+            return [torch.cat(part) for part in split_list(views, counts)]
+        sizes = {"image_sizes": pixels.image_sizes} if "image_sizes" in pixels else {}
+        return list(model.model.get_image_features(pixel_values=pixels.pixel_values, **sizes, **how).pooler_output)
+
+
+def split_list(items, counts):
+    rest = iter(items)
+    return [[next(rest) for _ in range(count)] for count in counts]
+
+
+def our_views(pixels, plans, patch):
+    """The processor's pixels as our batch: the views of every image, without those that pad the batch."""
+    if "target_sizes" in pixels:
+        strip = pixels.pixel_values[0]  # (3, p, all patches * p), patch after patch
+        patches = strip.unflatten(2, (-1, patch)).permute(2, 0, 1, 3).flatten(1)
+        return SliceBatch.from_patches(patches, plans)
+    values = pixels.pixel_values
+    if values.ndim == 4:
+        return batch_of(values, plans)
+    views = [view for image, plan in zip(values, plans, strict=True) for view in image[: plan.num_views]]
+    return batch_of(views, plans)
+
+
+def language_model(model):
+    """The causal language model inside, as a model of its own."""
+    lm = transformers.AutoModelForCausalLM.from_config(model.config.text_config).eval()
+    lm.model.load_state_dict(model.model.language_model.state_dict())
+    lm.lm_head.load_state_dict(model.lm_head.state_dict())
+    return lm

@@ -1,0 +1,177 @@
+"""Released models in and out: the visual side of LLaVA-UHD, MiniCPM-V, LLaVA-1.5, -NeXT and -OneVision checkpoints.
+
+    encoder = uhd.pretrained.load("a folder with a release")
+    uhd.pretrained.save(encoder, "a new folder", like="the folder it came from")
+
+Only visual tensors are read from disk, whatever else is in the files; nothing is downloaded. docs/family.md lists
+what every family does, and where the released code differs from its paper.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from uhd.encoder import VisualEncoder
+from uhd.pretrained import llava, llava_uhd, minicpm
+from uhd.pretrained.checkpoint import Checkpoint
+from uhd.pretrained.recipe import Names, Recipe, Table, build
+from uhd.pretrained.writing import write
+from uhd.resampler import MergeProjector
+from uhd.vision import CompressedViT
+
+FAMILIES: dict[str, str] = {
+    "llava-uhd-2024-03": "LLaVA-UHD, the release of March 2024: CLIP, perceiver of 64 latents",
+    "llava-uhd": "LLaVA-UHD, the release of the ECCV paper: CLIP, 144 latents with a window each",
+    "minicpm-v-2.0": "MiniCPM-V 2.0: timm's SigLIP with resized positions, perceiver of 64 latents",
+    "minicpm-v-2.5": "MiniCPM-Llama3-V 2.5: SigLIP with position buckets, perceiver of 96 latents",
+    "minicpm-v-2.6": "MiniCPM-V 2.6: the same with 64 latents and numbered images",
+    "minicpm-v-4.6": "MiniCPM-V 4.6: SigLIP with a compressor inside, merger; 16 or 4 patches a token",
+    "llava-1.5": "LLaVA-1.5 in transformers: one square view, MLP",
+    "llava-next": "LLaVA-NeXT (1.6) in transformers: AnyRes, MLP, newlines",
+    "llava-onevision": "LLaVA-OneVision in transformers: AnyRes with a bound, MLP, newlines, several images, videos",
+}
+"""Every family by name, and one line about it."""
+
+_TRANSFORMERS = {"llava-1.5": "llava", "llava-next": "llava_next", "llava-onevision": "llava_onevision"}
+_TABLES: dict[str, Table] = {
+    "llava-uhd-2024-03": llava_uhd.TABLE,
+    "llava-uhd": llava_uhd.TABLE,
+    "minicpm-v-2.0": minicpm.TABLE,
+    "minicpm-v-2.5": minicpm.TABLE,
+    "minicpm-v-2.6": minicpm.TABLE,
+    "minicpm-v-4.6": minicpm.TABLE_4_6,
+    **dict.fromkeys(_TRANSFORMERS, llava.TABLE),
+}
+
+
+def load(
+    folder: str | os.PathLike,
+    *,
+    family: str | None = None,
+    downsample: str | None = None,
+    vision_tower: str | os.PathLike | None = None,
+    pickled: bool = False,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> VisualEncoder:
+    """The encoder that reproduces a released model's visual tokens, from image to embedding.
+
+    Its slicing, schema, pixels and learned newlines are the model's; ``encoder(images)`` gives what the model's own
+    ``get_image_features`` does. LLaVA-OneVision takes several images of a sample by ``multi_image=True`` and videos by
+    ``encode_videos``, as any encoder does.
+
+    Args:
+        folder: With ``config.json``, weights, and for transformers' models the image processor's file.
+        family: One of :data:`FAMILIES`; ``None`` finds it in the config. The two LLaVA-UHD releases are told apart by
+            ``mm_projector_type`` and the number of latents.
+        downsample: ``"16x"`` or ``"4x"``, in place of what the config of MiniCPM-V 4.6 says.
+        vision_tower: For LLaVA-UHD: the folder of its CLIP, where the checkpoint does not hold it.
+        pickled: Read ``pytorch_model.bin`` too, tensors only. Safetensors come first.
+        dtype: Of the encoder; ``None`` keeps the file's.
+        device: Where the weights go.
+
+    Returns:
+        An encoder in eval mode. ``encoder.note`` is set where the released code cannot be meant.
+
+    Raises:
+        FileNotFoundError: Something is missing in the folder; the message names it. So does a shard that is not there,
+            unless it holds no visual tensor.
+        ValueError: Another kind of model; a setting that has no counterpart; tensors that are missing or left over,
+            listed; only pickled weights; a damaged file.
+    """
+    checkpoint = Checkpoint(folder, pickled=pickled)
+    recipe, names = _recipe(checkpoint, family, downsample, vision_tower, pickled)
+    encoder = build(recipe, names, checkpoint, device)
+    return encoder if dtype is None else encoder.to(dtype)
+
+
+def save(
+    encoder: VisualEncoder,
+    folder: str | os.PathLike,
+    *,
+    like: str | os.PathLike,
+    family: str | None = None,
+    vision_tower: str | os.PathLike | None = None,
+    pickled: bool = False,
+    visual_only: bool = False,
+) -> None:
+    """Write an encoder back into its release's format, after training for instance.
+
+    Everything else comes from ``like``: the language model's tensors, visual ones that the encoder does not have
+    (blocks past the selected layer), settings, tokenizer, code. Weights are written as safetensors, in the encoder's
+    dtype, under the names that ``like`` has.
+
+    Args:
+        encoder: From :func:`load`, or any that equals one in shape and settings.
+        folder: A new folder.
+        like: The checkpoint that the encoder came from, or another one of the same kind.
+        family, vision_tower, pickled: As in :func:`load`.
+        visual_only: Leave the language model out.
+
+    Raises:
+        FileNotFoundError, ValueError: As in :func:`load`; the encoder has other parts or settings than the format can
+            say; ``folder`` is ``like``.
+    """
+    checkpoint = Checkpoint(like, pickled=pickled)
+    mode = None
+    if isinstance(encoder.compressor, MergeProjector):
+        mode = "16x" if isinstance(encoder.vision, CompressedViT) else "4x"
+    recipe, names = _recipe(checkpoint, family, mode, vision_tower, pickled)
+    write(encoder, folder, checkpoint, recipe, names, visual_only=visual_only)
+
+
+def _recipe(
+    checkpoint: Checkpoint,
+    family: str | None,
+    downsample: str | None,
+    vision_tower: str | os.PathLike | None,
+    pickled: bool,
+) -> tuple[Recipe, Names]:
+    """A folder's recipe by its family, and its visual tensors' names."""
+    if family is not None and family not in FAMILIES:
+        raise ValueError(f"family must be one of {', '.join(FAMILIES)}; got {family!r}")
+    family = _family_of(checkpoint) if family is None else family
+    if downsample is not None and family != "minicpm-v-4.6":
+        raise ValueError(f"downsample is a mode of minicpm-v-4.6, this is {family}")
+    if vision_tower is not None and not family.startswith("llava-uhd"):
+        raise ValueError(f"vision_tower is for llava-uhd, whose CLIP is a folder of its own; this is {family}")
+    names = _TABLES[family].sort(checkpoint.files, f"{checkpoint.folder} ({family})")
+    if family in _TRANSFORMERS:
+        return llava.recipe(checkpoint, names, _TRANSFORMERS[family]), names
+    if family == "minicpm-v-4.6":
+        return minicpm.recipe_4_6(checkpoint, names, downsample=downsample), names
+    if family.startswith("minicpm"):
+        return minicpm.recipe_2(checkpoint, names, family.rpartition("-")[2]), names
+    return llava_uhd.recipe(checkpoint, names, family, vision_tower=vision_tower, pickled=pickled), names
+
+
+def _family_of(checkpoint: Checkpoint) -> str:
+    config = checkpoint.config
+    kind = config.get("model_type")
+    if "mm_vision_tower" in config:
+        return llava_uhd.kind_of(checkpoint)
+    found = {
+        **{theirs: ours for ours, theirs in _TRANSFORMERS.items()},
+        "minicpmv4_6": "minicpm-v-4.6",
+        "minicpmv": f"minicpm-v-{_minicpm_version(checkpoint)}",
+    }.get(kind)
+    if found not in FAMILIES:
+        raise ValueError(
+            f"{checkpoint.folder} holds a model of type {kind!r} (version {config.get('version')!r}); known are "
+            f"{', '.join(FAMILIES)}: name one with family= where it is of that kind. VisualEncoder.from_pretrained "
+            "takes its vision encoder alone"
+        )
+    return found
+
+
+def _minicpm_version(checkpoint: Checkpoint) -> str:
+    """2.0 and 2.5 do not say theirs; 2.0's vision encoder is timm's."""
+    version = checkpoint.config.get("version")
+    if version is not None:
+        return str(version)
+    return "2.0" if any(name.startswith("vpm.blocks.") for name in checkpoint.files) else "2.5"
+
+
+__all__ = ["FAMILIES", "load", "save"]

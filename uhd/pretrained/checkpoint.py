@@ -1,0 +1,150 @@
+"""A folder with a released model: its settings, and its tensors one by one."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+SAFE = ("model.safetensors", "model.safetensors.index.json")
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
+
+
+class Checkpoint:
+    """What a folder of ``save_pretrained``, or of a release on the hub, holds. Nothing but names is read at first.
+
+    Args:
+        folder: With ``config.json`` and ``model.safetensors`` (or its shards and their index).
+        pickled: Also take ``pytorch_model.bin``, whose loading is limited to tensors (``weights_only``).
+
+    Attributes:
+        folder: The folder.
+        config: Content of ``config.json``.
+        preprocessor: Settings of the image processor; ``None`` where the folder has no file of it.
+        files: Every tensor's name -> the file that holds it.
+
+    Raises:
+        FileNotFoundError: The folder, its config or its weights are not there; the message names the files.
+        ValueError: Only pickled weights, or a file that is not what its name says.
+    """
+
+    def __init__(self, folder: str | os.PathLike, *, pickled: bool = False) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"{folder} is not a folder; give a local one, nothing is downloaded")
+        if not (self.folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} has no config.json: copy the whole release, its *.json files included")
+        self.config = read_json(self.folder / "config.json")
+        self.preprocessor = read_preprocessor(self.folder)
+        self.pickled = False
+        self.files = self._find_files(pickled)
+
+    def _find_files(self, pickled: bool) -> dict[str, Path]:
+        for single, index in (SAFE, PICKLED) if pickled else (SAFE,):
+            self.pickled = single == PICKLED[0]
+            if (self.folder / single).is_file():
+                return dict.fromkeys(self._names(self.folder / single), self.folder / single)
+            if (self.folder / index).is_file():
+                weight_map = read_json(self.folder / index).get("weight_map")
+                if not isinstance(weight_map, dict):
+                    raise ValueError(f"{self.folder / index} has no weight_map from tensors to files")
+                return {name: self.folder / file for name, file in weight_map.items()}
+        if any((self.folder / name).is_file() for name in PICKLED):
+            raise ValueError(
+                f"{self.folder} has pickled weights only ({PICKLED[0]}): pass pickled=True to read their tensors, "
+                "which torch.load then limits to weights_only, or save the model as safetensors"
+            )
+        raise FileNotFoundError(f"{self.folder} has no weights: neither {SAFE[0]} nor {SAFE[1]}")
+
+    def _names(self, file: Path) -> list[str]:
+        if self.pickled:
+            return list(_unpickled(file))
+        with _damage_named(file), safe_open(file, framework="pt") as opened:
+            return list(opened.keys())
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raise a ``FileNotFoundError`` that lists the files of these tensors that are not there."""
+        files = dict.fromkeys(self.files[name] for name in names)
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{self.folder} is incomplete, visual tensors are in files that are not there: {', '.join(missing)}"
+            )
+
+    def shapes(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """Of these tensors, which are not read for it."""
+        found = {}
+        for name in names:
+            file = self.files[name]
+            with _damage_named(file):
+                if self.pickled:
+                    found[name] = tuple(_unpickled(file)[name].shape)
+                    continue
+                with safe_open(file, framework="pt") as opened:
+                    found[name] = tuple(opened.get_slice(name).get_shape())
+        return found
+
+    def read(self, names: Iterable[str], device: str | torch.device = "cpu") -> Iterator[tuple[str, Tensor]]:
+        """These tensors by name, each with memory of its own; of every file only their bytes are read.
+
+        Raises:
+            ValueError: A file is damaged, or does not hold what the index says.
+        """
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.files[name], []).append(name)
+        for file, wanted in by_file.items():
+            with _damage_named(file):
+                if self.pickled:
+                    tensors = _unpickled(file)
+                    yield from ((name, tensors[name].to(device, copy=True)) for name in wanted)
+                    continue
+                with safe_open(file, framework="pt", device=str(device)) as opened:
+                    yield from ((name, opened.get_tensor(name).clone()) for name in wanted)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """An object from a JSON file; a ``ValueError`` names the file where it holds none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise ValueError(f"{file} is damaged: {problem}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds a {type(found).__name__}, expected an object of settings")
+    return found
+
+
+def read_preprocessor(folder: Path) -> dict[str, Any] | None:
+    """Settings of a folder's image processor, also where they are nested in a processor's; ``None`` without a file."""
+    for name in PREPROCESSORS:
+        if (folder / name).is_file():
+            found = read_json(folder / name)
+            if name == PREPROCESSORS[0] or isinstance(found.get("image_processor"), dict):
+                return found.get("image_processor", found)
+    return None
+
+
+def _unpickled(file: Path) -> Mapping[str, Tensor]:
+    """Tensors of a file of ``torch.save``; mapped, so that unused ones are not read, where its format has that."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError:
+        raise ValueError(f"{file} is damaged or holds more than tensors, so none of it was loaded") from None
+
+
+@contextmanager
+def _damage_named(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, KeyError, RuntimeError, EOFError) as problem:
+        raise ValueError(f"{file} is damaged, or does not hold what its index says: {problem}") from problem

@@ -1,0 +1,143 @@
+"""LLaVA-UHD's first two releases, in the layout of LLaVA's own code: March 2024, and the one of the ECCV paper.
+
+Both keep the compressor as ``model.mm_projector.*``, and CLIP beside it only where CLIP was trained: otherwise CLIP is
+a folder of its own, which ``mm_vision_tower`` names.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from uhd.pixels import PixelSettings
+from uhd.pretrained.checkpoint import Checkpoint, read_preprocessor
+from uhd.pretrained.recipe import CLIP_MEAN, CLIP_STD, Names, Recipe, Table
+from uhd.resampler import PerceiverResampler, SpatialResampler
+from uhd.resampler.loading import shape_of
+from uhd.schema import SpatialSchema
+from uhd.slicing import SlicingConfig
+from uhd.vision import config_from_hf
+
+TABLE = Table(
+    vision=("model.vision_tower.vision_tower.", "model.vision_tower.vision_tower.vision_model."),
+    compressor=("model.mm_projector.",),
+    other=("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head."),
+)
+
+HEADS, HEAD_WIDTH = 8, 128
+"""Of the resampler: so many in March 2024, so wide later."""
+
+SPATIAL = ("adapt_spatial_resampler_v1", "uhd_v1_query64")
+"""What the code of the ECCV release, or its later versions, call its resampler."""
+
+_KNOWN_TOWERS = {
+    "clip-vit-large-patch14-336": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 336,
+        "patch_size": 14,
+    }
+}
+
+
+def kind_of(checkpoint: Checkpoint) -> str:
+    """Which of the releases; both use the same names. Decided by ``mm_projector_type``, else by 144 latents.
+
+    Raises:
+        ValueError: Another model in this layout.
+    """
+    query = "model.mm_projector.query"
+    if query not in checkpoint.files:
+        raise ValueError(
+            f"{checkpoint.folder} is in the layout of LLaVA's own code and has no {query}, so it is no LLaVA-UHD: "
+            "convert LLaVA-1.5 and its descendants to transformers"
+        )
+    checkpoint.check([query])
+    latents = checkpoint.shapes([query])[query][0]
+    spatial = checkpoint.config.get("mm_projector_type") in SPATIAL or latents == 144
+    return "llava-uhd" if spatial else "llava-uhd-2024-03"
+
+
+def recipe(
+    checkpoint: Checkpoint, names: Names, kind: str, *, vision_tower: str | os.PathLike | None, pickled: bool
+) -> Recipe:
+    """What the settings in a folder say.
+
+    Args:
+        checkpoint: The folder.
+        names: Its visual tensors.
+        kind: As :func:`kind_of` gives it.
+        vision_tower: CLIP's folder, where the caller names one.
+        pickled: Whether CLIP's weights may be.
+
+    Raises:
+        FileNotFoundError: CLIP is in another folder, which is not there.
+        ValueError: A setting that has no counterpart here; the message names it.
+    """
+    config = checkpoint.config
+    settings, tower = _tower(checkpoint, names, vision_tower)
+    feature = config.get("mm_vision_select_feature", "patch")
+    if feature != "patch":
+        raise ValueError(f"mm_vision_select_feature must be 'patch', the patches of one layer; got {feature!r}")
+    layer = config.get("mm_vision_select_layer", -2)
+    vit = config_from_hf(settings, select_layer=layer, final_norm=False)
+    first = kind == "llava-uhd-2024-03"
+    slicing = SlicingConfig.preset("llava-uhd-paper" if first else "llava-uhd")
+    pixels = PixelSettings(mean=CLIP_MEAN, std=CLIP_STD)
+    for found in (tower and read_preprocessor(tower), checkpoint.preprocessor):
+        if found is not None:
+            pixels = PixelSettings.from_preprocessor(found)
+    if first:  # its training never normalised
+        pixels = replace(pixels, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    return Recipe(
+        vit=vit,
+        vit_names="clip",
+        compressor=_perceiver if first else _spatial,
+        slicing=slicing.for_vision(image_size=vit.image_size, patch_size=vit.patch_size),
+        schema=SpatialSchema.preset("llava-uhd-paper" if first else "llava-uhd"),
+        pixels=pixels,
+        tower=None if names.vision else Checkpoint(tower, pickled=pickled),
+        note=_FIRST_NOTE if first else "",
+    )
+
+
+_FIRST_NOTE = (
+    "the code that these weights were trained with mixed up its slices (docs/family.md): the tokens are those of the "
+    "paper's method"
+)
+
+
+def _perceiver(state: Mapping[str, Tensor]) -> nn.Module:
+    return PerceiverResampler.from_state_dict(state, variant="paper", num_heads=HEADS)
+
+
+def _spatial(state: Mapping[str, Tensor]) -> nn.Module:
+    return SpatialResampler.from_state_dict(state, num_heads=shape_of(state, "query", 2)[1] // HEAD_WIDTH)
+
+
+def _tower(checkpoint: Checkpoint, names: Names, vision_tower: str | os.PathLike | None) -> tuple[Any, Path | None]:
+    """CLIP's config, and its folder where there is one."""
+    from transformers import AutoConfig, CLIPVisionConfig
+
+    named = str(checkpoint.config.get("mm_vision_tower", ""))
+    places = [Path(named), checkpoint.folder / named] if named else []
+    places = places if vision_tower is None else [Path(vision_tower)]
+    tower = next((path for path in places if (path / "config.json").is_file()), None)
+    if tower is not None:
+        return AutoConfig.from_pretrained(tower, local_files_only=True), tower
+    if vision_tower is not None:
+        raise FileNotFoundError(f"vision_tower {vision_tower} is no folder with a config.json")
+    known = _KNOWN_TOWERS.get(Path(named).name)
+    if names.vision and known is not None:
+        return CLIPVisionConfig(**known), None
+    raise FileNotFoundError(
+        f"{checkpoint.folder} {'does not say what its CLIP is' if names.vision else 'has no CLIP in it'}, "
+        f"mm_vision_tower is {named!r}: pass vision_tower=, the folder of that model"
+    )

@@ -1,0 +1,165 @@
+"""MiniCPM-V: 2.0, 2.5 and 2.6 as OpenBMB releases them, 4.6 as transformers saves it.
+
+2.0's vision encoder is a timm ViT whose positions are resized; that of 2.5 and 2.6 is SigLIP with a position bucket
+for every patch; that of 4.6 has a compressor inside. Slicing comes from the image processor's file, else the config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from uhd.pixels import PixelSettings
+from uhd.pretrained.checkpoint import PREPROCESSORS, Checkpoint
+from uhd.pretrained.recipe import FILTERS, Names, Recipe, Table
+from uhd.resampler import MergeProjector, PerceiverResampler
+from uhd.resampler.loading import shape_of
+from uhd.schema import SpatialSchema
+from uhd.slicing import SlicingConfig
+from uhd.vision import ViTConfig, config_from_hf, config_from_timm
+
+TABLE = Table(vision=("vpm.",), compressor=("resampler.",), other=("llm.",))
+TABLE_4_6 = Table(
+    vision=("model.vision_tower.",),
+    window=("model.vision_tower.vit_merger.",),
+    compressor=("model.merger.",),
+    other=("model.language_model.", "lm_head."),
+)
+
+HEAD_WIDTH = 128
+"""Width of a head of every released resampler."""
+
+_SLICING = {"scale_resolution": 448, "max_slice_nums": 9, "patch_size": 14}
+"""What the released configs and image processors take where their files say nothing."""
+
+
+def recipe_2(checkpoint: Checkpoint, names: Names, version: str) -> Recipe:
+    """What the settings of 2.0, 2.5 or 2.6 say.
+
+    Raises:
+        ValueError: A setting is missing or has no counterpart here; the message names it.
+    """
+    config, preprocessor = checkpoint.config, checkpoint.preprocessor or {}
+    vit = _timm_vit(config, names) if version == "2.0" else _siglip_vit(_setting("vision_config", config), names)
+    vit_names = "timm" if version == "2.0" else "siglip"
+    variant = "minicpm-v-2.0" if version == "2.0" else "minicpm-v-2.6"
+    settings = {**config, **config.get("slice_config", {}), **preprocessor}
+    schema = SpatialSchema.preset(f"minicpm-v-{version}")
+    if not settings.get("use_image_id", True) and schema.image_id is not None:
+        schema = schema.replace(image_id=None)
+    return Recipe(
+        vit=vit,
+        vit_names=vit_names,
+        compressor=partial(_resampler, variant=variant),
+        slicing=_slicing("minicpm-v", settings, vit),
+        schema=schema,
+        pixels=_pixels(preprocessor),
+        check_image_size=False,
+    )
+
+
+def recipe_4_6(checkpoint: Checkpoint, names: Names, *, downsample: str | None) -> Recipe:
+    """What the settings of 4.6 say; ``downsample`` ("16x" or "4x") in place of theirs.
+
+    Raises:
+        FileNotFoundError: There is no file of the image processor.
+        ValueError: As in :func:`recipe_2`.
+    """
+    config, preprocessor = checkpoint.config, checkpoint.preprocessor
+    if preprocessor is None:
+        raise FileNotFoundError(
+            f"{checkpoint.folder} has no settings of the image processor ({' or '.join(PREPROCESSORS)}): save the "
+            "processor beside the model"
+        )
+    mode = config.get("downsample_mode", "16x") if downsample is None else downsample
+    kernels = [config.get("merge_kernel_size", [2, 2]), _setting("vision_config", config).get("window_kernel_size")]
+    if mode not in ("16x", "4x") or any(kernel not in (None, [2, 2]) for kernel in kernels):
+        raise ValueError(f"expected a downsample mode of 16x or 4x, of windows of 2 x 2; got {mode!r} and {kernels}")
+    vit = replace(_siglip_vit(config["vision_config"], names), bucket_rule="transformers")
+    after = (config.get("insert_layer_id", 6) + 1,) if mode == "16x" else ()  # theirs counts from 0
+    merge = 2 ** (config.get("merger_times", 1) + len(after))
+    schema = SpatialSchema.preset("minicpm-v-4.6")
+    if not preprocessor.get("use_image_id", True):
+        schema = schema.replace(image_id=None)
+    pixels = PixelSettings.from_preprocessor(preprocessor)
+    if preprocessor.get("resample", 3) != 3:
+        pixels = replace(pixels, resample=FILTERS.get(preprocessor["resample"], preprocessor["resample"]))
+    return Recipe(
+        vit=vit,
+        vit_names="siglip",
+        compressor=MergeProjector.from_state_dict,
+        slicing=_slicing("minicpm-v-4.6", preprocessor, vit).replace(merge=merge),
+        schema=schema,
+        pixels=pixels,
+        compress_after=after,
+        check_image_size=False,
+    )
+
+
+def _resampler(state: Mapping[str, Tensor], *, variant: str) -> nn.Module:
+    heads = shape_of(state, "query", 2)[1] // HEAD_WIDTH
+    return PerceiverResampler.from_state_dict(state, variant=variant, num_heads=heads)
+
+
+def _slicing(preset: str, settings: Mapping[str, Any], vit: ViTConfig) -> SlicingConfig:
+    settings = {**_SLICING, **settings}
+    size, slices, patch = (_setting(name, settings) for name in _SLICING)
+    if patch != vit.patch_size:
+        raise ValueError(f"slices are planned for patches of {patch} px, the vision encoder has {vit.patch_size}")
+    cap = slices if settings.get("slice_mode", True) else 1  # 1 never cuts
+    return SlicingConfig.preset(preset, image_size=size, patch_size=patch, max_slices=cap)
+
+
+def _pixels(preprocessor: Mapping[str, Any]) -> PixelSettings:
+    """The release's own processor has 0.5 for all, and calls them norm_mean and norm_std where it writes them."""
+    half = (0.5, 0.5, 0.5)
+    return PixelSettings(mean=preprocessor.get("norm_mean", half), std=preprocessor.get("norm_std", half))
+
+
+def _timm_vit(config: Mapping[str, Any], names: Names) -> ViTConfig:
+    import timm
+
+    name = config.get("vision_encoder", "vit_so400m_patch14_siglip_384.webli")
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name, pretrained=False, num_classes=0)
+    except RuntimeError as problem:
+        raise ValueError(f"the installed timm does not know the vision encoder {name!r}: {problem}") from None
+    return _depth(config_from_timm(model), names, "blocks.")
+
+
+def _siglip_vit(values: Mapping[str, Any], names: Names) -> ViTConfig:
+    """Also Idefics2's, which 2.5 says it has: the same ViT."""
+    from transformers import SiglipVisionConfig
+
+    fields = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "image_size",
+        "patch_size",
+    )
+    defaults = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "num_channels": 3}
+    given = {name: _setting(name, values) for name in fields}
+    given |= {name: values.get(name, default) for name, default in defaults.items()}
+    config = config_from_hf(SiglipVisionConfig(**given), interpolation="nearest", bucket_rule="remote")
+    return _depth(config, names, "encoder.layers.")
+
+
+def _depth(config: ViTConfig, names: Names, prefix: str) -> ViTConfig:
+    """Without the last block where the release dropped it (``drop_vision_last_layer``)."""
+    found = {name.removeprefix(prefix).split(".")[0] for name in names.vision if name.startswith(prefix)}
+    dropped = len(found) == config.depth - 1 and str(config.depth - 1) not in found
+    return replace(config, depth=config.depth - dropped)
+
+
+def _setting(name: str, settings: Mapping[str, Any]) -> Any:
+    if settings.get(name) is None:
+        raise ValueError(f"the settings of this folder (config.json, {PREPROCESSORS[0]}) have no {name}")
+    return settings[name]

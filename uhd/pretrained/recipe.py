@@ -1,0 +1,162 @@
+"""How a checkpoint's visual side becomes an encoder, and goes back: names, parts, and what a family decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from uhd.encoder import AnySlicing, VisualEncoder
+from uhd.pixels import PixelSettings
+from uhd.pretrained.checkpoint import Checkpoint
+from uhd.resampler import FeaturePacker
+from uhd.schema import SpatialSchema
+from uhd.vision import ViTConfig, compress_vit
+from uhd.vision.weights import build_vit, needed_names
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+FILTERS = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
+"""What image processors write for Pillow's filters."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Where the files of a family keep what. A name belongs to the longest prefix that it starts with.
+
+    Attributes:
+        vision: Prefixes of the vision encoder, those of older versions included.
+        compressor: The same for what follows it.
+        window: Prefixes of the compressor inside the vision encoder.
+        newline: Names of the learned newline.
+        other: Prefixes of what is no part of the visual side; never read.
+        renamed: Modules of our compressor -> theirs; others have the same name.
+    """
+
+    vision: tuple[str, ...]
+    compressor: tuple[str, ...]
+    other: tuple[str, ...]
+    window: tuple[str, ...] = ()
+    newline: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+    def sort(self, names: Iterable[str], what: str) -> Names:
+        """Every part's names, without their prefix -> in full.
+
+        Raises:
+            ValueError: Names that no part has, or two for one tensor; the message lists them.
+        """
+        parts = ("vision", "compressor", "window", "newline", "other")
+        prefixes = [(prefix, part) for part in parts for prefix in getattr(self, part)]
+        prefixes.sort(key=lambda pair: -len(pair[0]))
+        back = {theirs: ours for ours, theirs in self.renamed.items()}
+        found: dict[str, dict[str, str]] = {part: {} for part in parts}
+        left, twice = [], []
+        for name in names:
+            prefix, part = next(((p, part) for p, part in prefixes if name.startswith(p)), ("", ""))
+            if not part or (part == "newline" and name != prefix):
+                left.append(name)
+                continue
+            inner = name.removeprefix(prefix)
+            if part == "compressor":
+                module, _, ending = inner.rpartition(".")
+                inner = f"{back.get(module, module)}.{ending}" if module else inner
+            if inner in found[part] and part != "other":
+                twice += [found[part][inner], name]
+            found[part][inner] = name
+        if left:
+            raise ValueError(f"{what} has tensors that its family does not know. Left over: {', '.join(sorted(left))}")
+        if twice:
+            raise ValueError(f"{what} has tensors under the names of two versions: {', '.join(sorted(twice))}")
+        return Names(
+            found["vision"], found["compressor"], found["window"], next(iter(found["newline"].values()), None)
+        )
+
+
+@dataclass(frozen=True)
+class Names:
+    """A checkpoint's visual tensors by part: the name inside the part -> the name in the files."""
+
+    vision: dict[str, str]
+    compressor: dict[str, str]
+    window: dict[str, str]
+    newline: str | None
+
+    @property
+    def all(self) -> list[str]:
+        """In the files."""
+        return [*self.vision.values(), *self.compressor.values(), *self.window.values(), *filter(None, [self.newline])]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a family decides from a checkpoint's settings and names.
+
+    Attributes:
+        vit: The vision encoder's config, without compressors.
+        vit_names: Its rename table, one of those of ``uhd.vision.weights``.
+        compressor: Makes the compressor of its weights, which have our names.
+        slicing, schema, pixels, check_image_size, note: As in :class:`uhd.VisualEncoder`.
+        compress_after: Blocks before a compressor inside the ViT, as in ``uhd.vision.compress_vit``.
+        tower: Another checkpoint that holds the vision encoder.
+    """
+
+    vit: ViTConfig
+    vit_names: str
+    compressor: Callable[[Mapping[str, Tensor]], nn.Module]
+    slicing: AnySlicing
+    schema: SpatialSchema | None
+    pixels: PixelSettings
+    compress_after: tuple[int, ...] = ()
+    check_image_size: bool = True
+    note: str = ""
+    tower: Checkpoint | None = None
+
+
+def build(recipe: Recipe, names: Names, checkpoint: Checkpoint, device: str | torch.device) -> VisualEncoder:
+    """The encoder of a recipe, its tensors read from the files.
+
+    Raises:
+        FileNotFoundError, ValueError: As in :func:`uhd.pretrained.load`.
+    """
+    checkpoint.check(names.all)
+
+    def read(part: Mapping[str, str], source: Checkpoint = checkpoint) -> dict[str, Tensor]:
+        inner = {full: name for name, full in part.items()}
+        return {inner[full]: tensor for full, tensor in source.read(part.values(), device)}
+
+    tower, vision = recipe.tower or checkpoint, names.vision
+    if recipe.tower is not None:
+        vision = tower_names(recipe.tower)
+        recipe.tower.check(vision.values())
+    wanted = needed_names(recipe.vit, recipe.vit_names)
+    tensors = read({name: full for name, full in vision.items() if name in wanted}, tower)
+    vit = build_vit(recipe.vit, vision, tensors.__getitem__, recipe.vit_names).eval()
+    if recipe.compress_after:
+        vit = compress_vit(vit, recipe.compress_after, weights=read(names.window))
+    compressor = recipe.compressor(read(names.compressor))
+    packer = None
+    if names.newline is not None:
+        newline = read({"newline": names.newline})["newline"]
+        packer = FeaturePacker(len(newline)).to(device, newline.dtype)
+        packer.load_state_dict({"newline": newline})
+    return VisualEncoder(
+        vit,
+        compressor,
+        slicing=recipe.slicing,
+        schema=recipe.schema,
+        pixels=recipe.pixels,
+        packer=packer,
+        check_image_size=recipe.check_image_size,
+        note=recipe.note,
+    ).eval()
+
+
+def tower_names(tower: Checkpoint) -> dict[str, str]:
+    """The vision model's tensors in a folder of its own: the name inside it -> the name in the files."""
+    anchor = "embeddings.patch_embedding.weight"
+    found = [name.removesuffix(anchor) for name in tower.files if name.endswith(anchor)]
+    if len(found) != 1:
+        raise ValueError(f"{tower.folder} must hold one CLIP vision model, found {found or 'none'}")
+    return {name.removeprefix(found[0]): name for name in tower.files if name.startswith(found[0])}

@@ -1,0 +1,152 @@
+"""An encoder back into the files of a release."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from uhd.encoder import VisualEncoder
+from uhd.pretrained.checkpoint import PICKLED, SAFE, Checkpoint
+from uhd.pretrained.recipe import Names, Recipe, tower_names
+from uhd.vision import CompressedViT, ViT, ViTConfig, to_source_state_dict
+
+
+def write(
+    encoder: VisualEncoder,
+    folder: str | os.PathLike,
+    like: Checkpoint,
+    recipe: Recipe,
+    names: Names,
+    *,
+    visual_only: bool,
+) -> None:
+    """See :func:`uhd.pretrained.save`."""
+    folder = Path(folder)
+    if folder.resolve() == like.folder.resolve():
+        raise ValueError(f"{folder} is the folder to be like: write to another one")
+    _check_settings(encoder, recipe)
+    tensors = named(encoder, recipe, names)
+    wanted = names.all if visual_only else list(like.files)
+    like.check(wanted)
+    shapes = like.shapes(tensors)
+    wrong = {name: (tuple(x.shape), shapes[name]) for name, x in tensors.items() if tuple(x.shape) != shapes[name]}
+    if wrong:
+        raise ValueError(f"weights of other shapes than those of {like.folder}, as name: (got, expected): {wrong}")
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in sorted(like.folder.iterdir()):
+        if file.is_file() and file.suffix not in (".safetensors", ".bin") and file.name not in (SAFE[1], PICKLED[1]):
+            shutil.copy2(file, folder / file.name)
+    _write_weights(tensors, wanted, folder, like)
+
+
+def _write_weights(tensors: Mapping[str, Tensor], wanted: list[str], folder: Path, like: Checkpoint) -> None:
+    by_file: dict[str, list[str]] = {}
+    for name in wanted:
+        by_file.setdefault(_safe_name(like.files[name].name), []).append(name)
+    sizes = 0
+    for file, inside in by_file.items():
+        rest = dict(like.read([name for name in inside if name not in tensors]))
+        content = {name: tensors[name] if name in tensors else rest[name] for name in inside}
+        sizes += sum(tensor.nbytes for tensor in content.values())
+        save_file({name: x.cpu().contiguous() for name, x in content.items()}, folder / file, {"format": "pt"})
+    if list(by_file) != [SAFE[0]]:
+        weight_map = {name: file for file, inside in by_file.items() for name in inside}
+        index = {"metadata": {"total_size": sizes}, "weight_map": weight_map}
+        (folder / SAFE[1]).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _safe_name(name: str) -> str:
+    """A weights file's name as safetensors."""
+    return name.replace("pytorch_model", "model").removesuffix(".bin").removesuffix(".safetensors") + ".safetensors"
+
+
+def _check_settings(encoder: VisualEncoder, recipe: Recipe) -> None:
+    """The files that are copied say the same as the encoder."""
+    if not isinstance(encoder.vision, ViT) or not encoder.vision.own_stem:
+        raise ValueError(f"the vision encoder is a {type(encoder.vision).__name__}, the format holds a ViT")
+    after = getattr(encoder.vision.config, "compress_after", ())
+    if (_plain(encoder.vision.config), after) != (recipe.vit, recipe.compress_after):
+        raise ValueError(
+            f"the vision encoder has other settings than the format says: got {encoder.vision.config}, expected "
+            f"{recipe.vit} with compress_after={recipe.compress_after}"
+        )
+    meant = VisualEncoder(
+        encoder.vision,
+        encoder.compressor,
+        slicing=recipe.slicing,
+        schema=recipe.schema,
+        pixels=recipe.pixels,
+        packer=encoder.packer,
+        check_image_size=recipe.check_image_size,
+    )
+    for setting in ("slicing", "schema", "pixels"):
+        got, expected = getattr(encoder, setting), getattr(meant, setting)
+        if got != expected:
+            raise ValueError(
+                f"the encoder's {setting} is not what the format's settings say, so it would be lost: got {got}, "
+                f"expected {expected}. VisualEncoder.save_pretrained keeps it"
+            )
+
+
+def named(encoder: VisualEncoder, recipe: Recipe, names: Names) -> dict[str, Tensor]:
+    """The encoder's tensors under a checkpoint's names.
+
+    Raises:
+        ValueError: Names that the checkpoint does not have, or tensors that its files have no place for.
+    """
+    vit = encoder.vision
+    parts = {
+        "vision": to_source_state_dict(_without_compressors(vit), recipe.vit_names),
+        "compressor": encoder.compressor.state_dict(),
+        "window": {},
+    }
+    if isinstance(vit, CompressedViT):
+        parts["window"] = next(iter(vit.compressors.values())).to_source_state_dict()
+    if recipe.tower is not None:
+        _check_tower(parts.pop("vision"), recipe.tower)
+    found, unknown = {}, []
+    for part, tensors in parts.items():
+        known = getattr(names, part)
+        unknown += [f"{part} {name}" for name in tensors if name not in known]
+        found.update({known[name]: tensor.detach() for name, tensor in tensors.items() if name in known})
+    if names.newline is not None:
+        found[names.newline] = encoder.packer.newline.detach()
+    if unknown:
+        raise ValueError(f"the checkpoint to be like has no tensors for {', '.join(unknown)}")
+    return found
+
+
+def _plain(config: ViTConfig) -> ViTConfig:
+    return ViTConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(ViTConfig)})
+
+
+def _without_compressors(vit: ViT) -> ViT:
+    """The same weights in a plain ViT."""
+    if not isinstance(vit, CompressedViT):
+        return vit
+    with torch.device("meta"):
+        plain = ViT(_plain(vit.config))
+    state = {name: x for name, x in vit.state_dict().items() if not name.startswith("compressors.")}
+    plain.load_state_dict(state, assign=True)
+    return plain
+
+
+def _check_tower(tensors: Mapping[str, Tensor], tower: Checkpoint) -> None:
+    """The format keeps a vision encoder that was not trained in its own folder: it must be the one there."""
+    full = tower_names(tower)
+    inner = {full[name]: name for name in tensors}
+    for name, theirs in tower.read(inner):
+        ours = tensors[inner[name]]
+        if not torch.equal(ours.cpu().to(theirs.dtype), theirs):
+            raise ValueError(
+                f"the vision encoder is not that of {tower.folder} any more ({name}), and the checkpoint to be like "
+                "holds none: give one that does, or use VisualEncoder.save_pretrained"
+            )
