@@ -185,6 +185,7 @@ def test_outputs_are_checked_before_any_work(page, tmp_path, capsys):
         (("encode", page, "-o", page), "to a .safetensors file"),
         (("encode", page, "-o", tmp_path / "no" / "t.safetensors"), "there is no folder"),
         (("show", page, "-o", page), "is the image itself"),
+        (("show", "672x1008", "-o", tmp_path / "out.png"), "uhd compare takes sizes"),
         (("show", page, "-o", tmp_path / "out.foo"), "names no picture format"),
         (("demo", "-o", tmp_path / "no" / "d.png"), "there is no folder"),
         (("encode", page, "-o", tmp_path / "t.safetensors", "--encoder", tmp_path), "holds no uhd_encoder.json"),
@@ -212,17 +213,54 @@ def test_a_damaged_encoder_is_named(page, tmp_path, capsys):
     assert (status, "model.safetensors does not fit or is damaged" in err) == (1, True)
 
 
-@pytest.mark.parametrize("with_image", [False, True])
-def test_demo(with_image, tmp_path, capsys):
+def test_demo_shows_the_whole_way_on_a_photo(tmp_path, capsys):
     Image.fromarray(np.zeros((200, 700, 3), np.uint8)).save(tmp_path / "in.jpg")
-    inputs = [tmp_path / "in.jpg"] if with_image else []
-    status, out, _ = run("demo", *inputs, "-o", tmp_path / "demo.png", capsys=capsys)
+    status, out, _ = run("demo", tmp_path / "in.jpg", "-o", tmp_path / "demo.png", capsys=capsys)
     assert status == 0
-    tokens = "tokens (4, 64, 256)" if with_image else "tokens (7, 64, 256)"
-    for part in ("1 slice", "2 encode", "3 compress", "4 lay out", "UNTRAINED", "[overview:64]", tokens):
+    for part in ("1 slice", "2 encode", "3 compress", "4 lay out", "UNTRAINED", "[overview:64]", "(4, 64, 256)"):
         assert part in out
+    assert "5 read" not in out
     with Image.open(tmp_path / "demo.png") as picture:
         assert "UNTRAINED" in picture.info["note"]
+
+
+def test_demo_reads_an_image_drawn_on_the_spot(tmp_path, capsys):
+    outs = []
+    for seed in (3, 3, 4):
+        status, out, _ = run("demo", "--seed", seed, "-o", tmp_path / f"{seed}.png", capsys=capsys)
+        assert status == 0
+        outs.append([line for line in out.splitlines() if " ms" not in line and "wrote" not in line])
+    assert outs[0] == outs[1] != outs[2]
+    text = "\n".join(outs[0])
+    assert "UNTRAINED" not in text
+    assert text.count("% sure a character)   right") + text.count("WRONG, it is") == 3
+    assert "all?" in text
+    with Image.open(tmp_path / "3.png") as picture:
+        assert picture.width > 500
+
+
+def test_demo_answers_about_your_own_image_and_says_when_it_is_far_from_it(tmp_path, capsys):
+    from uhd.nano.task import scene
+
+    drawn = scene(4_000_000, 2)
+    drawn.image.save(tmp_path / "text.png")
+    args = ("--ask", "all?", "--ask", "line 1?", "-o", tmp_path / "out.png")
+    status, out, _ = run("demo", tmp_path / "text.png", *args, capsys=capsys)
+    assert (status, "far from" in out) == (0, False)
+    assert f"{drawn.text.splitlines()[0]!r}" in out
+    Image.fromarray(np.zeros((200, 700, 3), np.uint8)).save(tmp_path / "dark.jpg")
+    status, out, _ = run("demo", tmp_path / "dark.jpg", "--ask", "what is it?", "-o", tmp_path / "out.png", capsys=capsys)
+    assert status == 0
+    assert "far from what it knows: 700x200 px" in out
+    assert "the question 'what is it?' has none of the forms" in out
+
+
+def test_demo_refuses_what_does_not_go_together(tmp_path, capsys):
+    status, _, err = run("demo", tmp_path / "x.png", "--seed", 3, "-o", tmp_path / "out.png", capsys=capsys)
+    assert (status, "--seed is of the image drawn on the spot" in err) == (1, True)
+    args = ("--ask", "all?", "--encoder", tmp_path, "-o", tmp_path / "out.png")
+    status, _, err = run("demo", *args, capsys=capsys)
+    assert (status, "leave --encoder out" in err) == (1, True)
 
 
 def test_a_closed_pipe_is_no_error(monkeypatch):

@@ -34,6 +34,15 @@ ALLOWED = {
         "uhd.vision",
         "uhd.resampler",
     },
+    "uhd.pretrained": {
+        "uhd.pretrained",
+        "uhd.slicing",
+        "uhd.schema",
+        "uhd.pixels",
+        "uhd.vision",
+        "uhd.resampler",
+        "uhd.encoder",
+    },
     "uhd.hf": {
         "uhd.hf",
         "uhd.slicing",
@@ -45,6 +54,17 @@ ALLOWED = {
         "uhd.encoder",
         "uhd.merge",
     },
+    "uhd.nano": {
+        "uhd.nano",
+        "uhd.slicing",
+        "uhd.schema",
+        "uhd.pixels",
+        "uhd.batch",
+        "uhd.vision",
+        "uhd.resampler",
+        "uhd.encoder",
+        "uhd.hf",
+    },
     "uhd.demo": {
         "uhd.slicing",
         "uhd.schema",
@@ -53,6 +73,8 @@ ALLOWED = {
         "uhd.vision",
         "uhd.resampler",
         "uhd.encoder",
+        "uhd.hf",
+        "uhd.nano",
     },
     "uhd.cli": {
         "uhd",

@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from uhd import hf, resampler, schema, slicing, vision
+    from uhd import hf, pretrained, resampler, schema, slicing, vision
     from uhd.batch import SliceBatch
     from uhd.encoder import EncodedImage, EncodedVideo, VisualEncoder, load_tokens, save_tokens
     from uhd.hf import (
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         UHDVisionConfig,
     )
     from uhd.merge import assemble, merge_samples, merge_visual, separator_embeddings
+    from uhd.nano import load_nano
     from uhd.pixels import PixelSettings
     from uhd.schema import SpatialSchema, TokenLayout, layout, resolve_schema
     from uhd.slicing import (
@@ -64,6 +65,7 @@ _HOMES = {
     "EncodedImage": "uhd.encoder",
     "EncodedVideo": "uhd.encoder",
     "VisualEncoder": "uhd.encoder",
+    "load_nano": "uhd.nano",
     "load_tokens": "uhd.encoder",
     "save_tokens": "uhd.encoder",
     "UHDConfig": "uhd.hf",
@@ -79,7 +81,7 @@ _HOMES = {
     "merge_visual": "uhd.merge",
     "separator_embeddings": "uhd.merge",
 }
-_MODULES = ("hf", "resampler", "schema", "slicing", "vision")
+_MODULES = ("hf", "nano", "pretrained", "resampler", "schema", "slicing", "vision")
 
 __all__ = ["__version__", *_HOMES, *_MODULES]
 

@@ -84,8 +84,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--video", action="store_true", help="the images are the frames of one video, in order")
     command.set_defaults(run=_encode)
 
-    command = commands.add_parser("demo", help="the whole way on one image, step by step")
-    command.add_argument("image", nargs="?", help="default: a page drawn for the demo")
+    command = commands.add_parser("demo", help="the whole way on one image, step by step, up to an answer")
+    command.add_argument("image", nargs="?", help="default: one drawn on the spot, which the shipped model reads")
+    command.add_argument(
+        "--ask", action="append", default=[], metavar="QUESTION", help="ask the shipped model, e.g. 'all?'; repeatable"
+    )
+    command.add_argument("--seed", type=int, metavar="N", help="of the image drawn on the spot; default: a new one")
     command.add_argument("-o", "--output", type=Path, default=Path("uhd_demo.png"), metavar="FILE")
     command.add_argument(
         "--encoder", type=Path, metavar="DIR", help="a folder written by VisualEncoder.save_pretrained"
@@ -225,6 +229,8 @@ def _show(args: argparse.Namespace) -> int:
     from uhd.draw import draw_plan
     from uhd.pixels import image_size_hw
 
+    if _SIZE.fullmatch(args.image) and not Path(args.image).exists():
+        raise ValueError(f"{args.image} is a size, a picture is drawn of an image file: uhd compare takes sizes")
     _check_picture(args.output, args.image)
     found = plan(image_size_hw(args.image), _config(args))
     draw_plan(args.image, found, schema=_schema(args)).save(args.output)
@@ -320,19 +326,29 @@ def _demo(args: argparse.Namespace) -> int:
     from uhd.pixels import load_image
 
     _check_picture(args.output, args.image)
-    encoder = _encoder(args.encoder)
-    image = load_image(demo.page_image() if args.image is None else args.image, settings=encoder.pixels)
+    if args.seed is not None and args.image is not None:
+        raise ValueError(f"--seed is of the image drawn on the spot, and {args.image} was given")
+    reader = demo.Reader(args.ask, seed=args.seed) if args.ask or (args.image is None and not args.encoder) else None
+    if reader and args.encoder:
+        raise ValueError("--ask is answered by the shipped model, which has its own eyes: leave --encoder out")
+    encoder = reader.model.visual if reader else _encoder(args.encoder)
+    source = args.image if args.image is not None else reader.scene.image if reader else demo.page_image()
+    image = load_image(source, settings=encoder.pixels)
     found = encoder.plan((image.height, image.width))
     info = PngInfo()
     info.add_text("note", encoder.note)
     schema = encoder.schema if found.packing is None else None
     draw_plan(image, found, schema=schema, settings=encoder.pixels).save(args.output, pnginfo=info)
-    print(f"image: {args.image or 'a page drawn for this demo'}: {_summary(found)}")
-    print(f"encoder: {args.encoder or 'a small ViT and perceiver resampler'}")
+    print(f"image: {args.image or (reader.name if reader else 'a page drawn for this demo')}: {_summary(found)}")
+    print(
+        f"encoder: {args.encoder or ('the shipped nano model' if reader else 'a small ViT and perceiver resampler')}"
+    )
     if encoder.note:
         print(f"note: {encoder.note}")
     print()
     demo.run(image, encoder=encoder, say=print)
+    if reader:
+        reader.read(image, own=args.image is not None, say=print)
     print(f"\nwrote {args.output}: the cut, every view, and the token string")
     return 0
 

@@ -1,10 +1,13 @@
-"""What ``uhd demo`` shows: a page drawn on the spot, and a small encoder with seeded, untrained weights."""
+"""What ``uhd demo`` shows: the nano model reading an image that it has never seen, or a page and untrained eyes."""
 
 from __future__ import annotations
 
 import math
+import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image, ImageDraw, ImageFont
@@ -13,6 +16,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from uhd.encoder import VisualEncoder
+    from uhd.hf import UHDForConditionalGeneration
+    from uhd.nano.task import Question, Scene
     from uhd.slicing import SlicingConfig
     from uhd.slicing.strategies import StrategyConfig
 
@@ -174,30 +179,97 @@ def run(image: Any, *, encoder: VisualEncoder, say: Callable[[str], None]) -> No
     from uhd.schema.fitted import layout_of
     from uhd.slicing import SlicingConfig, candidates
 
-    def timed(call: Callable[[], _Result]) -> tuple[_Result, str]:
-        start = time.perf_counter()
-        return call(), f"{(time.perf_counter() - start) * 1e3:8.1f} ms"
-
     image = load_image(image, settings=encoder.pixels)
     image_hw = (image.height, image.width)
-    plan, seconds = timed(lambda: encoder.plan(image_hw))
+    plan, seconds = _timed(lambda: encoder.plan(image_hw))
     cut = "not cut" if plan.grid is None else "{} x {} (rows x columns)".format(*plan.grid)
     say(f"1 slice     {seconds}   (height, width) {image_hw} -> {cut}, {plan.num_views} views")
     adaptive = isinstance(encoder.slicing, SlicingConfig)
     for candidate in candidates(image_hw, encoder.slicing)[:3] if adaptive else ():
         say(f"{'':24}considered {candidate.grid[0]} x {candidate.grid[1]}, score {candidate.score:.3f}")
-    batch, seconds = timed(lambda: encoder.prepare([image]))
+    batch, seconds = _timed(lambda: encoder.prepare([image]))
     say(f"  cut       {seconds}   {image_hw} -> patches {tuple(batch.patches.shape)} {batch.patches.dtype}")
     with torch.inference_mode():
         patches = normalize(batch.patches, encoder.pixels)
-        features, seconds = timed(lambda: encoder.vision(patches, batch.grids))
+        features, seconds = _timed(lambda: encoder.vision(patches, batch.grids))
         say(f"2 encode    {seconds}   {tuple(patches.shape)} -> features {tuple(features.shape)}")
-        tokens, seconds = timed(lambda: encoder.compressor(features, batch.grids))
+        tokens, seconds = _timed(lambda: encoder.compressor(features, batch.grids))
         meaning = " (views, latents, width)" if tokens.dim() == 3 else ""
         say(f"3 compress  {seconds}   {tuple(features.shape)} -> tokens {tuple(tokens.shape)}{meaning}")
         if plan.packing is not None:
-            packed, seconds = timed(lambda: encoder.pack(tokens.flatten(0, -2), plan))
+            packed, seconds = _timed(lambda: encoder.pack(tokens.flatten(0, -2), plan))
             say(f"  pack      {seconds}   {tuple(tokens.shape)} -> tokens {tuple(packed.shape)}, newlines included")
-    laid, seconds = timed(lambda: layout_of(plan, encoder.schema))
+    laid, seconds = _timed(lambda: layout_of(plan, encoder.schema))
     say(f"4 lay out   {seconds}   {laid.num_tokens} positions for the language model:")
     say(f"{'':24}{laid.text()!r}")
+
+
+def _timed(call: Callable[[], _Result]) -> tuple[_Result, str]:
+    start = time.perf_counter()
+    return call(), f"{(time.perf_counter() - start) * 1e3:8.1f} ms"
+
+
+class Reader:
+    """The nano model with questions: the caller's, or three about an image drawn on the spot, with their answers.
+
+    Args:
+        questions: As :func:`uhd.nano.task.questions` words them; none: three about the drawn image.
+        seed: Of the drawn image; ``None`` takes a new one each time, and says which.
+    """
+
+    def __init__(self, questions: Sequence[str] = (), *, seed: int | None = None) -> None:
+        self.questions = tuple(questions)
+        self.seed = secrets.randbelow(10**6) if seed is None else seed
+
+    @property
+    def name(self) -> str:
+        """What the drawn image is called."""
+        return f"drawn on the spot, never seen in training (again with --seed {self.seed})"
+
+    @cached_property
+    def model(self) -> UHDForConditionalGeneration:
+        """:func:`uhd.load_nano`, loaded once."""
+        from transformers.utils import logging
+
+        from uhd.nano import load_nano
+
+        logging.disable_progress_bar()
+        return load_nano()
+
+    @cached_property
+    def scene(self) -> Scene:
+        """The first scene of the seed that is cut and has two lines and a neighbour to ask for."""
+        from uhd.nano.evaluate import EVALUATION_SEED
+        from uhd.nano.task import questions, scene
+
+        drawn = (scene(EVALUATION_SEED + 1 + self.seed, index) for index in count())
+        return next(
+            item
+            for item in drawn
+            if self.model.visual.plan(item.image_hw).grid and len(item.lines) > 1 and questions(item)["right"]
+        )
+
+    def read(self, image: Image.Image, *, own: bool, say: Callable[[str], None]) -> None:
+        """Ask, and ``say`` answers beside the truth where that is known, and doubts where there are any."""
+        from uhd.nano import ask
+        from uhd.nano.task import questions
+
+        known = {} if own else {item.text: item for some in questions(self.scene).values() for item in some}
+        asked = self.questions or [item.text for item in self._three(known.values())]
+        answers, elapsed = _timed(lambda: ask(self.model, image, asked))
+        say(f"5 read      {elapsed}   {len(asked)} answers, one character at a time:")
+        for question, answer in zip(asked, answers, strict=True):
+            truth = ""
+            if question in known:
+                right = answer.text == known[question].answer
+                truth = "   right" if right else f"   WRONG, it is {known[question].answer!r}"
+            say(f"{'':24}{question:10} {answer.text!r} ({answer.confidence:.0%} sure a character){truth}")
+        for doubt in dict.fromkeys(doubt for answer in answers for doubt in answer.doubts):
+            say(f"{'':24}far from what it knows: {doubt}")
+
+    def _three(self, found: Iterable[Question]) -> list[Question]:
+        """Everything, the second line, a neighbour."""
+        by_kind: dict[str, list[Question]] = {}
+        for question in found:
+            by_kind.setdefault(question.kind, []).append(question)
+        return [by_kind["all"][0], by_kind["line"][1], by_kind["right"][0]]

@@ -1,0 +1,118 @@
+"""Slicing strategies judged by models that learned with them; or by your own model on your own images.
+
+    python benchmarks/learned.py run --workers 2            # the long run, resumable; --quick takes ten minutes
+    python benchmarks/learned.py report                     # tables and plots of what has run so far
+    python benchmarks/learned.py folder FOLDER --model nano --strategies own llava-next
+
+``run`` trains every arm from nothing with equal steps on the same images and lets it answer questions about the same
+fresh scenes; docs/learned.md says what is equal and what is not. ``folder`` needs images and a ``questions.jsonl``,
+a line {"image": "a.png", "question": "right K?", "answer": "7"} for each question.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded, also in the workers
+
+import learned_folder
+import learned_report
+import learned_run
+
+HERE = Path(__file__).resolve().parent
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point."""
+    args = parser().parse_args(argv)
+    try:
+        return {"run": run, "report": report, "folder": folder}[args.command](args)
+    except ValueError as problem:
+        print(f"learned.py: {problem}", file=sys.stderr)
+        return 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    told = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = told.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("run", help="train and judge the arms, or go on with it")
+    one.add_argument("--out", type=Path, default=HERE / "results" / "learned", help="of results, which are committed")
+    one.add_argument("--checkpoints", type=Path, default=HERE / "out" / "learned", help="what git ignores")
+    one.add_argument("--arms", nargs="+", metavar="ARM", help=f"of {', '.join(learned_run.all_arms())}")
+    one.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="default 0 1 2, or 0 where quick")
+    one.add_argument("--quick", action="store_true", help="few steps, one seed, four arms: a look, no evidence")
+    one.add_argument("--workers", type=int, default=1, metavar="N", help="runs side by side, a core each")
+    one.add_argument("--minutes", type=float, help="begin nothing that would end later")
+    two = commands.add_parser("report", help="tables, report.json and plots")
+    two.add_argument("--out", type=Path, default=HERE / "results" / "learned")
+    two.add_argument("--page", type=Path, help="a Markdown file whose results section is written anew")
+    three = commands.add_parser("folder", help="your own images and questions")
+    three.add_argument("folder", type=Path)
+    three.add_argument("--model", default="nano", help="nano (shipped), or a folder of a saved model")
+    three.add_argument("--strategies", nargs="+", default=[learned_folder.OWN], metavar="NAME", help="default: own")
+    three.add_argument("--prompt", default=learned_folder.PROMPT, help=f"default {learned_folder.PROMPT}")
+    three.add_argument("--batch-size", type=int, default=16)
+    three.add_argument("--max-new-tokens", type=int, default=48)
+    three.add_argument("--json", type=Path, metavar="FILE", help="write the table and every answer")
+    return told
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train and judge."""
+    settings = learned_run.QUICK if args.quick else learned_run.LONG
+    arms = args.arms or (learned_run.QUICK_ARMS if args.quick else learned_run.ARMS)
+    if unknown := sorted(set(arms) - set(learned_run.all_arms())):
+        raise ValueError(f"no arm {', '.join(unknown)}: there are {', '.join(learned_run.all_arms())}")
+    if args.workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {args.workers}")
+    name = "quick" if args.quick else "long"
+    given = {
+        "arms": list(dict.fromkeys(arms)),
+        "seeds": args.seeds or ((learned_run.TUNING_SEED,) if args.quick else learned_run.SEEDS),
+        "out": args.out / name,
+        "checkpoints": args.checkpoints / name,
+        "minutes": args.minutes,
+    }
+    if args.workers == 1:
+        learned_run.work(settings, **given)
+    else:
+        learned_run.work_side_by_side(args.workers, settings, **given)
+    found = learned_run.read_runs(args.out / name, settings)
+    planned, blocked = learned_run.tasks(settings.factors, given["arms"], given["seeds"], found)
+    left = [task.name for task in planned if task not in found]
+    print(f"{len(planned) - len(left)} runs done, {len(left) + len(blocked)} left: {', '.join((*left, *blocked))}")
+    if blocked:
+        print(f"those without a learning rate wait for both of seed {learned_run.TUNING_SEED}'s")
+    return 0
+
+
+def report(args: argparse.Namespace) -> int:
+    """Tables and plots."""
+    learned_report.report(args.out, page=args.page)
+    return 0
+
+
+def folder(args: argparse.Namespace) -> int:
+    """The user's own images."""
+    learned_folder.read_questions(args.folder)  # before a model is loaded
+    rows = learned_folder.judge(
+        args.folder,
+        learned_folder.load_model(args.model),
+        list(dict.fromkeys(args.strategies)),
+        prompt=args.prompt,
+        batch_size=args.batch_size,
+        max_new_tokens=args.max_new_tokens,
+    )
+    print(learned_folder.table(rows))
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""A user's own images and questions, any saved model, any slicing strategies: accuracy and cost of each."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from learned_run import cost
+from PIL import Image
+
+from uhd import UHDForConditionalGeneration, VisualEncoder
+from uhd.nano import load_nano
+from uhd.nano.evaluate import edit_distance, interval
+from uhd.pixels import load_image
+from uhd.slicing.strategies import find
+
+QUESTIONS_FILE = "questions.jsonl"
+OWN = "own"
+"""Instead of a strategy's name: the one that the model was saved with."""
+
+PROMPT = "{bos}{image}{question}"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A line of the questions' file."""
+
+    image: str
+    question: str
+    answer: str
+
+
+def read_questions(folder: Path) -> list[Asked]:
+    """The lines of ``questions.jsonl``, their images beside it.
+
+    Raises:
+        ValueError: No folder or file, a line that is not three strings, an image that is not there; with the line.
+    """
+    path = folder / QUESTIONS_FILE
+    if not path.is_file():
+        raise ValueError(
+            f'there is no {path}: write a line {{"image": "a.png", "question": "...", "answer": "..."}} for each '
+            "question"
+        )
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            values = [row[key] for key in ("image", "question", "answer")]
+        except (ValueError, KeyError, TypeError) as problem:
+            raise ValueError(f"{path}, line {number}: {problem!r}; needs image, question and answer") from None
+        if not all(isinstance(value, str) and value.strip() for value in values):
+            raise ValueError(f"{path}, line {number}: image, question and answer are strings, not empty, got {row}")
+        if not (folder / values[0]).is_file():
+            raise ValueError(f"{path}, line {number}: there is no image {folder / values[0]}")
+        found.append(Asked(*values))
+    if not found:
+        raise ValueError(f"{path} has no questions")
+    return found
+
+
+def load_model(source: str) -> UHDForConditionalGeneration:
+    """``"nano"`` is the shipped one, anything else a folder.
+
+    Raises:
+        ValueError: Not a folder with a saved model.
+    """
+    if source == "nano":
+        return load_nano()
+    if not (Path(source) / "config.json").is_file():
+        raise ValueError(f"{source} is no folder with a saved model (config.json); or give nano")
+    return UHDForConditionalGeneration.from_pretrained(source).eval()
+
+
+def encoder_with(model: UHDForConditionalGeneration, strategy: str) -> VisualEncoder:
+    """The model's encoder, images cut by another rule that is fitted to its views and patches.
+
+    Raises:
+        ValueError: No such rule, or the model cannot take it: parts do not fit, or embeddings were never trained.
+    """
+    own = model.visual
+    if strategy == OWN:
+        return own
+    rule, vision = find(strategy), own.vision
+    side = getattr(own.slicing, "image_size", None) or getattr(vision, "image_size", None)
+    if side is None:
+        raise ValueError(f"{strategy!r} cannot be fitted: this model's vision encoder states no image_size")
+    counted = getattr(own.compressor, "tokens_per_view", None) is not None
+    try:
+        found = VisualEncoder(
+            vision,
+            own.compressor,
+            slicing=rule.for_vision(image_size=side, patch_size=vision.patch_size),
+            schema=own.schema if counted else None,
+            packer=own.packer,
+            pixels=own.pixels,
+            check_image_size=own.check_image_size,
+        ).eval()
+    except ValueError as problem:
+        raise ValueError(f"this model cannot take {strategy!r}: {problem}") from None
+    if found.packer is not None and found.packer is not own.packer:
+        raise ValueError(f"this model cannot take {strategy!r}: it needs newlines that the model never learned")
+    return found
+
+
+@contextmanager
+def swapped(model: UHDForConditionalGeneration, encoder: VisualEncoder) -> Iterator[None]:
+    """The model with another encoder around the same weights."""
+    own, model.visual = model.visual, encoder
+    try:
+        yield
+    finally:
+        model.visual = own
+
+
+def prompt_of(model: UHDForConditionalGeneration, question: str, template: str = PROMPT) -> str:
+    """A question as text; ``{bos}`` is empty where the tokenizer writes that token by itself.
+
+    Raises:
+        ValueError: The template does not hold ``{image}`` and ``{question}``, once each.
+    """
+    if template.count("{image}") != 1 or template.count("{question}") != 1:
+        raise ValueError(f"a prompt holds {{image}} and {{question}}, once each, got {template!r}")
+    processor = model.processor
+    tokenizer = processor.tokenizer
+    bos = tokenizer.bos_token or ""
+    if bos and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        bos = ""
+    return template.replace("{bos}", bos).replace("{image}", processor.image_token).replace("{question}", question)
+
+
+@torch.inference_mode()
+def answers(
+    model: UHDForConditionalGeneration,
+    pictures: Sequence[Image.Image],
+    asked: Sequence[tuple[int, str]],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+) -> list[str]:
+    """Greedy answers to (image number, prompt) pairs; every image is encoded once."""
+    encoded = [item for part in _parts(pictures, batch_size) for item in model.visual(part)]
+    found = []
+    for part in _parts(asked, batch_size):
+        inputs = model.processor(text=[prompt for _, prompt in part], images=[[encoded[number]] for number, _ in part])
+        out = model.generate(**inputs.to(model.device), do_sample=False, max_new_tokens=max_new_tokens)
+        new = out[:, inputs["input_ids"].shape[1] :]
+        found += model.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+    return [text.strip() for text in found]
+
+
+def _parts(items: Sequence[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(items), size):
+        yield list(items[start : start + size])
+
+
+def judge(
+    folder: Path,
+    model: UHDForConditionalGeneration,
+    strategies: Sequence[str],
+    *,
+    prompt: str = PROMPT,
+    batch_size: int = 16,
+    max_new_tokens: int = 48,
+) -> list[dict[str, Any]]:
+    """Accuracy and cost of every strategy, as plain JSON types, with every answer.
+
+    Raises:
+        ValueError: The folder, a strategy or an image is wrong; all of them are looked at before anything is run.
+    """
+    questions = read_questions(folder)
+    encoders = {strategy: encoder_with(model, strategy) for strategy in strategies}
+    names = list(dict.fromkeys(line.image for line in questions))
+    pictures = [load_image(folder / name, settings=model.visual.pixels) for name in names]
+    for strategy, encoder in encoders.items():
+        for name, picture in zip(names, pictures, strict=True):
+            try:
+                encoder.plan((picture.height, picture.width))
+            except ValueError as problem:
+                raise ValueError(f"{strategy!r} cannot cut {name}: {problem}") from None
+    asked = [(names.index(line.image), prompt_of(model, line.question, prompt)) for line in questions]
+    rows = []
+    for strategy, encoder in encoders.items():
+        with swapped(model, encoder):
+            start = time.perf_counter()
+            said = answers(model, pictures, asked, batch_size=batch_size, max_new_tokens=max_new_tokens)
+            seconds = time.perf_counter() - start
+        exact = [text == line.answer.strip() for text, line in zip(said, questions, strict=True)]
+        wrong = sum(edit_distance(text, line.answer.strip()) for text, line in zip(said, questions, strict=True))
+        rows.append(
+            {
+                "strategy": strategy,
+                "questions": len(questions),
+                "exact": sum(exact) / len(exact),
+                "interval": interval(sum(exact), len(exact)),
+                "characters": max(1 - wrong / sum(len(line.answer.strip()) for line in questions), 0.0),
+                "seconds": round(seconds, 3),
+                **cost(encoder, pictures, batch_size=batch_size),
+                "answers": said,
+            }
+        )
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as text; costs are means of an image, seconds those of all questions."""
+    lines = [
+        f"{'strategy':28}{'n':>5}{'exact':>8}  {'95 % interval':16}{'characters':>11}{'tokens':>8}{'visual':>8}"
+        f"{'patches':>9}{'MFLOPs':>10}{'seconds':>9}"
+    ]
+    for row in rows:
+        low, high = row["interval"]
+        lines.append(
+            f"{row['strategy']:28}{row['questions']:5}{row['exact']:8.3f}  {low:.3f} to {high:.3f}  "
+            f"{row['characters']:11.3f}{row['tokens']:8.1f}{row['visual_tokens']:8.1f}{row['patches']:9.1f}"
+            f"{row['encoder_flops'] / 1e6:10.1f}{row['seconds']:9.2f}"
+        )
+    return "\n".join(lines)

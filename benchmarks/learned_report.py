@@ -1,0 +1,432 @@
+"""What the runs of the learned comparison say: tables, paired differences, plots. No model is run here."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from learned_run import ARMS, DIGITS, NOT_ASKED, SEEDS, TUNING_SEED, Task, chosen_factor, read_runs, tasks, write_json
+
+from uhd import charts
+from uhd.nano.task import BUCKETS, QUESTIONS
+
+BASELINE = "uhd"
+FEWEST_SEEDS, FEWEST_IMAGES = 3, 30
+"""Below either no difference is called one, whatever its interval."""
+
+DRAWS = 2000
+"""Of the bootstrap."""
+
+BORDERS = (
+    f"< {BUCKETS[0]}",
+    *(f"{a} to {b}" for a, b in itertools.pairwise(BUCKETS)),
+    f">= {BUCKETS[-1]}",
+)
+Runs = Mapping[Task, Mapping[str, Any]]
+Table = list[list[str]]
+
+
+def decode(row: str) -> np.ndarray:
+    """(images,) numbers of a run's base-62 string, ``nan`` where the question was not asked."""
+    return np.array([np.nan if mark == NOT_ASKED else DIGITS.index(mark) for mark in row])
+
+
+def distances(runs: Sequence[Mapping[str, Any]], kind: str) -> np.ndarray:
+    """(seeds, images) edit distances."""
+    return np.stack([decode(run["test"]["items"][kind]["distance"]) for run in runs])
+
+
+def bootstrap(values: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> tuple[float, float, float]:
+    """Mean of (seeds, images) values and its 95 % interval, seeds and images drawn anew, with replacement.
+
+    Images are the same for all seeds, so a draw takes the same images of every one. Seeds' deviations are widened by
+    sqrt(n / (n - 1)): of three seeds, plain drawing would show two thirds of their variance. Columns with ``nan``
+    (questions that were not asked) are left out.
+    """
+    values = values[:, ~np.isnan(values).any(0)]
+    seeds, images = values.shape
+    if not images:
+        return float("nan"), float("nan"), float("nan")
+    means = _shares(images, draws, seed) @ values.T  # (draws, seeds)
+    middle = means.mean(1)
+    if seeds > 1:
+        drawn = np.random.default_rng((seed, 1)).integers(seeds, size=(draws, seeds))
+        middle = middle + np.sqrt(seeds / (seeds - 1)) * (np.take_along_axis(means, drawn, 1).mean(1) - middle)
+    low, high = np.percentile(middle, (2.5, 97.5))
+    return float(values.mean()), float(low), float(high)
+
+
+@lru_cache(maxsize=128)
+def _shares(images: int, draws: int, seed: int) -> np.ndarray:
+    """(draws, images) float64: how often each image is drawn, as a share of all."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(images, np.full(images, 1 / images), size=draws) / images
+
+
+def verdict(difference: np.ndarray, low: float, high: float) -> str:
+    """What an interval of (seeds, images) arm minus baseline allows to say."""
+    seeds, images = len(difference), int((~np.isnan(difference).any(0)).sum())
+    if not images:
+        return "not asked"
+    if low <= 0 <= high:
+        return "no difference"
+    if seeds < FEWEST_SEEDS:
+        return f"{seeds} seed{'s' * (seeds > 1)}: not judged"
+    if images < FEWEST_IMAGES:
+        return f"{images} images: not judged"
+    return "better" if low > 0 else "worse"
+
+
+class Comparison:
+    """The runs of a folder, by arm, at the learning rates that the arms chose.
+
+    Args:
+        found: From :func:`learned_run.read_runs`.
+
+    Raises:
+        ValueError: Runs were judged on different scenes.
+    """
+
+    def __init__(self, found: Runs) -> None:
+        self.found = found
+        self.factors = tuple(next(iter(found.values()))["settings"]["factors"])
+        names = [*ARMS, *sorted({task.arm for task in found} - set(ARMS))]
+        self.factor = {arm: chosen_factor(arm, found, self.factors) for arm in names}
+        self.runs: dict[str, dict[int, Mapping[str, Any]]] = {}
+        for arm in names:
+            factor = self.factors[0] if self.factor[arm] is None else self.factor[arm]
+            kept = {task.seed: run for task, run in found.items() if (task.arm, task.factor) == (arm, factor)}
+            if kept:
+                self.runs[arm] = dict(sorted(kept.items()))
+        tests = [run["test"] for some in self.runs.values() for run in some.values()]
+        lengths = [{kind: row["length"] for kind, row in test["items"].items()} for test in tests]
+        if any(one != lengths[0] for one in lengths) or len({test["seed"] for test in tests}) > 1:
+            raise ValueError("runs were judged on different scenes: their differences would not be paired")
+        self.buckets = decode(tests[0]["buckets"])
+        self.kinds = [kind for kind in QUESTIONS if not np.isnan(decode(lengths[0][kind])).all()]
+
+    def exact(self, arm: str, kind: str, seeds: Sequence[int] | None = None) -> np.ndarray:
+        """(seeds, images) 1 exact, 0 not, ``nan`` not asked."""
+        found = distances([self.runs[arm][seed] for seed in (self.runs[arm] if seeds is None else seeds)], kind)
+        return np.where(np.isnan(found), np.nan, found == 0)
+
+    def characters(self, arm: str, kind: str) -> float:
+        """1 - edit distance / length, over all answers."""
+        runs = list(self.runs[arm].values())
+        length = decode(runs[0]["test"]["items"][kind]["length"])
+        return 1 - float(np.nansum(distances(runs, kind)) / (np.nansum(length) * len(runs)))
+
+    def common(self, arm: str) -> list[int]:
+        """Seeds that an arm and the baseline both have."""
+        return [seed for seed in self.runs[arm] if seed in self.runs.get(BASELINE, {})]
+
+    def missing(self) -> list[str]:
+        """Runs of the full plan that are not there."""
+        seeds = SEEDS if len(self.factors) > 1 else (TUNING_SEED,)
+        arms = ARMS if len(self.factors) > 1 else tuple(self.runs)
+        planned, blocked = tasks(self.factors, arms, seeds, self.found)
+        return [*(task.name for task in planned if task not in self.found), *blocked]
+
+
+def summarize(found: Comparison) -> dict[str, Any]:
+    """Everything the tables show, as plain JSON types."""
+    return {
+        "baseline": BASELINE,
+        "missing": found.missing(),
+        "borders": list(BORDERS),
+        "arms": {arm: _arm(found, arm) for arm in found.runs},
+        "differences": {arm: _differences(found, arm) for arm in found.runs if arm != BASELINE and found.common(arm)},
+        "cut": {arm: shares for arm in found.runs if (shares := _cut(found, arm))},
+    }
+
+
+def _arm(found: Comparison, arm: str) -> dict[str, Any]:
+    runs = found.runs[arm]
+    first, questions = next(iter(runs.values())), {}
+    for kind in found.kinds:
+        exact = found.exact(arm, kind)
+        questions[kind] = {
+            "exact": _rounded(bootstrap(exact)),
+            "by_seed": [round(float(np.nanmean(row)), 4) for row in exact],
+            "characters": round(found.characters(arm, kind), 4),
+            "by_bucket": _by_bucket(found, exact),
+        }
+    scores = {
+        f"{task.factor:g}": run["validation"]
+        for task, run in found.found.items()
+        if (task.arm, task.seed) == (arm, TUNING_SEED)
+    }
+    cpu = [sum(part.get("cpu", 0) for part in run["time"].values()) for run in runs.values()]
+    return {
+        "seeds": list(runs),
+        "factor": found.factor[arm],
+        "validation": scores,
+        "parameters": first["parameters"],
+        "cost": first["cost"],
+        "cpu_seconds": round(float(np.mean(cpu)), 1),
+        "questions": questions,
+    }
+
+
+def _differences(found: Comparison, arm: str) -> dict[str, Any]:
+    """Arm minus baseline, paired by seed and image."""
+    seeds, told = found.common(arm), {}
+    for kind in found.kinds:
+        difference = found.exact(arm, kind, seeds) - found.exact(BASELINE, kind, seeds)
+        parts = [difference, *(difference[:, found.buckets == number] for number in range(len(BORDERS)))]
+        rows = [bootstrap(part) for part in parts]
+        told[kind] = [
+            {"difference": _rounded(row), "verdict": verdict(part, *row[1:])}
+            for part, row in zip(parts, rows, strict=True)  # in all, then by bucket
+        ]
+    return {"seeds": seeds, "questions": told}
+
+
+def _cut(found: Comparison, arm: str) -> dict[str, Any]:
+    """Question "right": where a border between slices goes through a glyph, where none does, and for uncut images."""
+    told = {}
+    exact = found.exact(arm, "right")
+    marks = np.array(list(next(iter(found.runs[arm].values()))["test"]["cut"]))
+    for mark, name in (("1", "a border cuts a glyph"), ("0", "no border does"), ("u", "image not cut")):
+        part = exact[:, marks == mark]
+        if part.size:
+            told[name] = {"items": int(part.shape[1]), "exact": _rounded(bootstrap(part))}
+    return told if len(told) > 1 else {}
+
+
+def _by_bucket(found: Comparison, exact: np.ndarray) -> list[list[float]]:
+    return [_rounded(bootstrap(exact[:, found.buckets == number])) for number in range(len(BORDERS))]
+
+
+def _rounded(values: Sequence[float]) -> list[float | None]:
+    return [None if np.isnan(value) else round(value, 4) for value in values]
+
+
+def trends(long: Mapping[str, Any], quick: Mapping[str, Any]) -> Table:
+    """Does the quick run point where the long one does? A row for every difference that the long run has."""
+    rows = [["arm", "question", "long", "quick", "agree"]]
+    for arm, told in long["differences"].items():
+        for kind, parts in told["questions"].items():
+            other = quick["differences"].get(arm)
+            if other is None or parts[0]["verdict"] not in ("better", "worse"):
+                continue
+            a, b = parts[0]["difference"][0], other["questions"][kind][0]["difference"][0]
+            rows.append([arm, kind, f"{a:+.3f}", f"{b:+.3f}", "yes" if a * b > 0 else "no"])
+    return rows
+
+
+def markdown(told: Mapping[str, Any], name: str) -> str:
+    """All tables of one folder's runs."""
+    arms, parts = told["arms"], [f"### The {name} run"]
+    seeds = sorted({seed for arm in arms.values() for seed in arm["seeds"]})
+    parts.append(f"Seeds {', '.join(map(str, seeds))}; exact answers, 95 % intervals in brackets.")
+    if told["missing"]:
+        parts.append(f"**Not complete.** Missing: {', '.join(told['missing'])}.")
+    parts += [_table(_cost_table(arms)), _table(_overall_table(arms))]
+    for kind in _kinds(arms):
+        parts += [f"`{kind}` by longer side / shorter side:", _table(_bucket_table(arms, kind, told["borders"]))]
+    if told["differences"]:
+        parts += [f"Difference to `{BASELINE}`, paired by seed and image:", _table(_difference_table(told))]
+    if told["cut"]:
+        parts += ['"Right of", by whether a border between slices goes through a glyph:', _table(_cut_table(told))]
+    return "\n\n".join(parts)
+
+
+def _cost_table(arms: Mapping[str, Any]) -> Table:
+    head = "arm|seeds|lr factor (validation)|parameters|visual tokens|at most|with separators|views|patches"
+    rows = [[*head.split("|"), "encoder MFLOPs", "CPU s a run"]]
+    for arm, told in arms.items():
+        cost, factor = told["cost"], "open" if told["factor"] is None else f"{told['factor']:g}"
+        scores = ", ".join(f"{f}: {score:.3f}" for f, score in told["validation"].items() if score is not None)
+        rows.append(
+            [
+                arm,
+                str(len(told["seeds"])),
+                f"{factor} ({scores})" if scores else factor,
+                f"{told['parameters']:,}",
+                f"{cost['visual_tokens']:.1f}",
+                str(cost["most_visual_tokens"]),
+                f"{cost['tokens']:.1f}",
+                f"{cost['views']:.2f}",
+                f"{cost['patches']:.1f}",
+                f"{cost['encoder_flops'] / 1e6:.1f}",
+                f"{told['cpu_seconds']:.0f}",
+            ]
+        )
+    return rows
+
+
+def _overall_table(arms: Mapping[str, Any]) -> Table:
+    read = [kind for kind in ("all", "line") if kind in _kinds(arms)]
+    rows = [["arm", *_kinds(arms), *(f"characters of {kind}" for kind in read)]]
+    for arm, told in arms.items():
+        cells = []
+        for found in told["questions"].values():
+            each = f" ({' '.join(f'{share:.2f}' for share in found['by_seed'])})" if len(told["seeds"]) > 1 else ""
+            cells.append(_cell(found["exact"]) + each)
+        ends = [f"{told['questions'][kind]['characters']:.3f}" for kind in read]
+        rows.append([arm, *cells, *ends])
+    return rows
+
+
+def _kinds(arms: Mapping[str, Any]) -> list[str]:
+    return list(next(iter(arms.values()))["questions"])
+
+
+def _bucket_table(arms: Mapping[str, Any], kind: str, borders: Sequence[str]) -> Table:
+    rows = [["arm", *borders]]
+    return rows + [[arm, *map(_cell, told["questions"][kind]["by_bucket"])] for arm, told in arms.items()]
+
+
+def _difference_table(told: Mapping[str, Any]) -> Table:
+    rows = [["arm", "question", "in all", *told["borders"]]]
+    for arm, found in told["differences"].items():
+        for kind, parts in found["questions"].items():
+            cells = [f"{_cell(part['difference'], '+.3f')} {part['verdict']}" for part in parts]
+            rows.append([arm, kind, *cells])
+    return rows
+
+
+def _cut_table(told: Mapping[str, Any]) -> Table:
+    names = list(dict.fromkeys(name for found in told["cut"].values() for name in found))
+    rows = [["arm", *names]]
+    for arm, found in told["cut"].items():
+        cells = [f"{_cell(found[n]['exact'])}, n = {found[n]['items']}" if n in found else "-" for n in names]
+        rows.append([arm, *cells])
+    return rows
+
+
+def _cell(values: Sequence[float | None], form: str = ".3f") -> str:
+    if values[0] is None:
+        return "-"
+    mean, low, high = (format(value, form) for value in values)
+    return f"{mean} [{low}, {high}]"
+
+
+def _table(rows: Table) -> str:
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
+
+
+def plots(told: Mapping[str, Any]) -> dict[str, str]:
+    """SVG texts by name: accuracy over aspect, accuracy against tokens, differences with their intervals."""
+    ticks = tuple((number, border) for number, border in enumerate(told["borders"]))
+    aspect = charts.Axis(0, len(ticks) - 1, ticks, False, "longer side / shorter side")
+    drawn = {}
+    shown = [kind for kind in ("right", "line", "all") if kind in _kinds(told["arms"])]
+    for kind in shown:
+        lines = {
+            arm: [
+                (n, float("nan") if row[0] is None else row[0])
+                for n, row in enumerate(found["questions"][kind]["by_bucket"])
+            ]
+            for arm, found in told["arms"].items()
+        }
+        drawn[f"aspect_{kind}"] = charts.curves(lines, aspect, charts.percent_axis(f"exact, {kind}"))
+    points = [
+        charts.Point(
+            found["cost"]["tokens"],
+            float(np.mean([found["questions"][kind]["exact"][0] for kind in shown])),
+            arm,
+            arm == BASELINE,
+        )
+        for arm, found in told["arms"].items()
+    ]
+    tokens = charts.log_axis([f(p.x for p in points) * m for f, m in ((min, 0.9), (max, 1.1))], "mean tokens (log)")
+    drawn["cost"] = charts.scatter(points, tokens, charts.percent_axis(f"exact: mean of {', '.join(shown)}"))
+    if told["differences"]:
+        drawn["differences"] = forest(told)
+    return drawn
+
+
+def forest(told: Mapping[str, Any], *, width: int = 760, row: int = 18) -> str:
+    """A dot and its interval for every arm and question; hollow where it is no difference, or not judged."""
+    lines = [
+        (f"{arm}: {kind}", parts[0])
+        for arm, found in told["differences"].items()
+        for kind, parts in found["questions"].items()
+        if parts[0]["difference"][0] is not None
+    ]
+    left, right, top = 190, 24, 34
+    far = max(0.05, *(abs(value) for _, part in lines for value in part["difference"]))
+    height = top + row * len(lines) + 12
+
+    def place(value: float) -> float:
+        return left + (value + far) / (2 * far) * (width - left - right)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        f'role="img" aria-label="differences to {BASELINE}" font-family="system-ui, sans-serif" font-size="12">',
+        f'<text x="{left}" y="16" fill="{charts.INK}">exact answers, arm minus {BASELINE}, 95 % intervals</text>',
+    ]
+    for value in (-far, 0.0, far):
+        at, color = place(value), charts.FAINT if value == 0 else charts.GRID
+        parts.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{top - 4}" y2="{height - 6}" stroke="{color}"/>')
+        parts.append(
+            f'<text x="{at:.1f}" y="{top - 6}" text-anchor="middle" font-size="10" fill="{charts.FAINT}">'
+            f"{value:+.2f}</text>"
+        )
+    for number, (name, part) in enumerate(lines):
+        y = top + row * number + row / 2
+        middle, low, high = map(place, part["difference"])
+        sure = part["verdict"] in ("better", "worse")
+        color = charts.ACCENT if sure else charts.OTHER
+        parts.append(f'<text x="{left - 10}" y="{y + 4:.1f}" text-anchor="end" fill="{charts.INK}">{name}</text>')
+        parts.append(f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{y:.1f}" y2="{y:.1f}" stroke="{color}"/>')
+        parts.append(
+            f'<circle cx="{middle:.1f}" cy="{y:.1f}" r="4" fill="{color if sure else "#fff"}" stroke="{color}">'
+            f"<title>{name}: {part['verdict']}</title></circle>"
+        )
+    return "".join((*parts, "</svg>"))
+
+
+MARKS = ("<!-- results of the learned comparison -->", "<!-- end of results -->")
+
+
+def report(out: Path, *, page: Path | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Tables of whatever runs are in ``out/long`` and ``out/quick``, ``report.json`` and plots beside them.
+
+    Args:
+        out: Folder of the results.
+        page: A Markdown file whose text between :data:`MARKS` becomes the tables and links to the plots.
+
+    Raises:
+        ValueError: There are no runs; they do not belong together; the page has no marks.
+    """
+    told, parts, drawn = {}, [], []
+    for name in ("long", "quick"):
+        if found := read_runs(out / name):
+            told[name] = summarize(Comparison(found))
+            parts.append(markdown(told[name], name))
+            for plot, text in plots(told[name]).items():
+                drawn.append(out / f"{name}_{plot}.svg")
+                drawn[-1].write_text(text, encoding="utf-8")
+    if not told:
+        raise ValueError(f"no runs in {out / 'long'} or {out / 'quick'}: do some with `learned.py run`")
+    if len(told) == 2:
+        rows = trends(told["long"], told["quick"])
+        parts.append("### Does the quick run point where the long one does?")
+        parts.append(_table(rows) if len(rows) > 1 else "The long run has no difference yet to compare with.")
+        told["trends"] = rows[1:]
+    write_json(out / "report.json", told)
+    text = "\n\n".join(parts)
+    say(text)
+    if page is not None:
+        links = [f"![{path.stem.replace('_', ' ')}]({os.path.relpath(path, page.parent)})" for path in drawn]
+        _put(page, "\n\n".join([text, *links]))
+    return told
+
+
+def _put(page: Path, text: str) -> None:
+    written = page.read_text(encoding="utf-8")
+    if any(written.count(mark) != 1 for mark in MARKS):
+        raise ValueError(f"{page} needs the lines {MARKS[0]} and {MARKS[1]}, once each, where the tables go")
+    before, rest = written.split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    page.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}", encoding="utf-8")

@@ -1,0 +1,479 @@
+"""The arms of the learned comparison, and the runs that train and judge them; ``learned.py`` is the command."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import multiprocessing
+import platform
+import string
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
+
+import uhd
+from uhd import SlicePlan, SpatialSchema, UHDForConditionalGeneration, VisualEncoder
+from uhd.encoder import AnySlicing
+from uhd.nano.build import NanoConfig, build_nano
+from uhd.nano.evaluate import Item, edit_distance, evaluate
+from uhd.nano.task import QUESTIONS, Scene, scene
+from uhd.slicing.coordinates import view_box
+from uhd.slicing.strategies import find
+from uhd.slicing.strategies.base import GRAY
+from uhd.slicing.strategies.fixed import SquarePadConfig, StretchConfig
+from uhd.slicing.strategies.selectors import grids_up_to
+
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "nano"
+if str(EXAMPLE) not in sys.path:
+    sys.path.insert(0, str(EXAMPLE))
+
+import stages  # noqa: E402  the example is a folder of scripts
+from train import RECIPE  # noqa: E402
+
+TEST_SEED, VALIDATION_SEED = 1_000_103, 1_000_203
+"""Of the scenes: neither is trained on, nor that of the shipped model's own evaluation."""
+
+TUNING_SEED = 0
+"""The training seed on which every arm chooses its learning rate."""
+
+CHOSEN_BY = ("right", "line", "all")
+"""Questions whose mean share of exact answers on the validation scenes chooses the learning rate."""
+
+PIECE = 200
+"""Steps between checkpoints: what is lost where a process is killed, and what is not begun too near the end."""
+
+INK_HW = (9, 7)
+"""Height and width of a glyph's ink around its middle, px; a border inside cuts the glyph."""
+
+DIGITS = string.digits + string.ascii_lowercase + string.ascii_uppercase
+NOT_ASKED = "."
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to show images to the model: sizes of its parts, a slicing (``None``: the sizes' own), a schema."""
+
+    summary: str
+    config: NanoConfig
+    slicing: AnySlicing | None = None
+    schema: str | SpatialSchema = "llava-uhd"
+
+    def build(self, seed: int) -> UHDForConditionalGeneration:
+        """The untrained model."""
+        return build_nano(self.config, slicing=self.slicing, schema=self.schema, seed=seed)
+
+
+def all_arms(base: NanoConfig | None = None) -> dict[str, Arm]:
+    """Every arm by name; square views have twice the side and four times the latents of a slice."""
+    base = base or NanoConfig()
+    tile, side, latents = base.side, 2 * base.side, 4 * base.latents
+    square = replace(base, side=side, latents=latents)
+    tiles = find("llava-next").for_vision(image_size=tile, patch_size=base.patch_size)
+    return {
+        "uhd": Arm("LLaVA-UHD: native slices and an overview", base),
+        "stretch": Arm(
+            "one square view, the image stretched",
+            square,
+            StretchConfig("stretch", base.patch_size, side, tokens=latents),
+        ),
+        "pad": Arm(
+            "one square view, the image padded", square, SquarePadConfig("pad", base.patch_size, side, fill=GRAY)
+        ),
+        "next": Arm("LLaVA-NeXT's five canvases of square tiles, and a base view", base, tiles.replace(name="next")),
+        "anyres": Arm(
+            "all canvases of up to 4 square tiles, and a base view",
+            base,
+            tiles.replace(name="anyres", grids=grids_up_to(base.max_slices)),
+        ),
+        "no-separators": Arm(
+            'uhd without "," and "\\n"', base, schema=SpatialSchema(name="no-separators", column="", row="")
+        ),
+        "overview": Arm("uhd's overview alone", base, base.slicing.replace(max_slices=1)),
+        "overview-wide": Arm(
+            "uhd's overview alone, with the tokens of four slices",
+            replace(base, latents=latents),
+            base.slicing.replace(max_slices=1),
+        ),
+        "few-latents": Arm("uhd with 4 tokens a view instead of 9", replace(base, latents=4)),
+    }
+
+
+ARMS = ("uhd", "stretch", "pad", "next", "anyres", "no-separators")
+QUICK_ARMS = ("uhd", "stretch", "next", "no-separators")
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How every arm is trained and judged.
+
+    Attributes:
+        vision, text, joint: Steps of the stages.
+        batch_size: Images in a step.
+        factors: Of the recipe's learning rates, to choose from.
+        test_images, validation_images: Fresh scenes that judge, and that choose the factor.
+        local_steps: Of the fit that lets latents start by looking at their own cells.
+        model: Sizes of the arm ``uhd``.
+    """
+
+    vision: int = 1000
+    text: int = 1000
+    joint: int = 1200
+    batch_size: int = 32
+    factors: tuple[float, ...] = (1.0, 0.5)
+    test_images: int = 1000
+    validation_images: int = 300
+    local_steps: int = 300
+    model: NanoConfig = field(default_factory=NanoConfig)
+
+    def stage(self, name: str, factor: float = 1.0) -> stages.Stage:
+        """The recipe's stage with these steps and this share of its learning rates."""
+        kept = RECIPE[name]
+        return replace(
+            kept,
+            steps=getattr(self, name),
+            batch_size=self.batch_size,
+            matrix_lr=kept.matrix_lr * factor,
+            other_lr=kept.other_lr * factor,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, the recipe among them: runs with another one do not belong together."""
+        told = {**asdict(self), "recipe": {name: asdict(self.stage(name)) for name in RECIPE}}
+        return json.loads(json.dumps(told))
+
+
+LONG = Settings()
+QUICK = Settings(vision=250, text=220, joint=240, factors=(1.0,), test_images=300, validation_images=0)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run: an arm, a training seed, a factor of the learning rates."""
+
+    arm: str
+    seed: int
+    factor: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}-seed{self.seed}-lr{self.factor:g}"
+
+
+def chosen_factor(arm: str, found: Mapping[Task, Mapping[str, Any]], factors: Sequence[float]) -> float | None:
+    """The factor that reads the validation scenes best, the first of equals; ``None``: not every one has run."""
+    if len(factors) == 1:
+        return factors[0]
+    scores = {f: found[task]["validation"] for f in factors if (task := Task(arm, TUNING_SEED, f)) in found}
+    return max(scores, key=scores.__getitem__) if len(scores) == len(factors) else None
+
+
+def tasks(
+    factors: Sequence[float], arms: Sequence[str], seeds: Sequence[int], found: Mapping[Task, Any]
+) -> tuple[list[Task], list[str]]:
+    """The runs in their order, arms side by side, and what cannot be planned before an arm has its factor."""
+    first = [Task(arm, TUNING_SEED, f) for f in factors for arm in arms if TUNING_SEED in seeds]
+    rest, blocked = [], []
+    for seed in seeds:
+        for arm in arms if seed != TUNING_SEED else ():
+            factor = chosen_factor(arm, found, factors)
+            if factor is None:
+                blocked.append(f"{arm}-seed{seed}")
+            else:
+                rest.append(Task(arm, seed, factor))
+    return first + rest, blocked
+
+
+def read_runs(out: Path, settings: Settings | None = None) -> dict[Task, dict[str, Any]]:
+    """The finished runs in a folder.
+
+    Raises:
+        ValueError: A file is no run, or was made with other settings than those given, or than the others.
+    """
+    found = {}
+    for path in sorted(out.glob("*.json")):
+        try:
+            run = json.loads(path.read_text())
+            task = Task(run["arm"], run["seed"], run["factor"])
+            wanted = run["settings"] if settings is None and not found else None
+        except (ValueError, KeyError, TypeError) as problem:
+            raise ValueError(f"{path} is no run of this benchmark: {problem!r}") from None
+        wanted = wanted or (settings.to_dict() if settings else next(iter(found.values()))["settings"])
+        if run["settings"] != wanted:
+            differ = sorted(key for key in wanted if run["settings"].get(key) != wanted[key])
+            raise ValueError(
+                f"{path} was made with other settings ({', '.join(differ)}): give another folder with --out, or move "
+                "it away"
+            )
+        found[task] = run
+    return found
+
+
+class Clock:
+    """Seconds until a deadline; whether another piece, as long as the longest so far, ends before it."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        self.longest = 0.0
+
+    @property
+    def room(self) -> bool:
+        return self.deadline is None or time.monotonic() + self.longest < self.deadline
+
+    @contextmanager
+    def piece(self, told: dict[str, float]) -> Iterator[None]:
+        """Adds a piece's wall and CPU seconds to ``told``."""
+        wall, cpu = time.monotonic(), time.process_time()
+        yield
+        self.longest = max(self.longest, time.monotonic() - wall)
+        told["seconds"] = round(told.get("seconds", 0) + time.monotonic() - wall, 1)
+        told["cpu"] = round(told.get("cpu", 0) + time.process_time() - cpu, 1)
+
+
+def work(
+    settings: Settings,
+    *,
+    arms: Sequence[str] = ARMS,
+    seeds: Sequence[int] = SEEDS,
+    out: Path,
+    checkpoints: Path,
+    minutes: float | None = None,
+    pause: float = 5.0,
+) -> list[str]:
+    """Do runs one after the other until none is left, or none that would end in time; returns what is left.
+
+    Any number of processes may work on the same folders: each run is one process's at a time.
+    """
+    torch.set_num_threads(1)  # small matrices: one thread a process, more processes
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    clock = Clock(minutes)
+    while True:
+        found = read_runs(out, settings)
+        planned, blocked = tasks(settings.factors, arms, seeds, found)
+        left = [task for task in planned if task not in found]
+        names = [*(task.name for task in left), *blocked]
+        if not names or not clock.room:
+            return names
+        moved = elsewhere = False
+        for task in left:
+            with claimed(checkpoints / f"{task.name}.lock") as mine:
+                if not mine:
+                    elsewhere = True
+                    continue
+                moved = (out / f"{task.name}.json").exists()  # by another process, a moment ago
+                moved = moved or carry_out(task, settings, out=out, folder=checkpoints / task.name, clock=clock)
+                break
+        if not moved and (not elsewhere or not clock.room):
+            return names
+        if not moved:
+            time.sleep(pause)  # another process may finish what the rest waits for
+
+
+def work_side_by_side(count: int, settings: Settings, **kwargs: Any) -> None:
+    """:func:`work` in ``count`` processes, one core each.
+
+    Raises:
+        RuntimeError: One of them failed.
+    """
+    started = [
+        multiprocessing.get_context("spawn").Process(target=work, args=(settings,), kwargs=kwargs)
+        for _ in range(count)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    if any(process.exitcode for process in started):
+        raise RuntimeError("a worker failed, see above; what was finished is kept, start again to go on")
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Whether this process may go on with the run; the system gives it back where a process dies."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = True
+        except BlockingIOError:
+            mine = False
+        yield mine
+
+
+def carry_out(task: Task, settings: Settings, *, out: Path, folder: Path, clock: Clock) -> bool:
+    """Begin a run or go on with it; ``True`` where it is done, ``False`` where the time is over."""
+    folder.mkdir(parents=True, exist_ok=True)
+    arm = all_arms(settings.model)[task.arm]
+    progress = read_progress(folder)
+    for name in RECIPE:
+        stage = settings.stage(name, task.factor)
+        told = progress.setdefault(name, {"steps": 0})
+        while told["steps"] < stage.steps:
+            if not clock.room:
+                return False
+            stop = min(told["steps"] + PIECE, stage.steps)
+            with clock.piece(told), (folder / "log.txt").open("a") as log, redirect_stdout(log):
+                model, supervision = begin(arm, name, folder, settings, seed=task.seed)
+                stages.train(model, supervision, stage, folder, seed=task.seed, stop=stop, every=100, keep=PIECE)
+            told["steps"] = stop
+            write_json(folder / "progress.json", progress)
+            print(f"{task.name}: {name} {stop} of {stage.steps} steps, {told['cpu']:.0f} CPU s", flush=True)
+    if not clock.room:
+        return False
+    model, _ = begin(arm, "joint", folder, settings, seed=task.seed)
+    model.load_state_dict(torch.load(folder / "joint.pt", weights_only=True)["model"])
+    told = progress.setdefault("evaluation", {})
+    with clock.piece(told):
+        result = judged(model.eval(), settings)
+    write_json(out / f"{task.name}.json", {**described(task, settings, model, progress, folder), **result})
+    print(f"{task.name}: done, {sum(part.get('cpu', 0) for part in progress.values()):.0f} CPU s", flush=True)
+    model.save_pretrained(folder / "model")
+    for path in folder.glob("*.pt"):
+        path.unlink()
+    return True
+
+
+def begin(
+    arm: Arm, name: str, folder: Path, settings: Settings, *, seed: int
+) -> tuple[UHDForConditionalGeneration, stages.Supervision]:
+    """The model as a stage finds it; :func:`stages.train` then loads the stage's own checkpoint, if there is one."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        supervision = stages.Supervision(arm.config.width, arm.config.latents)
+    model = arm.build(seed)
+    if not (folder / f"{name}.pt").exists():
+        if name == "joint":
+            stages.start_joint(folder, model, supervision)
+        elif name == "vision":
+            stages.fit_attention(model, steps=settings.local_steps)
+    return model, supervision
+
+
+def described(
+    task: Task, settings: Settings, model: UHDForConditionalGeneration, progress: dict[str, Any], folder: Path
+) -> dict[str, Any]:
+    """What a result says of itself besides the answers."""
+    shown = {"vision": "patch found", "text": "characters", "joint": "characters"}
+    curves = {}
+    for name, key in shown.items():
+        lines = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        curves[name] = sorted({line["step"]: line[key] for line in lines}.items())  # a killed piece wrote some twice
+    return {
+        "format": 1,
+        "arm": task.arm,
+        "seed": task.seed,
+        "factor": task.factor,
+        "settings": settings.to_dict(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "time": progress,
+        "curves": curves,
+        "versions": {
+            "uhd": uhd.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "numpy": np.__version__,
+            "pillow": PIL.__version__,
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+        },
+    }
+
+
+def judged(model: UHDForConditionalGeneration, settings: Settings) -> dict[str, Any]:
+    """Every answer about the test scenes, the score on the validation scenes, and the cost."""
+    items = evaluate(model, images=settings.test_images, seed=TEST_SEED)
+    validation = None
+    if settings.validation_images:
+        tried = evaluate(model, images=settings.validation_images, seed=VALIDATION_SEED, kinds=CHOSEN_BY)
+        shares = [np.mean([item.exact for item in tried if item.kind == kind]) for kind in CHOSEN_BY]
+        validation = round(float(np.mean(shares)), 4)
+    return {
+        "validation": validation,
+        "test": {"seed": TEST_SEED, **written(items, settings.test_images, model.visual)},
+        "cost": cost(model.visual, [scene(TEST_SEED, n).image for n in range(min(settings.test_images, 256))]),
+    }
+
+
+def written(items: Sequence[Item], images: int, encoder: VisualEncoder) -> dict[str, Any]:
+    """Items as one character an image: edit distance (0 is exact) and length of the truth in base 62, by question.
+
+    ``cut`` is of the question "right": 1 where a border between slices goes through one of its two glyphs, 0 where
+    not, u where the image is not cut.
+    """
+    buckets = [NOT_ASKED] * images
+    found = {kind: {"distance": [NOT_ASKED] * images, "length": [NOT_ASKED] * images} for kind in QUESTIONS}
+    cut = [NOT_ASKED] * images
+    for item in items:
+        buckets[item.index] = str(item.bucket)
+        found[item.kind]["distance"][item.index] = DIGITS[edit_distance(item.answer, item.truth)]
+        found[item.kind]["length"][item.index] = DIGITS[len(item.truth)]
+        if item.kind == "right":
+            drawn = scene(TEST_SEED, item.index)
+            cut[item.index] = cut_by(drawn, item.question, encoder.plan(drawn.image_hw))
+    return {
+        "buckets": "".join(buckets),
+        "items": {kind: {key: "".join(row) for key, row in rows.items()} for kind, rows in found.items()},
+        "cut": "".join(cut),
+    }
+
+
+def cut_by(drawn: Scene, question: str, plan: SlicePlan) -> str:
+    """Whether slices cut the glyph that "right K?" names, or the one after it: "1", "0", or "u" for an uncut image."""
+    slices = [tuple(map(float, view_box(plan, view.index))) for view in plan.views if view.kind == "slice"]
+    if len(slices) < 2:
+        return "u"
+    place = next(n for n, glyph in enumerate(drawn.glyphs) if glyph.text == question.split()[1][0])
+    return str(int(any(not _whole(glyph.centre_hw, slices) for glyph in drawn.glyphs[place : place + 2])))
+
+
+def _whole(centre_hw: tuple[float, float], slices: Sequence[tuple[float, ...]]) -> bool:
+    """Whether one slice shows all of the ink, or none cuts it; the image's own border cuts nothing."""
+    (y, x), (half_h, half_w) = centre_hw, (INK_HW[0] / 2, INK_HW[1] / 2)
+    edges = [min(box[0] for box in slices), min(box[1] for box in slices)]
+    ends = [max(box[2] for box in slices), max(box[3] for box in slices)]
+    top, left = max(y - half_h, edges[0]), max(x - half_w, edges[1])
+    bottom, right = min(y + half_h, ends[0]), min(x + half_w, ends[1])
+    return any(box[0] <= top and box[1] <= left and bottom <= box[2] and right <= box[3] for box in slices)
+
+
+def cost(encoder: VisualEncoder, images: Sequence[Any], *, batch_size: int = 64) -> dict[str, float]:
+    """Means over images: visual tokens, positions in the language model, views, patches, and FLOPs of the encoder.
+
+    FLOPs are counted while it runs: matrix products of ViT and compressor, two for each multiply-add.
+    """
+    counter, plans = FlopCounterMode(display=False), []
+    with torch.no_grad(), counter:
+        for start in range(0, len(images), batch_size):
+            plans += [item.plan for item in encoder(list(images[start : start + batch_size]))]
+    told = {
+        "visual_tokens": [plan.num_visual_tokens for plan in plans],
+        "tokens": [plan.num_tokens for plan in plans],
+        "views": [plan.num_views for plan in plans],
+        "patches": [plan.num_patches for plan in plans],
+    }
+    means = {name: round(float(np.mean(values)), 2) for name, values in told.items()}
+    most = {"most_visual_tokens": max(told["visual_tokens"])}
+    return {**means, **most, "encoder_flops": round(counter.get_total_flops() / len(images))}
+
+
+def read_progress(folder: Path) -> dict[str, Any]:
+    """Steps and seconds of a run that was begun."""
+    path = folder / "progress.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write whole, or leave the file that was there."""
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(value) + "\n")
+    new.replace(path)

@@ -1,0 +1,513 @@
+"""The learned comparison: arms and their supervision by hand, runs that resume, statistics that know the truth."""
+
+import json
+import pathlib
+import sys
+from types import SimpleNamespace
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from uhd import VisualEncoder
+from uhd.nano.answer import answer_many
+from uhd.nano.build import BEGIN, NanoConfig, build_nano
+from uhd.nano.task import GLYPHS, Glyph, Scene, scene
+from uhd.pixels import PixelSettings
+from uhd.resampler import MLPProjector
+from uhd.slicing.strategies.base import finish, tiled
+from uhd.slicing.strategies.fixed import StretchConfig
+
+ROOT = pathlib.Path(__file__).parent.parent
+SMALL = NanoConfig(
+    width=32, vision_depth=1, vision_heads=2, vision_mlp=32, latent_heads=2, text_depth=1, text_heads=2, text_mlp=32
+)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """The scripts as modules, and the example's ``data``."""
+    folders = [str(ROOT / "benchmarks"), str(ROOT / "examples" / "nano")]
+    sys.path[:0] = folders
+    try:
+        import data
+        import learned
+        import learned_folder
+        import learned_report
+        import learned_run
+
+        yield SimpleNamespace(data=data, main=learned, run=learned_run, report=learned_report, folder=learned_folder)
+    finally:
+        for folder in folders:
+            while folder in sys.path:
+                sys.path.remove(folder)
+        for name in ("data", "stages", "train", "learned", "learned_folder", "learned_report", "learned_run"):
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def tiny(parts):
+    return parts.run.Settings(
+        vision=2, text=2, joint=2, batch_size=2, test_images=6, validation_images=3, local_steps=1, model=SMALL
+    )
+
+
+# arms
+
+
+PLANNED = {  # (height, width): slices, tokens and separators
+    ("uhd", (20, 40)): (0, 9, 0),
+    ("uhd", (26, 157)): (4, 45, 4),
+    ("uhd", (61, 46)): (4, 45, 4),
+    ("no-separators", (26, 157)): (4, 45, 0),
+    ("stretch", (26, 157)): (0, 36, 0),
+    ("pad", (157, 26)): (0, 36, 0),
+    ("next", (20, 40)): (2, 27, 2),
+    ("next", (26, 157)): (3, 36, 3),
+    ("next", (157, 26)): (3, 36, 3),
+    ("anyres", (26, 157)): (4, 45, 4),
+    ("anyres", (31, 32)): (1, 18, 1),
+    ("overview", (26, 157)): (0, 9, 0),
+    ("overview-wide", (26, 157)): (0, 36, 0),
+    ("few-latents", (26, 157)): (4, 20, 4),
+}
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in PLANNED}))
+def test_arms_have_the_planned_views_and_tokens(parts, name):
+    model = parts.run.all_arms(SMALL)[name].build(0)
+    for (arm, image_hw), (slices, tokens, separators) in PLANNED.items():
+        if arm == name:
+            plan = model.visual.plan(image_hw)
+            assert sum(view.kind == "slice" for view in plan.views) == slices
+            assert (plan.num_visual_tokens, plan.num_separators) == (tokens, separators), image_hw
+            encoded = model.visual([Image.new("L", image_hw[::-1], 200)])[0]
+            assert len(encoded.tokens) == tokens
+            assert encoded.layout.num_tokens == tokens + separators
+
+
+def test_the_compared_arms_are_near_in_tokens_and_parameters_as_the_page_says(parts):
+    arms = {name: parts.run.all_arms()[name].build(0) for name in parts.run.ARMS}
+    sizes = [scene(parts.run.TEST_SEED, n).image_hw for n in range(256)]
+    plans = {name: [model.visual.plan(hw) for hw in sizes] for name, model in arms.items()}
+    tokens = {name: np.mean([plan.num_visual_tokens for plan in some]) for name, some in plans.items()}
+    count = {name: sum(p.numel() for p in model.parameters()) for name, model in arms.items()}
+    assert all(0.98 < tokens[name] / tokens["uhd"] < 1.15 for name in arms)
+    assert all(1 <= count[name] / count["uhd"] < 1.01 for name in arms)
+    assert arms["stretch"].visual.vision.config.position_grid_hw == (8, 8)
+    assert arms["uhd"].visual.vision.config.position_grid_hw == (4, 4)
+    page = (ROOT / "docs" / "learned.md").read_text()
+    for name, some in plans.items():
+        cells = page.split(f"\n| `{name}` |")[1].split("\n")[0].split("|")[1:4]
+        most = max(plan.num_visual_tokens for plan in some)
+        positions, patches = (np.mean([getattr(p, key) for p in some]) for key in ("num_tokens", "num_patches"))
+        wanted = [f"{tokens[name]:.1f} ({most})", f"{positions:.1f}", f"{patches:.1f}"]
+        assert [cell.strip() for cell in cells] == wanted, name
+
+
+def test_seeds_of_scenes_are_apart(parts):
+    seeds = {parts.run.TEST_SEED, parts.run.VALIDATION_SEED, 1_000_003}
+    assert len(seeds) == 3
+    assert min(seeds) > 1_000_000  # training has 10 * seed + stage
+
+
+# supervision
+
+
+def told(parts, plan, *glyphs):
+    """{(view, (latent row, column), part, kind)} and {(view, (patch row, column), kind)} of glyphs ((y, x), text)."""
+    drawn = Scene(
+        Image.new("L", plan.image_hw[::-1]),
+        (("".join(text for _, text in glyphs),),),
+        tuple(Glyph(text, centre, 0, 0) for centre, text in glyphs),
+    )
+    latents, patches = parts.data.codes(drawn, plan)
+    side = round(plan.views[0].num_tokens ** 0.5)
+    latents = latents.view(plan.num_views, side, side, *parts.data.PARTS_HW, parts.data.KINDS)
+    of_latents = {(v, (r, c), (y, x), k) for v, r, c, y, x, k in latents.nonzero().tolist()}
+    of_patches, start = set(), 0
+    for view in plan.views:
+        grid = patches[start : start + view.num_patches].view(*view.patches_hw, -1)
+        of_patches |= {(view.index, (r, c), k) for r, c, k in grid.nonzero().tolist()}
+        start += view.num_patches
+    return of_latents, of_patches
+
+
+K, SEVEN, COARSE = GLYPHS.index("K"), GLYPHS.index("7"), len(GLYPHS)
+
+
+def test_codes_of_a_stretched_view(parts):
+    plan = parts.run.all_arms(SMALL)["stretch"].build(0).visual.plan((40, 80))
+    # shares (0.25, 0.625) of the image: latent cells 1.5 and 3.75, patches 2 and 5
+    found = told(parts, plan, ((10.0, 50.0), "K"))
+    assert found == ({(0, (1, 3), (1, 2), K)}, {(0, (2, 5), K)})
+
+
+def test_codes_of_a_padded_view(parts):
+    plan = parts.run.all_arms(SMALL)["pad"].build(0).visual.plan((40, 80))
+    # 20 px above and below: shares (0.375, 0.625) of the square
+    found = told(parts, plan, ((10.0, 50.0), "K"))
+    assert found == ({(0, (2, 3), (0, 2), K)}, {(0, (3, 5), K)})
+
+
+def test_codes_of_fitted_tiles_and_a_base_view(parts):
+    plan = parts.run.all_arms(SMALL)["next"].build(0).visual.plan((24, 80))
+    assert plan.grid == (1, 3)
+    # fitted to 29 x 96 px, 1 px from the top: (15.5, 60) on the canvas, (15.5, 28) in the second tile
+    found = told(parts, plan, ((12.0, 50.0), "K"))
+    assert found[0] == {(2, (1, 2), (0, 1), K), (0, (1, 1), (1, 2), COARSE)}
+    assert found[1] == {(2, (1, 3), K), (0, (2, 2), COARSE)}
+
+
+def test_codes_where_views_overlap(parts):
+    config = StretchConfig("overlapping", 8, 32)
+
+    def overlapping(image_hw):
+        return finish(image_hw, config, (tiled((1, 2), (32, 32), 9, stride_hw=(32, 16)),))
+
+    plan = build_nano(SMALL, slicing=overlapping).visual.plan((32, 48))
+    found = told(parts, plan, ((10.0, 24.0), "K"), ((20.0, 8.0), "7"))
+    assert found[0] == {(0, (0, 2), (1, 0), K), (1, (0, 0), (1, 2), K), (0, (1, 0), (1, 2), SEVEN)}
+    assert found[1] == {(0, (1, 3), K), (1, (1, 1), K), (0, (2, 1), SEVEN)}
+    near = Scene(
+        Image.new("L", (48, 32)), (("K7",),), (Glyph("K", (10.0, 24.0), 0, 0), Glyph("7", (10.0, 32.0), 0, 0))
+    )
+    assert parts.run.cut_by(near, "right K?", plan) == "0"  # the edge of one tile lies inside the other
+
+
+@pytest.mark.parametrize(
+    "places, mark", [((20.0, 28.0), "0"), ((21.0, 29.0), "1"), ((32.0, 40.0), "1"), ((36, 44), "0")]
+)
+def test_a_border_cuts_a_glyph_where_it_goes_through_its_ink(parts, places, mark):
+    model = build_nano(SMALL)
+    plan = model.visual.plan((30, 64))
+    assert plan.grid == (1, 2)  # a border at 32 px
+    glyphs = tuple(Glyph(text, (3.0, x), 0, 0) for text, x in zip("K7", places, strict=True))  # 3: cut by the image
+    drawn = Scene(Image.new("L", (64, 30)), (("K7",),), glyphs)
+    assert parts.run.cut_by(drawn, "right K?", plan) == mark
+    assert parts.run.cut_by(drawn, "right K?", model.visual.plan((20, 40))) == "u"
+
+
+# runs
+
+
+def test_a_run_goes_on_where_it_was_left(parts, tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(parts.run, "PIECE", 1)
+    given = {"arms": ("next",), "seeds": (0,)}
+    assert parts.run.work(tiny, **given, out=tmp_path / "a", checkpoints=tmp_path / "at once") == []
+    rooms = 0
+
+    class Impatient(parts.run.Clock):
+        left = 0
+
+        @property
+        def room(self):
+            Impatient.left -= 1
+            return Impatient.left >= 0
+
+    monkeypatch.setattr(parts.run, "Clock", Impatient)
+    folders = {"out": tmp_path / "b", "checkpoints": tmp_path / "in pieces"}
+    left = ["some"]
+    while left:
+        Impatient.left = 3
+        left = parts.run.work(tiny, **given, **folders)
+        rooms += 1
+    assert rooms > 4
+    names = [task.name for task in parts.run.read_runs(tmp_path / "a", tiny)]
+    assert names == ["next-seed0-lr0.5", "next-seed0-lr1"]
+    for name in names:
+        once, pieces = (json.loads((tmp_path / f / f"{name}.json").read_text()) for f in "ab")
+        for key in ("arm", "seed", "factor", "settings", "test", "cost", "validation"):
+            assert once[key] == pieces[key]
+        weights = [load_file(tmp_path / f / name / "model" / "model.safetensors") for f in ("at once", "in pieces")]
+        for key, tensor in weights[0].items():
+            torch.testing.assert_close(tensor, weights[1][key], msg=key)
+    assert not list(tmp_path.rglob("*.pt"))
+    assert "joint 2 of 2 steps" in capsys.readouterr().out
+
+
+def test_a_run_is_one_process_at_a_time(parts, tmp_path):
+    with parts.run.claimed(tmp_path / "a.lock") as one, parts.run.claimed(tmp_path / "a.lock") as other:
+        assert (one, other) == (True, False)
+    with parts.run.claimed(tmp_path / "a.lock") as again:
+        assert again
+
+
+def test_no_time_begins_nothing_and_other_settings_are_refused(parts, tiny, tmp_path):
+    folders = {"out": tmp_path / "out", "checkpoints": tmp_path / "checkpoints"}
+    left = parts.run.work(tiny, arms=("uhd", "pad"), seeds=(0, 1), minutes=0, **folders)
+    assert left == ["uhd-seed0-lr1", "pad-seed0-lr1", "uhd-seed0-lr0.5", "pad-seed0-lr0.5", "uhd-seed1", "pad-seed1"]
+    assert not list(tmp_path.rglob("*.json"))
+    made = fake_run(parts, "uhd", 0, np.ones(6))
+    made["settings"] = {**tiny.to_dict(), "joint": 3}
+    (tmp_path / "out" / "x.json").write_text(json.dumps(made))
+    with pytest.raises(ValueError, match=r"x\.json was made with other settings \(joint\)"):
+        parts.run.work(tiny, **folders)
+    (tmp_path / "out" / "x.json").write_text("{}")
+    with pytest.raises(ValueError, match="no run of this benchmark"):
+        parts.run.work(tiny, **folders)
+
+
+def test_every_arm_takes_the_learning_rate_that_its_validation_chose(parts):
+    Task = parts.run.Task
+    found = {Task("uhd", 0, 1.0): {"validation": 0.5}, Task("pad", 0, 1.0): {"validation": 0.5}}
+    assert parts.run.chosen_factor("uhd", found, (1.0, 0.5)) is None
+    found |= {Task("uhd", 0, 0.5): {"validation": 0.6}, Task("pad", 0, 0.5): {"validation": 0.5}}
+    planned, blocked = parts.run.tasks((1.0, 0.5), ("uhd", "pad", "next"), (0, 2), found)
+    assert planned[:3] == [Task("uhd", 0, 1.0), Task("pad", 0, 1.0), Task("next", 0, 1.0)]
+    assert planned[6:] == [Task("uhd", 2, 0.5), Task("pad", 2, 1.0)]
+    assert blocked == ["next-seed2"]
+
+
+def test_steps_images_and_rates_are_equal_for_all_arms(parts):
+    long = parts.run.LONG
+    stage = long.stage("joint", 0.5)
+    assert stage.matrix_lr == long.stage("joint").matrix_lr / 2
+    assert stage.other_lr == long.stage("joint").other_lr / 2
+    assert (stage.steps, stage.batch_size) == (1200, 32)
+    assert parts.run.QUICK.model == long.model
+
+
+def test_command_line_refuses_unknown_arms(parts, tmp_path, capsys):
+    assert parts.main.main(["run", "--arms", "uhd", "zoom", "--out", str(tmp_path)]) == 1
+    assert "no arm zoom: there are uhd, stretch" in capsys.readouterr().err
+
+
+# statistics
+
+
+def fake_run(parts, arm, seed, right, *, factor=1.0, factors=(1.0, 0.5), validation=0.5):
+    """A result whose "right" is given, (images,) 0 or 1, and whose other questions are all wrong by one character."""
+    images = len(right)
+    rows = {k: {"distance": "1" * images, "length": "3" * images} for k in ("all", "line", "where", "count")}
+    rows["right"] = {"distance": "".join("10"[int(x)] for x in right), "length": "1" * images}
+    return {
+        "arm": arm,
+        "seed": seed,
+        "factor": factor,
+        "settings": {"factors": list(factors)},
+        "parameters": 1000,
+        "time": {"vision": {"cpu": 1.0}},
+        "validation": validation,
+        "cost": {
+            "visual_tokens": 36.0,
+            "tokens": 38.0,
+            "views": 4.0,
+            "patches": 60.0,
+            "most_visual_tokens": 45,
+            "encoder_flops": 2_000_000,
+        },
+        "test": {
+            "seed": 1,
+            "buckets": "".join(str(n % 4) for n in range(images)),
+            "items": rows,
+            "cut": "".join("10u"[n % 3] for n in range(images)),
+        },
+    }
+
+
+def write_runs(parts, folder, shares, *, seeds=(0, 1, 2), images=400, **kwargs):
+    """Runs whose images are of equal difficulty for all arms: an arm reads those below its share."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(5)
+    hard = rng.random(images)
+    for arm, share in shares.items():
+        for seed in seeds:
+            right = hard + rng.normal(0, 0.1, images) < share
+            run = fake_run(parts, arm, seed, right, **kwargs)
+            (folder / f"{arm}-{seed}.json").write_text(json.dumps(run))
+    return folder
+
+
+def test_the_bootstrap_knows_images_and_seeds(parts):
+    rng = np.random.default_rng(0)
+    one = (rng.random((1, 500)) < 0.3).astype(float)
+    mean, low, high = parts.report.bootstrap(one)
+    assert mean == one.mean()
+    assert (high - low) == pytest.approx(2 * 1.96 * np.sqrt(mean * (1 - mean) / 500), rel=0.1)
+    apart = np.repeat([[0.0], [0.5], [1.0]], 500, axis=1)  # seeds differ, images do not
+    mean, low, high = parts.report.bootstrap(apart)
+    assert mean == 0.5
+    assert (low, high) == pytest.approx((0.5 - 0.5 * 1.5**0.5, 0.5 + 0.5 * 1.5**0.5))
+    holes = np.where(np.arange(500) < 100, np.nan, apart)
+    assert parts.report.bootstrap(holes)[0] == 0.5
+    assert np.isnan(parts.report.bootstrap(np.full((3, 4), np.nan))).all()
+
+
+def test_pairing_by_image_sharpens_differences(parts):
+    rng = np.random.default_rng(1)
+    hard = rng.random(400)
+    base, arm = ((hard + rng.normal(0, 0.02, (3, 400)) < share).astype(float) for share in (0.6, 0.5))
+    paired = parts.report.bootstrap(arm - base)
+    shuffled = parts.report.bootstrap(arm[:, rng.permutation(400)] - base)
+    assert paired[2] - paired[1] < 0.7 * (shuffled[2] - shuffled[1])
+    assert paired[2] < 0
+
+
+def test_report_finds_a_difference_and_calls_none_none(parts, tmp_path, capsys):
+    write_runs(parts, tmp_path / "long", {"uhd": 0.6, "stretch": 0.45, "next": 0.6, "anyres": 0.72})
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{parts.report.MARKS[0]}\nold\n{parts.report.MARKS[1]}\nafter\n")
+    assert parts.main.main(["report", "--out", str(tmp_path), "--page", str(page)]) == 0
+    told = json.loads((tmp_path / "report.json").read_text())["long"]
+    verdicts = {arm: found["questions"]["right"][0]["verdict"] for arm, found in told["differences"].items()}
+    assert verdicts == {"stretch": "worse", "next": "no difference", "anyres": "better"}
+    mean, low, high = told["differences"]["stretch"]["questions"]["right"][0]["difference"]
+    assert low < mean < high < 0
+    assert mean == pytest.approx(-0.15, abs=0.05)
+    assert {part["verdict"] for part in told["differences"]["stretch"]["questions"]["all"]} == {"no difference"}
+    assert told["arms"]["uhd"]["questions"]["all"]["characters"] == pytest.approx(2 / 3, abs=1e-4)
+    assert len(told["arms"]["uhd"]["questions"]["right"]["by_seed"]) == 3
+    assert "uhd-seed0-lr0.5" in told["missing"]  # so its factor is open
+    assert told["arms"]["uhd"]["factor"] is None
+    assert set(told["cut"]["uhd"]) == {"a border cuts a glyph", "no border does", "image not cut"}
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "**Not complete.**" in text
+    assert "| anyres | right | +0." in text
+    assert "![long differences](long_differences.svg)" in text
+    assert "Not complete" in capsys.readouterr().out
+    for path in tmp_path.glob("*.svg"):
+        ElementTree.parse(path)
+    assert len(list(tmp_path.glob("long_*.svg"))) == 5
+
+
+def test_two_seeds_or_few_images_are_not_judged(parts, tmp_path):
+    write_runs(parts, tmp_path / "a" / "long", {"uhd": 0.8, "pad": 0.2}, seeds=(0, 1))
+    write_runs(parts, tmp_path / "b" / "long", {"uhd": 0.9, "pad": 0.1}, images=100)
+    found = [parts.report.report(tmp_path / name, say=str)["long"] for name in "ab"]
+    rows = [one["differences"]["pad"]["questions"]["right"] for one in found]
+    assert rows[0][0]["verdict"] == "2 seeds: not judged"
+    assert rows[1][0]["verdict"] == "worse"
+    assert rows[1][1]["verdict"] == "25 images: not judged"
+
+
+def test_the_chosen_rate_is_the_one_that_is_reported(parts, tmp_path):
+    folder = write_runs(parts, tmp_path / "long", {"uhd": 0.2}, seeds=(0,), validation=0.2)
+    run = fake_run(parts, "uhd", 0, np.ones(400), factor=0.5, validation=0.9)
+    (folder / "half.json").write_text(json.dumps(run))
+    told = parts.report.report(tmp_path, say=str)["long"]["arms"]["uhd"]
+    assert told["factor"] == 0.5
+    assert told["questions"]["right"]["by_seed"] == [1.0]
+    assert told["validation"] == {"1": 0.2, "0.5": 0.9}
+
+
+def test_quick_trends_are_held_against_the_long_run(parts, tmp_path):
+    write_runs(parts, tmp_path / "long", {"uhd": 0.6, "stretch": 0.4, "next": 0.75, "pad": 0.6})
+    quick = {"uhd": 0.6, "stretch": 0.5, "next": 0.4, "pad": 0.3}
+    write_runs(parts, tmp_path / "quick", quick, seeds=(0,), images=200, factors=(1.0,), validation=None)
+    rows = parts.report.report(tmp_path, say=str)["trends"]
+    assert {(arm, kind): agree for arm, kind, *_, agree in rows} == {
+        ("stretch", "right"): "yes",
+        ("next", "right"): "no",
+    }
+
+
+def test_report_refuses_what_does_not_belong_together(parts, tmp_path, capsys):
+    assert parts.main.main(["report", "--out", str(tmp_path)]) == 1
+    assert "no runs in" in capsys.readouterr().err
+    folder = write_runs(parts, tmp_path / "long", {"uhd": 0.5, "pad": 0.5})
+    (tmp_path / "page.md").write_text("nothing")
+    with pytest.raises(ValueError, match="needs the lines"):
+        parts.report.report(tmp_path, page=tmp_path / "page.md", say=str)
+    run = json.loads((folder / "pad-1.json").read_text())
+    run["test"]["items"]["right"]["length"] = "2" * 400
+    (folder / "pad-1.json").write_text(json.dumps(run))
+    with pytest.raises(ValueError, match="different scenes"):
+        parts.report.report(tmp_path, say=str)
+
+
+# a folder of one's own
+
+
+QUESTIONS = ("all?", "line 1?", "count?")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with a model, and one with three images and the model's own answers as the truth."""
+    root = tmp_path_factory.mktemp("folder")
+    model = build_nano(SMALL, seed=3).eval()
+    for layer in model.language_model.model.layers:  # untrained, it would say the same of every image
+        for part in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, layer.self_attn.o_proj):
+            torch.nn.init.normal_(part.weight, std=0.3, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(root / "model")
+    images = [Image.new("L", (157, 26), 240), scene(1, 2).image, scene(1, 3).image.resize((31, 60))]
+    lines = []
+    (root / "images").mkdir()
+    said = answer_many(model, images, [[question] for question in QUESTIONS])
+    for number, (image, question, [(answer, _)]) in enumerate(zip(images, QUESTIONS, said, strict=True)):
+        image.save(root / "images" / f"{number}.png")
+        lines.append({"image": f"{number}.png", "question": question, "answer": answer.strip() or "-"})
+    (root / "images" / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return root
+
+
+def test_folder_mode_judges_any_strategy_on_own_images(parts, saved, tmp_path, capsys):
+    strategies = ["own", "llava-next", "square-stretch-384"]
+    given = ["--model", str(saved / "model"), "--json", str(tmp_path / "rows.json"), "--strategies", *strategies]
+    assert parts.main.main(["folder", str(saved / "images"), *given]) == 0
+    rows = {row["strategy"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert list(rows) == strategies
+    assert rows["own"]["exact"] == rows["own"]["characters"] == 1
+    # 26 x 157 px: 4 slices and an overview, 3 tiles and a base view, one view
+    model = parts.folder.load_model(str(saved / "model"))
+    for name in strategies:
+        encoder = parts.folder.encoder_with(model, name)
+        sizes = ((26, 157), scene(1, 2).image_hw, (60, 31))
+        assert rows[name]["tokens"] == pytest.approx(np.mean([encoder.plan(hw).num_tokens for hw in sizes]), abs=0.01)
+        assert rows[name]["encoder_flops"] > 0
+        counted = {"own": 49, "llava-next": 39, "square-stretch-384": 9}
+        assert encoder.plan((26, 157)).num_tokens == counted[name]
+    assert len({row["answers"][0] for row in rows.values()}) == 3  # the model sees what each rule cut
+    out = capsys.readouterr().out
+    assert "llava-next" in out
+    assert "MFLOPs" in out
+
+
+def test_swapping_leaves_the_model_as_it_was(parts, saved):
+    model = parts.folder.load_model(str(saved / "model"))
+    own = model.visual
+    with parts.folder.swapped(model, parts.folder.encoder_with(model, "llava-next")):
+        assert model.visual is not own
+    assert model.visual is own
+    assert parts.folder.prompt_of(model, "all?") == f"{BEGIN}<image>all?"
+    with pytest.raises(ValueError, match="a prompt holds"):
+        parts.folder.prompt_of(model, "all?", "{question}")
+
+
+def test_folder_mode_says_what_is_wrong(parts, saved, tmp_path, capsys):
+    def failing(*arguments):
+        assert parts.main.main(["folder", *map(str, arguments)]) == 1
+        return capsys.readouterr().err
+
+    assert "there is no" in failing(tmp_path)
+    file = tmp_path / "questions.jsonl"
+    file.write_text('\n{"image": "a.png", "question": "all?"}\n')
+    assert "line 2: KeyError('answer')" in failing(tmp_path)
+    file.write_text('{"image": "a.png", "question": "all?", "answer": 3}\n')
+    assert "line 1: image, question and answer are strings" in failing(tmp_path)
+    file.write_text('{"image": "a.png", "question": "all?", "answer": "3"}\n')
+    assert "line 1: there is no image" in failing(tmp_path)
+    file.write_text("\n")
+    assert "has no questions" in failing(tmp_path)
+    assert "is no folder with a saved model" in failing(saved / "images", "--model", tmp_path)
+    model = ("--model", saved / "model")
+    assert "no strategy named 'llava-nxt'" in failing(saved / "images", *model, "--strategies", "own", "llava-nxt")
+    Image.new("L", (4000, 1)).save(tmp_path / "a.png")
+    file.write_text('{"image": "a.png", "question": "all?", "answer": "3"}\n')
+    assert "'qwen2-vl' cannot cut a.png" in failing(tmp_path, *model, "--strategies", "qwen2-vl")
+
+
+def test_a_strategy_that_needs_newlines_the_model_never_learned_is_refused(parts):
+    vision = build_nano(SMALL).visual.vision
+    pixels = PixelSettings(mean=(0.5,) * 3, std=(0.5,) * 3)
+    slicing = SMALL.slicing.replace(tokens_per_view=None)
+    encoder = VisualEncoder(vision, MLPProjector(32, 32), slicing=slicing, pixels=pixels)
+    with pytest.raises(ValueError, match="cannot take 'llava-next': it needs newlines"):
+        parts.folder.encoder_with(SimpleNamespace(visual=encoder), "llava-next")

@@ -1,0 +1,36 @@
+"""``python -m uhd.nano``: read fresh images with the shipped model, or with one in a folder, and print how well."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from uhd.hf import UHDForConditionalGeneration
+from uhd.nano.answer import load_nano
+from uhd.nano.evaluate import EVALUATION_SEED, evaluate, summary, table
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="python -m uhd.nano", description=__doc__)
+    parser.add_argument("--images", type=int, default=2000, metavar="N")
+    parser.add_argument("--seed", type=int, default=EVALUATION_SEED, help=f"default {EVALUATION_SEED}")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="default: the shipped model")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write summary and every item")
+    args = parser.parse_args(argv)
+    if args.images < 1:
+        parser.error(f"--images must be at least 1, got {args.images}")
+    model = load_nano() if args.model is None else UHDForConditionalGeneration.from_pretrained(args.model).eval()
+    start = time.perf_counter()
+    items = evaluate(model, images=args.images, seed=args.seed)
+    found = summary(items)
+    print(table(found))
+    print(f"{args.images} images of seed {args.seed}, {len(items)} answers in {time.perf_counter() - start:.0f} s")
+    if args.json:
+        args.json.write_text(json.dumps({"summary": found, "items": [item.to_dict() for item in items]}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Ask the nano model, and say where an image or a question is far from what it knows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import resources
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from uhd.hf import UHDForConditionalGeneration
+from uhd.nano.build import BEGIN, IMAGE
+from uhd.nano.task import GLYPHS, QUESTIONS, TaskSettings
+from uhd.pixels import load_image
+
+MAX_ANSWER = 48
+"""Characters of the longest answer: 8 words of 3 glyphs and what separates them, and some room."""
+
+LEAST_CONFIDENCE = 0.6
+"""Below this an answer is marked; on scenes of the task 2 % of the answers are."""
+
+EXAMPLES = {"all": "all?", "line": "line 2?", "right": "right K?", "where": "where K?", "count": "count?"}
+_FORMS = {
+    "all": r"all\?",
+    "line": r"line [1-9]\?",
+    "right": rf"right [{GLYPHS}]\?",
+    "where": rf"where [{GLYPHS}]\?",
+    "count": r"count\?",
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model says.
+
+    Attributes:
+        text: Its answer, greedy.
+        confidence: Geometric mean of the probabilities of its characters.
+        doubts: Why the answer should not be trusted: image or question unlike those it learned from, or a low
+            confidence. Empty where there is no reason.
+    """
+
+    text: str
+    confidence: float
+    doubts: tuple[str, ...]
+
+
+def load_nano(**kwargs: Any) -> UHDForConditionalGeneration:
+    """The small model that this package brings: it reads up to 8 short words on small grey images, on one CPU core.
+
+    Its card, with what it can and cannot do, is ``uhd/assets/nano/README.md``.
+
+    Args:
+        kwargs: As for ``from_pretrained``; the weights are stored in float16 and loaded in float32 unless ``dtype``
+            says otherwise.
+
+    Returns:
+        The model in eval mode; :attr:`~uhd.UHDForConditionalGeneration.processor` is its processor. See :func:`ask`.
+    """
+    kwargs.setdefault("dtype", torch.float32)
+    with resources.as_file(resources.files("uhd") / "assets" / "nano") as folder:
+        model = UHDForConditionalGeneration.from_pretrained(folder, **kwargs)
+        model.processor  # noqa: B018  read while the folder is there
+    return model.eval()
+
+
+def ask(model: UHDForConditionalGeneration, image: Any, questions: Sequence[str]) -> list[Answer]:
+    """Questions about one image, which is encoded once.
+
+    Args:
+        model: From :func:`load_nano`.
+        image: What :func:`uhd.pixels.load_image` takes: PIL, path, bytes, array, tensor.
+        questions: See :func:`uhd.nano.task.questions` for those it knows.
+
+    Raises:
+        ValueError: A question is empty.
+        TypeError: ``questions`` is one string.
+    """
+    if isinstance(questions, str):
+        raise TypeError(f"questions is a list of strings, got the string {questions!r}")
+    if not all(question.strip() for question in questions):
+        raise ValueError(f"a question is empty; ask for instance {', '.join(EXAMPLES.values())}")
+    loaded = load_image(image, settings=model.visual.pixels)
+    doubts = image_doubts(loaded)
+    found = answer_many(model, [loaded], [questions])[0]
+    return [
+        Answer(text, confidence, (*doubts, *question_doubts(question), *_low(confidence)))
+        for question, (text, confidence) in zip(questions, found, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def answer_many(
+    model: UHDForConditionalGeneration,
+    images: Sequence[Any],
+    questions: Sequence[Sequence[str]],
+    *,
+    batch_size: int = 64,
+) -> list[list[tuple[str, float]]]:
+    """(answer, confidence) of every question of every image, by free greedy generation; images are encoded once."""
+    encoded = [item for part in _parts(images, batch_size) for item in model.visual(part)]
+    flat = [(item, question) for item, asked in zip(encoded, questions, strict=True) for question in asked]
+    order = sorted(range(len(flat)), key=lambda n: (flat[n][1], flat[n][0].layout.num_tokens))
+    answers: list[Any] = [None] * len(flat)
+    for part in _parts(order, batch_size):
+        for place, answer in zip(part, _generate(model, [flat[n] for n in part]), strict=True):
+            answers[place] = answer
+    found = iter(answers)
+    return [[next(found) for _ in asked] for asked in questions]
+
+
+def _generate(model: UHDForConditionalGeneration, pairs: Sequence[tuple[Any, str]]) -> list[tuple[str, float]]:
+    processor = model.processor
+    inputs = processor(
+        text=[f"{BEGIN}{IMAGE}{question}" for _, question in pairs], images=[[item] for item, _ in pairs]
+    )
+    out = model.generate(
+        **inputs.to(model.device),
+        do_sample=False,
+        max_new_tokens=MAX_ANSWER,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    new = out.sequences[:, inputs["input_ids"].shape[1] :]
+    logits = torch.stack(out.logits, dim=1).float().log_softmax(-1)  # (B, T, vocabulary)
+    chosen = logits.gather(-1, new[..., None])[..., 0]
+    ended = (new == processor.tokenizer.eos_token_id).long()
+    said = ended.cumsum(1) == ended  # up to the first end, which counts
+    confidence = ((chosen * said).sum(1) / said.sum(1)).exp()
+    texts = processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+    return list(zip(texts, confidence.tolist(), strict=True))
+
+
+def image_doubts(image: Image.Image) -> tuple[str, ...]:
+    """How an image differs from those the model learned from: size, aspect, colour, ground, amount of ink.
+
+    Cheap and on purpose coarse: a strip, a photo, an empty page, a screenshot. Looks at no more than 256 x 256 px of
+    a large image.
+    """
+    known = TaskSettings()
+    width, height = image.size
+    aspect = max(width, height) / min(width, height)
+    doubts = []
+    low, high = 0.9 * known.area[0] * 0.8, 1.25 * known.area[1]
+    if not low <= width * height <= high:
+        doubts.append(
+            f"{width}x{height} px are {width * height} in all, it learned from {known.area[0]} to {known.area[1]}"
+        )
+    if aspect > known.max_aspect * 1.2:
+        doubts.append(f"an aspect ratio of {aspect:.1f}, it learned up to {known.max_aspect:.0f}")
+    if max(width, height) > 256:
+        image = image.resize((min(width, 256), min(height, 256)), Image.Resampling.BOX)
+    pixels = np.asarray(image.convert("RGB"), np.int16)
+    if np.ptp(pixels, axis=2).mean() > 8:
+        doubts.append("colours, it learned from grey")
+    grey = pixels.mean(2)
+    ground = float(np.median(grey))
+    if ground < 170:
+        doubts.append(f"a ground of {ground:.0f} of 255, it learned from dark text on 190 to 255")
+    if (np.abs(grey - ground) < 16).mean() < 0.5:
+        doubts.append("an uneven ground, it learned from plain ones")
+    ink = float((grey < ground - 70).mean())
+    if not 0.003 <= ink <= 0.4:
+        doubts.append(f"{ink:.1%} of dark px: no text that it could read")
+    return tuple(doubts)
+
+
+def question_doubts(question: str) -> tuple[str, ...]:
+    """Whether the model knows this form of question."""
+    if any(re.fullmatch(_FORMS[kind], question) for kind in QUESTIONS):
+        return ()
+    forms = ", ".join(EXAMPLES[kind] for kind in QUESTIONS)
+    return (f"the question {question!r} has none of the forms it learned ({forms}; glyphs {GLYPHS})",)
+
+
+def _low(confidence: float) -> tuple[str, ...]:
+    return () if confidence >= LEAST_CONFIDENCE else (f"unsure: {confidence:.0%} a character",)
+
+
+def _parts(items: Sequence[Any], size: int) -> Iterator[Any]:
+    return map(partial(_slice, items, size), range(0, len(items), size))
+
+
+def _slice(items: Sequence[Any], size: int, start: int) -> Any:
+    return items[start : start + size]

@@ -1,0 +1,172 @@
+"""The nano model's parts: a small packed ViT, the shared resampler, a small Llama, a character tokenizer."""
+
+from __future__ import annotations
+
+import string
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from uhd.encoder import AnySlicing, VisualEncoder
+from uhd.hf import UHDForConditionalGeneration
+from uhd.pixels import PixelSettings
+from uhd.resampler import PerceiverConfig, PerceiverResampler
+from uhd.schema import SpatialSchema
+from uhd.slicing import SeparatorCount, SlicingConfig
+from uhd.vision import ViT, ViTConfig
+
+PAD, BEGIN, END, IMAGE = "<pad>", "<begin>", "<end>", "<image>"
+CHAT_TEMPLATE = (
+    f"{BEGIN}{{% for message in messages %}}{{% if message.content is string %}}{{{{ message.content }}}}{{% else %}}"
+    f"{{% for part in message.content %}}{{% if part.type == 'image' %}}{IMAGE}"
+    "{% elif part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{% endif %}"
+    f"{{% if message.role == 'assistant' %}}{END}{{% endif %}}{{% endfor %}}"
+)
+"""The image, then the question; the model has seen one question at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NanoConfig:
+    """Sizes of a nano model. The defaults are those of the shipped one: 1.9 M parameters.
+
+    Attributes:
+        side: Side of the square a view's pixel budget is, px.
+        patch_size: px.
+        max_slices: Cap on slices.
+        latents: Tokens per view, a square.
+        width: Of the ViT, the resampler and the language model.
+        vision_depth, text_depth: Blocks.
+        vision_heads, text_heads, latent_heads: Attention heads.
+        vision_mlp, text_mlp: Hidden widths.
+    """
+
+    side: int = 32
+    patch_size: int = 8
+    max_slices: int = 4
+    latents: int = 9
+    width: int = 128
+    vision_depth: int = 3
+    vision_heads: int = 4
+    vision_mlp: int = 384
+    latent_heads: int = 4
+    text_depth: int = 4
+    text_heads: int = 4
+    text_mlp: int = 384
+
+    @property
+    def slicing(self) -> SlicingConfig:
+        """LLaVA-UHD's rule for this size, with sides rounded to the nearest patch: 4 patches are too few to floor."""
+        return SlicingConfig(
+            name="nano",
+            image_size=self.side,
+            patch_size=self.patch_size,
+            max_slices=self.max_slices,
+            rounding="round",
+            clamp=True,
+            tokens_per_view=self.latents,
+            separators=SeparatorCount(per_slice=1),
+        )
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character: printable ASCII, space and line break, and four special tokens."""
+    characters = [*string.digits, *string.ascii_letters, *string.punctuation, " ", "\n"]
+    vocabulary = {token: number for number, token in enumerate([PAD, BEGIN, END, IMAGE, *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BEGIN,
+        eos_token=END,
+        extra_special_tokens=[IMAGE],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_nano(
+    config: NanoConfig | None = None,
+    *,
+    slicing: AnySlicing | None = None,
+    schema: SpatialSchema | str = "llava-uhd",
+    seed: int = 0,
+) -> UHDForConditionalGeneration:
+    """An untrained nano model from the public parts; the caller's random state is left as it was.
+
+    Args:
+        config: Its sizes.
+        slicing: How images are cut, in place of the config's own; see :class:`uhd.VisualEncoder`.
+        schema: Where "," and "\\n" go.
+        seed: Of the weights.
+    """
+    config = config or NanoConfig()
+    tokenizer = character_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = VisualEncoder(
+            _vision(config),
+            PerceiverResampler(
+                PerceiverConfig(
+                    width=config.width,
+                    vision_width=config.width,
+                    num_heads=config.latent_heads,
+                    num_latents=config.latents,
+                )
+            ),
+            slicing=config.slicing if slicing is None else slicing,
+            schema=schema,
+            pixels=PixelSettings(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+            check_image_size=False,
+        )
+        lm = _language_model(config, len(tokenizer), tokenizer)
+        return UHDForConditionalGeneration.from_vision_and_lm(
+            encoder,
+            lm,
+            tokenizer,
+            mode="embeds",
+            match_scale=False,
+            image_token=IMAGE,
+            chat_template=CHAT_TEMPLATE,
+        )
+
+
+def _vision(config: NanoConfig) -> ViT:
+    side = config.side // config.patch_size
+    return ViT(
+        ViTConfig(
+            patch_size=config.patch_size,
+            image_size=config.side,
+            width=config.width,
+            depth=config.vision_depth,
+            heads=config.vision_heads,
+            mlp_width=config.vision_mlp,
+            position_grid_hw=(side, side),
+            stem_border=config.patch_size // 2,
+            stem_grey=True,
+        )
+    )
+
+
+def _language_model(config: NanoConfig, vocabulary: int, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    lm = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=config.width,
+            intermediate_size=config.text_mlp,
+            num_hidden_layers=config.text_depth,
+            num_attention_heads=config.text_heads,
+            num_key_value_heads=config.text_heads,
+            max_position_embeddings=512,
+            tie_word_embeddings=False,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    # visual tokens leave a LayerNorm with an RMS near 1; characters begin at the same scale
+    nn.init.normal_(lm.get_input_embeddings().weight, std=1.0)
+    return lm
