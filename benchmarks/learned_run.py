@@ -145,6 +145,7 @@ class Settings:
             batch_size=self.batch_size,
             matrix_lr=kept.matrix_lr * factor,
             other_lr=kept.other_lr * factor,
+            every=name != "vision",
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -66,6 +66,7 @@ class NanoData(IterableDataset):
         start, stop: Steps.
         settings: Of the scenes of a step.
         ask: Whether to make questions; the vision stage needs none.
+        every: Whether to ask every kind of question, or four; see :func:`choose_questions`.
     """
 
     def __init__(
@@ -78,11 +79,12 @@ class NanoData(IterableDataset):
         stop: int,
         settings: Callable[[int], TaskSettings],
         ask: bool = True,
+        every: bool = False,
     ) -> None:
         self.slicing, self.pixels = model.visual.slicing, model.visual.pixels
         self.ids = model.processor.tokenizer.get_vocab()
         self.seed, self.batch_size, self.start, self.stop = seed, batch_size, start, stop
-        self.settings, self.ask = settings, ask
+        self.settings, self.ask, self.every = settings, ask, every
 
     def __iter__(self) -> Iterator[NanoBatch]:
         info = get_worker_info()
@@ -105,7 +107,8 @@ class NanoData(IterableDataset):
     def _sample(self, index: int, settings: TaskSettings) -> _Sample:
         drawn = scene(self.seed, index, settings)
         cut = plan(drawn.image_hw, self.slicing)
-        asked = choose_questions(drawn, np.random.default_rng((self.seed, index, 1))) if self.ask else []
+        rng = np.random.default_rng((self.seed, index, 1))
+        asked = choose_questions(drawn, rng, every=self.every) if self.ask else []
         return _Sample.write(drawn, cut, asked, self.ids)
 
     def _collate(self, samples: list[_Sample]) -> NanoBatch:
@@ -135,10 +138,11 @@ def _one_thread(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def choose_questions(drawn: Scene, rng: np.random.Generator) -> list[Question]:
-    """Everything, a line, a neighbour, and one more of the cheap kinds; as far as the scene has them."""
+def choose_questions(drawn: Scene, rng: np.random.Generator, *, every: bool) -> list[Question]:
+    """Everything, a line, a neighbour, and one more of the short kinds or ``every`` kind; as far as there are any."""
     found, chosen = questions(drawn), []
-    for kind in ("all", "line", "right", ("where", "count", "right")[int(rng.integers(3))]):
+    rest = ("where", "count") if every else (("where", "count", "right")[int(rng.integers(3))],)
+    for kind in ("all", "line", "right", *rest):
         left = [question for question in found[kind] if question not in chosen]
         if left:
             chosen.append(left[int(rng.integers(len(left)))])

@@ -5,7 +5,8 @@
    sum of fixed random codes of what it should tell.
 2. *text*: the language model answers questions from those sums, with noise in place of images, and so learns the order
    of reading. It needs no images, so stages 1 and 2 can run side by side.
-3. *joint*: images in, answers out; everything trains. The heads stay with a small weight.
+3. *joint*: images in, answers out; everything trains. The heads stay with a small weight. *polish* is more of it at
+   smaller rates, with every kind of question about every image.
 
 Stages 1 and 3 are told where the glyphs are. Without that, and without the stages, models of this size did not begin
 to read within the time that this recipe takes (the card of the model says what was tried).
@@ -29,6 +30,7 @@ from uhd import EncodedImage, UHDForConditionalGeneration
 from uhd.nano.task import TaskSettings
 from uhd.schema.fitted import layout_of
 
+STAGES = ("vision", "text", "joint", "polish")
 LOCAL_WIDTH = 0.6  # of the attention that latents start with, in cells
 
 
@@ -37,12 +39,13 @@ class Stage:
     """How one stage trains.
 
     Attributes:
-        name: "vision", "text" or "joint".
+        name: "vision", "text", "joint" or "polish".
         steps, batch_size: Steps, and images in each.
         matrix_lr, other_lr: Peak learning rates of Muon, for the matrices inside blocks, and of AdamW, for the rest.
         latent_weight, patch_weight: Of the heads' losses.
         match_weight: Of the distance between latents and codes.
         noise: Text stage: largest standard deviation of the noise on a view's codes, which have an RMS of 1.
+        every: Ask every kind of question about every image; see ``choose_questions``.
         warmup: Steps of linear warm-up; then a cosine to 0.
     """
 
@@ -55,20 +58,19 @@ class Stage:
     patch_weight: float = 1.0
     match_weight: float = 1.0
     noise: float = 0.7
+    every: bool = False
     warmup: int = 50
 
     @property
     def modules(self) -> tuple[str, ...]:
         """Which part of the model trains, by the beginning of its parameters' names."""
-        return {"vision": ("visual.",), "text": ("language_model.",), "joint": ("visual.", "language_model.")}[
-            self.name
-        ]
+        return {"vision": ("visual.",), "text": ("language_model.",)}.get(self.name, ("visual.", "language_model."))
 
     def settings(self, step: int) -> TaskSettings:
         """Of the scenes: full ones for vision, small ones first for text."""
         if self.name == "vision":
             return DENSE
-        grown = 1.0 if self.name == "joint" else min(step / (0.4 * self.steps), 1.0)
+        grown = min(step / (0.4 * self.steps), 1.0) if self.name == "text" else 1.0
         least, most = TASK.area
         return replace(TASK, area=(least, round(1400 + grown * (most - 1400))), max_words=round(3 + grown * 5))
 
@@ -253,7 +255,7 @@ def train(
     named += list(supervision.named_parameters()) if stage.name != "text" else []
     optimizers = make_optimizers(named, stage)
     start, stop = resume(folder / f"{stage.name}.pt", model, supervision, optimizers), stop or stage.steps
-    number = ("vision", "text", "joint").index(stage.name)
+    number = STAGES.index(stage.name)
     data = NanoData(
         model,
         seed=10 * seed + number,
@@ -262,6 +264,7 @@ def train(
         stop=stop,
         settings=stage.settings,
         ask=stage.name != "vision",
+        every=stage.every,
     )
     model.train()
     batches, logs, clock = iter(loader(data, workers=workers)), [], _Clock()
@@ -348,3 +351,14 @@ def start_joint(folder: Path, model: nn.Module, supervision: nn.Module) -> None:
     parts |= {name: tensor for name, tensor in text["model"].items() if not name.startswith("visual.")}
     model.load_state_dict(parts)
     supervision.load_state_dict(vision["supervision"])
+
+
+def start_from(path: Path, model: nn.Module, supervision: nn.Module) -> None:
+    """Everything from the end of another stage.
+
+    Raises:
+        FileNotFoundError: It has not run.
+    """
+    state = torch.load(path, weights_only=True)
+    model.load_state_dict(state["model"])
+    supervision.load_state_dict(state["supervision"])

@@ -2,7 +2,7 @@
 
     python examples/nano/train.py runs/nano                # all stages, one after the other
     python examples/nano/train.py runs/nano vision & python examples/nano/train.py runs/nano text & wait
-    python examples/nano/train.py runs/nano joint          # two cores: the first two stages side by side
+    python examples/nano/train.py runs/nano joint polish   # two cores: the first two stages side by side
 
 A stage that was interrupted goes on from its newest checkpoint; one that is done is not run again. At the end the
 folder holds the model in the transformers format (``model``), how well it reads fresh images (``evaluation.json``),
@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from stages import Stage, Supervision, fit_attention, start_joint, train
+from stages import Stage, Supervision, fit_attention, start_from, start_joint, train
 
 from uhd import UHDForConditionalGeneration
 from uhd.charts import curves, log_axis, percent_axis
@@ -36,6 +36,16 @@ RECIPE = {
         patch_weight=0.1,
         match_weight=0.0,
     ),
+    "polish": Stage(
+        name="polish",
+        steps=1400,
+        matrix_lr=0.003,
+        other_lr=0.001,
+        latent_weight=0.1,
+        patch_weight=0.1,
+        match_weight=0.0,
+        every=True,
+    ),
 }
 
 
@@ -43,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("stages", nargs="*", help="of vision, text, joint; default: all")
+    parser.add_argument("stages", nargs="*", help=f"of {', '.join(RECIPE)}; default: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=0, help="processes that make data; 0: this one")
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of steps, for a quick look")
@@ -57,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         stage = replace(RECIPE[name], steps=max(round(RECIPE[name].steps * args.scale), 1))
         model, supervision = begin(args.folder, name, seed=args.seed)
         train(model, supervision, stage, args.folder, seed=args.seed, workers=args.workers)
-    if not args.stages or "joint" in args.stages:
+    if not args.stages or "polish" in args.stages:
         finish(model, args.folder, images=args.images)
 
 
@@ -70,6 +80,8 @@ def begin(folder: Path, name: str, *, seed: int) -> tuple[UHDForConditionalGener
     model = build_nano(config, seed=seed)
     if name == "joint":
         start_joint(folder, model, supervision)
+    elif name == "polish":
+        start_from(folder / "joint.pt", model, supervision)
     elif name == "vision":
         print(f"attention starts {fit_attention(model):.3f} nats from local")
     return model, supervision
@@ -87,7 +99,7 @@ def finish(model: UHDForConditionalGeneration, folder: Path, *, images: int) -> 
 
 def draw_curves(folder: Path) -> None:
     """What each stage's log says, over its steps."""
-    shown = {"vision": "patch found", "text": "characters", "joint": "characters"}
+    shown = {"vision": "patch found", "text": "characters", "joint": "characters", "polish": "characters"}
     series = {}
     for name, key in shown.items():
         path = folder / f"{name}.jsonl"

@@ -4,6 +4,7 @@ import json
 import pathlib
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -53,7 +54,7 @@ def test_codes_name_the_glyph_under_each_latent_and_patch(parts, model):
         view = int(x)
         cell_y, cell_x = y * 3, (x - view) * 3
         part = int(cell_y % 1 * 2), int(cell_x % 1 * 3)
-        assert latents[view, int(cell_y), int(cell_x), *part, GLYPHS.index(glyph.text)]
+        assert latents[(view, int(cell_y), int(cell_x), *part, GLYPHS.index(glyph.text))]
     assert latents[:2].sum() == len({(g.centre_hw, g.text) for g in drawn.glyphs})
     assert not latents[:2, ..., -1].any()  # slices are read, the overview only shows that something is there
     assert not latents[2, ..., :-1].any()
@@ -61,7 +62,7 @@ def test_codes_name_the_glyph_under_each_latent_and_patch(parts, model):
 
 
 def test_a_question_among_others_is_answered_as_if_alone(parts, model):
-    data, stages = parts
+    data, _ = parts
     batch = next(iter(make_data(data, model, batch_size=2)))
     hidden = torch.zeros(batch.seen.shape).masked_fill(~batch.seen, torch.finfo(torch.float32).min)
     encoded = model.visual(batch.images)
@@ -84,6 +85,18 @@ def test_a_question_among_others_is_answered_as_if_alone(parts, model):
             torch.testing.assert_close(together[row, begin:end], logits, atol=2e-5, rtol=1e-4)
             checked += 1
     assert checked >= 4
+
+
+def test_every_kind_is_asked_where_that_is_wanted(parts):
+    data, _ = parts
+    drawn = [scene(6, index) for index in range(40)]
+    rng = np.random.default_rng(0)
+    few = [[question.kind for question in data.choose_questions(item, rng, every=False)] for item in drawn]
+    some = [[question.kind for question in data.choose_questions(item, rng, every=True)] for item in drawn]
+    assert {len(kinds) for kinds in few} <= {2, 3, 4}
+    assert {kind for kinds in few for kind in kinds} == {"all", "line", "right", "where", "count"}
+    for item, kinds in zip(drawn, some, strict=True):
+        assert kinds == [kind for kind, found in questions(item).items() if found]
 
 
 def test_labels_are_the_answers(parts, model):
@@ -111,7 +124,7 @@ def test_data_is_the_same_from_any_number_of_processes_and_any_start(parts, mode
         assert torch.equal(one.latent_codes, other.latent_codes)
 
 
-@pytest.mark.parametrize("name", ["vision", "text", "joint"])
+@pytest.mark.parametrize("name", ["vision", "text", "joint", "polish"])
 def test_a_stage_that_was_interrupted_goes_on_as_if_it_was_not(parts, name, tmp_path):
     _, stages = parts
     stage = stages.Stage(name=name, steps=4, batch_size=2, matrix_lr=0.01, other_lr=0.003, warmup=2)
