@@ -126,9 +126,10 @@ def _image_panel(image: Image.Image, plan: SlicePlan, names: Sequence[str]) -> I
         if room < 24:
             continue
         text = name if view.kind == "slice" else "overview only"
-        size_px = int(min(24, room / 3))
-        _label(pen, (corner[0] + 8, corner[1] + 8), text, color, max(size_px, 9))
-        if view.kind == "slice" and right - left > 110 and bottom - top > 70:
+        enlarged = scale > 4  # a large label would hide what such an image shows
+        size_px, away = int(min(13 if enlarged else 24, room / 3)), 5 if enlarged else 8
+        _label(pen, (corner[0] + away, corner[1] + away), text, color, max(size_px, 9))
+        if view.kind == "slice" and right - left > 110 and bottom - top > 70 and not enlarged:
             _label(pen, (corner[0] + 8, corner[1] + 42), f"{_wide(view.size_hw)} px", color, 14)
     return canvas
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -54,14 +54,16 @@ class GridTables:
     """Tables that depend on a grid and perhaps on a tensor, such as resized position embeddings.
 
     A table is used again while its source has the same storage and version, so that no write through autograd's
-    bookkeeping, no reassignment and no other device or dtype can leave a stale one. Only writing through
-    ``tensor.data`` leaves no trace: call :meth:`clear` after it. Safe in threads; copies and pickles are empty; the
-    least recently used go when there are more than ``kept_grids``, or more than ``kept_bytes``.
+    bookkeeping, no reassignment and no other device or dtype can leave a stale one. Fused optimizers and writes
+    through ``tensor.data`` leave no trace there: call :meth:`refresh` before looking up tables of a source that may
+    train. Safe in threads; copies and pickles are empty; the least recently used go when there are more than
+    ``kept_grids``, or more than ``kept_bytes``.
     """
 
     def __init__(self, kept_grids: int = KEPT_GRIDS, kept_bytes: int = KEPT_BYTES) -> None:
         self.kept_grids, self.kept_bytes = kept_grids, kept_bytes
         self._entries: OrderedDict[tuple, _Entry] = OrderedDict()
+        self._contents: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -72,6 +74,15 @@ class GridTables:
     def clear(self) -> None:
         """Forget every table."""
         self._entries.clear()
+
+    def refresh(self, source: Tensor) -> None:
+        """Forget every table unless ``source``, of which all are made, holds the same numbers as at the last call."""
+        if _stamp(source) is None:
+            return  # nothing is kept
+        contents = contents_of([source])
+        if self._contents is None or not torch.equal(contents, self._contents.to(contents.device)):
+            self._entries.clear()
+            self._contents = contents
 
     def get(self, key: tuple, source: Tensor | None, make: Callable[[], Tensor]) -> Tensor:
         """The table of ``key`` (a grid, and whatever else ``make`` depends on), made anew where none is valid."""
@@ -114,3 +125,27 @@ def _stamp(source: Tensor | None) -> tuple | None:
         return source.data_ptr(), source.device, source.dtype, source.shape, source.stride()
     except RuntimeError:  # inside a functorch transform
         return None
+
+
+def contents_of(sources: Iterable[Tensor]) -> Tensor:
+    """A number of all bits of each tensor, and one entry of every row and column: equal for equal contents.
+
+    Fused optimizers and writes through ``tensor.data`` leave no trace in a tensor's version; this sees them.
+    """
+    parts: list[Tensor] = []
+    for source in sources:
+        bits = _bits(source.detach())
+        parts.append(bits.sum(dtype=torch.int64)[None])
+        if source.dim() == 2:
+            along = torch.arange(max(source.shape), device=source.device)
+            picked = source.detach()[along % source.shape[0], along % source.shape[1]]
+            parts.append(_bits(picked).to(torch.int64))
+    return torch.cat(parts)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The numbers as integers, in words as long as they fill: sums of long words are the fast ones."""
+    flat = tensor.contiguous().flatten()
+    size, start, own = flat.nbytes, flat.storage_offset() * flat.itemsize, flat.itemsize
+    words = (torch.int64, torch.int32, torch.int16)
+    return flat.view(next(w for w in words if own <= w.itemsize and not (size % w.itemsize or start % w.itemsize)))

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uhd.packed import GridTables, check_grids
+from uhd.packed import GridTables, as_grid, check_grids
+from uhd.resampler import absorbed
 from uhd.resampler.attention import LatentAttention
 from uhd.resampler.loading import Settings, check_sizes, load_exactly, shape_of
 from uhd.resampler.protocol import check_features
@@ -127,7 +128,9 @@ class PerceiverResampler(nn.Module):
     Attributes:
         config: the `PerceiverConfig` it was made from.
         in_dim, out_dim, tokens_per_view: D_v, D and Q.
-        attention_impl: kernel used, see `uhd_kernels.varlen_cross_attention`; "auto" unless set.
+        attention_impl: kernel used, see `uhd_kernels.varlen_cross_attention`; "auto" unless set. Another one keeps
+            inference to the paths that have a kernel, "plain" and "cached".
+        inference: which products are taken where nothing is trained, with equal results; see the property.
     """
 
     def __init__(self, config: PerceiverConfig) -> None:
@@ -135,6 +138,8 @@ class PerceiverResampler(nn.Module):
         self.config = config
         self.in_dim, self.out_dim, self.tokens_per_view = config.vision_width, config.width, config.num_latents
         self.attention_impl = "auto"
+        self._inference = "auto"
+        self._folded = absorbed.Folded()
         width, side = config.width, math.isqrt(config.num_latents)
         self.query = nn.Parameter(torch.empty(config.num_latents, width))
         # A buffer, so that unfreezing a whole model does not train a table that is meant to stay fixed.
@@ -197,6 +202,50 @@ class PerceiverResampler(nn.Module):
         """Tokens of every view: Q, whatever the grid."""
         return [self.tokens_per_view] * len(grids)
 
+    @property
+    def inference(self) -> str:
+        """How tokens are computed in eval mode where no gradients are wanted; `uhd.resampler.absorbed` has the maths.
+
+        "auto" (as made) takes the one with the fewest FLOPs for the views of a call. "plain", "cached", "absorbed" and
+        "narrow" ask for one. Training is always plain; so are compilation, autocast, more layers than one, an FFN, and
+        weights or layers that are not what they were made as; `inference_path` tells.
+
+        Raises (on setting):
+            ValueError: an unknown name, or one that this layer cannot take (depth above 1, an FFN).
+        """
+        return self._inference
+
+    @inference.setter
+    def inference(self, choice: str) -> None:
+        if choice not in absorbed.CHOICES:
+            raise ValueError(f"inference={choice!r} is unknown; choose one of {list(absorbed.CHOICES)}")
+        if choice not in ("auto", "plain") and (self.config.depth > 1 or self.config.ffn_ratio):
+            raise ValueError(
+                f"inference={choice!r} needs depth=1 and no FFN; this one has depth={self.config.depth} and "
+                f"ffn_ratio={self.config.ffn_ratio}: take 'auto' or 'plain'"
+            )
+        self._inference = choice
+
+    def inference_path(self, grids: Sequence[tuple[int, int]], features: Tensor | None = None) -> str:
+        """What a call now would take for views of these grids: "plain", "cached", "absorbed" or "narrow"."""
+        grids = [as_grid(grid) for grid in grids]
+        paths = absorbed.usable(self, features) if grids else ("plain",)
+        if len(paths) == 1:
+            return paths[0]
+        if self._inference != "auto":
+            return self._inference if self._inference in paths else "plain"
+        return absorbed.cheapest(self.config, grids, paths if self.attention_impl == "auto" else paths[:2])
+
+    def train(self, mode: bool = True) -> PerceiverResampler:
+        """As of every module; training lets go of what inference keeps."""
+        if mode:
+            self._folded.clear()
+        return super().train(mode)
+
+    def _apply(self, fn, recurse: bool = True) -> PerceiverResampler:
+        self._folded.clear()  # on a move their memory is wanted back at once
+        return super()._apply(fn, recurse)
+
     def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
         """Compress every view on its own.
 
@@ -213,6 +262,15 @@ class PerceiverResampler(nn.Module):
         """
         grids = check_grids(grids)
         check_features(features, grids, self.query, self.in_dim)
+        path = self.inference_path(grids, features)
+        if path == "plain":
+            x = self._plain(features, grids)
+        else:
+            x = self.attn.out_proj(absorbed.mix(self, path, features, grids))
+        return self.ln_post(x) @ self.proj
+
+    def _plain(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+        """All layers, with nothing taken as constant: (V, Q, D)."""
         lengths = [h * w for h, w in grids]
         positions, offsets = self._key_positions(grids, features.device)
         keys = {"positions": positions, "position_offsets": offsets, "impl": self.attention_impl}
@@ -222,7 +280,7 @@ class PerceiverResampler(nn.Module):
         x = self.ffn(self.attn(queries, kv, lengths, **keys))  # (V, Q, D)
         for layer in self.layers:
             x = layer(x, kv, lengths, query_table=query_table, **keys)
-        return self.ln_post(x) @ self.proj
+        return x
 
     def _key_positions(
         self, grids: Sequence[tuple[int, int]], device: torch.device
@@ -235,11 +293,19 @@ class PerceiverResampler(nn.Module):
         for h, w in dict.fromkeys(grids):
             starts[h, w] = rows
             rows += h * w
-        return torch.cat([self._key_table(grid, device) for grid in starts]), [starts[grid] for grid in grids]
+        return torch.cat([self.key_table(grid, device) for grid in starts]), [starts[grid] for grid in grids]
 
-    def _key_table(self, grid_hw: tuple[int, int], device: torch.device) -> Tensor:
-        """(h * w, D) in the dtype of the weights; computed in float32, once while it is kept."""
-        dtype = self.query.dtype
+    def key_table(self, grid_hw: tuple[int, int], device: torch.device | None = None) -> Tensor:
+        """(h * w, D) positions that join the keys of a view, in the dtype of the weights; kept after the first call.
+
+        They are computed in float32. ``device``: that of the weights unless told.
+
+        Raises:
+            ValueError: this layer has no key positions.
+        """
+        if self.config.key_position == "none":
+            raise ValueError("this resampler has no key positions (key_position='none')")
+        dtype, device = self.query.dtype, self.query.device if device is None else device
         source = self.pos_embed if self.config.key_position == "interpolated" else None
         return self._key_tables.get(
             (grid_hw, device, dtype), source, lambda: self._make_key_table(grid_hw).to(device, dtype)

@@ -1,0 +1,51 @@
+"""The resampler's benchmark runs, and says nothing where a contender is wrong."""
+
+import importlib.util
+import json
+import pathlib
+
+import pytest
+
+FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    spec = importlib.util.spec_from_file_location("benchmark_resampler", FOLDER / "resampler.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+SMALL = ["--widths", "128", "256", "--repeats", "1"]
+
+
+def test_small_run(benchmark, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "GRIDS", [(4, 6)] * 2)
+    monkeypatch.setattr(benchmark, "gemm_rate", lambda dtype: 1e9)
+    monkeypatch.setattr(benchmark, "TARGETS", {(256, "fp32"): 1e9})
+    assert benchmark.main([*SMALL, "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "resampler.json").read_text())
+    assert len(result["rows"]) == 2 * 2 * 8
+    assert all(row["cpu_ms"] > 0 for row in result["rows"])
+    assert all(row["relative_error"] <= 1e-5 for row in result["rows"] if row["dtype"] == "fp32")
+    assert not result["targets"][0]["ok"]
+    assert "NOT reached" in capsys.readouterr().out
+    assert (tmp_path / "resampler.svg").read_text().count("<polyline") == 8
+
+
+def test_a_wrong_contender_silences_it(benchmark, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "GRIDS", [(4, 6)] * 2)
+    released = benchmark.Released.forward
+    monkeypatch.setattr(benchmark.Released, "forward", lambda self, *a, **k: 1.001 * released(self, *a, **k))
+    assert benchmark.main([*SMALL, "--dtypes", "fp32", "--out", str(tmp_path)]) == 1
+    assert "nothing is reported: errors above" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_stored_results_have_every_row_and_the_page_shows_them(benchmark):
+    stored = json.loads((FOLDER / "results" / "resampler.json").read_text())
+    found = {(row["width"], row["dtype"]) for row in stored["rows"]}
+    assert found == {(width, dtype) for width in (1024, 2048, 4096) for dtype in benchmark.DTYPES}
+    assert {(row["width"], row["dtype"]) for row in stored["targets"]} == set(benchmark.TARGETS)
+    assert benchmark.table(stored) in (FOLDER.parent / "docs" / "performance.md").read_text()
