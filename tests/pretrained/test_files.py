@@ -221,12 +221,44 @@ def test_names_that_are_missing_or_left_over_are_listed(own):
     told(lambda s: s.update({"image_newline.x": one}), r"Left over: image_newline.x$")
     told(lambda s: s.update({"vision_tower.extra.weight": one}), r"Left over: extra.weight")
     told(lambda s: s.pop("vision_tower.pre_layrnorm.bias"), r"Missing: pre_layrnorm.bias. Left over: none")
-    told(lambda s: s.pop("multi_modal_projector.linear_2.weight"), r"expected 'mlp.2.weight'")
+    told(lambda s: s.pop("multi_modal_projector.linear_2.weight"), r"a projector. Missing: linear_2.weight$")
     told(lambda s: s.pop("multi_modal_projector.linear_1.bias"), r"unexpected \['mlp.2.bias'\]")
     told(lambda s: s.update({"multi_modal_projector.linear_3.bias": one}), r"unexpected \['linear_3.bias'\]")
+    told(
+        lambda s: [s.pop(key) for key in tensors if "projector" in key], r"no compressor: .* multi_modal_projector. or"
+    )
+    told(lambda s: s.update({"image_newline": torch.ones(5)}), r"image_newline has the shape \(5,\), expected \(32,\)")
     told(lambda s: s.pop("image_newline"), r"llava_next model has an image_newline, found None")
     name = "vision_tower.pre_layrnorm.bias"
     told(lambda s: s.update({name: torch.ones(7)}), r"asks for \(24,\) in all, the weights have \(7,\)")
+
+
+@pytest.mark.parametrize("damage", ["old half", "half", "empty", "text", "list", "nested", "number"])
+def test_pickled_files_of_other_content_are_named(own, damage):
+    path, tensors = own
+    (path / "model.safetensors").unlink()
+    file = path / "pytorch_model.bin"
+    content = {"list": [1], "nested": {"state_dict": tensors}, "number": {**tensors, "epoch": 3}}.get(damage, tensors)
+    torch.save(content, file, _use_new_zipfile_serialization=damage != "old half")
+    if damage in ("old half", "half"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    if damage in ("empty", "text"):
+        file.write_bytes(b"a text" * (damage == "text"))
+    more = {"list": "holds a list, expected a dict", "nested": r"\(state_dict\).*alone", "number": r"\(epoch\)"}
+    with pytest.raises(ValueError, match=rf"pytorch_model.bin.*{more.get(damage, 'is damaged')}"):
+        uhd.pretrained.load(path, pickled=True)
+
+
+@pytest.mark.parametrize("other", [3, "../weights.safetensors", "/weights.safetensors"])
+def test_an_index_names_files_of_its_folder(own, other):
+    path, tensors = own
+    shard(path, tensors)
+    (path.parent / "weights.safetensors").write_bytes((path / "model-00002-of-00003.safetensors").read_bytes())
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    index["weight_map"]["image_newline"] = other
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"index.json must name files beside it, got "):
+        uhd.pretrained.load(path)
 
 
 def test_what_is_missing_in_a_folder_is_named(own, tmp_path):
@@ -280,6 +312,7 @@ def test_damaged_files_are_named(own):
         ("llava_next", "preprocessor_config", {"resample": 0}, "resample must be one of"),
         ("llava_next", "preprocessor_config", {"size": {"longest_edge": 56}}, "must have a shortest_edge, or height"),
         ("llava_next", "preprocessor_config", {"rescale_factor": 1.0}, "rescales pixels by 1.0"),
+        ("llava", "config", {"vision_feature_select_strategy": "cls"}, "expected one of .'default', 'full'"),
         ("llava", "preprocessor_config", {"do_resize": False}, "takes squares of 56 px"),
         ("llava", "preprocessor_config", {"do_center_crop": False}, "neither pads nor crops"),
         ("minicpmv4_6", "config", {"merge_kernel_size": [4, 4]}, r"windows of 2 x 2; got '16x' and \[\[4, 4\]"),
@@ -290,8 +323,9 @@ def test_settings_without_a_counterpart_are_refused(kind, file, changes, match, 
     path = released.save(*released.make(kind), tmp_path)
     settings = json.loads((path / f"{file}.json").read_text())
     (path / f"{file}.json").write_text(json.dumps({**settings, **changes}))
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises(ValueError, match=match) as told:
         uhd.pretrained.load(path)
+    assert str(path) in str(told.value)
 
 
 def test_options_of_other_families_are_refused(folder):
@@ -299,6 +333,8 @@ def test_options_of_other_families_are_refused(folder):
         uhd.pretrained.load(folder, downsample="4x")
     with pytest.raises(ValueError, match="vision_tower is for llava-uhd.*this is llava-next"):
         uhd.pretrained.load(folder, vision_tower=folder)
+    with pytest.raises(ValueError, match="config.json is that of a llava_next model, not of llava_onevision"):
+        uhd.pretrained.load(folder, family="llava-onevision")
     with pytest.raises(ValueError, match="family must be one of llava-uhd-2024-03"):
         uhd.pretrained.load(folder, family="llava")
 
@@ -307,6 +343,8 @@ def test_what_cannot_be_written_is_refused(folder, tmp_path):
     encoder = uhd.pretrained.load(folder)
     with pytest.raises(ValueError, match="write to another one"):
         uhd.pretrained.save(encoder, folder, like=folder)
+    with pytest.raises(TypeError, match="expected a VisualEncoder, got a MLPProjector"):
+        uhd.pretrained.save(encoder.compressor, tmp_path / "new", like=folder)
     other = uhd.VisualEncoder(
         encoder.vision, encoder.compressor, slicing=encoder.slicing.replace(max_tiles=2), packer=encoder.packer,
         pixels=encoder.pixels,
@@ -325,11 +363,57 @@ def test_what_cannot_be_written_is_refused(folder, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("sharded_first", [False, True])
+def test_weights_of_an_earlier_save_are_not_left_beside_new_ones(own, folder, sharded_first, tmp_path):
+    """One file is read in preference to shards: the old one would be loaded without a word."""
+    path, tensors = own
+    shard(path, tensors)
+    encoder = uhd.pretrained.load(path)
+    first, second = (path, folder) if sharded_first else (folder, path)
+    uhd.pretrained.save(encoder, tmp_path / "new", like=first)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "new").iterdir()}
+    with pytest.raises(ValueError, match=r"new holds other weights, model.*: write to a new folder"):
+        uhd.pretrained.save(encoder, tmp_path / "new", like=second)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "new").iterdir()} == before
+    uhd.pretrained.save(encoder, tmp_path / "new", like=first)  # the same files may be replaced
+    assert_equal_files(first, tmp_path / "new")
+
+
 def test_dtypes(folder, own):
     path, tensors = own
     save_file({name: x.bfloat16() for name, x in tensors.items()}, path / "model.safetensors")
     assert {x.dtype for x in uhd.pretrained.load(path).state_dict().values()} == {torch.bfloat16}
     assert {x.dtype for x in uhd.pretrained.load(folder, dtype=torch.float64).parameters()} == {torch.float64}
+    for dtype in ("float16", torch.int8):
+        with pytest.raises(TypeError, match=r"dtype must be a floating torch.dtype, such as .*; got "):
+            uhd.pretrained.load(folder, dtype=dtype)
+
+
+def test_a_part_in_several_dtypes_gets_the_one_that_holds_all(own, folder):
+    """As releases have it whose norms were kept in float32; before, the first image failed."""
+    path, tensors = own
+    norms = {name for name in tensors if "norm" in name}
+    save_file({name: x if name in norms else x.bfloat16() for name, x in tensors.items()}, path / "model.safetensors")
+    encoder, expected = uhd.pretrained.load(path), uhd.pretrained.load(folder)
+    assert {x.dtype for x in encoder.vision.parameters()} == {torch.float32}
+    assert {x.dtype for x in encoder.compressor.parameters()} == {torch.bfloat16}
+    assert torch.equal(encoder.vision.blocks[0].norm1.weight, expected.vision.blocks[0].norm1.weight)
+    with torch.no_grad():
+        tokens, near = (part([released.picture((60, 120))])[0].tokens for part in (encoder, expected))
+    assert (tokens.float() - near).abs().mean() < 0.05 * near.abs().mean()
+
+
+def test_quantised_tensors_are_refused(own):
+    path, tensors = own
+    name = "multi_modal_projector.linear_1.weight"
+    save_file({**tensors, name: tensors[name].to(torch.int8)}, path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"own: quantised tensors.*{name} hold integers"):
+        uhd.pretrained.load(path)
+
+
+def test_a_device_that_is_not_there_is_no_damage(folder):
+    with pytest.raises(RuntimeError, match="maia"):
+        uhd.pretrained.load(folder, device="maia")
 
 
 def test_the_module_loads_on_first_use():

@@ -194,6 +194,23 @@ def test_onevision_videos(saved, size):
     assert len(ours[0].tokens) == 3 * 4 + 1
 
 
+@pytest.mark.parametrize("frames, slices", [("rule", 9), ("video", 1)])
+def test_minicpm_videos(saved, frames, slices):
+    """Frames cut as images are, or whole; transformers has only torchvision for them, so up to its rounding."""
+    from transformers.models.minicpmv4_6.video_processing_minicpmv4_6 import MiniCPMV4_6VideoProcessor
+
+    model, images, folder = saved("minicpmv4_6")
+    settings = {name: getattr(images, name) for name in ("scale_resolution", "patch_size", "downsample_mode")}
+    processor = MiniCPMV4_6VideoProcessor(**settings, max_slice_nums=slices, do_sample_frames=False)
+    video = [np.kron(released.noise(20, 40 + step)[:, :40], np.ones((3, 3, 1), np.uint8)) for step in range(3)]
+    pixels = processor([np.stack(video)], return_tensors="pt")
+    with torch.no_grad():
+        theirs = model.model.get_video_features(pixels.pixel_values_videos, pixels.target_sizes_videos).pooler_output
+        (ours,) = uhd.pretrained.load(folder).encode_videos([video], frames=frames)
+    assert len(theirs) == (9 if slices == 9 else 3)
+    torch.testing.assert_close(ours.tokens, torch.cat(list(theirs)), atol=5e-3, rtol=5e-3)
+
+
 def unpatched(batch):
     """(V, 3, 56, 56)."""
     return unpatchify(batch.patches, (4, 4), 14)

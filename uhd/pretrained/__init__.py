@@ -10,8 +10,11 @@ what every family does, and where the released code differs from its paper.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from uhd.encoder import VisualEncoder
 from uhd.pretrained import llava, llava_uhd, minicpm
@@ -69,7 +72,7 @@ def load(
         downsample: ``"16x"`` or ``"4x"``, in place of what the config of MiniCPM-V 4.6 says.
         vision_tower: For LLaVA-UHD: the folder of its CLIP, where the checkpoint does not hold it.
         pickled: Read ``pytorch_model.bin`` too, tensors only. Safetensors come first.
-        dtype: Of the encoder; ``None`` keeps the file's.
+        dtype: Of the encoder; ``None`` keeps the file's. A part in several dtypes gets the one that holds them all.
         device: Where the weights go.
 
     Returns:
@@ -79,11 +82,15 @@ def load(
         FileNotFoundError: Something is missing in the folder; the message names it. So does a shard that is not there,
             unless it holds no visual tensor.
         ValueError: Another kind of model; a setting that has no counterpart; tensors that are missing or left over,
-            listed; only pickled weights; a damaged file.
+            listed; quantised ones; only pickled weights; a damaged file.
+        TypeError: ``dtype`` is no floating ``torch.dtype``.
     """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating torch.dtype, such as torch.bfloat16, or None; got {dtype!r}")
     checkpoint = Checkpoint(folder, pickled=pickled)
-    recipe, names = _recipe(checkpoint, family, downsample, vision_tower, pickled)
-    encoder = build(recipe, names, checkpoint, device)
+    with _folder_named(checkpoint):
+        recipe, names = _recipe(checkpoint, family, downsample, vision_tower, pickled)
+        encoder = build(recipe, names, checkpoint, device)
     return encoder if dtype is None else encoder.to(dtype)
 
 
@@ -105,21 +112,36 @@ def save(
 
     Args:
         encoder: From :func:`load`, or any that equals one in shape and settings.
-        folder: A new folder.
+        folder: A new folder, or one with files of the same names, which are replaced.
         like: The checkpoint that the encoder came from, or another one of the same kind.
         family, vision_tower, pickled: As in :func:`load`.
         visual_only: Leave the language model out.
 
     Raises:
         FileNotFoundError, ValueError: As in :func:`load`; the encoder has other parts or settings than the format can
-            say; ``folder`` is ``like``.
+            say; ``folder`` is ``like``, or holds weights in files of other names.
+        TypeError: ``encoder`` is something else.
     """
+    if not isinstance(encoder, VisualEncoder):
+        raise TypeError(f"expected a VisualEncoder, got a {type(encoder).__name__}: a whole model has it as .visual")
     checkpoint = Checkpoint(like, pickled=pickled)
     mode = None
     if isinstance(encoder.compressor, MergeProjector):
         mode = "16x" if isinstance(encoder.vision, CompressedViT) else "4x"
-    recipe, names = _recipe(checkpoint, family, mode, vision_tower, pickled)
+    with _folder_named(checkpoint):
+        recipe, names = _recipe(checkpoint, family, mode, vision_tower, pickled)
     write(encoder, folder, checkpoint, recipe, names, visual_only=visual_only)
+
+
+@contextmanager
+def _folder_named(checkpoint: Checkpoint) -> Iterator[None]:
+    """A ``ValueError`` says which folder it is about, whichever module raised it; so do transformers' own checks."""
+    try:
+        yield
+    except (ValueError, StrictDataclassError) as problem:
+        if isinstance(problem, ValueError) and str(checkpoint.folder) in str(problem):
+            raise
+        raise ValueError(f"{checkpoint.folder}: {problem}") from problem
 
 
 def _recipe(

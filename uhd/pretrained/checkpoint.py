@@ -55,16 +55,22 @@ class Checkpoint:
             if (self.folder / single).is_file():
                 return dict.fromkeys(self._names(self.folder / single), self.folder / single)
             if (self.folder / index).is_file():
-                weight_map = read_json(self.folder / index).get("weight_map")
-                if not isinstance(weight_map, dict):
-                    raise ValueError(f"{self.folder / index} has no weight_map from tensors to files")
-                return {name: self.folder / file for name, file in weight_map.items()}
+                return self._indexed(self.folder / index)
         if any((self.folder / name).is_file() for name in PICKLED):
             raise ValueError(
                 f"{self.folder} has pickled weights only ({PICKLED[0]}): pass pickled=True to read their tensors, "
                 "which torch.load then limits to weights_only, or save the model as safetensors"
             )
         raise FileNotFoundError(f"{self.folder} has no weights: neither {SAFE[0]} nor {SAFE[1]}")
+
+    def _indexed(self, index: Path) -> dict[str, Path]:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index} has no weight_map from tensors to files")
+        odd = [file for file in weight_map.values() if not isinstance(file, str) or Path(file).name != file]
+        if odd:
+            raise ValueError(f"{index} must name files beside it, got {odd[0]!r}")
+        return {name: self.folder / file for name, file in weight_map.items()}
 
     def _names(self, file: Path) -> list[str]:
         if self.pickled:
@@ -104,13 +110,18 @@ class Checkpoint:
         for name in names:
             by_file.setdefault(self.files[name], []).append(name)
         for file, wanted in by_file.items():
-            with _damage_named(file):
-                if self.pickled:
-                    tensors = _unpickled(file)
-                    yield from ((name, tensors[name].to(device, copy=True)) for name in wanted)
-                    continue
-                with safe_open(file, framework="pt", device=str(device)) as opened:
-                    yield from ((name, opened.get_tensor(name).clone()) for name in wanted)
+            for name, tensor in self._read_file(file, wanted):
+                yield name, tensor.to(device, copy=True)  # what goes wrong on a device is no damage of the file
+
+    def _read_file(self, file: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Windows into a file, one after the other."""
+        with _damage_named(file):
+            if self.pickled:
+                tensors = _unpickled(file)
+                yield from ((name, tensors[name]) for name in names)
+                return
+            with safe_open(file, framework="pt") as opened:
+                yield from ((name, opened.get_tensor(name)) for name in names)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -137,9 +148,17 @@ def read_preprocessor(folder: Path) -> dict[str, Any] | None:
 def _unpickled(file: Path) -> Mapping[str, Tensor]:
     """Tensors of a file of ``torch.save``; mapped, so that unused ones are not read, where its format has that."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError:
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError):
         raise ValueError(f"{file} is damaged or holds more than tensors, so none of it was loaded") from None
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise ValueError(f"{file} holds a {type(found).__name__}, expected a dictionary of tensors by name")
+    other = [name for name, value in found.items() if not isinstance(value, Tensor)]
+    if other:
+        raise ValueError(
+            f"{file} holds more than tensors by name ({', '.join(other)}): save the model's state_dict() alone"
+        )
+    return found
 
 
 @contextmanager

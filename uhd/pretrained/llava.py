@@ -59,6 +59,8 @@ def recipe(checkpoint: Checkpoint, names: Names, kind: str) -> Recipe:
             "processor beside the model"
         )
     config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+    if config.model_type != kind:
+        raise ValueError(f"config.json is that of a {config.model_type} model, not of {kind}: leave family= out")
     vit = _vit(config)
     single = kind == "llava"
     if (names.newline is None) != single:
@@ -95,6 +97,9 @@ def _vit(config: Any) -> ViTConfig:
 def _projector(state: Mapping[str, Tensor], *, activation: str) -> nn.Module:
     if activation not in _ACTIVATIONS:
         raise ValueError(f"projector_hidden_act must be one of {', '.join(_ACTIVATIONS)}; got {activation!r}")
+    missing = [theirs for ours, theirs in TABLE.renamed.items() if f"{ours}.weight" not in state]
+    if missing:
+        raise ValueError(f"the weights do not fit a projector. Missing: {', '.join(f'{x}.weight' for x in missing)}")
     hidden, in_dim = shape_of(state, "mlp.0.weight", 2)
     out_dim = shape_of(state, "mlp.2.weight", 2)[0]
     settings = {"hidden_dim": hidden, "bias": "mlp.0.bias" in state, "activation": _ACTIVATIONS[activation]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -69,6 +70,10 @@ class Table:
             raise ValueError(f"{what} has tensors that its family does not know. Left over: {', '.join(sorted(left))}")
         if twice:
             raise ValueError(f"{what} has tensors under the names of two versions: {', '.join(sorted(twice))}")
+        if not found["compressor"]:
+            raise ValueError(
+                f"{what} has no compressor: none of its tensors starts with {' or '.join(self.compressor)}"
+            )
         return Names(
             found["vision"], found["compressor"], found["window"], next(iter(found["newline"].values()), None)
         )
@@ -124,7 +129,7 @@ def build(recipe: Recipe, names: Names, checkpoint: Checkpoint, device: str | to
 
     def read(part: Mapping[str, str], source: Checkpoint = checkpoint) -> dict[str, Tensor]:
         inner = {full: name for name, full in part.items()}
-        return {inner[full]: tensor for full, tensor in source.read(part.values(), device)}
+        return _one_dtype({inner[full]: tensor for full, tensor in source.read(part.values(), device)}, part)
 
     tower, vision = recipe.tower or checkpoint, names.vision
     if recipe.tower is not None:
@@ -138,9 +143,7 @@ def build(recipe: Recipe, names: Names, checkpoint: Checkpoint, device: str | to
     compressor = recipe.compressor(read(names.compressor))
     packer = None
     if names.newline is not None:
-        newline = read({"newline": names.newline})["newline"]
-        packer = FeaturePacker(len(newline)).to(device, newline.dtype)
-        packer.load_state_dict({"newline": newline})
+        packer = _packer(read({"newline": names.newline})["newline"], names.newline, compressor.out_dim)
     return VisualEncoder(
         vit,
         compressor,
@@ -151,6 +154,33 @@ def build(recipe: Recipe, names: Names, checkpoint: Checkpoint, device: str | to
         check_image_size=recipe.check_image_size,
         note=recipe.note,
     ).eval()
+
+
+def _one_dtype(tensors: dict[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Of a part of a model: the one that holds all values, where a release keeps its norms, say, in float32.
+
+    Raises:
+        ValueError: Quantised tensors.
+    """
+    integers = [names[name] for name, tensor in tensors.items() if not tensor.is_floating_point()]
+    if integers:
+        raise ValueError(
+            f"quantised tensors cannot be read: {', '.join(integers)} hold integers. Take the release in bfloat16, say"
+        )
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if len(dtypes) < 2:
+        return tensors
+    widest = functools.reduce(torch.promote_types, dtypes)
+    return {name: tensor.to(widest) for name, tensor in tensors.items()}
+
+
+def _packer(newline: Tensor, name: str, width: int) -> FeaturePacker:
+    """One with this newline."""
+    if newline.shape != (width,):
+        raise ValueError(f"{name} has the shape {tuple(newline.shape)}, expected {(width,)}: one token")
+    packer = FeaturePacker(width).to(newline.device, newline.dtype)
+    packer.load_state_dict({"newline": newline})
+    return packer
 
 
 def tower_names(tower: Checkpoint) -> dict[str, str]:

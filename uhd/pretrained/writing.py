@@ -40,6 +40,7 @@ def write(
     wrong = {name: (tuple(x.shape), shapes[name]) for name, x in tensors.items() if tuple(x.shape) != shapes[name]}
     if wrong:
         raise ValueError(f"weights of other shapes than those of {like.folder}, as name: (got, expected): {wrong}")
+    _check_empty(folder, {_safe_name(like.files[name].name) for name in wanted})
     folder.mkdir(parents=True, exist_ok=True)
     for file in sorted(like.folder.iterdir()):
         if file.is_file() and file.suffix not in (".safetensors", ".bin") and file.name not in (SAFE[1], PICKLED[1]):
@@ -61,6 +62,15 @@ def _write_weights(tensors: Mapping[str, Tensor], wanted: list[str], folder: Pat
         weight_map = {name: file for file, inside in by_file.items() for name in inside}
         index = {"metadata": {"total_size": sizes}, "weight_map": weight_map}
         (folder / SAFE[1]).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_empty(folder: Path, written: set[str]) -> None:
+    """Weights of an earlier save that would stay beside the new ones, or be read in their place."""
+    kept = written if written == {SAFE[0]} else written | {SAFE[1]}
+    found = [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]
+    others = sorted(file.name for file in found if file.name not in kept)
+    if others:
+        raise ValueError(f"{folder} holds other weights, {', '.join(others)}: write to a new folder")
 
 
 def _safe_name(name: str) -> str:
