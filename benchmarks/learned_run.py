@@ -40,6 +40,9 @@ if str(EXAMPLE) not in sys.path:
 import stages  # noqa: E402  the example is a folder of scripts
 from train import RECIPE  # noqa: E402
 
+TRAINED = ("vision", "text", "joint")
+"""Stages of a run; the shipped model has one more."""
+
 TEST_SEED, VALIDATION_SEED = 1_000_103, 1_000_203
 """Of the scenes: neither is trained on, nor that of the shipped model's own evaluation."""
 
@@ -150,7 +153,7 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, the recipe among them: runs with another one do not belong together."""
-        told = {**asdict(self), "recipe": {name: asdict(self.stage(name)) for name in RECIPE}}
+        told = {**asdict(self), "recipe": {name: asdict(self.stage(name)) for name in TRAINED}}
         return json.loads(json.dumps(told))
 
 
@@ -316,7 +319,7 @@ def carry_out(task: Task, settings: Settings, *, out: Path, folder: Path, clock:
     folder.mkdir(parents=True, exist_ok=True)
     arm = all_arms(settings.model)[task.arm]
     progress = read_progress(folder)
-    for name in RECIPE:
+    for name in TRAINED:
         stage = settings.stage(name, task.factor)
         told = progress.setdefault(name, {"steps": 0})
         while told["steps"] < stage.steps:

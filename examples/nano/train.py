@@ -23,6 +23,7 @@ from uhd import UHDForConditionalGeneration
 from uhd.charts import curves, log_axis, percent_axis
 from uhd.nano.build import NanoConfig, build_nano
 from uhd.nano.evaluate import evaluate, summary, table
+from uhd.nano.task import QUESTIONS
 
 RECIPE = {
     "vision": Stage(name="vision", steps=2400),
@@ -90,7 +91,7 @@ def begin(folder: Path, name: str, *, seed: int) -> tuple[UHDForConditionalGener
 def finish(model: UHDForConditionalGeneration, folder: Path, *, images: int) -> None:
     """Save in the transformers format, judge on fresh images, draw the curves."""
     model.eval().save_pretrained(folder / "model")
-    items = evaluate(model, images=images)
+    items = evaluate(model, images=images, kinds=QUESTIONS)
     found = summary(items)
     (folder / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n")
     print(table(found))

@@ -14,7 +14,7 @@ from uhd.nano import ask
 from uhd.nano.__main__ import main
 from uhd.nano.answer import answer_many, image_doubts, question_doubts
 from uhd.nano.evaluate import Item, edit_distance, evaluate, interval, summary, table
-from uhd.nano.task import QUESTIONS, TaskSettings, questions, scene
+from uhd.nano.task import LEARNED, TaskSettings, questions, scene
 
 FRESH = 4_000_000  # a seed that neither training nor the card's numbers use
 
@@ -28,9 +28,10 @@ def test_it_reads_fresh_images_at_every_aspect(nano):
     items = evaluate(nano, images=160, seed=FRESH, kinds=("all", "line", "right"))
     found = summary(items)
     # far below the card's numbers, so that rounding on another machine is no failure
-    assert found["right"]["exact"] > 0.85
-    assert found["line"]["exact"] > 0.75
-    assert found["all"]["characters"] > 0.9
+    assert found["right"]["exact"] > 0.93
+    assert found["line"]["exact"] > 0.85
+    assert found["all"]["exact"] > 0.75
+    assert found["all"]["characters"] > 0.95
     assert all(share > 0.75 for share in found["right"]["buckets"])
 
 
@@ -115,7 +116,7 @@ def test_a_real_photo_is_marked(nano):
 
 def test_questions_of_another_form_are_marked():
     assert question_doubts("all?") == question_doubts("line 3?") == question_doubts("right K?") == ()
-    for question in ("what is it?", "right B?", "line 0?", "line 12?", "All?", "all"):
+    for question in ("what is it?", "where K?", "right B?", "line 0?", "line 12?", "All?", "all"):
         (doubt,) = question_doubts(question)
         assert repr(question) in doubt
         assert "line 2?" in doubt
@@ -161,7 +162,15 @@ def test_the_summary_counts_by_kind_and_bucket():
 def test_it_is_measured_by_one_command(tmp_path, capsys):
     main(["--images", "12", "--seed", str(FRESH), "--json", str(tmp_path / "out.json")])
     printed = capsys.readouterr().out
-    assert all(kind in printed for kind in QUESTIONS)
+    assert all(kind in printed for kind in LEARNED)
+    assert "where" not in printed
     saved = json.loads((tmp_path / "out.json").read_text())
-    assert len(saved["items"]) >= 48
+    assert len(saved["items"]) >= 42
     assert saved["summary"]["all"]["items"] == 12
+
+
+def test_the_cards_example_runs(capsys):
+    card = (resources.files("uhd") / "assets" / "nano" / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0]
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip() == "True"

@@ -10,6 +10,7 @@ from pathlib import Path
 from uhd.hf import UHDForConditionalGeneration
 from uhd.nano.answer import load_nano
 from uhd.nano.evaluate import EVALUATION_SEED, evaluate, summary, table
+from uhd.nano.task import LEARNED, QUESTIONS
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -18,13 +19,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=2000, metavar="N")
     parser.add_argument("--seed", type=int, default=EVALUATION_SEED, help=f"default {EVALUATION_SEED}")
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="default: the shipped model")
+    parser.add_argument("--kinds", nargs="+", choices=QUESTIONS, default=LEARNED, help="of questions")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write summary and every item")
     args = parser.parse_args(argv)
     if args.images < 1:
         parser.error(f"--images must be at least 1, got {args.images}")
     model = load_nano() if args.model is None else UHDForConditionalGeneration.from_pretrained(args.model).eval()
     start = time.perf_counter()
-    items = evaluate(model, images=args.images, seed=args.seed)
+    items = evaluate(model, images=args.images, seed=args.seed, kinds=args.kinds)
     found = summary(items)
     print(table(found))
     print(f"{args.images} images of seed {args.seed}, {len(items)} answers in {time.perf_counter() - start:.0f} s")

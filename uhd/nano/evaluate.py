@@ -12,7 +12,7 @@ import numpy as np
 
 from uhd.hf import UHDForConditionalGeneration
 from uhd.nano.answer import answer_many
-from uhd.nano.task import BUCKETS, QUESTIONS, Question, TaskSettings, bucket, questions, scene
+from uhd.nano.task import BUCKETS, LEARNED, Question, TaskSettings, bucket, questions, scene
 
 EVALUATION_SEED = 1_000_003
 """Seeds from here on are never trained on."""
@@ -45,7 +45,7 @@ def evaluate(
     images: int = 2000,
     seed: int = EVALUATION_SEED,
     settings: TaskSettings | None = None,
-    kinds: Sequence[str] = QUESTIONS,
+    kinds: Sequence[str] = LEARNED,
     batch_size: int = 64,
 ) -> list[Item]:
     """One question of every kind about every scene that has one, chosen by the seed."""

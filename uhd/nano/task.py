@@ -18,6 +18,9 @@ GLYPHS = "0123456789ACEFHKLPTX"
 QUESTIONS = ("all", "line", "right", "where", "count")
 """Kinds of questions: see :func:`questions`."""
 
+LEARNED = ("all", "line", "right", "count")
+"""Those that the shipped model answers; ``where`` stayed near chance and counts as unknown."""
+
 BUCKETS = (1.5, 2.5, 4.0)
 """Borders of the aspect buckets, longer side / shorter side."""
 
