@@ -15,7 +15,7 @@ ALLOWED = {
     "uhd_kernels": {"uhd_kernels"},
     "uhd.slicing": {"uhd.slicing"},
     "uhd.schema": {"uhd.schema", "uhd.slicing"},
-    "uhd.pixels": {"uhd.slicing"},
+    "uhd.pixels": {"uhd.pixels", "uhd.slicing"},
     "uhd.batch": {"uhd.slicing", "uhd.pixels"},
     "uhd.packed": set(),
     "uhd.vision": {"uhd.vision", "uhd.packed"},

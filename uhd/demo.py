@@ -174,7 +174,6 @@ def run(image: Any, *, encoder: VisualEncoder, say: Callable[[str], None]) -> No
     """Take one image through the four parts and ``say`` what comes out of each, with shapes and times."""
     import torch
 
-    from uhd.batch import normalize
     from uhd.pixels import load_image
     from uhd.schema.fitted import layout_of
     from uhd.slicing import SlicingConfig, candidates
@@ -190,7 +189,7 @@ def run(image: Any, *, encoder: VisualEncoder, say: Callable[[str], None]) -> No
     batch, seconds = _timed(lambda: encoder.prepare([image]))
     say(f"  cut       {seconds}   {image_hw} -> patches {tuple(batch.patches.shape)} {batch.patches.dtype}")
     with torch.inference_mode():
-        patches = normalize(batch.patches, encoder.pixels)
+        patches = batch.ordered("chw").normalized(encoder.pixels).patches
         features, seconds = _timed(lambda: encoder.vision(patches, batch.grids))
         say(f"2 encode    {seconds}   {tuple(patches.shape)} -> features {tuple(features.shape)}")
         tokens, seconds = _timed(lambda: encoder.compressor(features, batch.grids))

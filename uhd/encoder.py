@@ -15,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from uhd.batch import SliceBatch, normalize
+from uhd.batch import SliceBatch, normalize, reordered
 from uhd.packed import check_grids
-from uhd.pixels import PixelSettings, load_image
+from uhd.pixels import PixelSettings
+from uhd.pixels.fast import load_picture
 from uhd.resampler import (
     FeaturePacker,
     MergeProjector,
@@ -288,7 +289,17 @@ class VisualEncoder(nn.Module):
         loaded = self._load_all(images)
         sizes = [(image.height, image.width) for image in loaded]
         plans = self.plan_images(sizes, max_tokens=max_tokens, multi_image=multi_image)
-        return SliceBatch.from_images(loaded, plans, settings=self.pixels, patch_size=self.vision.patch_size)
+        return self._cut(loaded, plans)
+
+    def _cut(self, loaded: Sequence[Any], plans: Sequence[SlicePlan]) -> SliceBatch:
+        fast = self.pixels.backend == "fast" and getattr(self.vision, "folds_pixels", False)
+        return SliceBatch.from_images(
+            loaded,
+            plans,
+            settings=self.pixels,
+            patch_size=self.vision.patch_size,
+            inner="hwc" if fast else "chw",
+        )
 
     def _load_all(self, images: Sequence[Any]) -> list[Any]:
         if not isinstance(images, (list, tuple)):
@@ -296,7 +307,7 @@ class VisualEncoder(nn.Module):
                 f"expected a list of images, got {type(images).__name__}: put one image into a list, "
                 "make an iterator a list"
             )
-        return [load_image(image, settings=self.pixels) for image in images]
+        return [load_picture(image, settings=self.pixels) for image in images]
 
     def forward(
         self, images: Sequence[Any] | SliceBatch, *, max_tokens: int | None = None, multi_image: bool = False
@@ -347,10 +358,7 @@ class VisualEncoder(nn.Module):
                 )
             plans.append(self.plan_video(sizes[0], len(video), frames=frames, max_tokens=max_tokens))
         flat = [frame for video in loaded for frame in video]
-        batch = SliceBatch.from_images(
-            flat, [p for video in plans for p in video.plans], settings=self.pixels, patch_size=self.vision.patch_size
-        )
-        tokens = self.encode(batch)
+        tokens = self.encode(self._cut(flat, [p for video in plans for p in video.plans]))
         parts = tokens.split([sum(map(num_rows, video.plans)) for video in plans]) if plans else ()
         return [self._finish_video(part, video) for part, video in zip(parts, plans, strict=True)]
 
@@ -362,7 +370,7 @@ class VisualEncoder(nn.Module):
     def encode(self, batch: SliceBatch) -> Tensor:
         """All views of a batch -> the :func:`num_rows` of all images, D; in order. The part with gradients."""
         self._check_batch(batch)
-        tokens, lengths = self.encode_packed(batch.patches, batch.grids)
+        tokens, lengths = self.encode_packed(batch.patches, batch.grids, inner=batch.inner)
         tokens, lengths = self._nested(tokens, lengths, batch)
         self._check_tokens(batch, lengths)
         if all(p.packing is None for p in batch.plans):
@@ -383,8 +391,12 @@ class VisualEncoder(nn.Module):
         """One image's compressed views, packed (n, D), to its tokens: :func:`uhd.resampler.pack_features`."""
         return pack_features(features, plan) if self.packer is None else self.packer(features, plan)
 
-    def encode_packed(self, patches: Tensor, grids: Sequence[tuple[int, int]]) -> tuple[Tensor, list[int]]:
+    def encode_packed(
+        self, patches: Tensor, grids: Sequence[tuple[int, int]], *, inner: str = "chw"
+    ) -> tuple[Tensor, list[int]]:
         """Packed patches (N, P), raw uint8 or normalised, of V views -> packed tokens (M, D) and V numbers of them.
+
+        ``inner`` is the order inside the patches, see :class:`uhd.batch.SliceBatch`.
 
         Raises:
             ValueError: A part returned another number of features or tokens than the grids hold.
@@ -393,10 +405,7 @@ class VisualEncoder(nn.Module):
         anchor = _float_parameter(self.vision, torch.zeros(()))
         # offloaded weights are on no device: whoever loads them moves what they are called on
         patches = patches.to(patches.device if anchor.is_meta else anchor.device)
-        if not patches.is_floating_point():
-            patches = normalize(patches, self.pixels)
-        patches = patches.to(anchor.dtype)
-        features = self.vision(patches, grids)
+        features = self._see(patches, grids, anchor.dtype, inner)
         grids = self._output_grids(grids)
         if len(features) != sum(h * w for h, w in grids):
             raise ValueError(
@@ -414,6 +423,17 @@ class VisualEncoder(nn.Module):
                 f"the compressor returned {len(tokens)} packed tokens, its output_lengths add up to {sum(lengths)}"
             )
         return tokens, lengths
+
+    def _see(self, patches: Tensor, grids: tuple[tuple[int, int], ...], dtype: torch.dtype, inner: str) -> Tensor:
+        """The vision encoder's features, by the shortest way from raw pixels that it knows."""
+        if inner != "chw" and not getattr(self.vision, "folds_pixels", False):
+            patches, inner = reordered(patches, "chw"), "chw"
+        how = {} if inner == "chw" else {"inner": inner}
+        if not patches.is_floating_point() and how and dtype == torch.float32:
+            return self.vision(patches, grids, mean_std=self.pixels.mean_std(), **how)
+        if not patches.is_floating_point():
+            patches = normalize(patches, self.pixels, inner=inner)
+        return self.vision(patches.to(dtype), grids, **how)
 
     def _output_grids(self, grids: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
         change = getattr(self.vision, "output_grids", None)
@@ -489,6 +509,8 @@ class VisualEncoder(nn.Module):
         pixels: PixelSettings | None = None,
     ) -> VisualEncoder:
         """An encoder that was saved, or a new one around a pretrained vision model.
+
+        A released model with its own compressor is read by :func:`uhd.pretrained.load`.
 
         Args:
             source: A folder written by :meth:`save_pretrained`; or a Hugging Face folder or model with a CLIP, SigLIP,

@@ -167,7 +167,8 @@ CHANGES = {
     "assign": lambda vit: vit.load_state_dict({**vit.state_dict(), "positions": -2 * vit.positions}, assign=True),
     "replace": lambda vit: setattr(vit, "positions", nn.Parameter(-2 * vit.positions)),
     "dtype": lambda vit: vit.bfloat16(),
-    "data": lambda vit: (vit.positions.data.mul_(-2), vit.clear_position_cache()),
+    "data": lambda vit: vit.positions.data.mul_(-2),
+    "fused optimiser": lambda vit: torch.optim.AdamW([vit.positions], lr=1.0, fused=True).step(),
     "config": lambda vit: setattr(vit, "config", dataclasses.replace(vit.config, interpolation="nearest")),
 }
 

@@ -1,7 +1,7 @@
 """Image processors in the transformers manner over the library's own planner and renderer.
 
-Both classes make the same pixels, by Pillow; they differ in the type of what they return. There is no second, GPU
-resize whose result differs by a level: the plan and the bytes of an image are the same everywhere.
+Both classes make the same pixels, by Pillow unless ``pixel_backend="fast"``; they differ in the type of what they
+return. The plan and the bytes of an image are the same on every device.
 """
 
 # no `from __future__ import annotations`: transformers reads the types of the keywords below at run time
@@ -39,7 +39,8 @@ class UHDImagesKwargs(ImagesKwargs, total=False):
     slicing: As in the image processor. max_slices (`int`): as many slices an image at most. max_tokens (`int`): as
     many tokens at most, for all images and videos of a sample together. multi_image (`bool`): plan several images of
     a sample as the strategy does with several. crop_to_patches (`bool`): ``False`` leaves images uncut. background
-    (`list[int]`): RGB under transparent pixels. max_pixels (`int`): larger files are refused.
+    (`list[int]`): RGB under transparent pixels. max_pixels (`int`): larger files are refused. pixel_backend (`str`):
+    ``"pillow"`` or ``"fast"``, what resizes.
     """
 
     slicing: Any
@@ -49,6 +50,7 @@ class UHDImagesKwargs(ImagesKwargs, total=False):
     crop_to_patches: bool | None
     background: list | tuple | None
     max_pixels: int | None
+    pixel_backend: str | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +78,7 @@ class Planning:
     crop_to_patches = None
     background = (255, 255, 255)
     max_pixels = PixelSettings().max_pixels
+    pixel_backend = PixelSettings().backend
     default_return_tensors = None
 
     @classmethod
@@ -89,6 +92,7 @@ class Planning:
             resample=None if pixels.resample is None else int(RESAMPLE[pixels.resample]),
             background=pixels.background,
             max_pixels=pixels.max_pixels,
+            pixel_backend=pixels.backend,
             **changes,
         )
 
@@ -151,6 +155,7 @@ class Planning:
             mean=kwargs["image_mean"],
             std=kwargs["image_std"],
             resample=None if kwargs["resample"] is None else _FILTER_NAMES[int(kwargs["resample"])],
+            backend=self.setting("pixel_backend", kwargs),
         )
         side = getattr(as_slicing(self.setting("slicing", kwargs)), "patch_size", None)
         batch = SliceBatch.from_images(pictures, plans, settings=settings, patch_size=side)
@@ -192,8 +197,8 @@ class UHDImageProcessorPil(Planning, PilBackend):
         slicing: The model's ``config.slicing_config``: the dictionary of any strategy's settings. Also those settings,
             a strategy's name, or your own function from (height, width) to a plan, which cannot be saved.
         max_slices, max_tokens, multi_image, crop_to_patches: As :class:`UHDImagesKwargs` says, for all calls.
-        image_mean, image_std, resample, background, max_pixels: As in :class:`uhd.PixelSettings`; ``resample`` is a
-            Pillow filter's number.
+        image_mean, image_std, resample, background, max_pixels, pixel_backend: As in :class:`uhd.PixelSettings`;
+            ``resample`` is a Pillow filter's number, ``pixel_backend`` its ``backend``.
         do_rescale, do_normalize: Both or neither, see above.
 
     Raises:

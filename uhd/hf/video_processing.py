@@ -31,7 +31,7 @@ class UHDVideosKwargs(VideosKwargs, total=False):
     """What a call may override beside transformers' own keywords.
 
     frames (`str`): ``"video"``, ``"single"`` or ``"rule"``, see :func:`uhd.slicing.plan_video`. slicing, max_slices,
-    max_tokens, background, max_pixels: As for images.
+    max_tokens, background, max_pixels, pixel_backend: As for images.
     """
 
     frames: str | None
@@ -40,6 +40,7 @@ class UHDVideosKwargs(VideosKwargs, total=False):
     max_tokens: int | None
     background: list | tuple | None
     max_pixels: int | None
+    pixel_backend: str | None
 
 
 @dataclass(frozen=True, eq=False)

@@ -287,9 +287,9 @@ def single_view(image_hw: tuple[int, int], rule: AnyConfig) -> SlicePlan:
 
 def _uncut(image_hw: tuple[int, int], config: SlicingConfig) -> SlicePlan:
     """The adaptive planner's overview, also under the rule whose smallest grids would cut."""
-    from uhd.slicing.plan import _build
+    from uhd.slicing.plan import uncut
 
-    return _build(check_size(image_hw), None, config)
+    return uncut(check_size(image_hw), config)
 
 
 def overview_alone(found: SlicePlan) -> SlicePlan | None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property, lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from uhd.slicing.config import DEFAULT, SlicingConfig
@@ -322,7 +323,8 @@ def plan(
         if not isinstance(found, SlicingConfig):
             return plan_by_rule(check_size(image_hw), found, max_tokens=max_tokens)
         config = found
-    return _plan(*check_size(image_hw), resolve(config, max_tokens))
+    height, width = check_size(image_hw)
+    return planner_of(resolve(config, max_tokens)).plan(height, width)
 
 
 def candidates(
@@ -335,7 +337,7 @@ def candidates(
     """
     config = resolve(config, max_tokens)
     image_hw = check_size(image_hw)
-    best, cap = _within_budget(image_hw, config)
+    best, cap = planner_of(config).within_budget(*image_hw)
     if best.grid is None:
         return ()
     scored = [(grid, grid_score(image_hw, grid)) for grid in considered_grids(image_hw, config, cap)]
@@ -363,9 +365,10 @@ def check_size(image_hw: Sequence[int]) -> tuple[int, int]:
     """(height, width) as two plain ints, or a ``ValueError`` that says what to do."""
     try:
         height, width = image_hw
-        if isinstance(height, bool) or isinstance(width, bool):
-            raise TypeError
-        height, width = operator.index(height), operator.index(width)
+        if type(height) is not int or type(width) is not int:
+            if isinstance(height, bool) or isinstance(width, bool):
+                raise TypeError
+            height, width = operator.index(height), operator.index(width)
     except (TypeError, ValueError):
         raise ValueError(f"an image size is two whole numbers of pixels (height, width), got {image_hw!r}") from None
     if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
@@ -377,139 +380,192 @@ def check_size(image_hw: Sequence[int]) -> tuple[int, int]:
 
 def considered_grids(image_hw: tuple[int, int], config: SlicingConfig, cap: int) -> tuple[tuple[int, int], ...]:
     """The grids compared under a cap on slices, in the rule's order: counts, then columns, rising. Empty: no cut."""
-    height, width = image_hw
-    ideal = min(math.ceil(width * height / config.image_size**2), cap)
-    if config.rule == "march2024":
-        return _grids((ideal, ideal + 1) if ideal <= 2 else (ideal - 1, ideal, ideal + 1))
-    if ideal <= 1:
-        return ()
-    return _grids(tuple(n for n in (ideal - 1, ideal, ideal + 1) if 1 < n <= cap))
+    return grids_near(min(math.ceil(image_hw[1] * image_hw[0] / config.image_size**2), cap), config.rule, cap)
 
 
 @lru_cache(maxsize=1024)
-def _grids(counts: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+def grids_near(ideal: int, rule: str, cap: int) -> tuple[tuple[int, int], ...]:
+    """The grids compared for an image whose area is that of ``ideal`` views, or of more than ``cap``."""
+    if rule == "march2024":
+        counts = (ideal, ideal + 1) if ideal <= 2 else (ideal - 1, ideal, ideal + 1)
+    elif ideal <= 1:
+        return ()
+    else:
+        counts = tuple(n for n in (ideal - 1, ideal, ideal + 1) if 1 < n <= cap)
     return tuple((n // cols, cols) for n in counts for cols in range(1, n + 1) if n % cols == 0)
 
 
-def _choose_grid(image_hw: tuple[int, int], config: SlicingConfig, cap: int) -> tuple[int, int] | None:
-    aspect = math.log(image_hw[1] / image_hw[0])
-    best, lowest = None, math.inf
-    for grid in considered_grids(image_hw, config, cap):
-        misfit = abs(aspect - _log_aspect(grid))  # -grid_score(image_hw, grid)
-        if misfit < lowest:  # strict, as released: the first of equals stays
-            best, lowest = grid, misfit
-    return None if best == (1, 1) else best
+@lru_cache(maxsize=1024)
+def aspects_near(ideal: int, rule: str, cap: int) -> tuple[list[float], list[tuple[int, int]], list[int]]:
+    """Those grids sorted by ln(columns / rows): the logarithms, grids, and their places in the rule's order.
 
-
-@cache
-def _log_aspect(grid: tuple[int, int]) -> float:
-    return math.log(grid[1] / grid[0])
-
-
-@lru_cache(maxsize=16384)
-def _plan(height: int, width: int, config: SlicingConfig) -> SlicePlan:
-    return _within_budget((height, width), config)[0]
-
-
-def _within_budget(image_hw: tuple[int, int], config: SlicingConfig) -> tuple[SlicePlan, int]:
-    """The plan under the largest cap that keeps ``max_tokens``, and that cap (0: the overview alone)."""
-    if config.max_tokens is None:
-        return _build(image_hw, _choose_grid(image_hw, config, config.max_slices), config), config.max_slices
-    for cap in range(config.budget_cap, 0, -1):
-        found = _build(image_hw, _choose_grid(image_hw, config, cap), config)
-        if found.num_tokens <= config.max_tokens:
-            return found, cap
-    alone = _build(image_hw, None, config)
-    if alone.num_tokens > config.max_tokens:
-        raise ValueError(
-            f"the overview of a {image_hw[0]}x{image_hw[1]} px image (height x width) alone takes {alone.num_tokens} "
-            f"tokens under {config.name!r}, max_tokens is {config.max_tokens}: raise it to {alone.num_tokens}"
-        )
-    return alone, 0
-
-
-def _build(image_hw: tuple[int, int], grid: tuple[int, int] | None, config: SlicingConfig) -> SlicePlan:
-    height, width = image_hw
-    canvases = (_overview_canvas(fit_view(height, width, config, upscale=grid is None), config),)
-    if grid is not None:
-        slices = _slice_canvas(grid, _slice_size(image_hw, grid, config), config)
-        canvases = canvases + (slices,) if config.overview_first else (slices,) + canvases
-    return SlicePlan(
-        image_hw=image_hw,
-        patch_size=config.patch_size,
-        canvases=canvases,
-        grid=grid,
-        num_visual_tokens=sum(len(canvas.tiles) * canvas.tokens_per_view for canvas in canvases),
-        num_separators=config.separators.count(grid),
-        strategy=config.name,
-    )
-
-
-def _slice_size(image_hw: tuple[int, int], grid: tuple[int, int], config: SlicingConfig) -> tuple[int, int]:
-    if config.rule == "march2024":
-        cell_hw = [max(side // count, 1) for side, count in zip(image_hw, grid, strict=True)]
-    else:
-        # the whole image is first stretched to sides that the grid divides
-        stretched = (to_multiple(side, count, config.rounding) for side, count in zip(image_hw, grid, strict=True))
-        cell_hw = [side // count for side, count in zip(stretched, grid, strict=True)]
-    return fit_view(*cell_hw, config, upscale=True)
-
-
-def fit_view(height: int, width: int, config: SlicingConfig, *, upscale: bool) -> tuple[int, int]:
-    """Size of a view for content of this size, px: the encoder's pixel budget at the content's aspect.
-
-    Content below the budget is enlarged only if ``upscale``; sides become multiples of ``config.unit``.
-    Source: thunlp/LLaVA-UHD, llava/slice_process.py ``find_best_resize`` (released); the first release's
-    ``adapt_size`` (march2024).
+    Of grids of one aspect only the first is kept, which is the one that the rule takes.
     """
-    unit, side = config.unit, config.image_size
-    if config.rule == "march2024":
-        scale = math.sqrt(config.view_budget * (unit / height) * (unit / width))
-        sides = [math.floor(scale * length / unit) for length in (height, width)]
-        height, width = (min(max(steps, 1), config.view_budget) * unit for steps in sides)
-    else:
-        if upscale or width * height > side * side:
-            aspect = width / height
-            height = int(side / math.sqrt(aspect))
-            width = int(height * aspect)  # from the truncated height, as released
-        height, width = to_multiple(height, unit, config.rounding), to_multiple(width, unit, config.rounding)
-    return _clamped(height, width, config) if config.clamp else (height, width)
+    firsts: dict[float, tuple[int, tuple[int, int]]] = {}
+    for place, grid in enumerate(grids_near(ideal, rule, cap)):
+        firsts.setdefault(math.log(grid[1] / grid[0]), (place, grid))
+    logs = sorted(firsts)
+    return logs, [firsts[log][1] for log in logs], [firsts[log][0] for log in logs]
+
+
+class Planner:
+    """The adaptive rule of one config, which keeps what it would look up or make again for every image."""
+
+    def __init__(self, config: SlicingConfig) -> None:
+        self.config = config
+        self.area = config.image_size**2
+        self.fit = _view_fitter(config)
+        self.plan = lru_cache(maxsize=4096)(self._plan)
+        self.overview = lru_cache(maxsize=4096)(self._overview)
+        self.slices = lru_cache(maxsize=4096)(self._slices)
+        self.near: dict[int, tuple[list[float], list[tuple[int, int]], list[int]]] = {}  # under the config's own cap
+
+    def grid(self, height: int, width: int, cap: int | None = None) -> tuple[int, int] | None:
+        """The grid of the best :func:`grid_score` under a cap, the config's by default; ``None``: uncut.
+
+        A misfit rises on either side of the image's aspect, so only the two aspects around it can be best.
+        """
+        cap = cap or self.config.max_slices
+        ideal = math.ceil(width * height / self.area)
+        if ideal > cap:
+            ideal = cap
+        if cap != self.config.max_slices:
+            logs, grids, places = aspects_near(ideal, self.config.rule, cap)
+        elif ideal in self.near:
+            logs, grids, places = self.near[ideal]
+        else:
+            logs, grids, places = self.near[ideal] = aspects_near(ideal, self.config.rule, cap)
+        if not logs:
+            return None
+        aspect = math.log(width / height)
+        at = bisect_left(logs, aspect)
+        if at == len(logs):
+            at -= 1
+        elif at:
+            below, above = aspect - logs[at - 1], logs[at] - aspect  # float subtraction is odd: these are the misfits
+            if below < above or (below == above and places[at - 1] < places[at]):
+                at -= 1
+        return None if grids[at] == (1, 1) else grids[at]
+
+    def slice_hw(self, height: int, width: int, grid: tuple[int, int]) -> tuple[int, int]:
+        """Size of a slice, px: the whole image is first stretched to sides that the grid divides."""
+        rows, cols = grid
+        if self.config.rule == "march2024" or self.config.rounding == "floor":
+            return self.fit(height // rows or 1, width // cols or 1)
+        return self.fit(round(height / rows) or 1, round(width / cols) or 1)
+
+    def build(self, height: int, width: int, grid: tuple[int, int] | None) -> SlicePlan:
+        """The plan with a given grid."""
+        # an image that is cut has more than one view's area, so that fitting never enlarges its overview
+        canvas, tokens = self.overview(self.fit(height, width))
+        if grid is None:
+            canvases, separators = (canvas,), self.config.separators.per_image
+        else:
+            slices, more, separators = self.slices(grid, self.slice_hw(height, width, grid))
+            canvases = (canvas, slices) if self.config.overview_first else (slices, canvas)
+            tokens += more
+        return SlicePlan((height, width), self.config.patch_size, canvases, grid, tokens, separators, self.config.name)
+
+    def within_budget(self, height: int, width: int) -> tuple[SlicePlan, int]:
+        """The plan under the largest cap that keeps ``max_tokens``, and that cap (0: the overview alone)."""
+        config = self.config
+        if config.max_tokens is None:
+            return self.plan(height, width), config.max_slices
+        for cap in range(config.budget_cap, 0, -1):
+            found = self.build(height, width, self.grid(height, width, cap))
+            if found.num_tokens <= config.max_tokens:
+                return found, cap
+        alone = self.build(height, width, None)
+        if alone.num_tokens > config.max_tokens:
+            raise ValueError(
+                f"the overview of a {height}x{width} px image (height x width) alone takes {alone.num_tokens} "
+                f"tokens under {config.name!r}, max_tokens is {config.max_tokens}: raise it to {alone.num_tokens}"
+            )
+        return alone, 0
+
+    def _plan(self, height: int, width: int) -> SlicePlan:
+        if self.config.max_tokens is not None:
+            return self.within_budget(height, width)[0]
+        return self.build(height, width, self.grid(height, width))
+
+    def _overview(self, view_hw: tuple[int, int]) -> tuple[Canvas, int]:
+        """The overview's canvas and its tokens."""
+        tokens = self._view_tokens(view_hw)
+        return Canvas("overview", view_hw, view_hw, (1, 1), (Box(0, 0, *view_hw),), view_hw, tokens), tokens
+
+    def _slices(self, grid: tuple[int, int], slice_hw: tuple[int, int]) -> tuple[Canvas, int, int]:
+        """The slices' canvas, their tokens, and the separators of a cut image."""
+        (rows, cols), (h, w) = grid, slice_hw
+        tiles = tuple(Box(r * h, c * w, (r + 1) * h, (c + 1) * w) for r in range(rows) for c in range(cols))
+        size_hw, tokens = (rows * h, cols * w), self._view_tokens(slice_hw)
+        canvas = Canvas("slice", size_hw, size_hw, grid, tiles, slice_hw, tokens)
+        return canvas, rows * cols * tokens, self.config.separators.count(grid)
+
+    def _view_tokens(self, view_hw: tuple[int, int]) -> int:
+        config = self.config
+        if config.tokens_per_view is not None:
+            return config.tokens_per_view
+        return (view_hw[0] // config.unit) * (view_hw[1] // config.unit)
+
+
+_made = lru_cache(maxsize=64)(Planner)
+_last: tuple[SlicingConfig | None, Planner | None] = (None, None)
+
+
+def planner_of(config: SlicingConfig) -> Planner:
+    """The planner of a config. Images mostly come with the same object again, and to hash it takes a while."""
+    global _last
+    known, planner = _last
+    if config is not known:
+        planner = _made(config)
+        _last = config, planner
+    return planner
+
+
+def uncut(image_hw: tuple[int, int], config: SlicingConfig) -> SlicePlan:
+    """The plan of an image that is left whole, whatever its size."""
+    return planner_of(config).build(*image_hw, None)
+
+
+def _view_fitter(config: SlicingConfig) -> Callable[[int, int], tuple[int, int]]:
+    """``fit(height, width)``: size of a view for content of this size, px.
+
+    The encoder's pixel budget at the content's aspect, sides multiples of ``config.unit``. The order of operations
+    decides the last bits.
+
+    Source: thunlp/LLaVA-UHD, llava/slice_process.py ``find_best_resize`` with upscaling (released); the first
+    release's ``adapt_size`` (march2024).
+    """
+    unit, side, budget, clamp = config.unit, config.image_size, config.view_budget, config.clamp
+    floor, sqrt = config.rounding == "floor", math.sqrt
+
+    def released(height: int, width: int) -> tuple[int, int]:
+        aspect = width / height
+        height = int(side / sqrt(aspect))
+        width = int(height * aspect)  # from the truncated height, as released
+        rows, cols = (height // unit, width // unit) if floor else (round(height / unit), round(width / unit))
+        return finished(rows or 1, cols or 1)
+
+    def march2024(height: int, width: int) -> tuple[int, int]:
+        scale = sqrt(budget * (unit / height) * (unit / width))
+        rows, cols = math.floor(scale * height / unit), math.floor(scale * width / unit)
+        return finished(min(rows or 1, budget), min(cols or 1, budget))
+
+    def finished(rows: int, cols: int) -> tuple[int, int]:
+        if clamp and rows * cols > budget:  # shorten the longer side
+            if rows >= cols:
+                rows = budget // cols
+            else:
+                cols = budget // rows
+        return rows * unit, cols * unit
+
+    return released if config.rule == "released" else march2024
 
 
 def to_multiple(length: int, unit: int, rounding: str) -> int:
     """``length`` floored or rounded (half to even) to a multiple of ``unit``, and at least one ``unit``."""
     steps = length // unit if rounding == "floor" else round(length / unit)
     return max(steps, 1) * unit
-
-
-def _clamped(height: int, width: int, config: SlicingConfig) -> tuple[int, int]:
-    """Shorten the longer side until the view keeps within the budget."""
-    unit, budget = config.unit, config.view_budget
-    if (height // unit) * (width // unit) <= budget:
-        return height, width
-    if height >= width:
-        return budget // (width // unit) * unit, width
-    return height, budget // (height // unit) * unit
-
-
-def _view_tokens(view_hw: tuple[int, int], config: SlicingConfig) -> int:
-    if config.tokens_per_view is not None:
-        return config.tokens_per_view
-    return (view_hw[0] // config.unit) * (view_hw[1] // config.unit)
-
-
-@lru_cache(maxsize=4096)
-def _overview_canvas(view_hw: tuple[int, int], config: SlicingConfig) -> Canvas:
-    box = Box(0, 0, *view_hw)
-    return Canvas("overview", view_hw, view_hw, (1, 1), (box,), view_hw, _view_tokens(view_hw, config))
-
-
-@lru_cache(maxsize=4096)
-def _slice_canvas(grid: tuple[int, int], slice_hw: tuple[int, int], config: SlicingConfig) -> Canvas:
-    (rows, cols), (h, w) = grid, slice_hw
-    tiles = tuple(Box(r * h, c * w, (r + 1) * h, (c + 1) * w) for r in range(rows) for c in range(cols))
-    size_hw = (rows * h, cols * w)
-    return Canvas("slice", size_hw, size_hw, grid, tiles, slice_hw, _view_tokens(slice_hw, config))
 
 
 def _canvas_from_dict(data: Mapping[str, Any]) -> Canvas:

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -100,7 +101,7 @@ class CompressedViT(ViT):
         return tuple((rows // factor, columns // factor) for rows, columns in grids)
 
     def forward(
-        self, patches: Tensor, grids: Sequence[tuple[int, int]], *, hidden_states: bool = False
+        self, patches: Tensor, grids: Sequence[tuple[int, int]], *, hidden_states: bool = False, **how: Any
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
         """Encode packed views; as `ViT.forward`, but for N.
 
@@ -113,7 +114,7 @@ class CompressedViT(ViT):
             ValueError, TypeError: as in `ViT.forward` and `output_grids`.
         """
         self.output_grids(grids)  # refuse them before anything runs
-        return super().forward(patches, grids, hidden_states=hidden_states)
+        return super().forward(patches, grids, hidden_states=hidden_states, **how)
 
     def _after_block(self, number: int, x: Tensor, groups: _Groups) -> tuple[Tensor, _Groups]:
         if str(number) not in self.compressors:

@@ -131,8 +131,8 @@ class ViT(nn.Module):
     Attributes:
         gradient_checkpointing: recompute every block in the backward pass while training.
 
-    Position tables are kept between calls that need no gradient, see `uhd.packed.GridTables`. After writing through
-    `positions.data`, which leaves no trace, call `clear_position_cache`.
+    Position tables are kept between calls that need no gradient while the numbers in `positions` are the same, see
+    `uhd.packed.GridTables`.
     """
 
     def __init__(self, config: ViTConfig, *, stem: nn.Module | None = None) -> None:
@@ -195,13 +195,34 @@ class ViT(nn.Module):
         """(rows, columns) of every view's features: here the grids themselves."""
         return check_grids(grids)
 
+    @property
+    def folds_pixels(self) -> bool:
+        """Whether `forward` takes `inner` and `mean_std`: the patch embedding is one linear layer, and is nobody's.
+
+        Not so for other stems, nor where a hook, LoRA, quantisation or offloading has to see that layer called.
+        """
+        stem = self.stem
+        if not self.own_stem or type(stem) is not nn.Linear or type(stem.weight.data) is not Tensor:
+            return False
+        hooks = (stem._forward_hooks, stem._forward_pre_hooks, stem._backward_hooks, stem._backward_pre_hooks)
+        return not any(hooks) and "forward" not in stem.__dict__
+
     def forward(
-        self, patches: Tensor, grids: Sequence[tuple[int, int]], *, hidden_states: bool = False
+        self,
+        patches: Tensor,
+        grids: Sequence[tuple[int, int]],
+        *,
+        hidden_states: bool = False,
+        inner: str = "chw",
+        mean_std: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
         """Encode packed views.
 
         Args:
-            patches: (N, P) floating point, normalised; view by view, row-major, inner order (c, py, px).
+            patches: (N, P) floating point, normalised; view by view, row-major. uint8 where `mean_std` is given.
+            inner: order of a patch's values: "chw" is (c, py, px), "hwc" is (py, px, c). Only where `folds_pixels`.
+            mean_std: C means and standard deviations in 0..1 units, for raw pixels: `(x / 255 - mean) / std` is folded
+                into the patch embedding, in its dtype: meant for float32. Only where `folds_pixels`.
             grids: V pairs (rows, columns) on the host, in patches, with sum(rows*columns) = N.
             hidden_states: also return the packed patch features after the embedding and after every block, in the
                 order of transformers' `hidden_states`, before the final norm.
@@ -211,10 +232,10 @@ class ViT(nn.Module):
 
         Raises:
             ValueError: patches and grids that disagree, another P, or a stem that returns another shape.
-            TypeError: integer patches, or grids that are not host integers.
+            TypeError: integer patches without `mean_std` or others with it, or grids that are not host integers.
         """
-        grids = check_packed(patches, grids, self.config.patch_dim)
-        x = self._embed(patches, grids)
+        grids = check_packed(patches, grids, self.config.patch_dim, raw=mean_std is not None)
+        x = self._embed(patches, grids, inner, mean_std)
         groups = _Groups.of(grids, self.config.num_prefix_tokens)
         x = self.pre_norm(groups.pack(x, self._prefix()))
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
@@ -243,11 +264,23 @@ class ViT(nn.Module):
         return interpolate_pos_embed(table, config.position_grid_hw, grid_hw, config.interpolation, config.antialias)
 
     def clear_position_cache(self) -> None:
-        """Forget interpolated tables; only needed after writing through `positions.data`, which leaves no trace."""
+        """Forget interpolated tables, which are made again when needed."""
         self._position_tables.clear()
 
-    def _embed(self, patches: Tensor, grids: tuple[tuple[int, int], ...]) -> Tensor:
+    def _embed(
+        self,
+        patches: Tensor,
+        grids: tuple[tuple[int, int], ...],
+        inner: str = "chw",
+        mean_std: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+    ) -> Tensor:
         """(N, P) -> (N, D) with positions."""
+        if inner != "chw" or mean_std is not None:
+            if not self.folds_pixels:
+                raise ValueError("this patch embedding takes normalised patches of inner order 'chw' only")
+            weight, bias = fold_pixels(self.stem.weight, self.stem.bias, inner, mean_std)
+            x = F.linear(patches.to(weight.dtype), weight, bias)
+            return x if self.positions is None or not grids else x + self._positions_of(grids)
         parameter = next(self.stem.parameters(), patches)
         patches = patches.to(parameter.dtype if parameter.is_floating_point() else patches.dtype)
         x = self.stem(patches, grids) if getattr(self.stem, "needs_grids", False) else self.stem(patches)
@@ -273,10 +306,43 @@ class ViT(nn.Module):
     def _positions_of(self, grids: tuple[tuple[int, int], ...]) -> Tensor:
         """(N, D): interpolated once per distinct grid, and across calls where no gradient can be wanted."""
         tables, source = {}, self.positions
+        self._position_tables.refresh(source)
         for grid in dict.fromkeys(grids):
             key = (grid, source.device, source.dtype, self.config)
             tables[grid] = self._position_tables.get(key, source, partial(self.position_embedding, grid))
         return torch.cat([tables[grid] for grid in grids])
+
+
+def fold_pixels(
+    weight: Tensor,
+    bias: Tensor | None,
+    inner: str,
+    mean_std: tuple[tuple[float, ...], tuple[float, ...]] | None,
+) -> tuple[Tensor, Tensor | None]:
+    """A patch embedding for patches of another inner order, and for raw pixels; differentiable.
+
+        W ((x / 255 - mean) / std) + b  =  W' x + (b - W' (255 mean)),   W' = W / (255 std)
+
+    It is made anew on every call, which costs less than normalising a few hundred patches: so it is never stale.
+
+    Args:
+        weight: (D, C*p*p), inner order (c, py, px).
+        bias: (D,) or None.
+        inner, mean_std: as in `ViT.forward`.
+
+    Raises:
+        ValueError: there is no such order.
+    """
+    if inner not in ("chw", "hwc"):
+        raise ValueError(f"inner must be 'chw' or 'hwc'; got {inner!r}")
+    channels = 3 if mean_std is None else len(mean_std[0])
+    weight = rearrange(weight, "d (c k) -> d c k", c=channels)
+    if mean_std is not None:
+        mean, std = (weight.new_tensor(values)[:, None] for values in mean_std)  # (C, 1)
+        weight = weight / (255 * std)
+        shift = (weight * (255 * mean)).sum(dim=(1, 2))
+        bias = -shift if bias is None else bias - shift
+    return rearrange(weight, "d c k -> d (c k)" if inner == "chw" else "d c k -> d (k c)"), bias
 
 
 def _make_stem(config: ViTConfig) -> nn.Module:
@@ -403,15 +469,21 @@ class _Groups:
         return [found[view] for view in range(len(self.lengths))]
 
 
-def check_packed(patches: Tensor, grids: Sequence[tuple[int, int]], patch_dim: int) -> tuple[tuple[int, int], ...]:
+def check_packed(
+    patches: Tensor, grids: Sequence[tuple[int, int]], patch_dim: int, *, raw: bool = False
+) -> tuple[tuple[int, int], ...]:
     """Check that packed patches (N, P) and the views' grids agree; return the grids as plain tuples.
+
+    `raw`: the patches are to be uint8.
 
     Raises:
         ValueError: with both counts, where N or P is not what grids and model say.
         TypeError: patches that are not floating point, or grids that are not host integers.
     """
     grids = check_grids(grids)
-    if not torch.is_floating_point(patches):
+    if raw and patches.dtype != torch.uint8:
+        raise TypeError(f"raw patches, which mean_std is for, must be uint8; got {patches.dtype}")
+    if not raw and not torch.is_floating_point(patches):
         raise TypeError(f"patches must be floating point and normalised; got {patches.dtype}")
     if patches.dim() != 2 or patches.shape[1] != patch_dim:
         raise ValueError(

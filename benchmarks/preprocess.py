@@ -1,0 +1,215 @@
+"""How long pictures take to become patches, beside transformers' MiniCPM-V 4.6 image processor.
+
+    python benchmarks/preprocess.py --out benchmarks/results            # JPEG bytes to float32 patches
+    python benchmarks/preprocess.py --uint8 --out benchmarks/results    # ours stop at uint8; the model does the rest
+
+Both cut by the same rule, into equally many patches. First the pixels are compared: the fast backend with the exact
+one, and the exact one with transformers' Pillow backend; where one is off by more than it may, nothing is reported
+and the exit status is 1. Then process CPU time, one thread, contenders in turn, medians. The ratio is to whichever of
+transformers' backends is fastest on that picture. Made pictures are noise of equal power in every octave, as
+photographs have it, with as many bits a pixel; the photographs are scikit-image's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+
+import uhd
+from uhd.batch import SliceBatch
+from uhd.charts import curves, log_axis
+from uhd.pixels import PixelSettings
+from uhd.pixels.fast import load_picture
+
+PRESET = "minicpm-v-4.6"
+MADE = ((672, 1008), (1080, 1920), (3000, 4000))
+PHOTOS = ("chelsea", "coffee", "rocket", "astronaut")
+TARGETS = {False: (1.3, 1.4, 2.5), True: (1.8, 1.9, 3.3)}
+"""Least ratio for the made pictures: to float32, and with --uint8."""
+NORMAL = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+OURS = {
+    "uhd, fast": PixelSettings(**NORMAL, backend="fast"),
+    "uhd, exact": PixelSettings(**NORMAL),
+    "uhd, fast, draft": PixelSettings(**NORMAL, backend="fast", draft=True),
+}
+
+
+def made_picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """(h, w, 3) uint8: noise of equal power in every octave, mostly gray, with a little more in the finest one."""
+    noise, total = np.random.default_rng(seed), np.zeros((height, width, 3), np.float32)
+    for step in (2**n for n in range(9, -1, -1)):
+        coarse = noise.normal(size=(height // step + 2, width // step + 2, 3)).astype(np.float32)
+        coarse = coarse.mean(axis=2, keepdims=True) + 0.35 * coarse
+        for channel in range(3):
+            plane = Image.fromarray(coarse[..., channel]).resize((width, height), Image.Resampling.BICUBIC)
+            total[..., channel] += np.asarray(plane) * (22 if step > 2 else 4)
+    return (total + 120).clip(0, 255).astype(np.uint8)
+
+
+def jpeg(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def pictures() -> dict[str, bytes]:
+    import skimage.data
+
+    found = {f"made {height}x{width}": jpeg(made_picture(height, width)) for height, width in MADE}
+    for name in PHOTOS:
+        pixels = getattr(skimage.data, name)()
+        found[f"{name} {pixels.shape[0]}x{pixels.shape[1]}"] = jpeg(pixels)
+    return found
+
+
+def ours(data: bytes, settings: PixelSettings, *, raw: bool) -> SliceBatch:
+    picture = load_picture(data, settings=settings)
+    plan = uhd.plan((picture.height, picture.width), PRESET)
+    inner = "hwc" if settings.backend == "fast" else "chw"
+    batch = SliceBatch.from_images([picture], [plan], settings=settings, inner=inner)
+    return batch if raw else batch.normalized(settings)
+
+
+def peers() -> dict[str, Callable[[bytes], dict]]:
+    """By the ways in which its users hand pictures over."""
+    from torchvision.io import ImageReadMode, decode_jpeg
+    from transformers.models.minicpmv4_6.image_processing_minicpmv4_6 import MiniCPMV4_6ImageProcessor
+    from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
+
+    means = {"image_mean": NORMAL["mean"], "image_std": NORMAL["std"]}
+    fast, pillow = MiniCPMV4_6ImageProcessor(**means), MiniCPMV4_6ImageProcessorPil(**means)
+
+    def tensor(data: bytes) -> torch.Tensor:
+        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+
+    return {
+        "transformers, torchvision": lambda data: fast(tensor(data), return_tensors="pt"),
+        "transformers, torchvision, Pillow decodes": lambda data: fast(
+            Image.open(io.BytesIO(data)), return_tensors="pt"
+        ),
+        "transformers, Pillow": lambda data: pillow(Image.open(io.BytesIO(data)), return_tensors="pt"),
+    }
+
+
+def peer_patches(found: dict) -> np.ndarray:
+    """Its (1, 3, p, N * p) as (N, 3 * p * p) levels of 0..255."""
+    patches = rearrange(torch.as_tensor(found["pixel_values"])[0], "c y (n x) -> n (c y x)", x=14)
+    return (patches * 127.5 + 127.5).round().numpy()
+
+
+def complaints(name: str, data: bytes) -> list[str]:
+    """What is farther off than it may be, in levels of 0..255."""
+    exact = ours(data, OURS["uhd, exact"], raw=True).patches.numpy().astype(int)
+    quick = ours(data, OURS["uhd, fast"], raw=True).ordered("chw").patches.numpy()
+    whole = ours(data, OURS["uhd, fast"], raw=False).ordered("chw").patches * 127.5 + 127.5
+    peer = peer_patches(peers()["transformers, Pillow"](data))
+    if peer.shape != exact.shape:
+        return [f"{name}: {len(peer)} patches by transformers, {len(exact)} by uhd"]
+    pairs = {"fast and exact": (quick, exact, 2), "float32 and uint8": (whole.numpy(), quick, 0.01)}
+    pairs["exact and transformers"] = (exact, peer, 1)
+    far = {what: float(np.abs(a - b.astype(float)).max()) for what, (a, b, _) in pairs.items()}
+    return [f"{name}: {what} differ by {far[what]}" for what, (_, _, most) in pairs.items() if far[what] > most]
+
+
+def measure(data: bytes, rounds: int, *, raw: bool) -> dict[str, float]:
+    """Median milliseconds of CPU time."""
+    run: dict[str, Callable[[bytes], object]] = dict(peers())
+    for name, settings in OURS.items():
+        run[name] = lambda data, settings=settings: ours(data, settings, raw=raw)
+    times: dict[str, list[float]] = {name: [] for name in run}
+    for _ in range(rounds + 1):  # the first round warms up
+        for name, call in run.items():
+            start = time.process_time()
+            call(data)
+            times[name].append((time.process_time() - start) * 1e3)
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def row_of(name: str, data: bytes, rounds: int, wanted: float | None, *, raw: bool) -> dict:
+    batch, times = ours(data, OURS["uhd, fast"], raw=True), measure(data, rounds, raw=raw)
+    best = min(value for contender, value in times.items() if contender.startswith("transformers"))
+    height, width = batch.plans[0].image_hw
+    return {
+        "picture": name,
+        "megapixels": height * width / 1e6,
+        "bits_per_pixel": round(8 * len(data) / (height * width), 2),
+        "patches": len(batch.patches),
+        "cpu_ms": {contender: round(value, 2) for contender, value in times.items()},
+        "ratio": {contender: round(best / value, 2) for contender, value in times.items()},
+        "must_reach": wanted,
+        "reached": None if wanted is None else best / times["uhd, fast"] >= wanted,
+    }
+
+
+def versions() -> dict[str, str]:
+    import PIL
+    import torchvision
+    import transformers
+
+    modules = (torch, torchvision, transformers, PIL, np)
+    return {"python": platform.python_version()} | {module.__name__: module.__version__ for module in modules}
+
+
+def chart(rows: list[dict]) -> str:
+    lines = {
+        name: sorted((row["megapixels"], row["cpu_ms"][name]) for row in rows if row["picture"].startswith("made"))
+        for name in rows[0]["cpu_ms"]
+    }
+    points = [point for line in lines.values() for point in line]
+    x = log_axis([x for x, _ in points], "megapixels")
+    return curves(lines, x, log_axis([y for _, y in points], "CPU ms"), width=900)
+
+
+def show(rows: list[dict]) -> None:
+    names = list(rows[0]["cpu_ms"])
+    print(f"| picture | patches | bits/px | {' | '.join(names)} | must reach |")
+    print("|---" * (len(names) + 4) + "|")
+    for row in rows:
+        cells = [f"{row['cpu_ms'][name]:.1f} ms, {row['ratio'][name]:.2f}x" for name in names]
+        wanted = row["must_reach"] or ""
+        print(f"| {row['picture']} | {row['patches']} | {row['bits_per_pixel']} | {' | '.join(cells)} | {wanted} |")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--uint8", action="store_true", help="ours stop at uint8 patches")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, help="folder for the JSON and SVG files")
+    chosen = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)  # torchvision's decoder, which the peer needs
+    known, found = versions(), pictures()
+    print(", ".join(f"{name} {version}" for name, version in known.items()))
+    wrong = [line for name, data in found.items() for line in complaints(name, data)]
+    if wrong:
+        print("pixels are off, so nothing is measured:", *wrong, sep="\n", file=sys.stderr)
+        return 1
+    wanted = dict(zip((f"made {height}x{width}" for height, width in MADE), TARGETS[chosen.uint8], strict=True))
+    rows = [row_of(name, data, chosen.rounds, wanted.get(name), raw=chosen.uint8) for name, data in found.items()]
+    show(rows)
+    if chosen.out:
+        name = "preprocess_uint8" if chosen.uint8 else "preprocess"
+        about = {"versions": known, "preset": PRESET, "to": "uint8" if chosen.uint8 else "float32", "rows": rows}
+        (chosen.out / f"{name}.json").write_text(json.dumps(about, indent=1) + "\n")
+        (chosen.out / f"{name}.svg").write_text(chart(rows) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""Benchmarks of planner and pixels run small, are silent when a check fails, and their stored results are whole."""
+
+import importlib.util
+import json
+import pathlib
+import sys
+
+import pytest
+
+FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def planner():
+    return load("planner")
+
+
+@pytest.fixture(scope="module")
+def preprocess():
+    return load("preprocess")
+
+
+def test_planner_small_run(planner, tmp_path, capsys):
+    assert planner.main(["--count", "1000", "--rounds", "1", "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "planner.json").read_text())
+    assert [row["planner"] for row in result["rows"]][:2] == ["transformers", "integer core"]
+    assert result["rows"][0]["ratio"] == 1
+    assert "all numbers equal" in capsys.readouterr().out
+
+
+def test_planner_refuses_to_speak_where_a_number_differs(planner, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(planner, "PRESET", "minicpm-v")
+    assert planner.main(["--count", "50", "--rounds", "1", "--out", str(tmp_path)]) == 1
+    assert "planned otherwise" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags", [[], ["--uint8"]])
+def test_preprocess_small_run(preprocess, monkeypatch, tmp_path, capsys, flags):
+    sizes = ((300, 420), (420, 300), (470, 610))
+    monkeypatch.setattr(preprocess, "MADE", sizes)
+    monkeypatch.setattr(preprocess, "PHOTOS", ("chelsea",))
+    assert preprocess.main(["--rounds", "1", "--out", str(tmp_path), *flags]) == 0
+    stem = "preprocess_uint8" if flags else "preprocess"
+    result = json.loads((tmp_path / f"{stem}.json").read_text())
+    assert [row["picture"] for row in result["rows"]] == [f"made {h}x{w}" for h, w in sizes] + ["chelsea 300x451"]
+    assert all(max(v for k, v in row["ratio"].items() if k.startswith("transformers")) == 1 for row in result["rows"])
+    assert (tmp_path / f"{stem}.svg").read_text().startswith("<svg")
+    assert "torchvision " in capsys.readouterr().out
+
+
+def test_preprocess_refuses_to_speak_where_pixels_are_off(preprocess, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(preprocess, "MADE", ((300, 420),) * 3)
+    monkeypatch.setattr(preprocess, "PHOTOS", ())
+    wrong = preprocess.OURS["uhd, fast"].__class__(**preprocess.NORMAL, backend="fast", resample="bilinear")
+    monkeypatch.setitem(preprocess.OURS, "uhd, fast", wrong)
+    assert preprocess.main(["--rounds", "1", "--out", str(tmp_path)]) == 1
+    assert "fast and exact differ" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name, rows", [("planner", 5), ("preprocess", 7), ("preprocess_uint8", 7)])
+def test_stored_results_are_whole(name, rows):
+    stored = json.loads((FOLDER / "results" / f"{name}.json").read_text())
+    assert len(stored["rows"]) == rows
+    assert {"python", "transformers"} <= set(stored["versions"])
+    for row in stored["rows"]:
+        times = row["cpu_ms"] if "cpu_ms" in row else {"": row["us_per_image"]}
+        assert all(value > 0 for value in times.values())
+    said = (FOLDER.parent / "docs" / "performance.md").read_text()
+    for row in stored["rows"]:
+        ratio = row["ratio"]["uhd, fast"] if isinstance(row["ratio"], dict) else row["ratio"]
+        assert f"{ratio:.2f}" in said

@@ -1,0 +1,256 @@
+"""The fast backend: a JPEG is decoded to the array that is resized, and PyTorch resizes its bytes as they lie.
+
+PyTorch's antialiased resize of uint8 channels-last images does Pillow's two passes over Pillow's weights, rounded to
+15 bits. So after the first pass a pixel is at most one level off; the second pass weighs those by at most 1.25
+(bicubic) or 1.7 (lanczos) in all and rounds: two levels in the end, if the passes come in the same order. Resizing
+twice would add up, so canvases that are resized twice, like those without antialiasing, are Pillow's. What installed
+versions do is probed once, on small images; where it is not as said here, Pillow does it.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from .load import (
+    ORIENTATION,
+    UPRIGHT,
+    as_array,
+    channels_last,
+    check_pixels,
+    load_image,
+    name_of,
+    opened,
+    pillow_errors,
+)
+from .render import check_canvas, check_planned, cut_canvas, is_long_crop
+from .settings import DEFAULT, RESAMPLE, PixelSettings, check_filter
+
+if TYPE_CHECKING:
+    from uhd.slicing.plan import Canvas, SlicePlan
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """An upright RGB image in the layout that is resized.
+
+    Attributes:
+        size_hw: (height, width), px.
+        pixels: (h, w, 3) uint8; ``None`` for a JPEG whose decoding waits for the plan.
+        file: That JPEG.
+        name: What to call it in an error.
+    """
+
+    size_hw: tuple[int, int]
+    pixels: np.ndarray | None
+    file: bytes = b""
+    name: str = "this image"
+
+    @property
+    def height(self) -> int:
+        return self.size_hw[0]
+
+    @property
+    def width(self) -> int:
+        return self.size_hw[1]
+
+
+def load_picture(source: Any, *, settings: PixelSettings = DEFAULT) -> Image.Image | Picture:
+    """An image in the form that the settings' backend cuts; arguments and errors as of :func:`uhd.pixels.load_image`.
+
+    With ``settings.draft``, damage to a JPEG's pixels is found when it is cut.
+    """
+    if settings.backend != "fast":
+        return load_image(source, settings=settings)
+    if isinstance(source, Picture):
+        return source
+    array = as_array(source)
+    if array is None:
+        return _read_jpeg(source, settings) or _picture(np.array(load_image(source, settings=settings)))
+    pixels = channels_last(array)
+    if pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.dtype == np.uint8:
+        return _picture(np.require(pixels, requirements=["C", "W"]))  # torch wants to be allowed to write
+    return _picture(np.array(load_image(array, settings=settings)))
+
+
+def cut_fast(image: Any, plan: SlicePlan, settings: PixelSettings) -> list[np.ndarray]:
+    """:func:`uhd.pixels.cut` by this backend."""
+    picture = load_picture(image, settings=settings)
+    check_planned(picture.size_hw, plan)
+    for canvas in plan.canvases:
+        check_canvas(canvas, picture.size_hw)
+    pixels, exact = _decoded(picture, plan, settings), None
+    views = []
+    for canvas in plan.canvases:
+        if _in_one_step(pixels.shape[:2], canvas, plan, settings):
+            views.extend(_cut_canvas(pixels, canvas, plan, settings))
+        else:
+            exact = Image.fromarray(pixels) if exact is None else exact
+            views.extend(cut_canvas(exact, canvas, plan, settings))
+    return views
+
+
+def _picture(pixels: np.ndarray) -> Picture:
+    return Picture(pixels.shape[:2], pixels)
+
+
+def _read_jpeg(source: Any, settings: PixelSettings) -> Picture | None:
+    """A plain upright RGB JPEG; ``None`` for anything else, and where only Pillow can tell what is wrong."""
+    if isinstance(source, Image.Image):
+        return None
+    name = name_of(source)
+    with opened(source, name) as image:
+        check_pixels(image, settings, name)
+        with pillow_errors(name):
+            plain = image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(ORIENTATION) not in UPRIGHT
+            if not plain or not (settings.draft or _jpeg_decoder()):
+                return None
+            image.fp.seek(0)
+            file = image.fp.read()
+        size_hw = (image.height, image.width)
+    if settings.draft:
+        return Picture(size_hw, None, file, name)
+    try:
+        pixels = _jpeg_decoder()(file)
+    except RuntimeError:
+        return None
+    return Picture(size_hw, pixels) if pixels.shape[:2] == size_hw else None
+
+
+def _decoded(picture: Picture, plan: SlicePlan, settings: PixelSettings) -> np.ndarray:
+    """The pixels; of a draft no more than the plan needs, and a whole fraction of the sides: else all would shift."""
+    if picture.pixels is not None:
+        return picture.pixels
+    (height, width), sides = picture.size_hw, [canvas.content_hw for canvas in plan.canvases]
+    least = max(h for h, _ in sides), max(w for _, w in sides)
+    fits = [
+        n for n in (8, 4, 2) if not height % n and not width % n and height >= n * least[0] and width >= n * least[1]
+    ]
+    with opened(picture.file, picture.name) as image, pillow_errors(picture.name):
+        whole = all(c.source is None and _in_one_step(picture.size_hw, c, plan, settings) for c in plan.canvases)
+        if fits and whole:
+            image.draft("RGB", (width // fits[0], height // fits[0]))
+        return np.array(image)
+
+
+def _in_one_step(size_hw: tuple[int, int], canvas: Canvas, plan: SlicePlan, settings: PixelSettings) -> bool:
+    """Whether the views of a canvas are at most one antialiased resize away from the image."""
+    if canvas.source is not None:
+        size_hw = _size_hw(canvas.source)
+    sizes = [size for size in (size_hw, canvas.first_hw, canvas.content_hw) if size is not None]
+    steps = [(plan.resample, plan.antialias) for old, new in pairwise(sizes) if tuple(old) != tuple(new)]
+    if any(_size_hw(box) != tuple(canvas.view_hw) for box in canvas.tiles):
+        steps.append(canvas.view_filter or (plan.resample, plan.antialias))
+    if len(steps) > 1 or is_long_crop(canvas):
+        return False
+    return all(antialias and _pass_orders(settings.resample or name) for name, antialias in steps)
+
+
+def _size_hw(box: tuple[int, int, int, int]) -> tuple[int, int]:
+    return box[2] - box[0], box[3] - box[1]
+
+
+def _cut_canvas(pixels: np.ndarray, canvas: Canvas, plan: SlicePlan, settings: PixelSettings) -> list[np.ndarray]:
+    whole = _whole(pixels, canvas, settings.resample or plan.resample)
+    name = settings.resample or (canvas.view_filter or (plan.resample,))[0]
+    tiles = [whole[top:bottom, left:right] for top, left, bottom, right in canvas.tiles]
+    return [_resized(tile, canvas.view_hw, name) for tile in tiles]
+
+
+def _whole(pixels: np.ndarray, canvas: Canvas, name: str) -> np.ndarray:
+    """(h, w, 3) uint8 of a whole canvas."""
+    if canvas.source is not None:
+        top, left, bottom, right = canvas.source
+        pixels = pixels[top:bottom, left:right]
+    content = _resized(pixels, canvas.content_hw, name)
+    if canvas.offset == (0, 0) and canvas.size_hw == canvas.content_hw:
+        return content
+    (top, left), (height, width) = canvas.offset, canvas.size_hw
+    whole = np.empty((height, width, 3), np.uint8)
+    whole[...] = canvas.fill or (0, 0, 0)
+    seen = content[max(-top, 0) : height - top, max(-left, 0) : width - left]
+    top, left = max(top, 0), max(left, 0)
+    whole[top : top + seen.shape[0], left : left + seen.shape[1]] = seen
+    return whole
+
+
+def _resized(pixels: np.ndarray, size_hw: tuple[int, int], name: str) -> np.ndarray:
+    if pixels.shape[:2] == tuple(size_hw):
+        return pixels
+    check_filter(name)
+    tensor = torch.from_numpy(np.ascontiguousarray(pixels)).unsqueeze(0).permute(0, 3, 1, 2)
+    if _pass_orders(name) == "by shrinkage" and _rows_shrink_more(pixels.shape[:2], size_hw):
+        tensor = _interpolated(tensor, (size_hw[0], pixels.shape[1]), name)
+    return _interpolated(tensor, size_hw, name).squeeze(0).permute(1, 2, 0).numpy()
+
+
+def _interpolated(tensor: Tensor, size_hw: tuple[int, int], name: str) -> Tensor:
+    """Both passes, along the rows first."""
+    return F.interpolate(tensor, size=tuple(size_hw), mode=name, antialias=True)
+
+
+def _rows_shrink_more(size_hw: tuple[int, int], new_hw: tuple[int, int]) -> bool:
+    """When newer Pillow makes the vertical pass first; older ones never do."""
+    fewer_rows, fewer_columns = size_hw[0] - new_hw[0], size_hw[1] - new_hw[1]
+    return fewer_rows > 0 and fewer_rows > 2 * fewer_columns
+
+
+_PROBES = (((40, 40), (11, 37)), ((40, 40), (20, 31)), ((40, 40), (20, 29)), ((40, 12), (36, 18)), ((9, 40), (30, 7)))
+
+
+@cache
+def _pass_orders(name: str) -> str | None:
+    """How Pillow orders this filter's passes: ``"fixed"`` or ``"by shrinkage"``; ``None``: PyTorch cannot follow."""
+    noise = np.random.default_rng(0)
+    errors: dict[str, list[np.ndarray]] = {"fixed": [], "by shrinkage": []}
+    for old, new in _PROBES:
+        pixels = noise.integers(0, 2, (*old, 3), dtype=np.uint8) * np.uint8(255)
+        wanted = np.asarray(Image.fromarray(pixels).resize(new[::-1], RESAMPLE[name])).astype(int)
+        tensor = torch.from_numpy(pixels).unsqueeze(0).permute(0, 3, 1, 2)
+        try:
+            fixed = _interpolated(tensor, new, name)
+            turned = _interpolated(_interpolated(tensor, (new[0], old[1]), name), new, name)
+        except (NotImplementedError, RuntimeError, ValueError):  # lanczos is new in PyTorch
+            return None
+        found = {"fixed": fixed, "by shrinkage": turned if _rows_shrink_more(old, new) else fixed}
+        for order, result in found.items():
+            errors[order].append(np.abs(result.squeeze(0).permute(1, 2, 0).numpy() - wanted))
+    best = min(errors, key=lambda order: sum(int(off.sum()) for off in errors[order]))
+    return best if max(int(off.max()) for off in errors[best]) <= 2 else None
+
+
+@cache
+def _jpeg_decoder() -> Callable[[bytes], np.ndarray] | None:
+    """torchvision's decoder to (h, w, 3), where it is installed and decodes to the same bytes as Pillow."""
+    try:
+        import torchvision.io  # noqa: F401, it brings the operator
+
+        operator = torch.ops.image.decode_jpeg  # its wrapper in torchvision.io warns that it will go
+    except (ImportError, OSError, AttributeError, RuntimeError):
+        return None
+
+    def decode(file: bytes) -> np.ndarray:
+        data = torch.frombuffer(bytearray(file), dtype=torch.uint8)
+        return operator(data, 3).permute(1, 2, 0).contiguous().numpy()  # 3: as RGB
+
+    pixels = np.random.default_rng(0).integers(0, 256, (37, 51, 3), dtype=np.uint8)
+    for options in ({"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True}):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "JPEG", quality=80, **options)
+        try:
+            same = np.array_equal(decode(file.getvalue()), np.asarray(Image.open(file)))
+        except RuntimeError:
+            same = False
+        if not same:
+            return None
+    return decode

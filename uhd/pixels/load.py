@@ -1,0 +1,283 @@
+"""Any picture, in any mode, as an upright RGB Pillow image of 8 bits a channel."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from .settings import DEFAULT, PixelSettings
+
+ORIENTATION = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_CHANNELS = (1, 3, 4)
+
+
+def load_image(source: Any, *, settings: PixelSettings = DEFAULT, frame: int | None = None) -> Image.Image:
+    """Any picture as an upright RGB Pillow image of 8 bits a channel.
+
+    * Files, bytes and Pillow images: the EXIF orientation is applied (a value outside 1..8 is upright). Transparency
+      is composited on ``settings.background``. 16-bit gray (and Pillow's mode ``I``) is scaled from 0..65535; mode
+      ``F`` is read as a float array is. Embedded ICC profiles are ignored, CMYK included, as in the reference.
+    * Arrays and tensors: (h, w) is gray; (h, w, c) or (c, h, w) with c = 1 gray, 3 RGB or 4 RGBA. The axis of such a
+      length is the channels; where both ends have one, as in (3, h, 3) or (1, w, 3), the shape is refused. uint8 as it
+      is, bool as 0 and 255, uint16 scaled from 0..65535, floats from 0..1, each to the nearest level.
+
+    Loading the result again changes nothing. A Pillow image that is upright RGB already is returned itself.
+
+    Args:
+        source: Pillow image, path, ``bytes``, NumPy array or torch tensor.
+        settings: Background and pixel limit.
+        frame: Of an animation or a multi-page file, from 0. ``None``: the first, or where a Pillow image stands.
+
+    Raises:
+        FileNotFoundError: No such file (or another ``OSError`` of opening it).
+        ValueError: Not an image, damaged, too many pixels, no such frame, an ambiguous shape or a range that is not
+            stated above.
+        TypeError: ``source`` is none of the accepted types.
+    """
+    array = as_array(source)
+    if array is not None:
+        check_frame(frame, 1, "an array")
+        return rgb(_image_from_array(array), settings)
+    name = name_of(source)
+    with opened(source, name) as image:
+        check_pixels(image, settings, name)
+        result = rgb(upright_frame(image, frame, name), settings)
+        # a file that was opened here is closed after this: hand out a plain image
+        return result.copy() if result is image and image is not source else result
+
+
+def image_size_hw(source: Any) -> tuple[int, int]:
+    """(height, width) in px of what :func:`load_image` would return, without decoding a file's pixels.
+
+    Of an animation or a multi-page file, the first frame. Arguments and errors as in :func:`load_image`.
+    """
+    array = as_array(source)
+    if array is not None:
+        return channels_last(array).shape[:2]
+    name = name_of(source)
+    with opened(source, name) as image, pillow_errors(name):
+        if image is source:
+            image.load()  # it will be decoded anyway, and only then do all formats agree on size and orientation
+            (width, height), exif = image.size, image.getexif()
+        elif image.format == "TIFF":
+            # newer Pillow turns a TIFF's size on opening, older on loading: the tags are what the file says
+            width, height, exif = image.tag_v2[256], image.tag_v2[257], image.tag_v2
+        else:
+            (width, height), exif = image.size, _header_exif(image)
+        orientation = exif.get(ORIENTATION, 1)
+    return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
+
+
+def name_of(source: Any) -> str:
+    """What to call this picture in an error."""
+    if isinstance(source, Image.Image):
+        filename = getattr(source, "filename", "")
+        return repr(filename) if filename else "this Pillow image"
+    if isinstance(source, (str, os.PathLike)):
+        name = str(source)
+        if name.startswith(("http://", "https://", "data:")):
+            raise ValueError(f"{name[:60]!r} is not a path, and nothing is downloaded: fetch it and pass its bytes")
+        return repr(name)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"these {len(source)} bytes"
+    raise TypeError(
+        f"an image is a Pillow image, a path, bytes, a NumPy array or a torch tensor, got {type(source).__name__}"
+    )
+
+
+@contextmanager
+def opened(source: Any, name: str) -> Iterator[Image.Image]:
+    """``source`` as a Pillow image; what was opened here is closed again."""
+    if isinstance(source, Image.Image):
+        yield source
+        return
+    with open(source, "rb") if isinstance(source, (str, os.PathLike)) else io.BytesIO(source) as file:
+        with pillow_errors(name):
+            image = Image.open(file)
+        with image:
+            yield image
+
+
+@contextmanager
+def pillow_errors(name: str) -> Iterator[None]:
+    """Pillow's many exceptions about a file as one ``ValueError`` that names it."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(
+            f"{name} has more pixels than Pillow's limit ({error}): if you trust it, raise PIL.Image.MAX_IMAGE_PIXELS "
+            "and PixelSettings.max_pixels, or shrink the file"
+        ) from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name} is not an image that Pillow can read: check it, or convert it to PNG") from error
+    except Exception as error:
+        raise ValueError(
+            f"{name} cannot be decoded, it is truncated or damaged ({type(error).__name__}: {error}): "
+            "get it again, or save it anew with an image program"
+        ) from error
+
+
+def check_pixels(image: Image.Image, settings: PixelSettings, name: str) -> None:
+    if image.width * image.height > settings.max_pixels:
+        raise ValueError(
+            f"{name} is {image.height}x{image.width} px (height x width), {image.height * image.width} pixels, over "
+            f"max_pixels={settings.max_pixels}: raise PixelSettings.max_pixels if you trust it, or shrink the file"
+        )
+
+
+def check_frame(frame: int | None, frames: int, name: str) -> None:
+    if frame is not None and (type(frame) is not int or not 0 <= frame < frames):
+        raise ValueError(f"{name} has {frames} frame{'s' * (frames > 1)}, numbered from 0; got frame={frame!r}")
+
+
+def upright_frame(image: Image.Image, frame: int | None, name: str) -> Image.Image:
+    """The asked frame, decoded, with its EXIF orientation applied. A caller's image is left at its own frame."""
+    with pillow_errors(name):
+        stands = image.tell()
+        frames = 1 if frame is None else getattr(image, "n_frames", 1)
+    check_frame(frame, frames, name)
+    with pillow_errors(name):
+        if frame is None or frame == stands:
+            image.load()
+            picture = image
+        else:
+            try:
+                image.seek(frame)
+                picture = image.copy()
+            finally:
+                image.seek(stands)
+        method = UPRIGHT.get(picture.getexif().get(ORIENTATION, 1))
+        if method is None:
+            return picture
+        turned = picture.transpose(method)
+    # the copied tag would turn it a second time
+    turned.info = {key: value for key, value in turned.info.items() if key == "transparency"}
+    return turned
+
+
+def _header_exif(image: Image.Image) -> Image.Exif:
+    """EXIF without decoding, unless a PNG has metadata behind its pixels (exiftool writes it there)."""
+    if image.format != "PNG" or _png_late_metadata(image.fp):
+        return image.getexif()
+    return Image.Image.getexif(image)  # PNG's own getexif decodes the pixels first
+
+
+def _png_late_metadata(file: BinaryIO) -> bool:
+    """Whether text or EXIF chunks follow the pixel data. The position in the file is kept."""
+    position = file.tell()
+    file.seek(8)
+    pixels_seen = late = False
+    while not late and len(header := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", header)
+        late = pixels_seen and kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
+        pixels_seen = pixels_seen or kind == b"IDAT"
+        file.seek(length + 4, io.SEEK_CUR)
+    file.seek(position)
+    return late
+
+
+def rgb(image: Image.Image, settings: PixelSettings) -> Image.Image:
+    """Eight-bit RGB of an image of any mode; one that is that already is returned itself."""
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _eight_bit_gray(image)
+    key = image.info.get("transparency")
+    if isinstance(key, tuple) and max(key) > 255:
+        raise ValueError("the transparent colour of a 16-bit RGB PNG is lost in 8 bits: save it with an alpha channel")
+    if image.has_transparency_data:
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (*settings.background, 255)), image)
+    image = image.convert("RGB")
+    image.info = {}
+    return image
+
+
+def _eight_bit_gray(image: Image.Image) -> Image.Image:
+    """L, or LA where one gray level means transparent, from the deep modes, which Pillow itself would clip at 255."""
+    array = np.asarray(image)
+    key = image.info.get("transparency")
+    if image.mode == "I":
+        if array.min() < 0 or array.max() > 65535:
+            raise ValueError(
+                f"a gray image of mode I is read as 0..65535, got {array.min()}..{array.max()}: scale it first"
+            )
+        array = array.astype(np.uint16)
+    gray = Image.fromarray(_eight_bit(array))
+    if isinstance(key, int):
+        gray.putalpha(Image.fromarray(np.where(array == key, 0, 255).astype(np.uint8)))
+    return gray
+
+
+def _eight_bit(array: np.ndarray) -> np.ndarray:
+    """uint8 from bool, uint8, uint16 (full range) or floats in 0..1, to the nearest level."""
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8) * np.uint8(255)
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:
+        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if array.dtype.kind == "f":
+        if not (array.min() >= 0 and array.max() <= 1):  # also catches NaN
+            raise ValueError(
+                f"float pixels must lie in 0..1, got {array.min():.6g}..{array.max():.6g}: "
+                "divide by 255, undo a normalisation, or pass uint8"
+            )
+        return np.rint(array.astype(np.promote_types(array.dtype, np.float32)) * 255).astype(np.uint8)
+    raise ValueError(f"pixels must be uint8, uint16, bool or float in 0..1, got {array.dtype}: convert them first")
+
+
+def as_array(source: Any) -> np.ndarray | None:
+    """A NumPy array or torch tensor as an array; ``None`` for anything else."""
+    torch = sys.modules.get("torch")  # a tensor cannot exist before torch is imported
+    if torch is not None and isinstance(source, torch.Tensor):
+        source = source.detach().cpu()
+        return (source.float() if source.dtype == torch.bfloat16 else source).numpy()
+    return source if isinstance(source, np.ndarray) else None
+
+
+def channels_last(array: np.ndarray) -> np.ndarray:
+    """(h, w) or (h, w, 1 | 3 | 4) from either layout; see :func:`load_image` for the rule."""
+    shape = array.shape
+    if array.ndim not in (2, 3) or 0 in shape:
+        raise ValueError(
+            f"an image array is (h, w), (h, w, c) or (c, h, w) and not empty, got {shape}: pass the images of a batch "
+            "one by one"
+        )
+    if array.ndim == 2:
+        return array
+    first, last = shape[0] in _CHANNELS, shape[2] in _CHANNELS
+    if first and last:
+        raise ValueError(
+            f"an array of shape {shape} can be (h, w, c) or (c, h, w): pass a Pillow image, as from "
+            "Image.fromarray(array) for uint8 (h, w, 3)"
+        )
+    if not first and not last:
+        raise ValueError(f"an image array has 1, 3 or 4 channels first or last, got {shape}")
+    return array if last else array.transpose(1, 2, 0)
+
+
+def _image_from_array(array: np.ndarray) -> Image.Image:
+    pixels = _eight_bit(channels_last(array))
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[:, :, 0]
+    return Image.fromarray(np.ascontiguousarray(pixels))

@@ -1,0 +1,191 @@
+"""How pixels are made: the settings that are saved with a model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+MAX_PIXELS = 178_956_970
+"""Default limit on the pixels of one file: where an unchanged Pillow refuses too (it warns from half of that on)."""
+
+
+RESAMPLE = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+    "bilinear": Image.Resampling.BILINEAR,
+}
+"""Filters by name. Pillow widens all three when it shrinks, so none of them aliases."""
+
+BACKENDS = ("pillow", "fast")
+
+
+@dataclass(frozen=True)
+class PixelSettings:
+    """How pixels are made; saved with a model, because features depend on it.
+
+    Attributes:
+        mean: RGB mean that normalised pixels are centred on, in 0..1 units; ``None`` is not known, never guessed.
+        std: RGB standard deviation in 0..1 units; known exactly when ``mean`` is.
+        resample: ``"bicubic"``, ``"lanczos"`` or ``"bilinear"``; ``None`` is the filter that each plan's rule was
+            released with (``plan.resample``: bicubic for LLaVA-UHD and MiniCPM-V).
+        background: RGB in 0..255 under transparent pixels; white, as most transparent pictures are drawn for a page.
+        max_pixels: A file with more pixels is refused before it is decoded. Pillow's own ``Image.MAX_IMAGE_PIXELS``
+            is left alone and refuses from twice its value on: raise both for larger pictures.
+        backend: What decodes and resizes. ``"pillow"``: equal to the reference's bytes under the same Pillow.
+            ``"fast"``: within 2 of 255 levels of that at every pixel, several times faster; see
+            :mod:`uhd.pixels.fast`.
+        draft: Fast backend only, for paths and bytes: let a JPEG decoder shrink by 2, 4 or 8 where every canvas is
+            smaller still and both sides divide. Not within 2 levels: photographs enlarged to 12 megapixels came out
+            0.2 to 0.5 levels off on average and at most 8, pictures with detail down to the pixel 2 and 41.
+
+    Raises:
+        ValueError: A setting is out of range; the message names it.
+    """
+
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    resample: str | None = None
+    background: tuple[int, int, int] = (255, 255, 255)
+    max_pixels: int = MAX_PIXELS
+    backend: str = "pillow"
+    draft: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.mean is None) != (self.std is None):
+            raise ValueError(f"mean and std are given together or not at all, got mean={self.mean}, std={self.std}")
+        if self.mean is not None:
+            object.__setattr__(self, "mean", _three("mean", self.mean))
+            object.__setattr__(self, "std", _three("std", self.std))
+            if not all(0 <= value <= 1 for value in self.mean) or not all(value > 0 for value in self.std):
+                raise ValueError(
+                    f"mean must lie in 0..1 and std above 0, got mean={self.mean}, std={self.std}: "
+                    "divide both by 255 where they are in 0..255 units"
+                )
+        if self.resample is not None:
+            check_filter(self.resample)
+        background = tuple(self.background)
+        if len(background) != 3 or not all(type(value) is int and 0 <= value <= 255 for value in background):
+            raise ValueError(f"background must be three ints in 0..255 (RGB), got {self.background!r}")
+        object.__setattr__(self, "background", background)
+        if type(self.max_pixels) is not int or self.max_pixels < 1:
+            raise ValueError(f"max_pixels must be a positive int, got {self.max_pixels!r}")
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
+        if not isinstance(self.draft, bool) or (self.draft and self.backend != "fast"):
+            raise ValueError(f"draft is True or False, and True needs backend='fast'; got {self.draft!r}")
+
+    def mean_std(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        """(mean, std), or a ``ValueError`` that says where to get them."""
+        if self.mean is None or self.std is None:
+            raise ValueError(
+                "the pixel mean and std of this vision encoder are not known: take them from its checkpoint with "
+                "PixelSettings.from_preprocessor(folder) or PixelSettings.from_timm(model), "
+                "or give PixelSettings(mean=..., std=...)"
+            )
+        return self.mean, self.std
+
+    @classmethod
+    def from_preprocessor(cls, source: Mapping[str, Any] | str | os.PathLike | Any, **changes: Any) -> PixelSettings:
+        """Mean and std of a Hugging Face image processor.
+
+        Its resize and crop rules are not taken over: the plan decides sizes. ``changes`` set the other fields.
+
+        Args:
+            source: A folder with ``preprocessor_config.json`` or ``processor_config.json``, one such file, its
+                content as a dict, or an image processor (anything with ``to_dict()``).
+
+        Raises:
+            ValueError: No ``image_mean`` and ``image_std`` there, or pixels are not rescaled by 1/255.
+        """
+        found = next((c for c in _preprocessor_configs(source) if "image_mean" in c and "image_std" in c), None)
+        if found is None:
+            raise ValueError(
+                f"no image_mean and image_std in {short_name(source)}: expected preprocessor_config.json or "
+                "processor_config.json as an image processor saves it; else give PixelSettings(mean=, std=)"
+            )
+        factor = found.get("rescale_factor", 1 / 255) if found.get("do_rescale", True) else 1
+        if not math.isclose(factor, 1 / 255, rel_tol=1e-3):
+            raise ValueError(
+                f"this preprocessor rescales pixels by {factor}, not 1/255: give PixelSettings(mean=, std=)"
+            )
+        if not found.get("do_normalize", True):
+            return cls(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), **changes)
+        return cls(mean=found["image_mean"], std=found["image_std"], **changes)
+
+    @classmethod
+    def from_timm(cls, model_or_cfg: Any, **changes: Any) -> PixelSettings:
+        """Mean and std of a timm model, of its ``pretrained_cfg`` (dict or object), or of a config that holds one.
+
+        ``changes`` set the other fields.
+
+        Raises:
+            ValueError: No mean and std there.
+        """
+        config = getattr(model_or_cfg, "pretrained_cfg", model_or_cfg)
+        if isinstance(config, Mapping):
+            config = config.get("pretrained_cfg", config)
+        if not isinstance(config, Mapping):
+            config = {key: getattr(config, key, None) for key in ("mean", "std")}
+        if config.get("mean") is None or config.get("std") is None:
+            raise ValueError(
+                f"no mean and std in {short_name(model_or_cfg)}: expected a timm model or its pretrained_cfg; "
+                "else give PixelSettings(mean=, std=)"
+            )
+        return cls(mean=config["mean"], std=config["std"], **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; :meth:`from_dict` is the inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PixelSettings:
+        """The inverse of :meth:`to_dict`, also after JSON text; an unknown key raises ``ValueError``."""
+        unknown = sorted(set(data) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown pixel settings {unknown}; known are {[f.name for f in fields(cls)]}")
+        return cls(**data)
+
+
+DEFAULT = PixelSettings()
+
+
+def check_filter(name: Any) -> None:
+    if name not in RESAMPLE:
+        raise ValueError(f"resample must be one of {', '.join(RESAMPLE)}, got {name!r}")
+
+
+def _three(name: str, values: Any) -> tuple[float, float, float]:
+    try:
+        result = tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        result = ()
+    if len(result) != 3 or not all(map(math.isfinite, result)):
+        raise ValueError(f"{name} must be three finite numbers (RGB), got {values!r}")
+    return result
+
+
+def short_name(source: Any) -> str:
+    return repr(str(source)) if isinstance(source, (str, os.PathLike)) else f"this {type(source).__name__}"
+
+
+def _preprocessor_configs(source: Any) -> Iterator[Mapping[str, Any]]:
+    """Every dict of settings that ``source`` may mean, an image processor nested in a processor included."""
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        names = ("preprocessor_config.json", "processor_config.json")
+        for file in [path / name for name in names] if path.is_dir() else [path]:
+            if file.is_file():
+                yield from _preprocessor_configs(json.loads(file.read_text(encoding="utf-8")))
+        return
+    config = source.to_dict() if hasattr(source, "to_dict") else source
+    if isinstance(config, Mapping):
+        yield config
+        if isinstance(config.get("image_processor"), Mapping):
+            yield config["image_processor"]
