@@ -249,7 +249,8 @@ def test_demo_answers_about_your_own_image_and_says_when_it_is_far_from_it(tmp_p
     assert (status, "far from" in out) == (0, False)
     assert f"{drawn.text.splitlines()[0]!r}" in out
     Image.fromarray(np.zeros((200, 700, 3), np.uint8)).save(tmp_path / "dark.jpg")
-    status, out, _ = run("demo", tmp_path / "dark.jpg", "--ask", "what is it?", "-o", tmp_path / "out.png", capsys=capsys)
+    args = ("--ask", "what is it?", "-o", tmp_path / "out.png")
+    status, out, _ = run("demo", tmp_path / "dark.jpg", *args, capsys=capsys)
     assert status == 0
     assert "far from what it knows: 700x200 px" in out
     assert "the question 'what is it?' has none of the forms" in out

@@ -725,3 +725,17 @@ def test_settings_from_timm():
     for bad in ({}, {"mean": MEAN}, SimpleNamespace()):
         with pytest.raises(ValueError, match="no mean and std"):
             PixelSettings.from_timm(bad)
+
+
+@pytest.mark.parametrize("image_hw", [(777, 31), (31, 777), (2000, 60)])
+def test_a_crop_of_a_long_image_is_that_of_the_whole_resized_image(image_hw):
+    """As the release makes it: enlarged or shrunk whole, then cut, whatever the order of Pillow's passes."""
+    noise = np.random.default_rng(0).integers(0, 256, (*image_hw, 3), dtype=np.uint8)
+    cut = plan(image_hw, "clip-center-crop-336")
+    (canvas,) = cut.canvases
+    height, width = canvas.content_hw
+    assert height * width > 16 * 336 * 336
+    whole = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+    top, left = (-start for start in canvas.offset)
+    (view,) = render(noise, cut)
+    assert np.array_equal(view, np.asarray(whole)[top : top + 336, left : left + 336])

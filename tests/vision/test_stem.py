@@ -19,9 +19,7 @@ def patches_of(grids, patch_size, channels=3, seed=0):
 def windows_by_hand(patches, grid_hw, patch_size, border):
     """Put the view together, pad it with zeros, and cut a window around every patch."""
     rows, columns = grid_hw
-    image = rearrange(
-        patches, "(r s) (c y x) -> c (r y) (s x)", r=rows, s=columns, y=patch_size, x=patch_size
-    )
+    image = rearrange(patches, "(r s) (c y x) -> c (r y) (s x)", r=rows, s=columns, y=patch_size, x=patch_size)
     image = F.pad(image, (border,) * 4)
     side = patch_size + 2 * border
     return torch.stack(

@@ -26,6 +26,9 @@ _TAPS: dict[str, tuple[int, Callable[[np.ndarray], np.ndarray]]] = {
 INNER = {"chw": "c py px", "hwc": "py px c"}
 """Orders of the values inside a patch."""
 
+MOST_RESIZED = 1 << 26
+"""Pixels up to which an image is resized whole, as the releases do, even if one view of it is kept: 200 MB of RGB."""
+
 
 def render(image: Any, plan: SlicePlan, *, settings: PixelSettings = DEFAULT) -> list[np.ndarray]:
     """The views of a plan, in the order of ``plan.views``.
@@ -195,8 +198,8 @@ def render_canvas(image: Image.Image, canvas: Canvas, resize: Resize) -> np.ndar
     if canvas.first_hw is not None:
         image = resize(image, canvas.first_hw)
     if is_long_crop(canvas):
-        # an elongated image would be resized to gigabytes of which one view is kept: make only what is seen, which
-        # may differ by a level or two, as Pillow then takes its two passes in another order
+        # an elongated image would be resized to gigabytes of which one view is kept: make only what is seen; Pillow
+        # may then take its two passes in another order, which moves single pixels by up to 22 levels on noise
         return np.asarray(resize(image, canvas.size_hw, box=_seen(image, canvas)))
     whole = resize(image, canvas.content_hw)
     if canvas.offset != (0, 0) or canvas.size_hw != canvas.content_hw:
@@ -206,10 +209,10 @@ def render_canvas(image: Image.Image, canvas: Canvas, resize: Resize) -> np.ndar
 
 
 def is_long_crop(canvas: Canvas) -> bool:
-    """Whether the content covers its canvas and is so much larger that only what is seen is made."""
+    """Whether the content covers its canvas and is so large, and so much larger, that only what is seen is made."""
     sides = list(zip(canvas.offset, canvas.content_hw, canvas.size_hw, strict=True))
     covers = all(start <= 0 and start + content >= side for start, content, side in sides)
-    return covers and math.prod(canvas.content_hw) > 16 * math.prod(canvas.size_hw)
+    return covers and math.prod(canvas.content_hw) > max(MOST_RESIZED, 16 * math.prod(canvas.size_hw))
 
 
 def _seen(image: Image.Image, canvas: Canvas) -> tuple[float, float, float, float]:
