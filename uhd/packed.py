@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -63,6 +64,7 @@ class GridTables:
     def __init__(self, kept_grids: int = KEPT_GRIDS, kept_bytes: int = KEPT_BYTES) -> None:
         self.kept_grids, self.kept_bytes = kept_grids, kept_bytes
         self._entries: OrderedDict[tuple, _Entry] = OrderedDict()
+        self._lock = threading.Lock()
         self._contents: Tensor | None = None
 
     def __len__(self) -> int:
@@ -73,7 +75,8 @@ class GridTables:
 
     def clear(self) -> None:
         """Forget every table."""
-        self._entries.clear()
+        with self._lock:
+            self._entries.clear()
 
     def refresh(self, source: Tensor) -> None:
         """Forget every table unless ``source``, of which all are made, holds the same numbers as at the last call."""
@@ -81,7 +84,7 @@ class GridTables:
             return  # nothing is kept
         contents = contents_of([source])
         if self._contents is None or not torch.equal(contents, self._contents.to(contents.device)):
-            self._entries.clear()
+            self.clear()
             self._contents = contents
 
     def get(self, key: tuple, source: Tensor | None, make: Callable[[], Tensor]) -> Tensor:
@@ -90,26 +93,26 @@ class GridTables:
         if stamp is None:
             return make()
         version = 0 if source is None else source._version
-        found = self._entries.pop(key, None)
+        with self._lock:
+            found = self._entries.get(key)
         if found is None or found.version != version or _stamp(found.source) != stamp:
             with torch.inference_mode(False), torch.no_grad():  # so that it can serve training later
                 table, source = make(), None if source is None else source.detach()
             if type(table) not in (Tensor, nn.Parameter):
                 return table
             found = _Entry(table, source, version)
-        self._entries[key] = found
-        self._shrink()
+        with self._lock:
+            self._entries[key] = found
+            self._entries.move_to_end(key)
+            self._shrink()
         return found.table
 
     def _shrink(self) -> None:
         while len(self._entries) > 1:
-            size = sum(entry.table.nbytes for entry in list(self._entries.values()))
+            size = sum(entry.table.nbytes for entry in self._entries.values())
             if len(self._entries) <= self.kept_grids and size <= self.kept_bytes:
                 return
-            try:
-                self._entries.popitem(last=False)
-            except KeyError:  # another thread was faster
-                return
+            self._entries.popitem(last=False)
 
 
 def _stamp(source: Tensor | None) -> tuple | None:
