@@ -8,8 +8,8 @@
 3. *joint*: images in, answers out; everything trains. The heads stay with a small weight. *polish* is more of it at
    smaller rates, with every kind of question about every image.
 
-Stages 1 and 3 are told where the glyphs are. Without that, and without the stages, models of this size did not begin
-to read within the time that this recipe takes (the card of the model says what was tried).
+All but the text stage are told where the glyphs are; the text stage gets codes that say it. Learning from answers
+alone was not tried with this code.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ class Supervision(nn.Module):
 def fit_attention(model: UHDForConditionalGeneration, *, steps: int = 300, seed: int = 0) -> float:
     """Before training: fit the query and key projections so that each latent looks at its own part of a view.
 
-    The target is a Gaussian around the middle of the latent's cell; keys are noise with the view's positions. Saves
-    the vision stage the minutes in which every latent looks everywhere.
+    The target is a Gaussian around the middle of the latent's cell; keys are noise with the view's positions. What
+    this saves the vision stage was not measured alone.
 
     Returns:
         Mean divergence from the target at the end, nats.

@@ -25,28 +25,20 @@ from uhd.nano.build import NanoConfig, build_nano
 from uhd.nano.evaluate import evaluate, summary, table
 from uhd.nano.task import QUESTIONS
 
+JOINT = Stage(
+    name="joint",
+    steps=4500,
+    matrix_lr=0.006,
+    other_lr=0.002,
+    latent_weight=0.1,
+    patch_weight=0.1,
+    match_weight=0.0,
+)
 RECIPE = {
     "vision": Stage(name="vision", steps=2400),
     "text": Stage(name="text", steps=2400, matrix_lr=0.006, other_lr=0.002),
-    "joint": Stage(
-        name="joint",
-        steps=4500,
-        matrix_lr=0.006,
-        other_lr=0.002,
-        latent_weight=0.1,
-        patch_weight=0.1,
-        match_weight=0.0,
-    ),
-    "polish": Stage(
-        name="polish",
-        steps=1400,
-        matrix_lr=0.003,
-        other_lr=0.001,
-        latent_weight=0.1,
-        patch_weight=0.1,
-        match_weight=0.0,
-        every=True,
-    ),
+    "joint": JOINT,
+    "polish": replace(JOINT, name="polish", steps=1400, matrix_lr=0.003, other_lr=0.001, every=True),
 }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib import resources
 from typing import Any
 
@@ -145,8 +144,7 @@ def image_doubts(image: Image.Image) -> tuple[str, ...]:
     width, height = image.size
     aspect = max(width, height) / min(width, height)
     doubts = []
-    low, high = 0.9 * known.area[0] * 0.8, 1.25 * known.area[1]
-    if not low <= width * height <= high:
+    if not 0.7 * known.area[0] <= width * height <= 1.25 * known.area[1]:
         doubts.append(
             f"{width}x{height} px are {width * height} in all, it learned from {known.area[0]} to {known.area[1]}"
         )
@@ -181,9 +179,6 @@ def _low(confidence: float) -> tuple[str, ...]:
     return () if confidence >= LEAST_CONFIDENCE else (f"unsure: {confidence:.0%} a character",)
 
 
-def _parts(items: Sequence[Any], size: int) -> Iterator[Any]:
-    return map(partial(_slice, items, size), range(0, len(items), size))
-
-
-def _slice(items: Sequence[Any], size: int, start: int) -> Any:
-    return items[start : start + size]
+def _parts(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
