@@ -174,3 +174,21 @@ def test_the_cards_example_runs(capsys):
     code = card.split("```python\n")[1].split("```")[0]
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out.strip() == "True"
+
+
+@pytest.mark.parametrize(
+    ("change", "doubt"),
+    [
+        (lambda grey: grey + np.linspace(-60, 60, grey.shape[1])[None, :], "uneven ground"),
+        (lambda grey: grey - 80, "a ground of"),
+        (lambda grey: np.stack([grey, grey - 30, grey], -1), "colours"),
+        (lambda grey: np.full_like(grey, 230), "dark px"),
+        (lambda grey: np.tile(grey, (3, 3)), "px are"),
+        (lambda grey: np.tile(grey[:14], (1, 3)), "aspect ratio"),
+    ],
+)
+def test_each_doubt_of_an_image_has_its_own_cause(change, doubt):
+    drawn = next(item for item in (scene(FRESH, n) for n in range(99)) if item.image_hw[1] > 2 * item.image_hw[0])
+    assert image_doubts(drawn.image) == ()
+    pixels = np.clip(change(np.asarray(drawn.image, float)), 0, 255).astype(np.uint8)
+    assert [doubt in found for found in image_doubts(Image.fromarray(pixels))].count(True) == 1
