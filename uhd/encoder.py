@@ -51,9 +51,13 @@ from uhd.slicing.config import DEFAULT
 from uhd.slicing.media import VideoPlan, plan_images, plan_video
 from uhd.slicing.strategies import Rule, StrategyConfig, find
 from uhd.vision import CompressedViT, CompressedViTConfig, ViT, ViTConfig
+from uhd.vision.int8 import Int8Linear, quantize_linears
 
 CONFIG_FILE = "uhd_encoder.json"
 WEIGHTS_FILE = "model.safetensors"
+
+STEP_PATCHES = 1024
+"""Patches a CPU thread encodes at once unless told otherwise: more leaves the caches, and pays for fresh pages."""
 
 AnySlicing = SlicingConfig | StrategyConfig | Rule | str
 """Settings of the adaptive planner, of any strategy, the name of either, or (height, width) -> plan."""
@@ -115,6 +119,17 @@ def _frames_of(video: Any, number: int) -> list[Any]:
     )
 
 
+def split_steps(sizes: Sequence[int], bound: int | None) -> list[slice]:
+    """Neighbouring items of these sizes in groups of at most ``bound`` in all; a larger item is a group of its own."""
+    starts, filled = [0], 0
+    for number, size in enumerate(sizes):
+        if number > starts[-1] and bound is not None and filled + size > bound:
+            starts.append(number)
+            filled = 0
+        filled += size
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(sizes)], strict=True)]
+
+
 def num_rows(plan: SlicePlan) -> int:
     """Rows of an image's :attr:`EncodedImage.tokens`."""
     return plan.num_visual_tokens if plan.packing is None else plan.num_tokens
@@ -145,6 +160,10 @@ class VisualEncoder(nn.Module):
             for other sizes (MiniCPM-V: 448 px slices, a 980 px encoder) turn it off.
         note: What a user of the tokens must know, such as untrained weights. Saved, and shown by the command line;
             set ``encoder.note = ""`` once it is no longer true.
+        max_patches_per_step: Most patches that are encoded at once, which bounds the memory that is needed beside
+            patches and tokens; a view is never divided, so one that has more is a step of its own. Results do not
+            depend on it beyond rounding. ``None``: on a CPU in eval mode ``STEP_PATCHES`` for each thread, since
+            activations then stay near the cores; else no bound. An attribute, not saved.
 
     Raises:
         ValueError: Parts do not fit: another patch or image size, other widths, no mean and std.
@@ -161,8 +180,10 @@ class VisualEncoder(nn.Module):
         packer: FeaturePacker | None = None,
         check_image_size: bool = True,
         note: str = "",
+        max_patches_per_step: int | None = None,
     ) -> None:
         super().__init__()
+        self.max_patches_per_step = max_patches_per_step
         if not isinstance(pixels, PixelSettings):
             raise TypeError(f"pixels must be PixelSettings with a mean and std, got {type(pixels).__name__}")
         pixels.mean_std()  # raises here rather than at the first image
@@ -402,6 +423,34 @@ class VisualEncoder(nn.Module):
             ValueError: A part returned another number of features or tokens than the grids hold.
         """
         grids = check_grids(grids)
+        if len(patches) != (total := sum(h * w for h, w in grids)):
+            raise ValueError(f"{len(grids)} grids hold {total} patches in all; got {len(patches)} patches")
+        steps = split_steps([h * w for h, w in grids], self._step_bound(patches))
+        if len(steps) < 2:
+            return self._encode_step(patches, grids, inner)
+        tokens, lengths, first = [], [], 0
+        for views in steps:
+            last = first + sum(h * w for h, w in grids[views])
+            part, counts = self._encode_step(patches[first:last], grids[views], inner)
+            tokens.append(part)
+            lengths += counts
+            first = last
+        return torch.cat(tokens), lengths
+
+    def _step_bound(self, patches: Tensor) -> int | None:
+        """Patches of a step at most, ``None`` without a bound."""
+        bound = self.max_patches_per_step
+        if bound is not None:
+            if isinstance(bound, bool) or not isinstance(bound, int) or bound < 1:
+                raise ValueError(f"max_patches_per_step must be a positive integer or None, got {bound!r}")
+            return bound
+        device = _float_parameter(self.vision, patches).device
+        return None if self.training or device.type != "cpu" else STEP_PATCHES * torch.get_num_threads()
+
+    def _encode_step(
+        self, patches: Tensor, grids: tuple[tuple[int, int], ...], inner: str
+    ) -> tuple[Tensor, list[int]]:
+        """As :meth:`encode_packed`, all at once."""
         anchor = _float_parameter(self.vision, torch.zeros(()))
         # offloaded weights are on no device: whoever loads them moves what they are called on
         patches = patches.to(patches.device if anchor.is_meta else anchor.device)
@@ -423,6 +472,44 @@ class VisualEncoder(nn.Module):
                 f"the compressor returned {len(tokens)} packed tokens, its output_lengths add up to {sum(lengths)}"
             )
         return tokens, lengths
+
+    def compile(self, *, backend: str | None = "inductor") -> VisualEncoder:
+        """Run the ViT by compiled layers wherever no gradients are wanted, from now on; returns the encoder.
+
+        The layers are compiled at the first call, once for all blocks and all image sizes. A ViT in bfloat16 or
+        float16 on a CPU without a matrix unit for these computes in float32; with one its weights are kept packed. See
+        :mod:`uhd.vision.compiled`. The compressor has its own faster inference, compiled or not.
+
+        Args:
+            backend: Of ``torch.compile``; ``"none"`` leaves the layers uncompiled, in the faster dtype still; ``None``
+                undoes. Where compiling fails, a ``RuntimeWarning`` says why and the layers run uncompiled.
+
+        Raises:
+            TypeError: The vision encoder is not :class:`uhd.vision.ViT`: compile the backbone itself.
+        """
+        self._packed_vit("compile").compile_blocks(backend)
+        return self
+
+    def quantize(self) -> VisualEncoder:
+        """Make the linear layers of the ViT's blocks int8, in place and for good, for inference on a CPU.
+
+        See :mod:`uhd.vision.int8`. Save before: a quantised encoder cannot be saved or trained. Returns the encoder.
+
+        Raises:
+            TypeError: The vision encoder is not :class:`uhd.vision.ViT`.
+            ValueError: There is no linear layer left that could be quantised.
+        """
+        if not quantize_linears(self._packed_vit("quantize").blocks):
+            raise ValueError("the ViT's blocks have no nn.Linear: they are quantised, or wrapped, already")
+        return self
+
+    def _packed_vit(self, verb: str) -> ViT:
+        if not isinstance(self.vision, ViT):
+            raise TypeError(
+                f"only uhd.vision.ViT can be {verb}d here, the vision encoder is {type(self.vision).__name__}: "
+                f"{verb} its backbone before it is wrapped"
+            )
+        return self.vision
 
     def _see(self, patches: Tensor, grids: tuple[tuple[int, int], ...], dtype: torch.dtype, inner: str) -> Tensor:
         """The vision encoder's features, by the shortest way from raw pixels that it knows."""
@@ -476,6 +563,8 @@ class VisualEncoder(nn.Module):
 
         A slicing function of the caller's own is not written: loading asks for it.
         """
+        if any(isinstance(module, Int8Linear) for module in self.modules()):
+            raise ValueError("a quantised encoder cannot be saved: save it before encoder.quantize()")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {

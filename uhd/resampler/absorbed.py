@@ -48,6 +48,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from uhd.inference import fastest_dtype, is_plain, transformed, wants_gradients
 from uhd.packed import GridTables, contents_of
 from uhd.resampler.attention import LatentAttention, attend
 
@@ -143,23 +144,22 @@ def usable(module: PerceiverResampler, features: Tensor | None = None) -> tuple[
     plain parameters (parametrised, quantised, distributed, on the meta device, made in inference mode), or hooks and
     wrappers on a layer that would not be called. "narrow" goes where kv_proj or ln_kv is not as it was made.
     """
-    if module.training or _transformed() or module.config.depth > 1 or module.config.ffn_ratio:
+    if module.training or transformed() or module.config.depth > 1 or module.config.ffn_ratio:
         return PATHS[:1]
     tracked = [] if features is None else [features]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (*tracked, *module.parameters())):
+    if wants_gradients((*tracked, *module.parameters())):
         return PATHS[:1]
     device = module.query.device
     if any(type(x) is not Tensor or x.device != device for x in tracked) or torch.is_autocast_enabled(device.type):
         return PATHS[:1]
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return PATHS[:1]
-    if not (_is_plain(module.attn, LatentAttention) and _is_plain(module.ln_q, nn.LayerNorm)):
+    if not (is_plain(module.attn, LatentAttention) and is_plain(module.ln_q, nn.LayerNorm)):
         return PATHS[:1]
     if not _plain_tensors(_sources(module, "absorbed"), module.query):
         return PATHS[:1]
-    whole = _is_plain(module.ln_kv, nn.LayerNorm) and (
-        _is_plain(module.kv_proj, nn.Identity)
-        or (_is_plain(module.kv_proj, nn.Linear) and module.kv_proj.bias is None)
+    whole = is_plain(module.ln_kv, nn.LayerNorm) and (
+        is_plain(module.kv_proj, nn.Identity) or (is_plain(module.kv_proj, nn.Linear) and module.kv_proj.bias is None)
     )
     return PATHS if whole and _plain_tensors(_sources(module, "narrow"), module.query) else PATHS[:3]
 
@@ -293,12 +293,12 @@ def _fold_cached(module: PerceiverResampler) -> dict[str, Tensor]:
 
 
 def _fold_absorbed(module: PerceiverResampler) -> dict[str, Tensor]:
-    pairs = _pairs(module).to(_compute_dtype(module))
+    pairs = _pairs(module).to(fastest_dtype(module.query.dtype, module.query.device))
     return {"logits": pairs, "positions": pairs}
 
 
 def _fold_narrow(module: PerceiverResampler) -> dict[str, Tensor]:
-    exact, dtype, width = _exact(module), _compute_dtype(module), module.out_dim
+    exact, dtype, width = _exact(module), fastest_dtype(module.query.dtype, module.query.device), module.out_dim
     gain, shift = module.ln_kv.weight.to(exact), module.ln_kv.bias.to(exact)
     w_v, b_v = module.attn.in_proj_weight[2 * width :].to(exact), module.attn.in_proj_bias[2 * width :].to(exact)
     pairs = _pairs(module)
@@ -328,17 +328,6 @@ def _pairs(module: PerceiverResampler) -> Tensor:
 
 def _exact(module: PerceiverResampler) -> torch.dtype:
     return torch.promote_types(module.query.dtype, torch.float32)
-
-
-def _compute_dtype(module: PerceiverResampler) -> torch.dtype:
-    """That of the weights, unless this CPU multiplies float32 faster."""
-    dtype = module.query.dtype
-    if module.query.device.type != "cpu":
-        return dtype
-    units = {torch.bfloat16: "_is_amx_tile_supported", torch.float16: "_is_amx_fp16_supported"}
-    if dtype in units and not getattr(torch.cpu, units[dtype], bool)():
-        return torch.float32
-    return dtype
 
 
 def _sources(module: PerceiverResampler, path: str) -> dict[str, Tensor | None]:
@@ -373,21 +362,6 @@ def _plain_tensors(tensors: Mapping[str, Tensor | None], like: Tensor) -> bool:
             type(x) in (Tensor, nn.Parameter) and x.device == device and x.dtype == dtype and not x.is_inference()
             for x in tensors.values()
         )
-    )
-
-
-def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Exactly of this class, with nothing that runs at its call but its own forward."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return type(module) is kind and "forward" not in vars(module) and not any(hooks)
-
-
-def _transformed() -> bool:
-    """Something other than plain execution is going on, in which constants have no place."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._functorch.peek_interpreter_stack() is not None
     )
 
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from uhd.packed import check_grids
 
-from .vit import MLP, Attention, Block, ViT, ViTConfig, _Groups
+from .blocks import MLP, Attention, Block
+from .vit import ViT, ViTConfig, _Groups
 
 COMPRESSORS = ("window", "average", "adaptive")
 
@@ -119,7 +120,9 @@ class CompressedViT(ViT):
     def _after_block(self, number: int, x: Tensor, groups: _Groups) -> tuple[Tensor, _Groups]:
         if str(number) not in self.compressors:
             return x, groups
-        tokens = self.compressors[str(number)](groups.unpack(x), groups.grids)
+        compressor = self.compressors[str(number)]
+        dtype = next((p.dtype for p in compressor.parameters() if p.is_floating_point()), x.dtype)
+        tokens = compressor(groups.unpack(x).to(dtype), groups.grids).to(x.dtype)
         prefix = groups.prefixes(x) if groups.prefix else None
         smaller = _Groups.of(tuple((rows // 2, columns // 2) for rows, columns in groups.grids), groups.prefix)
         return smaller.pack(tokens, prefix), smaller

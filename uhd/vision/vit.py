@@ -18,8 +18,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from uhd.inference import is_plain
 from uhd.packed import GridTables, as_grid, check_grids
 
+from .blocks import Block
+from .compiled import BlockRunner, CompiledBlocks
 from .pos_embed import BUCKET_RULES, MODES, bucket_position_ids, interpolate_pos_embed
 from .stem import WindowStem
 
@@ -152,6 +155,7 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
         self.norm = nn.LayerNorm(width, eps=config.eps) if config.final_norm else nn.Identity()
         self._position_tables = GridTables()
+        self._compiled_blocks: CompiledBlocks | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -201,11 +205,7 @@ class ViT(nn.Module):
 
         Not so for other stems, nor where a hook, LoRA, quantisation or offloading has to see that layer called.
         """
-        stem = self.stem
-        if not self.own_stem or type(stem) is not nn.Linear or type(stem.weight.data) is not Tensor:
-            return False
-        hooks = (stem._forward_hooks, stem._forward_pre_hooks, stem._backward_hooks, stem._backward_pre_hooks)
-        return not any(hooks) and "forward" not in stem.__dict__
+        return self.own_stem and is_plain(self.stem, nn.Linear) and type(self.stem.weight.data) is Tensor
 
     def forward(
         self,
@@ -238,15 +238,37 @@ class ViT(nn.Module):
         x = self._embed(patches, grids, inner, mean_std)
         groups = _Groups.of(grids, self.config.num_prefix_tokens)
         x = self.pre_norm(groups.pack(x, self._prefix()))
-        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        states = [groups.unpack(x)] if hidden_states else []
-        for number, block in enumerate(self.blocks, 1):
-            x = checkpoint(block, x, groups.shapes, use_reentrant=False) if recompute else block(x, groups.shapes)
+        states, dtype = [groups.unpack(x)] if hidden_states else [], x.dtype
+        run = self._block_runner(x, own_modules=hidden_states)
+        for number in range(1, len(self.blocks) + 1):
+            x = run(number - 1, x, groups.shapes)
             if hidden_states:
                 states.append(groups.unpack(x))
             x, groups = self._after_block(number, x, groups)
-        features = self.norm(groups.unpack(x))
+        features = self.norm(groups.unpack(x).to(dtype))
         return (features, tuple(states)) if hidden_states else features
+
+    def compile_blocks(self, backend: str | None = "inductor") -> None:
+        """From now on run the blocks by compiled layers at inference, see `uhd.vision.compiled`.
+
+        Args:
+            backend: of `torch.compile`; "none" for the same layers uncompiled; None undoes.
+        """
+        self._compiled_blocks = None if backend is None else CompiledBlocks(backend)
+
+    def _block_runner(self, x: Tensor, *, own_modules: bool) -> BlockRunner:
+        """(number, x, shapes) -> x, by compiled layers where they are wanted and would give the same."""
+        if self._compiled_blocks is not None and not own_modules:
+            run = self._compiled_blocks.runner(self.blocks, x)
+            if run is not None:
+                return run
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+
+        def run(number: int, x: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
+            block = self.blocks[number]
+            return checkpoint(block, x, shapes, use_reentrant=False) if recompute else block(x, shapes)
+
+        return run
 
     def position_embedding(self, grid_hw: tuple[int, int]) -> Tensor:
         """(h*w, D) position embeddings of a view's patches, row-major, by the config's interpolation; differentiable.
@@ -352,67 +374,6 @@ def _make_stem(config: ViTConfig) -> nn.Module:
     return WindowStem(
         config.patch_size, config.stem_border, hidden, config.width, channels=config.channels, grey=config.stem_grey
     )
-
-
-class Block(nn.Module):
-    """Attention and MLP, each after a LayerNorm and added back; scaled per channel if the config has layer scale."""
-
-    def __init__(self, config: ViTConfig) -> None:
-        super().__init__()
-        width, scale = config.width, config.layer_scale
-        self.norm1 = nn.LayerNorm(width, eps=config.eps)
-        self.attn = Attention(width, config.heads, bias=config.qkv_bias)
-        self.scale1 = None if scale is None else nn.Parameter(torch.full((width,), float(scale)))
-        self.norm2 = nn.LayerNorm(width, eps=config.eps)
-        self.mlp = MLP(width, config.mlp_width, activation=config.activation)
-        self.scale2 = None if scale is None else nn.Parameter(torch.full((width,), float(scale)))
-
-    def forward(self, x: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
-        """(tokens, D) -> (tokens, D); `shapes` as in `Attention`."""
-        update = self.attn(self.norm1(x), shapes)
-        x = x + (update if self.scale1 is None else update * self.scale1)
-        update = self.mlp(self.norm2(x))
-        return x + (update if self.scale2 is None else update * self.scale2)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention inside every view, one `scaled_dot_product_attention` per group of equal lengths."""
-
-    def __init__(self, width: int, heads: int, *, bias: bool = True) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=bias)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
-        """(tokens, D) -> (tokens, D); `shapes` lists (views, tokens per view) of the groups, in the order of `x`."""
-        mixed = []
-        for part, (views, _) in zip(self.qkv(x).split([b * n for b, n in shapes]), shapes, strict=True):
-            q, k, v = rearrange(part, "(b n) (three h d) -> three b h n d", b=views, three=3, h=self.heads)
-            mixed.append(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> (b n) (h d)"))
-        return self.proj(torch.cat(mixed) if mixed else x)
-
-
-class MLP(nn.Module):
-    """Linear, activation, Linear; "swiglu" doubles the first layer and gates its second half by silu of its first."""
-
-    def __init__(self, width: int, hidden: int, *, activation: str, out: int | None = None) -> None:
-        super().__init__()
-        self.activation = activation
-        self.fc1 = nn.Linear(width, 2 * hidden if activation == "swiglu" else hidden)
-        self.fc2 = nn.Linear(hidden, width if out is None else out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(tokens, width) -> (tokens, out)."""
-        x = self.fc1(x)
-        if self.activation == "swiglu":
-            gate, x = x.chunk(2, dim=-1)
-            x = F.silu(gate) * x
-        elif self.activation == "quick_gelu":
-            x = x * torch.sigmoid(1.702 * x)
-        else:
-            x = F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
-        return self.fc2(x)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,156 @@
+"""How the encoder runs at inference: in steps, compiled, quantised."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import uhd.encoder as encoder_module
+from uhd.encoder import VisualEncoder, split_steps
+from uhd.pixels import PixelSettings
+from uhd.resampler import MergeProjector, PerceiverConfig, PerceiverResampler
+from uhd.slicing import SlicingConfig
+from uhd.vision import ViT, ViTConfig, VisionTower
+
+
+def tiny_encoder(**parts):
+    torch.manual_seed(0)
+    sizes = {"image_size": 56, "patch_size": 14, "width": 32, "depth": 2, "heads": 2, "mlp_width": 64}
+    vision = parts.pop("vision", None) or ViT(ViTConfig(**sizes, position_grid_hw=(4, 4)))
+    latents = PerceiverConfig(width=24, vision_width=32, num_heads=2, num_latents=4)
+    compressor = parts.pop("compressor", None) or PerceiverResampler(latents)
+    pixels = PixelSettings(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    return VisualEncoder(vision, compressor, pixels=pixels, **parts).eval()
+
+
+def noise(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+IMAGES = [noise(100, 60), noise(30, 200, 1), noise(20, 11, 2), noise(168, 112, 3)]
+
+
+@given(st.lists(st.integers(1, 50), max_size=30), st.one_of(st.none(), st.integers(1, 120)))
+def test_steps_cover_every_view_in_order(sizes, bound):
+    steps = split_steps(sizes, bound)
+    assert [i for step in steps for i in range(len(sizes))[step]] == list(range(len(sizes)))
+    totals = [sum(sizes[step]) for step in steps]
+    for step, total in zip(steps, totals, strict=True):
+        assert bound is None or total <= bound or len(range(len(sizes))[step]) == 1
+    for step, total in zip(steps[1:], totals, strict=False):  # none is closed before it must be
+        assert total + sizes[step.start] > bound
+
+
+def patches_seen(encoder):
+    """Patches of every call of the vision encoder."""
+    seen = []
+    encoder.vision.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    return seen
+
+
+@pytest.mark.parametrize("bound", [1, 7, 30, 100, 10**6])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_bound_on_patches_changes_nothing_else(bound, packed):
+    parts = {}
+    if packed:
+        parts = {
+            "compressor": MergeProjector(32, 24),
+            "slicing": SlicingConfig(image_size=56, patch_size=14, merge=2, tokens_per_view=None),
+        }
+    encoder = tiny_encoder(**parts)
+    seen = patches_seen(encoder)
+    wanted = encoder(IMAGES)
+    total = sum(seen)
+    assert len(seen) == 1
+    seen.clear()
+    encoder.max_patches_per_step = bound
+    got = encoder(IMAGES)
+    largest = max(h * w for image in got for h, w in (view.patches_hw for view in image.plan.views))
+    assert sum(seen) == total and max(seen) <= max(bound, largest)
+    assert len(seen) == 1 if bound >= total else len(seen) > 1
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert ours.layout == theirs.layout
+        torch.testing.assert_close(ours.tokens, theirs.tokens, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_are_the_same_in_steps():
+    whole, steps = tiny_encoder().train(), tiny_encoder().train()
+    steps.max_patches_per_step = 20
+    for encoder in (whole, steps):
+        torch.cat([image.tokens for image in encoder(IMAGES)]).square().mean().backward()
+    for (name, ours), theirs in zip(steps.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_steps_of_a_cpu_fit_its_threads(monkeypatch):
+    monkeypatch.setattr(encoder_module, "STEP_PATCHES", 25)
+    encoder = tiny_encoder()
+    seen = patches_seen(encoder)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    encoder(IMAGES)
+    assert len(seen) > 1 and max(seen) <= 50
+    seen.clear()
+    encoder.train()(IMAGES)  # activations are kept anyway
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("bound", [0, -3, 2.5, True, "many"])
+def test_a_bound_is_a_positive_integer(bound):
+    with pytest.raises(ValueError, match="max_patches_per_step must be a positive integer or None"):
+        tiny_encoder(max_patches_per_step=bound)(IMAGES)
+
+
+def test_wrong_counts_are_told_before_anything_runs():
+    encoder = tiny_encoder(max_patches_per_step=4)
+    seen = patches_seen(encoder)
+    with pytest.raises(ValueError, match="2 grids hold 10 patches in all; got 9"):
+        encoder.encode_packed(torch.zeros(9, 588), [(2, 3), (2, 2)])
+    assert not seen
+
+
+@pytest.mark.parametrize("backend", ["none", "eager"])
+def test_a_compiled_encoder_gives_the_same_tokens(backend):
+    encoder = tiny_encoder().requires_grad_(False)
+    wanted = encoder(IMAGES)
+    assert encoder.compile(backend=backend) is encoder
+    for ours, theirs in zip(encoder(IMAGES), wanted, strict=True):
+        torch.testing.assert_close(ours.tokens, theirs.tokens, rtol=1e-4, atol=1e-5)
+    encoder.compile(backend=None)
+    assert torch.equal(encoder(IMAGES)[0].tokens, wanted[0].tokens)
+
+
+def test_compiling_does_not_touch_what_is_saved(tmp_path):
+    encoder = tiny_encoder().requires_grad_(False)
+    wanted, names = encoder(IMAGES), list(encoder.state_dict())
+    encoder.compile(backend="none")
+    assert list(encoder.state_dict()) == names
+    encoder.save_pretrained(tmp_path)
+    loaded = type(encoder).from_pretrained(tmp_path)
+    assert torch.equal(loaded(IMAGES)[1].tokens, wanted[1].tokens)
+
+
+def test_a_quantised_encoder_is_near_and_cannot_be_saved(tmp_path):
+    encoder = tiny_encoder().requires_grad_(False)
+    wanted = encoder([noise(100, 60)])[0].tokens
+    quantised = copy.deepcopy(encoder).quantize()
+    got = quantised([noise(100, 60)])[0].tokens
+    assert 0 < (got - wanted).norm() < 0.05 * wanted.norm()
+    with pytest.raises(ValueError, match="save it before encoder.quantize"):
+        quantised.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="no nn.Linear"):
+        quantised.quantize()
+
+
+@pytest.mark.parametrize("verb", ["compile", "quantize"])
+def test_other_backbones_are_their_owners_to_change(verb):
+    tower = VisionTower(nn.Conv2d(3, 32, 14, 14), patch_size=14, out_dim=32)
+    encoder = tiny_encoder(vision=tower, slicing=SlicingConfig(image_size=56, patch_size=14))
+    with pytest.raises(TypeError, match=f"{verb} its backbone before"):
+        getattr(encoder, verb)()

@@ -1,0 +1,284 @@
+"""Compiled layers, packed weights and int8: what they compute, when they stand back, that nothing stale is used."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from uhd.vision import CompressedViT, CompressedViTConfig, ViT, ViTConfig
+from uhd.vision import compiled as compiled_module
+from uhd.vision.blocks import Block
+from uhd.vision.compiled import CompiledBlocks, PackedWeights
+from uhd.vision.int8 import Int8Linear, int8_linear, quantize_linears
+
+CONFIG = ViTConfig(
+    patch_size=2,
+    width=32,
+    depth=3,
+    heads=2,
+    mlp_width=48,
+    class_token=True,
+    layer_scale=0.5,
+    pre_norm=True,
+    position_grid_hw=(4, 4),
+    position_prefix=1,
+)
+GRIDS = [(2, 3), (3, 2), (4, 4), (1, 6), (5, 1)]
+ACTIVATIONS = ["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
+
+
+def make(dtype: torch.dtype = torch.float32, **changes) -> ViT:
+    torch.manual_seed(0)
+    vit = ViT(dataclasses.replace(CONFIG, **changes))
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return vit.eval().requires_grad_(False).to(dtype)
+
+
+def patches(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    drawn = torch.Generator().manual_seed(1)
+    return torch.randn(sum(h * w for h, w in GRIDS), CONFIG.patch_dim, generator=drawn).to(dtype)
+
+
+def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((got.double() - wanted.double()).norm() / wanted.double().norm()).item()
+
+
+def ran(vit: ViT, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which of the blocks' ways a call took."""
+    taken = []
+    ways = {"compiled": (CompiledBlocks, "_run"), "modules": (Block, "forward")}
+    for name, (owner, method) in ways.items():
+        real = getattr(owner, method)
+
+        def spy(*args, name=name, real=real):
+            taken.append(name)
+            return real(*args)
+
+        monkeypatch.setattr(owner, method, spy)
+    real = compiled_module.packed_block
+    monkeypatch.setattr(compiled_module, "packed_block", lambda *args: (taken.append("packed"), real(*args))[1])
+    return taken
+
+
+@pytest.mark.parametrize("backend", ["none", "eager"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_compiled_layers_give_what_the_modules_give(activation: str, backend: str) -> None:
+    vit, x = make(activation=activation), patches()
+    wanted = vit(x, GRIDS)
+    vit.compile_blocks(backend)
+    torch.testing.assert_close(vit(x, GRIDS), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(vit(x[:6], GRIDS[:1]), wanted[:6], rtol=1e-5, atol=1e-5)  # another number of tokens
+    vit.compile_blocks(None)
+    assert torch.equal(vit(x, GRIDS), wanted)
+
+
+@pytest.mark.parametrize("changes", [{"layer_scale": None}, {"qkv_bias": False}, {"class_token": False}])
+def test_other_blocks_too(changes: dict) -> None:
+    if "class_token" in changes:
+        changes["position_prefix"] = 0
+    vit = make(**changes)
+    wanted = vit(patches(), GRIDS)
+    vit.compile_blocks("none")
+    torch.testing.assert_close(vit(patches(), GRIDS), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
+def test_inductor_compiles_them(activation: str) -> None:
+    vit = make(activation=activation)
+    wanted = vit(patches(), GRIDS)
+    vit.compile_blocks()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)  # of the compiler's own
+        torch.testing.assert_close(vit(patches(), GRIDS), wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(vit(patches()[:6], GRIDS[:1]), wanted[:6], rtol=1e-4, atol=1e-5)
+    assert vit._compiled_blocks.backend == "inductor"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_weights_on_a_plain_cpu_compute_in_float32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    for unit in ("_is_amx_tile_supported", "_is_amx_fp16_supported"):
+        monkeypatch.setattr(torch.cpu, unit, lambda: False, raising=False)
+    vit, x = make(dtype), patches(dtype)
+    exact = copy.deepcopy(vit).double()(x.double(), GRIDS)
+    eager = vit(x, GRIDS)
+    vit.compile_blocks("none")
+    got = vit(x, GRIDS)
+    assert got.dtype == dtype
+    assert error(got, exact) < 0.8 * error(eager, exact)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_packed_weights_on_a_matrix_unit(
+    activation: str, scale: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    vit, x = make(torch.bfloat16, activation=activation, layer_scale=scale), patches(torch.bfloat16)
+    exact = copy.deepcopy(vit).double()(x.double(), GRIDS)
+    eager = vit(x, GRIDS)
+    taken = ran(vit, monkeypatch)
+    vit.compile_blocks("none")
+    got = vit(x, GRIDS)
+    assert taken == ["packed"] * CONFIG.depth
+    assert error(got, exact) < 1.2 * error(eager, exact)
+
+
+@pytest.mark.parametrize("change", ["in place", "data", "load", "replaced"])
+def test_packed_weights_are_never_stale(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    vit, x = make(torch.bfloat16), patches(torch.bfloat16)
+    vit.compile_blocks("none")
+    before = vit(x, GRIDS)
+    layer = vit.blocks[1].mlp.fc2
+    if change == "in place":
+        with torch.no_grad():
+            layer.weight.mul_(1.5)
+    elif change == "data":  # leaves no trace in the version
+        layer.weight.data.mul_(1.5)
+    elif change == "load":
+        layer.load_state_dict({"weight": layer.weight * 1.5, "bias": layer.bias})
+    else:
+        layer.weight = nn.Parameter(layer.weight * 1.5, requires_grad=False)
+    after = vit(x, GRIDS)
+    vit.compile_blocks("none")  # packed from nothing
+    assert torch.equal(after, vit(x, GRIDS)) and not torch.equal(before, after)
+
+
+def test_a_torch_without_the_operators_packs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    monkeypatch.setattr(compiled_module, "_can_pack", lambda: False)
+    vit, x = make(torch.bfloat16), patches(torch.bfloat16)
+    wanted = vit(x, GRIDS)
+    vit.compile_blocks("none")
+    assert error(vit(x, GRIDS), wanted) < 0.02
+    assert vit._compiled_blocks._packed._kept is None
+
+
+def test_the_compressors_inside_a_vit_keep_their_dtype() -> None:
+    torch.manual_seed(0)
+    fields = {f.name: getattr(CONFIG, f.name) for f in dataclasses.fields(CONFIG)}
+    vit = CompressedViT(CompressedViTConfig(**fields, compress_after=(1,))).eval().requires_grad_(False)
+    grids, x = [(2, 4), (4, 2), (4, 6)], torch.randn(40, CONFIG.patch_dim)
+    wanted = vit(x, grids)
+    half = copy.deepcopy(vit).to(torch.bfloat16)
+    half.compile_blocks("none")
+    assert error(half(x.to(torch.bfloat16), grids), wanted) < 0.05
+    vit.compile_blocks("none")
+    torch.testing.assert_close(vit(x, grids), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("why", ["gradients", "hook", "autocast", "wrapped", "hidden states", "mixed dtypes"])
+def test_the_modules_run_where_they_must(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    vit, x = make(), patches()
+    vit.compile_blocks("none")
+    taken, how = ran(vit, monkeypatch), {}
+    if why == "gradients":
+        vit.blocks[0].mlp.fc1.weight.requires_grad_(True)
+    elif why == "hook":
+        vit.blocks[1].attn.proj.register_forward_hook(lambda *args: None)
+    elif why == "wrapped":
+        vit.blocks[1].attn.proj = nn.Sequential(vit.blocks[1].attn.proj)
+    elif why == "hidden states":
+        how = {"hidden_states": True}
+    elif why == "mixed dtypes":
+        vit.blocks[0].norm1 = nn.LayerNorm(32, dtype=torch.float64)
+        vit.blocks[0].norm1.forward = lambda x: x
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=why == "autocast"):
+        vit(x, GRIDS, **how)
+    assert taken == ["modules"] * CONFIG.depth
+    if why == "gradients":
+        with torch.no_grad():
+            vit(x, GRIDS)
+        assert taken[CONFIG.depth :] == ["compiled"] * (2 * CONFIG.depth)
+
+
+def test_training_goes_on_as_if_nothing_were_compiled() -> None:
+    vit, x = make(), patches()
+    plain = copy.deepcopy(vit).requires_grad_(True)
+    vit.requires_grad_(True).compile_blocks("none")
+    for model in (plain, vit):
+        model.train()(x, GRIDS).square().mean().backward()
+    for ours, theirs in zip(vit.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_a_failing_compiler_is_told_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    vit, x = make(), patches()
+    wanted = vit(x, GRIDS)
+    vit.compile_blocks(broken)
+    with pytest.warns(RuntimeWarning, match="torch.compile failed .*uncompiled"):
+        torch.testing.assert_close(vit(x, GRIDS), wanted, rtol=1e-5, atol=1e-5)
+    vit(x, GRIDS)  # warnings are errors here
+    with pytest.raises(ValueError, match="grids hold"):
+        vit(x[1:], GRIDS)
+
+
+def test_copies_and_pickles_compile_anew() -> None:
+    vit, x = make(), patches()
+    vit.compile_blocks("eager")
+    wanted = vit(x, GRIDS)
+    for other in (copy.deepcopy(vit), pickle.loads(pickle.dumps(vit))):
+        assert other._compiled_blocks.backend == "eager" and not other._compiled_blocks._compiled
+        torch.testing.assert_close(other(x, GRIDS), wanted)
+
+
+def test_packing_needs_bfloat16_weights() -> None:
+    vit = make()
+    halves = [compiled_module.Halves.of(block) for block in vit.blocks]
+    assert PackedWeights().of(halves, torch.zeros(3, 32)) is None
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_int8_layer_rounds_and_no_more(bias: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(48, 20, bias=bias).to(dtype)
+    linear.weight.data[3] = 0  # a row of zeros has no scale of its own
+    layer, x = Int8Linear(linear), torch.randn(3, 5, 48, dtype=dtype)
+    x[1, 2] = 0
+    got, wanted = layer(x), linear(x)
+    assert got.shape == wanted.shape and got.dtype == dtype
+    assert 1e-4 < error(got.detach(), wanted.detach()) < 0.015
+    steps = x.float().abs().amax(-1, keepdim=True) / 127 * 0.5
+    most = steps * linear.weight.float().abs().sum(1) + layer.scale * 0.5 * x.float().abs().sum(-1, keepdim=True)
+    slack = 0.05 if dtype == torch.bfloat16 else 1e-3
+    assert ((got - wanted).float().abs() <= 1.01 * most + slack).all()
+    assert torch.equal(got[1, 2], torch.zeros(20, dtype=dtype) if not bias else linear.bias)
+
+
+def test_int8_products_are_exact_integers() -> None:
+    weight = torch.tensor([[127, -127, 5], [1, 0, -2]], dtype=torch.int8)
+    x = torch.tensor([[127.0, 127.0, 0.0], [-2.0, 0.0, 127.0]])  # its own quantisation
+    got = int8_linear(x, weight, torch.tensor([1.0, 0.5]), torch.tensor([0.25, 0.0]))
+    assert got.tolist() == [[0.25, 63.5], [-254 + 635 + 0.25, -128.0]]
+
+
+@pytest.mark.parametrize("backend", [None, "none", "eager"])
+def test_a_quantised_vit_is_near_and_runs_either_way(backend: str | None) -> None:
+    vit, x = make(), patches()
+    wanted = vit(x, GRIDS)
+    assert quantize_linears(vit.blocks) == 4 * CONFIG.depth
+    vit.compile_blocks(backend)
+    got = vit(x, GRIDS)
+    assert 1e-4 < error(got, wanted) < 0.05
+    assert quantize_linears(vit.blocks) == 0
+
+
+def test_int8_layers_refuse_gradients() -> None:
+    layer = Int8Linear(nn.Linear(8, 4))
+    with pytest.raises(RuntimeError, match="no gradients"):
+        layer(torch.randn(2, 8, requires_grad=True))
+    with torch.no_grad():
+        assert layer(torch.randn(2, 8, requires_grad=True)).shape == (2, 4)
