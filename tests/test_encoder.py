@@ -10,11 +10,11 @@ from torch import nn
 
 import uhd
 from uhd.demo import page_image, untrained_encoder
-from uhd.encoder import load_tokens, save_tokens
 from uhd.pixels import PixelSettings
 from uhd.resampler import MLPProjector, PerceiverConfig, PerceiverResampler, PixelShuffleProjector
 from uhd.schema import SpatialSchema
 from uhd.slicing import SlicingConfig
+from uhd.token_files import load_tokens, save_tokens
 from uhd.vision import ViT, ViTConfig
 
 PIXELS = PixelSettings(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))

@@ -16,7 +16,7 @@ from uhd.encoder import VisualEncoder, split_steps
 from uhd.pixels import PixelSettings
 from uhd.resampler import MergeProjector, PerceiverConfig, PerceiverResampler
 from uhd.slicing import SlicingConfig
-from uhd.vision import ViT, ViTConfig, VisionTower
+from uhd.vision import VisionTower, ViT, ViTConfig
 
 
 def tiny_encoder(**parts):
@@ -72,7 +72,8 @@ def test_a_bound_on_patches_changes_nothing_else(bound, packed):
     encoder.max_patches_per_step = bound
     got = encoder(IMAGES)
     largest = max(h * w for image in got for h, w in (view.patches_hw for view in image.plan.views))
-    assert sum(seen) == total and max(seen) <= max(bound, largest)
+    assert sum(seen) == total
+    assert max(seen) <= max(bound, largest)
     assert len(seen) == 1 if bound >= total else len(seen) > 1
     for ours, theirs in zip(got, wanted, strict=True):
         assert ours.layout == theirs.layout
@@ -94,7 +95,8 @@ def test_steps_of_a_cpu_fit_its_threads(monkeypatch):
     seen = patches_seen(encoder)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     encoder(IMAGES)
-    assert len(seen) > 1 and max(seen) <= 50
+    assert len(seen) > 1
+    assert max(seen) <= 50
     seen.clear()
     encoder.train()(IMAGES)  # activations are kept anyway
     assert len(seen) == 1

@@ -16,7 +16,7 @@ from torch import nn
 import uhd
 from uhd.cli import main
 from uhd.demo import untrained_encoder
-from uhd.encoder import EncodedVideo, load_tokens, save_tokens
+from uhd.encoder import EncodedVideo
 from uhd.merge import assemble, merge_samples
 from uhd.pixels import PixelSettings
 from uhd.resampler import (
@@ -34,6 +34,7 @@ from uhd.slicing.config import PRESETS
 from uhd.slicing.media import VideoPlan, _ladder, overview_alone, single_view
 from uhd.slicing.plan import Packing
 from uhd.slicing.strategies import ALIASES, STRATEGIES, find
+from uhd.token_files import load_tokens, save_tokens
 from uhd.vision import ViT, ViTConfig
 
 DOCS = Path(__file__).parent.parent / "docs"

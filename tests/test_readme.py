@@ -98,6 +98,7 @@ def test_every_python_block_of_the_readme_is_run_by_a_test():
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.pin_memory. argument is set as true:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_the_training_page_runs_from_top_to_bottom(tmp_path, monkeypatch):
     import torch
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from uhd import hf, pretrained, resampler, schema, slicing, vision
     from uhd.batch import SliceBatch
-    from uhd.encoder import EncodedImage, EncodedVideo, VisualEncoder, load_tokens, save_tokens
+    from uhd.encoder import EncodedImage, EncodedVideo, VisualEncoder
     from uhd.hf import (
         UHDConfig,
         UHDForConditionalGeneration,
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         UHDVideoProcessor,
         UHDVisionConfig,
     )
+    from uhd.loading import Preparation, TokenBudgetSampler, image_costs, image_sizes_hw
     from uhd.merge import assemble, merge_samples, merge_visual, separator_embeddings
     from uhd.nano import load_nano
     from uhd.pixels import PixelSettings
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
         strategies,
         strategy,
     )
+    from uhd.token_files import load_tokens, save_tokens
 
 __version__ = "0.1.0"
 
@@ -65,9 +67,13 @@ _HOMES = {
     "EncodedImage": "uhd.encoder",
     "EncodedVideo": "uhd.encoder",
     "VisualEncoder": "uhd.encoder",
+    "Preparation": "uhd.loading",
+    "TokenBudgetSampler": "uhd.loading",
+    "image_costs": "uhd.loading",
+    "image_sizes_hw": "uhd.loading",
     "load_nano": "uhd.nano",
-    "load_tokens": "uhd.encoder",
-    "save_tokens": "uhd.encoder",
+    "load_tokens": "uhd.token_files",
+    "save_tokens": "uhd.token_files",
     "UHDConfig": "uhd.hf",
     "UHDForConditionalGeneration": "uhd.hf",
     "UHDImageProcessor": "uhd.hf",

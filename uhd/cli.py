@@ -279,7 +279,7 @@ def _check_page(output: Path, inputs: Sequence[str]) -> None:
 def _encode(args: argparse.Namespace) -> int:
     import torch
 
-    from uhd.encoder import check_output, save_tokens
+    from uhd.token_files import check_output, save_tokens
 
     check_output(args.output)
     encoder = _encoder(args.encoder, args.strategy)
@@ -305,7 +305,7 @@ def _encode(args: argparse.Namespace) -> int:
 def _encode_video(args: argparse.Namespace, encoder: VisualEncoder) -> int:
     import torch
 
-    from uhd.encoder import save_tokens
+    from uhd.token_files import save_tokens
 
     with torch.inference_mode():
         video = encoder.encode_videos([args.images])[0]

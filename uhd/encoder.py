@@ -4,37 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from uhd.batch import SliceBatch, normalize, reordered
+from uhd.loading import Preparation
 from uhd.packed import check_grids
+from uhd.parts import damage_named, describe_part, find_pixels, load_vision, rebuild_part
 from uhd.pixels import PixelSettings
-from uhd.pixels.fast import load_picture
-from uhd.resampler import (
-    FeaturePacker,
-    MergeProjector,
-    MLPProjector,
-    PerceiverConfig,
-    PerceiverResampler,
-    PixelShuffleProjector,
-    PoolProjector,
-    PyramidConfig,
-    PyramidResampler,
-    RewriteConfig,
-    RewriteResampler,
-    SpatialConfig,
-    SpatialResampler,
-    pack_features,
-)
+from uhd.resampler import FeaturePacker, PerceiverConfig, PerceiverResampler, pack_features
 from uhd.resampler.packing import feature_lengths
 from uhd.schema import SpatialSchema, TokenLayout
 from uhd.schema.fitted import (
@@ -50,7 +34,7 @@ from uhd.slicing import SlicePlan, SlicingConfig, plan
 from uhd.slicing.config import DEFAULT
 from uhd.slicing.media import VideoPlan, plan_images, plan_video
 from uhd.slicing.strategies import Rule, StrategyConfig, find
-from uhd.vision import CompressedViT, CompressedViTConfig, ViT, ViTConfig
+from uhd.vision import ViT
 from uhd.vision.int8 import Int8Linear, quantize_linears
 
 CONFIG_FILE = "uhd_encoder.json"
@@ -300,35 +284,14 @@ class VisualEncoder(nn.Module):
     def prepare(
         self, images: Sequence[Any], *, max_tokens: int | None = None, multi_image: bool = False
     ) -> SliceBatch:
-        """Load, plan, resize and cut images; uint8 patches on the CPU. Safe to call in data-loading workers.
+        """Load, plan, resize and cut images; uint8 patches on the CPU. For workers: :class:`uhd.Preparation`.
 
         Args:
             images: A list of what :func:`uhd.pixels.load_image` takes: PIL, path, bytes, array, tensor.
             max_tokens: Bound on the tokens of all images together; see :func:`uhd.slicing.plan_images`.
             multi_image: The images are one sample's, and are planned as the strategy does with several.
         """
-        loaded = self._load_all(images)
-        sizes = [(image.height, image.width) for image in loaded]
-        plans = self.plan_images(sizes, max_tokens=max_tokens, multi_image=multi_image)
-        return self._cut(loaded, plans)
-
-    def _cut(self, loaded: Sequence[Any], plans: Sequence[SlicePlan]) -> SliceBatch:
-        fast = self.pixels.backend == "fast" and getattr(self.vision, "folds_pixels", False)
-        return SliceBatch.from_images(
-            loaded,
-            plans,
-            settings=self.pixels,
-            patch_size=self.vision.patch_size,
-            inner="hwc" if fast else "chw",
-        )
-
-    def _load_all(self, images: Sequence[Any]) -> list[Any]:
-        if not isinstance(images, (list, tuple)):
-            raise TypeError(
-                f"expected a list of images, got {type(images).__name__}: put one image into a list, "
-                "make an iterator a list"
-            )
-        return [load_picture(image, settings=self.pixels) for image in images]
+        return Preparation.of(self)(images, max_tokens=max_tokens, multi_image=multi_image)
 
     def forward(
         self, images: Sequence[Any] | SliceBatch, *, max_tokens: int | None = None, multi_image: bool = False
@@ -369,7 +332,8 @@ class VisualEncoder(nn.Module):
         Raises:
             ValueError: A video has no frames, or frames of different sizes; as in :meth:`forward`.
         """
-        loaded = [self._load_all(_frames_of(video, number)) for number, video in enumerate(videos)]
+        prepare = Preparation.of(self)
+        loaded = [prepare.load(_frames_of(video, number)) for number, video in enumerate(videos)]
         plans = []
         for number, video in enumerate(loaded):
             sizes = sorted({(frame.height, frame.width) for frame in video})
@@ -379,7 +343,7 @@ class VisualEncoder(nn.Module):
                 )
             plans.append(self.plan_video(sizes[0], len(video), frames=frames, max_tokens=max_tokens))
         flat = [frame for video in loaded for frame in video]
-        tokens = self.encode(self._cut(flat, [p for video in plans for p in video.plans]))
+        tokens = self.encode(prepare.cut(flat, [p for video in plans for p in video.plans]))
         parts = tokens.split([sum(map(num_rows, video.plans)) for video in plans]) if plans else ()
         return [self._finish_video(part, video) for part, video in zip(parts, plans, strict=True)]
 
@@ -625,7 +589,7 @@ class VisualEncoder(nn.Module):
             if out_dim is not None:
                 raise ValueError(f"{source} holds a whole encoder; out_dim is only for a new compressor")
             return cls._load(saved.parent, vision, compressor, slicing, schema, pixels)
-        vision, note = _load_vision(source) if vision is None else vision, ""
+        vision, note = load_vision(source) if vision is None else vision, ""
         if compressor is None:
             if out_dim is None or not hasattr(vision, "out_dim"):
                 raise ValueError(
@@ -636,7 +600,7 @@ class VisualEncoder(nn.Module):
                 PerceiverConfig(width=out_dim, vision_width=vision.out_dim, num_heads=_heads(out_dim))
             )
             note = "the compressor has new, UNTRAINED weights"
-        pixels = _find_pixels(source) if pixels is None else pixels
+        pixels = find_pixels(source) if pixels is None else pixels
         return cls(vision, compressor, slicing=slicing, schema=schema, pixels=pixels, note=note).eval()
 
     @classmethod
@@ -649,7 +613,7 @@ class VisualEncoder(nn.Module):
         schema: SpatialSchema | str | None,
         pixels: PixelSettings | None,
     ) -> VisualEncoder:
-        with _damage_named(folder / CONFIG_FILE):
+        with damage_named(folder / CONFIG_FILE):
             config = json.loads((folder / CONFIG_FILE).read_text())
             if config["format"] != 1:
                 raise ValueError(f"it has format {config['format']!r}; this version reads format 1")
@@ -666,7 +630,7 @@ class VisualEncoder(nn.Module):
                 note=config["note"],
             )
         new = encoder._take_packer(config.get("packer"))
-        with _damage_named(folder / WEIGHTS_FILE):
+        with damage_named(folder / WEIGHTS_FILE):
             # assigned, not copied: every tensor keeps the dtype it was saved in
             found = encoder.load_state_dict(load_file(folder / WEIGHTS_FILE), strict=False, assign=True)
             missing = [name for name in found.missing_keys if name not in new]
@@ -688,86 +652,9 @@ class VisualEncoder(nn.Module):
         return [f"packer.{kind}" for kind in kinds if own[kind] and not saved[kind]]
 
 
-@contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
-    """Whatever is wrong with a file's content becomes one ``ValueError`` that names the file."""
-    try:
-        yield
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as problem:
-        detail = problem if isinstance(problem, ValueError) else repr(problem)
-        raise ValueError(f"{path} does not fit or is damaged: {detail}") from problem
-
-
-class _Part(NamedTuple):
-    """How a part of ours is described in JSON, and built again."""
-
-    cls: type[nn.Module]
-    describe: Callable[[Any], dict[str, Any]]
-    build: Callable[[dict[str, Any]], nn.Module]
-
-
-def _configured(cls: type[nn.Module], config: type) -> _Part:
-    """A part that is built from a config object and keeps it."""
-    return _Part(cls, lambda part: part.config.to_dict(), lambda values: cls(config.from_dict(values)))
-
-
-def _plain(cls: type[nn.Module]) -> _Part:
-    """A part whose `to_dict` gives its constructor's arguments."""
-    return _Part(cls, lambda part: part.to_dict(), lambda values: cls(**values))
-
-
-_PARTS = {
-    "vit": _configured(ViT, ViTConfig),
-    "compressed_vit": _configured(CompressedViT, CompressedViTConfig),
-    "perceiver": _configured(PerceiverResampler, PerceiverConfig),
-    "spatial": _configured(SpatialResampler, SpatialConfig),
-    "rewrite": _configured(RewriteResampler, RewriteConfig),
-    "pyramid": _configured(PyramidResampler, PyramidConfig),
-    "mlp": _plain(MLPProjector),
-    "merge": _plain(MergeProjector),
-    "pixel_shuffle": _plain(PixelShuffleProjector),
-    "pool": _plain(PoolProjector),
-}
-
-
 def _is_adaptive(slicing: Any) -> bool:
     """Whether a slicing, or its dictionary, is of the adaptive planner."""
     return slicing.get("rule") in ADAPTIVE_RULES if isinstance(slicing, dict) else isinstance(slicing, SlicingConfig)
-
-
-def describe_part(part: nn.Module) -> dict[str, Any]:
-    """What is needed to build a part again; ``custom`` where only the caller can."""
-    foreign_stem = isinstance(part, ViT) and not part.own_stem
-    for kind, entry in _PARTS.items():
-        if type(part) is entry.cls and not foreign_stem:
-            return {"kind": kind, "config": entry.describe(part)}
-    return {"kind": "custom", "class": f"{type(part).__module__}.{type(part).__qualname__}"}
-
-
-def rebuild_part(described: dict[str, Any], role: str) -> nn.Module:
-    if described["kind"] not in _PARTS:
-        raise ValueError(
-            f"it was saved with a {role} of class {described.get('class', described['kind'])}: build that and pass "
-            f"{role}=... to VisualEncoder.from_pretrained"
-        )
-    return _PARTS[described["kind"]].build(described["config"])
-
-
-def _load_vision(source: str | os.PathLike | nn.Module) -> ViT:
-    from uhd.vision import load_vit, vit_from
-
-    return vit_from(source) if isinstance(source, nn.Module) else load_vit(source)
-
-
-def _find_pixels(source: str | os.PathLike | nn.Module) -> PixelSettings:
-    if not isinstance(source, nn.Module):
-        return PixelSettings.from_preprocessor(source)
-    if hasattr(source, "pretrained_cfg"):
-        return PixelSettings.from_timm(source)
-    raise ValueError(
-        f"a {type(source).__name__} does not tell its mean and std: pass "
-        "pixels=PixelSettings.from_preprocessor(its image processor or folder)"
-    )
 
 
 def _float_parameter(module: nn.Module, default: Tensor) -> Tensor:
@@ -778,75 +665,3 @@ def _float_parameter(module: nn.Module, default: Tensor) -> Tensor:
 def _heads(width: int) -> int:
     """Heads of about 128 channels, as released, that divide the width."""
     return next(heads for heads in range(max(width // 128, 1), 0, -1) if width % heads == 0)
-
-
-def save_tokens(
-    path: str | os.PathLike,
-    encoded: Sequence[EncodedImage | EncodedVideo],
-    *,
-    schema: SpatialSchema,
-    names: Sequence[str] | None = None,
-    note: str = "",
-) -> None:
-    """Write encoded images or videos to one safetensors file: ``tokens`` (all their tokens, D), the rest in metadata.
-
-    Args:
-        path: The file; its folder must exist.
-        encoded: What :class:`VisualEncoder` or its ``encode_videos`` returned.
-        schema: The encoder's.
-        names: Where each of them came from.
-        note: Free text for whoever reads the file, e.g. that the weights are untrained.
-    """
-    if not encoded:
-        raise ValueError("no images to save")
-    names = [""] * len(encoded) if names is None else list(names)
-    if len(names) != len(encoded):
-        raise ValueError(f"got {len(encoded)} encoded images and {len(names)} names")
-    for number, item in enumerate(encoded):
-        if _layout_under(schema, item.plan).symbols != item.layout.symbols:
-            raise ValueError(f"image {number} was laid out by another schema than {schema.name!r}: give the encoder's")
-    images = [{"name": name, "plan": item.plan.to_dict()} for name, item in zip(names, encoded, strict=True)]
-    tokens = torch.cat([item.tokens.detach().cpu() for item in encoded])
-    metadata = {"format": "uhd-tokens-1", "images": json.dumps(images), "schema": json.dumps(schema.to_dict())}
-    if note:
-        metadata["note"] = note
-    check_output(path)
-    save_file({"tokens": tokens.contiguous()}, path, metadata=metadata)
-
-
-def _layout_under(schema: SpatialSchema, plan: SlicePlan | VideoPlan) -> TokenLayout:
-    return video_layout(plan, schema) if isinstance(plan, VideoPlan) else layout_of(plan, schema)
-
-
-def check_output(path: str | os.PathLike) -> None:
-    """Raise a ``ValueError`` where :func:`save_tokens` could not write, before any work is done."""
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"tokens are written to a .safetensors file, got {str(path)!r}")
-    if not path.parent.is_dir():
-        raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
-
-
-def load_tokens(path: str | os.PathLike) -> list[EncodedImage | EncodedVideo]:
-    """The inverse of :func:`save_tokens`.
-
-    Raises:
-        ValueError: Not such a file, or its counts disagree.
-    """
-    with _damage_named(Path(path)):
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != "uhd-tokens-1":
-                raise ValueError(f"format {metadata.get('format')!r}, so not written by `uhd encode`")
-            tokens = file.get_tensor("tokens")
-        described = [item["plan"] for item in json.loads(metadata["images"])]
-        plans = [(VideoPlan if "plans" in data else SlicePlan).from_dict(data) for data in described]
-        schema = SpatialSchema.from_dict(json.loads(metadata["schema"]))
-        layouts = [_layout_under(schema, p) for p in plans]
-        counts = [laid.num_visual_tokens for laid in layouts]
-        if sum(counts) != len(tokens):
-            raise ValueError(f"it holds {len(tokens)} tokens, its {len(plans)} plans count {sum(counts)}")
-    return [
-        (EncodedVideo if isinstance(p, VideoPlan) else EncodedImage)(part, p, laid)
-        for part, p, laid in zip(tokens.split(counts), plans, layouts, strict=True)
-    ]

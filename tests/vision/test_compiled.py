@@ -150,7 +150,8 @@ def test_packed_weights_are_never_stale(change: str, monkeypatch: pytest.MonkeyP
         layer.weight = nn.Parameter(layer.weight * 1.5, requires_grad=False)
     after = vit(x, GRIDS)
     vit.compile_blocks("none")  # packed from nothing
-    assert torch.equal(after, vit(x, GRIDS)) and not torch.equal(before, after)
+    assert torch.equal(after, vit(x, GRIDS))
+    assert not torch.equal(before, after)
 
 
 def test_a_torch_without_the_operators_packs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +231,8 @@ def test_copies_and_pickles_compile_anew() -> None:
     vit.compile_blocks("eager")
     wanted = vit(x, GRIDS)
     for other in (copy.deepcopy(vit), pickle.loads(pickle.dumps(vit))):
-        assert other._compiled_blocks.backend == "eager" and not other._compiled_blocks._compiled
+        assert other._compiled_blocks.backend == "eager"
+        assert not other._compiled_blocks._compiled
         torch.testing.assert_close(other(x, GRIDS), wanted)
 
 
@@ -249,7 +251,8 @@ def test_an_int8_layer_rounds_and_no_more(bias: bool, dtype: torch.dtype) -> Non
     layer, x = Int8Linear(linear), torch.randn(3, 5, 48, dtype=dtype)
     x[1, 2] = 0
     got, wanted = layer(x), linear(x)
-    assert got.shape == wanted.shape and got.dtype == dtype
+    assert got.shape == wanted.shape
+    assert got.dtype == dtype
     assert 1e-4 < error(got.detach(), wanted.detach()) < 0.015
     steps = x.float().abs().amax(-1, keepdim=True) / 127 * 0.5
     most = steps * linear.weight.float().abs().sum(1) + layer.scale * 0.5 * x.float().abs().sum(-1, keepdim=True)

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from uhd.encoder import VisualEncoder, describe_part
+from uhd.encoder import VisualEncoder
 from uhd.hf.configuration import INJECTION_MODES, UHDConfig, UHDResamplerConfig, UHDVisionConfig
 from uhd.hf.image_processing import UHDImageProcessor
 from uhd.hf.injection import choose_injection
 from uhd.hf.processing import IMAGE_TOKEN, PLAIN_CHAT_TEMPLATE, VIDEO_TOKEN, UHDProcessor, placeholder_id
+from uhd.parts import describe_part
 from uhd.schema import resolve_schema
 from uhd.schema.fitted import slicing_to_dict
 from uhd.slicing import SlicingConfig

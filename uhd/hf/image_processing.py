@@ -61,6 +61,13 @@ class PlannedImage:
     plan: SlicePlan
 
 
+@dataclass(frozen=True, eq=False)
+class Made:
+    """An image or a video of a batch whose tensors are made already."""
+
+    batch: BatchFeature
+
+
 class Planning:
     """What image and video processor have in common: a slicing, pixel settings, and how both are given and checked."""
 
@@ -223,7 +230,7 @@ class UHDImageProcessorPil(Planning, PilBackend):
         """What :func:`uhd.pixels.load_image` takes, or an address, as upright RGB Pillow images; nesting is kept."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(item) for item in image_url_or_urls]
-        ready = isinstance(image_url_or_urls, (PlannedImage, EncodedImage))
+        ready = isinstance(image_url_or_urls, (PlannedImage, EncodedImage, Made))
         return image_url_or_urls if ready else self.picture(image_url_or_urls)
 
     def plan(self, image_hw: tuple[int, int], **kwargs: Any) -> SlicePlan:

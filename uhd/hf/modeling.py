@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutpu
 from transformers.utils import PROCESSOR_NAME, can_return_tuple
 
 from uhd.batch import SliceBatch
-from uhd.encoder import EncodedImage, EncodedVideo, VisualEncoder, num_rows, rebuild_part
+from uhd.encoder import EncodedImage, EncodedVideo, VisualEncoder, num_rows
 from uhd.hf.attach import attach, native_side
 from uhd.hf.configuration import UHDConfig
 from uhd.hf.image_processing import refuse_own_function
@@ -30,6 +30,7 @@ from uhd.hf.placing import GridItem, Media, PlannedItem, check_schemas, group, m
 from uhd.hf.plans import read_plans
 from uhd.hf.processing import UHDProcessor, pack_encoded, pack_encoded_videos
 from uhd.merge import IGNORE, assemble, merge_visual, separator_embeddings
+from uhd.parts import rebuild_part
 from uhd.resampler import (
     FeaturePacker,
     PerceiverResampler,

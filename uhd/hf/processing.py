@@ -3,6 +3,8 @@
 # no `from __future__ import annotations`: transformers reads the types of the keywords below at run time
 
 import json
+import os
+import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -15,6 +17,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from uhd.encoder import EncodedImage, EncodedVideo
 from uhd.hf.image_processing import (
+    Made,
     PlannedImage,
     UHDImagesKwargs,
     check_backbone,
@@ -29,6 +32,7 @@ from uhd.hf.video_processing import (
     arrange_videos,
     same_slicing,
 )
+from uhd.loading import named
 from uhd.schema.layout import OVERVIEW
 from uhd.slicing.media import plan_sample
 
@@ -44,6 +48,14 @@ PLAIN_CHAT_TEMPLATE = (
     "{% endfor %}{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 """For tokenizers that bring no chat template; IMAGE_TOKEN and VIDEO_TOKEN stand for the image and video token."""
+
+_TOKENIZING = threading.Lock()
+"""A fast tokenizer keeps a call's padding and truncation as its own state, and another thread's call changes it."""
+
+if hasattr(os, "register_at_fork"):  # a worker forked while another thread tokenizes would wait for ever
+    os.register_at_fork(
+        before=_TOKENIZING.acquire, after_in_parent=_TOKENIZING.release, after_in_child=_TOKENIZING.release
+    )
 
 
 class UHDProcessorKwargs(ProcessingKwargs, total=False):
@@ -184,10 +196,11 @@ class UHDProcessor(ProcessorMixin):
         clip_counts = _per_sample(unmarked, self.video_token, len(clips), clip_counts, "video")
         if text is None:  # nothing says which of them belong together
             counts, clip_counts = counts + [0] * len(clip_counts), [0] * len(counts) + clip_counts
-        given = self._planned(flat, counts, clips, clip_counts, kwargs)
-        return super().__call__(images=given[0] or None, text=text, videos=given[1] or None, **kwargs)
+        given = self._made(flat, counts, clips, clip_counts, kwargs)
+        with _TOKENIZING:
+            return super().__call__(images=given[0] or None, text=text, videos=given[1] or None, **kwargs)
 
-    def _planned(
+    def _made(
         self,
         images: list[Any],
         image_counts: list[int],
@@ -195,7 +208,7 @@ class UHDProcessor(ProcessorMixin):
         video_counts: list[int],
         kwargs: dict[str, Any],
     ) -> tuple[list[Any], list[Any]]:
-        """Pictures and frames with their plans, those of a sample made together; what is encoded stays as it is."""
+        """All tensors of images and videos, those of a sample planned together; what is encoded stays as it is."""
         encoded = _all_encoded(images, EncodedImage, "images"), _all_encoded(videos, EncodedVideo, "videos")
         if all(encoded):
             return images, videos
@@ -204,7 +217,10 @@ class UHDProcessor(ProcessorMixin):
         for given in (for_images.get("slicing"), for_videos.get("slicing")):
             if given is not None:
                 check_backbone(given, self.image_processor.slicing)
-        pictures = [] if encoded[0] else [self.image_processor.fetch_images(item) for item in images]
+        pictures = []
+        for number, item in enumerate([] if encoded[0] else images):
+            with named("image", number, item):
+                pictures.append(self.image_processor.fetch_images(item))
         loaded = [] if encoded[1] else [self.video_processor.load(v, n, for_videos) for n, v in enumerate(videos)]
         settings = {
             "planner": self.image_processor.planner(for_images),
@@ -217,14 +233,18 @@ class UHDProcessor(ProcessorMixin):
         rows = zip(none if encoded[0] else image_counts, none if encoded[1] else video_counts, strict=True)
         still, moving = iter(pictures), iter(loaded)
         found, clips = [], []
-        for num_images, num_videos in rows:
+        for number, (num_images, num_videos) in enumerate(rows):
             sample = [next(still) for _ in range(num_images)]
             frames = [next(moving) for _ in range(num_videos)]
             sizes = [((clip[0].height, clip[0].width), len(clip)) for clip in frames]
-            plans, video_plans = plan_sample([(item.height, item.width) for item in sample], sizes, **settings)
+            with named("sample", number):
+                plans, video_plans = plan_sample([(item.height, item.width) for item in sample], sizes, **settings)
             found += map(PlannedImage, sample, plans)
             clips += map(PlannedVideo, frames, video_plans)
-        return images if encoded[0] else found, videos if encoded[1] else clips
+        return (
+            images if encoded[0] else [Made(self.image_processor(found, **for_images))] * len(found),
+            videos if encoded[1] else [Made(self.video_processor(clips, **for_videos))] * len(clips),
+        )
 
     def _budget(self, for_images: dict[str, Any], for_videos: dict[str, Any]) -> int | None:
         """The one bound on a sample's tokens."""
@@ -243,13 +263,11 @@ class UHDProcessor(ProcessorMixin):
         """Nothing: inputs are checked before they are planned, in the call."""
 
     def _process_images(self, images: list[Any], **kwargs: Any) -> tuple[dict[str, Any], list[str]]:
-        encoded = isinstance(images[0], EncodedImage)
-        data = pack_encoded(images) if encoded else self.image_processor(images, **kwargs)
+        data = images[0].batch if isinstance(images[0], Made) else pack_encoded(images)
         return data, [self.replace_image_token(data, index) for index in range(len(images))]
 
     def _process_videos(self, videos: list[Any], **kwargs: Any) -> tuple[dict[str, Any], list[str]]:
-        encoded = isinstance(videos[0], EncodedVideo)
-        data = pack_encoded_videos(videos) if encoded else self.video_processor(videos, **kwargs)
+        data = videos[0].batch if isinstance(videos[0], Made) else pack_encoded_videos(videos)
         if self.video_token is None:
             return data, []
         return data, [self.replace_video_token(data, index) for index in range(len(videos))]

@@ -1,0 +1,445 @@
+"""Loading data: what images cost, batches that cost nearly the same, and images to packed batches in workers.
+
+With a ``DataLoader``::
+
+    costs = uhd.image_costs(uhd.image_sizes_hw(paths), encoder)
+    sampler = uhd.TokenBudgetSampler(costs, budget=32_768)
+    loader = DataLoader(paths, batch_sampler=sampler, collate_fn=uhd.Preparation.of(encoder), num_workers=4)
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import operator
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor, distributed
+from torch.utils.data import Sampler
+
+from uhd.batch import SliceBatch
+from uhd.pixels import PixelSettings, image_size_hw
+from uhd.pixels.fast import load_picture
+from uhd.schema.fitted import AnySlicing, planner_of
+from uhd.slicing import SlicePlan, SlicingConfig, plan, plan_many
+from uhd.slicing.media import plan_sample
+from uhd.slicing.plan import check_size
+from uhd.slicing.strategies import find
+
+UNITS = ("patches", "tokens")
+UNEVEN = ("error", "repeat", "drop")
+
+_READ_TOGETHER = 1024
+"""Images whose headers wait for a thread: a generator of many is never held whole."""
+
+_SLACK = 200
+"""While batches are too few, their number grows by at least this part of it."""
+
+_DRAWS = 4
+"""Of an epoch's order, each with half of the last one's jitter, the last without any."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Images to an encoder's packed batches: what :meth:`uhd.VisualEncoder.prepare` does, without the weights.
+
+    Small, picklable if ``slicing`` is, and safe in threads, so it goes to the workers of a ``DataLoader`` whatever
+    their start method; where a sample is an image it is the ``collate_fn`` itself.
+
+    Attributes:
+        slicing: How images are cut: an encoder's ``slicing``, or what :func:`uhd.plan` takes.
+        pixels: How pixels are made.
+        patch_size: Side of a patch, px; plans have their own, a batch of no images has this one.
+        inner: Order inside the patches, see :class:`uhd.batch.SliceBatch`.
+    """
+
+    slicing: AnySlicing
+    pixels: PixelSettings
+    patch_size: int
+    inner: str = "chw"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "slicing", find(self.slicing))
+
+    @classmethod
+    def of(cls, encoder: Any) -> Preparation:
+        """That of a :class:`uhd.VisualEncoder`, as its parts are now."""
+        fast = encoder.pixels.backend == "fast" and getattr(encoder.vision, "folds_pixels", False)
+        return cls(encoder.slicing, encoder.pixels, encoder.vision.patch_size, "hwc" if fast else "chw")
+
+    def __call__(
+        self, images: Sequence[Any], *, max_tokens: int | None = None, multi_image: bool = False
+    ) -> SliceBatch:
+        """Load, plan, resize and cut.
+
+        Args:
+            images: A list of what :func:`uhd.pixels.load_image` takes: PIL, path, bytes, array, tensor.
+            max_tokens: Bound on the tokens of all images together; see :func:`uhd.slicing.plan_images`.
+            multi_image: The images are one sample's, and are planned as the strategy does with several.
+
+        Returns:
+            uint8 patches on the CPU, for ``encoder(batch)``.
+
+        Raises:
+            ValueError, TypeError: An image is refused, by its number in the list and, where it has one, its path.
+        """
+        loaded = self.load(images)
+        sizes = [(image.height, image.width) for image in loaded]
+        settings = {"max_tokens": max_tokens, "multi_image": multi_image}
+        try:
+            plans = plan_sample(sizes, [], planner_of(self.slicing), **settings)[0]
+        except ValueError:
+            for number, size_hw in enumerate(sizes):
+                with named("image", number, images[number]):
+                    plan(size_hw, self.slicing)
+            raise  # not one of them alone: all of them, or a setting
+        return self.cut(loaded, plans)
+
+    def load(self, images: Sequence[Any]) -> list[Any]:
+        """Upright RGB pictures with ``height`` and ``width``, as :meth:`cut` takes them; errors as of a call."""
+        if not isinstance(images, (list, tuple)):
+            raise TypeError(
+                f"expected a list of images, got {type(images).__name__}: put one image into a list, "
+                "make an iterator a list"
+            )
+        loaded = []
+        for number, image in enumerate(images):
+            with named("image", number, image):
+                loaded.append(load_picture(image, settings=self.pixels))
+        return loaded
+
+    def cut(self, loaded: Sequence[Any], plans: Sequence[SlicePlan]) -> SliceBatch:
+        """The batch of pictures by plans of their sizes, one each."""
+        return SliceBatch.from_images(
+            loaded, plans, settings=self.pixels, patch_size=self.patch_size, inner=self.inner
+        )
+
+
+def image_sizes_hw(images: Iterable[Any], *, threads: int = 1) -> np.ndarray:
+    """The sizes of many images as :func:`uhd.pixels.load_image` gives them, upright; of files the headers are read.
+
+    Args:
+        images: Paths, bytes, arrays, tensors or Pillow images: a list, a dataset of them, a generator. A Pillow image
+            is decoded, and keeps its pixels.
+        threads: More than one help where files are far away.
+
+    Returns:
+        (M, 2) int64, (height, width) in px.
+
+    Raises:
+        ValueError, TypeError: An image is refused, by its number and, where it has one, its path.
+    """
+    threads = _whole("threads", threads, least=1)
+    if isinstance(images, (str, bytes, os.PathLike, Image.Image)) or getattr(images, "ndim", None) in (2, 3):
+        raise TypeError(f"expected images one after the other, got one {type(images).__name__}: put it into a list")
+    # a dataset need not end by an IndexError
+    stream = images if hasattr(images, "__iter__") else map(images.__getitem__, range(len(images)))
+    items, found = enumerate(stream), []
+    with ThreadPoolExecutor(threads) as pool:
+        run = pool.map if threads > 1 else map
+        while some := list(islice(items, _READ_TOGETHER)):
+            found += run(_size_hw, some)
+    return np.array(found, np.int64).reshape(-1, 2)
+
+
+def _size_hw(item: tuple[int, Any]) -> tuple[int, int]:
+    number, image = item
+    with named("item", number, image):
+        return image_size_hw(image)
+
+
+def image_costs(sizes_hw: np.ndarray | Sequence[Sequence[int]], slicing: Any, *, unit: str = "patches") -> np.ndarray:
+    """What images of these sizes cost, each planned by itself.
+
+    Args:
+        sizes_hw: (M, 2) ints, (height, width) in px; see :func:`image_sizes_hw`.
+        slicing: What :func:`uhd.plan` takes, or what has such a ``slicing``: an encoder, a :class:`Preparation`. For a
+            Hugging Face processor ``processor.image_processor.plan``, which knows its ``max_slices``.
+        unit: ``"patches"`` for the vision encoder, ``"tokens"`` for the language model, separators included.
+
+    Returns:
+        (M,) int64.
+
+    Raises:
+        ValueError: The rule refuses a size, by its number; or there is no such unit.
+    """
+    if unit not in UNITS:
+        raise ValueError(f"unit must be one of {', '.join(map(repr, UNITS))}, got {unit!r}")
+    rule = find(getattr(slicing, "slicing", slicing))
+    if isinstance(rule, SlicingConfig):
+        return plan_many(sizes_hw, rule)[f"num_{unit}"]
+    costs: dict[tuple[int, int], int] = {}
+    sizes = []
+    for number, given in enumerate(sizes_hw):
+        with named("item", number):
+            size_hw = check_size(given)
+            if size_hw not in costs:
+                costs[size_hw] = getattr(plan(size_hw, rule), f"num_{unit}")
+        sizes.append(size_hw)
+    return np.array([costs[size_hw] for size_hw in sizes], np.int64)
+
+
+@contextmanager
+def named(kind: str, number: int, image: Any = None) -> Iterator[None]:
+    """Errors begin with what they are about, and its path if it has one. One of opening a file tells that already."""
+    try:
+        yield
+    except (ValueError, TypeError) as problem:
+        path = repr(str(image)) if isinstance(image, (str, os.PathLike)) else ""
+        where = f" ({path})" if path not in str(problem) else ""
+        raise (TypeError if isinstance(problem, TypeError) else ValueError)(
+            f"{kind} {number}{where}: {problem}"
+        ) from problem
+
+
+class TokenBudgetSampler(Sampler[list[int]]):
+    """Batches of indices whose costs add up to nearly the same, and never to more than a budget.
+
+    For ``DataLoader(..., batch_sampler=...)``. Every index comes exactly once an epoch. All epochs have one number of
+    batches, and so have all ranks.
+
+    Items are taken from the costliest to the cheapest, and each goes to the batch that costs least so far (longest
+    processing time first: R. L. Graham, Bounds on multiprocessing timing anomalies, 1969); where it fits none, there
+    are more batches. So a batch is a mixture of sizes, as packed sequences allow, and no group of like ones. For this
+    order alone every cost is first multiplied by a random factor in 1 - jitter .. 1 + jitter, new in every epoch, so
+    that an item meets others each time. The number of batches is settled once; an epoch for which it is too few is
+    drawn again with half the jitter, and so on. Without any it is always enough.
+
+    For R ranks the number of batches is raised to a multiple of R. They are sorted by cost and dealt R at a time, so
+    the batches of one step cost nearly the same; then the steps are shuffled, and which rank takes which. All ranks
+    compute this alike from the seed and the epoch, and do not communicate.
+
+    Args:
+        costs: One positive int an item, such as :func:`image_costs` gives.
+        budget: The most that a batch may cost.
+        max_items: The most items of a batch.
+        shuffle: ``False``: the same batches in every epoch, in the order of their first items.
+        seed: The same on all ranks.
+        jitter: 0 up to below 1. More mixes better, less makes batches more even.
+        rank, num_replicas: This process, and how many there are. By default as ``torch.distributed`` says, where that
+            is initialised, else 0 and 1.
+        uneven: What to do where there are too few items for a multiple of R batches. ``"error"``; ``"repeat"``: some
+            batches, others in every epoch, come twice; ``"drop"``: some are left out. Nowhere else is anything
+            repeated or left out.
+
+    Raises:
+        ValueError: An item costs more than the budget, costs are no positive ints, a setting is out of range, or the
+            ranks cannot share the batches evenly.
+    """
+
+    def __init__(
+        self,
+        costs: Sequence[int] | np.ndarray | Tensor,
+        budget: int,
+        *,
+        max_items: int | None = None,
+        shuffle: bool = True,
+        seed: int = 0,
+        jitter: float = 0.25,
+        rank: int | None = None,
+        num_replicas: int | None = None,
+        uneven: str = "error",
+    ) -> None:
+        self.budget = _whole("budget", budget, least=1)
+        self.costs = _check_costs(costs, self.budget)
+        self.max_items = len(self.costs) if max_items is None else _whole("max_items", max_items, least=1)
+        self.rank, self.num_replicas = _check_ranks(rank, num_replicas)
+        self.seed = _whole("seed", seed, least=0)
+        if not 0 <= jitter < 1:
+            raise ValueError(f"jitter must lie in 0 up to below 1, got {jitter!r}")
+        if uneven not in UNEVEN:
+            raise ValueError(f"uneven must be one of {', '.join(map(repr, UNEVEN))}, got {uneven!r}")
+        self.shuffle, self.jitter, self.uneven = bool(shuffle), float(jitter), uneven
+        self.epoch = self._start = self._first = self._taken = 0  # batches: to begin at, begun at, taken
+        self._in_all = self._settle()
+        self._num_batches = self._per_rank()
+
+    def __len__(self) -> int:
+        """Batches that the next iteration gives to this rank."""
+        return self._num_batches - self._start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self._first = self._taken = self._start
+        self._start = 0
+        return self._counted(self._batches()[self._first :])
+
+    def _counted(self, batches: list[list[int]]) -> Iterator[list[int]]:
+        for batch in batches:
+            self._taken += 1
+            yield batch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Call it before every epoch: without, all epochs have the same batches in the same order."""
+        epoch = _whole("epoch", epoch, least=0)
+        if epoch != self.epoch:
+            self.epoch, self._start, self._first, self._taken = epoch, 0, 0, 0
+
+    def state_dict(self, used: int | None = None) -> dict[str, Any]:
+        """Where this epoch stands, the same for all ranks; plain JSON types.
+
+        Args:
+            used: How many batches the last iteration has given that were used. ``None``: all that it has given, which
+                are too many where a ``DataLoader`` with workers has asked for some ahead.
+        """
+        taken = self._taken if used is None else self._first + _whole("used", used, least=0)
+        return {"epoch": self.epoch, "batches": self._check_taken(taken), **self._fingerprint()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The next iteration begins where the state stood; those after it begin at the beginning.
+
+        Raises:
+            ValueError: The state is of other costs, settings or ranks, which have other batches.
+        """
+        mine = self._fingerprint()
+        other = [key for key, value in mine.items() if state.get(key) != value]
+        if other or not {"epoch", "batches"} <= set(state):
+            changes = ", ".join(f"{key}: saved {state.get(key)!r}, now {mine[key]!r}" for key in other)
+            raise ValueError(f"the state is of a sampler with other batches ({changes or 'no epoch or batches'})")
+        self.epoch, self._start = _whole("epoch", state["epoch"], least=0), self._check_taken(state["batches"])
+        self._first = self._taken = self._start
+
+    def _check_taken(self, batches: Any) -> int:
+        batches = _whole("batches", batches, least=0)
+        if batches > self._num_batches:
+            raise ValueError(f"an epoch has {self._num_batches} batches, got batches={batches}")
+        return batches
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What decides the batches of an epoch."""
+        names = ("budget", "max_items", "shuffle", "seed", "jitter", "num_replicas", "uneven")
+        return {"costs": zlib.crc32(self.costs.tobytes()), **{name: getattr(self, name) for name in names}}
+
+    def _settle(self) -> int:
+        """How many batches every epoch has, those of all ranks together."""
+        least = max(math.ceil(int(self.costs.sum()) / self.budget), math.ceil(len(self.costs) / self.max_items))
+        count = self._shared(least)
+        orders = [self._order(0, draw) for draw in ((0, _DRAWS - 1) if self.shuffle else (_DRAWS - 1,))]
+        while needed := next((more for order in orders if (more := self._fill(order, count)[1]) > count), 0):
+            count = self._shared(min(max(needed, count + count // _SLACK), len(self.costs)))
+        return count
+
+    def _shared(self, count: int) -> int:
+        """The next multiple of the ranks, if there are as many items."""
+        rounded = math.ceil(count / self.num_replicas) * self.num_replicas
+        return rounded if rounded <= len(self.costs) else count
+
+    def _per_rank(self) -> int:
+        whole, rest = divmod(self._in_all, self.num_replicas)
+        if rest and self.uneven == "error":
+            raise ValueError(
+                f"{len(self.costs)} items make {self._in_all} batches, which {self.num_replicas} ranks cannot share "
+                f"evenly: uneven='repeat' gives {self.num_replicas - rest} of them again in every epoch, "
+                f"uneven='drop' leaves {rest} out; or raise the budget"
+            )
+        if rest and self.uneven == "drop" and not whole:
+            raise ValueError(
+                f"{self._in_all} batches for {self.num_replicas} ranks: uneven='drop' would leave out all of them; "
+                "take uneven='repeat' or fewer ranks"
+            )
+        return whole + bool(rest and self.uneven == "repeat")
+
+    def _order(self, epoch: int, draw: int) -> list[int]:
+        """Items from the costliest to the cheapest, under the jitter of this draw."""
+        if not self.shuffle:
+            return np.argsort(-self.costs, kind="stable").tolist()
+        rng = np.random.default_rng((self.seed, epoch, draw))
+        jitter = self.jitter / 2**draw if draw < _DRAWS - 1 else 0.0
+        items = rng.permutation(len(self.costs))  # equal costs come in random order
+        keys = self.costs[items] * (1 + jitter * (2 * rng.random(len(items)) - 1))
+        return items[np.argsort(-keys, kind="stable")].tolist()
+
+    def _fill(self, order: Sequence[int], count: int) -> tuple[np.ndarray, int]:
+        """The batch of every item, and the number of batches: ``count``, or more where that is too few.
+
+        With the true order of costs the number depends on the costs alone, not on which of equal ones comes first.
+        """
+        costs, budget, max_items = self.costs.tolist(), self.budget, self.max_items
+        heap = [(0, 0, batch) for batch in range(count)]  # cost, items and number of each batch with room
+        home = [0] * len(costs)
+        for item in order:
+            if not heap or heap[0][0] + costs[item] > budget:
+                heapq.heappush(heap, (0, 0, count))
+                count += 1
+            cost, items, batch = heap[0]
+            home[item] = batch
+            if items + 1 == max_items:
+                heapq.heappop(heap)
+            else:
+                heapq.heapreplace(heap, (cost + costs[item], items + 1, batch))
+        return np.array(home), count
+
+    def _batches(self) -> list[list[int]]:
+        """This rank's, of this epoch."""
+        draws = range(_DRAWS) if self.shuffle else (_DRAWS - 1,)
+        filled = (self._fill(self._order(self.epoch, draw), self._in_all) for draw in draws)
+        home = next(home for home, count in filled if count == self._in_all)
+        sizes = np.bincount(home)
+        members = np.split(np.argsort(home, kind="stable"), np.cumsum(sizes)[:-1])
+        steps = self._deal(np.bincount(home, weights=self.costs), np.array([some[0] for some in members]))
+        return [members[batch].tolist() for batch in steps[:, self.rank]]
+
+    def _deal(self, costs: np.ndarray, firsts: np.ndarray) -> np.ndarray:
+        """(steps, ranks) numbers of batches, from what each costs and its first item."""
+        rng = np.random.default_rng((self.seed, self.epoch, _DRAWS)) if self.shuffle else None
+        chosen = np.argsort(firsts) if rng is None else rng.permutation(len(costs))
+        chosen = np.resize(chosen, self._num_batches * self.num_replicas)  # cut, or begun again
+        steps = chosen[np.argsort(-costs[chosen], kind="stable")].reshape(-1, self.num_replicas)
+        if rng is not None:
+            return rng.permuted(steps[rng.permutation(len(steps))], axis=1)
+        steps = np.take_along_axis(steps, np.argsort(firsts[steps], axis=1), axis=1)
+        return steps[np.argsort(firsts[steps[:, 0]], kind="stable")]
+
+
+def _whole(name: str, value: Any, *, least: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if isinstance(value, bool) or number < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return number
+
+
+def _check_costs(costs: Any, budget: int) -> np.ndarray:
+    found = np.asarray(costs)
+    if found.ndim != 1 or not found.size or found.dtype.kind not in "iu":
+        raise ValueError(
+            f"costs are positive ints, one an item and at least one, got shape {found.shape}, dtype {found.dtype}"
+        )
+    if found.min() < 1:
+        raise ValueError(f"costs are positive ints, item {int(found.argmin())} has {found.min()}")
+    over = np.flatnonzero(found > budget)
+    if len(over):
+        worst = int(found.argmax())
+        raise ValueError(
+            f"{len(over)} of {len(found)} items cost more than budget={budget}, the most item {worst} with "
+            f"{found[worst]}: raise the budget to {found[worst]}, cut images into fewer slices (max_slices), or leave "
+            "such items out with torch.utils.data.Subset"
+        )
+    return found.astype(np.int64)
+
+
+def _check_ranks(rank: int | None, num_replicas: int | None) -> tuple[int, int]:
+    if (rank is None) != (num_replicas is None):
+        raise ValueError(
+            f"rank and num_replicas are given together or not at all, got rank={rank}, num_replicas={num_replicas}"
+        )
+    if rank is None:
+        shared = distributed.is_available() and distributed.is_initialized()
+        return (distributed.get_rank(), distributed.get_world_size()) if shared else (0, 1)
+    rank, num_replicas = _whole("rank", rank, least=0), _whole("num_replicas", num_replicas, least=1)
+    if rank >= num_replicas:
+        raise ValueError(f"ranks are numbered from 0, got rank={rank} of num_replicas={num_replicas}")
+    return rank, num_replicas
+
+
+__all__ = ["Preparation", "TokenBudgetSampler", "image_costs", "image_sizes_hw"]

@@ -1,0 +1,91 @@
+"""Encoded images and videos in a file: their tokens, and the plans and schema that say what these are."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from uhd.encoder import EncodedImage, EncodedVideo
+from uhd.parts import damage_named
+from uhd.schema import SpatialSchema, TokenLayout
+from uhd.schema.fitted import layout_of, video_layout
+from uhd.slicing import SlicePlan
+from uhd.slicing.media import VideoPlan
+
+
+def save_tokens(
+    path: str | os.PathLike,
+    encoded: Sequence[EncodedImage | EncodedVideo],
+    *,
+    schema: SpatialSchema,
+    names: Sequence[str] | None = None,
+    note: str = "",
+) -> None:
+    """Write encoded images or videos to one safetensors file: ``tokens`` (all their tokens, D), the rest in metadata.
+
+    Args:
+        path: The file; its folder must exist.
+        encoded: What :class:`VisualEncoder` or its ``encode_videos`` returned.
+        schema: The encoder's.
+        names: Where each of them came from.
+        note: Free text for whoever reads the file, e.g. that the weights are untrained.
+    """
+    if not encoded:
+        raise ValueError("no images to save")
+    names = [""] * len(encoded) if names is None else list(names)
+    if len(names) != len(encoded):
+        raise ValueError(f"got {len(encoded)} encoded images and {len(names)} names")
+    for number, item in enumerate(encoded):
+        if _layout_under(schema, item.plan).symbols != item.layout.symbols:
+            raise ValueError(f"image {number} was laid out by another schema than {schema.name!r}: give the encoder's")
+    images = [{"name": name, "plan": item.plan.to_dict()} for name, item in zip(names, encoded, strict=True)]
+    tokens = torch.cat([item.tokens.detach().cpu() for item in encoded])
+    metadata = {"format": "uhd-tokens-1", "images": json.dumps(images), "schema": json.dumps(schema.to_dict())}
+    if note:
+        metadata["note"] = note
+    check_output(path)
+    save_file({"tokens": tokens.contiguous()}, path, metadata=metadata)
+
+
+def _layout_under(schema: SpatialSchema, plan: SlicePlan | VideoPlan) -> TokenLayout:
+    return video_layout(plan, schema) if isinstance(plan, VideoPlan) else layout_of(plan, schema)
+
+
+def check_output(path: str | os.PathLike) -> None:
+    """Raise a ``ValueError`` where :func:`save_tokens` could not write, before any work is done."""
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"tokens are written to a .safetensors file, got {str(path)!r}")
+    if not path.parent.is_dir():
+        raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
+
+
+def load_tokens(path: str | os.PathLike) -> list[EncodedImage | EncodedVideo]:
+    """The inverse of :func:`save_tokens`.
+
+    Raises:
+        ValueError: Not such a file, or its counts disagree.
+    """
+    with damage_named(Path(path)):
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != "uhd-tokens-1":
+                raise ValueError(f"format {metadata.get('format')!r}, so not written by `uhd encode`")
+            tokens = file.get_tensor("tokens")
+        described = [item["plan"] for item in json.loads(metadata["images"])]
+        plans = [(VideoPlan if "plans" in data else SlicePlan).from_dict(data) for data in described]
+        schema = SpatialSchema.from_dict(json.loads(metadata["schema"]))
+        layouts = [_layout_under(schema, p) for p in plans]
+        counts = [laid.num_visual_tokens for laid in layouts]
+        if sum(counts) != len(tokens):
+            raise ValueError(f"it holds {len(tokens)} tokens, its {len(plans)} plans count {sum(counts)}")
+    return [
+        (EncodedVideo if isinstance(p, VideoPlan) else EncodedImage)(part, p, laid)
+        for part, p, laid in zip(tokens.split(counts), plans, layouts, strict=True)
+    ]
