@@ -214,9 +214,17 @@ class Reader:
     Args:
         questions: As :func:`uhd.nano.task.questions` words them; none: three about the drawn image.
         seed: Of the drawn image; ``None`` takes a new one each time, and says which.
+
+    Raises:
+        ValueError: A negative seed (those are not kept from training), or what :func:`uhd.nano.ask` refuses.
     """
 
     def __init__(self, questions: Sequence[str] = (), *, seed: int | None = None) -> None:
+        from uhd.nano.answer import check_questions
+
+        check_questions(tuple(questions))
+        if seed is not None and seed < 0:
+            raise ValueError(f"seed must be at least 0, got {seed}")
         self.questions = tuple(questions)
         self.seed = secrets.randbelow(10**6) if seed is None else seed
 
@@ -257,13 +265,17 @@ class Reader:
         asked = self.questions or [item.text for item in self._three(known.values())]
         answers, elapsed = _timed(lambda: ask(self.model, image, asked))
         say(f"5 read      {elapsed}   {len(asked)} answers, one character at a time:")
+        shared = [doubt for doubt in answers[0].doubts if all(doubt in answer.doubts for answer in answers)]
         for question, answer in zip(asked, answers, strict=True):
             truth = ""
             if question in known:
                 right = answer.text == known[question].answer
                 truth = "   right" if right else f"   WRONG, it is {known[question].answer!r}"
             say(f"{'':24}{question:10} {answer.text!r} ({answer.confidence:.0%} sure a character){truth}")
-        for doubt in dict.fromkeys(doubt for answer in answers for doubt in answer.doubts):
+            for doubt in answer.doubts:
+                if doubt not in shared:
+                    say(f"{'':35}doubtful: {doubt}")
+        for doubt in shared:
             say(f"{'':24}far from what it knows: {doubt}")
 
     def _three(self, found: Iterable[Question]) -> list[Question]:

@@ -826,7 +826,8 @@ def _build_visual(config: UHDConfig) -> VisualEncoder:
         check_image_size=config.check_image_size,
         note=config.encoder_note,
     )
-    return visual if config.visual_dtype is None else visual.to(getattr(torch, config.visual_dtype))
+    dtype = torch.get_default_dtype() if config.visual_dtype is None else getattr(torch, config.visual_dtype)
+    return visual.to(dtype)  # tables too, which are computed in float32
 
 
 def _with_fields(output: ModelOutput, found: ModelOutput) -> Any:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
+
+from transformers.utils import logging
 
 from uhd.hf import UHDForConditionalGeneration
 from uhd.nano.answer import load_nano
@@ -13,9 +16,12 @@ from uhd.nano.evaluate import EVALUATION_SEED, evaluate, summary, table
 from uhd.nano.task import LEARNED, QUESTIONS
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Entry point."""
-    parser = argparse.ArgumentParser(prog="python -m uhd.nano", description=__doc__)
+def main(argv: list[str] | None = None) -> int:
+    """Entry point. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m uhd.nano",
+        description="Read fresh images with the shipped model, or with one in a folder, and print how well.",
+    )
     parser.add_argument("--images", type=int, default=2000, metavar="N")
     parser.add_argument("--seed", type=int, default=EVALUATION_SEED, help=f"default {EVALUATION_SEED}")
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="default: the shipped model")
@@ -24,15 +30,34 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.images < 1:
         parser.error(f"--images must be at least 1, got {args.images}")
+    if args.seed < 0:
+        parser.error(f"--seed must be at least 0, got {args.seed}")
+    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
+        parser.error(f"--json: cannot write {args.json}, it is a folder or in none")
+    if args.model and not (args.model / "config.json").is_file():
+        parser.error(f"{args.model} is no folder with a saved model (config.json)")
+    try:
+        return measure(args)
+    except (ValueError, OSError) as problem:
+        print(f"python -m uhd.nano: {problem}", file=sys.stderr)
+        return 1
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Read, print, write."""
+    logging.disable_progress_bar()
     model = load_nano() if args.model is None else UHDForConditionalGeneration.from_pretrained(args.model).eval()
     start = time.perf_counter()
-    items = evaluate(model, images=args.images, seed=args.seed, kinds=args.kinds)
+    items = evaluate(model, images=args.images, seed=args.seed, kinds=list(dict.fromkeys(args.kinds)))
     found = summary(items)
     print(table(found))
     print(f"{args.images} images of seed {args.seed}, {len(items)} answers in {time.perf_counter() - start:.0f} s")
+    if args.seed < EVALUATION_SEED:
+        print(f"seeds below {EVALUATION_SEED} are for training: the model may have seen these images")
     if args.json:
         args.json.write_text(json.dumps({"summary": found, "items": [item.to_dict() for item in items]}) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

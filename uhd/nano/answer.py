@@ -13,15 +13,16 @@ import torch
 from PIL import Image
 
 from uhd.hf import UHDForConditionalGeneration
-from uhd.nano.build import BEGIN, IMAGE
+from uhd.nano.build import BEGIN, END, IMAGE, PAD
 from uhd.nano.task import GLYPHS, LEARNED, TaskSettings
 from uhd.pixels import load_image
 
 MAX_ANSWER = 48
 """Characters of the longest answer: 8 words of 3 glyphs and what separates them, and some room."""
 
-LEAST_CONFIDENCE = 0.8
-"""Below this an answer is marked: on scenes of the task 2.5 % of the answers, of which six in ten are wrong."""
+LEAST_CONFIDENCE, LEAST_READING = 0.8, 0.9
+"""Answers below the first are marked, and all about an image where its "all?" is below the second; the model's card
+says how many that are, on scenes of the task and on others."""
 
 EXAMPLES = {"all": "all?", "line": "line 2?", "right": "right K?", "count": "count?"}
 _FORMS = {
@@ -37,10 +38,11 @@ class Answer:
     """What the model says.
 
     Attributes:
-        text: Its answer, greedy.
+        text: Its answer, greedy; cut off after :data:`MAX_ANSWER` characters, which is then a doubt.
         confidence: Geometric mean of the probabilities of its characters.
-        doubts: Why the answer should not be trusted: image or question unlike those it learned from, or a low
-            confidence. Empty where there is no reason.
+        doubts: Why the answer should not be trusted: image or question unlike those it learned from, a low
+            confidence, or question and answer do not fit what it reads when asked for everything. Empty where
+            there is no reason.
     """
 
     text: str
@@ -68,28 +70,41 @@ def load_nano(**kwargs: Any) -> UHDForConditionalGeneration:
 
 
 def ask(model: UHDForConditionalGeneration, image: Any, questions: Sequence[str]) -> list[Answer]:
-    """Questions about one image, which is encoded once.
+    """Questions about one image, which is encoded once and also read whole, to know what to doubt.
 
     Args:
         model: From :func:`load_nano`.
-        image: What :func:`uhd.pixels.load_image` takes: PIL, path, bytes, array, tensor.
+        image: What :func:`uhd.pixels.load_image` takes: PIL, path, bytes, array, tensor; of an animation its first
+            frame.
         questions: See :func:`uhd.nano.task.questions`; it knows those of :data:`uhd.nano.task.LEARNED`.
 
     Raises:
-        ValueError: A question is empty.
-        TypeError: ``questions`` is one string.
+        ValueError: A question is empty, or holds one of the model's special tokens; no such image, see there.
+        TypeError: ``questions`` is no list of strings.
     """
-    if isinstance(questions, str):
-        raise TypeError(f"questions is a list of strings, got the string {questions!r}")
-    if not all(question.strip() for question in questions):
-        raise ValueError(f"a question is empty; ask for instance {', '.join(EXAMPLES.values())}")
+    check_questions(questions)
     loaded = load_image(image, settings=model.visual.pixels)
+    asked = list(dict.fromkeys((*questions, EXAMPLES["all"])))
+    found = dict(zip(asked, answer_many(model, [loaded], [asked])[0], strict=True))
+    reading, sure = found[EXAMPLES["all"]]
     doubts = image_doubts(loaded)
-    found = answer_many(model, [loaded], [questions])[0]
+    if sure < LEAST_READING:
+        doubts += (f"asked for everything it is unsure: {sure:.0%} a character",)
     return [
-        Answer(text, confidence, (*doubts, *question_doubts(question), *_low(confidence)))
-        for question, (text, confidence) in zip(questions, found, strict=True)
+        Answer(text, confidence, (*doubts, *_doubts(question, text, confidence, reading)))
+        for question, (text, confidence) in ((question, found[question]) for question in questions)
     ]
+
+
+def check_questions(questions: Sequence[str]) -> None:
+    """Raises what :func:`ask` raises about its questions."""
+    if not isinstance(questions, (list, tuple)) or not all(isinstance(question, str) for question in questions):
+        raise TypeError(f"questions is a list of strings, got {questions!r}")
+    for question in questions:
+        if not question.strip():
+            raise ValueError(f"a question is empty; ask for instance {', '.join(EXAMPLES.values())}")
+        if special := [token for token in (PAD, BEGIN, END, IMAGE) if token in question]:
+            raise ValueError(f"the question {question!r} holds {special[0]}, a token of the model's own: leave it out")
 
 
 @torch.inference_mode()
@@ -175,8 +190,40 @@ def question_doubts(question: str) -> tuple[str, ...]:
     return (f"the question {question!r} has none of the forms it learned ({forms}; glyphs {GLYPHS})",)
 
 
-def _low(confidence: float) -> tuple[str, ...]:
-    return () if confidence >= LEAST_CONFIDENCE else (f"unsure: {confidence:.0%} a character",)
+def reading_doubts(question: str, answer: str, reading: str) -> tuple[str, ...]:
+    """Whether question and answer fit what the model reads when it is asked for everything; one is wrong if not.
+
+    Args:
+        question: As it was asked.
+        answer: What the model said.
+        reading: Its answer to "all?".
+    """
+    if question_doubts(question):
+        return ()
+    kind, _, what = question.rstrip("?").partition(" ")
+    lines, expected = reading.split("\n"), answer
+    if kind == "line":
+        if int(what) > len(lines):
+            return (f"{question!r}: it reads {len(lines)} line{'s' * (len(lines) > 1)} in all",)
+        expected = lines[int(what) - 1]
+    elif kind == "right":
+        joined = [line.replace(" ", "") for line in lines]
+        times = sum(line.count(what) for line in joined)
+        if times != 1:
+            return (f"{question!r}: it reads {times or 'no'} {what} in all, and learned to find one",)
+        expected = next(line for line in joined if what in line).partition(what)[2][:1]
+        if not expected:
+            return (f"{question!r}: it reads nothing to the right of {what}",)
+    elif kind == "count":
+        expected = str(len(reading.split()))
+    return () if answer == expected else (f"{question!r}: asked for everything it reads {expected!r} there",)
+
+
+def _doubts(question: str, text: str, confidence: float, reading: str) -> tuple[str, ...]:
+    unsure = confidence < LEAST_CONFIDENCE and question != EXAMPLES["all"]  # of which the image's doubts tell
+    low = (f"unsure: {confidence:.0%} a character",) if unsure else ()
+    cut = (f"cut off after {MAX_ANSWER} characters",) if len(text) >= MAX_ANSWER else ()
+    return (*question_doubts(question), *reading_doubts(question, text, reading), *low, *cut)
 
 
 def _parts(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -30,7 +30,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, kw_only=True)
 class NanoConfig:
-    """Sizes of a nano model. The defaults are those of the shipped one: 1.9 M parameters.
+    """Sizes of a nano model. The defaults are those of the shipped one: 1.56 M parameters.
 
     Attributes:
         side: Side of the square a view's pixel budget is, px.

@@ -12,7 +12,7 @@ import numpy as np
 
 from uhd.hf import UHDForConditionalGeneration
 from uhd.nano.answer import answer_many
-from uhd.nano.task import BUCKETS, LEARNED, Question, TaskSettings, bucket, questions, scene
+from uhd.nano.task import BUCKETS, LEARNED, QUESTIONS, Question, TaskSettings, bucket, questions, scene
 
 EVALUATION_SEED = 1_000_003
 """Seeds from here on are never trained on."""
@@ -48,7 +48,13 @@ def evaluate(
     kinds: Sequence[str] = LEARNED,
     batch_size: int = 64,
 ) -> list[Item]:
-    """One question of every kind about every scene that has one, chosen by the seed."""
+    """One question of every kind about every scene that has one, chosen by the seed.
+
+    Raises:
+        ValueError: No such kind, or one twice.
+    """
+    if len(set(kinds)) < len(kinds) or not set(kinds) <= set(QUESTIONS):
+        raise ValueError(f"kinds must be different ones of {', '.join(QUESTIONS)}, got {', '.join(kinds)}")
     items: list[Item] = []
     for start in range(0, images, 8 * batch_size):
         indices = range(start, min(start + 8 * batch_size, images))

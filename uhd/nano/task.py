@@ -42,6 +42,7 @@ class TaskSettings:
         max_words, max_word: Words in an image and glyphs in a word, at most.
         noise: Standard deviation of the pixel noise, grey levels of 255.
         inverted: Share of scenes with light text on a dark ground.
+        glyphs: What words are made of; the model and its training know :data:`GLYPHS` alone.
     """
 
     area: tuple[int, int] = (614, 4096)
@@ -53,6 +54,7 @@ class TaskSettings:
     max_word: int = 3
     noise: float = 3.0
     inverted: float = 0.0
+    glyphs: str = GLYPHS
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,10 @@ def scene(seed: int, index: int, settings: TaskSettings | None = None) -> Scene:
     """The scene number ``index`` of a seed: the same pixels and words in every process.
 
     Raises:
-        ValueError: settings under which not one glyph fits.
+        ValueError: settings under which not one glyph fits; a negative seed or index.
     """
+    if seed < 0 or index < 0:
+        raise ValueError(f"seed and index must be at least 0, got seed {seed} and index {index}")
     settings = settings or TaskSettings()
     rng = np.random.default_rng((seed, index))
     height, width = _draw_size(rng, settings)
@@ -190,7 +194,7 @@ def _place_words(rng: np.random.Generator, settings: TaskSettings, image_hw: tup
     words = []
     for _ in range(int(rng.integers(1, settings.max_words + 1))):
         length = int(rng.integers(1, min(settings.max_word, num_cells) + 1))
-        text = "".join(GLYPHS[number] for number in rng.integers(len(GLYPHS), size=length))
+        text = "".join(settings.glyphs[number] for number in rng.integers(len(settings.glyphs), size=length))
         for down, along in rng.random((PLACING_TRIES, 2)).tolist():
             row, start = int(down * num_lines), int(along * (num_cells - length + 1))
             if all(free[row][start : start + length + 1]):

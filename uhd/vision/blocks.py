@@ -64,6 +64,8 @@ class Attention(nn.Module):
         for part, (views, _) in zip(qkv.split([b * n for b, n in shapes]), shapes, strict=True):
             q, k, v = rearrange(part, "(b n) (three h d) -> three b h n d", b=views, three=3, h=self.heads)
             mixed.append(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> (b n) (h d)"))
+        if len(mixed) == 1:
+            return mixed[0]
         return torch.cat(mixed) if mixed else qkv[:, : qkv.shape[1] // 3]
 
 
