@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded, also in
 import learned_folder
 import learned_report
 import learned_run
+from train import SEEDS as TRAINING_SEEDS  # the example, which learned_run puts on the path
 
 HERE = Path(__file__).resolve().parent
 
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         return {"run": run, "report": report, "folder": folder}[args.command](args)
-    except ValueError as problem:
+    except (ValueError, OSError, RuntimeError) as problem:
         print(f"learned.py: {problem}", file=sys.stderr)
         return 1
 
@@ -70,10 +71,16 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"no arm {', '.join(unknown)}: there are {', '.join(learned_run.all_arms())}")
     if args.workers < 1:
         raise ValueError(f"--workers must be at least 1, got {args.workers}")
+    if wrong := sorted(seed for seed in args.seeds or () if not 0 <= seed < TRAINING_SEEDS):
+        raise ValueError(
+            f"--seeds must be 0 to {TRAINING_SEEDS - 1} (scenes of larger ones are for judging), "
+            f"got {', '.join(map(str, wrong))}"
+        )
     name = "quick" if args.quick else "long"
     given = {
         "arms": list(dict.fromkeys(arms)),
-        "seeds": args.seeds or ((learned_run.TUNING_SEED,) if args.quick else learned_run.SEEDS),
+        "seeds": list(dict.fromkeys(args.seeds or ()))
+        or ((learned_run.TUNING_SEED,) if args.quick else learned_run.SEEDS),
         "out": args.out / name,
         "checkpoints": args.checkpoints / name,
         "minutes": args.minutes,
@@ -99,6 +106,12 @@ def report(args: argparse.Namespace) -> int:
 
 def folder(args: argparse.Namespace) -> int:
     """The user's own images."""
+    if args.batch_size < 1 or args.max_new_tokens < 1:
+        raise ValueError(
+            f"--batch-size and --max-new-tokens must be at least 1, got {args.batch_size} and {args.max_new_tokens}"
+        )
+    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
+        raise ValueError(f"--json: cannot write {args.json}, it is a folder or in none")
     learned_folder.read_questions(args.folder)  # before a model is loaded
     rows = learned_folder.judge(
         args.folder,
@@ -110,7 +123,7 @@ def folder(args: argparse.Namespace) -> int:
     )
     print(learned_folder.table(rows))
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from learned_report import quantile
 from learned_run import cost
 from PIL import Image
 
@@ -49,7 +51,7 @@ def read_questions(folder: Path) -> list[Asked]:
             "question"
         )
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -187,13 +189,14 @@ def judge(
             except ValueError as problem:
                 raise ValueError(f"{strategy!r} cannot cut {name}: {problem}") from None
     asked = [(names.index(line.image), prompt_of(model, line.question, prompt)) for line in questions]
-    rows = []
+    rows, first = [], None
     for strategy, encoder in encoders.items():
         with swapped(model, encoder):
             start = time.perf_counter()
             said = answers(model, pictures, asked, batch_size=batch_size, max_new_tokens=max_new_tokens)
             seconds = time.perf_counter() - start
         exact = [text == line.answer.strip() for text, line in zip(said, questions, strict=True)]
+        first = first or exact
         wrong = sum(edit_distance(text, line.answer.strip()) for text, line in zip(said, questions, strict=True))
         rows.append(
             {
@@ -201,6 +204,7 @@ def judge(
                 "questions": len(questions),
                 "exact": sum(exact) / len(exact),
                 "interval": interval(sum(exact), len(exact)),
+                "to_first": paired(exact, first, [line.image for line in questions]),
                 "characters": max(1 - wrong / sum(len(line.answer.strip()) for line in questions), 0.0),
                 "seconds": round(seconds, 3),
                 **cost(encoder, pictures, batch_size=batch_size),
@@ -210,17 +214,39 @@ def judge(
     return rows
 
 
+def paired(exact: Sequence[bool], first: Sequence[bool], images: Sequence[str]) -> list[float | None]:
+    """Difference of two strategies' shares of exact answers, and its 95 % interval over images, by Student's t.
+
+    Questions about one image are not independent, so images are what is counted. There is no interval
+    of one image, nor where all images agree on the difference: that is no measure of how certain it is.
+    """
+    sums: dict[str, list[int]] = {}
+    for one, other, image in zip(exact, first, images, strict=True):
+        found = sums.setdefault(image, [0, 0])
+        found[0], found[1] = found[0] + one - other, found[1] + 1
+    difference = sum(apart for apart, _ in sums.values()) / len(exact)
+    spread = sum((apart - difference * asked) ** 2 for apart, asked in sums.values())
+    if len(sums) < 2 or not spread:
+        return [difference, None, None]
+    half = quantile(len(sums) - 1) * math.sqrt(spread * len(sums) / (len(sums) - 1)) / len(exact)
+    return [difference, max(difference - half, -1.0), min(difference + half, 1.0)]
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as text; costs are means of an image, seconds those of all questions."""
+    """The rows as text; costs are means of an image, seconds those of all questions.
+
+    The interval of ``exact`` takes questions as independent, that of the difference to the first row images.
+    """
     lines = [
         f"{'strategy':28}{'n':>5}{'exact':>8}  {'95 % interval':16}{'characters':>11}{'tokens':>8}{'visual':>8}"
-        f"{'patches':>9}{'MFLOPs':>10}{'seconds':>9}"
+        f"{'patches':>9}{'MFLOPs':>10}{'seconds':>9}  difference to {rows[0]['strategy']}"
     ]
     for row in rows:
-        low, high = row["interval"]
+        (low, high), (apart, least, most) = row["interval"], row["to_first"]
+        told = "" if row is rows[0] else f"  {apart:+.3f}" + ("" if least is None else f" [{least:+.3f}, {most:+.3f}]")
         lines.append(
             f"{row['strategy']:28}{row['questions']:5}{row['exact']:8.3f}  {low:.3f} to {high:.3f}  "
             f"{row['characters']:11.3f}{row['tokens']:8.1f}{row['visual_tokens']:8.1f}{row['patches']:9.1f}"
-            f"{row['encoder_flops'] / 1e6:10.1f}{row['seconds']:9.2f}"
+            f"{row['encoder_flops'] / 1e6:10.1f}{row['seconds']:9.2f}{told}"
         )
     return "\n".join(lines)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ from uhd.nano.task import BUCKETS, QUESTIONS
 
 BASELINE = "uhd"
 FEWEST_SEEDS, FEWEST_IMAGES = 3, 30
-"""Below either no difference is called one, whatever its interval."""
+"""Below either nothing is judged, whatever the interval."""
 
-DRAWS = 2000
-"""Of the bootstrap."""
+JUDGED = ("better", "worse", "no difference")
+SHARE = (0.0, 1.0)
 
 BORDERS = (
     f"< {BUCKETS[0]}",
@@ -41,31 +40,44 @@ def distances(runs: Sequence[Mapping[str, Any]], kind: str) -> np.ndarray:
     return np.stack([decode(run["test"]["items"][kind]["distance"]) for run in runs])
 
 
-def bootstrap(values: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> tuple[float, float, float]:
-    """Mean of (seeds, images) values and its 95 % interval, seeds and images drawn anew, with replacement.
+def interval(values: np.ndarray, *, within: tuple[float, float] = (-1.0, 1.0)) -> tuple[float, float, float]:
+    """Mean of (seeds, images) values and its 95 % interval over training seeds and images, both drawn at random.
 
-    Images are the same for all seeds, so a draw takes the same images of every one. Seeds' deviations are widened by
-    sqrt(n / (n - 1)): of three seeds, plain drawing would show two thirds of their variance. Columns with ``nan``
-    (questions that were not asked) are left out.
+    Two crossed random effects: the mean squares of seeds, images and the rest give the variance of the mean, and
+    Satterthwaite's formula its degrees of freedom, which are near two where three seeds differ more than chance in
+    the images explains. (A bootstrap of three seeds is too narrow there: of true zeros it calls 16 % differences.)
+    With one seed, the interval is of the images alone. Columns with ``nan`` (questions that were not asked) are left
+    out; fewer than two images are all ``nan``. ``within``: what the mean can be, shares from 0 on.
     """
     values = values[:, ~np.isnan(values).any(0)]
     seeds, images = values.shape
-    if not images:
+    if images < 2:
         return float("nan"), float("nan"), float("nan")
-    means = _shares(images, draws, seed) @ values.T  # (draws, seeds)
-    middle = means.mean(1)
-    if seeds > 1:
-        drawn = np.random.default_rng((seed, 1)).integers(seeds, size=(draws, seeds))
-        middle = middle + np.sqrt(seeds / (seeds - 1)) * (np.take_along_axis(means, drawn, 1).mean(1) - middle)
-    low, high = np.percentile(middle, (2.5, 97.5))
-    return float(values.mean()), float(low), float(high)
+    mean, by_seed, by_image = values.mean(), values.mean(1, keepdims=True), values.mean(0, keepdims=True)
+    free = (seeds - 1, images - 1, (seeds - 1) * (images - 1))
+    sums = (
+        images * ((by_seed - mean) ** 2).sum(),
+        seeds * ((by_image - mean) ** 2).sum(),
+        ((values - by_seed - by_image + mean) ** 2).sum(),
+    )
+    of_seeds, of_images, rest = (total / max(count, 1) for total, count in zip(sums, free, strict=True))
+    variance = max(of_seeds - rest, 0.0) + max(of_images - rest, 0.0) + rest  # of the mean, times values.size
+    noise = sum(part**2 / max(count, 1) for part, count in zip((of_seeds, of_images, rest), free, strict=True))
+    freedom = float(np.clip(variance**2 / noise, max(seeds - 1, 1), values.size)) if noise else 1.0
+    half = quantile(freedom) * float(np.sqrt(variance / values.size))
+    return float(mean), float(max(mean - half, within[0])), float(min(mean + half, within[1]))
 
 
-@lru_cache(maxsize=128)
-def _shares(images: int, draws: int, seed: int) -> np.ndarray:
-    """(draws, images) float64: how often each image is drawn, as a share of all."""
-    rng = np.random.default_rng(seed)
-    return rng.multinomial(images, np.full(images, 1 / images), size=draws) / images
+def quantile(freedom: float) -> float:
+    """97.5 % of Student's t are below this.
+
+    t = sqrt(freedom) * tan(angle), where the angle has the density cos(angle) ** (freedom - 1).
+    """
+    far = min(np.pi / 2, 12 / np.sqrt(freedom))
+    angles = far * (np.arange(-10_000, 10_000) + 0.5) / 10_000
+    density = np.cos(angles).clip(0) ** (freedom - 1)
+    below = np.cumsum(density) - density / 2
+    return float(np.sqrt(freedom) * np.tan(np.interp(0.975, below / density.sum(), angles)))
 
 
 def verdict(difference: np.ndarray, low: float, high: float) -> str:
@@ -73,12 +85,12 @@ def verdict(difference: np.ndarray, low: float, high: float) -> str:
     seeds, images = len(difference), int((~np.isnan(difference).any(0)).sum())
     if not images:
         return "not asked"
-    if low <= 0 <= high:
-        return "no difference"
     if seeds < FEWEST_SEEDS:
         return f"{seeds} seed{'s' * (seeds > 1)}: not judged"
     if images < FEWEST_IMAGES:
         return f"{images} images: not judged"
+    if low <= 0 <= high:
+        return "no difference"
     return "better" if low > 0 else "worse"
 
 
@@ -151,7 +163,7 @@ def _arm(found: Comparison, arm: str) -> dict[str, Any]:
     for kind in found.kinds:
         exact = found.exact(arm, kind)
         questions[kind] = {
-            "exact": _rounded(bootstrap(exact)),
+            "exact": _rounded(interval(exact, within=SHARE)),
             "by_seed": [round(float(np.nanmean(row)), 4) for row in exact],
             "characters": round(found.characters(arm, kind), 4),
             "by_bucket": _by_bucket(found, exact),
@@ -179,7 +191,7 @@ def _differences(found: Comparison, arm: str) -> dict[str, Any]:
     for kind in found.kinds:
         difference = found.exact(arm, kind, seeds) - found.exact(BASELINE, kind, seeds)
         parts = [difference, *(difference[:, found.buckets == number] for number in range(len(BORDERS)))]
-        rows = [bootstrap(part) for part in parts]
+        rows = [interval(part) for part in parts]
         told[kind] = [
             {"difference": _rounded(row), "verdict": verdict(part, *row[1:])}
             for part, row in zip(parts, rows, strict=True)  # in all, then by bucket
@@ -195,12 +207,12 @@ def _cut(found: Comparison, arm: str) -> dict[str, Any]:
     for mark, name in (("1", "a border cuts a glyph"), ("0", "no border does"), ("u", "image not cut")):
         part = exact[:, marks == mark]
         if part.size:
-            told[name] = {"items": int(part.shape[1]), "exact": _rounded(bootstrap(part))}
+            told[name] = {"items": int(part.shape[1]), "exact": _rounded(interval(part, within=SHARE))}
     return told if len(told) > 1 else {}
 
 
 def _by_bucket(found: Comparison, exact: np.ndarray) -> list[list[float]]:
-    return [_rounded(bootstrap(exact[:, found.buckets == number])) for number in range(len(BORDERS))]
+    return [_rounded(interval(exact[:, found.buckets == n], within=SHARE)) for n in range(len(BORDERS))]
 
 
 def _rounded(values: Sequence[float]) -> list[float | None]:
@@ -225,16 +237,36 @@ def markdown(told: Mapping[str, Any], name: str) -> str:
     arms, parts = told["arms"], [f"### The {name} run"]
     seeds = sorted({seed for arm in arms.values() for seed in arm["seeds"]})
     parts.append(f"Seeds {', '.join(map(str, seeds))}; exact answers, 95 % intervals in brackets.")
+    if any(len(arm["seeds"]) == 1 for arm in arms.values()):
+        parts.append("Intervals of an arm with one seed are of the images alone: they say nothing of another seed.")
     if told["missing"]:
         parts.append(f"**Not complete.** Missing: {', '.join(told['missing'])}.")
     parts += [_table(_cost_table(arms)), _table(_overall_table(arms))]
     for kind in _kinds(arms):
         parts += [f"`{kind}` by longer side / shorter side:", _table(_bucket_table(arms, kind, told["borders"]))]
     if told["differences"]:
-        parts += [f"Difference to `{BASELINE}`, paired by seed and image:", _table(_difference_table(told))]
+        parts += [
+            f"Difference to `{BASELINE}`, paired by seed and image. {_count(told)}",
+            _table(_difference_table(told)),
+        ]
     if told["cut"]:
         parts += ['"Right of", by whether a border between slices goes through a glyph:', _table(_cut_table(told))]
     return "\n\n".join(parts)
+
+
+def _count(told: Mapping[str, Any]) -> str:
+    """How many comparisons the table holds, and how many of them chance alone would make differences."""
+    verdicts = [
+        part["verdict"]
+        for found in told["differences"].values()
+        for parts in found["questions"].values()
+        for part in parts
+    ]
+    judged = sum(verdict in JUDGED for verdict in verdicts)
+    if not judged:
+        return f"None of {len(verdicts)} comparisons can be judged yet."
+    apart = judged - verdicts.count("no difference")
+    return f"{judged} comparisons are judged, {apart} differ; {judged / 20:.0f} would by chance if nothing did."
 
 
 def _cost_table(arms: Mapping[str, Any]) -> Table:

@@ -262,6 +262,25 @@ def test_demo_refuses_what_does_not_go_together(tmp_path, capsys):
     args = ("--ask", "all?", "--encoder", tmp_path, "-o", tmp_path / "out.png")
     status, _, err = run("demo", *args, capsys=capsys)
     assert (status, "leave --encoder out" in err) == (1, True)
+    status, _, err = run("demo", "--seed", -1, "-o", tmp_path / "out.png", capsys=capsys)
+    assert (status, "seed must be at least 0, got -1" in err) == (1, True)
+    status, out, err = run("demo", "--ask", "all?", "--ask", "", "-o", tmp_path / "out.png", capsys=capsys)
+    assert (status, out, "a question is empty" in err) == (1, "", True)
+    assert not list(tmp_path.iterdir())  # nothing was begun
+
+
+def test_demo_says_which_answer_is_doubtful(tmp_path, capsys):
+    from uhd.nano.task import scene
+
+    scene(4_000_000, 2).image.save(tmp_path / "text.png")
+    args = ("--ask", "line 1?", "--ask", "line 4?", "-o", tmp_path / "out.png")
+    status, out, _ = run("demo", tmp_path / "text.png", *args, capsys=capsys)
+    lines = out.splitlines()
+    place = next(number for number, line in enumerate(lines) if "line 4?" in line)
+    assert (status, "line 1?" in lines[place - 1]) == (0, True)
+    assert "doubtful: 'line 4?': it reads 3 lines in all" in lines[place + 1]
+    assert out.count("doubtful") == 1
+    assert "far from" not in out
 
 
 def test_a_closed_pipe_is_no_error(monkeypatch):

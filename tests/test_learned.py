@@ -3,6 +3,7 @@
 import json
 import pathlib
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -136,6 +137,25 @@ def told(parts, plan, *glyphs):
     return of_latents, of_patches
 
 
+def test_few_glyphs_share_a_part_as_the_page_says(parts):
+    shares = {}
+    for name in (*parts.run.ARMS, "overview"):
+        model = parts.run.all_arms(SMALL)[name].build(0)
+        lost = glyphs = 0
+        for index in range(80):
+            drawn = scene(6, index)
+            plan = model.visual.plan(drawn.image_hw)
+            fine = [view for view in plan.views if view.kind != "overview" or plan.num_views == 1]
+            latents, _ = parts.data.codes(drawn, plan)
+            cells = latents.view(plan.num_views, -1, parts.data.KINDS)[[view.index for view in fine], :, :COARSE]
+            kinds = cells.sum(-1)
+            lost, glyphs = lost + int(kinds[kinds > 1].sum()), glyphs + len(drawn.glyphs)
+        shares[name] = lost / glyphs
+    assert all(shares[name] < 0.001 for name in ("uhd", "next", "anyres", "no-separators"))
+    assert all(shares[name] < 0.01 for name in ("stretch", "pad"))
+    assert 0.05 < shares["overview"] < 0.15
+
+
 K, SEVEN, COARSE = GLYPHS.index("K"), GLYPHS.index("7"), len(GLYPHS)
 
 
@@ -229,6 +249,42 @@ def test_a_run_goes_on_where_it_was_left(parts, tiny, tmp_path, monkeypatch, cap
     assert "joint 2 of 2 steps" in capsys.readouterr().out
 
 
+def test_what_is_judged_is_what_was_trained(parts, tiny, tmp_path, monkeypatch):
+    settings = replace(tiny, factors=(1.0,))
+    stages, saved, seeds, fitted, judged = parts.run.stages, {}, [], [], []
+    save, data, evaluate = stages.save, stages.NanoData, parts.run.evaluate
+
+    def keep(path, step, model, *rest):
+        saved[path.stem] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        save(path, step, model, *rest)
+
+    def make(model, *, seed, **kwargs):
+        seeds.append(seed)
+        return data(model, seed=seed, **kwargs)
+
+    def judge(model, **kwargs):
+        judged.append(kwargs)
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, saved["joint"][name]), name
+        assert not model.training
+        return evaluate(model, **kwargs)
+
+    monkeypatch.setattr(stages, "save", keep)
+    monkeypatch.setattr(stages, "NanoData", make)
+    monkeypatch.setattr(stages, "fit_attention", lambda model, *, steps: fitted.append(steps))
+    monkeypatch.setattr(parts.run, "evaluate", judge)
+    assert (
+        parts.run.work(settings, arms=("stretch",), seeds=(4,), out=tmp_path / "a", checkpoints=tmp_path / "b") == []
+    )
+    assert (seeds, fitted) == ([40, 41, 42], [1])
+    assert judged == [
+        {"images": 6, "seed": parts.run.TEST_SEED},
+        {"images": 3, "seed": parts.run.VALIDATION_SEED, "kinds": parts.run.CHOSEN_BY},
+    ]
+    changed = [name for name, tensor in saved["joint"].items() if not torch.equal(tensor, saved["vision"][name])]
+    assert any(name.startswith("visual.") for name in changed)
+
+
 def test_a_run_is_one_process_at_a_time(parts, tmp_path):
     with parts.run.claimed(tmp_path / "a.lock") as one, parts.run.claimed(tmp_path / "a.lock") as other:
         assert (one, other) == (True, False)
@@ -274,6 +330,16 @@ def test_steps_images_and_rates_are_equal_for_all_arms(parts):
 def test_command_line_refuses_unknown_arms(parts, tmp_path, capsys):
     assert parts.main.main(["run", "--arms", "uhd", "zoom", "--out", str(tmp_path)]) == 1
     assert "no arm zoom: there are uhd, stretch" in capsys.readouterr().err
+    for seed in ("-1", "100010"):  # scenes of ten times the seed: the second is where arms are judged
+        assert parts.main.main(["run", "--seeds", "0", seed, "--out", str(tmp_path / "out")]) == 1
+        assert (
+            f"--seeds must be 0 to 99999 (scenes of larger ones are for judging), got {seed}"
+            in capsys.readouterr().err
+        )
+    assert not list(tmp_path.iterdir())
+    write_runs(parts, tmp_path / "long", {"uhd": 0.5}, seeds=(0,), images=8)
+    assert parts.main.main(["report", "--out", str(tmp_path), "--page", str(tmp_path / "no.md")]) == 1
+    assert "No such file" in capsys.readouterr().err
 
 
 # statistics
@@ -322,27 +388,52 @@ def write_runs(parts, folder, shares, *, seeds=(0, 1, 2), images=400, **kwargs):
     return folder
 
 
-def test_the_bootstrap_knows_images_and_seeds(parts):
+def test_the_interval_knows_images_and_seeds(parts):
     rng = np.random.default_rng(0)
     one = (rng.random((1, 500)) < 0.3).astype(float)
-    mean, low, high = parts.report.bootstrap(one)
+    mean, low, high = parts.report.interval(one)
     assert mean == one.mean()
-    assert (high - low) == pytest.approx(2 * 1.96 * np.sqrt(mean * (1 - mean) / 500), rel=0.1)
-    apart = np.repeat([[0.0], [0.5], [1.0]], 500, axis=1)  # seeds differ, images do not
-    mean, low, high = parts.report.bootstrap(apart)
-    assert mean == 0.5
-    assert (low, high) == pytest.approx((0.5 - 0.5 * 1.5**0.5, 0.5 + 0.5 * 1.5**0.5))
+    assert (high - low) == pytest.approx(2 * 1.965 * np.sqrt(mean * (1 - mean) / 499), rel=1e-3)
+    apart = np.repeat([[0.0], [0.1], [0.2]], 500, axis=1)  # seeds differ, images do not: t of two degrees of freedom
+    mean, low, high = parts.report.interval(apart)
+    assert (mean, low, high) == pytest.approx((0.1, 0.1 - 4.303 * 0.1 / 3**0.5, 0.1 + 4.303 * 0.1 / 3**0.5), abs=1e-4)
+    assert parts.report.interval(apart, within=(0.0, 1.0))[1] == 0
     holes = np.where(np.arange(500) < 100, np.nan, apart)
-    assert parts.report.bootstrap(holes)[0] == 0.5
-    assert np.isnan(parts.report.bootstrap(np.full((3, 4), np.nan))).all()
+    assert parts.report.interval(holes)[0] == pytest.approx(0.1)
+    assert parts.report.interval(np.zeros((3, 50))) == (0, 0, 0)
+    for few in (np.full((3, 4), np.nan), np.ones((3, 1))):
+        assert np.isnan(parts.report.interval(few)).all()
+
+
+def test_students_t_is_that_of_the_tables(parts):
+    table = {1: 12.706, 2: 4.303, 3: 3.182, 5: 2.571, 10: 2.228, 30: 2.042, 120: 1.980, 100_000: 1.960}
+    for freedom, wanted in table.items():
+        assert parts.report.quantile(freedom) == pytest.approx(wanted, abs=6e-4)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.2, 0.6])
+def test_true_zeros_are_rarely_called_differences(parts, spread):
+    """Arms without a true difference; images are hard for one arm or the other, seeds are lucky or not."""
+    rng = np.random.default_rng(8)
+
+    def arm(hard):
+        logit = 1.2 + hard + rng.normal(0, 0.5, 400) + rng.normal(0, spread, (3, 1)) + rng.normal(0, 1, (3, 400))
+        return (rng.random((3, 400)) < 1 / (1 + np.exp(-logit))).astype(float)
+
+    called = 0
+    for _ in range(400):
+        hard = rng.normal(0, 1.5, 400)
+        difference = arm(hard) - arm(hard)
+        called += parts.report.verdict(difference, *parts.report.interval(difference)[1:]) in ("better", "worse")
+    assert called / 400 < 0.08
 
 
 def test_pairing_by_image_sharpens_differences(parts):
     rng = np.random.default_rng(1)
     hard = rng.random(400)
     base, arm = ((hard + rng.normal(0, 0.02, (3, 400)) < share).astype(float) for share in (0.6, 0.5))
-    paired = parts.report.bootstrap(arm - base)
-    shuffled = parts.report.bootstrap(arm[:, rng.permutation(400)] - base)
+    paired = parts.report.interval(arm - base)
+    shuffled = parts.report.interval(arm[:, rng.permutation(400)] - base)
     assert paired[2] - paired[1] < 0.7 * (shuffled[2] - shuffled[1])
     assert paired[2] < 0
 
@@ -370,6 +461,11 @@ def test_report_finds_a_difference_and_calls_none_none(parts, tmp_path, capsys):
     assert "old" not in text
     assert "**Not complete.**" in text
     assert "| anyres | right | +0." in text
+    told = [
+        part["verdict"] for arm in told["differences"].values() for row in arm["questions"].values() for part in row
+    ]
+    differ = sum(verdict in ("better", "worse") for verdict in told)
+    assert f"75 comparisons are judged, {differ} differ; 4 would by chance" in text
     assert "![long differences](long_differences.svg)" in text
     assert "Not complete" in capsys.readouterr().out
     for path in tmp_path.glob("*.svg"):
@@ -385,6 +481,25 @@ def test_two_seeds_or_few_images_are_not_judged(parts, tmp_path):
     assert rows[0][0]["verdict"] == "2 seeds: not judged"
     assert rows[1][0]["verdict"] == "worse"
     assert rows[1][1]["verdict"] == "25 images: not judged"
+    equal = found[0]["differences"]["pad"]["questions"]["all"][0]  # nothing is told apart, nor called equal
+    assert (equal["difference"][0], equal["verdict"]) == (0, "2 seeds: not judged")
+    text = parts.report.markdown(found[0], "long")
+    assert "None of 25 comparisons can be judged yet." in text
+    assert "one seed are of the images alone" not in text
+
+
+def test_seeds_that_only_one_of_two_arms_has_are_left_out(parts, tmp_path):
+    folder = write_runs(parts, tmp_path / "long", {"uhd": 0.6, "pad": 0.6}, seeds=(0, 2))
+    for seed in (0, 2):
+        (folder / f"pad-{seed}.json").write_text((folder / f"uhd-{seed}.json").read_text().replace('"uhd"', '"pad"'))
+    (folder / "uhd-1.json").write_text(json.dumps(fake_run(parts, "uhd", 1, np.zeros(400))))
+    told = parts.report.report(tmp_path, say=str)["long"]
+    assert told["arms"]["uhd"]["seeds"] == [0, 1, 2]
+    assert told["differences"]["pad"]["seeds"] == [0, 2]
+    assert told["differences"]["pad"]["questions"]["right"][0] == {
+        "difference": [0, 0, 0],
+        "verdict": "2 seeds: not judged",
+    }
 
 
 def test_the_chosen_rate_is_the_one_that_is_reported(parts, tmp_path):
@@ -454,6 +569,9 @@ def test_folder_mode_judges_any_strategy_on_own_images(parts, saved, tmp_path, c
     assert parts.main.main(["folder", str(saved / "images"), *given]) == 0
     rows = {row["strategy"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
     assert list(rows) == strategies
+    assert rows["own"]["to_first"] == [0, None, None]
+    for row in rows.values():
+        assert row["to_first"][0] == pytest.approx(row["exact"] - 1)
     assert rows["own"]["exact"] == rows["own"]["characters"] == 1
     # 26 x 157 px: 4 slices and an overview, 3 tiles and a base view, one view
     model = parts.folder.load_model(str(saved / "model"))
@@ -468,6 +586,28 @@ def test_folder_mode_judges_any_strategy_on_own_images(parts, saved, tmp_path, c
     out = capsys.readouterr().out
     assert "llava-next" in out
     assert "MFLOPs" in out
+    assert "difference to own" in out
+
+
+def test_differences_of_a_folder_count_images_not_questions(parts):
+    first, other = [1, 1, 1, 1, 0, 1], [1, 0, 1, 1, 0, 0]
+    differences = [0, -1, 0, 0, 0, -1]
+    alone = parts.folder.paired(other, first, list("abcdef"))
+    half = 2.571 * np.std(differences, ddof=1) / 6**0.5
+    assert alone == pytest.approx([-1 / 3, -1 / 3 - half, -1 / 3 + half], abs=1e-3)
+    doubled = parts.folder.paired(other * 2, first * 2, list("abcdef") * 2)  # the same again is no evidence
+    assert doubled == pytest.approx(alone)
+    assert parts.folder.paired(other, first, ["a"] * 6)[1:] == [None, None]
+    assert parts.folder.paired([0, 1], [1, 1], ["a", "b"]) == [-0.5, -1, 1]
+
+
+def test_lines_of_questions_may_hold_any_character(parts, tmp_path):
+    Image.new("L", (9, 9)).save(tmp_path / "a.png")
+    line = {"image": "a.png", "question": "caf\u00e9\u2028?", "answer": "\u85e4"}
+    text = json.dumps(line, ensure_ascii=False) + "\r\n"
+    (tmp_path / "questions.jsonl").write_bytes(("\ufeff" + text * 2).encode())  # as some editors write it
+    found = parts.folder.read_questions(tmp_path)
+    assert [(item.question, item.answer) for item in found] == [("caf\u00e9\u2028?", "\u85e4")] * 2
 
 
 def test_swapping_leaves_the_model_as_it_was(parts, saved):
@@ -502,6 +642,10 @@ def test_folder_mode_says_what_is_wrong(parts, saved, tmp_path, capsys):
     Image.new("L", (4000, 1)).save(tmp_path / "a.png")
     file.write_text('{"image": "a.png", "question": "all?", "answer": "3"}\n')
     assert "'qwen2-vl' cannot cut a.png" in failing(tmp_path, *model, "--strategies", "qwen2-vl")
+    assert "must be at least 1, got 0 and 48" in failing(tmp_path, "--batch-size", 0)
+    assert "cannot write" in failing(tmp_path, "--json", tmp_path / "no" / "rows.json")
+    (tmp_path / "a.png").write_text("no image")
+    assert "a.png' is not an image" in failing(tmp_path, *model)
 
 
 def test_a_strategy_that_needs_newlines_the_model_never_learned_is_refused(parts):

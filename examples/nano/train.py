@@ -4,17 +4,21 @@
     python examples/nano/train.py runs/nano vision & python examples/nano/train.py runs/nano text & wait
     python examples/nano/train.py runs/nano joint polish   # two cores: the first two stages side by side
 
-A stage that was interrupted goes on from its newest checkpoint; one that is done is not run again. At the end the
-folder holds the model in the transformers format (``model``), how well it reads fresh images (``evaluation.json``),
-and the curves of the training (``curves.svg``).
+A stage that was interrupted goes on from its newest checkpoint; one that is done is not run again. A folder is for one
+seed and one number of steps, which ``run.json`` tells; others are refused. All take about 80 CPU minutes. At the end
+the folder holds the model in the transformers format (``model``), how well it reads fresh images
+(``evaluation.json``), and the curves of the training (``curves.svg``).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from stages import Stage, Supervision, fit_attention, start_from, start_joint, train
@@ -22,7 +26,7 @@ from stages import Stage, Supervision, fit_attention, start_from, start_joint, t
 from uhd import UHDForConditionalGeneration
 from uhd.charts import curves, log_axis, percent_axis
 from uhd.nano.build import NanoConfig, build_nano
-from uhd.nano.evaluate import evaluate, summary, table
+from uhd.nano.evaluate import EVALUATION_SEED, evaluate, summary, table
 from uhd.nano.task import QUESTIONS
 
 JOINT = Stage(
@@ -40,6 +44,11 @@ RECIPE = {
     "joint": JOINT,
     "polish": replace(JOINT, name="polish", steps=1400, matrix_lr=0.003, other_lr=0.001, every=True),
 }
+NEEDS = {"vision": (), "text": (), "joint": ("vision", "text"), "polish": ("joint",)}
+"""Stages that a stage starts from."""
+
+SEEDS = EVALUATION_SEED // 10
+"""Seeds of training are below this: scenes have ten times the seed, and the number of the stage."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,21 +56,68 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("stages", nargs="*", help=f"of {', '.join(RECIPE)}; default: all")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help=f"0 to {SEEDS - 1}")
     parser.add_argument("--workers", type=int, default=0, help="processes that make data; 0: this one")
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of steps, for a quick look")
     parser.add_argument("--images", type=int, default=500, help="fresh images that the end is judged on")
     args = parser.parse_args(argv)
     if unknown := set(args.stages) - set(RECIPE):
         parser.error(f"no stage {', '.join(sorted(unknown))}: choose of {', '.join(RECIPE)}")
+    if not 0 <= args.seed < SEEDS:
+        parser.error(f"--seed must be 0 to {SEEDS - 1} (scenes of larger ones are for evaluation), got {args.seed}")
+    if not (math.isfinite(args.scale) and args.scale > 0):
+        parser.error(f"--scale must be above 0, got {args.scale}")
+    if args.workers < 0 or args.images < 1:
+        parser.error(f"needs --workers of at least 0 and --images of at least 1, got {args.workers}, {args.images}")
     torch.set_num_threads(1)  # small matrices: one thread a process, more processes
-    args.folder.mkdir(parents=True, exist_ok=True)
-    for name in args.stages or RECIPE:
-        stage = replace(RECIPE[name], steps=max(round(RECIPE[name].steps * args.scale), 1))
-        model, supervision = begin(args.folder, name, seed=args.seed)
-        train(model, supervision, stage, args.folder, seed=args.seed, workers=args.workers)
+    stages = {name: replace(kept, steps=max(round(kept.steps * args.scale), 1)) for name, kept in RECIPE.items()}
+    try:
+        settle(args.folder, {"seed": args.seed, "steps": {name: stage.steps for name, stage in stages.items()}})
+        for name in (name for name in RECIPE if name in (args.stages or RECIPE)):
+            check_done(args.folder, [stages[before] for before in NEEDS[name]])
+            model, supervision = begin(args.folder, name, seed=args.seed)
+            train(model, supervision, stages[name], args.folder, seed=args.seed, workers=args.workers)
+    except (FileExistsError, NotADirectoryError, RunError) as problem:
+        parser.error(str(problem))
     if not args.stages or "polish" in args.stages:
         finish(model, args.folder, images=args.images)
+
+
+class RunError(ValueError):
+    """A folder does not fit what is asked for."""
+
+
+def settle(folder: Path, wanted: dict[str, Any]) -> None:
+    """Make the folder one of this run, or see that it is.
+
+    Raises:
+        RunError: It is one of another run.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "run.json"
+    if path.exists():
+        found = json.loads(path.read_text())
+        if found != wanted:
+            raise RunError(f"{folder} belongs to a run with {found}, asked is {wanted}: give another folder")
+        return
+    if begun := sorted(folder.glob("*.pt")):
+        raise RunError(f"{folder} has {begun[0].name} of an unknown run (no run.json): give another folder")
+    new = folder / f"run.{os.getpid()}.new"  # stages may start side by side
+    new.write_text(json.dumps(wanted) + "\n")
+    new.replace(path)
+
+
+def check_done(folder: Path, needed: list[Stage]) -> None:
+    """That stages have run to their end.
+
+    Raises:
+        RunError: One has not.
+    """
+    for stage in needed:
+        path = folder / f"{stage.name}.pt"
+        steps = torch.load(path, weights_only=True)["step"] if path.exists() else 0
+        if steps < stage.steps:
+            raise RunError(f"stage {stage.name} is needed first: it has {steps} of {stage.steps} steps in {folder}")
 
 
 def begin(folder: Path, name: str, *, seed: int) -> tuple[UHDForConditionalGeneration, Supervision]:
@@ -97,7 +153,8 @@ def draw_curves(folder: Path) -> None:
     for name, key in shown.items():
         path = folder / f"{name}.jsonl"
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        series[f"{name}: {key}"] = [(line["step"], line[key]) for line in lines if key in line]
+        found = {line["step"]: line[key] for line in lines if key in line}  # what was interrupted wrote some twice
+        series[f"{name}: {key}"] = sorted(found.items())
     steps = [step for line in series.values() for step, _ in line]
     (folder / "curves.svg").write_text(curves(series, log_axis(steps, "step"), percent_axis("right")))
 

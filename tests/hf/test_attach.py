@@ -137,6 +137,8 @@ class TestParts:
             assert torch.equal(again(**batch).logits, logits)
         half = UHDForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
         assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+        with torch.no_grad():
+            assert half(**batch).logits.dtype == torch.bfloat16  # the resampler's table is of that dtype as well
 
 
 class TestRefused:

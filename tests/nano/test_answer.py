@@ -12,7 +12,7 @@ from PIL import Image
 import uhd
 from uhd.nano import ask
 from uhd.nano.__main__ import main
-from uhd.nano.answer import answer_many, image_doubts, question_doubts
+from uhd.nano.answer import answer_many, image_doubts, question_doubts, reading_doubts
 from uhd.nano.evaluate import Item, edit_distance, evaluate, interval, summary, table
 from uhd.nano.task import LEARNED, TaskSettings, questions, scene
 
@@ -41,6 +41,8 @@ def test_the_weights_are_small_and_half_precision_and_load_in_float32(nano):
     assert {p.dtype for p in nano.parameters()} == {torch.float32}
     half = uhd.load_nano(dtype=torch.float16)
     assert {p.dtype for p in half.parameters()} == {torch.float16}
+    drawn = scene(FRESH, 1)
+    assert [ask(model, drawn.image, ["all?"])[0].text for model in (nano, half)] == [drawn.text] * 2
     assert not nano.training
     assert "learned" in (folder / "README.md").read_text()
 
@@ -122,11 +124,83 @@ def test_questions_of_another_form_are_marked():
         assert "line 2?" in doubt
 
 
-def test_wrong_arguments_are_told(nano):
-    with pytest.raises(TypeError, match="questions is a list of strings, got the string 'all\\?'"):
-        ask(nano, Image.new("L", (40, 50), 230), "all?")
-    with pytest.raises(ValueError, match="a question is empty"):
-        ask(nano, Image.new("L", (40, 50), 230), ["all?", " "])
+def test_questions_that_the_image_cannot_answer_are_marked(nano):
+    drawn = scene(FRESH, 2)
+    assert drawn.text == "1 H3\nFTC\nT3 6"
+    asked = ["line 3?", "right H?", "line 4?", "right K?", "right T?", "right C?"]
+    fine, near, *odd = ask(nano, drawn.image, asked)
+    assert (fine.text, fine.doubts, near.text, near.doubts) == ("T3 6", (), "3", ())
+    wanted = ("reads 3 lines in all", "reads no K in all", "reads 2 T in all", "nothing to the right of C")
+    for answer, question, doubt in zip(odd, asked[2:], wanted, strict=True):
+        assert [doubt in found and repr(question) in found for found in answer.doubts].count(True) == 1
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "reading", "doubt"),
+    [
+        ("line 2?", "A", "A", "it reads 1 line in all"),
+        ("line 2?", "7 H", "K3\n7 H", None),
+        ("line 2?", "7H", "K3\n7 H", "asked for everything it reads '7 H' there"),
+        ("right A?", "7", "1\nFA 7H", None),
+        ("right A?", "H", "1\nFA 7H", "asked for everything it reads '7' there"),
+        ("right A?", "H", "H\nFA\nH", "it reads nothing to the right of A"),
+        ("right A?", "H", "AH A", "it reads 2 A in all"),
+        ("right A?", "H", "", "it reads no A in all"),
+        ("count?", "3", "K3\n7 H", None),
+        ("count?", "4", "K3\n7 H", "asked for everything it reads '3' there"),
+        ("all?", "anything", "K3", None),
+        ("who?", "me", "K3", None),
+    ],
+)
+def test_answers_are_held_against_the_whole_reading(question, answer, reading, doubt):
+    found = reading_doubts(question, answer, reading)
+    assert len(found) == (doubt is not None)
+    assert all(repr(question) in told and doubt in told for told in found)
+
+
+def test_glyphs_that_it_never_learned_are_mostly_marked_and_its_own_are_not(nano):
+    settings = [TaskSettings(), replace(TaskSettings(), glyphs="BDGIJMNOQRSUVWYZ")]
+    own, other = ([ask(nano, scene(FRESH, n, one).image, ["count?"])[0] for n in range(12)] for one in settings)
+    assert sum(bool(answer.doubts) for answer in own) <= 3
+    assert sum(any("asked for everything" in doubt for doubt in answer.doubts) for answer in other) >= 7
+
+
+def test_an_answer_that_was_cut_off_is_marked(nano, monkeypatch):
+    drawn = scene(FRESH, 2)
+    monkeypatch.setattr("uhd.nano.answer.MAX_ANSWER", 6)
+    everything, line = ask(nano, drawn.image, ["all?", "line 1?"])
+    assert (everything.text, line.text) == (drawn.text[:6], "1 H3")
+    assert "cut off after 6 characters" in everything.doubts
+    assert not any("cut off" in doubt for doubt in line.doubts)
+
+
+def test_low_confidence_is_told_once(nano):
+    everything, other = ask(nano, noise(40, 50), ["all?", "line 1?"])
+    assert min(everything.confidence, other.confidence) < 0.8
+    assert ["unsure" in doubt for doubt in everything.doubts].count(True) == 1
+    assert any(doubt.startswith("unsure: ") for doubt in other.doubts) == (other.confidence < 0.8)
+
+
+def test_the_same_question_twice_has_two_answers_and_none_has_none(nano):
+    drawn = scene(FRESH, 2)
+    one, two, three = ask(nano, drawn.image, ("line 3?", "all?", "line 3?"))
+    assert one == three
+    assert (one.text, two.text) == ("T3 6", drawn.text)
+    assert ask(nano, drawn.image, []) == []
+
+
+@pytest.mark.parametrize("questions", ["all?", None, [3], b"all?", iter(["all?"])])
+def test_what_is_no_list_of_questions_is_told(nano, questions):
+    with pytest.raises(TypeError, match="questions is a list of strings, got"):
+        ask(nano, Image.new("L", (40, 50), 230), questions)
+
+
+@pytest.mark.parametrize(
+    ("question", "problem"), [(" ", "a question is empty"), ("all?<image>", "holds <image>"), ("<end>", "holds <end>")]
+)
+def test_questions_that_cannot_be_asked_are_told(nano, question, problem):
+    with pytest.raises(ValueError, match=problem):
+        ask(nano, Image.new("L", (40, 50), 230), ["all?", question])
 
 
 @pytest.mark.parametrize(
@@ -167,6 +241,47 @@ def test_it_is_measured_by_one_command(tmp_path, capsys):
     saved = json.loads((tmp_path / "out.json").read_text())
     assert len(saved["items"]) >= 42
     assert saved["summary"]["all"]["items"] == 12
+
+
+@pytest.mark.parametrize(
+    ("args", "problem"),
+    [
+        (("--images", "0"), "--images must be at least 1"),
+        (("--seed", "-1"), "--seed must be at least 0"),
+        (("--model", "nowhere"), "nowhere is no folder with a saved model"),
+        (("--json", "nowhere/out.json"), "cannot write nowhere"),
+        (("--kinds", "zoom"), "invalid choice: 'zoom'"),
+    ],
+)
+def test_the_command_says_what_is_wrong_before_any_work(args, problem, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([*args])
+    assert stopped.value.code == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_the_command_says_when_images_may_have_been_trained_on_and_counts_none_twice(tmp_path, capsys):
+    assert main(["--images", "2", "--seed", "5", "--kinds", "all", "all", "--json", str(tmp_path / "out.json")]) == 0
+    assert "seeds below 1000003 are for training" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "out.json").read_text())["items"]) == 2
+    (tmp_path / "config.json").write_text("{}")
+    assert main(["--images", "2", "--model", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith("python -m uhd.nano: ")
+
+
+def test_kinds_that_there_are_not_are_refused(nano):
+    for kinds in (("all", "all"), ("zoom",)):
+        with pytest.raises(ValueError, match="kinds must be different ones of all, line"):
+            evaluate(nano, images=1, kinds=kinds)
+
+
+def test_the_cards_sizes_are_those_of_the_model(nano):
+    card = (resources.files("uhd") / "assets" / "nano" / "README.md").read_text()
+    told = [row.split("|")[-2].strip() for row in card.splitlines() if row.startswith("|")]
+    parts = (nano.visual.vision, nano.visual.compressor, nano.language_model)
+    sizes = [sum(p.numel() for p in part.parameters()) for part in parts]
+    assert [told[2 + n] for n in (1, 2, 4)] == [f"{size / 1000:.0f} k" for size in sizes]
+    assert f"of {sum(sizes) / 1e6:.2f} million parameters" in card
 
 
 def test_the_cards_example_runs(capsys):

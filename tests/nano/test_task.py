@@ -84,3 +84,14 @@ def test_settings_change_what_is_drawn():
 def test_no_room_for_a_glyph_is_said():
     with pytest.raises(ValueError, match=r"no glyph of \(12, 8\) fits an image of \(10, 8\)"):
         scene(0, 0, replace(TaskSettings(), area=(64, 64), max_aspect=1.0001, min_hw=(10, 6)))
+
+
+@pytest.mark.parametrize("number", [(-1, 0), (0, -1)])
+def test_negative_seeds_and_indices_are_refused(number):
+    with pytest.raises(ValueError, match="seed and index must be at least 0"):
+        scene(*number)
+
+
+def test_words_are_made_of_the_settings_glyphs():
+    drawn = [scene(3, index, replace(TaskSettings(), glyphs="BQ")) for index in range(20)]
+    assert {glyph.text for item in drawn for glyph in item.glyphs} == {"B", "Q"}

@@ -3,12 +3,16 @@
 import json
 import pathlib
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from uhd import load_nano
 from uhd.nano.build import NanoConfig, build_nano
+from uhd.nano.evaluate import EVALUATION_SEED
 from uhd.nano.task import GLYPHS, questions, scene
 
 FOLDER = pathlib.Path(__file__).parents[2] / "examples" / "nano"
@@ -26,7 +30,7 @@ def parts():
         yield data, stages
     finally:
         sys.path.remove(str(FOLDER))
-        for name in ("data", "stages", "train"):
+        for name in ("data", "stages", "train", "ship", "beyond"):
             sys.modules.pop(name, None)
 
 
@@ -146,6 +150,67 @@ def test_a_stage_that_was_interrupted_goes_on_as_if_it_was_not(parts, name, tmp_
     assert [line["step"] for line in lines] == [2, 4]
 
 
+def checkpoint(stages, path, seed):
+    """A stage's checkpoint of a model and heads of their own; returns both."""
+    torch.manual_seed(seed)
+    model, heads = build_nano(SMALL, seed=seed), stages.Supervision(32, 9)
+    torch.nn.init.normal_(heads.latent_head.weight)
+    stages.save(path, 1, model, heads, [])
+    return model.state_dict(), heads.state_dict()
+
+
+def test_the_joint_stage_has_the_eyes_of_one_stage_and_the_language_of_the_other(parts, tmp_path):
+    _, stages = parts
+    (eyes, heads), (language, _) = (
+        checkpoint(stages, tmp_path / f"{name}.pt", seed) for name, seed in (("vision", 5), ("text", 6))
+    )
+    model, supervision = build_nano(SMALL, seed=7), stages.Supervision(32, 9)
+    stages.start_joint(tmp_path, model, supervision)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, (eyes if name.startswith("visual.") else language)[name]), name
+    assert not torch.equal(eyes["visual.compressor.query"], language["visual.compressor.query"])
+    assert all(torch.equal(tensor, heads[name]) for name, tensor in supervision.state_dict().items())
+
+
+def test_polish_begins_with_all_that_the_joint_stage_learned(parts, train, tmp_path):
+    _, stages = parts
+    wanted, heads = checkpoint(stages, tmp_path / "joint.pt", 8)
+    model, supervision = train.begin(tmp_path, "polish", seed=9)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(tensor, heads[name]) for name, tensor in supervision.state_dict().items())
+
+
+def test_the_text_stage_reads_codes_with_noise(parts, model):
+    data, stages = parts
+    batch = next(iter(make_data(data, model)))
+    supervision = stages.Supervision(32, 9)
+
+    def loss(noise, seed):
+        stage = stages.Stage(name="text", steps=1, noise=noise)
+        with torch.no_grad():
+            return stages.losses(model, supervision, stage, batch, torch.Generator().manual_seed(seed))[0].item()
+
+    assert loss(0.0, 1) == loss(0.0, 2)
+    assert len({loss(0.0, 1), loss(0.7, 1), loss(0.7, 2)}) == 3
+
+
+def test_every_seed_and_stage_has_scenes_of_its_own(parts, tmp_path, monkeypatch):
+    _, stages = parts
+    seeds, data = [], stages.NanoData
+
+    def make(model, *, seed, **kwargs):
+        seeds.append(seed)
+        return data(model, seed=seed, **kwargs)
+
+    monkeypatch.setattr(stages, "NanoData", make)
+    for seed in (0, 3):
+        for name in stages.STAGES:
+            (tmp_path / str(seed)).mkdir(exist_ok=True)
+            stage = stages.Stage(name=name, steps=1, batch_size=1)
+            stages.train(build_nano(SMALL), stages.Supervision(32, 9), stage, tmp_path / str(seed), seed=seed)
+    assert seeds == [0, 1, 2, 3, 30, 31, 32, 33]
+
+
 def test_latents_start_by_looking_at_their_own_cells(parts):
     _, stages = parts
     model = build_nano(NanoConfig(width=64))
@@ -158,3 +223,118 @@ def test_every_question_can_be_written_in_the_models_characters(model):
     for index in range(30):
         for some in questions(scene(2, index)).values():
             assert all(character in ids for question in some for character in question.text + question.answer)
+
+
+@pytest.fixture
+def train(parts, monkeypatch):
+    """The script, with a small model and steps of two images."""
+    import train as script
+
+    small = {name: replace(stage, batch_size=2) for name, stage in script.RECIPE.items()}
+    monkeypatch.setattr(script, "RECIPE", small)
+    monkeypatch.setattr(script, "NanoConfig", lambda: SMALL)
+    monkeypatch.setattr(script, "fit_attention", lambda model: 0.0)
+    return script
+
+
+SHORT = ["--scale", "0.0008", "--images", "2"]  # two steps of vision and text, four of joint, one of polish
+
+
+def refused(call, arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        call([*map(str, arguments)])
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_a_folder_is_trained_to_its_end_and_is_of_one_run(train, tmp_path, capsys):
+    folder = tmp_path / "runs" / "a"
+    train.main([str(folder), "text", "vision", *SHORT])  # in any order, and in pieces
+    train.main([str(folder), *SHORT])
+    steps = {
+        name: [json.loads(line)["step"] for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        for name in train.RECIPE
+    }
+    assert steps == {"vision": [2], "text": [2], "joint": [4], "polish": [1]}
+    assert set(json.loads((folder / "evaluation.json").read_text())) >= {"all", "line", "count"}
+    assert "<svg" in (folder / "curves.svg").read_text()
+    assert (folder / "model" / "model.safetensors").exists()
+    assert "belongs to a run with" in refused(train.main, [folder, *SHORT, "--seed", 1], capsys)
+    assert "belongs to a run with" in refused(train.main, [folder, "--scale", 0.1], capsys)
+    (folder / "run.json").unlink()
+    assert "of an unknown run" in refused(train.main, [folder, *SHORT], capsys)
+
+
+def test_a_stage_begins_after_those_that_it_needs(train, tmp_path, capsys):
+    train.main([str(tmp_path), "vision", *SHORT])
+    assert "stage text is needed first: it has 0 of 2 steps" in refused(
+        train.main, [tmp_path, "joint", *SHORT], capsys
+    )
+    state = torch.load(tmp_path / "vision.pt", weights_only=True)
+    torch.save({**state, "step": 1}, tmp_path / "vision.pt")
+    assert "stage vision is needed first: it has 1 of 2" in refused(train.main, [tmp_path, "joint", *SHORT], capsys)
+    assert "stage joint is needed first" in refused(train.main, [tmp_path, "polish", *SHORT], capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("zoom",), "no stage zoom"),
+        (("--seed", -1), "--seed must be 0 to 99999"),
+        (("--seed", 100_000), "--seed must be 0 to 99999"),  # 10 * seed + stage: scenes of the evaluation
+        (("--scale", 0), "--scale must be above 0"),
+        (("--scale", "nan"), "--scale must be above 0"),
+        (("--workers", -1), "--workers of at least 0"),
+        (("--images", 0), "--images of at least 1"),
+    ],
+)
+def test_training_refuses_what_it_cannot_do_and_leaves_no_folder(train, tmp_path, capsys, arguments, problem):
+    assert problem in refused(train.main, [tmp_path / "a", *arguments], capsys)
+    assert not (tmp_path / "a").exists()
+
+
+def test_no_seed_of_training_is_one_of_evaluation(train):
+    last = 10 * (train.SEEDS - 1) + len(train.RECIPE) - 1
+    assert last < EVALUATION_SEED <= 10 * train.SEEDS + len(train.RECIPE) - 1
+
+
+def test_a_file_in_place_of_the_folder_is_told(train, tmp_path, capsys):
+    (tmp_path / "a").write_text("")
+    assert "File exists" in refused(train.main, [tmp_path / "a", "vision"], capsys)
+
+
+def test_what_reads_badly_is_not_shipped(parts, tmp_path, capsys):
+    import ship
+
+    package = tmp_path / "package"
+    package.mkdir()
+    card = f"before\n{ship.BEGIN}\nold\n{ship.END}\nafter\n"
+    (package / "README.md").write_text(card)
+    run = ["--images", "2", "--into", str(package)]
+    assert "has no trained model" in refused(ship.main, [tmp_path, *run], capsys)
+    build_nano(NanoConfig(), seed=1).save_pretrained(tmp_path / "run" / "model")
+    with pytest.raises(SystemExit, match="not shipped: right, line, all below"):
+        ship.main([str(tmp_path / "run"), *run])
+    assert [path.name for path in package.iterdir()] == ["README.md"]
+    assert (package / "README.md").read_text() == card
+    ship.main([str(tmp_path / "run"), *run, "--anyway"])
+    written = (package / "README.md").read_text()
+    assert written.startswith(f"before\n{ship.BEGIN}\n\n```\nquestion")
+    assert written.endswith(f"2 images of seed 1000003.\n\n{ship.END}\nafter\n")
+    weights = load_file(package / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    (package / "README.md").write_text("no marks")
+    assert "needs the lines" in refused(ship.main, [tmp_path / "run", *run], capsys)
+
+
+def test_what_lies_beyond_the_task_is_counted(parts):
+    import beyond
+
+    model = load_nano()
+    own = beyond.row("own", model, beyond.TASK, lambda image: image, images=8).split()
+    dark = beyond.row("dark", model, beyond.SCENES["light on dark"], lambda image: image, images=4).split()
+    assert own[0] == "own"
+    right, marked, missed, _ = map(float, own[1:])
+    assert right >= 0.5
+    assert right + missed <= 1 <= right + missed + marked + 1e-9
+    assert dark == ["dark", "0.00", "1.00", "0.00", "1.00"]
