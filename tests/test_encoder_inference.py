@@ -102,7 +102,14 @@ def test_steps_of_a_cpu_fit_its_threads(monkeypatch):
     assert len(seen) == 1
 
 
-@pytest.mark.parametrize("bound", [0, -3, 2.5, True, "many"])
+def test_a_bound_can_be_an_integer_of_numpy():
+    encoder = tiny_encoder(max_patches_per_step=np.int64(20))
+    seen = patches_seen(encoder)
+    encoder(IMAGES)
+    assert max(seen) <= 20
+
+
+@pytest.mark.parametrize("bound", [0, -3, 2.5, np.float64(3), True, "many"])
 def test_a_bound_is_a_positive_integer(bound):
     with pytest.raises(ValueError, match="max_patches_per_step must be a positive integer or None"):
         tiny_encoder(max_patches_per_step=bound)(IMAGES)

@@ -6,6 +6,7 @@ import pathlib
 import pickle
 import re
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
@@ -22,7 +23,7 @@ from transformers import Trainer, TrainingArguments
 import uhd
 from tests.hf import tiny
 from tests.hf.test_training import fresh
-from uhd.hf import training
+from uhd.hf import processing, training
 from uhd.loading import Preparation, TokenBudgetSampler, image_costs, image_sizes_hw
 from uhd.pixels import PixelSettings, load_image
 from uhd.slicing.strategies import find
@@ -363,6 +364,11 @@ class TestSizes:
         with pytest.raises(TypeError, match=r"^item 1: an image is .*, got int"):
             image_sizes_hw([files[0], 7], threads=threads)
 
+    @pytest.mark.parametrize("none", [None, 7])
+    def test_what_holds_no_images_is_refused(self, none):
+        with pytest.raises(TypeError, match=f"one after the other, got {type(none).__name__}"):
+            image_sizes_hw(none)
+
     @pytest.mark.parametrize("one", ["a.png", b"a", Image.new("RGB", (4, 5)), np.zeros((4, 5, 3)), torch.zeros(4, 5)])
     def test_one_image_is_no_list(self, one):
         with pytest.raises(TypeError, match="put it into a list"):
@@ -515,6 +521,32 @@ class TestThreads:
         with ThreadPoolExecutor(8) as pool:
             together = list(pool.map(lambda call: call(), todo))
         assert all(map(same, alone, together))
+
+    def test_a_tokenizer_may_call_its_processor(self):
+        processor = copy.deepcopy(tiny.model("llama").processor)
+        plain = type(processor.tokenizer)
+
+        class Odd(plain):
+            def __call__(self, *args, **kwargs):
+                if not inside:
+                    inside.append(True)
+                    found.append(processor(text="a<image>", images=PICTURES[0]))
+                    with ThreadPoolExecutor(1) as pool:
+                        found.append(pool.submit(processing._TOKENIZING.acquire, blocking=False).result())
+                return super().__call__(*args, **kwargs)
+
+        wanted = processor(text="a<image>", images=PICTURES[0])
+        processor.tokenizer.__class__ = Odd
+        found, inside = [], []
+        thread = threading.Thread(
+            target=lambda: found.append(processor(text="a<image>", images=PICTURES[0])), daemon=True
+        )
+        thread.start()
+        thread.join(20)
+        assert len(found) == 3  # none where it waits for itself
+        assert found[1] is False  # others wait
+        assert same(found[0], wanted)
+        assert same(found[2], wanted)
 
     @pytest.mark.parametrize("backend", ["pillow", "fast"])
     def test_one_encoder_in_many(self, hasty, backend):

@@ -1,5 +1,6 @@
 """The README's code runs as it stands, and so do the examples."""
 
+import copy
 import pathlib
 import re
 import subprocess
@@ -75,6 +76,30 @@ def test_the_eyes_of_a_release_are_loaded_and_written_back(tmp_path, monkeypatch
     assert (tmp_path / "trained" / "model.safetensors").exists()
 
 
+def test_the_ways_to_be_faster_are_taken():
+    import torch
+
+    import uhd
+    from uhd.demo import page_image
+
+    torch.manual_seed(0)
+    sizes = {"image_size": 56, "patch_size": 14, "width": 32, "depth": 2, "heads": 2, "mlp_width": 64}
+    vision = uhd.vision.ViT(uhd.vision.ViTConfig(**sizes, position_grid_hw=(4, 4))).eval().requires_grad_(False)
+    latents = uhd.resampler.PerceiverConfig(width=24, vision_width=32, num_heads=2, num_latents=4)
+    compressor = uhd.resampler.PerceiverResampler(latents).eval().requires_grad_(False)
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    pixels = uhd.PixelSettings(mean=mean, std=std)
+    plain = uhd.VisualEncoder(copy.deepcopy(vision), compressor, pixels=pixels).eval()
+    names = {"uhd": uhd, "mean": mean, "std": std, "vision": vision, "compressor": compressor}
+    exec(compile(python_blocks(README)[4], "README.md", "exec"), names)
+    encoder, picture = names["encoder"].eval(), page_image()
+    assert encoder.pixels.backend == "fast"
+    assert encoder.max_patches_per_step == 4096
+    encoder.compile(backend="none")
+    got, wanted = encoder([picture])[0].tokens, plain([picture])[0].tokens
+    assert 0 < (got - wanted).norm() < 0.05 * wanted.norm()
+
+
 def test_the_code_of_the_family_page_runs(tmp_path, monkeypatch):
     from tests.pretrained import released
     from uhd.pretrained import FAMILIES
@@ -93,7 +118,7 @@ def test_the_code_of_the_family_page_runs(tmp_path, monkeypatch):
 
 
 def test_every_python_block_of_the_readme_is_run_by_a_test():
-    assert len(python_blocks(README)) == 4
+    assert len(python_blocks(README)) == 5
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from uhd.slicing.config import DEFAULT
 from uhd.slicing.media import VideoPlan, plan_images, plan_video
 from uhd.slicing.strategies import Rule, StrategyConfig, find
 from uhd.vision import ViT
-from uhd.vision.int8 import Int8Linear, quantize_linears
+from uhd.vision.int8 import quantize_linears, refuse_int8
 
 CONFIG_FILE = "uhd_encoder.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -146,8 +147,9 @@ class VisualEncoder(nn.Module):
             set ``encoder.note = ""`` once it is no longer true.
         max_patches_per_step: Most patches that are encoded at once, which bounds the memory that is needed beside
             patches and tokens; a view is never divided, so one that has more is a step of its own. Results do not
-            depend on it beyond rounding. ``None``: on a CPU in eval mode ``STEP_PATCHES`` for each thread, since
-            activations then stay near the cores; else no bound. An attribute, not saved.
+            depend on it beyond rounding, unless a part looks at all views together, as BatchNorm does in training.
+            ``None``: on a CPU in eval mode ``STEP_PATCHES`` for each thread, since activations then stay near the
+            cores; else no bound. An attribute, not saved.
 
     Raises:
         ValueError: Parts do not fit: another patch or image size, other widths, no mean and std.
@@ -405,9 +407,9 @@ class VisualEncoder(nn.Module):
         """Patches of a step at most, ``None`` without a bound."""
         bound = self.max_patches_per_step
         if bound is not None:
-            if isinstance(bound, bool) or not isinstance(bound, int) or bound < 1:
+            if isinstance(bound, bool) or not hasattr(bound, "__index__") or bound < 1:
                 raise ValueError(f"max_patches_per_step must be a positive integer or None, got {bound!r}")
-            return bound
+            return operator.index(bound)
         device = _float_parameter(self.vision, patches).device
         return None if self.training or device.type != "cpu" else STEP_PATCHES * torch.get_num_threads()
 
@@ -450,6 +452,7 @@ class VisualEncoder(nn.Module):
 
         Raises:
             TypeError: The vision encoder is not :class:`uhd.vision.ViT`: compile the backbone itself.
+            ValueError: There is no such backend.
         """
         self._packed_vit("compile").compile_blocks(backend)
         return self
@@ -461,10 +464,11 @@ class VisualEncoder(nn.Module):
 
         Raises:
             TypeError: The vision encoder is not :class:`uhd.vision.ViT`.
-            ValueError: There is no linear layer left that could be quantised.
+            ValueError: There is no linear layer left that could be quantised: those that LoRA or others have wrapped
+                stay as they are.
         """
         if not quantize_linears(self._packed_vit("quantize").blocks):
-            raise ValueError("the ViT's blocks have no nn.Linear: they are quantised, or wrapped, already")
+            raise ValueError("the ViT's blocks have no nn.Linear: they are quantised, wrapped or offloaded already")
         return self
 
     def _packed_vit(self, verb: str) -> ViT:
@@ -527,8 +531,7 @@ class VisualEncoder(nn.Module):
 
         A slicing function of the caller's own is not written: loading asks for it.
         """
-        if any(isinstance(module, Int8Linear) for module in self.modules()):
-            raise ValueError("a quantised encoder cannot be saved: save it before encoder.quantize()")
+        refuse_int8(self)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {

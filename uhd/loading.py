@@ -141,6 +141,8 @@ def image_sizes_hw(images: Iterable[Any], *, threads: int = 1) -> np.ndarray:
     threads = _whole("threads", threads, least=1)
     if isinstance(images, (str, bytes, os.PathLike, Image.Image)) or getattr(images, "ndim", None) in (2, 3):
         raise TypeError(f"expected images one after the other, got one {type(images).__name__}: put it into a list")
+    if not (hasattr(images, "__iter__") or hasattr(images, "__getitem__")):
+        raise TypeError(f"expected images one after the other, got {type(images).__name__}")
     # a dataset need not end by an IndexError
     stream = images if hasattr(images, "__iter__") else map(images.__getitem__, range(len(images)))
     items, found = enumerate(stream), []

@@ -107,6 +107,16 @@ class TestParts:
             assert torch.equal(again(**batch).logits, found(**batch).logits)
         assert again.visual.note == "untrained"
 
+    def test_a_quantised_encoder_works_and_is_not_saved(self, tmp_path):
+        found = attach(encoder().requires_grad_(False), language_model("llama"), tokenizer())
+        batch = found.processor(text=TEXTS, images=IMAGES)
+        wanted = found(**batch).logits
+        found.visual.quantize()
+        torch.testing.assert_close(found(**batch).logits, wanted, rtol=0, atol=0.1 * wanted.abs().max().item())
+        with pytest.raises(ValueError, match=r"save it before encoder.quantize"):
+            found.save_pretrained(tmp_path)
+        assert not list(tmp_path.iterdir())
+
     def test_a_part_of_the_callers_own_works_and_is_not_saved(self, tmp_path):
         class Means(nn.Module):
             patch_size, out_dim = 14, 3

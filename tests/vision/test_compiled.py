@@ -132,7 +132,19 @@ def test_packed_weights_on_a_matrix_unit(
     assert error(got, exact) < 1.2 * error(eager, exact)
 
 
-@pytest.mark.parametrize("change", ["in place", "data", "load", "replaced"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_packed_layers_are_exact_where_numbers_are(activation: str, scale: float | None) -> None:
+    vit = make(activation=activation, layer_scale=scale)
+    halves, x = compiled_module.Halves.of(vit.blocks[0]), torch.randn(12, 32)
+    layers = {name: getattr(halves, name).weight for name in ("qkv", "proj", "fc1", "fc2")}
+    packed = {name: torch.ops.mkldnn._reorder_linear_weight(weight, len(x)) for name, weight in layers.items()}
+    mix = vit.blocks[0].attn.mix
+    got = compiled_module.packed_block(halves, packed, x, lambda qkv: mix(qkv, [(2, 6)]))
+    torch.testing.assert_close(got, vit.blocks[0](x, [(2, 6)]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["in place", "data", "one entry", "load", "replaced"])
 def test_packed_weights_are_never_stale(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
     vit, x = make(torch.bfloat16), patches(torch.bfloat16)
@@ -144,6 +156,8 @@ def test_packed_weights_are_never_stale(change: str, monkeypatch: pytest.MonkeyP
             layer.weight.mul_(1.5)
     elif change == "data":  # leaves no trace in the version
         layer.weight.data.mul_(1.5)
+    elif change == "one entry":
+        layer.weight.data[3, 5] += 2
     elif change == "load":
         layer.load_state_dict({"weight": layer.weight * 1.5, "bias": layer.bias})
     else:
@@ -202,6 +216,32 @@ def test_the_modules_run_where_they_must(why: str, monkeypatch: pytest.MonkeyPat
         assert taken[CONFIG.depth :] == ["compiled"] * (2 * CONFIG.depth)
 
 
+@pytest.mark.parametrize("how", ["float32", "packed", "int8"])
+def test_gradients_of_what_runs_between_the_blocks(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    torch.manual_seed(0)
+    fields = {f.name: getattr(CONFIG, f.name) for f in dataclasses.fields(CONFIG)}
+    vit = CompressedViT(CompressedViTConfig(**fields, compress_after=(1,))).eval().requires_grad_(False)
+    vit.compressors.requires_grad_(True)
+    dtype = torch.bfloat16 if how == "packed" else torch.float32
+    vit, x = vit.to(dtype), torch.randn(40, CONFIG.patch_dim, dtype=dtype)
+    weights = torch.randn(10, CONFIG.width)
+
+    def gradients() -> list[torch.Tensor]:
+        vit.zero_grad()
+        (vit(x, [(2, 4), (4, 2), (4, 6)]) * weights).sum().backward()
+        return [parameter.grad.clone() for parameter in vit.compressors.parameters()]
+
+    wanted = gradients()
+    vit.compile_blocks("none")
+    if how == "int8":
+        quantize_linears(vit.blocks)
+        with pytest.raises(RuntimeError, match="no gradients"):
+            gradients()
+    else:
+        assert all(error(got, grad) < 0.05 for got, grad in zip(gradients(), wanted, strict=True))
+
+
 def test_training_goes_on_as_if_nothing_were_compiled() -> None:
     vit, x = make(), patches()
     plain = copy.deepcopy(vit).requires_grad_(True)
@@ -210,6 +250,55 @@ def test_training_goes_on_as_if_nothing_were_compiled() -> None:
         model.train()(x, GRIDS).square().mean().backward()
     for ours, theirs in zip(vit.parameters(), plain.parameters(), strict=True):
         assert torch.equal(ours.grad, theirs.grad)
+
+
+def counting(compiled: list[int]):
+    def backend(graph, inputs):
+        compiled.append(1)
+        return graph.forward
+
+    return backend
+
+
+def test_each_vit_compiles_its_own() -> None:
+    compiled = []
+    with torch._dynamo.config.patch(recompile_limit=1):  # variants of a code, of all who share it
+        for eps in (1e-6, 1e-5, 1e-4):
+            vit = make(eps=eps, depth=1)
+            vit.compile_blocks(counting(compiled))
+            vit(patches(), GRIDS)
+    assert len(compiled) == 2 * 3
+
+
+def test_modes_and_the_smallest_inputs_compile_nothing_more() -> None:
+    vit, compiled = make(class_token=False, position_prefix=0), []
+    wanted = vit(patches()[:1], [(1, 1)])
+    vit.compile_blocks(counting(compiled))
+    vit(patches(), GRIDS)
+    assert len(compiled) == 2
+    assert vit(patches()[:0], []).shape == (0, 32)
+    torch.testing.assert_close(vit(patches()[:1], [(1, 1)]), wanted, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        vit(patches()[:6], GRIDS[:1])
+    assert len(compiled) == 2
+
+
+def test_an_unknown_backend_is_refused_at_once() -> None:
+    for backend in ("inducter", 3):
+        with pytest.raises(ValueError, match=f"'none', .*'inductor'.*got {backend!r}"):
+            make().compile_blocks(backend)
+
+
+def test_a_python_that_torch_cannot_compile_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args, **how):
+        raise RuntimeError("not supported on this Python")
+
+    vit, x = make(), patches()
+    wanted = vit(x, GRIDS)
+    vit.compile_blocks()
+    monkeypatch.setattr(torch, "compile", refuse)
+    with pytest.warns(RuntimeWarning, match="not supported on this Python"):
+        torch.testing.assert_close(vit(x, GRIDS), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_a_failing_compiler_is_told_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,3 +374,47 @@ def test_int8_layers_refuse_gradients() -> None:
         layer(torch.randn(2, 8, requires_grad=True))
     with torch.no_grad():
         assert layer(torch.randn(2, 8, requires_grad=True)).shape == (2, 4)
+
+
+@pytest.mark.parametrize("shape", [(8,), (0, 8), (2, 0, 8), (2, 3, 8)])
+def test_int8_layers_take_the_shapes_that_linear_takes(shape: tuple[int, ...]) -> None:
+    linear = nn.Linear(8, 4)
+    x = torch.randn(shape)
+    torch.testing.assert_close(Int8Linear(linear)(x), linear(x), rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_scales_stay_in_float32(dtype: torch.dtype) -> None:
+    layer = Int8Linear(nn.Linear(8, 4).eval())
+    assert not layer.training
+    scale = layer.scale.clone()
+    layer = nn.Sequential(layer).to(dtype)[0]
+    assert torch.equal(layer.scale, scale)
+    assert (layer.scale.dtype, layer.bias.dtype) == (torch.float32, dtype)
+    assert layer(torch.randn(2, 8, dtype=dtype)).dtype == dtype
+    assert layer.to("meta").scale.is_meta
+
+
+def test_other_weights_do_not_load_into_int8_layers() -> None:
+    linear, other = nn.Linear(8, 4), nn.Linear(8, 4)
+    layer, x = Int8Linear(linear), torch.randn(2, 8)
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=r"torch.float32, this layer is int8: load before quantising"):
+            layer.load_state_dict(other.state_dict(), strict=strict)
+    layer.load_state_dict(Int8Linear(other).state_dict())
+    torch.testing.assert_close(layer(x), other(x), rtol=0, atol=0.1)
+
+
+def test_only_plain_linear_layers_are_quantised() -> None:
+    vit = make()
+    called = []
+    vit.blocks[0].mlp.fc1.register_forward_hook(lambda *args: called.append(1))
+    wrapped = nn.ModuleDict({"base_layer": vit.blocks[1].attn.qkv})  # as PEFT does
+    wrapped.forward = wrapped["base_layer"].forward
+    vit.blocks[1].attn.qkv = wrapped
+    wanted = vit(patches(), GRIDS)
+    called.clear()
+    assert quantize_linears(vit.blocks) == 4 * CONFIG.depth - 2
+    assert error(vit(patches(), GRIDS), wanted) < 0.05
+    assert called == [1]
+    assert type(wrapped["base_layer"]) is nn.Linear

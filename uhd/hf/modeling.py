@@ -42,6 +42,7 @@ from uhd.resampler.attention import LatentAttention
 from uhd.schema.fitted import layout_of
 from uhd.slicing import SlicePlan, SlicingConfig, VideoPlan, plan
 from uhd.vision import ViT
+from uhd.vision.int8 import refuse_int8
 
 VISUAL_INPUTS = (
     "pixel_values",
@@ -654,9 +655,11 @@ class UHDForConditionalGeneration(UHDModel, GenerationMixin):
         """As in transformers, and the processor beside it where there is one.
 
         Raises:
-            ValueError: A part, or the slicing, is the caller's own, so that it could not be built again.
+            ValueError: A part, or the slicing, is the caller's own, so that it could not be built again; or the
+                encoder is quantised.
         """
         refuse_own_function(self.visual.slicing)
+        refuse_int8(self.visual)
         kinds = {"vision": self.config.vision_config.kind, "compressor": self.config.resampler_config.kind}
         for role, kind in kinds.items():
             if kind == "custom":

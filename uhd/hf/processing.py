@@ -49,7 +49,7 @@ PLAIN_CHAT_TEMPLATE = (
 )
 """For tokenizers that bring no chat template; IMAGE_TOKEN and VIDEO_TOKEN stand for the image and video token."""
 
-_TOKENIZING = threading.Lock()
+_TOKENIZING = threading.RLock()
 """A fast tokenizer keeps a call's padding and truncation as its own state, and another thread's call changes it."""
 
 if hasattr(os, "register_at_fork"):  # a worker forked while another thread tokenizes would wait for ever

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import NamedTuple
 
 import torch
@@ -123,9 +124,16 @@ class CompiledBlocks:
 
     Where compilation fails (no C++ compiler, say) the functions run uncompiled, after one RuntimeWarning. Copies and
     pickles keep the backend only.
+
+    Raises:
+        ValueError: there is no such backend.
     """
 
-    def __init__(self, backend: str = "inductor") -> None:
+    def __init__(self, backend: str | Callable = "inductor") -> None:
+        known = callable(backend) or backend in ("inductor", "none")  # to list them all takes seconds
+        if not known and backend not in torch.compiler.list_backends(exclude_tags=()):
+            usual = ", ".join(map(repr, ["none", *torch.compiler.list_backends()]))
+            raise ValueError(f"backend must be one of {usual}, or another of torch.compile; got {backend!r}")
         self.backend = backend
         self._packed = PackedWeights()
         self._compiled: dict[Callable, Callable] = {}
@@ -148,10 +156,13 @@ class CompiledBlocks:
         kept = (Tensor, nn.Parameter)
         if any(type(each) not in kept or each.device != x.device or each.dtype not in _FLOATS for each in parameters):
             return None
-        dtype, halves = fastest_dtype(x.dtype, x.device), [Halves.of(block) for block in blocks]
+        given, dtype = x.dtype, fastest_dtype(x.dtype, x.device)
+        halves = [Halves.of(block) for block in blocks]
         packed = self._packed.of(halves, x) if dtype == torch.bfloat16 else None
 
         def run(number: int, x: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
+            if wants_gradients((x,)):  # of what runs between the blocks
+                return blocks[number](x.to(given), shapes)
             mix, tensors = blocks[number].attn.mix, halves[number]
             if packed is not None:
                 return packed_block(tensors, packed[number], x, lambda qkv: mix(qkv, shapes))
@@ -162,12 +173,13 @@ class CompiledBlocks:
         return run
 
     def _run(self, function: Callable, *args: object) -> Tensor:
-        if self.backend == "none":
+        if self.backend == "none" or len(args[0]) < 2:  # for 0 and 1 it would compile again, each
             return function(*args)
-        if function not in self._compiled:
-            self._compiled[function] = torch.compile(function, backend=self.backend, dynamic=True)
         try:
-            return self._compiled[function](*args)
+            if function not in self._compiled:
+                self._compiled[function] = torch.compile(_copied(function), backend=self.backend, dynamic=True)
+            with torch.no_grad():  # nor for each mode of autograd
+                return self._compiled[function](*args)
         except Exception as problem:  # of many kinds, from many compilers
             result = function(*args)  # what is wrong with the input is raised here
             cause = str(problem).strip().splitlines()
@@ -179,6 +191,11 @@ class CompiledBlocks:
             )
             self.backend = "none"
             return result
+
+
+def _copied(function: FunctionType) -> FunctionType:
+    """The same with a code of its own: all that share one may be compiled eight times in a process, and no more."""
+    return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
 
 
 def _known(block: Block) -> bool:

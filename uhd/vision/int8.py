@@ -9,8 +9,15 @@ Both scales are symmetric. The weights take a quarter of float32's memory.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from uhd.inference import is_plain
+
+from .blocks import MLP, Attention
 
 LEVELS = 127
 
@@ -23,7 +30,7 @@ class Int8Linear(nn.Module):
 
     Attributes:
         weight: (out, in) int8.
-        scale: (out,) float32.
+        scale: (out,) float32, also after a cast.
         bias: as it was, or None.
     """
 
@@ -35,15 +42,31 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
+        self.train(linear.training)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Int8Linear:
+        kept = self.scale
+        super()._apply(fn, recurse)
+        if self.scale.dtype != kept.dtype:  # a half type would round all of a row once more, for good
+            self.scale = kept.to(self.scale.device)
+        return self
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        weight = state.get(f"{prefix}weight")
+        if weight is not None and weight.dtype != torch.int8:
+            args[-1].append(f"{prefix}weight is {weight.dtype}, this layer is int8: load before quantising")
+            return
+        super()._load_from_state_dict(state, prefix, *args)
 
     def forward(self, x: Tensor) -> Tensor:
         """Raises RuntimeError where the input wants a gradient: rounding has none."""
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError("int8 layers give no gradients: call under torch.no_grad(), or train before quantising")
-        return int8_linear(x.flatten(0, -2), self.weight, self.scale, self.bias).unflatten(0, x.shape[:-1])
+        y = int8_linear(x.reshape(-1, self.in_features), self.weight, self.scale, self.bias)
+        return y.reshape(*x.shape[:-1], self.out_features)
 
 
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -54,13 +77,23 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -
     return (total if bias is None else total + bias.float()).to(x.dtype)
 
 
-def quantize_linears(module: nn.Module) -> int:
-    """Put an `Int8Linear` in the place of every `nn.Linear` inside `module`, in place; returns how many."""
+def quantize_linears(blocks: nn.Module) -> int:
+    """Put an `Int8Linear` in the place of the linear layers of all attentions and MLPs, in place; returns how many.
+
+    Not of those that are wrapped, offloaded or have hooks: LoRA's own layers stay as they are.
+    """
     count = 0
-    for name, child in list(module.named_children()):
-        if type(child) is nn.Linear:
-            setattr(module, name, Int8Linear(child))
-            count += 1
-        else:
-            count += quantize_linears(child)
+    for module in blocks.modules():
+        if not isinstance(module, (Attention, MLP)):
+            continue
+        for name, child in list(module.named_children()):
+            if is_plain(child, nn.Linear) and not child.weight.is_meta:
+                setattr(module, name, Int8Linear(child))
+                count += 1
     return count
+
+
+def refuse_int8(module: nn.Module) -> None:
+    """Raises ValueError where a module holds int8 layers: what is written of them nothing could read."""
+    if any(isinstance(each, Int8Linear) for each in module.modules()):
+        raise ValueError("a quantised encoder cannot be saved: save it before encoder.quantize()")
