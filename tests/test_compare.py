@@ -219,6 +219,16 @@ def test_curves_are_the_plans_token_counts():
     assert all(math.isnan(y) for _, y in refused[1:])
 
 
+def test_bars_are_as_long_as_their_values():
+    svg = charts.bars({"a & b": {"one": 1.0, "two": 2.0}, "c": {"two": 4.0}}, "times faster", reference=1)
+    lengths = [float(length) for length in re.findall(r'<rect[^>]* width="([\d.]+)"', svg)]
+    assert lengths == pytest.approx([lengths[2] / 4, lengths[2] / 2, 470])
+    assert "a &amp; b" in svg
+    line = float(re.search(r'<line x1="([\d.]+)"', svg)[1])
+    assert line == pytest.approx(230 + lengths[0], abs=0.1)
+    assert len(set(re.findall(r'<rect[^>]* fill="(#\w+)"', svg))) == 2
+
+
 def test_charts_place_points_and_break_lines_at_gaps():
     x = charts.log_axis([10, 1000], "x")
     assert x.place(100, 200) == pytest.approx(100)

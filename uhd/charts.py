@@ -143,6 +143,36 @@ def curves(
     return "".join((*parts, "</svg>"))
 
 
+def bars(
+    groups: Mapping[str, Mapping[str, float]], title: str, *, reference: float | None = None, width: int = 760
+) -> str:
+    """Horizontal bars from 0, those of a group side by side with their values; a line where ``reference`` is."""
+    names = list(dict.fromkeys(name for group in groups.values() for name in group))
+    left, right, top, bar = 230, 60, 30, 14
+    longest = max(value for group in groups.values() for value in group.values())
+    scale = (width - left - right) / longest
+    rows = sum(len(group) for group in groups.values())
+    height = top + rows * bar + 10 * len(groups) + 28
+    parts, y = [_open(width, height, title)], top
+    for number, name in enumerate(names):
+        color = COLORS[number % len(COLORS)]
+        parts.append(f'<text x="{left + 90 * number}" y="16" fill="{color}">{escape(name)}</text>')
+    for label, group in groups.items():
+        middle = y + len(group) * bar / 2 + 4
+        parts.append(f'<text x="{left - 8}" y="{middle:.1f}" text-anchor="end" fill="{INK}">{escape(label)}</text>')
+        for name, value in group.items():
+            color, length = COLORS[names.index(name) % len(COLORS)], scale * value
+            parts.append(f'<rect x="{left}" y="{y}" width="{length:.1f}" height="{bar - 2}" fill="{color}"/>')
+            parts.append(f'<text x="{left + length + 5:.1f}" y="{y + bar - 3}" fill="{FAINT}">{value:g}</text>')
+            y += bar
+        y += 10
+    if reference is not None:
+        x = left + scale * reference
+        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{y}" stroke="{INK}" stroke-dasharray="3 3"/>')
+    parts.append(f'<text x="{left}" y="{height - 10}" fill="{INK}">{escape(title)}</text></svg>')
+    return "".join(parts)
+
+
 def backdrop(
     series: Mapping[str, Sequence[tuple[float, float]]],
     x: Axis,

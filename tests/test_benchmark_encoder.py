@@ -1,0 +1,75 @@
+"""The encoder's benchmark runs, and says nothing where a contender is wrong."""
+
+import importlib.util
+import json
+import pathlib
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from uhd.encoder import VisualEncoder
+
+FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    sys.path.insert(0, str(FOLDER))
+    try:
+        spec = importlib.util.spec_from_file_location("benchmark_encoder", FOLDER / "encoder.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(FOLDER))
+    return module
+
+
+@pytest.fixture
+def small(benchmark, monkeypatch):
+    monkeypatch.setattr(benchmark, "IMAGES", ((60, 100), (90, 40), (30, 32)))
+    monkeypatch.setattr(benchmark, "SIDE", 64)
+    monkeypatch.setattr(benchmark, "gemm_rate", lambda dtype: 1e9)
+    return benchmark
+
+
+SMALL = ["--depth", "2", "--width", "64", "--repeats", "1", "--eager"]
+
+
+def test_small_run(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(small.TARGETS, "fp32", ("uhd", 1e9))
+    assert small.main([*SMALL, "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "encoder.json").read_text())
+    assert len(result["rows"]) == 2 * 5
+    assert result["work"]["patches"] < result["work"]["patches, padded"]
+    errors = {(row["dtype"], row["contender"]): row["relative_error"] for row in result["rows"]}
+    assert errors["fp32", "uhd"] < 1e-5 < errors["fp32", "uhd, int8"] < 0.05
+    assert not result["targets"][0]["ok"]
+    assert "NOT reached" in capsys.readouterr().out
+    assert (tmp_path / "encoder.svg").read_text().count("<rect") == 10
+
+
+def test_a_wrong_contender_silences_it(small, tmp_path, capsys, monkeypatch):
+    right = VisualEncoder.encode_packed
+    monkeypatch.setattr(VisualEncoder, "encode_packed", lambda *args: (1.01 * right(*args)[0], right(*args)[1]))
+    assert small.main([*SMALL, "--dtypes", "fp32", "--out", str(tmp_path)]) == 1
+    assert "nothing is reported: errors above" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_flops_are_those_that_torch_counts(small):
+    with torch.no_grad():
+        calls, _ = small.contenders(2, torch.float32, 64, compiled=False)
+        grids = [view.patches_hw for hw in small.IMAGES for view in small.plans(hw).views]
+        with FlopCounterMode(display=False) as counter:
+            calls["uhd, all at once"]()
+    assert counter.get_total_flops() == small.vit_flops(2, 64, grids)
+
+
+def test_the_stored_results_have_every_row_and_the_page_shows_them(benchmark):
+    stored = json.loads((FOLDER / "results" / "encoder.json").read_text())
+    names = {(row["dtype"], row["contender"]) for row in stored["rows"]}
+    assert len(names) == 2 * 8
+    assert {target["dtype"] for target in stored["targets"]} == set(benchmark.TARGETS)
+    assert benchmark.table(stored) in (FOLDER.parent / "docs" / "performance.md").read_text()
