@@ -13,8 +13,15 @@ from torch import nn
 
 import uhd.encoder as encoder_module
 from uhd.encoder import VisualEncoder, split_steps
+from uhd.inference import in_fastest_dtype
 from uhd.pixels import PixelSettings
-from uhd.resampler import MergeProjector, PerceiverConfig, PerceiverResampler
+from uhd.resampler import (
+    MergeProjector,
+    MLPProjector,
+    PerceiverConfig,
+    PerceiverResampler,
+    PixelShuffleProjector,
+)
 from uhd.slicing import SlicingConfig
 from uhd.vision import VisionTower, ViT, ViTConfig
 
@@ -90,7 +97,7 @@ def test_gradients_are_the_same_in_steps():
 
 
 def test_steps_of_a_cpu_fit_its_threads(monkeypatch):
-    monkeypatch.setattr(encoder_module, "STEP_PATCHES", 25)
+    monkeypatch.setattr(encoder_module, "STEP_NUMBERS", 25 * 64)  # 64: the MLP's width
     encoder = tiny_encoder()
     seen = patches_seen(encoder)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
@@ -107,6 +114,66 @@ def test_a_bound_can_be_an_integer_of_numpy():
     seen = patches_seen(encoder)
     encoder(IMAGES)
     assert max(seen) <= 20
+
+
+def test_steps_of_a_backbone_that_tells_no_width(monkeypatch):
+    monkeypatch.setattr(encoder_module, "STEP_PATCHES", 20)
+    tower = VisionTower(nn.Conv2d(3, 32, 14, 14), patch_size=14, out_dim=32)
+    encoder = tiny_encoder(vision=tower, slicing=SlicingConfig(image_size=56, patch_size=14))
+    seen = patches_seen(encoder)
+    encoder(IMAGES)
+    assert len(seen) > 1
+    assert max(seen) <= 20
+
+
+PROJECTORS = {
+    "merge": (lambda: MergeProjector(32, 24), {"merge": 2}),
+    "mlp": (lambda: MLPProjector(32, 24), {}),
+    "shuffle": (lambda: PixelShuffleProjector(32, 24, factor=2), {"merge": 2}),
+}
+
+
+@pytest.mark.parametrize("name", PROJECTORS)
+def test_projectors_of_a_compiled_encoder_compute_in_float32(name, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    build, changes = PROJECTORS[name]
+    slicing = SlicingConfig(image_size=56, patch_size=14, tokens_per_view=None, **changes)
+    exact = tiny_encoder(compressor=build(), slicing=slicing).requires_grad_(False)
+    half = copy.deepcopy(exact).to(torch.bfloat16)
+    exact = copy.deepcopy(half).double()
+    wanted, eager = exact(IMAGES)[3].tokens, half(IMAGES)[3].tokens
+    names, kinds = list(half.state_dict()), {each.dtype for each in half.parameters()}
+    half.compile(backend="none")
+    called = []
+    monkeypatch.setattr(
+        encoder_module,
+        "in_fastest_dtype",
+        lambda module, x: called.append(made := in_fastest_dtype(module, x)) or made,
+    )
+    got = half(IMAGES)[3].tokens
+    assert {each.dtype for each in called[0].parameters()} == {torch.float32}
+    assert got.dtype == torch.bfloat16
+    assert (got - wanted).norm() < 0.9 * (eager - wanted).norm()
+    assert list(half.state_dict()) == names
+    assert {each.dtype for each in half.parameters()} == kinds == {torch.bfloat16}
+    with torch.no_grad():
+        next(half.compressor.parameters()).mul_(2)  # nothing is kept
+    assert not torch.equal(half(IMAGES)[3].tokens, got)
+
+
+@pytest.mark.parametrize("why", ["gradients", "hook", "autocast", "float32", "frozen float input with gradient"])
+def test_a_module_stays_itself_where_it_must(why, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    module = MLPProjector(32, 24).to(torch.float32 if why == "float32" else torch.bfloat16)
+    module.requires_grad_(why == "gradients")
+    x = torch.zeros(2, 32, dtype=torch.bfloat16, requires_grad="input" in why)
+    if why == "hook":
+        next(part for part in module.modules() if isinstance(part, nn.Linear)).register_forward_hook(print)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=why == "autocast"):
+        assert in_fastest_dtype(module, x) is module
+    if why in ("gradients", "frozen float input with gradient"):
+        with torch.no_grad():
+            assert in_fastest_dtype(module, x) is not module
 
 
 @pytest.mark.parametrize("bound", [0, -3, 2.5, np.float64(3), True, "many"])

@@ -15,11 +15,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from uhd.batch import SliceBatch, normalize, reordered
+from uhd.inference import in_fastest_dtype
 from uhd.loading import Preparation
 from uhd.packed import check_grids
 from uhd.parts import damage_named, describe_part, find_pixels, load_vision, rebuild_part
 from uhd.pixels import PixelSettings
-from uhd.resampler import FeaturePacker, PerceiverConfig, PerceiverResampler, pack_features
+from uhd.resampler import (
+    FeaturePacker,
+    MergeProjector,
+    MLPProjector,
+    PerceiverConfig,
+    PerceiverResampler,
+    PixelShuffleProjector,
+    PoolProjector,
+    pack_features,
+)
 from uhd.resampler.packing import feature_lengths
 from uhd.schema import SpatialSchema, TokenLayout
 from uhd.schema.fitted import (
@@ -35,14 +45,20 @@ from uhd.slicing import SlicePlan, SlicingConfig, plan
 from uhd.slicing.config import DEFAULT
 from uhd.slicing.media import VideoPlan, plan_images, plan_video
 from uhd.slicing.strategies import Rule, StrategyConfig, find
-from uhd.vision import ViT
+from uhd.vision import ViT, ViTConfig
 from uhd.vision.int8 import quantize_linears, refuse_int8
 
 CONFIG_FILE = "uhd_encoder.json"
 WEIGHTS_FILE = "model.safetensors"
 
+STEP_NUMBERS = 4 << 20
+"""Numbers in the widest activation that a CPU thread makes at once unless told otherwise, 16 MiB in float32: more
+leaves the caches and, from 32 MiB on, comes as fresh pages from the system each time."""
+
 STEP_PATCHES = 1024
-"""Patches a CPU thread encodes at once unless told otherwise: more leaves the caches, and pays for fresh pages."""
+"""The same in patches, for vision encoders that do not tell their width."""
+
+PROJECTORS = (MergeProjector, MLPProjector, PixelShuffleProjector, PoolProjector)
 
 AnySlicing = SlicingConfig | StrategyConfig | Rule | str
 """Settings of the adaptive planner, of any strategy, the name of either, or (height, width) -> plan."""
@@ -411,7 +427,11 @@ class VisualEncoder(nn.Module):
                 raise ValueError(f"max_patches_per_step must be a positive integer or None, got {bound!r}")
             return operator.index(bound)
         device = _float_parameter(self.vision, patches).device
-        return None if self.training or device.type != "cpu" else STEP_PATCHES * torch.get_num_threads()
+        if self.training or device.type != "cpu":
+            return None
+        config = getattr(self.vision, "config", None)
+        patches = max(STEP_NUMBERS // config.mlp_width, 1) if isinstance(config, ViTConfig) else STEP_PATCHES
+        return patches * torch.get_num_threads()
 
     def _encode_step(
         self, patches: Tensor, grids: tuple[tuple[int, int], ...], inner: str
@@ -429,7 +449,7 @@ class VisualEncoder(nn.Module):
             )
         weight = _float_parameter(self.compressor, features)
         features = features.to(features.device if weight.is_meta else weight.device, weight.dtype)
-        tokens = self.compressor(features, grids)
+        tokens = self._compress(features, grids)
         dense = tokens.dim() == 3
         lengths = [tokens.shape[1]] * len(tokens) if dense else list(self.compressor.output_lengths(grids))
         tokens = tokens.flatten(0, 1) if dense else tokens
@@ -439,12 +459,21 @@ class VisualEncoder(nn.Module):
             )
         return tokens, lengths
 
+    def _compress(self, features: Tensor, grids: tuple[tuple[int, int], ...]) -> Tensor:
+        """The compressor's tokens; a projector of a compiled encoder in the dtype that is fastest here."""
+        if not (getattr(self.vision, "compiled", False) and isinstance(self.compressor, PROJECTORS)):
+            return self.compressor(features, grids)
+        compressor = in_fastest_dtype(self.compressor, features)
+        weight = _float_parameter(compressor, features)
+        return compressor(features.to(weight.dtype), grids).to(features.dtype)
+
     def compile(self, *, backend: str | None = "inductor") -> VisualEncoder:
         """Run the ViT by compiled layers wherever no gradients are wanted, from now on; returns the encoder.
 
         The layers are compiled at the first call, once for all blocks and all image sizes. A ViT in bfloat16 or
-        float16 on a CPU without a matrix unit for these computes in float32; with one its weights are kept packed. See
-        :mod:`uhd.vision.compiled`. The compressor has its own faster inference, compiled or not.
+        float16 on a CPU without a matrix unit for these computes in float32, and so does a projector behind it; with
+        one the ViT's weights are kept packed. See :mod:`uhd.vision.compiled`. Resamplers have their own faster
+        inference, compiled or not.
 
         Args:
             backend: Of ``torch.compile``; ``"none"`` leaves the layers uncompiled, in the faster dtype still; ``None``

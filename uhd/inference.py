@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 
 import torch
@@ -38,3 +39,27 @@ def transformed() -> bool:
 def wants_gradients(tensors: Iterable[Tensor]) -> bool:
     """Whether autograd would record an operation on any of them."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def in_fastest_dtype(module: nn.Module, x: Tensor) -> nn.Module:
+    """``module``, or for one call on tensors like ``x`` a copy with weights in the dtype that is multiplied fastest.
+
+    The module itself where that is its own dtype, where gradients are wanted, under autocast and transforms, and where
+    anything has hooks, wrappers, or tensors of other classes, dtypes or devices than the others.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    floats = [tensor for tensor in tensors if tensor.is_floating_point()]
+    if not floats or transformed() or torch.is_autocast_enabled(x.device.type) or wants_gradients((x, *tensors)):
+        return module
+    own = floats[0].dtype
+    dtype = fastest_dtype(own, x.device)
+    alike = all(
+        type(each) in (Tensor, nn.Parameter) and (each.device, each.dtype) == (x.device, own) for each in floats
+    )
+    if dtype == own or not alike or not all(is_plain(part, type(part)) for part in module.modules()):
+        return module
+    cast = {id(each): each.detach().to(dtype) for each in floats}
+    for each in module.parameters():
+        if id(each) in cast:
+            cast[id(each)] = nn.Parameter(cast[id(each)], requires_grad=False)
+    return copy.deepcopy(module, {**{id(each): each for each in tensors}, **cast})

@@ -256,6 +256,11 @@ class ViT(nn.Module):
         """
         self._compiled_blocks = None if backend is None else CompiledBlocks(backend)
 
+    @property
+    def compiled(self) -> bool:
+        """Whether `compile_blocks` is in force."""
+        return self._compiled_blocks is not None
+
     def _block_runner(self, x: Tensor, *, own_modules: bool) -> BlockRunner:
         """(number, x, shapes) -> x, by compiled layers where they are wanted and would give the same."""
         if self._compiled_blocks is not None and not own_modules:
