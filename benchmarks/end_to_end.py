@@ -282,6 +282,18 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def summary(result: dict[str, Any]) -> str:
+    """Over all inputs, as Markdown: the least and the median ratio of each of ours."""
+    lines = ["| front end | dtype | | least | median | never slower | aim |", "|---|---|---|---:|---:|---|---|"]
+    for row in result["targets"]:
+        aim = f"{row['aim']}: {'reached' if row['aim_reached'] else 'missed'}"
+        lines.append(
+            f"| {row['rule']} | {row['dtype']} | {row['contender']} | {row['least']:.2f} | {row['median']:.2f} | "
+            f"{'yes' if row['never_slower'] else 'no'} | {aim} |"
+        )
+    return "\n".join(lines)
+
+
 def plot(result: dict[str, Any]) -> str:
     """The ratio of the fastest of ours, over the input's size: a line for each peer and dtype."""
     best: dict[str, dict[float, float]] = {}
@@ -323,12 +335,7 @@ def main(argv: list[str] | None = None) -> int:
     (args.out / "end_to_end.svg").write_text(plot(result) + "\n", encoding="utf-8")
     for part in ("versions", "device", "gemm_gflops"):
         print(", ".join(f"{key} {value}" for key, value in result[part].items()))
-    print(f"{result['about']}\n\n{table(result)}\n")
-    for row in result["targets"]:
-        slower = "never slower" if row["never_slower"] else "SLOWER somewhere"
-        aim = "reached" if row["aim_reached"] else "NOT reached"
-        what = f"{row['rule']}, {row['dtype']}, {row['contender']}"
-        print(f"{what}: {row['least']} at least, {row['median']} median, {slower}; {row['aim']} aimed at: {aim}")
+    print(f"{result['about']}\n\n{table(result)}\n\n{summary(result)}")
     return 0
 
 

@@ -67,7 +67,7 @@ def test_small_run(small, tmp_path, capsys):
     exact = [row for row in rows if row["contender"] == "uhd" and row["dtype"] == "fp32"]
     assert max(row["relative_error"] for row in exact) < 2e-5
     said = capsys.readouterr().out
-    assert "aimed at" in said
+    assert small.summary(result) in said
     assert small.table(result) in said
     assert (tmp_path / "end_to_end.svg").read_text().count("<polyline") == 6
 
@@ -120,10 +120,13 @@ def test_the_plot_draws_the_fastest_of_ours(benchmark):
     assert flat != lower
 
 
-def test_the_stored_results_have_every_row(benchmark):
+def test_the_stored_results_have_every_row_and_the_page_shows_them(benchmark):
     stored = json.loads((FOLDER / "results" / "end_to_end.json").read_text())
     found = {(row["input"], row["dtype"], row["rule"], row["contender"].split(",")[0]) for row in stored["rows"]}
     kinds = {(rule, kind) for rule in benchmark.MAKERS for kind in ("transformers", "uhd")} | {("llava-uhd", "uhd")}
     assert found == {(name, dtype, *kind) for name in INPUTS for dtype in benchmark.DTYPES for kind in kinds}
     assert len(stored["rows"]) == len(INPUTS) * 2 * (4 * len(benchmark.OURS) + 2)
     assert len(stored["targets"]) == 2 * 3 * len(benchmark.OURS)
+    page = (FOLDER.parent / "docs" / "performance.md").read_text()
+    assert benchmark.summary(stored) in page
+    assert all(line in page for line in benchmark.table(stored).splitlines() if "| llava-uhd |" in line)
