@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from uhd.batch import SliceBatch, normalize, reordered
-from uhd.inference import in_fastest_dtype
+from uhd.inference import in_fastest_dtype, transformed
 from uhd.loading import Preparation
 from uhd.packed import check_grids
 from uhd.parts import damage_named, describe_part, find_pixels, load_vision, rebuild_part
@@ -427,7 +427,7 @@ class VisualEncoder(nn.Module):
                 raise ValueError(f"max_patches_per_step must be a positive integer or None, got {bound!r}")
             return operator.index(bound)
         device = _float_parameter(self.vision, patches).device
-        if self.training or device.type != "cpu":
+        if self.training or device.type != "cpu" or transformed():
             return None
         config = getattr(self.vision, "config", None)
         patches = max(STEP_NUMBERS // config.mlp_width, 1) if isinstance(config, ViTConfig) else STEP_PATCHES
