@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import transformers
 from einops import rearrange
-from resampler import DTYPES, cpu_flags, cpu_name, cpu_times, gemm_rate, relative
+from resampler import DTYPES, cpu_times, device, gemm_rate, relative
 from torch import Tensor, nn
 from transformers import Siglip2VisionConfig, Siglip2VisionModel
 
@@ -187,7 +187,7 @@ def run(depth: int, dtypes: Sequence[str], repeats: int, width: int = 768, *, co
         f"interleaved calls, one thread; ratio: {PEER} / this",
         "work": {**about, "sizes_hw": [list(hw) for hw in IMAGES]},
         "versions": {**versions, "python": platform.python_version()},
-        "device": {"cpu": cpu_name(), **cpu_flags(), "threads": torch.get_num_threads()},
+        "device": device(),
         "gemm_gflops": {name: round(peak / 1e9) for name, peak in peaks.items()},
         "rows": rows,
         "targets": reached,

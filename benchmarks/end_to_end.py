@@ -40,7 +40,7 @@ import torch
 import transformers
 from end_to_end_peers import EXACT_WAY, HEAD_DIM, LM_WIDTH, MAKERS, Peer, make_peer, scatter
 from PIL import Image
-from resampler import DTYPES, cpu_flags, cpu_name, cpu_times, gemm_rate, relative
+from resampler import DTYPES, cpu_times, device, gemm_rate, relative
 from torch import Tensor
 
 import uhd
@@ -244,7 +244,7 @@ def run(width: int, depth: int, dtypes: list[str], repeats: int, names: Sequence
         f"{width // HEAD_DIM} heads; median process CPU time of {repeats} calls in turn, one thread; ratio: "
         "transformers' fastest way / this",
         "versions": {"uhd": uhd.__version__, **versions()},
-        "device": {"cpu": cpu_name(), **cpu_flags(), "threads": torch.get_num_threads()},
+        "device": device(),
         "gemm_gflops": {name: round(gemm_rate(DTYPES[name]) / 1e9) for name in dtypes},
         "rows": rows,
         "targets": [reached(rows, peer, dtype, name) for dtype in dtypes for peer in MAKERS for name in OURS],

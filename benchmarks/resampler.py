@@ -179,29 +179,27 @@ def run(widths: list[int], dtypes: list[str], repeats: int) -> dict[str, Any]:
                 reached.append(
                     {"width": width, "dtype": dtype, "wanted": wanted, "ratio": ratio, "ok": ratio >= wanted}
                 )
-    flags = cpu_flags()
     return {
         "about": f"{LATENTS} latents, {len(GRIDS)} views of {math.prod(GRIDS[0])} features, width {VISION_WIDTH}, "
         f"heads of {HEAD_DIM}; median process CPU time of {repeats} interleaved calls, one thread; ratio: the faster "
         "of the released layer's two ways / this",
         "versions": {"uhd": uhd.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        "device": {"cpu": cpu_name(), **flags, "threads": torch.get_num_threads()},
+        "device": device(),
         "gemm_gflops": {name: round(gemm_rate(DTYPES[name]) / 1e9) for name in dtypes},
         "rows": rows,
         "targets": reached,
     }
 
 
-def cpu_name() -> str:
+def device() -> dict[str, Any]:
+    """The CPU, the units that decide which dtype is fast on it, and the threads that are used."""
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-    return names[0].partition(": ")[2] if names else platform.processor()
-
-
-def cpu_flags() -> dict[str, bool]:
+    units = ("avx512", "avx512_bf16", "amx_tile")
     return {
-        name: bool(getattr(torch.cpu, f"_is_{name}_supported", bool)())
-        for name in ("avx512", "avx512_bf16", "amx_tile")
+        "cpu": names[0].partition(": ")[2] if names else platform.processor(),
+        **{name: bool(getattr(torch.cpu, f"_is_{name}_supported", bool)()) for name in units},
+        "threads": torch.get_num_threads(),
     }
 
 

@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from preprocess import jpeg, made_picture, versions
-from resampler import cpu_flags, cpu_name, relative
+from resampler import device, relative
 
 import uhd
 from uhd.charts import curves, log_axis
@@ -247,7 +247,7 @@ def run(shape: Shape, repeats: int) -> dict[str, Any]:
         "about": f"fast pixels; ViT of width {shape.width}, {shape.depth} blocks; 64 latents of width {LM_WIDTH}; "
         f"float32; median process CPU time of {repeats} calls in turn, one thread; MiB at most above those before",
         "versions": {"uhd": uhd.__version__, **versions()},
-        "device": {"cpu": cpu_name(), **cpu_flags(), "threads": torch.get_num_threads()},
+        "device": device(),
         "rows": rows,
         "fits": fits,
     }

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from uhd.batch import SliceBatch, normalize, reordered
-from uhd.inference import in_fastest_dtype, transformed
+from uhd.inference import float_parameter, in_fastest_dtype, transformed
 from uhd.loading import Preparation
 from uhd.packed import check_grids
 from uhd.parts import damage_named, describe_part, find_pixels, load_vision, rebuild_part
@@ -426,7 +426,7 @@ class VisualEncoder(nn.Module):
             if isinstance(bound, bool) or not hasattr(bound, "__index__") or bound < 1:
                 raise ValueError(f"max_patches_per_step must be a positive integer or None, got {bound!r}")
             return operator.index(bound)
-        device = _float_parameter(self.vision, patches).device
+        device = float_parameter(self.vision, patches).device
         if self.training or device.type != "cpu" or transformed():
             return None
         config = getattr(self.vision, "config", None)
@@ -437,7 +437,7 @@ class VisualEncoder(nn.Module):
         self, patches: Tensor, grids: tuple[tuple[int, int], ...], inner: str
     ) -> tuple[Tensor, list[int]]:
         """As :meth:`encode_packed`, all at once."""
-        anchor = _float_parameter(self.vision, torch.zeros(()))
+        anchor = float_parameter(self.vision, torch.zeros(()))
         # offloaded weights are on no device: whoever loads them moves what they are called on
         patches = patches.to(patches.device if anchor.is_meta else anchor.device)
         features = self._see(patches, grids, anchor.dtype, inner)
@@ -447,7 +447,7 @@ class VisualEncoder(nn.Module):
                 f"vision returned {len(features)} features for {sum(h * w for h, w in grids)} patches: "
                 "a vision encoder of another stride needs output_grids(grids)"
             )
-        weight = _float_parameter(self.compressor, features)
+        weight = float_parameter(self.compressor, features)
         features = features.to(features.device if weight.is_meta else weight.device, weight.dtype)
         tokens = self._compress(features, grids)
         dense = tokens.dim() == 3
@@ -464,7 +464,7 @@ class VisualEncoder(nn.Module):
         if not (getattr(self.vision, "compiled", False) and isinstance(self.compressor, PROJECTORS)):
             return self.compressor(features, grids)
         compressor = in_fastest_dtype(self.compressor, features)
-        weight = _float_parameter(compressor, features)
+        weight = float_parameter(compressor, features)
         return compressor(features.to(weight.dtype), grids).to(features.dtype)
 
     def compile(self, *, backend: str | None = "inductor") -> VisualEncoder:
@@ -687,11 +687,6 @@ class VisualEncoder(nn.Module):
 def _is_adaptive(slicing: Any) -> bool:
     """Whether a slicing, or its dictionary, is of the adaptive planner."""
     return slicing.get("rule") in ADAPTIVE_RULES if isinstance(slicing, dict) else isinstance(slicing, SlicingConfig)
-
-
-def _float_parameter(module: nn.Module, default: Tensor) -> Tensor:
-    """The parameter whose dtype and device inputs get; quantised ones, which are integers, do not count."""
-    return next((parameter for parameter in module.parameters() if parameter.is_floating_point()), default)
 
 
 def _heads(width: int) -> int:

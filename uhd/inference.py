@@ -21,6 +21,11 @@ def fastest_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype if getattr(torch.cpu, _UNITS[dtype], bool)() else torch.float32
 
 
+def float_parameter(module: nn.Module, default: Tensor) -> Tensor:
+    """The parameter whose dtype and device inputs get; quantised ones, which are integers, do not count."""
+    return next((parameter for parameter in module.parameters() if parameter.is_floating_point()), default)
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Exactly of this class, with nothing that runs at its call but its own forward."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks

@@ -99,8 +99,10 @@ def test_the_blank_is_not_encoded_for_a_frozen_encoder(monkeypatch):
     found = fresh()
     found.encode_without_images = True
     found.visual.requires_grad_(False)
-    monkeypatch.setattr(found.visual, "encode_packed", None)
+    monkeypatch.setattr(found.visual, "encode_packed", None)  # calling it would fail
     found(**batch_of(found, ["hello"], None)).loss.backward()
+    assert any(parameter.grad is not None for parameter in found.language_model.parameters())
+    assert all(parameter.grad is None for parameter in found.visual.parameters())
 
 
 WORKER = """

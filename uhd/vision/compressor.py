@@ -16,7 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from uhd.inference import in_fastest_dtype
+from uhd.inference import float_parameter, in_fastest_dtype
 from uhd.packed import check_grids
 
 from .blocks import MLP, Attention, Block
@@ -123,7 +123,7 @@ class CompressedViT(ViT):
             return x, groups
         compressor = self.compressors[str(number)]
         compressor = in_fastest_dtype(compressor, x) if self.compiled else compressor
-        dtype = next((p.dtype for p in compressor.parameters() if p.is_floating_point()), x.dtype)
+        dtype = float_parameter(compressor, x).dtype
         tokens = compressor(groups.unpack(x).to(dtype), groups.grids).to(x.dtype)
         prefix = groups.prefixes(x) if groups.prefix else None
         smaller = _Groups.of(tuple((rows // 2, columns // 2) for rows, columns in groups.grids), groups.prefix)
