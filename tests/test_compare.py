@@ -234,6 +234,7 @@ def test_charts_place_points_and_break_lines_at_gaps():
     assert x.place(100, 200) == pytest.approx(100)
     assert x.place(1, 200) == 0
     assert [text for _, text in charts.log_axis([900, 30000]).ticks] == ["1k", "2k", "5k", "10k", "20k"]
+    assert [text for _, text in charts.log_axis([36, 42.5034]).ticks] == ["36", "42.5"]  # no step lies between
     assert charts.log_axis([5, 5]).low < 5 < charts.log_axis([5, 5]).high
     svg = charts.curves({"a & b": [(10, 0.1), (50, math.nan), (100, 0.2), (1000, 0.9)]}, x, charts.percent_axis("y"))
     read(svg)

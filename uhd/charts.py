@@ -41,7 +41,7 @@ class Axis(NamedTuple):
 
 
 def log_axis(values: Sequence[float], title: str = "") -> Axis:
-    """A logarithmic axis over positive values, with ticks at 1, 2 and 5 times powers of ten."""
+    """A logarithmic axis over positive values, with ticks at 1, 2 and 5 times powers of ten, or at its ends."""
     low, high = min(values), max(values)
     if low == high:
         low, high = low / 2, high * 2
@@ -51,7 +51,9 @@ def log_axis(values: Sequence[float], title: str = "") -> Axis:
     inside = [step for step in steps if low <= step <= high]
     if len(inside) > 7:  # whole decades are enough, then
         inside = [step for step in inside if math.isclose(math.log10(step), round(math.log10(step)))]
-    return Axis(low, high, tuple((step, _short(step)) for step in inside), True, title)
+    if len(inside) < 2:  # a narrow range: its ends
+        inside = [low, high]
+    return Axis(low, high, tuple((step, _short(float(f"{step:.3g}"))) for step in inside), True, title)
 
 
 def percent_axis(title: str = "") -> Axis:
