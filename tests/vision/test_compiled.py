@@ -178,6 +178,20 @@ def test_a_torch_without_the_operators_packs_nothing(monkeypatch: pytest.MonkeyP
     assert vit._compiled_blocks._packed._kept is None
 
 
+def test_a_watched_compressor_runs_as_it_is_between_compiled_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    torch.manual_seed(0)
+    fields = {f.name: getattr(CONFIG, f.name) for f in dataclasses.fields(CONFIG)}
+    vit = CompressedViT(CompressedViTConfig(**fields, compress_after=(1,))).eval().requires_grad_(False)
+    vit = vit.to(torch.bfloat16)
+    grids, x = [(2, 4), (4, 2)], torch.randn(16, CONFIG.patch_dim, dtype=torch.bfloat16)
+    wanted, seen = vit(x, grids), []
+    vit.compile_blocks("none")
+    vit.compressors["1"].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    assert error(vit(x, grids), wanted) < 0.05
+    assert seen == [torch.bfloat16]
+
+
 def test_the_compressors_inside_a_vit_keep_their_dtype() -> None:
     torch.manual_seed(0)
     fields = {f.name: getattr(CONFIG, f.name) for f in dataclasses.fields(CONFIG)}
