@@ -2,6 +2,7 @@
 
     python benchmarks/learned.py run --workers 2            # the long run, resumable; --quick takes ten minutes
     python benchmarks/learned.py report                     # tables and plots of what has run so far
+    python benchmarks/learned.py cuts                       # what a border through a glyph costs, on paired images
     python benchmarks/learned.py folder FOLDER --model nano --strategies own llava-next
 
 ``run`` trains every arm from nothing with equal steps on the same images and lets it answer questions about the same
@@ -19,6 +20,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded, also in the workers
 
+import learned_cuts
 import learned_folder
 import learned_report
 import learned_run
@@ -31,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point."""
     args = parser().parse_args(argv)
     try:
-        return {"run": run, "report": report, "folder": folder}[args.command](args)
+        return {"run": run, "report": report, "cuts": cuts, "folder": folder}[args.command](args)
     except (ValueError, OSError, RuntimeError) as problem:
         print(f"learned.py: {problem}", file=sys.stderr)
         return 1
@@ -52,6 +54,10 @@ def parser() -> argparse.ArgumentParser:
     two = commands.add_parser("report", help="tables, report.json and plots")
     two.add_argument("--out", type=Path, default=HERE / "results" / "learned")
     two.add_argument("--page", type=Path, help="a Markdown file whose results section is written anew")
+    four = commands.add_parser("cuts", help="the shipped model and finished runs on glyphs with and without a border")
+    four.add_argument("--out", type=Path, default=HERE / "results" / "learned")
+    four.add_argument("--checkpoints", type=Path, default=HERE / "out" / "learned", help="where the runs' models are")
+    four.add_argument("--images", type=int, default=1000, help="test scenes to make pairs from")
     three = commands.add_parser("folder", help="your own images and questions")
     three.add_argument("folder", type=Path)
     three.add_argument("--model", default="nano", help="nano (shipped), or a folder of a saved model")
@@ -101,6 +107,15 @@ def run(args: argparse.Namespace) -> int:
 def report(args: argparse.Namespace) -> int:
     """Tables and plots."""
     learned_report.report(args.out, page=args.page)
+    return 0
+
+
+def cuts(args: argparse.Namespace) -> int:
+    """Borders through glyphs."""
+    if args.images < 1:
+        raise ValueError(f"--images must be at least 1, got {args.images}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    learned_cuts.work(args.out, args.checkpoints, images=args.images)
     return 0
 
 

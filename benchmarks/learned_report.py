@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,11 @@ from uhd.nano.task import BUCKETS, QUESTIONS
 BASELINE = "uhd"
 FEWEST_SEEDS, FEWEST_IMAGES = 3, 30
 """Below either nothing is judged, whatever the interval."""
+
+CUTS_FILE = "cuts.json"
+CUTS_TITLE = (
+    '"Right of", the same text at two places in the same image: a border through the middle of a glyph, or none:'
+)
 
 JUDGED = ("better", "worse", "no difference")
 SHARE = (0.0, 1.0)
@@ -209,6 +215,45 @@ def _cut(found: Comparison, arm: str) -> dict[str, Any]:
         if part.size:
             told[name] = {"items": int(part.shape[1]), "exact": _rounded(interval(part, within=SHARE))}
     return told if len(told) > 1 else {}
+
+
+def cut_pairs(told: Mapping[str, Any], found: Comparison) -> list[dict[str, Any]]:
+    """What :mod:`learned_cuts` measured, arm by arm: exact where glyphs are whole, where cut, and the difference."""
+    arms: dict[str, list[str]] = {}
+    for arm, runs in found.runs.items():
+        names = [Task(arm, seed, run["factor"]).name for seed, run in runs.items()]
+        arms[arm] = [name for name in names if name in told["runs"]]
+    arms |= {name: [name] for name in told["runs"] if not any(task.name == name for task in found.found)}
+    rows = []
+    for arm, names in arms.items():
+        if not names:
+            continue
+        whole, cut = (
+            np.array([list(map(float, told["runs"][name][key])) for name in names]) for key in ("whole", "cut")
+        )
+        difference = interval(cut - whole)
+        rows.append(
+            {
+                "arm": arm,
+                "seeds": len(names),
+                "pairs_of": told["runs"][names[0]]["by"],
+                "pairs": whole.shape[1],
+                "whole": _rounded(interval(whole, within=SHARE)),
+                "cut": _rounded(interval(cut, within=SHARE)),
+                "difference": _rounded(difference),
+                "verdict": verdict(cut - whole, *difference[1:]),
+            }
+        )
+    return rows
+
+
+def _pairs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = [["arm", "seeds", "pairs", "whole", "cut", "cut minus whole"]]
+    for row in rows:
+        apart = f"{_cell(row['difference'], '+.3f')} {row['verdict']}"
+        pairs = f"{row['pairs']} of {row['pairs_of']}"
+        table.append([row["arm"], str(row["seeds"]), pairs, _cell(row["whole"]), _cell(row["cut"]), apart])
+    return table
 
 
 def _by_bucket(found: Comparison, exact: np.ndarray) -> list[list[float]]:
@@ -434,14 +479,18 @@ def report(out: Path, *, page: Path | None = None, say: Callable[[str], None] = 
     told, parts, drawn = {}, [], []
     for name in ("long", "quick"):
         if found := read_runs(out / name):
-            told[name] = summarize(Comparison(found))
+            compared = Comparison(found)
+            told[name] = summarize(compared)
             parts.append(markdown(told[name], name))
+            if name == "long" and (path := out / CUTS_FILE).exists():
+                told["cut_pairs"] = cut_pairs(json.loads(path.read_text()), compared)
+                parts += [CUTS_TITLE, _table(_pairs_table(told["cut_pairs"]))]
             for plot, text in plots(told[name]).items():
                 drawn.append(out / f"{name}_{plot}.svg")
                 drawn[-1].write_text(text, encoding="utf-8")
     if not told:
         raise ValueError(f"no runs in {out / 'long'} or {out / 'quick'}: do some with `learned.py run`")
-    if len(told) == 2:
+    if "long" in told and "quick" in told:
         rows = trends(told["long"], told["quick"])
         parts.append("### Does the quick run point where the long one does?")
         parts.append(_table(rows) if len(rows) > 1 else "The long run has no difference yet to compare with.")

@@ -431,18 +431,21 @@ def written(items: Sequence[Item], images: int, encoder: VisualEncoder) -> dict[
     }
 
 
-def cut_by(drawn: Scene, question: str, plan: SlicePlan) -> str:
-    """Whether slices cut the glyph that "right K?" names, or the one after it: "1", "0", or "u" for an uncut image."""
+def cut_by(drawn: Scene, question: str, plan: SlicePlan, ink_hw: tuple[float, float] = INK_HW) -> str:
+    """Whether slices cut the glyph that "right K?" names, or the one after it: "1", "0", or "u" for an uncut image.
+
+    ``ink_hw``: height and width, px, of what must not be cut around a glyph's middle.
+    """
     slices = [tuple(map(float, view_box(plan, view.index))) for view in plan.views if view.kind == "slice"]
     if len(slices) < 2:
         return "u"
     place = next(n for n, glyph in enumerate(drawn.glyphs) if glyph.text == question.split()[1][0])
-    return str(int(any(not _whole(glyph.centre_hw, slices) for glyph in drawn.glyphs[place : place + 2])))
+    return str(int(any(not _whole(glyph.centre_hw, slices, ink_hw) for glyph in drawn.glyphs[place : place + 2])))
 
 
-def _whole(centre_hw: tuple[float, float], slices: Sequence[tuple[float, ...]]) -> bool:
+def _whole(centre_hw: tuple[float, float], slices: Sequence[tuple[float, ...]], ink_hw: tuple[float, float]) -> bool:
     """Whether one slice shows all of the ink, or none cuts it; the image's own border cuts nothing."""
-    (y, x), (half_h, half_w) = centre_hw, (INK_HW[0] / 2, INK_HW[1] / 2)
+    (y, x), (half_h, half_w) = centre_hw, (ink_hw[0] / 2, ink_hw[1] / 2)
     edges = [min(box[0] for box in slices), min(box[1] for box in slices)]
     ends = [max(box[2] for box in slices), max(box[3] for box in slices)]
     top, left = max(y - half_h, edges[0]), max(x - half_w, edges[1])

@@ -19,6 +19,7 @@ from uhd.nano.build import BEGIN, NanoConfig, build_nano
 from uhd.nano.task import GLYPHS, Glyph, Scene, scene
 from uhd.pixels import PixelSettings
 from uhd.resampler import MLPProjector
+from uhd.slicing.coordinates import view_box
 from uhd.slicing.strategies.base import finish, tiled
 from uhd.slicing.strategies.fixed import StretchConfig
 
@@ -36,16 +37,25 @@ def parts():
     try:
         import data
         import learned
+        import learned_cuts
         import learned_folder
         import learned_report
         import learned_run
 
-        yield SimpleNamespace(data=data, main=learned, run=learned_run, report=learned_report, folder=learned_folder)
+        yield SimpleNamespace(
+            data=data,
+            main=learned,
+            run=learned_run,
+            report=learned_report,
+            folder=learned_folder,
+            cuts=learned_cuts,
+        )
     finally:
         for folder in folders:
             while folder in sys.path:
                 sys.path.remove(folder)
-        for name in ("data", "stages", "train", "learned", "learned_folder", "learned_report", "learned_run"):
+        scripts = ("learned", "learned_cuts", "learned_folder", "learned_report", "learned_run")
+        for name in ("data", "stages", "train", *scripts):
             sys.modules.pop(name, None)
 
 
@@ -209,6 +219,100 @@ def test_a_border_cuts_a_glyph_where_it_goes_through_its_ink(parts, places, mark
     drawn = Scene(Image.new("L", (64, 30)), (("K7",),), glyphs)
     assert parts.run.cut_by(drawn, "right K?", plan) == mark
     assert parts.run.cut_by(drawn, "right K?", model.visual.plan((20, 40))) == "u"
+
+
+# borders through glyphs
+
+
+def dark_hw(image):
+    """Top and left of the ink, and (height, width) of what it covers."""
+    rows, columns = np.nonzero(np.asarray(image) < 130)
+    return (rows.min(), columns.min()), (np.ptp(rows), np.ptp(columns))
+
+
+def test_moving_a_text_moves_its_pixels_and_its_glyphs(parts):
+    drawn, rng = scene(7, 3), np.random.default_rng(0)
+    (height, width), (down, along) = drawn.image_hw, (-2, 3)
+    found = parts.cuts.moved(drawn, (down, along), rng)
+    before, after = np.asarray(drawn.image), np.asarray(found.image)
+    assert np.array_equal(after[: height + down, along:], before[-down:, : width - along])
+    filled = np.concatenate([after[height + down :].ravel(), after[: height + down, :along].ravel()]).astype(float)
+    assert filled.mean() == pytest.approx(np.median(before), abs=1)
+    assert 2 < filled.std() < 4  # the scenes' noise
+    for one, other in zip(drawn.glyphs, found.glyphs, strict=True):
+        assert other == Glyph(one.text, (one.centre_hw[0] - 2, one.centre_hw[1] + 3), one.line, one.word)
+
+
+def test_no_move_takes_ink_out_of_the_image(parts):
+    for index in range(12):
+        drawn = scene(8, index)
+        found = parts.cuts.moves(drawn)
+        assert (0, 0) in found
+        assert all(max(map(abs, move)) <= parts.cuts.FARTHEST for move in found)
+        (_, extent) = dark_hw(drawn.image)
+        corners = {(f(m[0] for m in found), g(m[1] for m in found)) for f in (min, max) for g in (min, max)}
+        for move in corners:
+            rng = np.random.default_rng(0)
+            assert dark_hw(parts.cuts.moved(drawn, move, rng).image)[1] == extent, (index, move)
+
+
+@pytest.mark.parametrize("name", ["uhd", "next"])
+def test_a_pair_is_one_text_with_and_without_a_border_through_a_glyph(parts, name):
+    encoder = parts.run.all_arms(SMALL)[name].build(0).visual
+    pairs = [found for index in range(40) if (found := parts.cuts.pair(index, encoder))]
+    assert len(pairs) > 8
+    for found in pairs:
+        drawn = scene(parts.run.TEST_SEED, found.index)
+        assert found.whole.size == found.cut.size == drawn.image.size
+        plan = encoder.plan(drawn.image_hw)
+        place = next(n for n, glyph in enumerate(drawn.glyphs) if glyph.text == found.question[6])
+        assert drawn.glyphs[place + 1].text == found.truth
+        boxes = [[*map(float, view_box(plan, view.index))] for view in plan.views if view.kind == "slice"]
+        (top, left), _ = dark_hw(drawn.image)
+        for image, cut in ((found.whole, False), (found.cut, True)):
+            y, x = np.subtract(dark_hw(image)[0], (top, left))
+            far = [
+                abs(edge - glyph.centre_hw[axis] - (y, x)[axis]) / (((1.5, 1.5) if cut else (4.5, 3.5))[axis])
+                for glyph in drawn.glyphs[place : place + 2]
+                for axis in (0, 1)
+                for edge in {box[axis + end] for box in boxes for end in (0, 2)}
+                if 0 < edge < drawn.image_hw[axis]
+            ]
+            assert (min(far) < 1) == cut, (found.index, cut, far)
+
+
+def test_borders_through_glyphs_are_judged_once_and_reported(parts, tiny, tmp_path, monkeypatch, capsys):
+    settings = replace(tiny, factors=(1.0,))
+    folders = {"out": tmp_path / "out" / "long", "checkpoints": tmp_path / "kept" / "long"}
+    parts.run.work(settings, arms=("stretch", "next"), seeds=(0,), **folders)
+    monkeypatch.setattr(parts.cuts, "load_nano", lambda: build_nano(SMALL).eval())
+    command = ["cuts", "--out", str(tmp_path / "out"), "--checkpoints", str(tmp_path / "kept"), "--images", "12"]
+    assert parts.main.main(command) == 0
+    told = json.loads((tmp_path / "out" / "cuts.json").read_text())
+    assert {name: run["by"] for name, run in told["runs"].items()} == {
+        "nano": "uhd",
+        "next-seed0-lr1": "next",
+        "stretch-seed0-lr1": "uhd",
+    }
+    for run in told["runs"].values():
+        assert len(run["whole"]) == len(run["cut"]) == len(told["pairs"][run["by"]]["images"]) > 2
+    monkeypatch.setattr(parts.cuts, "judge", None)
+    assert parts.main.main(command) == 0  # nothing is done twice
+    assert parts.main.main([*command[:-1], "13"]) == 1
+    assert "was made with 12 images, not 13" in capsys.readouterr().err
+    assert parts.main.main([*command[:-1], "0"]) == 1
+    told["runs"]["nano"] |= {"whole": "1" * 4 + "0" * 4, "cut": "1" * 2 + "0" * 6}
+    found = parts.report.Comparison(parts.run.read_runs(folders["out"]))
+    rows = parts.report.cut_pairs(told, found)
+    assert [(row["arm"], row["pairs_of"], row["seeds"]) for row in rows] == [
+        ("stretch", "uhd", 1),
+        ("next", "next", 1),
+        ("nano", "uhd", 1),
+    ]
+    assert (rows[2]["whole"][0], rows[2]["cut"][0], rows[2]["difference"][0]) == (0.5, 0.25, -0.25)
+    capsys.readouterr()
+    parts.report.report(tmp_path / "out")
+    assert "| nano | 1 | " in capsys.readouterr().out
 
 
 # runs

@@ -1,0 +1,158 @@
+"""What does a border through a glyph cost? The same text, moved by a few pixels, with and without a border through it.
+
+A table of cut and uncut glyphs compares different images. Here every image is its own control: the text of a test
+scene is moved twice inside its image, so that once a border between slices goes near the middle of one of the two
+glyphs that the question "right K?" is about, and once through neither. Size, cut, words and question stay. Arms that
+do not cut get the pairs of ``uhd``: what they lose is what the moving alone costs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from learned_report import CUTS_FILE
+from learned_run import INK_HW, TEST_SEED, cut_by, write_json
+from PIL import Image
+
+from uhd import UHDForConditionalGeneration, VisualEncoder
+from uhd.nano import load_nano
+from uhd.nano.answer import answer_many
+from uhd.nano.evaluate import choose
+from uhd.nano.task import Scene, TaskSettings, bucket, questions, scene
+
+SHIPPED, CONTROL = "nano", "uhd"
+"""The shipped model's name among the runs; the arm whose pairs judge arms that do not cut."""
+
+FARTHEST = 8
+"""Of a move along each axis, px."""
+
+MIDDLE_HW = (3.0, 3.0)
+"""Height and width around a glyph's middle, px, through which the border of a cut glyph goes."""
+
+AROUND = 1.0
+"""Room around the ink that a move keeps inside the image, px: edges are smoothed."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A question about one text at two places: no border goes through its two glyphs, or through a middle of them."""
+
+    index: int
+    bucket: int
+    question: str
+    truth: str
+    whole: Image.Image
+    cut: Image.Image
+
+
+def moved(drawn: Scene, shift_hw: tuple[int, int], rng: np.random.Generator) -> Scene:
+    """The scene with its text ``shift_hw`` px further down and right; what comes free is ground with fresh noise."""
+    pixels = np.asarray(drawn.image)
+    ground = np.median(pixels) + rng.normal(0, TaskSettings().noise, pixels.shape)
+    canvas = np.clip(np.rint(ground), 0, 255).astype(np.uint8)
+    (down, along), (height, width) = shift_hw, pixels.shape
+    source = pixels[max(-down, 0) : height - max(down, 0), max(-along, 0) : width - max(along, 0)]
+    top, left = max(down, 0), max(along, 0)
+    canvas[top : top + source.shape[0], left : left + source.shape[1]] = source
+    return replace(drawn, image=Image.fromarray(canvas), glyphs=_moved_glyphs(drawn, shift_hw))
+
+
+def moves(drawn: Scene) -> list[tuple[int, int]]:
+    """All moves (down, along) in px that keep the ink inside the image, or cut off no more of it than already is."""
+    axes = []
+    for axis, extent in enumerate(drawn.image_hw):
+        middles, half = [glyph.centre_hw[axis] for glyph in drawn.glyphs], INK_HW[axis] / 2 + AROUND
+        first, last = max(min(middles) - half, 0.0), min(max(middles) + half, float(extent))
+        least, most = max(-FARTHEST, -int(first)), min(FARTHEST, int(extent - last))
+        axes.append(range(least, most + 1))
+    return list(itertools.product(*axes))
+
+
+def pair(index: int, encoder: VisualEncoder) -> Pair | None:
+    """One random move that cuts and one that does not, of a test scene; ``None`` where one of them does not exist.
+
+    The question is the one that the scene's evaluation asks. Nothing but the scene's number decides the moves.
+    """
+    drawn = scene(TEST_SEED, index)
+    asked = choose(questions(drawn), ("right",), (TEST_SEED, index))
+    if not asked:
+        return None
+    (one,), plan = asked, encoder.plan(drawn.image_hw)
+    rng = np.random.default_rng((TEST_SEED, index, 17))
+    tried = rng.permutation(moves(drawn)).tolist()
+    places = [replace(drawn, glyphs=_moved_glyphs(drawn, shift_hw)) for shift_hw in tried]
+    whole = (n for n, place in enumerate(places) if cut_by(place, one.text, plan) == "0")
+    cut = (n for n, place in enumerate(places) if cut_by(place, one.text, plan, MIDDLE_HW) == "1")
+    found = next(whole, None), next(cut, None)
+    if None in found:
+        return None
+    images = [moved(drawn, tried[n], rng).image for n in found]
+    return Pair(index, bucket(drawn.aspect), one.text, one.answer, *images)
+
+
+def _moved_glyphs(drawn: Scene, shift_hw: Sequence[int]) -> tuple:
+    return tuple(
+        replace(glyph, centre_hw=tuple(at + by for at, by in zip(glyph.centre_hw, shift_hw, strict=True)))
+        for glyph in drawn.glyphs
+    )
+
+
+def judge(model: UHDForConditionalGeneration, some: Sequence[Pair]) -> dict[str, str]:
+    """A character a pair, "1" where the answer is exact: texts that are whole, and texts that are cut."""
+    told = {}
+    for name in ("whole", "cut"):
+        answers = answer_many(model, [getattr(one, name) for one in some], [[one.question] for one in some])
+        told[name] = "".join(str(int(said[0][0] == one.truth)) for said, one in zip(answers, some, strict=True))
+    return told
+
+
+def work(out: Path, checkpoints: Path, *, images: int = 1000, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Judge the shipped model, and every finished run of ``out/long`` whose model is in ``checkpoints/long``.
+
+    Runs that the file in ``out`` holds already are not done again.
+
+    Raises:
+        ValueError: The file was made with another number of images.
+    """
+    path = out / CUTS_FILE
+    told = json.loads(path.read_text()) if path.exists() else {"seed": TEST_SEED, "images": images, "pairs": {}}
+    if told["images"] != images:
+        raise ValueError(f"{path} was made with {told['images']} images, not {images}: move it away to begin anew")
+    runs, pairs = told.setdefault("runs", {}), {}
+    for name, folder in {SHIPPED: None, **_models(out / "long", checkpoints / "long")}.items():
+        if name in runs:
+            continue
+        model = (load_nano() if folder is None else UHDForConditionalGeneration.from_pretrained(folder)).eval()
+        by = CONTROL if folder is None or not _cuts(model.visual) else json.loads(_result(out, name))["arm"]
+        if by not in pairs:
+            encoder = model.visual if by != CONTROL else load_nano().visual
+            pairs[by] = [one for index in range(images) if (one := pair(index, encoder))]
+            told["pairs"][by] = {
+                "images": [one.index for one in pairs[by]],
+                "buckets": "".join(str(one.bucket) for one in pairs[by]),
+            }
+        runs[name] = {"by": by, **judge(model, pairs[by])}
+        write_json(path, told)
+        whole, cut = (runs[name][key].count("1") / len(pairs[by]) for key in ("whole", "cut"))
+        say(f"{name}: {len(pairs[by])} pairs, exact {whole:.3f} whole, {cut:.3f} cut")
+    return told
+
+
+def _models(results: Path, checkpoints: Path) -> dict[str, Path]:
+    found = {path.stem: checkpoints / path.stem / "model" for path in sorted(results.glob("*.json"))}
+    return {name: folder for name, folder in found.items() if (folder / "config.json").exists()}
+
+
+def _result(out: Path, name: str) -> str:
+    return (out / "long" / f"{name}.json").read_text()
+
+
+def _cuts(encoder: VisualEncoder) -> bool:
+    """Whether the encoder cuts a long image at all."""
+    return sum(view.kind == "slice" for view in encoder.plan((26, 157)).views) > 1
