@@ -246,7 +246,13 @@ def test_demo_answers_about_your_own_image_and_says_when_it_is_far_from_it(tmp_p
     drawn.image.save(tmp_path / "text.png")
     args = ("--ask", "all?", "--ask", "line 1?", "-o", tmp_path / "out.png")
     status, out, _ = run("demo", tmp_path / "text.png", *args, capsys=capsys)
-    assert (status, "far from" in out) == (0, False)
+    assert (status, "far from" in out, "repainted" in out) == (0, False, False)
+    assert f"{drawn.text.splitlines()[0]!r}" in out
+    Image.merge(
+        "RGB", [drawn.image.point(level) for level in (lambda v: 255 - v, lambda v: 250 - v, lambda v: 90)]
+    ).save(tmp_path / "light.png")
+    status, out, _ = run("demo", tmp_path / "light.png", *args, capsys=capsys)
+    assert (status, "far from" in out, "two colours are repainted" in out) == (0, False, True)
     assert f"{drawn.text.splitlines()[0]!r}" in out
     Image.fromarray(np.zeros((200, 700, 3), np.uint8)).save(tmp_path / "dark.jpg")
     args = ("--ask", "what is it?", "-o", tmp_path / "out.png")

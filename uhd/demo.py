@@ -259,12 +259,15 @@ class Reader:
     def read(self, image: Image.Image, *, own: bool, say: Callable[[str], None]) -> None:
         """Ask, and ``say`` answers beside the truth where that is known, and doubts where there are any."""
         from uhd.nano import ask
+        from uhd.nano.images import as_learned
         from uhd.nano.task import questions
 
         known = {} if own else {item.text: item for some in questions(self.scene).values() for item in some}
         asked = self.questions or [item.text for item in self._three(known.values())]
         answers, elapsed = _timed(lambda: ask(self.model, image, asked))
         say(f"5 read      {elapsed}   {len(asked)} answers, one character at a time:")
+        if as_learned(image) is not image:
+            say(f"{'':24}its two colours are repainted as dark text on light ground, which the model learned from")
         shared = [doubt for doubt in answers[0].doubts if all(doubt in answer.doubts for answer in answers)]
         for question, answer in zip(asked, answers, strict=True):
             truth = ""

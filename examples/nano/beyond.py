@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
@@ -35,7 +36,35 @@ SCENES = {
     "other capitals": replace(TASK, glyphs="BDGIJMNOQRSUVWYZ"),
     "small letters": replace(TASK, glyphs="abdefghijmnqrty"),
 }
-TURNED = {"turned by 90 degrees": Image.Transpose.ROTATE_90, "turned by 180 degrees": Image.Transpose.ROTATE_180}
+LEAST_CONTRAST = 60.0  # of two colours, levels of 255, root mean square over the channels
+
+
+def pale(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """A third of the contrast."""
+    pixels = np.asarray(image, np.float32)
+    return _image(np.median(pixels) + (pixels - np.median(pixels)) / 3)
+
+
+def two_colours(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Ground and text of random colours."""
+    ground, text = rng.uniform(0, 255, (2, 3))
+    while np.linalg.norm(ground - text) < LEAST_CONTRAST * 3**0.5:
+        ground, text = rng.uniform(0, 255, (2, 3))
+    pixels = np.asarray(image, np.float32)
+    ink = (np.median(pixels) - pixels) / max(np.median(pixels) - pixels.min(), 1)
+    return _image(ground + (text - ground) * ink[..., None])
+
+
+def _image(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.rint(pixels.clip(0, 255)).astype(np.uint8))
+
+
+CHANGED = {
+    "a third of the contrast": pale,
+    "two random colours": two_colours,
+    "turned by 90 degrees": lambda image, rng: image.transpose(Image.Transpose.ROTATE_90),
+    "turned by 180 degrees": lambda image, rng: image.transpose(Image.Transpose.ROTATE_180),
+}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -49,16 +78,16 @@ def main(argv: list[str] | None = None) -> None:
     model = load_nano()
     print(f"{'':28}{'all? right':>12}{'all? marked':>13}{'wrong, unmarked':>17}{'marked, any':>13}")
     for name, settings in SCENES.items():
-        print(row(name, model, settings, lambda image: image, images=args.images), flush=True)
-    for name, turn in TURNED.items():
-        print(row(name, model, TASK, lambda image, turn=turn: image.transpose(turn), images=args.images), flush=True)
+        print(row(name, model, settings, lambda image, rng: image, images=args.images), flush=True)
+    for name, change in CHANGED.items():
+        print(row(name, model, TASK, change, images=args.images), flush=True)
 
 
 def row(
     name: str,
     model: UHDForConditionalGeneration,
     settings: TaskSettings,
-    change: Callable[[Image.Image], Image.Image],
+    change: Callable[[Image.Image, np.random.Generator], Image.Image],
     *,
     images: int,
 ) -> str:
@@ -67,7 +96,8 @@ def row(
     for index in range(images):
         drawn = scene(SEED, index, settings)
         asked = choose(questions(drawn), LEARNED, (SEED, index))
-        found = ask(model, change(drawn.image), [question.text for question in asked])
+        shown = change(drawn.image, np.random.default_rng((SEED, index)))
+        found = ask(model, shown, [question.text for question in asked])
         good, doubted = found[0].text == drawn.text, bool(found[0].doubts)
         right, marked, missed = right + good, marked + doubted, missed + (not good and not doubted)
         answers, any_marked = answers + len(found), any_marked + sum(bool(answer.doubts) for answer in found)

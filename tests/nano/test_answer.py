@@ -12,8 +12,9 @@ from PIL import Image
 import uhd
 from uhd.nano import ask
 from uhd.nano.__main__ import main
-from uhd.nano.answer import answer_many, image_doubts, question_doubts, reading_doubts
+from uhd.nano.answer import answer_many, question_doubts, reading_doubts
 from uhd.nano.evaluate import Item, edit_distance, evaluate, interval, summary, table
+from uhd.nano.images import as_learned, image_doubts
 from uhd.nano.task import LEARNED, TaskSettings, questions, scene
 
 FRESH = 4_000_000  # a seed that neither training nor the card's numbers use
@@ -74,6 +75,53 @@ def test_answers_do_not_depend_on_what_is_asked_beside_them(nano):
 
 def test_scenes_of_the_task_raise_no_doubts_of_the_image():
     assert [index for index in range(200) if image_doubts(scene(FRESH, index).image)] == []
+
+
+def test_scenes_of_the_task_are_shown_as_they_are():
+    assert all(as_learned(image) is image for image in (scene(FRESH, index).image for index in range(100)))
+
+
+GROUNDS = {  # colours of ground and text
+    "light on dark": ((20, 20, 20), (235, 235, 235)),
+    "yellow on blue": ((20, 40, 140), (250, 220, 60)),
+    "red on green": ((40, 150, 60), (220, 30, 40)),
+    "pale": ((230, 230, 230), (175, 175, 175)),
+    "grey on black": ((0, 0, 0), (110, 110, 110)),
+}
+
+
+def in_colours(image, ground, text):
+    grey = np.asarray(image, np.float32)[..., None]
+    ink = (np.median(grey) - grey) / (np.median(grey) - grey.min())
+    pixels = np.asarray(ground) + (np.asarray(text, np.float32) - ground) * ink
+    return Image.fromarray(np.rint(pixels.clip(0, 255)).astype(np.uint8))
+
+
+@pytest.mark.parametrize("name", GROUNDS)
+def test_text_of_another_colour_is_read_like_dark_text(nano, name):
+    drawn = [scene(FRESH, index) for index in range(12)]
+    painted = [in_colours(item.image, *GROUNDS[name]) for item in drawn]
+    for image in painted:
+        assert image_doubts(image)
+        shown = as_learned(image)
+        assert (shown.mode, shown.size, image_doubts(shown)) == ("L", image.size, ())
+    right = sum(ask(nano, image, ["all?"])[0].text == item.text for image, item in zip(painted, drawn, strict=True))
+    as_drawn = sum(ask(nano, item.image, ["all?"])[0].text == item.text for item in drawn)
+    assert right >= as_drawn - 2
+
+
+def test_what_has_not_two_colours_is_not_repainted():
+    dark = np.asarray(in_colours(scene(FRESH, 0).image, *GROUNDS["yellow on blue"]))
+    three = dark.copy()
+    three[:, : three.shape[1] // 2] = three[:, : three.shape[1] // 2, ::-1]  # the ground too
+    texts = dark.copy()
+    half = texts[:, : texts.shape[1] // 2]
+    half[half[..., 0] > 100] = (250, 30, 250)
+    large = np.tile(dark, (20, 20, 1))
+    for pixels in (three, texts, large, np.full_like(dark, 20), np.asarray(noise(45, 60))):
+        image = Image.fromarray(pixels)
+        assert as_learned(image) is image
+        assert image_doubts(image)
 
 
 def test_other_settings_than_those_of_training_do_not_crash(nano):
@@ -298,6 +346,7 @@ def test_the_cards_example_runs(capsys):
         (lambda grey: grey - 80, "a ground of"),
         (lambda grey: np.stack([grey, grey - 30, grey], -1), "colours"),
         (lambda grey: np.full_like(grey, 230), "dark px"),
+        (lambda grey: np.where(np.indices(grey.shape).max(0) < 10, 20, grey), "thicker than"),
         (lambda grey: np.tile(grey, (3, 3)), "px are"),
         (lambda grey: np.tile(grey[:14], (1, 3)), "aspect ratio"),
     ],

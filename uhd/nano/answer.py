@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
 from uhd.hf import UHDForConditionalGeneration
 from uhd.nano.build import BEGIN, END, IMAGE, PAD
-from uhd.nano.task import GLYPHS, LEARNED, TaskSettings
+from uhd.nano.images import as_learned, image_doubts
+from uhd.nano.task import GLYPHS, LEARNED
 from uhd.pixels import load_image
 
 MAX_ANSWER = 48
@@ -72,6 +71,9 @@ def load_nano(**kwargs: Any) -> UHDForConditionalGeneration:
 def ask(model: UHDForConditionalGeneration, image: Any, questions: Sequence[str]) -> list[Answer]:
     """Questions about one image, which is encoded once and also read whole, to know what to doubt.
 
+    The model learned from dark text on light ground; text of another colour on another plain ground is repainted for
+    it (:func:`uhd.nano.images.as_learned`).
+
     Args:
         model: From :func:`load_nano`.
         image: What :func:`uhd.pixels.load_image` takes: PIL, path, bytes, array, tensor; of an animation its first
@@ -83,11 +85,11 @@ def ask(model: UHDForConditionalGeneration, image: Any, questions: Sequence[str]
         TypeError: ``questions`` is no list of strings.
     """
     check_questions(questions)
-    loaded = load_image(image, settings=model.visual.pixels)
+    shown = as_learned(load_image(image, settings=model.visual.pixels))
     asked = list(dict.fromkeys((*questions, EXAMPLES["all"])))
-    found = dict(zip(asked, answer_many(model, [loaded], [asked])[0], strict=True))
+    found = dict(zip(asked, answer_many(model, [shown], [asked])[0], strict=True))
     reading, sure = found[EXAMPLES["all"]]
-    doubts = image_doubts(loaded)
+    doubts = image_doubts(shown)
     if sure < LEAST_READING:
         doubts += (f"asked for everything it is unsure: {sure:.0%} a character",)
     return [
@@ -147,39 +149,6 @@ def _generate(model: UHDForConditionalGeneration, pairs: Sequence[tuple[Any, str
     confidence = ((chosen * said).sum(1) / said.sum(1)).exp()
     texts = processor.tokenizer.batch_decode(new, skip_special_tokens=True)
     return list(zip(texts, confidence.tolist(), strict=True))
-
-
-def image_doubts(image: Image.Image) -> tuple[str, ...]:
-    """How an image differs from those the model learned from: size, aspect, colour, ground, amount of ink.
-
-    Cheap and on purpose coarse: a strip, a photo, an empty page, a screenshot. Looks at no more than 256 x 256 px of
-    a large image.
-    """
-    known = TaskSettings()
-    width, height = image.size
-    aspect = max(width, height) / min(width, height)
-    doubts = []
-    if not 0.7 * known.area[0] <= width * height <= 1.25 * known.area[1]:
-        doubts.append(
-            f"{width}x{height} px are {width * height} in all, it learned from {known.area[0]} to {known.area[1]}"
-        )
-    if aspect > known.max_aspect * 1.2:
-        doubts.append(f"an aspect ratio of {aspect:.1f}, it learned up to {known.max_aspect:.0f}")
-    if max(width, height) > 256:
-        image = image.resize((min(width, 256), min(height, 256)), Image.Resampling.BOX)
-    pixels = np.asarray(image.convert("RGB"), np.int16)
-    if np.ptp(pixels, axis=2).mean() > 8:
-        doubts.append("colours, it learned from grey")
-    grey = pixels.mean(2)
-    ground = float(np.median(grey))
-    if ground < 170:
-        doubts.append(f"a ground of {ground:.0f} of 255, it learned from dark text on 190 to 255")
-    if (np.abs(grey - ground) < 16).mean() < 0.5:
-        doubts.append("an uneven ground, it learned from plain ones")
-    ink = float((grey < ground - 70).mean())
-    if not 0.003 <= ink <= 0.4:
-        doubts.append(f"{ink:.1%} of dark px: no text that it could read")
-    return tuple(doubts)
 
 
 def question_doubts(question: str) -> tuple[str, ...]:
