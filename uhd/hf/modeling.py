@@ -20,15 +20,14 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import PROCESSOR_NAME, can_return_tuple
 
-from uhd.batch import SliceBatch
-from uhd.encoder import EncodedImage, EncodedVideo, VisualEncoder, num_rows
+from uhd.encoder import EncodedImage, EncodedVideo, VisualEncoder
 from uhd.hf.attach import attach, native_side
 from uhd.hf.configuration import UHDConfig
 from uhd.hf.image_processing import refuse_own_function
 from uhd.hf.injection import inject
-from uhd.hf.placing import GridItem, Media, PlannedItem, check_schemas, group, match
-from uhd.hf.plans import read_plans
-from uhd.hf.processing import UHDProcessor, pack_encoded, pack_encoded_videos
+from uhd.hf.placing import Media, match
+from uhd.hf.processing import UHDProcessor
+from uhd.hf.visual_inputs import VISUAL_INPUTS, by_name, kinds_given, read_images, read_videos
 from uhd.merge import IGNORE, assemble, merge_visual, separator_embeddings
 from uhd.parts import rebuild_part
 from uhd.resampler import (
@@ -40,25 +39,9 @@ from uhd.resampler import (
 )
 from uhd.resampler.attention import LatentAttention
 from uhd.schema.fitted import layout_of
-from uhd.slicing import SlicePlan, SlicingConfig, VideoPlan, plan
+from uhd.slicing import SlicingConfig, plan
 from uhd.vision import ViT
 from uhd.vision.int8 import refuse_int8
-
-VISUAL_INPUTS = (
-    "pixel_values",
-    "grids",
-    "num_patches",
-    "slice_grids",
-    "image_sizes",
-    "image_tokens",
-    "view_tokens",
-    "image_plans",
-    "pixel_values_videos",
-    "video_grids",
-    "video_plans",
-    "video_tokens",
-)
-"""What a processor gives beside text."""
 
 RESAMPLERS = (PerceiverResampler, PyramidResampler, RewriteResampler, SpatialResampler)
 """Compressors with parameters of their own beside those of their layers."""
@@ -220,7 +203,7 @@ class UHDModel(UHDPreTrainedModel):
             ValueError: Inputs are missing, or do not agree with each other or with the model's strategy.
         """
         values = pixel_values, grids, num_patches, slice_grids, image_sizes, image_tokens, view_tokens, image_plans
-        media = self._images(_visual(*values))
+        media = read_images(self.visual, by_name(*values))
         return self._features(media, [0] * len(media.items) if image_indices is None else image_indices)
 
     def get_video_features(
@@ -240,7 +223,7 @@ class UHDModel(UHDPreTrainedModel):
             video_tokens: Instead of pixels: encoded videos, or packed (M, D).
         """
         given = pixel_values_videos, video_grids, video_plans, video_tokens
-        media = self._videos(dict(zip(VISUAL_INPUTS[-4:], given, strict=True)))
+        media = read_videos(self.visual, dict(zip(VISUAL_INPUTS[-4:], given, strict=True)))
         return self._features(media, [0] * len(media.items))
 
     def num_image_tokens(self, image_sizes: Sequence[Sequence[int]]) -> list[int]:
@@ -248,122 +231,17 @@ class UHDModel(UHDPreTrainedModel):
         plans = [plan((int(h), int(w)), self.visual.slicing) for h, w in image_sizes]
         return [layout_of(item, self.visual.schema).num_tokens for item in plans]
 
-    def _images(self, visual: Mapping[str, Any]) -> Media:
-        """Encode, or take what is encoded; the images are counted, not laid out yet."""
-        visual, schema = dict(visual), self.visual.schema
-        tokens = visual["image_tokens"]
-        if isinstance(tokens, (list, tuple)):
-            check_schemas(tokens, schema)
-            visual.update(pack_encoded(tokens))
-            tokens = visual["image_tokens"]
-        by_plans = visual["image_plans"] is not None
-        needed = ("pixel_values", "grids") if tokens is None else () if by_plans else ("view_tokens",)
-        missing = [name for name in (*needed, "num_patches") if visual[name] is None]
-        if missing or (visual["slice_grids"] is None and visual["image_sizes"] is None and not by_plans):
-            missing += [] if missing else ["slice_grids (or image_sizes)"]
-            raise ValueError(f"images need {', '.join(missing)}: pass everything that the processor returned")
-        plans = self._given_plans(visual)
-        if plans is not None:
-            if tokens is None:
-                tokens = self._encode(visual["pixel_values"], visual["grids"], plans, "image")
-            return self._media(tokens, plans, "image_tokens")
-        first = False
-        if tokens is None:
-            tokens, lengths = self.visual.encode_packed(visual["pixel_values"], visual["grids"].tolist())
-            first = self.visual.slicing.overview_first
-        else:
-            lengths = visual["view_tokens"].tolist()
-        if visual["slice_grids"] is None:
-            slices = [plan(tuple(hw), self.visual.slicing).grid for hw in visual["image_sizes"].tolist()]
-        else:
-            slices = [tuple(grid) if all(grid) else None for grid in visual["slice_grids"].tolist()]
-        images = group(lengths, visual["num_patches"].tolist(), slices)
-        if len(tokens) != sum(lengths):
-            raise ValueError(f"got {len(tokens)} image tokens, view_tokens add up to {sum(lengths)}")
-        items = tuple(GridItem(counts, grid, first, schema) for counts, grid in images)
-        return Media(tokens * self.config.visual_scale, items)
-
-    def _given_plans(self, visual: Mapping[str, Any]) -> tuple[SlicePlan, ...] | None:
-        """The images' plans; ``None`` where their grids of slices say all."""
-        if visual["image_plans"] is not None:
-            plans = read_plans(visual["image_plans"])
-            if not all(isinstance(item, SlicePlan) for item in plans):
-                raise ValueError("image_plans hold the plan of a video: pass those as video_plans")
-        elif visual["view_tokens"] is not None or isinstance(self.visual.slicing, SlicingConfig):
-            return None
-        elif visual["image_sizes"] is None:
-            raise ValueError("images need image_plans (or image_sizes): pass everything that the processor returned")
-        else:
-            plans = tuple(self.visual.plan(tuple(hw)) for hw in visual["image_sizes"].tolist())
-        counts, given = [item.num_views for item in plans], visual["num_patches"].tolist()
-        if counts != given:
-            raise ValueError(
-                f"the images' plans have {counts} views, num_patches says {given}: their processor plans otherwise "
-                "than this model"
-            )
-        return plans
-
-    def _videos(self, visual: Mapping[str, Any]) -> Media:
-        """Encode videos, or take what is encoded."""
-        tokens, plans = visual["video_tokens"], visual["video_plans"]
-        if isinstance(tokens, (list, tuple)):
-            check_schemas(tokens, self.visual.schema)
-            packed = pack_encoded_videos(tokens)
-            tokens, plans = packed["video_tokens"], packed["video_plans"]
-        needed = {"video_plans": plans}
-        if tokens is None:
-            needed |= {name: visual[name] for name in ("pixel_values_videos", "video_grids")}
-        missing = [name for name, value in needed.items() if value is None]
-        if missing:
-            raise ValueError(f"videos need {', '.join(missing)}: pass everything that the processor returned")
-        plans = read_plans(plans)
-        if not all(isinstance(item, VideoPlan) for item in plans):
-            raise ValueError("video_plans hold the plan of an image: pass those as image_plans")
-        if tokens is None:
-            frames = [frame for item in plans for frame in item.plans]
-            rows = self._encode(visual["pixel_values_videos"], visual["video_grids"], frames, "frame")
-            parts = rows.split([sum(map(num_rows, item.plans)) for item in plans])
-            tokens = torch.cat([self._ended(part, item) for part, item in zip(parts, plans, strict=True)])
-        return self._media(tokens, plans, "video_tokens")
-
-    def _ended(self, tokens: Tensor, video: VideoPlan) -> Tensor:
-        """A video's tokens with the newline that its plan ends with."""
-        newline = getattr(self.visual.packer, "newline", None)
-        if not video.newline:
-            return tokens
-        if newline is None:
-            raise ValueError(
-                "a video's plan ends with a newline, this model's strategy has none: its processor plans "
-                "otherwise than this model"
-            )
-        return torch.cat([tokens, newline.to(tokens)[None]])
-
-    def _encode(self, patches: Tensor, grids: Tensor, plans: Sequence[SlicePlan], kind: str) -> Tensor:
-        """The tokens of planned images or frames; their views' grids are compared first."""
-        wanted = [list(view.patches_hw) for item in plans for view in item.views]
-        if grids.tolist() != wanted:
-            raise ValueError(
-                f"the {len(plans)} {kind}s' plans have {len(wanted)} views, there are {len(grids)} grids, or their "
-                "rows and columns differ: pass everything that the processor returned"
-            )
-        return self.visual.encode(SliceBatch.from_patches(patches, plans))
-
-    def _media(self, tokens: Tensor, plans: Sequence[SlicePlan | VideoPlan], name: str) -> Media:
-        items = tuple(PlannedItem(item, self.visual.schema) for item in plans)
-        if len(tokens) != sum(item.rows for item in items):
-            raise ValueError(f"got {len(tokens)} {name}, their plans count {sum(item.rows for item in items)}")
-        return Media(tokens * self.config.visual_scale, items)
-
     def _features(self, media: Media, indices: Sequence[int]) -> BaseModelOutputWithPooling:
         separators = self._separators()
         fill = torch.tensor([[self.config.fill_token_id]], device=self._embedding_device())
         like = self.get_input_embeddings()(fill)
-        parts = media.tokens.to(like.device, like.dtype).split([item.rows for item in media.items])
+        tokens = media.tokens * self.config.visual_scale
+        parts = tokens.to(like.device, like.dtype).split([item.rows for item in media.items])
         features = [
             assemble(part, item.layout(index), separators)
             for part, item, index in zip(parts, media.items, indices, strict=True)
         ]
-        return BaseModelOutputWithPooling(last_hidden_state=media.tokens, pooler_output=features)
+        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=features)
 
     def _separators(self) -> dict[str, Tensor]:
         """Symbol -> (D,), with gradients to the language model's embeddings or to the learned ones."""
@@ -391,7 +269,7 @@ class UHDModel(UHDPreTrainedModel):
         together = torch.stack(list(positions.values())).any(0)
         self._check_length(input_ids, attention_mask, together.sum(1).tolist())
         visual = {name: visual.get(name) for name in VISUAL_INPUTS}
-        given = _given(visual)
+        given = kinds_given(visual)
         media: dict[str, tuple[Tensor, ...]] = {}
         places: list[tuple[Tensor, list[int], Tensor]] = []
         for kind, mask in positions.items():
@@ -401,7 +279,7 @@ class UHDModel(UHDPreTrainedModel):
                     sample = next(place for place, count in enumerate(counts) if count)
                     raise ValueError(f"sample {sample} has {counts[sample]} {kind} positions and there are 0 {kind}s")
                 continue
-            found = self._images(visual) if kind == "image" else self._videos(visual)
+            found = read_images(self.visual, visual) if kind == "image" else read_videos(self.visual, visual)
             features = self._features(found, match(counts, found.lengths, kind)).pooler_output
             media[f"{kind}_hidden_states"] = tuple(features)
             places.append((mask, counts, torch.cat(features)))
@@ -545,7 +423,7 @@ class UHDModel(UHDPreTrainedModel):
     ) -> UHDModelOutputWithPast:
         """Arguments and errors as in :meth:`UHDForConditionalGeneration.forward`; no head, so no labels."""
         images = pixel_values, grids, num_patches, slice_grids, image_sizes, image_tokens, view_tokens, image_plans
-        visual = _visual(*images, pixel_values_videos, video_grids, video_plans, video_tokens)
+        visual = by_name(*images, pixel_values_videos, video_grids, video_plans, video_tokens)
         found, media = self._call(
             self.language_model.base_model,
             input_ids=input_ids,
@@ -721,7 +599,7 @@ class UHDForConditionalGeneration(UHDModel, GenerationMixin):
                 disagree, or a sample is longer than the language model's positions.
         """
         images = pixel_values, grids, num_patches, slice_grids, image_sizes, image_tokens, view_tokens, image_plans
-        visual = _visual(*images, pixel_values_videos, video_grids, video_plans, video_tokens)
+        visual = by_name(*images, pixel_values_videos, video_grids, video_plans, video_tokens)
         if isinstance(logits_to_keep, Tensor) or logits_to_keep:
             kwargs["logits_to_keep"] = logits_to_keep
         found, media = self._call(
@@ -803,17 +681,6 @@ def _cached_length(cache: Any) -> int:
     if cache is None:
         return 0
     return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 1
-
-
-def _visual(*values: Any) -> dict[str, Any]:
-    """The first of :data:`VISUAL_INPUTS` by name."""
-    return dict(zip(VISUAL_INPUTS, values, strict=False))
-
-
-def _given(visual: Mapping[str, Any]) -> set[str]:
-    """Which of images and videos there are."""
-    kinds = {"image": ("pixel_values", "image_tokens"), "video": ("pixel_values_videos", "video_tokens")}
-    return {kind for kind, names in kinds.items() if any(visual[name] is not None for name in names)}
 
 
 def _build_visual(config: UHDConfig) -> VisualEncoder:
