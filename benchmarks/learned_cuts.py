@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from learned_report import CUTS_FILE
-from learned_run import INK_HW, TEST_SEED, cut_by, write_json
+from learned_run import INK_HW, TEST_SEED, chosen_factor, cut_by, read_runs, write_json
 from PIL import Image
 
 from uhd import UHDForConditionalGeneration, VisualEncoder
@@ -115,7 +115,8 @@ def judge(model: UHDForConditionalGeneration, some: Sequence[Pair]) -> dict[str,
 def work(out: Path, checkpoints: Path, *, images: int = 1000, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Judge the shipped model, and every finished run of ``out/long`` whose model is in ``checkpoints/long``.
 
-    Runs that the file in ``out`` holds already are not done again.
+    Runs that the file in ``out`` holds already are not done again, those at a learning rate that was not chosen are
+    left out.
 
     Raises:
         ValueError: The file was made with another number of images.
@@ -129,7 +130,7 @@ def work(out: Path, checkpoints: Path, *, images: int = 1000, say: Callable[[str
         if name in runs:
             continue
         model = (load_nano() if folder is None else UHDForConditionalGeneration.from_pretrained(folder)).eval()
-        by = CONTROL if folder is None or not _cuts(model.visual) else json.loads(_result(out, name))["arm"]
+        by = name.split("-seed")[0] if folder and _cuts(model.visual) else CONTROL
         if by not in pairs:
             encoder = model.visual if by != CONTROL else load_nano().visual
             pairs[by] = [one for index in range(images) if (one := pair(index, encoder))]
@@ -145,12 +146,12 @@ def work(out: Path, checkpoints: Path, *, images: int = 1000, say: Callable[[str
 
 
 def _models(results: Path, checkpoints: Path) -> dict[str, Path]:
-    found = {path.stem: checkpoints / path.stem / "model" for path in sorted(results.glob("*.json"))}
-    return {name: folder for name, folder in found.items() if (folder / "config.json").exists()}
-
-
-def _result(out: Path, name: str) -> str:
-    return (out / "long" / f"{name}.json").read_text()
+    """Folders of the runs' models, those of a learning rate that was not chosen left out."""
+    found = read_runs(results)
+    factors = next(iter(found.values()))["settings"]["factors"] if found else ()
+    kept = [task for task in found if chosen_factor(task.arm, found, factors) in (None, task.factor)]
+    folders = {task.name: checkpoints / task.name / "model" for task in kept}
+    return {name: folder for name, folder in folders.items() if (folder / "config.json").exists()}
 
 
 def _cuts(encoder: VisualEncoder) -> bool:
