@@ -25,6 +25,7 @@ import learned_folder
 import learned_report
 import learned_run
 from train import SEEDS as TRAINING_SEEDS  # the example, which learned_run puts on the path
+from transformers.utils import logging
 
 HERE = Path(__file__).resolve().parent
 
@@ -32,6 +33,7 @@ HERE = Path(__file__).resolve().parent
 def main(argv: list[str] | None = None) -> int:
     """Entry point."""
     args = parser().parse_args(argv)
+    logging.disable_progress_bar()
     try:
         return {"run": run, "report": report, "cuts": cuts, "folder": folder}[args.command](args)
     except (ValueError, OSError, RuntimeError) as problem:
