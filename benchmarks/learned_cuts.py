@@ -24,7 +24,7 @@ from uhd import UHDForConditionalGeneration, VisualEncoder
 from uhd.nano import load_nano
 from uhd.nano.answer import answer_many
 from uhd.nano.evaluate import choose
-from uhd.nano.task import Scene, TaskSettings, bucket, questions, scene
+from uhd.nano.task import Scene, TaskSettings, questions, scene
 
 SHIPPED, CONTROL = "nano", "uhd"
 """The shipped model's name among the runs; the arm whose pairs judge arms that do not cut."""
@@ -44,7 +44,6 @@ class Pair:
     """A question about one text at two places: no border goes through its two glyphs, or through a middle of them."""
 
     index: int
-    bucket: int
     question: str
     truth: str
     whole: Image.Image
@@ -93,7 +92,7 @@ def pair(index: int, encoder: VisualEncoder) -> Pair | None:
     if None in found:
         return None
     images = [moved(drawn, tried[n], rng).image for n in found]
-    return Pair(index, bucket(drawn.aspect), one.text, one.answer, *images)
+    return Pair(index, one.text, one.answer, *images)
 
 
 def _moved_glyphs(drawn: Scene, shift_hw: Sequence[int]) -> tuple:
@@ -119,25 +118,26 @@ def work(out: Path, checkpoints: Path, *, images: int = 1000, say: Callable[[str
     left out.
 
     Raises:
-        ValueError: The file was made with another number of images.
+        ValueError: The file was made with another number of images, or with other pairs.
     """
     path = out / CUTS_FILE
-    told = json.loads(path.read_text()) if path.exists() else {"seed": TEST_SEED, "images": images, "pairs": {}}
+    begun = {"seed": TEST_SEED, "images": images, "pairs": {}, "runs": {}}
+    told = json.loads(path.read_text()) if path.exists() else begun
     if told["images"] != images:
         raise ValueError(f"{path} was made with {told['images']} images, not {images}: move it away to begin anew")
-    runs, pairs = told.setdefault("runs", {}), {}
-    for name, folder in {SHIPPED: None, **_models(out / "long", checkpoints / "long")}.items():
+    runs, pairs = told["runs"], {}
+    models = {SHIPPED: (CONTROL, None), **_models(out / "long", checkpoints / "long")}
+    for name, (arm, folder) in models.items():
         if name in runs:
             continue
         model = (load_nano() if folder is None else UHDForConditionalGeneration.from_pretrained(folder)).eval()
-        by = name.split("-seed")[0] if folder and _cuts(model.visual) else CONTROL
+        by = arm if _cuts(model.visual) else CONTROL
         if by not in pairs:
-            encoder = model.visual if by != CONTROL else load_nano().visual
+            encoder = model.visual if by == arm else load_nano().visual
             pairs[by] = [one for index in range(images) if (one := pair(index, encoder))]
-            told["pairs"][by] = {
-                "images": [one.index for one in pairs[by]],
-                "buckets": "".join(str(one.bucket) for one in pairs[by]),
-            }
+            found = [one.index for one in pairs[by]]
+            if told["pairs"].setdefault(by, found) != found:
+                raise ValueError(f"{path} has other pairs of {by} than this code makes: move it away to begin anew")
         runs[name] = {"by": by, **judge(model, pairs[by])}
         write_json(path, told)
         whole, cut = (runs[name][key].count("1") / len(pairs[by]) for key in ("whole", "cut"))
@@ -145,13 +145,13 @@ def work(out: Path, checkpoints: Path, *, images: int = 1000, say: Callable[[str
     return told
 
 
-def _models(results: Path, checkpoints: Path) -> dict[str, Path]:
-    """Folders of the runs' models, those of a learning rate that was not chosen left out."""
+def _models(results: Path, checkpoints: Path) -> dict[str, tuple[str, Path]]:
+    """By run: its arm and its model's folder; those of a learning rate that was not chosen are left out."""
     found = read_runs(results)
     factors = next(iter(found.values()))["settings"]["factors"] if found else ()
     kept = [task for task in found if chosen_factor(task.arm, found, factors) in (None, task.factor)]
-    folders = {task.name: checkpoints / task.name / "model" for task in kept}
-    return {name: folder for name, folder in folders.items() if (folder / "config.json").exists()}
+    folders = {task.name: (task.arm, checkpoints / task.name / "model") for task in kept}
+    return {name: (arm, folder) for name, (arm, folder) in folders.items() if (folder / "config.json").exists()}
 
 
 def _cuts(encoder: VisualEncoder) -> bool:

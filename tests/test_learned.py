@@ -295,12 +295,17 @@ def test_borders_through_glyphs_are_judged_once_and_reported(parts, tiny, tmp_pa
         "stretch-seed0-lr1": "uhd",
     }
     for run in told["runs"].values():
-        assert len(run["whole"]) == len(run["cut"]) == len(told["pairs"][run["by"]]["images"]) > 2
+        assert len(run["whole"]) == len(run["cut"]) == len(told["pairs"][run["by"]]) > 2
     monkeypatch.setattr(parts.cuts, "judge", None)
     assert parts.main.main(command) == 0  # nothing is done twice
     assert parts.main.main([*command[:-1], "13"]) == 1
     assert "was made with 12 images, not 13" in capsys.readouterr().err
     assert parts.main.main([*command[:-1], "0"]) == 1
+    other = {**told, "pairs": {**told["pairs"], "uhd": [0]}, "runs": {}}
+    (tmp_path / "out" / "cuts.json").write_text(json.dumps(other))
+    assert parts.main.main(command) == 1
+    assert "has other pairs of uhd than this code makes" in capsys.readouterr().err
+    (tmp_path / "out" / "cuts.json").write_text(json.dumps(told))
     told["runs"]["nano"] |= {"whole": "1" * 4 + "0" * 4, "cut": "1" * 2 + "0" * 6}
     found = parts.report.Comparison(parts.run.read_runs(folders["out"]))
     rows = parts.report.cut_pairs(told, found)
