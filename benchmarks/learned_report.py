@@ -16,6 +16,9 @@ from uhd import charts
 from uhd.nano.task import BUCKETS, QUESTIONS
 
 BASELINE = "uhd"
+CONTRASTS = (("few-latents", "overview-wide"),)
+"""Pairs of other arms, the first minus the second: pixels with few tokens, tokens with few pixels."""
+
 FEWEST_SEEDS, FEWEST_IMAGES = 3, 30
 """Below either nothing is judged, whatever the interval."""
 
@@ -139,9 +142,9 @@ class Comparison:
         length = decode(runs[0]["test"]["items"][kind]["length"])
         return 1 - float(np.nansum(distances(runs, kind)) / (np.nansum(length) * len(runs)))
 
-    def common(self, arm: str) -> list[int]:
-        """Seeds that an arm and the baseline both have."""
-        return [seed for seed in self.runs[arm] if seed in self.runs.get(BASELINE, {})]
+    def common(self, arm: str, other: str = BASELINE) -> list[int]:
+        """Seeds that two arms both have."""
+        return [seed for seed in self.runs.get(arm, {}) if seed in self.runs.get(other, {})]
 
     def missing(self) -> list[str]:
         """Runs of the full plan that are not there."""
@@ -159,6 +162,9 @@ def summarize(found: Comparison) -> dict[str, Any]:
         "borders": list(BORDERS),
         "arms": {arm: _arm(found, arm) for arm in found.runs},
         "differences": {arm: _differences(found, arm) for arm in found.runs if arm != BASELINE and found.common(arm)},
+        "contrasts": {
+            f"{arm} - {other}": _differences(found, arm, other) for arm, other in CONTRASTS if found.common(arm, other)
+        },
         "cut": {arm: shares for arm in found.runs if (shares := _cut(found, arm))},
     }
 
@@ -191,11 +197,11 @@ def _arm(found: Comparison, arm: str) -> dict[str, Any]:
     }
 
 
-def _differences(found: Comparison, arm: str) -> dict[str, Any]:
-    """Arm minus baseline, paired by seed and image."""
-    seeds, told = found.common(arm), {}
+def _differences(found: Comparison, arm: str, other: str = BASELINE) -> dict[str, Any]:
+    """The first minus the second, paired by seed and image."""
+    seeds, told = found.common(arm, other), {}
     for kind in found.kinds:
-        difference = found.exact(arm, kind, seeds) - found.exact(BASELINE, kind, seeds)
+        difference = found.exact(arm, kind, seeds) - found.exact(other, kind, seeds)
         parts = [difference, *(difference[:, found.buckets == number] for number in range(len(BORDERS)))]
         rows = [interval(part) for part in parts]
         told[kind] = [
@@ -291,21 +297,23 @@ def markdown(told: Mapping[str, Any], name: str) -> str:
         parts += [f"`{kind}` by longer side / shorter side:", _table(_bucket_table(arms, kind, told["borders"]))]
     if told["differences"]:
         parts += [
-            f"Difference to `{BASELINE}`, paired by seed and image. {_count(told)}",
-            _table(_difference_table(told)),
+            f"Difference to `{BASELINE}`, paired by seed and image. {_count(told['differences'])}",
+            _table(_difference_table(told["differences"], told["borders"])),
+        ]
+    if told["contrasts"]:
+        parts += [
+            f"Differences between two other arms. {_count(told['contrasts'])}",
+            _table(_difference_table(told["contrasts"], told["borders"])),
         ]
     if told["cut"]:
         parts += ['"Right of", by whether a border between slices goes through a glyph:', _table(_cut_table(told))]
     return "\n\n".join(parts)
 
 
-def _count(told: Mapping[str, Any]) -> str:
+def _count(differences: Mapping[str, Any]) -> str:
     """How many comparisons the table holds, and how many of them chance alone would make differences."""
     verdicts = [
-        part["verdict"]
-        for found in told["differences"].values()
-        for parts in found["questions"].values()
-        for part in parts
+        part["verdict"] for found in differences.values() for parts in found["questions"].values() for part in parts
     ]
     judged = sum(verdict in JUDGED for verdict in verdicts)
     if not judged:
@@ -360,9 +368,9 @@ def _bucket_table(arms: Mapping[str, Any], kind: str, borders: Sequence[str]) ->
     return rows + [[arm, *map(_cell, told["questions"][kind]["by_bucket"])] for arm, told in arms.items()]
 
 
-def _difference_table(told: Mapping[str, Any]) -> Table:
-    rows = [["arm", "question", "in all", *told["borders"]]]
-    for arm, found in told["differences"].items():
+def _difference_table(differences: Mapping[str, Any], borders: Sequence[str]) -> Table:
+    rows = [["arm", "question", "in all", *borders]]
+    for arm, found in differences.items():
         for kind, parts in found["questions"].items():
             cells = [f"{_cell(part['difference'], '+.3f')} {part['verdict']}" for part in parts]
             rows.append([arm, kind, *cells])

@@ -113,6 +113,9 @@ def all_arms(base: NanoConfig | None = None) -> dict[str, Arm]:
 
 ARMS = ("uhd", "stretch", "pad", "next", "anyres", "no-separators")
 QUICK_ARMS = ("uhd", "stretch", "next", "no-separators")
+VARIANTS = ("overview", "overview-wide", "few-latents")
+"""Changes of the arm ``uhd`` in one number, which take its learning rate: they choose none."""
+
 SEEDS = (0, 1, 2)
 
 
@@ -175,9 +178,13 @@ class Task:
 
 
 def chosen_factor(arm: str, found: Mapping[Task, Mapping[str, Any]], factors: Sequence[float]) -> float | None:
-    """The factor that reads the validation scenes best, the first of equals; ``None``: not every one has run."""
+    """The factor that reads the validation scenes best, the first of equals; ``None``: not every one has run.
+
+    Those of :data:`VARIANTS` take that of ``uhd``.
+    """
     if len(factors) == 1:
         return factors[0]
+    arm = "uhd" if arm in VARIANTS else arm
     scores = {f: found[task]["validation"] for f in factors if (task := Task(arm, TUNING_SEED, f)) in found}
     return max(scores, key=scores.__getitem__) if len(scores) == len(factors) else None
 
@@ -186,10 +193,11 @@ def tasks(
     factors: Sequence[float], arms: Sequence[str], seeds: Sequence[int], found: Mapping[Task, Any]
 ) -> tuple[list[Task], list[str]]:
     """The runs in their order, arms side by side, and what cannot be planned before an arm has its factor."""
-    first = [Task(arm, TUNING_SEED, f) for f in factors for arm in arms if TUNING_SEED in seeds]
+    choosing = [arm for arm in arms if arm not in VARIANTS]
+    first = [Task(arm, TUNING_SEED, f) for f in factors for arm in choosing if TUNING_SEED in seeds]
     rest, blocked = [], []
     for seed in seeds:
-        for arm in arms if seed != TUNING_SEED else ():
+        for arm in arms if seed != TUNING_SEED else [arm for arm in arms if arm in VARIANTS]:
             factor = chosen_factor(arm, found, factors)
             if factor is None:
                 blocked.append(f"{arm}-seed{seed}")

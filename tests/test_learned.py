@@ -425,6 +425,12 @@ def test_every_arm_takes_the_learning_rate_that_its_validation_chose(parts):
     assert planned[:3] == [Task("uhd", 0, 1.0), Task("pad", 0, 1.0), Task("next", 0, 1.0)]
     assert planned[6:] == [Task("uhd", 2, 0.5), Task("pad", 2, 1.0)]
     assert blocked == ["next-seed2"]
+    planned, blocked = parts.run.tasks((1.0, 0.5), ("few-latents", "uhd"), (0, 1), found)
+    assert planned[:2] == [Task("uhd", 0, 1.0), Task("uhd", 0, 0.5)]
+    assert planned[2:] == [Task("few-latents", 0, 0.5), Task("few-latents", 1, 0.5), Task("uhd", 1, 0.5)]
+    assert blocked == []
+    assert parts.run.tasks((1.0, 0.5), ["overview"], [0], {}) == ([], ["overview-seed0"])
+    assert {*parts.run.VARIANTS, *parts.run.ARMS} == set(parts.run.all_arms())
 
 
 def test_steps_images_and_rates_are_equal_for_all_arms(parts):
@@ -580,6 +586,26 @@ def test_report_finds_a_difference_and_calls_none_none(parts, tmp_path, capsys):
     for path in tmp_path.glob("*.svg"):
         ElementTree.parse(path)
     assert len(list(tmp_path.glob("long_*.svg"))) == 5
+
+
+def test_pixels_and_tokens_are_held_against_each_other(parts, tmp_path):
+    folder = write_runs(parts, tmp_path / "long", {"uhd": 0.6, "few-latents": 0.7, "overview-wide": 0.5})
+    told = parts.report.report(tmp_path, say=str)["long"]
+    rows = {name: found["questions"]["right"][0] for name, found in told["contrasts"].items()}
+    assert list(rows) == ["few-latents - overview-wide"]
+    one, other = (told["differences"][arm]["questions"]["right"][0] for arm in ("few-latents", "overview-wide"))
+    assert rows["few-latents - overview-wide"]["difference"][0] == pytest.approx(
+        one["difference"][0] - other["difference"][0], abs=2e-4
+    )
+    assert rows["few-latents - overview-wide"]["verdict"] == "better"
+    text = parts.report.markdown(told, "long")
+    assert "Differences between two other arms. 25 comparisons are judged" in text
+    assert "| few-latents - overview-wide | right | +0." in text
+    for path in folder.glob("overview*"):
+        path.unlink()
+    told = parts.report.report(tmp_path, say=str)["long"]
+    assert told["contrasts"] == {}
+    assert "two other arms" not in parts.report.markdown(told, "long")
 
 
 def test_two_seeds_or_few_images_are_not_judged(parts, tmp_path):
