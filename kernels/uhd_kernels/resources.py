@@ -162,16 +162,30 @@ def rows(todo: list[Variant]) -> list[dict[str, object]]:
         return list(pool.map(measure, todo))
 
 
+def numbers(text: str) -> list[int]:
+    """Integers between commas.
+
+    Raises:
+        argparse.ArgumentTypeError: It holds anything else.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of integers such as 80,90") from None
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m uhd_kernels.resources", description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", default="80,90,100", help=f"of {', '.join(map(str, SHARED_LIMIT))}")
-    parser.add_argument("--head-dims", default="64,128")
+    parser.add_argument("--arch", type=numbers, default="80,90,100", help=f"of {', '.join(map(str, SHARED_LIMIT))}")
+    parser.add_argument("--head-dims", type=numbers, default="64,128")
     parser.add_argument("--dtypes", default="bf16", help=f"of {', '.join(DTYPES)}")
-    parser.add_argument("--latents", default="64,144", help="one on either side of 64, where the kernels change")
+    parser.add_argument(
+        "--latents", type=numbers, default="64,144", help="one on either side of 64, where the kernels change"
+    )
     parser.add_argument("--small", action="store_true", help="also the kernels around the attention, without products")
     parser.add_argument("--json", action="store_true", help="print a list of rows")
     options = parser.parse_args(arguments)
-    archs, dims, latents = ([int(x) for x in o.split(",")] for o in (options.arch, options.head_dims, options.latents))
+    archs, dims, latents = options.arch, options.head_dims, options.latents
     dtypes = options.dtypes.split(",")
     if wrong := [x for x in archs if x not in SHARED_LIMIT] + [x for x in dtypes if x not in DTYPES]:
         parser.error(f"unknown {wrong}; architectures are {list(SHARED_LIMIT)}, dtypes {list(DTYPES)}")

@@ -106,6 +106,7 @@ def test_no_spills_and_matrix_instructions_anywhere():
     [
         (["--arch", "70"], r"unknown \[70\]; architectures are \[80,"),
         (["--dtypes", "bf16,int8"], r"unknown \['int8'\]"),
+        (["--arch", "90,"], r"'90,' is no list of integers such as 80,90"),
         (["--head-dims", "64,256"], r"\[256\]: head dims go from 1 to 128"),
     ],
 )
