@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -52,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="default 0 1 2, or 0 where quick")
     one.add_argument("--quick", action="store_true", help="few steps, one seed, four arms: a look, no evidence")
     one.add_argument("--workers", type=int, default=1, metavar="N", help="runs side by side, a core each")
-    one.add_argument("--minutes", type=float, help="begin nothing that would end later")
+    one.add_argument("--minutes", type=float, help="begin no piece that would end later, by what pieces took")
     two = commands.add_parser("report", help="tables, report.json and plots")
     two.add_argument("--out", type=Path, default=HERE / "results" / "learned")
     two.add_argument("--page", type=Path, help="a Markdown file whose results section is written anew")
@@ -62,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     four.add_argument("--images", type=int, default=1000, help="test scenes to make pairs from")
     three = commands.add_parser("folder", help="your own images and questions")
     three.add_argument("folder", type=Path)
-    three.add_argument("--model", default="nano", help="nano (shipped), or a folder of a saved model")
+    three.add_argument("--model", default=learned_folder.NANO, help="nano (shipped), or a folder of a saved model")
     three.add_argument("--strategies", nargs="+", default=[learned_folder.OWN], metavar="NAME", help="default: own")
     three.add_argument("--prompt", default=learned_folder.PROMPT, help=f"default {learned_folder.PROMPT}")
     three.add_argument("--batch-size", type=int, default=16)
@@ -79,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"no arm {', '.join(unknown)}: there are {', '.join(learned_run.all_arms())}")
     if args.workers < 1:
         raise ValueError(f"--workers must be at least 1, got {args.workers}")
+    if args.minutes is not None and not (math.isfinite(args.minutes) and args.minutes > 0):
+        raise ValueError(f"--minutes must be above 0, got {args.minutes:g}")
     if wrong := sorted(seed for seed in args.seeds or () if not 0 <= seed < TRAINING_SEEDS):
         raise ValueError(
             f"--seeds must be 0 to {TRAINING_SEEDS - 1} (scenes of larger ones are for judging), "
@@ -130,6 +133,7 @@ def folder(args: argparse.Namespace) -> int:
     if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
         raise ValueError(f"--json: cannot write {args.json}, it is a folder or in none")
     learned_folder.read_questions(args.folder)  # before a model is loaded
+    told = {"model": args.model, "prompt": args.prompt, "max_new_tokens": args.max_new_tokens}
     rows = learned_folder.judge(
         args.folder,
         learned_folder.load_model(args.model),
@@ -137,10 +141,12 @@ def folder(args: argparse.Namespace) -> int:
         prompt=args.prompt,
         batch_size=args.batch_size,
         max_new_tokens=args.max_new_tokens,
+        repaint=args.model == learned_folder.NANO,
     )
     print(learned_folder.table(rows))
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps({**told, "strategies": rows}, indent=1, ensure_ascii=False)
+        args.json.write_text(text + "\n", encoding="utf-8")
     return 0
 
 

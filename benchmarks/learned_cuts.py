@@ -8,15 +8,15 @@ do not cut get the pairs of ``uhd``: what they lose is what the moving alone cos
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from learned_report import CUTS_FILE
+from learned_report import CUTS_FILE, read_cuts
 from learned_run import INK_HW, TEST_SEED, chosen_factor, cut_by, read_runs, write_json
 from PIL import Image
 
@@ -111,38 +111,66 @@ def judge(model: UHDForConditionalGeneration, some: Sequence[Pair]) -> dict[str,
     return told
 
 
+def fingerprint(*parts: bytes) -> str:
+    """Tells other weights, or other pairs, from those that were judged."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
 def work(out: Path, checkpoints: Path, *, images: int = 1000, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Judge the shipped model, and every finished run of ``out/long`` whose model is in ``checkpoints/long``.
 
-    Runs that the file in ``out`` holds already are not done again, those at a learning rate that was not chosen are
-    left out.
+    What the file in ``out`` holds of the same weights is not done again. Runs at a learning rate that was not chosen
+    are left out; those without a model are named.
 
     Raises:
         ValueError: The file was made with another number of images, or with other pairs.
     """
     path = out / CUTS_FILE
-    begun = {"seed": TEST_SEED, "images": images, "pairs": {}, "runs": {}}
-    told = json.loads(path.read_text()) if path.exists() else begun
+    told = read_cuts(path) if path.exists() else {"seed": TEST_SEED, "images": images, "pairs": {}, "runs": {}}
     if told["images"] != images:
         raise ValueError(f"{path} was made with {told['images']} images, not {images}: move it away to begin anew")
-    runs, pairs = told["runs"], {}
-    models = {SHIPPED: (CONTROL, None), **_models(out / "long", checkpoints / "long")}
-    for name, (arm, folder) in models.items():
-        if name in runs:
+    runs, pairs, kept, absent = told["runs"], {}, [], []
+    for name, (arm, folder) in {SHIPPED: (CONTROL, None), **_models(out / "long", checkpoints / "long")}.items():
+        if folder is not None and not (folder / "config.json").exists():
+            absent.append(name)
             continue
         model = (load_nano() if folder is None else UHDForConditionalGeneration.from_pretrained(folder)).eval()
+        weights = fingerprint(*(tensor.numpy().tobytes() for tensor in model.state_dict().values()))
+        if runs.get(name, {}).get("weights") == weights:
+            kept.append(name)
+            continue
         by = arm if _cuts(model.visual) else CONTROL
         if by not in pairs:
-            encoder = model.visual if by == arm else load_nano().visual
-            pairs[by] = [one for index in range(images) if (one := pair(index, encoder))]
-            found = [one.index for one in pairs[by]]
+            pairs[by] = _pairs(model.visual if by == arm else load_nano().visual, images)
+            found = _told(pairs[by])
             if told["pairs"].setdefault(by, found) != found:
                 raise ValueError(f"{path} has other pairs of {by} than this code makes: move it away to begin anew")
-        runs[name] = {"by": by, **judge(model, pairs[by])}
+        runs[name] = {"by": by, "weights": weights, **judge(model, pairs[by])}
         write_json(path, told)
         whole, cut = (runs[name][key].count("1") / len(pairs[by]) for key in ("whole", "cut"))
         say(f"{name}: {len(pairs[by])} pairs, exact {whole:.3f} whole, {cut:.3f} cut")
+    if kept:
+        say(f"judged before: {', '.join(kept)}")
+    if absent:
+        say(f"without a model in {checkpoints / 'long'}: {', '.join(absent)}")
     return told
+
+
+def _pairs(encoder: VisualEncoder, images: int) -> list[Pair]:
+    return [one for index in range(images) if (one := pair(index, encoder))]
+
+
+def _told(some: Sequence[Pair]) -> dict[str, Any]:
+    """Of which scenes pairs are, and what tells others from them."""
+    parts = [
+        part
+        for one in some
+        for part in (one.question.encode(), one.truth.encode(), one.whole.tobytes(), one.cut.tobytes())
+    ]
+    return {"scenes": [one.index for one in some], "fingerprint": fingerprint(*parts)}
 
 
 def _models(results: Path, checkpoints: Path) -> dict[str, tuple[str, Path]]:
@@ -150,8 +178,7 @@ def _models(results: Path, checkpoints: Path) -> dict[str, tuple[str, Path]]:
     found = read_runs(results)
     factors = next(iter(found.values()))["settings"]["factors"] if found else ()
     kept = [task for task in found if chosen_factor(task.arm, found, factors) in (None, task.factor)]
-    folders = {task.name: (task.arm, checkpoints / task.name / "model") for task in kept}
-    return {name: (arm, folder) for name, (arm, folder) in folders.items() if (folder / "config.json").exists()}
+    return {task.name: (task.arm, checkpoints / task.name / "model") for task in kept}
 
 
 def _cuts(encoder: VisualEncoder) -> bool:

@@ -10,12 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from learned_run import ARMS, DIGITS, NOT_ASKED, SEEDS, TUNING_SEED, Task, chosen_factor, read_runs, tasks, write_json
+from learned_run import (
+    ARMS,
+    DIGITS,
+    NOT_ASKED,
+    QUICK_ARMS,
+    SEEDS,
+    TUNING_SEED,
+    Task,
+    chosen_factor,
+    read_runs,
+    tasks,
+    write_json,
+)
 
 from uhd import charts
+from uhd.nano.evaluate import wilson
 from uhd.nano.task import BUCKETS, QUESTIONS
 
 BASELINE = "uhd"
+UNCUT = "stretch"
+"""The arm that tells what moving a text alone costs: it cuts nothing."""
+
 CONTRASTS = (("few-latents", "overview-wide"),)
 """Pairs of other arms, the first minus the second: pixels with few tokens, tokens with few pixels."""
 
@@ -47,6 +63,15 @@ def decode(row: str) -> np.ndarray:
 def distances(runs: Sequence[Mapping[str, Any]], kind: str) -> np.ndarray:
     """(seeds, images) edit distances."""
     return np.stack([decode(run["test"]["items"][kind]["distance"]) for run in runs])
+
+
+def share(exact: np.ndarray) -> tuple[float, float, float]:
+    """Mean of (seeds, images) zeros and ones, and :func:`interval`; Wilson's for the images where all are equal."""
+    mean, low, high = interval(exact, within=SHARE)
+    if low == high:
+        images = int((~np.isnan(exact).any(0)).sum())
+        low, high = wilson(round(mean * images), images)
+    return mean, low, high
 
 
 def interval(values: np.ndarray, *, within: tuple[float, float] = (-1.0, 1.0)) -> tuple[float, float, float]:
@@ -120,7 +145,9 @@ class Comparison:
         self.factor = {arm: chosen_factor(arm, found, self.factors) for arm in names}
         self.runs: dict[str, dict[int, Mapping[str, Any]]] = {}
         for arm in names:
-            factor = self.factors[0] if self.factor[arm] is None else self.factor[arm]
+            there = {task.factor for task in found if task.arm == arm}
+            first = next((factor for factor in self.factors if factor in there), None)
+            factor = first if self.factor[arm] is None else self.factor[arm]
             kept = {task.seed: run for task, run in found.items() if (task.arm, task.factor) == (arm, factor)}
             if kept:
                 self.runs[arm] = dict(sorted(kept.items()))
@@ -149,7 +176,7 @@ class Comparison:
     def missing(self) -> list[str]:
         """Runs of the full plan that are not there."""
         seeds = SEEDS if len(self.factors) > 1 else (TUNING_SEED,)
-        arms = ARMS if len(self.factors) > 1 else tuple(self.runs)
+        arms = ARMS if len(self.factors) > 1 else QUICK_ARMS
         planned, blocked = tasks(self.factors, arms, seeds, self.found)
         return [*(task.name for task in planned if task not in self.found), *blocked]
 
@@ -175,7 +202,7 @@ def _arm(found: Comparison, arm: str) -> dict[str, Any]:
     for kind in found.kinds:
         exact = found.exact(arm, kind)
         questions[kind] = {
-            "exact": _rounded(interval(exact, within=SHARE)),
+            "exact": _rounded(share(exact)),
             "by_seed": [round(float(np.nanmean(row)), 4) for row in exact],
             "characters": round(found.characters(arm, kind), 4),
             "by_bucket": _by_bucket(found, exact),
@@ -219,51 +246,85 @@ def _cut(found: Comparison, arm: str) -> dict[str, Any]:
     for mark, name in (("1", "a border cuts a glyph"), ("0", "no border does"), ("u", "image not cut")):
         part = exact[:, marks == mark]
         if part.size:
-            told[name] = {"items": int(part.shape[1]), "exact": _rounded(interval(part, within=SHARE))}
+            told[name] = {"items": int(part.shape[1]), "exact": _rounded(share(part))}
     return told if len(told) > 1 else {}
 
 
+def read_cuts(path: Path) -> dict[str, Any]:
+    """What :mod:`learned_cuts` wrote.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    try:
+        told = json.loads(path.read_text())
+        absent = sorted({"seed", "images", "pairs", "runs"} - set(told))
+        if absent or not all(isinstance(told[key], dict) for key in ("pairs", "runs")):
+            raise ValueError(f"it has no {', '.join(absent)}" if absent else "pairs and runs are not by name")
+    except (ValueError, TypeError) as problem:
+        raise ValueError(f"{path} is not what `learned.py cuts` writes: {problem}") from None
+    return told
+
+
 def cut_pairs(told: Mapping[str, Any], found: Comparison) -> list[dict[str, Any]]:
-    """What :mod:`learned_cuts` measured, arm by arm: exact where glyphs are whole, where cut, and the difference."""
+    """What :mod:`learned_cuts` measured, arm by arm: exact where glyphs are whole, where cut, and the difference.
+
+    ``to_uncut`` is that difference minus that of the arm :data:`UNCUT`, paired by seed and image, where both were
+    judged on the same pairs.
+    """
     arms: dict[str, list[str]] = {}
     for arm, runs in found.runs.items():
         names = [Task(arm, seed, run["factor"]).name for seed, run in runs.items()]
         arms[arm] = [name for name in names if name in told["runs"]]
     arms |= {name: [name] for name in told["runs"] if not any(task.name == name for task in found.found)}
+
+    def outcomes(names: Sequence[str], key: str) -> np.ndarray:
+        return np.array([list(map(float, told["runs"][name][key])) for name in names])
+
+    def pairs_of(name: str) -> Any:
+        return told["pairs"][told["runs"][name]["by"]]
+
     rows = []
     for arm, names in arms.items():
         if not names:
             continue
-        whole, cut = (
-            np.array([list(map(float, told["runs"][name][key])) for name in names]) for key in ("whole", "cut")
-        )
-        difference = interval(cut - whole)
+        whole, cut = (outcomes(names, key) for key in ("whole", "cut"))
+        difference, to_uncut = interval(cut - whole), None
+        uncut = {name.removeprefix(UNCUT): name for name in arms.get(UNCUT, ())}
+        same = [(name, uncut[end]) for name in names if (end := name.removeprefix(arm)) in uncut]
+        if arm != UNCUT and same and pairs_of(same[0][0]) == pairs_of(same[0][1]):
+            one, other = (outcomes(some, "cut") - outcomes(some, "whole") for some in zip(*same, strict=True))
+            ends = interval(one - other, within=(-2.0, 2.0))
+            to_uncut = {"difference": _rounded(ends), "verdict": verdict(one - other, *ends[1:])}
         rows.append(
             {
                 "arm": arm,
                 "seeds": len(names),
                 "pairs_of": told["runs"][names[0]]["by"],
                 "pairs": whole.shape[1],
-                "whole": _rounded(interval(whole, within=SHARE)),
-                "cut": _rounded(interval(cut, within=SHARE)),
+                "whole": _rounded(share(whole)),
+                "cut": _rounded(share(cut)),
                 "difference": _rounded(difference),
                 "verdict": verdict(cut - whole, *difference[1:]),
+                "to_uncut": to_uncut,
             }
         )
     return rows
 
 
 def _pairs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = [["arm", "seeds", "pairs", "whole", "cut", "cut minus whole"]]
+    table = [["arm", "seeds", "pairs", "whole", "cut", "cut minus whole", f"that minus `{UNCUT}`'s"]]
     for row in rows:
+        beside = row["to_uncut"]
+        extra = f"{_cell(beside['difference'], '+.3f')} {beside['verdict']}" if beside else "-"
         apart = f"{_cell(row['difference'], '+.3f')} {row['verdict']}"
         pairs = f"{row['pairs']} of {row['pairs_of']}"
-        table.append([row["arm"], str(row["seeds"]), pairs, _cell(row["whole"]), _cell(row["cut"]), apart])
+        table.append([row["arm"], str(row["seeds"]), pairs, _cell(row["whole"]), _cell(row["cut"]), apart, extra])
     return table
 
 
 def _by_bucket(found: Comparison, exact: np.ndarray) -> list[list[float]]:
-    return [_rounded(interval(exact[:, found.buckets == n], within=SHARE)) for n in range(len(BORDERS))]
+    return [_rounded(share(exact[:, found.buckets == n])) for n in range(len(BORDERS))]
 
 
 def _rounded(values: Sequence[float]) -> list[float | None]:
@@ -491,7 +552,7 @@ def report(out: Path, *, page: Path | None = None, say: Callable[[str], None] = 
             told[name] = summarize(compared)
             parts.append(markdown(told[name], name))
             if name == "long" and (path := out / CUTS_FILE).exists():
-                told["cut_pairs"] = cut_pairs(json.loads(path.read_text()), compared)
+                told["cut_pairs"] = cut_pairs(read_cuts(path), compared)
                 parts += [CUTS_TITLE, _table(_pairs_table(told["cut_pairs"]))]
             for plot, text in plots(told[name]).items():
                 drawn.append(out / f"{name}_{plot}.svg")

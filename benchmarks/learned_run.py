@@ -9,7 +9,7 @@ import platform
 import string
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -38,7 +38,7 @@ if str(EXAMPLE) not in sys.path:
     sys.path.insert(0, str(EXAMPLE))
 
 import stages  # noqa: E402  the example is a folder of scripts
-from train import RECIPE  # noqa: E402
+from train import RECIPE, settle  # noqa: E402
 
 TRAINED = ("vision", "text", "joint")
 """Stages of a run; the shipped model has one more."""
@@ -143,7 +143,9 @@ class Settings:
     model: NanoConfig = field(default_factory=NanoConfig)
 
     def stage(self, name: str, factor: float = 1.0) -> stages.Stage:
-        """The recipe's stage with these steps and this share of its learning rates."""
+        """The recipe's stage with these steps and this share of its rates; ``text`` and ``joint`` ask every kind of
+        question.
+        """
         kept = RECIPE[name]
         return replace(
             kept,
@@ -206,21 +208,30 @@ def tasks(
     return first + rest, blocked
 
 
+RUN_KEYS = {"arm", "seed", "factor", "settings", "parameters", "time", "validation", "cost", "test"}
+"""What every result holds."""
+
+
 def read_runs(out: Path, settings: Settings | None = None) -> dict[Task, dict[str, Any]]:
     """The finished runs in a folder.
 
     Raises:
-        ValueError: A file is no run, or was made with other settings than those given, or than the others.
+        ValueError: A file is no run, or was made with other settings than those given, or than the others; two files
+            are the same run.
     """
-    found = {}
+    found, paths = {}, {}
+    wanted = settings.to_dict() if settings else None
     for path in sorted(out.glob("*.json")):
         try:
             run = json.loads(path.read_text())
+            if absent := sorted(RUN_KEYS - set(run)):
+                raise ValueError(f"it has no {', '.join(absent)}")
             task = Task(run["arm"], run["seed"], run["factor"])
-            wanted = run["settings"] if settings is None and not found else None
-        except (ValueError, KeyError, TypeError) as problem:
-            raise ValueError(f"{path} is no run of this benchmark: {problem!r}") from None
-        wanted = wanted or (settings.to_dict() if settings else next(iter(found.values()))["settings"])
+        except (ValueError, TypeError) as problem:
+            raise ValueError(f"{path} is no run of this benchmark: {problem}") from None
+        if task in paths:
+            raise ValueError(f"{paths[task]} and {path} are the same run: move one of them away")
+        paths[task], wanted = path, wanted or run["settings"]
         if run["settings"] != wanted:
             differ = sorted(key for key in wanted if run["settings"].get(key) != wanted[key])
             raise ValueError(
@@ -234,9 +245,9 @@ def read_runs(out: Path, settings: Settings | None = None) -> dict[Task, dict[st
 class Clock:
     """Seconds until a deadline; whether another piece, as long as the longest so far, ends before it."""
 
-    def __init__(self, minutes: float | None) -> None:
+    def __init__(self, minutes: float | None, longest: float = 0.0) -> None:
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
-        self.longest = 0.0
+        self.longest = longest
 
     @property
     def room(self) -> bool:
@@ -250,6 +261,19 @@ class Clock:
         self.longest = max(self.longest, time.monotonic() - wall)
         told["seconds"] = round(told.get("seconds", 0) + time.monotonic() - wall, 1)
         told["cpu"] = round(told.get("cpu", 0) + time.process_time() - cpu, 1)
+
+
+def longest_piece(times: Iterable[Mapping[str, Mapping[str, float]]]) -> float:
+    """CPU seconds that the slowest piece of earlier runs took; 0 where there are none."""
+    return max(
+        (
+            part["cpu"] * min(PIECE / part.get("steps", PIECE), 1)
+            for told in times
+            for part in told.values()
+            if part.get("cpu") and part.get("steps", PIECE)
+        ),
+        default=0.0,
+    )
 
 
 def work(
@@ -269,7 +293,8 @@ def work(
     torch.set_num_threads(1)  # small matrices: one thread a process, more processes
     out.mkdir(parents=True, exist_ok=True)
     checkpoints.mkdir(parents=True, exist_ok=True)
-    clock = Clock(minutes)
+    begun = [read_progress(folder) for folder in checkpoints.iterdir()]
+    clock = Clock(minutes, longest_piece([*begun, *(run["time"] for run in read_runs(out, settings).values())]))
     while True:
         found = read_runs(out, settings)
         planned, blocked = tasks(settings.factors, arms, seeds, found)
@@ -323,8 +348,12 @@ def claimed(path: Path) -> Iterator[bool]:
 
 
 def carry_out(task: Task, settings: Settings, *, out: Path, folder: Path, clock: Clock) -> bool:
-    """Begin a run or go on with it; ``True`` where it is done, ``False`` where the time is over."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Begin a run or go on with it; ``True`` where it is done, ``False`` where the time is over.
+
+    Raises:
+        ValueError: The folder was begun with other settings.
+    """
+    settle(folder, {**settings.to_dict(), **asdict(task)})
     arm = all_arms(settings.model)[task.arm]
     progress = read_progress(folder)
     for name in TRAINED:
@@ -347,10 +376,10 @@ def carry_out(task: Task, settings: Settings, *, out: Path, folder: Path, clock:
     told = progress.setdefault("evaluation", {})
     with clock.piece(told):
         result = judged(model.eval(), settings)
+    model.save_pretrained(folder / "model")  # before the result, which says that the run is done
     write_json(out / f"{task.name}.json", {**described(task, settings, model, progress, folder), **result})
     print(f"{task.name}: done, {sum(part.get('cpu', 0) for part in progress.values()):.0f} CPU s", flush=True)
-    model.save_pretrained(folder / "model")
-    for path in folder.glob("*.pt"):
+    for path in (folder / "progress.json", *folder.glob("*.pt")):
         path.unlink()
     return True
 

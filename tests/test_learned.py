@@ -10,11 +10,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
-from uhd import VisualEncoder
-from uhd.nano.answer import answer_many
+from uhd import UHDForConditionalGeneration, VisualEncoder
+from uhd.nano import load_nano
+from uhd.nano.answer import answer_many, ask
 from uhd.nano.build import BEGIN, NanoConfig, build_nano
 from uhd.nano.task import GLYPHS, Glyph, Scene, scene
 from uhd.pixels import PixelSettings
@@ -295,16 +296,31 @@ def test_borders_through_glyphs_are_judged_once_and_reported(parts, tiny, tmp_pa
         "stretch-seed0-lr1": "uhd",
     }
     for run in told["runs"].values():
-        assert len(run["whole"]) == len(run["cut"]) == len(told["pairs"][run["by"]]) > 2
+        assert len(run["whole"]) == len(run["cut"]) == len(told["pairs"][run["by"]]["scenes"]) > 2
+    (folders["checkpoints"] / "next-seed0-lr1" / "model").rename(tmp_path / "away")
+    judge = parts.cuts.judge
     monkeypatch.setattr(parts.cuts, "judge", None)
+    capsys.readouterr()
     assert parts.main.main(command) == 0  # nothing is done twice
+    out = capsys.readouterr().out
+    assert "judged before: nano, stretch-seed0-lr1" in out
+    assert f"without a model in {folders['checkpoints']}: next-seed0-lr1" in out
+    (tmp_path / "away").rename(folders["checkpoints"] / "next-seed0-lr1" / "model")
+    monkeypatch.setattr(parts.cuts, "judge", judge)
+    monkeypatch.setattr(parts.cuts, "load_nano", lambda: build_nano(SMALL, seed=1).eval())  # other weights ship
+    assert parts.main.main(command) == 0
+    assert "judged before: next-seed0-lr1, stretch-seed0-lr1" in capsys.readouterr().out
     assert parts.main.main([*command[:-1], "13"]) == 1
     assert "was made with 12 images, not 13" in capsys.readouterr().err
     assert parts.main.main([*command[:-1], "0"]) == 1
-    other = {**told, "pairs": {**told["pairs"], "uhd": [0]}, "runs": {}}
-    (tmp_path / "out" / "cuts.json").write_text(json.dumps(other))
-    assert parts.main.main(command) == 1
-    assert "has other pairs of uhd than this code makes" in capsys.readouterr().err
+    for change in ({"scenes": [0]}, {"fingerprint": "0"}):
+        other = {**told, "pairs": {**told["pairs"], "uhd": {**told["pairs"]["uhd"], **change}}, "runs": {}}
+        (tmp_path / "out" / "cuts.json").write_text(json.dumps(other))
+        assert parts.main.main(command) == 1
+        assert "has other pairs of uhd than this code makes" in capsys.readouterr().err
+    (tmp_path / "out" / "cuts.json").write_text("[1]")
+    assert parts.main.main(["report", "--out", str(tmp_path / "out")]) == 1
+    assert "cuts.json is not what `learned.py cuts` writes: it has no images" in capsys.readouterr().err
     (tmp_path / "out" / "cuts.json").write_text(json.dumps(told))
     told["runs"]["nano"] |= {"whole": "1" * 4 + "0" * 4, "cut": "1" * 2 + "0" * 6}
     found = parts.report.Comparison(parts.run.read_runs(folders["out"]))
@@ -315,9 +331,35 @@ def test_borders_through_glyphs_are_judged_once_and_reported(parts, tiny, tmp_pa
         ("nano", "uhd", 1),
     ]
     assert (rows[2]["whole"][0], rows[2]["cut"][0], rows[2]["difference"][0]) == (0.5, 0.25, -0.25)
+    assert [row["to_uncut"] for row in rows] == [None, None, None]  # no other arm has the pairs of stretch
     capsys.readouterr()
     parts.report.report(tmp_path / "out")
     assert "| nano | 1 | " in capsys.readouterr().out
+
+
+def test_cuts_are_held_against_an_arm_that_does_not_cut(parts, tmp_path):
+    write_runs(parts, tmp_path / "long", {"uhd": 0.6, "stretch": 0.6, "next": 0.6})
+    rng, told = np.random.default_rng(0), {"pairs": {"uhd": {"scenes": [1]}, "next": {"scenes": [2]}}, "runs": {}}
+    for arm, by, share in (("uhd", "uhd", 0.6), ("stretch", "uhd", 0.9), ("next", "next", 0.6)):
+        for seed in (0, 1, 2):
+            cut = "".join(map(str, (rng.random(200) < share).astype(int)))
+            told["runs"][f"{arm}-seed{seed}-lr1"] = {"by": by, "whole": "1" * 200, "cut": cut}
+    rows = {
+        row["arm"]: row
+        for row in parts.report.cut_pairs(told, parts.report.Comparison(parts.run.read_runs(tmp_path / "long")))
+    }
+    assert rows["stretch"]["to_uncut"] is rows["next"]["to_uncut"] is None
+    apart = rows["uhd"]["to_uncut"]
+    assert apart["difference"][0] == pytest.approx(
+        rows["uhd"]["difference"][0] - rows["stretch"]["difference"][0], abs=2e-4
+    )
+    assert apart["verdict"] == "worse"
+    del told["runs"]["stretch-seed2-lr1"]
+    rows = {
+        row["arm"]: row
+        for row in parts.report.cut_pairs(told, parts.report.Comparison(parts.run.read_runs(tmp_path / "long")))
+    }
+    assert rows["uhd"]["to_uncut"]["verdict"] == "2 seeds: not judged"
 
 
 # runs
@@ -412,8 +454,53 @@ def test_no_time_begins_nothing_and_other_settings_are_refused(parts, tiny, tmp_
     with pytest.raises(ValueError, match=r"x\.json was made with other settings \(joint\)"):
         parts.run.work(tiny, **folders)
     (tmp_path / "out" / "x.json").write_text("{}")
-    with pytest.raises(ValueError, match="no run of this benchmark"):
+    with pytest.raises(ValueError, match="no run of this benchmark: it has no arm, cost"):
         parts.run.work(tiny, **folders)
+    (tmp_path / "out" / "x.json").unlink()
+    settings = replace(tiny, factors=(1.0,))
+    given = {"arms": ("uhd",), "seeds": (0,), **folders}
+    (tmp_path / "checkpoints" / "uhd-seed0-lr1").mkdir()
+    parts.run.settle(tmp_path / "checkpoints" / "uhd-seed0-lr1", {**settings.to_dict(), "joint": 3, "arm": "uhd"})
+    with pytest.raises(
+        ValueError, match=r"belongs to a run with \{'joint': 3, 'seed': None, 'factor': None\}, asked is"
+    ):
+        parts.run.work(settings, **given)
+
+
+def test_a_run_has_its_model_before_it_counts_as_done(parts, tiny, tmp_path, monkeypatch):
+    settings = replace(tiny, factors=(1.0,))
+    given = {"arms": ("uhd",), "seeds": (0,), "out": tmp_path / "out", "checkpoints": tmp_path / "kept"}
+    with monkeypatch.context() as broken:
+        broken.setattr(UHDForConditionalGeneration, "save_pretrained", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            parts.run.work(settings, **given)
+    assert parts.run.read_runs(tmp_path / "out") == {}
+    assert parts.run.work(settings, **given) == []
+    folder = tmp_path / "kept" / "uhd-seed0-lr1"
+    assert UHDForConditionalGeneration.from_pretrained(folder / "model").num_parameters() > 0
+    assert not list(folder.glob("*.pt"))
+    (tmp_path / "out" / "uhd-seed0-lr1.json").unlink()  # begins anew
+    assert parts.run.work(settings, **given) == []
+
+
+def test_the_time_that_pieces_took_is_known_to_the_next_process(parts, tiny, tmp_path):
+    assert parts.run.longest_piece([]) == 0
+    slow = {
+        "vision": {"steps": 1000, "cpu": 200.0},
+        "joint": {"steps": 1200, "cpu": 660.0},
+        "evaluation": {"cpu": 40.0},
+    }
+    assert parts.run.longest_piece([{"vision": {"steps": 100, "cpu": 90.0}}, {"text": {"steps": 0}}]) == 90
+    assert parts.run.longest_piece([{"vision": {"cpu": 1.0}}, slow]) == 110
+    run = {**fake_run(parts, "pad", 0, np.ones(6)), "settings": tiny.to_dict(), "time": slow}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a.json").write_text(json.dumps(run))
+    given = {"arms": ("uhd",), "seeds": (0,), "out": tmp_path / "out", "checkpoints": tmp_path / "kept"}
+    assert parts.run.work(tiny, **given, minutes=1.5) == ["uhd-seed0-lr1", "uhd-seed0-lr0.5"]
+    assert not list((tmp_path / "kept").glob("*/*.pt"))
+    (tmp_path / "out" / "b.json").write_text(json.dumps(run))
+    with pytest.raises(ValueError, match=r"a\.json and .*b\.json are the same run"):
+        parts.run.read_runs(tmp_path / "out")
 
 
 def test_every_arm_takes_the_learning_rate_that_its_validation_chose(parts):
@@ -451,6 +538,9 @@ def test_command_line_refuses_unknown_arms(parts, tmp_path, capsys):
             f"--seeds must be 0 to 99999 (scenes of larger ones are for judging), got {seed}"
             in capsys.readouterr().err
         )
+    for minutes in ("0", "-5", "nan"):
+        assert parts.main.main(["run", "--minutes", minutes, "--out", str(tmp_path / "out")]) == 1
+        assert "--minutes must be above 0, got" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
     write_runs(parts, tmp_path / "long", {"uhd": 0.5}, seeds=(0,), images=8)
     assert parts.main.main(["report", "--out", str(tmp_path), "--page", str(tmp_path / "no.md")]) == 1
@@ -647,6 +737,21 @@ def test_the_chosen_rate_is_the_one_that_is_reported(parts, tmp_path):
     assert told["validation"] == {"1": 0.2, "0.5": 0.9}
 
 
+def test_an_arm_with_one_of_two_rates_is_shown_and_its_factor_open(parts, tmp_path):
+    folder = write_runs(parts, tmp_path / "long", {"uhd": 0.6})
+    run = fake_run(parts, "pad", 0, np.ones(400), factor=0.5)
+    (folder / "pad.json").write_text(json.dumps(run))
+    arms = parts.report.report(tmp_path, say=str)["long"]["arms"]
+    assert (arms["pad"]["factor"], arms["pad"]["seeds"]) == (None, [0])
+
+
+def test_shares_without_variation_have_an_interval(parts):
+    mean, low, high = parts.report.share(np.ones((3, 20)))
+    assert (mean, low, high) == (1, pytest.approx(0.839, abs=1e-3), pytest.approx(1))  # Wilson's, of 20 images
+    some = (np.arange(60) % 4 > 0).astype(float).reshape(3, 20)
+    assert parts.report.share(some) == parts.report.interval(some, within=(0, 1))
+
+
 def test_quick_trends_are_held_against_the_long_run(parts, tmp_path):
     write_runs(parts, tmp_path / "long", {"uhd": 0.6, "stretch": 0.4, "next": 0.75, "pad": 0.6})
     quick = {"uhd": 0.6, "stretch": 0.5, "next": 0.4, "pad": 0.3}
@@ -702,7 +807,9 @@ def test_folder_mode_judges_any_strategy_on_own_images(parts, saved, tmp_path, c
     strategies = ["own", "llava-next", "square-stretch-384"]
     given = ["--model", str(saved / "model"), "--json", str(tmp_path / "rows.json"), "--strategies", *strategies]
     assert parts.main.main(["folder", str(saved / "images"), *given]) == 0
-    rows = {row["strategy"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    told = json.loads((tmp_path / "rows.json").read_text())
+    assert (told["model"], told["prompt"], told["max_new_tokens"]) == (str(saved / "model"), parts.folder.PROMPT, 48)
+    rows = {row["strategy"]: row for row in told["strategies"]}
     assert list(rows) == strategies
     assert rows["own"]["to_first"] == [0, None, None]
     for row in rows.values():
@@ -717,7 +824,15 @@ def test_folder_mode_judges_any_strategy_on_own_images(parts, saved, tmp_path, c
         assert rows[name]["encoder_flops"] > 0
         counted = {"own": 49, "llava-next": 39, "square-stretch-384": 9}
         assert encoder.plan((26, 157)).num_tokens == counted[name]
-    assert len({row["answers"][0] for row in rows.values()}) == 3  # the model sees what each rule cut
+    assert len({row["answers"][0]["answer"] for row in rows.values()}) == 3  # the model sees what each rule cut
+    lines = [json.loads(line) for line in (saved / "images" / "questions.jsonl").read_text().splitlines()]
+    for line, answer in zip(lines, rows["own"]["answers"], strict=True):
+        assert answer == {
+            "image": line["image"],
+            "question": line["question"],
+            "truth": line["answer"],
+            "answer": line["answer"],
+        }
     out = capsys.readouterr().out
     assert "llava-next" in out
     assert "MFLOPs" in out
@@ -756,6 +871,25 @@ def test_swapping_leaves_the_model_as_it_was(parts, saved):
         parts.folder.prompt_of(model, "all?", "{question}")
 
 
+def test_the_shipped_model_sees_what_ask_shows_it(parts, tmp_path, capsys):
+    lines = []
+    for number in range(6):
+        drawn = scene(5_000_000, number)
+        ImageOps.invert(drawn.image).save(tmp_path / f"{number}.png")
+        lines.append({"image": f"{number}.png", "question": "all?", "answer": drawn.text})
+    Image.effect_noise((40, 40), 90).save(tmp_path / "noise.png")
+    lines.append({"image": "noise.png", "question": "all?", "answer": "A"})
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert parts.main.main(["folder", str(tmp_path), "--json", str(tmp_path / "rows.json")]) == 0
+    (row,) = json.loads((tmp_path / "rows.json").read_text())["strategies"]
+    said = [answer["answer"] for answer in row["answers"][:6]]
+    model = load_nano()
+    assert said == [ask(model, tmp_path / line["image"], ["all?"])[0].text for line in lines[:6]]
+    assert row["exact"] > 0.6
+    assert row["images_in_doubt"] == 1
+    assert "1 images are unlike what nano learned from" in capsys.readouterr().out
+
+
 def test_folder_mode_says_what_is_wrong(parts, saved, tmp_path, capsys):
     def failing(*arguments):
         assert parts.main.main(["folder", *map(str, arguments)]) == 1
@@ -771,6 +905,8 @@ def test_folder_mode_says_what_is_wrong(parts, saved, tmp_path, capsys):
     assert "line 1: there is no image" in failing(tmp_path)
     file.write_text("\n")
     assert "has no questions" in failing(tmp_path)
+    file.write_bytes(b'{"image": "\xff"}')
+    assert "questions.jsonl is not UTF-8: invalid start byte at byte 11" in failing(tmp_path)
     assert "is no folder with a saved model" in failing(saved / "images", "--model", tmp_path)
     model = ("--model", saved / "model")
     assert "no strategy named 'llava-nxt'" in failing(saved / "images", *model, "--strategies", "own", "llava-nxt")
@@ -778,6 +914,28 @@ def test_folder_mode_says_what_is_wrong(parts, saved, tmp_path, capsys):
     file.write_text('{"image": "a.png", "question": "all?", "answer": "3"}\n')
     assert "'qwen2-vl' cannot cut a.png" in failing(tmp_path, *model, "--strategies", "qwen2-vl")
     assert "must be at least 1, got 0 and 48" in failing(tmp_path, "--batch-size", 0)
+    Image.new("L", (40, 20), 240).save(tmp_path / "a.png")
+    line = {"image": "a.png", "question": "all?", "answer": "3"}
+    for change, message in (
+        ({"question": f"{BEGIN}all?"}, "line 1: the question holds <begin>, a token of the model's own"),
+        ({"question": "<image>all?"}, "line 1: the question holds <image>, a token of the model's own"),
+        (
+            {"question": "gr\u00f6\u00dfe?"},
+            "line 1: the model's tokenizer reads the question 'gr\u00f6\u00dfe?' as 'gr??e?'",
+        ),
+        (
+            {"answer": "\u00fc"},
+            "line 1: the model's tokenizer writes the answer '\u00fc' as '?': it could never be right",
+        ),
+        ({"answer": "3" * 49}, "line 1: the answer has 49 tokens, the model may write 48: give --max-new-tokens"),
+    ):
+        file.write_text(json.dumps({**line, **change}))
+        assert message in failing(tmp_path, *model)
+    file.write_text(json.dumps(line))
+    prompt = ("--prompt", "{image}{question}{oops}")
+    assert "once each, maybe {bos}, and no other field" in failing(tmp_path, *model, *prompt)
+    assert parts.main.main(["folder", str(tmp_path), *map(str, model), "--max-new-tokens", "1"]) == 0
+    assert "own: 1 answers had not ended: give --max-new-tokens" in capsys.readouterr().out
     assert "cannot write" in failing(tmp_path, "--json", tmp_path / "no" / "rows.json")
     (tmp_path / "a.png").write_text("no image")
     assert "a.png' is not an image" in failing(tmp_path, *model)

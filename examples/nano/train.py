@@ -97,8 +97,9 @@ def settle(folder: Path, wanted: dict[str, Any]) -> None:
     path = folder / "run.json"
     if path.exists():
         found = json.loads(path.read_text())
-        if found != wanted:
-            raise RunError(f"{folder} belongs to a run with {found}, asked is {wanted}: give another folder")
+        if differ := [key for key in wanted if found.get(key) != wanted[key]]:
+            has, asked = ({key: told.get(key) for key in differ} for told in (found, wanted))
+            raise RunError(f"{folder} belongs to a run with {has}, asked is {asked}: give another folder")
         return
     if begun := sorted(folder.glob("*.pt")):
         raise RunError(f"{folder} has {begun[0].name} of an unknown run (no run.json): give another folder")

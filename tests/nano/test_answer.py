@@ -13,7 +13,7 @@ import uhd
 from uhd.nano import ask
 from uhd.nano.__main__ import main
 from uhd.nano.answer import answer_many, question_doubts, reading_doubts
-from uhd.nano.evaluate import Item, edit_distance, evaluate, interval, summary, table
+from uhd.nano.evaluate import Item, edit_distance, evaluate, summary, table, wilson
 from uhd.nano.images import as_learned, image_doubts
 from uhd.nano.task import LEARNED, TaskSettings, questions, scene
 
@@ -110,6 +110,11 @@ def test_text_of_another_colour_is_read_like_dark_text(nano, name):
     assert right >= as_drawn - 2
 
 
+def test_an_image_without_pixels_is_refused_in_one_sentence(nano):
+    with pytest.raises(ValueError, match="got height 5 and width 0"):
+        ask(nano, Image.new("L", (0, 5)), ["all?"])
+
+
 def test_what_has_not_two_colours_is_not_repainted():
     dark = np.asarray(in_colours(scene(FRESH, 0).image, *GROUNDS["yellow on blue"]))
     three = dark.copy()
@@ -187,6 +192,7 @@ def test_questions_that_the_image_cannot_answer_are_marked(nano):
     ("question", "answer", "reading", "doubt"),
     [
         ("line 2?", "A", "A", "it reads 1 line in all"),
+        ("line 2?", "", "", "it reads no lines in all"),
         ("line 2?", "7 H", "K3\n7 H", None),
         ("line 2?", "7H", "K3\n7 H", "asked for everything it reads '7 H' there"),
         ("right A?", "7", "1\nFA 7H", None),
@@ -259,12 +265,12 @@ def test_edit_distance(one, other, distance):
 
 
 def test_the_interval_holds_the_share_and_shrinks():
-    low, high = interval(90, 100)
+    low, high = wilson(90, 100)
     assert low == pytest.approx(0.8256, abs=1e-3)  # Wilson's, from the textbook formula by hand
     assert high == pytest.approx(0.9448, abs=1e-3)
-    assert interval(0, 50)[0] == pytest.approx(0, abs=1e-12)
-    assert interval(900, 1000)[0] > low
-    assert interval(0, 0) == (0.0, 1.0)
+    assert wilson(0, 50)[0] == pytest.approx(0, abs=1e-12)
+    assert wilson(900, 1000)[0] > low
+    assert wilson(0, 0) == (0.0, 1.0)
 
 
 def test_the_summary_counts_by_kind_and_bucket():

@@ -81,8 +81,9 @@ def ask(model: UHDForConditionalGeneration, image: Any, questions: Sequence[str]
         questions: See :func:`uhd.nano.task.questions`; it knows those of :data:`uhd.nano.task.LEARNED`.
 
     Raises:
-        ValueError: A question is empty, or holds one of the model's special tokens; no such image, see there.
-        TypeError: ``questions`` is no list of strings.
+        ValueError: A question is empty, or holds one of the model's special tokens; this is no image, see there.
+        TypeError: ``questions`` is no list of strings; an image can not be of that type.
+        OSError: A path names no file that can be read.
     """
     check_questions(questions)
     shown = as_learned(load_image(image, settings=model.visual.pixels))
@@ -118,11 +119,11 @@ def answer_many(
     batch_size: int = 64,
 ) -> list[list[tuple[str, float]]]:
     """(answer, confidence) of every question of every image, by free greedy generation; images are encoded once."""
-    encoded = [item for part in _parts(images, batch_size) for item in model.visual(part)]
+    encoded = [item for part in batches(images, batch_size) for item in model.visual(part)]
     flat = [(item, question) for item, asked in zip(encoded, questions, strict=True) for question in asked]
     order = sorted(range(len(flat)), key=lambda n: (flat[n][1], flat[n][0].layout.num_tokens))
     answers: list[Any] = [None] * len(flat)
-    for part in _parts(order, batch_size):
+    for part in batches(order, batch_size):
         for place, answer in zip(part, _generate(model, [flat[n] for n in part]), strict=True):
             answers[place] = answer
     found = iter(answers)
@@ -170,10 +171,10 @@ def reading_doubts(question: str, answer: str, reading: str) -> tuple[str, ...]:
     if question_doubts(question):
         return ()
     kind, _, what = question.rstrip("?").partition(" ")
-    lines, expected = reading.split("\n"), answer
+    lines, expected = reading.split("\n") if reading else [], answer
     if kind == "line":
         if int(what) > len(lines):
-            return (f"{question!r}: it reads {len(lines)} line{'s' * (len(lines) > 1)} in all",)
+            return (f"{question!r}: it reads {len(lines) or 'no'} line{'s' * (len(lines) != 1)} in all",)
         expected = lines[int(what) - 1]
     elif kind == "right":
         joined = [line.replace(" ", "") for line in lines]
@@ -195,6 +196,7 @@ def _doubts(question: str, text: str, confidence: float, reading: str) -> tuple[
     return (*question_doubts(question), *reading_doubts(question, text, reading), *low, *cut)
 
 
-def _parts(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """Runs of ``size`` items, the last one shorter."""
     for start in range(0, len(items), size):
         yield items[start : start + size]

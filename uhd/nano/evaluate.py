@@ -90,7 +90,7 @@ def edit_distance(one: str, other: str) -> int:
     return row[-1]
 
 
-def interval(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson's 95 % interval of a share."""
     if not asked:
         return 0.0, 1.0
@@ -111,7 +111,7 @@ def summary(items: Sequence[Item]) -> dict[str, dict[str, Any]]:
         found[kind] = {
             "items": len(some),
             "exact": right / len(some),
-            "interval": interval(right, len(some)),
+            "interval": wilson(right, len(some)),
             "characters": 1 - wrong / sum(len(item.truth) for item in some),
             "buckets": [sum(part) / len(part) if part else None for part in buckets],
         }

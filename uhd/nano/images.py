@@ -33,10 +33,10 @@ def as_learned(image: Image.Image) -> Image.Image:
     level. So light text on dark, colours and pale text can be read by a model that never saw them.
 
     Returns:
-        A new image of mode "L"; ``image`` itself where it needs no repainting, where there are not two colours, or
-        beyond 256 px a side.
+        A new image of mode "L"; ``image`` itself where it needs no repainting, where there are not two colours,
+        without pixels, or beyond 256 px a side.
     """
-    if max(image.size) > LOOKED_AT or not level_doubts(image):
+    if not 0 < min(image.size) <= max(image.size) <= LOOKED_AT or not level_doubts(image):
         return image
     apart = np.asarray(image.convert("RGB"), np.float32)
     apart = apart - np.median(apart, axis=(0, 1))
