@@ -302,6 +302,27 @@ class TestPrecomputed:
         with torch.no_grad(), pytest.raises(ValueError, match="1 encoded images among 2"):
             found.processor(text="<image><image>", images=[found.visual(IMAGES[:1])[0], IMAGES[1]])
 
+    def test_pixels_beside_tokens_are_refused_and_no_tokens_are_none(self):
+        found = model("llama")
+        pixels = found.processor(text=TEXTS, images=IMAGES)
+        with torch.no_grad():
+            encoded = found.visual(IMAGES)
+            tokens = found.processor(text=TEXTS, images=encoded)
+            both = r"images come as pixels or as visual tokens, got pixel_values, {}: leave one of them out"
+            with pytest.raises(ValueError, match=both.format("image_tokens")):
+                found(**pixels, image_tokens=encoded)
+            with pytest.raises(ValueError, match=both.format("view_tokens")):
+                found(**pixels, view_tokens=tokens["view_tokens"])
+            with pytest.raises(
+                ValueError, match="videos come as pixels or as visual tokens, got pixel_values_videos,"
+            ):
+                found.get_video_features(pixels["pixel_values"], pixels["grids"], None, torch.zeros(1, 1))
+            text = found.processor(text="a b")
+            want = found(**text).logits
+            assert torch.equal(found(**text, image_tokens=[], video_tokens=()).logits, want)
+            with pytest.raises(ValueError, match=r"sample 0 has \d+ image positions and there are 0 images"):
+                found(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], image_tokens=[])
+
 
 class TestSchemas:
     @pytest.mark.parametrize("schema", ["minicpm-v-2.6", "llava-uhd-better", "llava-uhd-paper"])
