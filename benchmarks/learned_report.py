@@ -16,6 +16,7 @@ from learned_run import (
     NOT_ASKED,
     QUICK_ARMS,
     SEEDS,
+    TEST_SEED,
     TUNING_SEED,
     Task,
     chosen_factor,
@@ -24,9 +25,10 @@ from learned_run import (
     write_json,
 )
 
-from uhd import charts
+from uhd import SlicePlan, charts, plan
+from uhd.nano.build import NanoConfig
 from uhd.nano.evaluate import wilson
-from uhd.nano.task import BUCKETS, QUESTIONS
+from uhd.nano.task import BUCKETS, QUESTIONS, scene
 
 BASELINE = "uhd"
 UNCUT = "stretch"
@@ -192,6 +194,7 @@ def summarize(found: Comparison) -> dict[str, Any]:
         "contrasts": {
             f"{arm} - {other}": _differences(found, arm, other) for arm, other in CONTRASTS if found.common(arm, other)
         },
+        "by_cut": _by_cut(found),
         "cut": {arm: shares for arm in found.runs if (shares := _cut(found, arm))},
     }
 
@@ -224,16 +227,58 @@ def _arm(found: Comparison, arm: str) -> dict[str, Any]:
     }
 
 
-def _differences(found: Comparison, arm: str, other: str = BASELINE) -> dict[str, Any]:
-    """The first minus the second, paired by seed and image."""
+def _by_cut(found: Comparison) -> dict[str, Any]:
+    """How the baseline reads, and the other arms' differences to it, by how it cuts an image; {} for unknown sizes."""
+    sizes = next(iter(found.found.values()))["settings"].get("model")
+    if sizes is None or BASELINE not in found.runs:
+        return {}
+    slicing = NanoConfig(**sizes).slicing
+    plans = [plan(scene(TEST_SEED, number).image_hw, slicing) for number in range(len(found.buckets))]
+    names = np.array([_cut_name(one) for one in plans])
+    masks = {name: names == name for name in sorted(set(names), key=lambda name: (name != WHOLE, name))}
+    tokens = np.array([one.num_visual_tokens for one in plans])
+    return {
+        "cuts": {
+            name: {"images": int(mask.sum()), "visual_tokens": round(float(tokens[mask].mean()), 1)}
+            for name, mask in masks.items()
+        },
+        "baseline": {
+            kind: [_rounded(share(found.exact(BASELINE, kind)[:, mask])) for mask in masks.values()]
+            for kind in found.kinds
+        },
+        "differences": {
+            arm: _differences(found, arm, parts=list(masks.values()))
+            for arm in found.runs
+            if arm != BASELINE and found.common(arm)
+        },
+    }
+
+
+WHOLE = "not cut"
+
+
+def _cut_name(one: SlicePlan) -> str:
+    """ "2 x 1" and "1 x 2" are one."""
+    return f"{min(one.grid)} x {max(one.grid)}" if one.grid else WHOLE
+
+
+def _differences(
+    found: Comparison, arm: str, other: str = BASELINE, parts: Sequence[np.ndarray] | None = None
+) -> dict[str, Any]:
+    """The first minus the second, paired by seed and image, for parts of the images: (images,) bool each.
+
+    ``None``: in all, then by aspect bucket.
+    """
     seeds, told = found.common(arm, other), {}
+    if parts is None:
+        parts = [found.buckets >= 0, *(found.buckets == number for number in range(len(BORDERS)))]
     for kind in found.kinds:
         difference = found.exact(arm, kind, seeds) - found.exact(other, kind, seeds)
-        parts = [difference, *(difference[:, found.buckets == number] for number in range(len(BORDERS)))]
-        rows = [interval(part) for part in parts]
+        cells = [difference[:, part] for part in parts]
+        rows = [interval(cell) for cell in cells]
         told[kind] = [
             {"difference": _rounded(row), "verdict": verdict(part, *row[1:])}
-            for part, row in zip(parts, rows, strict=True)  # in all, then by bucket
+            for part, row in zip(cells, rows, strict=True)
         ]
     return {"seeds": seeds, "questions": told}
 
@@ -359,12 +404,18 @@ def markdown(told: Mapping[str, Any], name: str) -> str:
     if told["differences"]:
         parts += [
             f"Difference to `{BASELINE}`, paired by seed and image. {_count(told['differences'])}",
-            _table(_difference_table(told["differences"], told["borders"])),
+            _table(_difference_table(told["differences"], ["in all", *told["borders"]])),
         ]
     if told["contrasts"]:
         parts += [
             f"Differences between two other arms. {_count(told['contrasts'])}",
-            _table(_difference_table(told["contrasts"], told["borders"])),
+            _table(_difference_table(told["contrasts"], ["in all", *told["borders"]])),
+        ]
+    if told["by_cut"]:
+        parts += [
+            f"By how `{BASELINE}` cuts an image (rows x columns, turned ones together), with its visual tokens: its "
+            f"own share of exact answers, then differences to it. {_count(told['by_cut']['differences'])}",
+            _table(_by_cut_table(told["by_cut"])),
         ]
     if told["cut"]:
         parts += ['"Right of", by whether a border between slices goes through a glyph:', _table(_cut_table(told))]
@@ -429,11 +480,18 @@ def _bucket_table(arms: Mapping[str, Any], kind: str, borders: Sequence[str]) ->
     return rows + [[arm, *map(_cell, told["questions"][kind]["by_bucket"])] for arm, told in arms.items()]
 
 
-def _difference_table(differences: Mapping[str, Any], borders: Sequence[str]) -> Table:
-    rows = [["arm", "question", "in all", *borders]]
+def _by_cut_table(told: Mapping[str, Any]) -> Table:
+    heads = [f"{name} ({one['images']} images, {one['visual_tokens']:g} tokens)" for name, one in told["cuts"].items()]
+    head, *rows = _difference_table(told["differences"], heads)
+    own = [[BASELINE, kind, *map(_cell, shares)] for kind, shares in told["baseline"].items()]
+    return [head, *own, *rows]
+
+
+def _difference_table(differences: Mapping[str, Any], parts: Sequence[str]) -> Table:
+    rows = [["arm", "question", *parts]]
     for arm, found in differences.items():
-        for kind, parts in found["questions"].items():
-            cells = [f"{_cell(part['difference'], '+.3f')} {part['verdict']}" for part in parts]
+        for kind, found_parts in found["questions"].items():
+            cells = [f"{_cell(part['difference'], '+.3f')} {part['verdict']}" for part in found_parts]
             rows.append([arm, kind, *cells])
     return rows
 

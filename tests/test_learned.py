@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
+import uhd
 from uhd import UHDForConditionalGeneration, VisualEncoder
 from uhd.nano import load_nano
 from uhd.nano.answer import answer_many, ask
@@ -735,6 +736,29 @@ def test_the_chosen_rate_is_the_one_that_is_reported(parts, tmp_path):
     assert told["factor"] == 0.5
     assert told["questions"]["right"]["by_seed"] == [1.0]
     assert told["validation"] == {"1": 0.2, "0.5": 0.9}
+
+
+def test_images_are_told_apart_by_how_they_are_cut(parts, tmp_path):
+    images, sizes = 60, parts.run.LONG.to_dict()["model"]
+    plans = [uhd.plan(scene(parts.run.TEST_SEED, n).image_hw, NanoConfig().slicing) for n in range(images)]
+    slices = np.array([sum(view.kind == "slice" for view in one.views) for one in plans])
+    (tmp_path / "long").mkdir()
+    for arm, right in (("uhd", slices < 2), ("stretch", slices != 3)):
+        for seed in (0, 1, 2):
+            run = fake_run(parts, arm, seed, right)
+            run["settings"] = {"factors": [1.0], "model": sizes}
+            (tmp_path / "long" / f"{arm}-{seed}.json").write_text(json.dumps(run))
+    told = parts.report.report(tmp_path, say=str)["long"]
+    found = told["by_cut"]
+    assert list(found["cuts"]) == ["not cut", "1 x 2", "1 x 3", "1 x 4", "2 x 2"]
+    assert [one["visual_tokens"] for one in found["cuts"].values()] == [9, 27, 36, 45, 45]
+    counts = [one["images"] for one in found["cuts"].values()]
+    assert (counts[:3], sum(counts[3:])) == ([int((slices == n).sum()) for n in (0, 2, 3)], int((slices == 4).sum()))
+    assert [row[0] for row in found["baseline"]["right"]] == [1, 0, 0, 0, 0]
+    assert [row["difference"][0] for row in found["differences"]["stretch"]["questions"]["right"]] == [0, 1, 0, 1, 1]
+    text = parts.report.markdown(told, "long")
+    assert f"| arm | question | not cut ({counts[0]} images, 9 tokens) | 1 x 2 (" in text
+    assert "| uhd | right | 1.000 [" in text
 
 
 def test_an_arm_with_one_of_two_rates_is_shown_and_its_factor_open(parts, tmp_path):
