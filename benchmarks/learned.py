@@ -53,7 +53,11 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="default 0 1 2, or 0 where quick")
     one.add_argument("--quick", action="store_true", help="few steps, one seed, four arms: a look, no evidence")
     one.add_argument("--workers", type=int, default=1, metavar="N", help="runs side by side, a core each")
-    one.add_argument("--minutes", type=float, help="begin no piece that would end later, by what pieces took")
+    one.add_argument(
+        "--minutes",
+        type=float,
+        help="begin no piece that would end later, going by what pieces took (about 2 minutes each)",
+    )
     two = commands.add_parser("report", help="tables, report.json and plots")
     two.add_argument("--out", type=Path, default=HERE / "results" / "learned")
     two.add_argument("--page", type=Path, help="a Markdown file whose results section is written anew")

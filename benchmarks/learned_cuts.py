@@ -138,16 +138,19 @@ def work(out: Path, checkpoints: Path, *, images: int = 1000, say: Callable[[str
             absent.append(name)
             continue
         model = (load_nano() if folder is None else UHDForConditionalGeneration.from_pretrained(folder)).eval()
-        weights = fingerprint(*(tensor.numpy().tobytes() for tensor in model.state_dict().values()))
-        if runs.get(name, {}).get("weights") == weights:
-            kept.append(name)
-            continue
         by = arm if _cuts(model.visual) else CONTROL
         if by not in pairs:
             pairs[by] = _pairs(model.visual if by == arm else load_nano().visual, images)
             found = _told(pairs[by])
             if told["pairs"].setdefault(by, found) != found:
-                raise ValueError(f"{path} has other pairs of {by} than this code makes: move it away to begin anew")
+                raise ValueError(
+                    f"{path} has other pairs of {by} than this code makes, or is of an earlier version: move it away "
+                    "to begin anew"
+                )
+        weights = fingerprint(*(tensor.numpy().tobytes() for tensor in model.state_dict().values()))
+        if runs.get(name, {}).get("weights") == weights:
+            kept.append(name)
+            continue
         runs[name] = {"by": by, "weights": weights, **judge(model, pairs[by])}
         write_json(path, told)
         whole, cut = (runs[name][key].count("1") / len(pairs[by]) for key in ("whole", "cut"))

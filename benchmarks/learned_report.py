@@ -16,7 +16,6 @@ from learned_run import (
     NOT_ASKED,
     QUICK_ARMS,
     SEEDS,
-    TEST_SEED,
     TUNING_SEED,
     Task,
     chosen_factor,
@@ -233,9 +232,11 @@ def _by_cut(found: Comparison) -> dict[str, Any]:
     if sizes is None or BASELINE not in found.runs:
         return {}
     slicing = NanoConfig(**sizes).slicing
-    plans = [plan(scene(TEST_SEED, number).image_hw, slicing) for number in range(len(found.buckets))]
-    names = np.array([_cut_name(one) for one in plans])
-    masks = {name: names == name for name in sorted(set(names), key=lambda name: (name != WHOLE, name))}
+    seed = next(iter(found.runs[BASELINE].values()))["test"]["seed"]
+    plans = [plan(scene(seed, number).image_hw, slicing) for number in range(len(found.buckets))]
+    names = np.array([_cut_name(one, bucket) for one, bucket in zip(plans, found.buckets, strict=True)])
+    order = sorted(set(names), key=lambda name: (not name.startswith(WHOLE), name))
+    masks = {name: names == name for name in order}
     tokens = np.array([one.num_visual_tokens for one in plans])
     return {
         "cuts": {
@@ -254,12 +255,15 @@ def _by_cut(found: Comparison) -> dict[str, Any]:
     }
 
 
-WHOLE = "not cut"
+WHOLE, LONG_FROM = "not cut", 1
+"""Images that are not cut are told apart at this border of the aspect buckets."""
 
 
-def _cut_name(one: SlicePlan) -> str:
-    """ "2 x 1" and "1 x 2" are one."""
-    return f"{min(one.grid)} x {max(one.grid)}" if one.grid else WHOLE
+def _cut_name(one: SlicePlan, bucket: float) -> str:
+    """Grid, "2 x 1" and "1 x 2" being one; of images that are not cut whether they are long, by aspect bucket."""
+    if one.grid:
+        return f"{min(one.grid)} x {max(one.grid)}"
+    return f"{WHOLE}, {'>=' if bucket > LONG_FROM else '<'} {BUCKETS[LONG_FROM]}"
 
 
 def _differences(
@@ -323,6 +327,8 @@ def cut_pairs(told: Mapping[str, Any], found: Comparison) -> list[dict[str, Any]
         arms[arm] = [name for name in names if name in told["runs"]]
     arms |= {name: [name] for name in told["runs"] if not any(task.name == name for task in found.found)}
 
+    seeds = {task.name: task.seed for task in found.found}
+
     def outcomes(names: Sequence[str], key: str) -> np.ndarray:
         return np.array([list(map(float, told["runs"][name][key])) for name in names])
 
@@ -335,8 +341,8 @@ def cut_pairs(told: Mapping[str, Any], found: Comparison) -> list[dict[str, Any]
             continue
         whole, cut = (outcomes(names, key) for key in ("whole", "cut"))
         difference, to_uncut = interval(cut - whole), None
-        uncut = {name.removeprefix(UNCUT): name for name in arms.get(UNCUT, ())}
-        same = [(name, uncut[end]) for name in names if (end := name.removeprefix(arm)) in uncut]
+        uncut = {seeds[name]: name for name in arms.get(UNCUT, ())}
+        same = [(name, uncut[seeds[name]]) for name in names if seeds.get(name) in uncut]
         if arm != UNCUT and same and pairs_of(same[0][0]) == pairs_of(same[0][1]):
             one, other = (outcomes(some, "cut") - outcomes(some, "whole") for some in zip(*same, strict=True))
             ends = interval(one - other, within=(-2.0, 2.0))
@@ -411,7 +417,7 @@ def markdown(told: Mapping[str, Any], name: str) -> str:
             f"Differences between two other arms. {_count(told['contrasts'])}",
             _table(_difference_table(told["contrasts"], ["in all", *told["borders"]])),
         ]
-    if told["by_cut"]:
+    if told["by_cut"] and name == "long":
         parts += [
             f"By how `{BASELINE}` cuts an image (rows x columns, turned ones together), with its visual tokens: its "
             f"own share of exact answers, then differences to it. {_count(told['by_cut']['differences'])}",

@@ -233,7 +233,9 @@ def read_runs(out: Path, settings: Settings | None = None) -> dict[Task, dict[st
             raise ValueError(f"{paths[task]} and {path} are the same run: move one of them away")
         paths[task], wanted = path, wanted or run["settings"]
         if run["settings"] != wanted:
-            differ = sorted(key for key in wanted if run["settings"].get(key) != wanted[key])
+            differ = sorted(
+                key for key in {**wanted, **run["settings"]} if run["settings"].get(key) != wanted.get(key)
+            )
             raise ValueError(
                 f"{path} was made with other settings ({', '.join(differ)}): give another folder with --out, or move "
                 "it away"
@@ -264,7 +266,7 @@ class Clock:
 
 
 def longest_piece(times: Iterable[Mapping[str, Mapping[str, float]]]) -> float:
-    """CPU seconds that the slowest piece of earlier runs took; 0 where there are none."""
+    """CPU seconds that a piece took in the slowest stage of earlier runs, on average; 0 where there are none."""
     return max(
         (
             part["cpu"] * min(PIECE / part.get("steps", PIECE), 1)
@@ -512,8 +514,10 @@ def cost(encoder: VisualEncoder, images: Sequence[Any], *, batch_size: int = 64)
 
 def read_progress(folder: Path) -> dict[str, Any]:
     """Steps and seconds of a run that was begun."""
-    path = folder / "progress.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return json.loads((folder / "progress.json").read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -18,7 +18,7 @@ from uhd import UHDForConditionalGeneration, VisualEncoder
 from uhd.nano import load_nano
 from uhd.nano.answer import answer_many, ask
 from uhd.nano.build import BEGIN, NanoConfig, build_nano
-from uhd.nano.task import GLYPHS, Glyph, Scene, scene
+from uhd.nano.task import GLYPHS, Glyph, Scene, bucket, scene
 from uhd.pixels import PixelSettings
 from uhd.resampler import MLPProjector
 from uhd.slicing.coordinates import view_box
@@ -315,7 +315,7 @@ def test_borders_through_glyphs_are_judged_once_and_reported(parts, tiny, tmp_pa
     assert "was made with 12 images, not 13" in capsys.readouterr().err
     assert parts.main.main([*command[:-1], "0"]) == 1
     for change in ({"scenes": [0]}, {"fingerprint": "0"}):
-        other = {**told, "pairs": {**told["pairs"], "uhd": {**told["pairs"]["uhd"], **change}}, "runs": {}}
+        other = {**told, "pairs": {**told["pairs"], "uhd": {**told["pairs"]["uhd"], **change}}}
         (tmp_path / "out" / "cuts.json").write_text(json.dumps(other))
         assert parts.main.main(command) == 1
         assert "has other pairs of uhd than this code makes" in capsys.readouterr().err
@@ -355,7 +355,13 @@ def test_cuts_are_held_against_an_arm_that_does_not_cut(parts, tmp_path):
         rows["uhd"]["difference"][0] - rows["stretch"]["difference"][0], abs=2e-4
     )
     assert apart["verdict"] == "worse"
-    del told["runs"]["stretch-seed2-lr1"]
+    for seed in (0, 1, 2):  # an arm may have chosen another rate
+        run = fake_run(parts, "stretch", seed, np.ones(400), factor=0.5, validation=0.9)
+        (tmp_path / "long" / f"half-{seed}.json").write_text(json.dumps(run))
+        told["runs"][f"stretch-seed{seed}-lr0.5"] = told["runs"].pop(f"stretch-seed{seed}-lr1")
+    compared = parts.report.Comparison(parts.run.read_runs(tmp_path / "long"))
+    assert {row["arm"]: row["to_uncut"] for row in parts.report.cut_pairs(told, compared)}["uhd"] == apart
+    del told["runs"]["stretch-seed2-lr0.5"]
     rows = {
         row["arm"]: row
         for row in parts.report.cut_pairs(told, parts.report.Comparison(parts.run.read_runs(tmp_path / "long")))
@@ -462,9 +468,7 @@ def test_no_time_begins_nothing_and_other_settings_are_refused(parts, tiny, tmp_
     given = {"arms": ("uhd",), "seeds": (0,), **folders}
     (tmp_path / "checkpoints" / "uhd-seed0-lr1").mkdir()
     parts.run.settle(tmp_path / "checkpoints" / "uhd-seed0-lr1", {**settings.to_dict(), "joint": 3, "arm": "uhd"})
-    with pytest.raises(
-        ValueError, match=r"belongs to a run with \{'joint': 3, 'seed': None, 'factor': None\}, asked is"
-    ):
+    with pytest.raises(ValueError, match=r"another run \(joint 3, asked is 2, seed None, asked is 0, factor None,"):
         parts.run.work(settings, **given)
 
 
@@ -747,17 +751,29 @@ def test_images_are_told_apart_by_how_they_are_cut(parts, tmp_path):
         for seed in (0, 1, 2):
             run = fake_run(parts, arm, seed, right)
             run["settings"] = {"factors": [1.0], "model": sizes}
+            run["test"]["seed"] = parts.run.TEST_SEED
+            run["test"]["buckets"] = "".join(str(bucket(scene(parts.run.TEST_SEED, n).aspect)) for n in range(images))
             (tmp_path / "long" / f"{arm}-{seed}.json").write_text(json.dumps(run))
     told = parts.report.report(tmp_path, say=str)["long"]
     found = told["by_cut"]
-    assert list(found["cuts"]) == ["not cut", "1 x 2", "1 x 3", "1 x 4", "2 x 2"]
-    assert [one["visual_tokens"] for one in found["cuts"].values()] == [9, 27, 36, 45, 45]
-    counts = [one["images"] for one in found["cuts"].values()]
+    assert list(found["cuts"]) == ["not cut, < 2.5", "not cut, >= 2.5", "1 x 2", "1 x 3", "1 x 4", "2 x 2"]
+    assert [one["visual_tokens"] for one in found["cuts"].values()] == [9, 9, 27, 36, 45, 45]
+    long, *counts = [one["images"] for one in found["cuts"].values()]
+    aspects = [scene(parts.run.TEST_SEED, n).aspect for n in range(images)]
+    assert long == sum(aspect < 2.5 and count < 2 for aspect, count in zip(aspects, slices, strict=True))
+    counts[0] += long
     assert (counts[:3], sum(counts[3:])) == ([int((slices == n).sum()) for n in (0, 2, 3)], int((slices == 4).sum()))
-    assert [row[0] for row in found["baseline"]["right"]] == [1, 0, 0, 0, 0]
-    assert [row["difference"][0] for row in found["differences"]["stretch"]["questions"]["right"]] == [0, 1, 0, 1, 1]
+    assert [row[0] for row in found["baseline"]["right"]] == [1, 1, 0, 0, 0, 0]
+    assert [row["difference"][0] for row in found["differences"]["stretch"]["questions"]["right"]] == [
+        0,
+        0,
+        1,
+        0,
+        1,
+        1,
+    ]
     text = parts.report.markdown(told, "long")
-    assert f"| arm | question | not cut ({counts[0]} images, 9 tokens) | 1 x 2 (" in text
+    assert f"| arm | question | not cut, < 2.5 ({long} images, 9 tokens) | not cut, >= 2.5 (" in text
     assert "| uhd | right | 1.000 [" in text
 
 

@@ -97,15 +97,26 @@ def settle(folder: Path, wanted: dict[str, Any]) -> None:
     path = folder / "run.json"
     if path.exists():
         found = json.loads(path.read_text())
-        if differ := [key for key in wanted if found.get(key) != wanted[key]]:
-            has, asked = ({key: told.get(key) for key in differ} for told in (found, wanted))
-            raise RunError(f"{folder} belongs to a run with {has}, asked is {asked}: give another folder")
+        has, asked = _leaves(found), _leaves(wanted)
+        if differ := [key for key in {**asked, **has} if has.get(key) != asked.get(key)]:
+            told = ", ".join(f"{key} {has.get(key)}, asked is {asked.get(key)}" for key in differ)
+            raise RunError(f"{folder} belongs to another run ({told}): give another folder, or move it away")
         return
     if begun := sorted(folder.glob("*.pt")):
-        raise RunError(f"{folder} has {begun[0].name} of an unknown run (no run.json): give another folder")
+        raise RunError(
+            f"{folder} has {begun[0].name} of an unknown run (no run.json): give another folder, or move it away"
+        )
     new = folder / f"run.{os.getpid()}.new"  # stages may start side by side
     new.write_text(json.dumps(wanted) + "\n")
     new.replace(path)
+
+
+def _leaves(told: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """{"steps.joint": 3} of {"steps": {"joint": 3}}."""
+    found = {}
+    for key, value in told.items():
+        found |= _leaves(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+    return found
 
 
 def check_done(folder: Path, needed: list[Stage]) -> None:

@@ -317,6 +317,7 @@ class TestPrecomputed:
                 ValueError, match="videos come as pixels or as visual tokens, got pixel_values_videos,"
             ):
                 found.get_video_features(pixels["pixel_values"], pixels["grids"], None, torch.zeros(1, 1))
+            assert torch.equal(found(**pixels, image_tokens=[]).logits, found(**pixels).logits)
             text = found.processor(text="a b")
             want = found(**text).logits
             assert torch.equal(found(**text, image_tokens=[], video_tokens=()).logits, want)

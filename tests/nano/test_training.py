@@ -259,8 +259,9 @@ def test_a_folder_is_trained_to_its_end_and_is_of_one_run(train, tmp_path, capsy
     assert set(json.loads((folder / "evaluation.json").read_text())) >= {"all", "line", "count"}
     assert "<svg" in (folder / "curves.svg").read_text()
     assert (folder / "model" / "model.safetensors").exists()
-    assert "belongs to a run with" in refused(train.main, [folder, *SHORT, "--seed", 1], capsys)
-    assert "belongs to a run with" in refused(train.main, [folder, "--scale", 0.1], capsys)
+    other = refused(train.main, [folder, *SHORT, "--seed", 1], capsys)
+    assert "belongs to another run (seed 0, asked is 1): give another folder" in other
+    assert "belongs to another run (steps.vision " in refused(train.main, [folder, "--scale", 0.1], capsys)
     (folder / "run.json").unlink()
     assert "of an unknown run" in refused(train.main, [folder, *SHORT], capsys)
 

@@ -40,20 +40,20 @@ def by_name(*values: Any) -> dict[str, Any]:
 def kinds_given(visual: Mapping[str, Any]) -> set[str]:
     """Which of images and videos there are; an empty list of encoded ones is none."""
     kinds = {"image": ("pixel_values", "image_tokens"), "video": ("pixel_values_videos", "video_tokens")}
-
-    def given(value: Any) -> bool:
-        return value is not None and not (isinstance(value, (list, tuple)) and not value)
-
-    return {kind for kind, names in kinds.items() if any(given(visual[name]) for name in names)}
+    return {kind for kind, names in kinds.items() if any(_given(visual[name]) for name in names)}
 
 
-def _check_one_form(visual: Mapping[str, Any], kind: str, pixels: Sequence[str], tokens: Sequence[str]) -> None:
-    """That images or videos come as pixels or as visual tokens, not both: one of them would be ignored."""
-    pixels, tokens = ([name for name in names if visual[name] is not None] for names in (pixels, tokens))
-    if pixels and tokens:
-        raise ValueError(
-            f"{kind}s come as pixels or as visual tokens, got {', '.join((*pixels, *tokens))}: leave one of them out"
-        )
+def _given(value: Any) -> bool:
+    return value is not None and not (isinstance(value, (list, tuple)) and not value)
+
+
+def _one_form(visual: Mapping[str, Any], kind: str, pixels: str, tokens: Sequence[str]) -> dict[str, Any]:
+    """The inputs, no encoded images as ``None``; pixels beside visual tokens are refused: one would be ignored."""
+    visual = {name: value if _given(value) else None for name, value in visual.items()}
+    both = [name for name in (pixels, *tokens) if visual[name] is not None]
+    if visual[pixels] is not None and len(both) > 1:
+        raise ValueError(f"{kind}s come as pixels or as visual tokens, got {', '.join(both)}: leave one of them out")
+    return visual
 
 
 def read_images(encoder: VisualEncoder, visual: Mapping[str, Any]) -> Media:
@@ -67,8 +67,7 @@ def read_images(encoder: VisualEncoder, visual: Mapping[str, Any]) -> Media:
         ValueError: Inputs are missing, or do not agree with each other or with the encoder's strategy; pixels and
             visual tokens are both given.
     """
-    _check_one_form(visual, "image", ("pixel_values",), ("image_tokens", "view_tokens"))
-    visual, schema = dict(visual), encoder.schema
+    visual, schema = _one_form(visual, "image", "pixel_values", ("image_tokens", "view_tokens")), encoder.schema
     tokens = visual["image_tokens"]
     if isinstance(tokens, (list, tuple)):
         check_schemas(tokens, schema)
@@ -125,7 +124,7 @@ def _given_plans(encoder: VisualEncoder, visual: Mapping[str, Any]) -> tuple[Sli
 
 def read_videos(encoder: VisualEncoder, visual: Mapping[str, Any]) -> Media:
     """Encode videos, or take what is encoded; arguments and errors as for :func:`read_images`."""
-    _check_one_form(visual, "video", ("pixel_values_videos",), ("video_tokens",))
+    visual = _one_form(visual, "video", "pixel_values_videos", ("video_tokens",))
     tokens, plans = visual["video_tokens"], visual["video_plans"]
     if isinstance(tokens, (list, tuple)):
         check_schemas(tokens, encoder.schema)
