@@ -314,7 +314,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         )
     for row in rows:
         if row["unfinished"]:
-            lines.append(f"{row['strategy']}: {row['unfinished']} answers had not ended: give --max-new-tokens")
+            lines.append(f"{row['strategy']}: answers that had not ended: {row['unfinished']} (give --max-new-tokens)")
     if rows[0]["images_in_doubt"]:
-        lines.append(f"{rows[0]['images_in_doubt']} images are unlike what nano learned from (`uhd demo` says how)")
+        lines.append(f"images unlike what nano learned from: {rows[0]['images_in_doubt']} (`uhd demo IMAGE` says how)")
     return "\n".join(lines)

@@ -36,6 +36,9 @@ UNCUT = "stretch"
 CONTRASTS = (("few-latents", "overview-wide"),)
 """Pairs of other arms, the first minus the second: pixels with few tokens, tokens with few pixels."""
 
+WHOLE, LONG_FROM = "not cut", 1
+"""Images that are not cut are told apart at this border of the aspect buckets."""
+
 FEWEST_SEEDS, FEWEST_IMAGES = 3, 30
 """Below either nothing is judged, whatever the interval."""
 
@@ -255,10 +258,6 @@ def _by_cut(found: Comparison) -> dict[str, Any]:
     }
 
 
-WHOLE, LONG_FROM = "not cut", 1
-"""Images that are not cut are told apart at this border of the aspect buckets."""
-
-
 def _cut_name(one: SlicePlan, bucket: float) -> str:
     """Grid, "2 x 1" and "1 x 2" being one; of images that are not cut whether they are long, by aspect bucket."""
     if one.grid:
@@ -326,7 +325,6 @@ def cut_pairs(told: Mapping[str, Any], found: Comparison) -> list[dict[str, Any]
         names = [Task(arm, seed, run["factor"]).name for seed, run in runs.items()]
         arms[arm] = [name for name in names if name in told["runs"]]
     arms |= {name: [name] for name in told["runs"] if not any(task.name == name for task in found.found)}
-
     seeds = {task.name: task.seed for task in found.found}
 
     def outcomes(names: Sequence[str], key: str) -> np.ndarray:

@@ -143,9 +143,7 @@ class Settings:
     model: NanoConfig = field(default_factory=NanoConfig)
 
     def stage(self, name: str, factor: float = 1.0) -> stages.Stage:
-        """The recipe's stage with these steps and this share of its rates; ``text`` and ``joint`` ask every kind of
-        question.
-        """
+        """The recipe's stage with these steps and this share of its rates, asking every kind of question."""
         kept = RECIPE[name]
         return replace(
             kept,

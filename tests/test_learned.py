@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -766,17 +767,22 @@ def test_images_are_told_apart_by_how_they_are_cut(parts, tmp_path):
     counts[0] += long
     assert (counts[:3], sum(counts[3:])) == ([int((slices == n).sum()) for n in (0, 2, 3)], int((slices == 4).sum()))
     assert [row[0] for row in found["baseline"]["right"]] == [1, 1, 0, 0, 0, 0]
-    assert [row["difference"][0] for row in found["differences"]["stretch"]["questions"]["right"]] == [
-        0,
-        0,
-        1,
-        0,
-        1,
-        1,
-    ]
+    rows = found["differences"]["stretch"]["questions"]["right"]
+    assert [row["difference"][0] for row in rows] == [0, 0, 1, 0, 1, 1]
     text = parts.report.markdown(told, "long")
     assert f"| arm | question | not cut, < 2.5 ({long} images, 9 tokens) | not cut, >= 2.5 (" in text
     assert "| uhd | right | 1.000 [" in text
+
+
+def test_every_interval_in_the_conclusions_stands_in_the_tables(parts):
+    page = (ROOT / "docs" / "learned.md").read_text()
+    conclusions, tables = page.split("## What came out")[1].split("\n## ")[0], page.split(parts.report.MARKS[0])[1]
+    said, found = (
+        {(float(low), float(high)) for low, high in re.findall(r"\[([+-]?\d\.\d+),\s+([+-]?\d\.\d+)\]", text)}
+        for text in (conclusions, tables)
+    )
+    assert len(said) > 30
+    assert not [ends for ends in said if ends not in found and (-ends[1], -ends[0]) not in found]  # a loss has no sign
 
 
 def test_an_arm_with_one_of_two_rates_is_shown_and_its_factor_open(parts, tmp_path):
@@ -929,7 +935,7 @@ def test_the_shipped_model_sees_what_ask_shows_it(parts, tmp_path, capsys):
     assert said == [ask(model, tmp_path / line["image"], ["all?"])[0].text for line in lines[:6]]
     assert row["exact"] > 0.6
     assert row["images_in_doubt"] == 1
-    assert "1 images are unlike what nano learned from" in capsys.readouterr().out
+    assert "images unlike what nano learned from: 1 (" in capsys.readouterr().out
 
 
 def test_folder_mode_says_what_is_wrong(parts, saved, tmp_path, capsys):
@@ -977,7 +983,7 @@ def test_folder_mode_says_what_is_wrong(parts, saved, tmp_path, capsys):
     prompt = ("--prompt", "{image}{question}{oops}")
     assert "once each, maybe {bos}, and no other field" in failing(tmp_path, *model, *prompt)
     assert parts.main.main(["folder", str(tmp_path), *map(str, model), "--max-new-tokens", "1"]) == 0
-    assert "own: 1 answers had not ended: give --max-new-tokens" in capsys.readouterr().out
+    assert "own: answers that had not ended: 1 (give --max-new-tokens)" in capsys.readouterr().out
     assert "cannot write" in failing(tmp_path, "--json", tmp_path / "no" / "rows.json")
     (tmp_path / "a.png").write_text("no image")
     assert "a.png' is not an image" in failing(tmp_path, *model)
