@@ -224,18 +224,6 @@ class TestGeneration:
         assert seen[-1] is None
         assert torch.equal(torch.cat(seen[1:-1]), out[0, batch["input_ids"].shape[1] :])
 
-    def test_a_loop_over_forward_with_a_cache(self):
-        found = model("llama")
-        batch = found.processor(text=TEXTS[:1], images=IMAGES[:1])
-        want = found.generate(**batch, max_new_tokens=4, min_new_tokens=4, do_sample=False)[0, -4:]
-        got = []
-        with torch.no_grad():
-            out = found(**batch, use_cache=True)
-            for _ in range(4):
-                got.append(out.logits[:, -1:].argmax(-1))
-                out = found(input_ids=got[-1], past_key_values=out.past_key_values, use_cache=True)
-        assert torch.equal(torch.cat(got, 1)[0], want)
-
     def test_generation_config_is_the_models_own(self):
         found = model("llama")
         batch = found.processor(text=TEXTS[:1], images=IMAGES[:1])

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tests.hf.test_training import batch_of, fresh
-from tests.hf.tiny import encoder, language_model, tokenizer
+from tests.hf.tiny import checkpoint_activations, encoder, language_model, tokenizer
 from uhd.hf import UHDForConditionalGeneration, training
 from uhd.resampler.packing import FeaturePacker
 
@@ -128,7 +128,7 @@ def test_checkpointing_with_a_frozen_language_model():
     found(**batch).loss.backward()
     want = {name: p.grad.clone() for name, p in found.visual.compressor.named_parameters()}
     found.zero_grad()
-    found.activation_checkpointing_enable()
+    checkpoint_activations(found)
     found(**batch).loss.backward()
     for name, p in found.visual.compressor.named_parameters():
         torch.testing.assert_close(p.grad, want[name], rtol=1e-4, atol=1e-6)

@@ -102,7 +102,9 @@ def test_accumulated_steps_equal_one_large_batch(tmp_path):
 
 def test_checkpointing_and_autocast_in_trainer(tmp_path):
     found = fresh()
-    run = trainer(found, tmp_path, activation_checkpointing=True, bf16=True, max_steps=6, save_strategy="no")
+    renamed = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    name = "activation_checkpointing" if renamed else "gradient_checkpointing"
+    run = trainer(found, tmp_path, bf16=True, max_steps=6, save_strategy="no", **{name: True})
     run.train()
     assert found.visual.vision.gradient_checkpointing
     assert losses(run)[-1] < losses(run)[0]
@@ -119,6 +121,8 @@ def lora(found, **changes):
     return get_peft_model(found, LoraConfig(**{**config, **changes}))
 
 
+# before 0.21 PEFT says this of a base model that was never saved
+@pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning")
 def test_lora_on_the_language_model_and_a_whole_resampler(tmp_path):
     found = fresh()
     before = {name: p.detach().clone() for name, p in found.named_parameters()}

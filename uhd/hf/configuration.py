@@ -6,8 +6,9 @@ import dataclasses
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
+from uhd.hf.outputs import MEDIA
+from uhd.hf.versions import CACHE_NAMES
 from uhd.pixels import PixelSettings
 from uhd.resampler import PerceiverConfig
 from uhd.schema import SeparatorIds, SpatialSchema
@@ -135,8 +136,8 @@ class UHDConfig(PreTrainedConfig):
     """
 
     model_type = "uhd"
-    sub_configs_defaults = {  # noqa: RUF012
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+    sub_configs = {  # noqa: RUF012 - read by transformers as it stands
+        "text_config": AutoConfig,
         "vision_config": UHDVisionConfig,
         "resampler_config": UHDResamplerConfig,
     }
@@ -173,6 +174,8 @@ class UHDConfig(PreTrainedConfig):
                 f"injection_mode must be one of {INJECTION_MODES}, got {self.injection_mode!r}: from_vision_and_lm "
                 'chooses with mode="auto"'
             )
+        for name, config_class in self.sub_configs.items():
+            setattr(self, name, _built(config_class, getattr(self, name)))
         super().__post_init__(**kwargs)
         if not (self.slicing_config and own_function(self.slicing_config)):
             self.slicing_config = self.slicing.to_dict()
@@ -213,9 +216,25 @@ class UHDConfig(PreTrainedConfig):
         return {symbol: SeparatorIds(tuple(ids), "given") for symbol, ids in (self.separator_ids or {}).items()}
 
     @property
+    def keys_to_ignore_at_inference(self) -> list[str]:
+        """Fields of the output that are no predictions: the language model's, and images and videos."""
+        text = self.text_config.get_text_config()
+        return [*getattr(text, "keys_to_ignore_at_inference", []), *CACHE_NAMES, *MEDIA]
+
+    @property
     def max_positions(self) -> int | None:
         """The language model's longest sequence, ``None`` where its config tells none."""
         return max_positions(self.text_config)
+
+
+def _built(config_class: type, given: dict[str, Any] | PreTrainedConfig | None) -> PreTrainedConfig:
+    """A part's config from its dictionary, or as it is; a language model of no type is a Llama."""
+    if isinstance(given, PreTrainedConfig):
+        return given
+    given = dict(given or {})
+    if config_class is AutoConfig:
+        return AutoConfig.for_model(given.pop("model_type", "llama"), **given)
+    return config_class(**given)
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:

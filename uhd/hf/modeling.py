@@ -25,8 +25,10 @@ from uhd.hf.attach import attach, native_side
 from uhd.hf.configuration import UHDConfig
 from uhd.hf.image_processing import refuse_own_function
 from uhd.hf.injection import inject
+from uhd.hf.outputs import with_media
 from uhd.hf.placing import Media, match
 from uhd.hf.processing import UHDProcessor
+from uhd.hf.versions import CACHE_NAMES, cache_name, take_cache
 from uhd.hf.visual_inputs import VISUAL_INPUTS, by_name, kinds_given, read_images, read_videos
 from uhd.merge import IGNORE, assemble, merge_visual, separator_embeddings
 from uhd.parts import rebuild_part
@@ -45,33 +47,6 @@ from uhd.vision.int8 import refuse_int8
 
 RESAMPLERS = (PerceiverResampler, PyramidResampler, RewriteResampler, SpatialResampler)
 """Compressors with parameters of their own beside those of their layers."""
-
-
-@dataclass
-class UHDModelOutputWithPast(ModelOutput):
-    """The language model's output, ``image_hidden_states``: (T_i, D) for each image, as it was laid out, and
-    ``video_hidden_states``: the same for each video."""
-
-    last_hidden_state: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    image_hidden_states: tuple[Tensor, ...] | None = None
-    video_hidden_states: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class UHDCausalLMOutputWithPast(ModelOutput):
-    """The language model's output with ``image_hidden_states`` and ``video_hidden_states``; what else it returns is
-    under its own name."""
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    image_hidden_states: tuple[Tensor, ...] | None = None
-    video_hidden_states: tuple[Tensor, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +69,7 @@ class UHDPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "video", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["ViT", "CompressedViT", *(module.__name__ for module in RESAMPLERS)]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = list(CACHE_NAMES)  # noqa: RUF012
     # the language model has its own word on these; the vision side runs one attention, its own
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -357,7 +332,6 @@ class UHDModel(UHDPreTrainedModel):
         visual: Mapping[str, Any],
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
-        past_key_values: Any,
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[ModelOutput, dict[str, tuple[Tensor, ...]]]:
@@ -369,11 +343,13 @@ class UHDModel(UHDPreTrainedModel):
         visual = {name: visual[name] for name in VISUAL_INPUTS if visual.get(name) is not None}
         if (input_ids is None) == (inputs_embeds is None) or (visual and input_ids is None):
             raise ValueError("pass either input_ids, with or without images, or inputs_embeds alone")
-        if position_ids is None and past_key_values is None:
-            position_ids = self._positions(attention_mask)
-        passed = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
+        cache = take_cache(kwargs)
+        if position_ids is None:
+            length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+            position_ids = self._positions(attention_mask, length, cache)
+        passed = {"attention_mask": attention_mask, "position_ids": position_ids, cache_name(lm): cache}
         passed = {name: value for name, value in {**passed, **kwargs}.items() if value is not None}
-        decoding = past_key_values is not None and input_ids is not None and input_ids.shape[1] == 1
+        decoding = cache is not None and input_ids is not None and input_ids.shape[1] == 1
         prompt = None
         if input_ids is not None and (visual or not decoding):
             prompt = self._read(input_ids, visual, attention_mask)
@@ -390,13 +366,20 @@ class UHDModel(UHDPreTrainedModel):
         with inject(embed, prompt.ids, prompt.change):
             return lm(input_ids=prompt.ids, return_dict=True, **passed), prompt.media
 
-    def _positions(self, attention_mask: Tensor | None) -> Tensor | None:
-        """(B, T) positions that do not count padding, as ``generate`` makes them; ``None`` where not wanted."""
+    def _positions(self, attention_mask: Tensor | None, length: int, cache: Any) -> Tensor | None:
+        """(B, length) positions of the inputs that do not count padding, as ``generate`` makes them.
+
+        ``None`` where the language model takes none, or the mask does not cover the cache and the inputs.
+        """
         if attention_mask is None or attention_mask.dim() != 2:
+            return None
+        cached = _cached_length(cache)
+        if cached is not None and attention_mask.shape[1] != cached + length:
             return None
         if "position_ids" not in inspect.signature(self.language_model.forward).parameters:
             return None
-        return (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 0)
+        positions = (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 0)
+        return positions[:, -length:]
 
     @can_return_tuple
     def forward(
@@ -419,8 +402,9 @@ class UHDModel(UHDPreTrainedModel):
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Any = None,
         **kwargs: Any,
-    ) -> UHDModelOutputWithPast:
+    ) -> ModelOutput:
         """Arguments and errors as in :meth:`UHDForConditionalGeneration.forward`; no head, so no labels."""
         images = pixel_values, grids, num_patches, slice_grids, image_sizes, image_tokens, view_tokens, image_plans
         visual = by_name(*images, pixel_values_videos, video_grids, video_plans, video_tokens)
@@ -432,10 +416,11 @@ class UHDModel(UHDPreTrainedModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            cache=cache,
             use_cache=use_cache,
             **kwargs,
         )
-        return _with_fields(UHDModelOutputWithPast(**media), found)
+        return with_media(found, media)
 
 
 class UHDForConditionalGeneration(UHDModel, GenerationMixin):
@@ -524,6 +509,19 @@ class UHDForConditionalGeneration(UHDModel, GenerationMixin):
         return self._processor
 
     @property
+    def base_model(self) -> UHDModel:
+        """The same modules under a forward that ends at the trunk's ``last_hidden_state``.
+
+        Hooks and wrappers of this model's own ``forward`` stay with it.
+        """
+        trunk = object.__new__(UHDModel)
+        nn.Module.__init__(trunk)
+        state = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"}
+        own = {"forward", *vars(trunk)} - state
+        vars(trunk).update({name: value for name, value in vars(self).items() if name not in own})
+        return trunk
+
+    @property
     def accepts_loss_kwargs(self) -> bool:
         """Whether ``num_items_in_batch`` and the like may be passed; read by ``Trainer``."""
         parameters = inspect.signature(self.language_model.forward).parameters.values()
@@ -578,8 +576,9 @@ class UHDForConditionalGeneration(UHDModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Any = None,
         **kwargs: Any,
-    ) -> UHDCausalLMOutputWithPast:
+    ) -> ModelOutput:
         """The language model on text and images.
 
         Args:
@@ -592,7 +591,12 @@ class UHDForConditionalGeneration(UHDModel, GenerationMixin):
             inputs_embeds: Instead of ``input_ids`` and images.
             labels: (B, T); image positions count as -100 whatever they hold. ``Trainer`` counts targets before that:
                 give it labels that hold -100 there (docs/training.md).
+            past_key_values, cache: The language model's cache, under either name.
             logits_to_keep and the rest: As the language model takes them.
+
+        Returns:
+            What the language model returns, under its own names, ``loss`` (with labels) and ``logits`` first, then
+            ``image_hidden_states`` and ``video_hidden_states``: (T_i, D) for each image or video, as laid out.
 
         Raises:
             ValueError: A sample's image positions are not those of its images, inputs of images are missing or
@@ -610,21 +614,22 @@ class UHDForConditionalGeneration(UHDModel, GenerationMixin):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            cache=cache,
             labels=labels,
             use_cache=use_cache,
             **kwargs,
         )
-        return _with_fields(UHDCausalLMOutputWithPast(**media), found)
+        return with_media(found, media)
 
     def _check_prefill(self, generation_config: Any, kwargs: dict[str, Any]) -> None:
         """Images are merged into the whole prompt at once: refuse, before they are encoded, what splits it."""
         if kwargs.get("prefill_chunk_size", getattr(generation_config, "prefill_chunk_size", None)):
             raise ValueError("a prompt with images is fed at once: leave prefill_chunk_size out")
-        cached = _cached_length(kwargs.get("past_key_values"))
-        if cached and self.config.injection_mode == "hook":
+        cached = _cached_length(take_cache(dict(kwargs)))
+        if cached != 0 and self.config.injection_mode == "hook":
             raise ValueError(
-                f"past_key_values hold {cached} positions, and this language model takes images by a hook on the "
-                "whole prompt: give the whole conversation and no cache"
+                f"the cache holds {'some' if cached is None else cached} positions, and this language model takes "
+                "images by a hook on the whole prompt: give the whole conversation and no cache"
             )
 
     @torch.no_grad()
@@ -676,11 +681,14 @@ class UHDForConditionalGeneration(UHDModel, GenerationMixin):
         return found
 
 
-def _cached_length(cache: Any) -> int:
-    """Positions that a cache holds already; caches that cannot tell count as filled."""
+def _cached_length(cache: Any) -> int | None:
+    """Positions that a cache holds already; ``None`` where it cannot tell, as the states of attention-free models."""
     if cache is None:
         return 0
-    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 1
+    try:
+        return int(cache.get_seq_length())
+    except (AttributeError, ValueError):
+        return None
 
 
 def _build_visual(config: UHDConfig) -> VisualEncoder:
@@ -698,13 +706,6 @@ def _build_visual(config: UHDConfig) -> VisualEncoder:
     )
     dtype = torch.get_default_dtype() if config.visual_dtype is None else getattr(torch, config.visual_dtype)
     return visual.to(dtype)  # tables too, which are computed in float32
-
-
-def _with_fields(output: ModelOutput, found: ModelOutput) -> Any:
-    """The language model's output under our type, fields that only it has included."""
-    for name, value in found.items():
-        output[name] = value
-    return output
 
 
 def _new_tokens(config: Any, kwargs: Mapping[str, Any], length: int) -> int:

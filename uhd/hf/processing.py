@@ -6,12 +6,12 @@ import json
 import os
 import threading
 from collections.abc import Sequence
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import processing_utils
 from transformers.processing_utils import BatchFeature, MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -25,6 +25,7 @@ from uhd.hf.image_processing import (
     refuse_own_function,
 )
 from uhd.hf.plans import write_plans
+from uhd.hf.versions import processor_defaults, without_marked_text
 from uhd.hf.video_processing import (
     PlannedVideo,
     UHDVideoProcessor,
@@ -58,6 +59,10 @@ if hasattr(os, "register_at_fork"):  # a worker forked while another thread toke
     )
 
 
+_MEDIA_OF_CHAT: ContextVar[tuple[Any, Any]] = ContextVar("media of the chat being tokenized", default=(None, None))
+"""Images and videos of a conversation whose template takes text only; transformers finds none in such messages."""
+
+
 class UHDProcessorKwargs(ProcessingKwargs, total=False):
     """transformers' keywords, and those of the image and the video processor."""
 
@@ -65,6 +70,13 @@ class UHDProcessorKwargs(ProcessingKwargs, total=False):
     videos_kwargs: UHDVideosKwargs
 
 
+@processor_defaults(
+    {
+        "text_kwargs": {"padding": True, "padding_side": "left", "return_tensors": "pt"},
+        "images_kwargs": {"return_tensors": "pt"},
+        "videos_kwargs": {"return_tensors": "pt"},
+    }
+)
 class UHDProcessor(ProcessorMixin):
     """A tokenizer, an image processor and a video processor.
 
@@ -90,9 +102,6 @@ class UHDProcessor(ProcessorMixin):
     """
 
     valid_processor_kwargs = UHDProcessorKwargs
-    text_kwargs = {"padding": True, "padding_side": "left", "return_tensors": "pt"}  # noqa: RUF012
-    images_kwargs = {"return_tensors": "pt"}  # noqa: RUF012
-    videos_kwargs = {"return_tensors": "pt"}  # noqa: RUF012
 
     def __init__(
         self,
@@ -178,6 +187,8 @@ class UHDProcessor(ProcessorMixin):
         """
         if audio is not None:
             raise ValueError(f"{type(self).__name__} takes text, images and videos, got audio")
+        if images is None and videos is None:
+            images, videos = _MEDIA_OF_CHAT.get()
         if images is None and text is None and videos is None:
             raise ValueError(f"{type(self).__name__} was given neither text nor images nor videos")
         text = [text] if isinstance(text, str) else None if text is None else list(text)
@@ -212,7 +223,9 @@ class UHDProcessor(ProcessorMixin):
         encoded = _all_encoded(images, EncodedImage, "images"), _all_encoded(videos, EncodedVideo, "videos")
         if all(encoded):
             return images, videos
-        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        merged = self._merge_kwargs(
+            self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
         for_images, for_videos = merged["images_kwargs"], merged["videos_kwargs"]
         for given in (for_images.get("slicing"), for_videos.get("slicing")):
             if given is not None:
@@ -287,55 +300,63 @@ class UHDProcessor(ProcessorMixin):
 
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
         """As in transformers; see the class for templates that take text only."""
-        template = self._resolve_chat_template(chat_template)
-        conversations, batched = self._normalize_conversations(conversation)
+        template = self._template(chat_template)
+        batched = not _is_message(conversation[0])
+        conversations = list(conversation) if batched else [conversation]
         special = json.dumps(self.tokenizer.special_tokens_map)
         kinds = {"image"} | {"video" for messages in conversations for message in messages if _has_video(message)}
         tokens = {"image": self.image_token, "video": self.video_token}
         if all(tokens[kind] and _writes(template, kind, tokens[kind], special) for kind in kinds):
             return super().apply_chat_template(conversation, template, **kwargs)
-        texts = [[self._as_text(message) for message in messages] for messages in conversations]
-        return super().apply_chat_template(texts if batched else texts[0], template, **kwargs)
+        images: list[list[Any]] = [[] for _ in conversations]
+        videos: list[list[Any]] = [[] for _ in conversations]
+        texts = [
+            [self._as_text(message, *media) for message in messages]
+            for messages, *media in zip(conversations, images, videos, strict=True)
+        ]
+        told = _MEDIA_OF_CHAT.set((images if any(images) else None, videos if any(videos) else None))
+        try:
+            return super().apply_chat_template(texts if batched else texts[0], template, **kwargs)
+        finally:
+            _MEDIA_OF_CHAT.reset(told)
 
-    def _as_text(self, message: dict[str, Any]) -> dict[str, Any]:
-        """A message with its content as one string, which remembers the images and videos that were in it."""
+    def _template(self, chat_template: str | None) -> str:
+        """A template's text, given it, its name, or nothing."""
+        own = self.chat_template
+        if chat_template is not None:
+            return own.get(chat_template, chat_template) if isinstance(own, dict) else chat_template
+        template = own.get("default") if isinstance(own, dict) else own
+        if template is None:
+            names = f"; it has those named {', '.join(own)}" if isinstance(own, dict) else ""
+            raise ValueError(f"this processor has no default chat template{names}: pass chat_template")
+        return template
+
+    def _as_text(self, message: Any, images: list[Any], videos: list[Any]) -> dict[str, Any]:
+        """A message with its content as one string; its images and videos are appended to the lists."""
+        message = message if isinstance(message, dict) else vars(message)
         content = message.get("content")
         if content is None or isinstance(content, str):
             return message
         parts: list[str] = []
-        found: dict[str, list[Any]] = {"image": [], "video": []}
         for part in content:
-            kind = part["type"]
+            kind = {"image_url": "image"}.get(part["type"], part["type"])
             if kind == "text":
                 parts.append(part["text"])
-            elif kind == "image" or (kind == "video" and self.video_token is not None):
-                parts.append((self.image_token if kind == "image" else self.video_token) + "\n")
-                found[kind] += [part[key] for key in (kind, "url", "path", "base64") if key in part]
+            elif kind == "image":
+                parts.append(self.image_token + "\n")
+                images += _sources(part, "image", "url", "path", "base64", "image_url")
+            elif kind == "video" and self.video_token is not None:
+                parts.append(self.video_token + "\n")
+                videos += _sources(part, "video", "url", "path")
             else:
                 raise ValueError(f"a message's content is of images, videos and text, got type {kind!r}")
-        return {**message, "content": _Content("".join(parts), found["image"], found["video"])}
-
-    def _multimodal_inputs_from_conversations(
-        self, conversations: list[list[dict[str, Any]]], *args: Any, **kwargs: Any
-    ) -> tuple[list[list[Any]], list[list[Any]], list[Any], dict[str, Any]]:
-        contents = [
-            [message["content"] for message in messages if isinstance(message.get("content"), _Content)]
-            for messages in conversations
-        ]
-        if not any(contents):
-            return super()._multimodal_inputs_from_conversations(conversations, *args, **kwargs)
-        images = [[image for content in found for image in content.images] for found in contents]
-        videos = [[video for content in found for video in content.videos] for found in contents]
-        return images, videos, [], {}
+        return {**message, "content": "".join(parts)}
 
 
-class _Content(str):
-    """A message's text, and the images and videos whose tokens are in it."""
-
-    def __new__(cls, text: str, images: list[Any], videos: list[Any]) -> "_Content":
-        found = super().__new__(cls, text)
-        found.images, found.videos = images, videos
-        return found
+def _sources(part: dict[str, Any], *keys: str) -> list[Any]:
+    """What a part of a message holds under these keys; OpenAI's messages have an address in a dictionary there."""
+    given = [part[key] for key in keys if key in part]
+    return [item["url"] if isinstance(item, dict) and "url" in item else item for item in given]
 
 
 def placeholder_id(tokenizer: Any, token: str, kind: str = "image") -> int:
@@ -464,14 +485,15 @@ def _per_sample(
 
 def _unmarked(text: list[str] | None, kwargs: dict[str, Any]) -> list[str] | None:
     """The text without what transformers marked as the user's own words, in which a token is no placeholder."""
-    marked = getattr(processing_utils, "_MARKED_RE", None)
-    if text is None or marked is None or not kwargs.get("sanitize_control_tokens"):
-        return text
-    return [marked.sub("", sample) for sample in text]
+    return text if text is None or not kwargs.get("sanitize_control_tokens") else without_marked_text(text)
 
 
-def _has_video(message: dict[str, Any]) -> bool:
-    content = message.get("content")
+def _is_message(item: Any) -> bool:
+    return isinstance(item, dict) or hasattr(item, "content")
+
+
+def _has_video(message: Any) -> bool:
+    content = message.get("content") if isinstance(message, dict) else message.content
     return isinstance(content, (list, tuple)) and any(
         isinstance(part, dict) and part.get("type") == "video" for part in content
     )

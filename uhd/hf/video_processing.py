@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import VideosKwargs
-from transformers.video_processing_utils import VideoProcessorMixin
 from transformers.video_utils import VideoMetadata, default_sample_indices_fn
 
 from uhd.encoder import EncodedVideo
 from uhd.hf.image_processing import Planning, as_slicing
 from uhd.hf.plans import write_plans
+from uhd.hf.versions import VideoProcessorBase
 from uhd.schema.fitted import slicing_to_dict
 from uhd.slicing.media import VideoPlan, plan_sample
 
@@ -51,7 +51,7 @@ class PlannedVideo:
     plan: VideoPlan
 
 
-class UHDVideoProcessor(Planning, VideoProcessorMixin, PilBackend):
+class UHDVideoProcessor(Planning, VideoProcessorBase, PilBackend):
     """Videos to packed patches, by the planner and the renderer of :class:`uhd.hf.UHDImageProcessor`.
 
     A video is a list of equally large frames (anything :func:`uhd.pixels.load_image` takes), an array or tensor
