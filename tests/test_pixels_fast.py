@@ -247,7 +247,7 @@ def test_errors_are_those_of_the_exact_backend():
 
 def test_without_torchvision_pillow_decodes(monkeypatch):
     data = jpeg(skimage.data.chelsea()[:100, :150])
-    monkeypatch.setattr(fast, "_jpeg_decoder", lambda: None)
+    monkeypatch.setattr(fast, "jpeg_decoder", lambda: None)
     assert np.array_equal(loaded(data), exactly(data))
 
 

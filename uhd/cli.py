@@ -96,8 +96,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=_demo)
 
-    command = commands.add_parser("doctor", help="how eyes would be attached to a language model")
-    command.add_argument("lm", type=Path, metavar="LM_DIR", help="a folder with config, weights and tokenizer")
+    command = commands.add_parser("doctor", help="what is installed and will run, or how eyes would fit a model")
+    command.add_argument(
+        "lm",
+        type=Path,
+        nargs="?",
+        metavar="LM_DIR",
+        help="a language model's folder: how eyes would be attached to it",
+    )
     command.add_argument("--schema", metavar="NAME", default="llava-uhd", help="a token layout (default llava-uhd)")
     command.add_argument("--json", action="store_true", help="one JSON object")
     command.set_defaults(run=_doctor)
@@ -354,6 +360,13 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    if args.lm is None:
+        from uhd import environment
+
+        here = environment.look()
+        print(json.dumps(here.to_dict()) if args.json else environment.table(here))
+        return 0
+
     from transformers.utils import logging
 
     from uhd.hf.doctor import diagnose, table

@@ -1,9 +1,11 @@
 """``uhd doctor`` on folders of tiny language models, and on folders that are none."""
 
 import copy
+import importlib.metadata
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from transformers import AutoConfig, AutoModelForMaskedLM, T5Config, T5ForCondit
 
 import uhd
 from tests.hf.tiny import encoder, language_model, model, tokenizer
-from uhd import cli
+from uhd import cli, environment
 from uhd.hf.doctor import COMMON_SIZES_HW, diagnose, table
+from uhd.pixels import fast
 
 
 @pytest.fixture(scope="module")
@@ -181,3 +184,57 @@ def test_sizes_are_width_by_height_in_the_table(folder):
     text = table(diagnose(folder("llama")))
     assert "1240x1754" in text
     assert "1754x1240" not in text
+
+
+class TestEnvironment:
+    """``uhd doctor`` without a folder: what is installed and what will run."""
+
+    def test_it_tells_versions_and_what_runs(self, capsys):
+        status, out, err = run(capsys=capsys)
+        assert (status, err) == (0, "")
+        for name in ("torch", "transformers", "attention", "pixels", "torch.compile"):
+            assert f"  {name} " in out
+        status, out, _ = run("--json", capsys=capsys)
+        packages = {package["name"]: package for package in json.loads(out)["packages"]}
+        assert packages["torch"]["installed"] == torch.__version__.partition("+")[0]
+        assert packages["transformers"]["oldest"] == environment.oldest_supported()["transformers"]
+
+    @pytest.mark.parametrize(
+        ("version", "advice"),
+        [("5.2.1", "is older than"), ("99.0", "is newer than"), (None, "not installed: pip install transformers")],
+    )
+    def test_outside_of_the_range_it_warns(self, version, advice, monkeypatch, capsys):
+        real = importlib.metadata.version
+
+        def pretended(name):
+            if name != "transformers":
+                return real(name)
+            if version is None:
+                raise importlib.metadata.PackageNotFoundError(name)
+            return version
+
+        monkeypatch.setattr(importlib.metadata, "version", pretended)
+        status, out, _ = run(capsys=capsys)
+        assert status == 0
+        [warning] = [line for line in out.splitlines() if "warning: transformers" in line]
+        assert advice in warning
+
+    def test_without_torchvision_and_a_compiler(self, monkeypatch, capsys):
+        monkeypatch.setattr(fast, "jpeg_decoder", lambda: None)
+        monkeypatch.setattr(environment, "find_spec", lambda name: None)
+        monkeypatch.setattr(shutil, "which", lambda name: None)
+        out = run(capsys=capsys)[1]
+        assert "since torchvision is not installed" in out
+        assert "no C++ compiler" in out
+
+
+def test_the_floor_is_the_one_that_pyproject_declares():
+    """Constraints of CI's oldest room, line by line the lower bounds."""
+    root = Path(__file__).parents[2]
+    declared = re.findall(r'^\s+"([\w.-]+)>=([\w.]+)', (root / "pyproject.toml").read_text(), re.MULTILINE)
+    floor = re.findall(r"^([\w.-]+)==([\w.]+)$", (root / ".ci" / "floor.txt").read_text(), re.MULTILINE)
+    assert floor == declared
+    assert set(environment.NEWEST) <= {name for name, _ in declared}
+    oldest = dict(declared)
+    words = " ".join((root / "README.md").read_text().split())
+    assert f"torch from {oldest['torch']} and transformers from {oldest['transformers']} to the newest" in words

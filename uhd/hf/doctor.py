@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import is_flash_attn_2_available
 
+from uhd.environment import attention
 from uhd.hf.attach import check_ids, embedding_rms, with_image_token
 from uhd.hf.configuration import UHDConfig, max_positions
 from uhd.hf.injection import explain_injection
-from uhd.resampler.attention import attend
 from uhd.schema import SpatialSchema, resolve_schema, resolve_separator
 from uhd.slicing import plan
 
@@ -119,7 +119,7 @@ def diagnose(folder: str | Path, *, schema: str | SpatialSchema = "llava-uhd") -
         problems.append(reason)
     separators = _separators(marked, schema, image_token, lm.config.get_text_config().vocab_size, problems)
     limit = max_positions(lm.config)
-    kernel, kernel_reason = _kernel()
+    kernel, kernel_reason = attention()
     return Diagnosis(
         folder=str(folder),
         model=type(lm).__name__,
@@ -228,18 +228,6 @@ def _attention(lm: PreTrainedModel) -> tuple[str, ...]:
         "flash_attention_2": lm._supports_flash_attn and flash,
     }
     return tuple(name for name, there in declared.items() if there)
-
-
-def _kernel() -> tuple[str, str]:
-    """Which implementation the resampler's attention gets here, tried on a few numbers."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    few = torch.ones(2, 1, 16, device=device)
-    try:
-        attend(few, few, few, [2], impl="triton")
-    except ValueError as problem:
-        reason = str(problem).removeprefix("impl='triton' cannot run: ").partition("; use impl=")[0]
-        return "sdpa", reason
-    return ("triton", f"on {device}") if device == "cuda" else ("sdpa", "on the CPU the kernels are for tests only")
 
 
 def _counts(schema: SpatialSchema, limit: int | None) -> tuple[ImageTokens, ...]:

@@ -1,4 +1,7 @@
-"""The one file that knows how releases of transformers differ: each difference is found by asking for the feature."""
+"""The one file that knows how releases of transformers differ: each difference is found by asking for the feature.
+
+Private names of transformers are used here, or are methods that uhd overrides or calls: :data:`HOOKS` has them all.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,10 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+import transformers
 from torch import nn
-from transformers import ProcessorMixin, processing_utils, video_processing_utils
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin, processing_utils, video_processing_utils
+from transformers.image_processing_backends import PilBackend
 
 VideoProcessorBase: type = getattr(
     video_processing_utils, "VideoProcessorMixin", video_processing_utils.BaseVideoProcessor
@@ -18,6 +23,32 @@ VideoProcessorBase: type = getattr(
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """What releases and model types call the key-value cache, or the state, in inputs and outputs."""
+
+
+HOOKS = {
+    "ProcessorMixin": ("_merge_kwargs", "_process_images", "_process_videos", "_check_special_mm_tokens"),
+    "PilBackend": ("_preprocess_image_like_inputs", "_validate_preprocess_kwargs"),
+    "PreTrainedModel": ("_init_weights", "_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn"),
+    "PreTrainedConfig": ("_attn_implementation", "_experts_implementation"),
+}
+"""Private methods and fields of transformers that uhd overrides or reads, by class.
+
+Without one of them transformers would pass uhd's code by, so :func:`check_hooks` refuses the import instead.
+"""
+
+
+def check_hooks(*classes: type) -> None:
+    """Raise an ``ImportError`` that says what to install where a class lacks one of its :data:`HOOKS`."""
+    for kind in classes:
+        missing = [name for name in HOOKS[kind.__name__] if not hasattr(kind, name)]
+        if missing:
+            raise ImportError(
+                f"transformers {transformers.__version__} has no {kind.__name__}.{missing[0]}, which uhd needs: "
+                "`uhd doctor` says which releases are supported"
+            )
+
+
+check_hooks(ProcessorMixin, PilBackend, PreTrainedModel, PreTrainedConfig)
 
 
 def take_cache(kwargs: dict[str, Any]) -> Any:

@@ -113,7 +113,7 @@ def _read_jpeg(source: Any, settings: PixelSettings) -> Picture | None:
         check_pixels(image, settings, name)
         with pillow_errors(name):
             plain = image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(ORIENTATION) not in UPRIGHT
-            if not plain or not (settings.draft or _jpeg_decoder()):
+            if not plain or not (settings.draft or jpeg_decoder()):
                 return None
             image.fp.seek(0)
             file = image.fp.read()
@@ -121,7 +121,7 @@ def _read_jpeg(source: Any, settings: PixelSettings) -> Picture | None:
     if settings.draft:
         return Picture(size_hw, None, file, name)
     try:
-        pixels = _jpeg_decoder()(file)
+        pixels = jpeg_decoder()(file)
     except RuntimeError:
         return None
     return Picture(size_hw, pixels) if pixels.shape[:2] == size_hw else None
@@ -230,7 +230,7 @@ def _pass_orders(name: str) -> str | None:
 
 
 @cache
-def _jpeg_decoder() -> Callable[[bytes], np.ndarray] | None:
+def jpeg_decoder() -> Callable[[bytes], np.ndarray] | None:
     """torchvision's decoder to (h, w, 3), where it is installed and decodes to the same bytes as Pillow."""
     try:
         import torchvision.io  # noqa: F401, it brings the operator

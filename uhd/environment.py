@@ -1,0 +1,166 @@
+"""What is installed here, beside what is supported, and what will therefore run: ``uhd doctor``."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+import re
+import shutil
+from importlib.util import find_spec
+from typing import Any
+
+NEWEST = {
+    "torch": "2.15.0",
+    "transformers": "5.24.0",
+    "triton": "3.9.0",
+    "timm": "1.0.31",
+    "pillow": "13.0.0",
+    "numpy": "2.4.6",
+    "einops": "0.8.2",
+    "safetensors": "0.8.0",
+    "accelerate": "1.15.0",
+    "peft": "0.21.2",
+}
+"""The newest release of each package that the test suite has passed with; the oldest are pyproject's bounds."""
+
+WITHOUT = {
+    "triton": "the resampler's attention runs through PyTorch on GPUs too",
+    "accelerate": "no Trainer and no device_map: pip install accelerate",
+    "peft": "no adapters: pip install peft",
+    "torchvision": 'transformers\' own image processors are missing, and pixels="fast" decodes by Pillow: '
+    "pip install torchvision",
+}
+"""What follows where a package is missing that is not needed for everything."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Package:
+    """One package: the installed version (``None``: none), the oldest and newest supported, and what to do about it."""
+
+    name: str
+    installed: str | None
+    oldest: str | None
+    newest: str | None
+    advice: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Environment:
+    """What :func:`look` found.
+
+    Attributes:
+        python, machine: Of this process.
+        packages: Every package that uhd uses, the missing ones too.
+        attention: What computes the resampler's attention here, and why.
+        pixels: What decodes and resizes images under each backend.
+        compiler: The C++ compiler that ``torch.compile`` would use on a CPU, or what follows without one.
+    """
+
+    python: str
+    machine: str
+    packages: tuple[Package, ...]
+    attention: str
+    pixels: str
+    compiler: str
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """One sentence for each package that is outside the supported range or missing."""
+        return tuple(f"{package.name}: {package.advice}" for package in self.packages if package.advice)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {**dataclasses.asdict(self), "warnings": self.warnings}
+
+
+def look() -> Environment:
+    """Compare what is installed with what is supported, and try what will run. Nothing is changed."""
+    oldest = oldest_supported()
+    names = dict.fromkeys([*NEWEST, *WITHOUT])
+    return Environment(
+        python=platform.python_version(),
+        machine=f"{platform.system()} {platform.machine()}",
+        packages=tuple(_package(name, oldest.get(name)) for name in names),
+        attention=": ".join(attention()),
+        pixels=_pixels(),
+        compiler=_compiler(),
+    )
+
+
+def oldest_supported() -> dict[str, str]:
+    """Lower bounds of the installed distribution's requirements, extras included; empty where it is not installed."""
+    try:
+        requirements = importlib.metadata.requires("llava-uhd") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    bounds = (re.match(r"([\w.-]+)\s*(?:\[[^]]*\])?\s*>=\s*([\w.]+)", line) for line in requirements)
+    return {bound[1].lower(): bound[2] for bound in bounds if bound}
+
+
+def attention() -> tuple[str, str]:
+    """Which implementation the resampler's attention gets here, and why, tried on a few numbers."""
+    import torch
+
+    from uhd.resampler.attention import attend
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    few = torch.ones(2, 1, 16, device=device)
+    try:
+        attend(few, few, few, [2], impl="triton")
+    except ValueError as problem:
+        reason = str(problem).removeprefix("impl='triton' cannot run: ").partition("; use impl=")[0]
+        return "sdpa", reason
+    return ("triton", f"on {device}") if device == "cuda" else ("sdpa", "on the CPU the kernels are for tests only")
+
+
+def table(environment: Environment) -> str:
+    """The environment for a person."""
+    rows = [("", "installed", "supported")]
+    for package in environment.packages:
+        newest = f"tested up to {package.newest}" if package.newest else ""
+        span = ", ".join(filter(None, (f"from {package.oldest}" if package.oldest else "", newest)))
+        rows.append((package.name, package.installed or "-", span))
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    lines = [f"Python {environment.python}, {environment.machine}", ""]
+    lines += [f"  {name:<{widths[0]}}  {installed:<{widths[1]}}  {span}".rstrip() for name, installed, span in rows]
+    told = {"attention": environment.attention, "pixels": environment.pixels, "torch.compile": environment.compiler}
+    lines += ["", *(f"  {name:<13}  {value}" for name, value in told.items())]
+    lines += [f"\n  warning: {warning}" for warning in environment.warnings]
+    return "\n".join(lines)
+
+
+def _package(name: str, oldest: str | None) -> Package:
+    newest = NEWEST.get(name)
+    try:
+        installed = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return Package(name, None, oldest, newest, f"not installed: {WITHOUT.get(name, f'pip install {name}')}")
+    advice = None
+    if oldest and _numbers(installed) < _numbers(oldest):
+        advice = f"{installed} is older than {oldest}, the oldest supported: pip install '{name}>={oldest}'"
+    elif newest and _numbers(installed) > _numbers(newest):
+        advice = (
+            f"{installed} is newer than {newest}, the newest tested; should it fail, pip install '{name}<={newest}'"
+        )
+    return Package(name, installed, oldest, newest, advice)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The release of a version, without what follows: "2.13.0+cpu" is (2, 13, 0)."""
+    numbers = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(map(int, numbers[0].split("."))) if numbers else ()
+
+
+def _pixels() -> str:
+    from uhd.pixels.fast import jpeg_decoder
+
+    if jpeg_decoder():
+        return "pillow by Pillow; fast by torchvision's JPEG decoder and PyTorch's resize"
+    why = "is not installed" if find_spec("torchvision") is None else "decodes other bytes than Pillow here"
+    return f"pillow by Pillow; fast by Pillow's decoder, since torchvision {why}, and PyTorch's resize"
+
+
+def _compiler() -> str:
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++", "cl"))), None)
+    return compiler or "no C++ compiler: encoder.compile() and torch.compile need one on a CPU"
