@@ -36,7 +36,7 @@ WITHOUT = {
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-    """One package: the installed version (``None``: none), the oldest and newest supported, and what to do about it."""
+    """The installed version of a package (``None``: none), the oldest and newest supported, and what to do."""
 
     name: str
     installed: str | None
