@@ -27,8 +27,8 @@ from uhd.encoder import AnySlicing
 from uhd.nano.build import NanoConfig, build_nano
 from uhd.nano.evaluate import Item, edit_distance, evaluate
 from uhd.nano.task import QUESTIONS, Scene, scene
+from uhd.slicing import find
 from uhd.slicing.coordinates import view_box
-from uhd.slicing.strategies import find
 from uhd.slicing.strategies.base import GRAY
 from uhd.slicing.strategies.fixed import SquarePadConfig, StretchConfig
 from uhd.slicing.strategies.selectors import grids_up_to

@@ -29,11 +29,10 @@ from uhd.resampler import (
     pack_features,
 )
 from uhd.schema.fitted import PLAIN, FittedRule, layout_of, slicing_from_dict
-from uhd.slicing import Box, Canvas, SlicePlan, SlicingConfig, plan_images, plan_video
-from uhd.slicing.config import PRESETS
-from uhd.slicing.media import VideoPlan, _ladder, overview_alone, single_view
+from uhd.slicing import PRESETS, Box, Canvas, SlicePlan, SlicingConfig, VideoPlan, find, plan_images, plan_video
 from uhd.slicing.plan import Packing
-from uhd.slicing.strategies import ALIASES, STRATEGIES, find
+from uhd.slicing.sample import _ladder, overview_alone, single_view
+from uhd.slicing.strategies import ALIASES, STRATEGIES
 from uhd.token_files import load_tokens, save_tokens
 from uhd.vision import ViT, ViTConfig
 

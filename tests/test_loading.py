@@ -26,7 +26,7 @@ from tests.hf.test_training import fresh
 from uhd.hf import processing, training
 from uhd.loading import Preparation, TokenBudgetSampler, image_costs, image_sizes_hw
 from uhd.pixels import PixelSettings, load_image
-from uhd.slicing.strategies import find
+from uhd.slicing import find
 
 forks = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 """Python 3.12 and later warn of it where there are threads, and torch has some."""

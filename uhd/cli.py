@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uhd.slicing import PRESETS, SlicePlan, SlicingConfig, candidates, plan
-from uhd.slicing.strategies import StrategyConfig, find
+from uhd.slicing import PRESETS, SlicePlan, SlicingConfig, candidates, find, plan
+from uhd.slicing.strategies import StrategyConfig
 
 if TYPE_CHECKING:
     from uhd.encoder import VisualEncoder

@@ -16,12 +16,12 @@ from PIL import Image, ImageDraw
 
 from uhd import charts
 from uhd.pixels import load_image
-from uhd.slicing import SlicePlan, plan, view_box
-from uhd.slicing.config import PRESETS, SlicingConfig
+from uhd.slicing import PRESETS, SlicePlan, SlicingConfig, find, plan, view_box
 from uhd.slicing.flops import LMS, RESAMPLERS, VITS, named
 from uhd.slicing.metrics import PlanMetrics, measure
 from uhd.slicing.plan import MAX_SIDE, Canvas, check_size
-from uhd.slicing.strategies import STRATEGIES, Rule, StrategyConfig, find, rule_name
+from uhd.slicing.rules import Rule, rule_name
+from uhd.slicing.strategies import STRATEGIES, StrategyConfig
 
 AnyRule = SlicingConfig | StrategyConfig | Rule | str
 Curve = list[tuple[float, float]]

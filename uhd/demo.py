@@ -108,8 +108,7 @@ def untrained_encoder(
     from uhd.encoder import VisualEncoder
     from uhd.pixels import PixelSettings
     from uhd.schema import SpatialSchema
-    from uhd.slicing import SlicingConfig
-    from uhd.slicing.strategies import find
+    from uhd.slicing import SlicingConfig, find
     from uhd.vision import ViT, ViTConfig
 
     config = find(strategy or "llava-uhd-safe")

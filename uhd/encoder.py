@@ -41,10 +41,10 @@ from uhd.schema.fitted import (
     slicing_to_dict,
     video_layout,
 )
-from uhd.slicing import SlicePlan, SlicingConfig, plan
-from uhd.slicing.config import DEFAULT
-from uhd.slicing.media import VideoPlan, plan_images, plan_video
-from uhd.slicing.strategies import Rule, StrategyConfig, find
+from uhd.slicing import SlicePlan, SlicingConfig, VideoPlan, find, plan, plan_images, plan_video
+from uhd.slicing.adaptive import DEFAULT
+from uhd.slicing.rules import Rule
+from uhd.slicing.strategies import StrategyConfig
 from uhd.vision import ViT, ViTConfig
 from uhd.vision.int8 import quantize_linears, refuse_int8
 

@@ -30,10 +30,9 @@ from uhd.batch import SliceBatch
 from uhd.pixels import PixelSettings, image_size_hw
 from uhd.pixels.fast import load_picture
 from uhd.schema.fitted import AnySlicing, planner_of
-from uhd.slicing import SlicePlan, SlicingConfig, plan, plan_many
-from uhd.slicing.media import plan_sample
+from uhd.slicing import SlicePlan, SlicingConfig, find, plan, plan_many
 from uhd.slicing.plan import check_size
-from uhd.slicing.strategies import find
+from uhd.slicing.sample import plan_sample
 
 UNITS = ("patches", "tokens")
 UNEVEN = ("error", "repeat", "drop")

@@ -17,16 +17,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from uhd.slicing.config import SlicingConfig
+from uhd.slicing import SlicingConfig, find, plan
 from uhd.slicing.metrics import share_seen
-from uhd.slicing.plan import MAX_SIDE, Canvas, SlicePlan, plan
-from uhd.slicing.strategies import StrategyConfig, find, rule_name
+from uhd.slicing.plan import MAX_SIDE, Canvas, SlicePlan
+from uhd.slicing.rules import rule_name
+from uhd.slicing.strategies import StrategyConfig
 from uhd.slicing.strategies.base import FILTERS, MAX_VIEWS
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
-    from uhd.slicing.strategies import Rule
+    from uhd.slicing.rules import Rule
 
     AnyRule = SlicingConfig | StrategyConfig | Rule | str
 

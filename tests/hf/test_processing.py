@@ -16,7 +16,7 @@ from uhd.hf import UHDForConditionalGeneration, UHDImageProcessor, UHDImageProce
 from uhd.pixels import PixelSettings
 from uhd.resampler import PerceiverConfig, PerceiverResampler, PixelShuffleProjector
 from uhd.schema import layout
-from uhd.slicing.config import PRESETS
+from uhd.slicing import PRESETS
 from uhd.vision import ViT, ViTConfig
 
 PIXELS = PixelSettings(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))

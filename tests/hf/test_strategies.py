@@ -32,9 +32,9 @@ from uhd.hf.plans import read_plans, write_plans
 from uhd.merge import assemble
 from uhd.resampler import FeaturePacker, MLPProjector, PerceiverConfig, PerceiverResampler, PixelShuffleProjector
 from uhd.schema.fitted import own_function, planner_of
-from uhd.slicing import plan_images, plan_video
-from uhd.slicing.media import plan_sample
-from uhd.slicing.strategies import STRATEGIES, find
+from uhd.slicing import find, plan_images, plan_video
+from uhd.slicing.sample import plan_sample
+from uhd.slicing.strategies import STRATEGIES
 
 GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
 LEARNED = ("llava-next", "llava-onevision", "deepseek-vl2")

@@ -20,9 +20,10 @@ import uhd
 from uhd.cli import main
 from uhd.draw import draw_plan
 from uhd.pixels import render
-from uhd.slicing import SlicePlan, SlicingConfig, plan
+from uhd.slicing import SlicePlan, SlicingConfig, find, plan
 from uhd.slicing.plan import MAX_SIDE, Box, Canvas
-from uhd.slicing.strategies import ALIASES, STRATEGIES, anyres, base, config_from_dict, find, rule_name, selectors
+from uhd.slicing.rules import config_from_dict, rule_name
+from uhd.slicing.strategies import ALIASES, STRATEGIES, anyres, base, selectors
 from uhd.slicing.strategies.anyres import AnyResConfig, ThresholdConfig, threshold_tokens, video_tokens
 from uhd.slicing.strategies.closest import InternVLConfig, Ovis2Config
 from uhd.slicing.strategies.fixed import StretchConfig

@@ -8,9 +8,10 @@ from functools import lru_cache
 from typing import Any
 
 from uhd.schema.layout import Entry, SpatialSchema, TokenLayout, layout
-from uhd.slicing import SlicePlan, SlicingConfig, plan
-from uhd.slicing.media import Planner, VideoPlan
-from uhd.slicing.strategies import Rule, StrategyConfig, config_from_dict, rule_name
+from uhd.slicing import SlicePlan, SlicingConfig, VideoPlan, plan
+from uhd.slicing.rules import Rule, config_from_dict, rule_name
+from uhd.slicing.sample import Planner
+from uhd.slicing.strategies import StrategyConfig
 
 PLAIN = SpatialSchema(name="plain", column="", row="")
 """No symbols at all: the views in the plan's own order."""
@@ -150,7 +151,7 @@ def own_function(slicing: AnySlicing | Mapping[str, Any]) -> str | None:
 
 
 def planner_of(slicing: AnySlicing) -> Planner:
-    """A slicing as :func:`uhd.slicing.media.plan_sample` takes it."""
+    """A slicing as :func:`uhd.slicing.sample.plan_sample` takes it."""
     if isinstance(slicing, FittedRule):
         return Planner(slicing.rule, slicing.fit)
     return Planner(slicing)

@@ -7,8 +7,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from uhd.slicing.config import SlicingConfig
-from uhd.slicing.plan import MAX_SIDE, aspects_near, plan, planner_of, resolve
+from uhd.slicing.adaptive import SlicingConfig, planner_of, resolve
+from uhd.slicing.grids import aspects_near
+from uhd.slicing.plan import MAX_SIDE
 
 # np.log and math.log may differ in the last bit; grids closer than this are decided by the scalar rule
 _TIE = 1e-9
@@ -58,7 +59,7 @@ def _plan_block(sizes: np.ndarray, config: SlicingConfig) -> dict[str, np.ndarra
         for name, values in _columns(sizes[over], grid, config).items():
             columns[name][over] = values
     for row in np.flatnonzero(columns["num_tokens"] > config.max_tokens):
-        plan(tuple(sizes[row].tolist()), config)  # raises, naming the size and its cost
+        planner_of(config).plan(*sizes[row].tolist())  # raises, naming the size and its cost
     return columns
 
 

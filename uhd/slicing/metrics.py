@@ -12,18 +12,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from uhd.slicing.config import SlicingConfig, positive_int
+from uhd.slicing.adaptive import SlicingConfig
+from uhd.slicing.config import positive_int
 from uhd.slicing.flops import Flops, LMShape, ResamplerShape, ViTShape, plan_flops
-from uhd.slicing.plan import MAX_SIDE, Canvas, SlicePlan, check_size, plan
+from uhd.slicing.plan import MAX_SIDE, Canvas, SlicePlan, check_size
+from uhd.slicing.rules import Rule, plan
+from uhd.slicing.strategies import StrategyConfig
 
-if TYPE_CHECKING:
-    from uhd.slicing.strategies import Rule, StrategyConfig
-
-    AnyRule = SlicingConfig | StrategyConfig | Rule | str
+AnyRule = SlicingConfig | StrategyConfig | Rule | str
 
 _MOST_CELLS = 1 << 24  # rectangles that overlapping views may divide an image into
 
