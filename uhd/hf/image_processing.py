@@ -24,10 +24,10 @@ from uhd.encoder import EncodedImage
 from uhd.hf.plans import write_plans
 from uhd.pixels import RESAMPLE, PixelSettings, load_image
 from uhd.schema.fitted import AnySlicing, own_function, planner_of, slicing_from_dict, slicing_to_dict
-from uhd.slicing import SlicePlan, SlicingConfig
+from uhd.slicing import SlicePlan, SlicingConfig, find
 from uhd.slicing.config import positive_int
-from uhd.slicing.media import Planner, capped, plan_sample, single_view
-from uhd.slicing.strategies import find, rule_name
+from uhd.slicing.rules import rule_name
+from uhd.slicing.sample import Planner, capped, plan_sample, single_view
 
 _FILTER_NAMES = {int(value): name for name, value in RESAMPLE.items()}
 _REMOTE = ("http://", "https://", "data:")

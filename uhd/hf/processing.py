@@ -35,7 +35,7 @@ from uhd.hf.video_processing import (
 )
 from uhd.loading import named
 from uhd.schema.layout import OVERVIEW
-from uhd.slicing.media import plan_sample
+from uhd.slicing.sample import plan_sample
 
 IMAGE_TOKEN = "<image>"
 VIDEO_TOKEN = "<video>"

@@ -21,7 +21,8 @@ from uhd.hf.image_processing import Planning, as_slicing
 from uhd.hf.plans import write_plans
 from uhd.hf.versions import VideoProcessorBase
 from uhd.schema.fitted import slicing_to_dict
-from uhd.slicing.media import VideoPlan, plan_sample
+from uhd.slicing import VideoPlan
+from uhd.slicing.sample import plan_sample
 
 Image.init()
 _PICTURE_SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind != "MPEG"}
