@@ -174,7 +174,7 @@ def test_files_import_in_no_circle(room):
     """Lazy imports and those for type checkers count, and so do those through a package's own names."""
     files = {module: path for module, path in modules() if module == room or module.startswith(f"{room}.")}
     graph = {module: set(named_files(path, module, files)) - {module} for module, path in files.items()}
-    assert sum(map(len, graph.values())) >= len(files)
+    assert any(graph.values())
     list(graphlib.TopologicalSorter(graph).static_order())  # raises, naming the circle
 
 

@@ -407,9 +407,9 @@ class TestCosts:
         assert image_costs(sizes, images.plan).tolist() == wanted
 
     def test_a_refused_size_is_named(self):
-        with pytest.raises(ValueError, match="^item 1: "):
+        with pytest.raises(ValueError, match="^row 1: "):
             image_costs([(100, 100), (28, 28 * 300)], "qwen2-vl")
-        with pytest.raises(ValueError, match="^item 1: "):
+        with pytest.raises(ValueError, match="^row 1: "):
             image_costs([(100, 100), (0, 5)], "llava-next")
         with pytest.raises(ValueError, match="row 1"):
             image_costs([(100, 100), (0, 5)], "llava-uhd")

@@ -119,7 +119,7 @@ class TestImageProcessor:
 
     def test_uncut_needs_the_released_rule(self):
         paper = uhd.SlicingConfig.preset("llava-uhd-paper").for_vision(image_size=56, patch_size=14)
-        with pytest.raises(ValueError, match="needs the slicing rule 'released'"):
+        with pytest.raises(ValueError, match="uncut images need the slicing rule 'released'"):
             UHDImageProcessorPil.from_settings(paper, PIXELS)(IMAGES, crop_to_patches=False)
 
 

@@ -365,7 +365,7 @@ def test_bad_settings_are_named(change, message):
 
 
 def test_config_rejects_unknown_keys():
-    with pytest.raises(ValueError, match="unknown slicing settings \\['slices'\\]"):
+    with pytest.raises(ValueError, match="SlicingConfig has no settings \\['slices'\\]"):
         SlicingConfig.from_dict({"slices": 3})
 
 

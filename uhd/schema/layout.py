@@ -6,16 +6,16 @@ positions is known from the grid alone. Their ids are the business of :mod:`uhd.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import operator
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from uhd.settings import Settings, plain_name, unknown_name
 from uhd.slicing import PRESETS as SLICING_PRESETS
 from uhd.slicing import SeparatorCount, SlicePlan, SlicingConfig
 
@@ -28,7 +28,7 @@ _RESERVED = re.compile(r"s\d+|overview|\d+")
 
 
 @dataclass(frozen=True)
-class SpatialSchema:
+class SpatialSchema(Settings):
     """The order of an image's views and the symbols around and between them. Frozen, hashable, JSON-able.
 
     An image is ``around_image(image id, overview, around_slices(slices))``, with the overview first or last; an uncut
@@ -93,19 +93,12 @@ class SpatialSchema:
         Raises:
             ValueError: No such preset; the message lists the nearest names and all of them.
         """
-        key = name.lower().replace("_", "-") if isinstance(name, str) else None
+        key = plain_name(name)
         if key in PRESETS:
-            return replace(PRESETS[key], **changes) if changes else PRESETS[key]
+            return PRESETS[key].replace(**changes) if changes else PRESETS[key]
         if key in _SCHEMA_OF_SLICING:
-            return replace(PRESETS[_SCHEMA_OF_SLICING[key]], **{"name": key, **changes})
-        known = [*PRESETS, *_SCHEMA_OF_SLICING]
-        near = difflib.get_close_matches(str(name).lower().replace("_", "-"), known, n=3)
-        hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-        raise ValueError(f"no schema named {name!r}: {hint}There are: {', '.join(known)}")
-
-    def replace(self, **changes: Any) -> SpatialSchema:
-        """A copy with some fields changed."""
-        return replace(self, **changes)
+            return PRESETS[_SCHEMA_OF_SLICING[key]].replace(**{"name": key, **changes})
+        raise unknown_name("schema", name, [*PRESETS, *_SCHEMA_OF_SLICING])
 
     @property
     def separators(self) -> tuple[str, ...]:
@@ -188,18 +181,6 @@ class SpatialSchema:
             first += rows * cols
         body = overview + cut if self.overview == "first" else cut + overview
         return tuple(symbol for symbol in _around(self.around_image, number + body) if symbol)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; :meth:`from_dict` is the inverse."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> SpatialSchema:
-        """The inverse of :meth:`to_dict`, also through JSON text; an unknown key raises ``ValueError``."""
-        unknown = sorted(set(data) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(f"unknown schema settings {unknown}; known are {[f.name for f in fields(cls)]}")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
 
 
 class Entry(NamedTuple):
@@ -438,8 +419,7 @@ _MINICPM_2_5 = SpatialSchema(
     around_overview=_IMAGE,
     overview="first",
 )
-_MINICPM_2_6 = replace(
-    _MINICPM_2_5,
+_MINICPM_2_6 = _MINICPM_2_5.replace(
     name="minicpm-v-2.6",
     around_slice=_SLICE,
     around_slices=NO_MARKS,
@@ -461,10 +441,10 @@ PRESETS: dict[str, SpatialSchema] = {
             around_slices=("", "sep2"),
             learned=("sep0", "sep1", "sep2"),
         ),
-        replace(_MINICPM_2_5, name="minicpm-v-2.0", around_image=("", "\n")),
+        _MINICPM_2_5.replace(name="minicpm-v-2.0", around_image=("", "\n")),
         _MINICPM_2_5,
         _MINICPM_2_6,
-        replace(_MINICPM_2_6, name="minicpm-v-4.6"),
+        _MINICPM_2_6.replace(name="minicpm-v-4.6"),
     )
 }
 """Schemas by name, as released."""

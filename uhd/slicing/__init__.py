@@ -1,7 +1,7 @@
 """Plans in integers: where an image is cut, at which sizes, and how many tokens it costs. Loads numpy at most."""
 
-from uhd.slicing.adaptive import PRESETS, SlicingConfig, WorstCase, candidates, worst_case
-from uhd.slicing.config import SeparatorCount
+from uhd.slicing.adaptive import PRESETS, SlicingConfig, WorstCase, worst_case
+from uhd.slicing.config import OwnRule, SeparatorCount, Slicing
 from uhd.slicing.coordinates import (
     PatchHit,
     canvas_to_image,
@@ -21,7 +21,7 @@ from uhd.slicing.coordinates import (
 from uhd.slicing.grids import Candidate, grid_score
 from uhd.slicing.many import plan_many
 from uhd.slicing.plan import Box, Canvas, Packing, SlicePlan, View
-from uhd.slicing.rules import find, plan, strategies, strategy
+from uhd.slicing.rules import SlicingLike, candidates, find, plan, strategies, strategy
 from uhd.slicing.sample import VideoPlan, plan_images, plan_video
 
 __all__ = [
@@ -29,11 +29,14 @@ __all__ = [
     "Box",
     "Candidate",
     "Canvas",
+    "OwnRule",
     "Packing",
     "PatchHit",
     "SeparatorCount",
     "SlicePlan",
+    "Slicing",
     "SlicingConfig",
+    "SlicingLike",
     "VideoPlan",
     "View",
     "WorstCase",

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from uhd.slicing.config import MAX_VIEWS, SeparatorCount, positive_int
+from uhd.settings import plain_name, unknown_name
+from uhd.slicing.config import MAX_VIEWS, SeparatorCount, Slicing, positive_int
 from uhd.slicing.grids import Candidate, aspects_near, grid_score, grids_near, to_multiple
 from uhd.slicing.plan import MAX_SIDE, Box, Canvas, SlicePlan, check_size
 
+RULES = ("released", "march2024")
+
 
 @dataclass(frozen=True)
-class SlicingConfig:
+class SlicingConfig(Slicing):
     """Settings of the adaptive (LLaVA-UHD) planner. Frozen and hashable; change one with :meth:`replace`.
 
     Attributes:
@@ -68,7 +70,7 @@ class SlicingConfig:
                 raise ValueError(f"{key} must be True or False, got {getattr(self, key)!r}")
         if self.rounding not in ("floor", "round"):
             raise ValueError(f"rounding must be 'floor' or 'round', got {self.rounding!r}")
-        if self.rule not in ("released", "march2024"):
+        if self.rule not in RULES:
             raise ValueError(f"rule must be 'released' or 'march2024', got {self.rule!r}")
         if self.rule == "march2024" and (self.merge != 1 or self.rounding != "floor"):
             raise ValueError(
@@ -106,39 +108,64 @@ class SlicingConfig:
         Raises:
             ValueError: No such preset; the message lists the nearest names and all of them.
         """
-        found = PRESETS.get(name.lower().replace("_", "-")) if isinstance(name, str) else None
-        if found is None:
-            near = difflib.get_close_matches(str(name).lower().replace("_", "-"), PRESETS, n=3)
-            hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-            raise ValueError(f"no slicing preset named {name!r}: {hint}There are: {', '.join(PRESETS)}")
-        return replace(found, **changes) if changes else found
+        if plain_name(name) not in PRESETS:
+            raise unknown_name("slicing preset", name, PRESETS)
+        found = PRESETS[plain_name(name)]
+        return found.replace(**changes) if changes else found
 
-    def replace(self, **changes: Any) -> SlicingConfig:
-        """A copy with some fields changed."""
-        return replace(self, **changes)
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SlicingConfig:
+        separators = data.get("separators")
+        given = {"separators": SeparatorCount(**separators)} if isinstance(separators, Mapping) else {}
+        return super().from_dict({**data, **given})
 
-    def for_vision(self, *, image_size: int, patch_size: int) -> SlicingConfig:
-        """The same rule for another backbone, e.g. SigLIP's ``image_size=384, patch_size=14``."""
-        return replace(self, image_size=image_size, patch_size=patch_size)
+    uses_schema = True
+
+    @property
+    def view_side(self) -> int:
+        return self.image_size
+
+    @property
+    def least_view(self) -> tuple[int, int]:
+        return self.merge, self.merge
+
+    def for_vision(self, *, image_size: int | None, patch_size: int) -> SlicingConfig:
+        return self.replace(image_size=image_size or self.image_size, patch_size=patch_size)
+
+    def plan(self, image_hw: tuple[int, int]) -> SlicePlan:
+        return planner_of(self).plan(*check_size(image_hw))
+
+    def candidates(self, image_hw: tuple[int, int]) -> tuple[Candidate, ...]:
+        """Every grid that was considered, best first; equal scores stay in the order in which the rule tries them."""
+        image_hw = check_size(image_hw)
+        best, cap = planner_of(self).within_budget(*image_hw)
+        if best.grid is None:
+            return ()
+        scored = [(grid, grid_score(image_hw, grid)) for grid in considered_grids(image_hw, self, cap)]
+        scored.sort(key=lambda pair: -pair[1])
+        ties = sum(score >= scored[0][1] - 1e-12 for _, score in scored)
+        return tuple(Candidate(grid, score, ties > 1 and place < ties) for place, (grid, score) in enumerate(scored))
+
+    def within(self, max_tokens: int) -> SlicingConfig:
+        return self.replace(max_tokens=max_tokens)
+
+    def capped(self, max_slices: int) -> SlicingConfig:
+        return self.replace(max_slices=max_slices)
+
+    def uncut(self) -> SlicingConfig:
+        if self.rule != "released":
+            raise ValueError(f"uncut images need the slicing rule 'released', this one is {self.rule!r}")
+        return self.replace(max_slices=1)
+
+    def single_view(self, image_hw: tuple[int, int]) -> SlicePlan:
+        return planner_of(self).build(*check_size(image_hw), None)  # also where the smallest grids would cut
+
+    def overview_of(self, plan: SlicePlan) -> SlicePlan:
+        return self.single_view(plan.image_hw)
 
     def worst_case(self, *, max_aspect: float = 200.0) -> WorstCase:
         """Upper bounds over images of an aspect up to ``max_aspect``; see :func:`worst_case`."""
         return worst_case(self, max_aspect=max_aspect)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; :meth:`from_dict` is the inverse."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> SlicingConfig:
-        """The inverse of :meth:`to_dict`; an unknown key raises ``ValueError``."""
-        unknown = sorted(set(data) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(f"unknown slicing settings {unknown}; known are {[f.name for f in fields(cls)]}")
-        known = dict(data)
-        if isinstance(known.get("separators"), Mapping):
-            known["separators"] = SeparatorCount(**known["separators"])
-        return cls(**known)
 
 
 _MARKERS = SeparatorCount(per_image=5, per_cut=-1, per_slice=2, per_row=1)  # MiniCPM-V 2.6: id, <image>, <slice>, "\n"
@@ -163,45 +190,11 @@ PRESETS: dict[str, SlicingConfig] = {
             separators=SeparatorCount(per_slice=1, per_cut=-1),
         ),
         _MINICPM,
-        replace(_MINICPM, name="minicpm-v-4.6", merge=4, tokens_per_view=None),
-        replace(_MINICPM, name="minicpm-v-4.6-4x", merge=2, tokens_per_view=None),
+        _MINICPM.replace(name="minicpm-v-4.6", merge=4, tokens_per_view=None),
+        _MINICPM.replace(name="minicpm-v-4.6-4x", merge=2, tokens_per_view=None),
     )
 }
 DEFAULT = PRESETS["llava-uhd-safe"]
-
-
-def candidates(
-    image_hw: tuple[int, int], config: SlicingConfig | str | None = None, *, max_tokens: int | None = None
-) -> tuple[Candidate, ...]:
-    """Every grid that was considered for this image, best first; ``()`` where the image is not cut.
-
-    Equal scores stay in the order in which the rule tries them, so the first entry is the plan's grid.
-    Arguments and errors as in :func:`plan`.
-    """
-    config = resolve(config, max_tokens)
-    image_hw = check_size(image_hw)
-    best, cap = planner_of(config).within_budget(*image_hw)
-    if best.grid is None:
-        return ()
-    scored = [(grid, grid_score(image_hw, grid)) for grid in considered_grids(image_hw, config, cap)]
-    scored.sort(key=lambda pair: -pair[1])
-    ties = sum(score >= scored[0][1] - 1e-12 for _, score in scored)
-    return tuple(Candidate(grid, score, ties > 1 and place < ties) for place, (grid, score) in enumerate(scored))
-
-
-def resolve(config: SlicingConfig | str | None, max_tokens: int | None = None) -> SlicingConfig:
-    """A config as it is, a preset by its name, the default for ``None``; with a token budget if one is given.
-
-    Raises:
-        TypeError: Something else came.
-    """
-    if config is None:
-        config = DEFAULT
-    elif isinstance(config, str):
-        config = SlicingConfig.preset(config)
-    elif not isinstance(config, SlicingConfig):
-        raise TypeError(f"expected a SlicingConfig, a preset's name or None, got {type(config).__name__}")
-    return config if max_tokens is None else replace(config, max_tokens=max_tokens)
 
 
 def considered_grids(image_hw: tuple[int, int], config: SlicingConfig, cap: int) -> tuple[tuple[int, int], ...]:
@@ -321,11 +314,6 @@ def planner_of(config: SlicingConfig) -> Planner:
         planner = _made(config)
         _last = config, planner
     return planner
-
-
-def uncut(image_hw: tuple[int, int], config: SlicingConfig) -> SlicePlan:
-    """The plan of an image that is left whole, whatever its size."""
-    return planner_of(config).build(*image_hw, None)
 
 
 def _view_fitter(config: SlicingConfig) -> Callable[[int, int], tuple[int, int]]:

@@ -2,5 +2,5 @@
 
 from uhd.moved import moved
 
-_NAMES = ("Planner", "VideoPlan", "capped", "plan_images", "plan_sample", "plan_video", "single_view")
+_NAMES = ("VideoPlan", "plan_images", "plan_sample", "plan_video")
 __getattr__ = moved(__name__, dict.fromkeys(_NAMES, "uhd.slicing.sample"))

@@ -16,14 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from uhd.slicing.adaptive import SlicingConfig
 from uhd.slicing.config import positive_int
 from uhd.slicing.flops import Flops, LMShape, ResamplerShape, ViTShape, plan_flops
 from uhd.slicing.plan import MAX_SIDE, Canvas, SlicePlan, check_size
-from uhd.slicing.rules import Rule, plan
-from uhd.slicing.strategies import StrategyConfig
-
-AnyRule = SlicingConfig | StrategyConfig | Rule | str
+from uhd.slicing.rules import SlicingLike, plan
 
 _MOST_CELLS = 1 << 24  # rectangles that overlapping views may divide an image into
 
@@ -282,7 +278,7 @@ class Violations(NamedTuple):
     refused: int
 
 
-def cliffs(rule: AnyRule, sizes_hw: Iterable[Sequence[int]], *, threshold: float = 1.1) -> Cliffs:
+def cliffs(rule: SlicingLike, sizes_hw: Iterable[Sequence[int]], *, threshold: float = 1.1) -> Cliffs:
     """J = max(T(h, w), T(h, w + 1)) / min(the same), over sizes: what one more column of px costs.
 
     Args:
@@ -306,14 +302,14 @@ def cliffs(rule: AnyRule, sizes_hw: Iterable[Sequence[int]], *, threshold: float
     )
 
 
-def transposition_violations(rule: AnyRule, sizes_hw: Iterable[Sequence[int]]) -> Violations:
+def transposition_violations(rule: SlicingLike, sizes_hw: Iterable[Sequence[int]]) -> Violations:
     """Share of sizes with T(h, w) != T(w, h): turning the page by 90 degrees changes its price."""
     pairs, refused = _token_pairs(rule, sizes_hw, lambda h, w: (w, h))
     return _violations([(size, abs(a - b)) for size, a, b in pairs], refused)
 
 
 def monotonicity_violations(
-    rule: AnyRule, sizes_hw: Iterable[Sequence[int]], *, factor: float = 1.1, tolerance: float = 0.02
+    rule: SlicingLike, sizes_hw: Iterable[Sequence[int]], *, factor: float = 1.1, tolerance: float = 0.02
 ) -> Violations:
     """Share of sizes where enlarging both sides by ``factor`` (rounded to px) lowers T by more than ``tolerance``.
 
@@ -330,7 +326,7 @@ def monotonicity_violations(
     return _violations([(size, max((1 - tolerance) * a - b, 0)) for size, a, b in pairs], refused)
 
 
-def _token_pairs(rule: AnyRule, sizes_hw: Iterable[Sequence[int]], other: Any) -> tuple[list, int]:
+def _token_pairs(rule: SlicingLike, sizes_hw: Iterable[Sequence[int]], other: Any) -> tuple[list, int]:
     """((height, width), its T, T of ``other(height, width)``) where the rule plans both; how often it did not."""
     pairs, refused = [], 0
     for size in map(check_size, sizes_hw):
@@ -366,7 +362,7 @@ class Summary(NamedTuple):
     refused: int
 
 
-def summarize(rule: AnyRule, sizes_hw: Iterable[Sequence[int]], **system: Any) -> Summary:
+def summarize(rule: SlicingLike, sizes_hw: Iterable[Sequence[int]], **system: Any) -> Summary:
     """Medians, means and extremes of :func:`measure` over sizes; ``system`` are its ``vit``, ``resampler``, ``lm``.
 
     Raises:

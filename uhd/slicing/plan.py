@@ -6,9 +6,10 @@ Integers only: no image is opened and no tensor library is imported. Sizes are (
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -225,6 +226,28 @@ class SlicePlan:
                 )
                 index += 1
 
+    def overview_alone(self) -> SlicePlan | None:
+        """The plan without its slices; ``None`` where it has no overview."""
+        canvases = tuple(canvas for canvas in self.canvases if canvas.kind == "overview")
+        if not canvases:
+            return None
+        packing, visual, separators = self.packing, sum(canvas.tokens_per_view for canvas in canvases), 0
+        if packing is not None:
+            packing = Packing(
+                view_hw=packing.overview_view_hw or packing.view_hw,
+                pooled_hw=packing.pooled_hw,
+                merge=packing.merge,
+                overview_newline=packing.overview_newline,
+                separator="end" if packing.separator == "end" else None,
+            )
+            visual = math.prod(packing.overview_hw)
+            separators = packing.overview_newline * packing.overview_hw[0] + (packing.separator is not None)
+            if packing == Packing(view_hw=packing.view_hw):
+                packing = None
+        return replace(
+            self, canvases=canvases, grid=None, num_visual_tokens=visual, num_separators=separators, packing=packing
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; :meth:`from_dict` is the inverse."""
         return asdict(self)
@@ -294,5 +317,12 @@ def _canvas_from_dict(data: Mapping[str, Any]) -> Canvas:
     )
 
 
-_PLANNER = ("Candidate", "candidates", "considered_grids", "grid_score", "planner_of", "to_multiple")
-__getattr__ = moved(__name__, {"plan": "uhd.slicing.rules", **dict.fromkeys(_PLANNER, "uhd.slicing.adaptive")})
+__getattr__ = moved(
+    __name__,
+    {
+        "candidates": "uhd.slicing.rules",
+        "grid_score": "uhd.slicing.grids",
+        "plan": "uhd.slicing.rules",
+        "planner_of": "uhd.slicing.adaptive",
+    },
+)

@@ -6,19 +6,19 @@ pass the function.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
+from collections.abc import Mapping
 from typing import Any
 
-from uhd.slicing.adaptive import PRESETS, SlicingConfig, planner_of, resolve
-from uhd.slicing.plan import SlicePlan, check_size
-from uhd.slicing.strategies import ALIASES, STRATEGIES, StrategyConfig
+from uhd.settings import plain_name, unknown_name
+from uhd.slicing.adaptive import DEFAULT, PRESETS, RULES, SlicingConfig
+from uhd.slicing.config import OWN, OwnRule, Rule, Slicing
+from uhd.slicing.grids import Candidate
+from uhd.slicing.plan import SlicePlan
+from uhd.slicing.strategies import ALIASES, STRATEGIES
 
-Rule = Callable[[tuple[int, int]], SlicePlan]
-"""A user's own strategy: (height, width) in px -> plan."""
+SlicingLike = Slicing | Rule | str
+"""What stands for a slicing wherever one is asked for: itself, your own function, or a name."""
 
-_FUNCTIONS = {type(entry.config): entry.function for entry in STRATEGIES.values()}
 _ADAPTIVE = {
     "llava-uhd": "adaptive grid of up to 7 slices near 336 px, overview last; the released LLaVA-UHD rule",
     "llava-uhd-safe": "the same, with every view kept within 576 patches also for degenerate images (the default)",
@@ -29,12 +29,7 @@ _ADAPTIVE = {
 }
 
 
-def plan(
-    image_hw: tuple[int, int],
-    config: SlicingConfig | StrategyConfig | Rule | str | None = None,
-    *,
-    max_tokens: int | None = None,
-) -> SlicePlan:
+def plan(image_hw: tuple[int, int], config: SlicingLike | None = None, *, max_tokens: int | None = None) -> SlicePlan:
     """Plan one image by the adaptive rule or by any other.
 
     Args:
@@ -52,104 +47,106 @@ def plan(
         ValueError: The size is not two ints in 1..1,000,000, the rule refuses it, no strategy has that name, or not
             even the overview fits ``max_tokens``.
         TypeError: ``config`` is none of these, or your function did not return a plan.
+
+    >>> found = plan((1008, 672))
+    >>> found.grid, found.slice_hw, found.overview_hw, found.num_tokens
+    ((3, 2), (336, 336), (406, 266), 454)
+    >>> print(plan((1008, 672), "internvl"))
     """
-    if config is not None and not isinstance(config, SlicingConfig):
-        found = find(config)
-        if not isinstance(found, SlicingConfig):
-            return plan_by_rule(check_size(image_hw), found, max_tokens=max_tokens)
-        config = found
-    height, width = check_size(image_hw)
-    return planner_of(resolve(config, max_tokens)).plan(height, width)
+    slicing = find(config)
+    if max_tokens is not None:
+        slicing = slicing.within(max_tokens)
+    return slicing.plan(image_hw)
+
+
+def candidates(
+    image_hw: tuple[int, int], config: SlicingLike | None = None, *, max_tokens: int | None = None
+) -> tuple[Candidate, ...]:
+    """Every grid that was considered for this image, best first.
+
+    ``()`` where the image is not cut, or the rule scores no grids. Equal scores stay in the order in which the rule
+    tries them, so the first entry is the plan's grid. Arguments and errors as in :func:`plan`.
+
+    >>> for grid, score, tied in candidates((1008, 672))[:3]:
+    ...     print(grid, round(score, 3), tied)
+    """
+    slicing = find(config)
+    if max_tokens is not None:
+        slicing = slicing.within(max_tokens)
+    return slicing.candidates(image_hw)
 
 
 def strategies() -> dict[str, str]:
-    """Every rule's name and one line about it; the shorter names come last."""
+    """Every rule's name and one line about it; the shorter names come last.
+
+    >>> strategies()["pixtral"]
+    """
     named = {name: entry.summary for name, entry in STRATEGIES.items()}
     return {**_ADAPTIVE, **named, **{alias: f"{name}: {named[name]}" for alias, name in ALIASES.items()}}
 
 
-def strategy(name: str) -> Rule:
+def strategy(name: str) -> Slicing:
     """The rule of this name (dashes and underscores are the same), to be called with (height, width) in px.
 
     Raises:
         ValueError: No such rule; the message lists the nearest names. The rule itself raises it for a size that it
             refuses.
+
+    >>> strategy("llava-next")((1008, 672)).grid
+    (2, 2)
     """
-    return partial(plan, config=find(name))
+    return find(name)
 
 
-def find(rule: Any) -> SlicingConfig | StrategyConfig | Rule:
-    """What a name stands for, or what :func:`strategy` made of one; a config or another function as it is.
+def find(rule: SlicingLike | None) -> Slicing:
+    """The rule that a name stands for, or your own function as a rule; a rule as it is; the default for ``None``.
 
     Raises:
         ValueError: No rule has that name.
-        TypeError: Neither a name, nor a config, nor a function.
+        TypeError: Neither a name, nor a rule, nor a function.
+
+    >>> find("internvl").max_tiles
+    12
     """
-    if isinstance(rule, partial) and rule.func is plan and not rule.args and set(rule.keywords) == {"config"}:
-        rule = rule.keywords["config"]  # what strategy() gave
+    if isinstance(rule, Slicing):
+        return rule
+    if rule is None:
+        return DEFAULT
     if isinstance(rule, str):
-        key = rule.lower().replace("_", "-")
+        key = ALIASES.get(plain_name(rule), plain_name(rule))
         if key in PRESETS:
             return PRESETS[key]
-        key = ALIASES.get(key, key)
         if key in STRATEGIES:
             return STRATEGIES[key].config
         known = [*PRESETS, *ALIASES, *STRATEGIES]
-        near = difflib.get_close_matches(key, known, n=4, cutoff=0.5)
-        hint = (
-            f"did you mean {', '.join(map(repr, near[:-1]))}{' or ' * (len(near) > 1)}{near[-1]!r}? " if near else ""
-        )
-        raise ValueError(f"no strategy named {rule!r}: {hint}uhd.strategies() lists all {len(known)} names")
-    if isinstance(rule, SlicingConfig) or type(rule) in _FUNCTIONS or callable(rule):
-        return rule
+        raise unknown_name("strategy", rule, known, f"uhd.strategies() lists all {len(known)} names")
+    if callable(rule):
+        return OwnRule(rule)
     raise TypeError(
         "a strategy is a name, a SlicingConfig, another strategy's config, or a function from (height, width) to a "
         f"SlicePlan; got {type(rule).__name__}"
     )
 
 
-def rule_name(rule: SlicingConfig | StrategyConfig | Rule) -> str:
-    """What to call a rule: its config's name, or that of the function."""
-    function = getattr(rule, "func", rule)  # of a partial
-    return getattr(rule, "name", None) or getattr(function, "__name__", type(rule).__name__)
+def rule_name(rule: SlicingLike) -> str:
+    """What to call a rule: the name in its settings, or that of the function."""
+    return find(rule).name
 
 
-def plan_by_rule(
-    image_hw: tuple[int, int], rule: StrategyConfig | Rule, *, max_tokens: int | None = None
-) -> SlicePlan:
-    """The plan of a strategy's config or of a user's function; use :func:`uhd.plan`, which also checks the size.
+def slicing_from_dict(data: Mapping[str, Any]) -> Slicing:
+    """The inverse of any slicing's ``to_dict``, also after JSON text; see also :mod:`uhd.schema.counted`.
 
     Raises:
-        ValueError: ``max_tokens`` was given, or the function planned another image.
-        TypeError: The function did not return a plan.
+        ValueError: An unknown rule or setting, or a function of your own.
     """
-    if max_tokens is not None:
+    kind = data.get("rule")
+    if kind == OWN:
         raise ValueError(
-            f"max_tokens bounds the adaptive planner only, not {rule_name(rule)!r}: change the strategy's "
-            "own settings, e.g. its number of tiles"
+            f"it was saved with a slicing function of the caller's own, {data.get('name')!r}: pass slicing=... to "
+            "VisualEncoder.from_pretrained"
         )
-    if isinstance(rule, StrategyConfig):
-        return _cached(image_hw, rule)
-    found = rule(image_hw)
-    if not isinstance(found, SlicePlan):
-        raise TypeError(f"{rule_name(rule)!r} must return a SlicePlan for (height, width), got {type(found).__name__}")
-    if found.image_hw != image_hw:
-        raise ValueError(f"asked to plan a {image_hw} image, {found.strategy!r} planned one of {found.image_hw}")
-    return found
-
-
-@lru_cache(maxsize=16384)
-def _cached(image_hw: tuple[int, int], config: StrategyConfig) -> SlicePlan:
-    return _FUNCTIONS[type(config)](image_hw, config)
-
-
-def config_from_dict(data: Mapping[str, Any]) -> StrategyConfig:
-    """The inverse of any strategy config's ``to_dict``, also after JSON text.
-
-    Raises:
-        ValueError: An unknown rule or setting.
-    """
-    rules = {kind.__name__: kind for kind in _FUNCTIONS}
-    if data.get("rule") not in rules:
-        raise ValueError(f"unknown rule {data.get('rule')!r}; known are {', '.join(rules)}")
-    return rules[data["rule"]].from_dict(data)
+    strategies = {type(entry.config).__name__: type(entry.config) for entry in STRATEGIES.values()}
+    known = {**dict.fromkeys(RULES, SlicingConfig), **strategies}
+    if kind not in known:
+        raise ValueError(f"unknown rule {kind!r}; known are {', '.join(known)}")
+    return known[kind].from_dict(data)

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import heapq
-import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
-from uhd.slicing.adaptive import SlicingConfig, uncut
-from uhd.slicing.config import positive_int
-from uhd.slicing.plan import Packing, SlicePlan, check_size
-from uhd.slicing.rules import Rule, find, plan
-from uhd.slicing.strategies import StrategyConfig
-from uhd.slicing.strategies.anyres import AnyResConfig, DeepSeekVL2Config, VideoFrameConfig
-from uhd.slicing.strategies.fixed import SquarePadConfig
+from uhd.slicing.config import Recounted, Slicing, positive_int
+from uhd.slicing.plan import SlicePlan, check_size
+from uhd.slicing.rules import SlicingLike, find
 
-AnyConfig = SlicingConfig | StrategyConfig | Rule
 Count = Callable[[SlicePlan], SlicePlan]
 
 FRAMES = ("video", "single", "rule")
@@ -64,7 +58,7 @@ class VideoPlan:
 
 def plan_images(
     sizes_hw: Iterable[Sequence[int]],
-    config: AnyConfig | str | None = None,
+    config: SlicingLike | None = None,
     *,
     max_tokens: int | None = None,
     multi_image: bool = False,
@@ -92,8 +86,8 @@ def plan_images(
     Raises:
         ValueError: As in :func:`uhd.plan`; or not even the smallest plans fit the budget.
     """
-    planner = Planner(find("llava-uhd-safe" if config is None else config), count)
-    return plan_sample(list(sizes_hw), [], planner, max_tokens=max_tokens, multi_image=multi_image)[0]
+    slicing = _counted(find(config), count)
+    return plan_sample(list(sizes_hw), [], slicing, max_tokens=max_tokens, multi_image=multi_image)[0]
 
 
 def _within(ladders: Sequence[Iterator[SlicePlan]], max_tokens: int | None) -> tuple[list[SlicePlan], int]:
@@ -112,20 +106,12 @@ def _within(ladders: Sequence[Iterator[SlicePlan]], max_tokens: int | None) -> t
     return plans, total
 
 
-@dataclass(frozen=True)
-class Planner:
-    """What images, or the frames of videos, are planned by: a rule as in :func:`uhd.plan`, and an encoder's count."""
-
-    rule: AnyConfig
-    count: Count | None = None
-
-
 def plan_sample(
     images_hw: Sequence[Sequence[int]],
     videos: Sequence[tuple[Sequence[int], int]],
-    planner: Planner,
+    slicing: Slicing,
     *,
-    video_planner: Planner | None = None,
+    video_slicing: Slicing | None = None,
     frames: str = "video",
     max_tokens: int | None = None,
     multi_image: bool = False,
@@ -138,8 +124,8 @@ def plan_sample(
     Args:
         images_hw: (height, width) of every image, px.
         videos: Of every video the (height, width) of its frames, px, and their number.
-        planner: For the images.
-        video_planner: For the videos; ``None`` is the images'.
+        slicing: For the images.
+        video_slicing: For the videos; ``None`` is the images'.
         frames: As in :func:`plan_video`.
         max_tokens: Bound on the tokens of all images and videos together.
         multi_image: As in :func:`plan_images`; videos do not count as images.
@@ -148,16 +134,15 @@ def plan_sample(
         ValueError: As in :func:`plan_images` and :func:`plan_video`.
     """
     max_tokens, by_rule = positive_int("max_tokens", max_tokens), frames == "rule"
-    moving = planner if video_planner is None else video_planner
+    moving = slicing if video_slicing is None else video_slicing
     videos = [(check_size(frame_hw), _frame_count(number)) for frame_hw, number in videos]
-    rule = multi_image_rule(planner.rule, len(images_hw)) if multi_image else planner.rule
-    ladders = [_ladder(check_size(size_hw), rule, planner.count or _as_planned) for size_hw in images_hw]
+    still = slicing.for_images(len(images_hw)) if multi_image else slicing
+    ladders = [_ladder(check_size(size_hw), still) for size_hw in images_hw]
     clips: list[VideoPlan] = []
     if by_rule:
-        flat = [frame_hw for frame_hw, number in videos for _ in range(number)]
-        ladders += [_ladder(frame_hw, moving.rule, moving.count or _as_planned) for frame_hw in flat]
+        ladders += [_ladder(frame_hw, moving) for frame_hw, number in videos for _ in range(number)]
     else:
-        clips = [plan_video(*video, moving.rule, frames=frames, count=moving.count) for video in videos]
+        clips = [plan_video(*video, moving, frames=frames) for video in videos]
     fixed = sum(clip.num_tokens for clip in clips)
     plans, total = _within(ladders, None if max_tokens is None else max_tokens - fixed)
     if by_rule:
@@ -194,7 +179,7 @@ def _frame_count(num_frames: Any) -> int:
 def plan_video(
     frame_hw: Sequence[int],
     num_frames: int,
-    config: AnyConfig | str | None = None,
+    config: SlicingLike | None = None,
     *,
     frames: str = "video",
     max_tokens: int | None = None,
@@ -219,15 +204,11 @@ def plan_video(
     if frames not in FRAMES:
         raise ValueError(f"frames must be one of {', '.join(map(repr, FRAMES))}, got {frames!r}")
     size_hw = check_size(frame_hw)
-    rule, fitted = find("llava-uhd-safe" if config is None else config), count or _as_planned
+    slicing = _counted(find(config), count)
     if frames == "rule":
-        video = (size_hw, num_frames)
-        return plan_sample([], [video], Planner(rule, count), frames=frames, max_tokens=max_tokens)[1][0]
-    own = video_rule(rule) if frames == "video" else None
-    if own is not None:
-        rule, frame = own, fitted(plan(size_hw, own))
-    else:
-        frame = fitted(single_view(size_hw, rule))
+        return plan_sample([], [(size_hw, num_frames)], slicing, frames=frames, max_tokens=max_tokens)[1][0]
+    own = slicing.for_video() if frames == "video" else None
+    frame = slicing.single_view(size_hw) if own is None else own.plan(size_hw)
     # a frame that an encoder counts anew has lost its packing, and the newline with it
     newline = own is not None and frame.packing is not None
     found = VideoPlan((frame,) * num_frames, newline)
@@ -242,126 +223,42 @@ def plan_video(
     return found
 
 
-def multi_image_rule(rule: AnyConfig, num_images: int) -> AnyConfig:
-    """What a strategy plans each of several images of one sample by; the rule itself where it has no such mode.
+@dataclass(frozen=True)
+class _CountedBy(Recounted):
+    """A rule's cuts, counted by a function."""
 
-    Source: transformers, models/llava_onevision/ (nested images); DeepSeek-VL2, ``tokenize_with_images``.
-    """
-    if _is_onevision(rule) and num_images > 1:
-        name = f"{rule.name}-multi-image"
-        fill = rule.square_fill
-        return SquarePadConfig(name, rule.patch_size, rule.tile, fill, newline=True, resample=rule.resample)
-    if isinstance(rule, DeepSeekVL2Config) and num_images > 2:
-        return rule.replace(cropping=False)
-    return rule
+    rule: Slicing
+    count: Count
+
+    def fit(self, plan: SlicePlan) -> SlicePlan:
+        return self.count(plan)
 
 
-def video_rule(rule: AnyConfig) -> VideoFrameConfig | None:
-    """What a strategy plans the frames of a video by; ``None`` where it has no such mode."""
-    if isinstance(rule, VideoFrameConfig):
-        return rule
-    if not _is_onevision(rule):
-        return None
-    return VideoFrameConfig(f"{rule.name}-video", rule.patch_size, rule.tile, resample=rule.resample)
+def _counted(slicing: Slicing, count: Count | None) -> Slicing:
+    return slicing if count is None else _CountedBy(slicing, count)
 
 
-def _is_onevision(rule: AnyConfig) -> bool:
-    return isinstance(rule, AnyResConfig) and rule.max_tiles is not None
-
-
-def single_view(image_hw: tuple[int, int], rule: AnyConfig) -> SlicePlan:
-    """The plan of the rule's only view, else of its overview alone; learned newlines of the overview stay.
-
-    Raises:
-        ValueError: The rule cuts this image and has no overview.
-    """
-    if isinstance(rule, SlicingConfig):
-        return _uncut(image_hw, rule)
-    found = plan(image_hw, rule)
-    alone = found if found.num_views == 1 else overview_alone(found)
-    if alone is None:
-        raise ValueError(
-            f"{found.strategy!r} cuts a {image_hw[0]}x{image_hw[1]} px image (height x width) and has no overview, so "
-            'there is no single view: use frames="rule"'
-        )
-    return alone
-
-
-def _uncut(image_hw: tuple[int, int], config: SlicingConfig) -> SlicePlan:
-    """The adaptive planner's overview, also under the rule whose smallest grids would cut."""
-    return uncut(check_size(image_hw), config)
-
-
-def overview_alone(found: SlicePlan) -> SlicePlan | None:
-    """A plan without its slices; ``None`` where it has no overview."""
-    canvases = tuple(canvas for canvas in found.canvases if canvas.kind == "overview")
-    if not canvases:
-        return None
-    packing, visual, separators = found.packing, sum(canvas.tokens_per_view for canvas in canvases), 0
-    if packing is not None:
-        packing = Packing(
-            view_hw=packing.overview_view_hw or packing.view_hw,
-            pooled_hw=packing.pooled_hw,
-            merge=packing.merge,
-            overview_newline=packing.overview_newline,
-            separator="end" if packing.separator == "end" else None,
-        )
-        visual = math.prod(packing.overview_hw)
-        separators = packing.overview_newline * packing.overview_hw[0] + (packing.separator is not None)
-        if packing == Packing(view_hw=packing.view_hw):
-            packing = None
-    return replace(
-        found,
-        canvases=canvases,
-        grid=None,
-        num_visual_tokens=visual,
-        num_separators=separators,
-        packing=packing,
-    )
-
-
-def _as_planned(found: SlicePlan) -> SlicePlan:
-    return found
-
-
-def _ladder(image_hw: tuple[int, int], rule: AnyConfig, count: Count) -> Iterator[SlicePlan]:
+def _ladder(image_hw: tuple[int, int], slicing: Slicing) -> Iterator[SlicePlan]:
     """The image's own plan, and then ever cheaper ones."""
-    current = count(plan(image_hw, rule))
+    current = slicing.plan(image_hw)
     yield current
-    for lower in _fewer_slices(image_hw, rule, current):
-        lower = count(lower)
+    for lower in _fewer_slices(slicing, current):
         if lower.num_tokens < current.num_tokens:
             current = lower
             yield current
 
 
-def _fewer_slices(image_hw: tuple[int, int], rule: AnyConfig, own: SlicePlan) -> Iterator[SlicePlan]:
+def _fewer_slices(slicing: Slicing, own: SlicePlan) -> Iterator[SlicePlan]:
     slices = sum(view.kind == "slice" for view in own.views)
     for cap in range(slices - 1, 0, -1):
-        lower = capped(rule, cap)
+        lower = slicing.capped(cap)
         if lower is None:
             break
-        yield plan(image_hw, lower)
+        yield lower.plan(own.image_hw)
     if slices > 0:
-        alone = _uncut(image_hw, rule) if isinstance(rule, SlicingConfig) else overview_alone(own)
+        alone = slicing.overview_of(own)
         if alone is not None:
             yield alone
 
 
-def capped(rule: AnyConfig, cap: int) -> AnyConfig | None:
-    """The same rule with at most ``cap`` slices; ``None`` where its settings do not say how."""
-    if isinstance(rule, SlicingConfig):
-        return rule.replace(max_slices=cap)
-    if not isinstance(rule, StrategyConfig):
-        return None
-    names = {f.name for f in fields(rule)}
-    if "grids" in names:
-        grids = tuple(grid for grid in rule.grids if math.prod(grid) <= cap)
-        return rule.replace(grids=grids) if grids else None
-    if "max_tiles" not in names or cap >= rule.max_tiles:
-        return rule if "max_tiles" in names else None
-    least = {"min_tiles": min(rule.min_tiles, cap)} if "min_tiles" in names else {}
-    return rule.replace(max_tiles=cap, **least)
-
-
-__all__ = ["Planner", "VideoPlan", "plan_images", "plan_sample", "plan_video"]
+__all__ = ["VideoPlan", "plan_images", "plan_sample", "plan_video"]

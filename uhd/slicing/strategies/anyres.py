@@ -20,6 +20,7 @@ from uhd.slicing.strategies.base import (
     single,
     tiled,
 )
+from uhd.slicing.strategies.fixed import SquarePadConfig
 from uhd.slicing.strategies.selectors import Grids, best_resolution, grids_up_to
 
 _NEXT = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
@@ -65,6 +66,20 @@ class AnyResConfig(StrategyConfig):
     @property
     def learned(self) -> tuple[str, ...]:
         return ("newline",)
+
+    # LLaVA-OneVision alone bounds its maps; source of both modes: transformers, models/llava_onevision/
+    def for_images(self, num_images: int) -> StrategyConfig:
+        if self.max_tiles is None or num_images < 2:
+            return self
+        name = f"{self.name}-multi-image"
+        return SquarePadConfig(
+            name, self.patch_size, self.tile, self.square_fill, newline=True, resample=self.resample
+        )
+
+    def for_video(self) -> VideoFrameConfig | None:
+        if self.max_tiles is None:
+            return None
+        return VideoFrameConfig(f"{self.name}-video", self.patch_size, self.tile, resample=self.resample)
 
 
 def anyres(image_hw: Size, config: AnyResConfig) -> SlicePlan:
@@ -196,6 +211,9 @@ class VideoFrameConfig(StrategyConfig):
     def learned(self) -> tuple[str, ...]:
         return ("newline",)
 
+    def for_video(self) -> VideoFrameConfig:
+        return self
+
 
 def video_frame(image_hw: Size, config: VideoFrameConfig) -> SlicePlan:
     """Stretch the frame to one view and resize its feature map (bilinear) to half its sides, rounded up.
@@ -243,6 +261,10 @@ class DeepSeekVL2Config(StrategyConfig):
     @property
     def learned(self) -> tuple[str, ...]:
         return ("newline", "separator")
+
+    def for_images(self, num_images: int) -> DeepSeekVL2Config:
+        """Without crops from three images on, as ``tokenize_with_images`` of the release does."""
+        return self if num_images < 3 else self.replace(cropping=False)
 
 
 def deepseek_vl2(image_hw: Size, config: DeepSeekVL2Config) -> SlicePlan:

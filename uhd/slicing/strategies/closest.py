@@ -164,11 +164,12 @@ class Lfm2Config(StrategyConfig):
     max_tiles: int = 10
     resample: str = field(default="bilinear", kw_only=True)
 
-    def for_vision(self, *, image_size: int, patch_size: int) -> Lfm2Config:
+    def for_vision(self, *, image_size: int | None, patch_size: int) -> Lfm2Config:
         """As for other rules; ``min_tokens`` and ``max_tokens`` stand for areas, which grow with that of a tile."""
+        image_size = image_size or self.tile
         units = (image_size / (patch_size * self.merge)) ** 2 / (self.tile / (self.patch_size * self.merge)) ** 2
         tokens = {name: max(round(getattr(self, name) * units), 1) for name in ("min_tokens", "max_tokens")}
-        return replace(self, tile=image_size, patch_size=patch_size, **tokens)
+        return self.replace(tile=image_size, patch_size=patch_size, **tokens)
 
 
 def lfm2(image_hw: Size, config: Lfm2Config) -> SlicePlan:

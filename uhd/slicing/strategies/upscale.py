@@ -133,11 +133,12 @@ class Molmo2Config(StrategyConfig):
         if sum(self.margins) >= self.tile // self.patch_size:
             raise ValueError(f"margins {self.margins} leave nothing of {self.tile // self.patch_size} patches")
 
-    def for_vision(self, *, image_size: int, patch_size: int) -> Molmo2Config:
+    def for_vision(self, *, image_size: int | None, patch_size: int) -> Molmo2Config:
         """As for other rules; ``margins`` keep their share of a crop's patches: 4 of 27, and also 4 of 24."""
+        image_size = image_size or self.tile
         share = (image_size // patch_size) / (self.tile // self.patch_size)
         margins = tuple(round(margin * share) for margin in self.margins)
-        return replace(self, tile=image_size, patch_size=patch_size, margins=margins)
+        return self.replace(tile=image_size, patch_size=patch_size, margins=margins)
 
 
 def molmo2(image_hw: Size, config: Molmo2Config) -> SlicePlan:
