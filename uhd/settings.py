@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, TypeVar
 
 _Own = TypeVar("_Own", bound="Settings")
 
 
 class Settings:
     """Base of frozen dataclasses: a changed copy of them, and to plain JSON types and back."""
+
+    __slots__ = ()
+    readers: ClassVar[Mapping[str, Callable[[Any], Any]]] = {}
+    """What makes a field of its plain JSON types, where that is more than tuples of lists."""
 
     def replace(self: _Own, **changes: Any) -> _Own:
         """A copy with some fields changed."""
@@ -26,13 +30,19 @@ class Settings:
         """The inverse of :meth:`to_dict`, also after JSON text.
 
         Raises:
-            ValueError: A key is no setting; the message lists those there are.
+            ValueError: A key is no setting, and the message lists those there are; or one is missing.
         """
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(data) - set(known))
         if unknown:
             raise ValueError(f"{cls.__name__} has no settings {unknown}; it has {known}")
-        return cls(**{key: as_tuples(value) for key, value in data.items()})
+        nested = (list, tuple, Mapping)
+        try:
+            return cls(
+                **{k: cls.readers.get(k, as_tuples)(v) if isinstance(v, nested) else v for k, v in data.items()}
+            )
+        except TypeError as problem:
+            raise ValueError(f"not the dictionary of a {cls.__name__}: {problem}") from None
 
 
 def as_tuples(value: Any) -> Any:
@@ -41,7 +51,17 @@ def as_tuples(value: Any) -> Any:
     >>> as_tuples([[1, 2], "a"])
     ((1, 2), 'a')
     """
-    return tuple(map(as_tuples, value)) if isinstance(value, (list, tuple)) else value
+    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Raise a ``ValueError`` where a setting is none of its choices.
+
+    >>> check_choice("side", "left", ["top", "left"])
+    """
+    *others, last = map(repr, choices)
+    if repr(value) not in (*others, last):
+        raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {value!r}")
 
 
 def plain_name(name: Any) -> str:

@@ -672,7 +672,7 @@ def test_plans_carry_the_filter_of_their_rule():
     assert plan((300, 500), "phi4").canvases[1].view_filter == ("bicubic", False)
     assert plan((300, 500), InternVLConfig(resample="lanczos")).resample == "lanczos"
     assert plan((300, 500), "llava-uhd").resample == "bicubic"
-    with pytest.raises(ValueError, match="resample must be one of bicubic, bilinear, lanczos, got 'nearest'"):
+    with pytest.raises(ValueError, match="resample must be 'bicubic', 'bilinear' or 'lanczos', got 'nearest'"):
         InternVLConfig(resample="nearest")
 
 

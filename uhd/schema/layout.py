@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from uhd.settings import Settings, plain_name, unknown_name
+from uhd.settings import Settings, check_choice, plain_name, unknown_name
 from uhd.slicing import PRESETS as SLICING_PRESETS
 from uhd.slicing import SeparatorCount, SlicePlan, SlicingConfig
 
@@ -73,8 +73,7 @@ class SpatialSchema(Settings):
                 continue
             if not (isinstance(marks, tuple) and len(marks) == 2 and all(isinstance(mark, str) for mark in marks)):
                 raise TypeError(f'{key} must be a tuple of two strings ("" for none), got {marks!r}')
-        if self.overview not in ("first", "last"):
-            raise ValueError(f"overview must be 'first' or 'last', got {self.overview!r}")
+        check_choice("overview", self.overview, ("first", "last"))
         for symbol in self.separators:
             if _RESERVED.fullmatch(symbol):
                 raise ValueError(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from uhd.settings import plain_name, unknown_name
+from uhd.settings import check_choice, plain_name, unknown_name
 from uhd.slicing.config import MAX_VIEWS, SeparatorCount, Slicing, positive_int
 from uhd.slicing.grids import Candidate, aspects_near, grid_score, grids_near, to_multiple
 from uhd.slicing.plan import MAX_SIDE, Box, Canvas, SlicePlan, check_size
@@ -68,10 +68,8 @@ class SlicingConfig(Slicing):
         for key in ("clamp", "overview_first"):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"{key} must be True or False, got {getattr(self, key)!r}")
-        if self.rounding not in ("floor", "round"):
-            raise ValueError(f"rounding must be 'floor' or 'round', got {self.rounding!r}")
-        if self.rule not in RULES:
-            raise ValueError(f"rule must be 'released' or 'march2024', got {self.rule!r}")
+        check_choice("rounding", self.rounding, ("floor", "round"))
+        check_choice("rule", self.rule, RULES)
         if self.rule == "march2024" and (self.merge != 1 or self.rounding != "floor"):
             raise ValueError(
                 "rule 'march2024' sizes views by its own floor rule: it needs merge=1 and rounding='floor'"
@@ -113,12 +111,7 @@ class SlicingConfig(Slicing):
         found = PRESETS[plain_name(name)]
         return found.replace(**changes) if changes else found
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> SlicingConfig:
-        separators = data.get("separators")
-        given = {"separators": SeparatorCount(**separators)} if isinstance(separators, Mapping) else {}
-        return super().from_dict({**data, **given})
-
+    readers = {"separators": SeparatorCount.from_dict}  # noqa: RUF012
     uses_schema = True
 
     @property

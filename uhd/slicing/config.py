@@ -39,7 +39,7 @@ def positive_int(key: str, value: Any) -> int | None:
 
 
 @dataclass(frozen=True)
-class SeparatorCount:
+class SeparatorCount(Settings):
     """How many separator and marker positions a layout adds, as a rule on the grid.
 
     ``uhd.schema`` decides which symbols go where; this is only their number, so that a plan can count tokens alone.

@@ -6,12 +6,12 @@ of ``torch.utils.flop_counter``, against which the formulas are tested. Norms, a
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+from uhd.settings import unknown_name
 from uhd.slicing.plan import SlicePlan
 
 
@@ -131,9 +131,7 @@ def named(shape: str | _Shape, known: Mapping[str, _Shape]) -> _Shape:
     if not isinstance(shape, str):
         return shape
     if shape not in known:
-        near = difflib.get_close_matches(shape, known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"no model named {shape!r}: {hint}There are {', '.join(known)}; or give its shape")
+        raise unknown_name("model", shape, known, f"There are {', '.join(known)}; or give its shape")
     return known[shape]
 
 

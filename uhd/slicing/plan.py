@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from uhd.moved import moved
+from uhd.settings import Settings
 
 MAX_SIDE = 1_000_000
 """Longest image side that is planned, px. No photograph has it; larger numbers are mistaken units."""
@@ -32,8 +33,12 @@ class Box(NamedTuple):
         return self.bottom - self.top, self.right - self.left
 
 
+def _boxes(rows: Iterable[Sequence[int]]) -> tuple[Box, ...]:
+    return tuple(map(Box._make, rows))
+
+
 @dataclass(frozen=True, slots=True)
-class Canvas:
+class Canvas(Settings):
     """One resize of the image, and the tiles cut from it.
 
     Attributes:
@@ -66,9 +71,15 @@ class Canvas:
     first_hw: tuple[int, int] | None = None
     view_filter: tuple[str, bool] | None = None
 
+    readers = {"tiles": _boxes, "source": Box._make}  # noqa: RUF012
+
+
+def _canvases(rows: Iterable[Mapping[str, Any]]) -> tuple[Canvas, ...]:
+    return tuple(map(Canvas.from_dict, rows))
+
 
 @dataclass(frozen=True, slots=True)
-class Packing:
+class Packing(Settings):
     """How the views' feature maps become tokens, where that is more than one view after the other.
 
     The steps, in this order, each only where its field is set. Sizes are (rows, columns) in features.
@@ -99,6 +110,8 @@ class Packing:
     overview_newline: bool = False
     separator: str | None = None
 
+    readers = {"kept": Box._make}  # noqa: RUF012
+
     @property
     def final_hw(self) -> tuple[int, int] | None:
         """The slices' map as the language model reads it; ``None`` where views stay apart."""
@@ -112,12 +125,6 @@ class Packing:
         """The overview's map as the language model reads it."""
         rows, cols = self.pooled_hw or self.overview_view_hw or self.view_hw
         return -(-rows // self.merge), -(-cols // self.merge)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Packing:
-        """From plain JSON types, as in ``SlicePlan.to_dict()["packing"]``."""
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
-        return cls(**{**values, "kept": values.get("kept") and Box(*values["kept"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +158,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class SlicePlan:
+class SlicePlan(Settings):
     """How one image is resized, cut and counted; the same type for every strategy. Frozen, hashable, JSON-able.
 
     Attributes:
@@ -177,6 +184,8 @@ class SlicePlan:
     packing: Packing | None = None
     resample: str = "bicubic"
     antialias: bool = True
+
+    readers = {"canvases": _canvases, "packing": Packing.from_dict}  # noqa: RUF012
 
     @property
     def num_tokens(self) -> int:
@@ -244,29 +253,9 @@ class SlicePlan:
             separators = packing.overview_newline * packing.overview_hw[0] + (packing.separator is not None)
             if packing == Packing(view_hw=packing.view_hw):
                 packing = None
-        return replace(
-            self, canvases=canvases, grid=None, num_visual_tokens=visual, num_separators=separators, packing=packing
+        return self.replace(
+            canvases=canvases, grid=None, num_visual_tokens=visual, num_separators=separators, packing=packing
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; :meth:`from_dict` is the inverse."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> SlicePlan:
-        """The inverse of :meth:`to_dict`, also after a round trip through JSON text.
-
-        Raises:
-            ValueError: The data are not such a plan.
-        """
-        try:
-            data = {**data, "canvases": tuple(_canvas_from_dict(c) for c in data["canvases"])}
-            data["image_hw"] = tuple(data["image_hw"])
-            data["grid"] = data["grid"] and tuple(data["grid"])
-            data["packing"] = Packing.from_dict(data["packing"]) if data.get("packing") else None
-            return cls(**data)
-        except (KeyError, TypeError) as problem:
-            raise ValueError(f"not the dictionary of a SlicePlan: {problem!r}") from None
 
     def __str__(self) -> str:
         cut = ""
@@ -294,27 +283,6 @@ def check_size(image_hw: Sequence[int]) -> tuple[int, int]:
             f"got height {height} and width {width}; each must lie in 1..{MAX_SIDE} px: check the unit and the order"
         )
     return height, width
-
-
-def _canvas_from_dict(data: Mapping[str, Any]) -> Canvas:
-    def pair(value):
-        return tuple(value)
-
-    return Canvas(
-        kind=data["kind"],
-        content_hw=pair(data["content_hw"]),
-        size_hw=pair(data["size_hw"]),
-        grid=pair(data["grid"]),
-        tiles=tuple(Box(*box) for box in data["tiles"]),
-        view_hw=pair(data["view_hw"]),
-        tokens_per_view=data["tokens_per_view"],
-        source=data["source"] and Box(*data["source"]),
-        offset=pair(data["offset"]),
-        fill=data["fill"] and pair(data["fill"]),
-        cell=pair(data.get("cell", (0, 0))),
-        first_hw=data.get("first_hw") and pair(data["first_hw"]),
-        view_filter=data.get("view_filter") and pair(data["view_filter"]),
-    )
 
 
 __getattr__ = moved(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import heapq
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from uhd.settings import Settings
 from uhd.slicing.config import Recounted, Slicing, positive_int
 from uhd.slicing.plan import SlicePlan, check_size
 from uhd.slicing.rules import SlicingLike, find
@@ -18,7 +19,7 @@ FRAMES = ("video", "single", "rule")
 
 
 @dataclass(frozen=True)
-class VideoPlan:
+class VideoPlan(Settings):
     """How the frames of one video are cut and counted. Frozen, hashable, JSON-able.
 
     Attributes:
@@ -28,6 +29,8 @@ class VideoPlan:
 
     plans: tuple[SlicePlan, ...]
     newline: bool = False
+
+    readers = {"plans": lambda frames: tuple(map(SlicePlan.from_dict, frames))}  # noqa: RUF012
 
     @property
     def num_frames(self) -> int:
@@ -42,18 +45,6 @@ class VideoPlan:
     def num_patches(self) -> int:
         """ViT patches of all frames."""
         return sum(frame.num_patches for frame in self.plans)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; :meth:`from_dict` is the inverse."""
-        return {"plans": [frame.to_dict() for frame in self.plans], "newline": self.newline}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> VideoPlan:
-        """The inverse of :meth:`to_dict`, also after JSON text; a ``ValueError`` where the data are no such plan."""
-        try:
-            return cls(tuple(SlicePlan.from_dict(frame) for frame in data["plans"]), bool(data["newline"]))
-        except (KeyError, TypeError) as problem:
-            raise ValueError(f"not the dictionary of a VideoPlan: {problem!r}") from None
 
 
 def plan_images(

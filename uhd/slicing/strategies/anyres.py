@@ -56,16 +56,8 @@ class AnyResConfig(StrategyConfig):
     unpad_rounding: str = "transformers"
     square_fill: tuple[int, int, int] = GRAY
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.unpad_rounding not in ("transformers", "original"):
-            raise ValueError(f"unpad_rounding must be 'transformers' or 'original', got {self.unpad_rounding!r}")
-        if not self.grids:
-            raise ValueError("grids must hold at least one (rows, columns)")
-
-    @property
-    def learned(self) -> tuple[str, ...]:
-        return ("newline",)
+    choices: ClassVar = {"unpad_rounding": ("transformers", "original")}
+    learned = ("newline",)
 
     # LLaVA-OneVision alone bounds its maps; source of both modes: transformers, models/llava_onevision/
     def for_images(self, num_images: int) -> StrategyConfig:
@@ -207,9 +199,7 @@ class VideoFrameConfig(StrategyConfig):
     tile: int = 384
     pool: int = 2
 
-    @property
-    def learned(self) -> tuple[str, ...]:
-        return ("newline",)
+    learned = ("newline",)
 
     def for_video(self) -> VideoFrameConfig:
         return self
@@ -258,9 +248,7 @@ class DeepSeekVL2Config(StrategyConfig):
     merge: int = 2
     cropping: bool = True
 
-    @property
-    def learned(self) -> tuple[str, ...]:
-        return ("newline", "separator")
+    learned = ("newline", "separator")
 
     def for_images(self, num_images: int) -> DeepSeekVL2Config:
         """Without crops from three images on, as ``tokenize_with_images`` of the release does."""

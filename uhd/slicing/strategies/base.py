@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
-from uhd.settings import as_tuples
+from uhd.settings import as_tuples, check_choice
 from uhd.slicing.config import MAX_VIEWS, Slicing
 from uhd.slicing.plan import Box, Canvas, Packing, SlicePlan, check_size
 
@@ -48,23 +48,30 @@ class StrategyConfig(Slicing):
 
     function: ClassVar[Callable[[Size, Any], SlicePlan]]
     """(height, width) and these settings -> plan; :func:`by_name` sets it."""
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """The values of a setting that has only some."""
     grows: ClassVar[tuple[str, ...]] = ()
     """Lengths, px, that keep their ratio to ``tile``."""
     view_sides: ClassVar[tuple[str, ...]] = ()
     """The same for sides of other views, which become whole patches."""
 
     def __post_init__(self) -> None:
-        if self.resample not in FILTERS:
-            raise ValueError(f"resample must be one of {', '.join(FILTERS)}, got {self.resample!r}")
         for f in fields(self):
             where, value = f"{f.name} of {type(self).__name__}", getattr(self, f.name)
             object.__setattr__(self, f.name, _checked(where, value, f.default))
+        for name, choices in {"resample": FILTERS, **self.choices}.items():
+            check_choice(name, getattr(self, name), choices)
+        for least, most in (("min_tiles", "max_tiles"), ("min_pixels", "max_pixels")):
+            if getattr(self, least, 0) > (getattr(self, most, None) or math.inf):
+                raise ValueError(f"{least} {getattr(self, least)} is above {most} {getattr(self, most)}")
         most = getattr(self, "max_tiles", None)
         if most is not None and most > MAX_VIEWS:
             raise ValueError(f"max_tiles is at most {MAX_VIEWS}, got {most}: a plan lists every tile")
         for name in ("grids", "rate"):
             if min(_leaves(getattr(self, name, ())), default=1) < 1:
                 raise ValueError(f"{name} of {type(self).__name__} must be positive, got {getattr(self, name)!r:.60}")
+        if not getattr(self, "grids", True):
+            raise ValueError("grids must hold at least one (rows, columns)")
         if getattr(self, "tile", self.patch_size) < self.patch_size:
             raise ValueError(f"tile {self.tile} px is smaller than a patch of {self.patch_size} px")
 

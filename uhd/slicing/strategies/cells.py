@@ -141,11 +141,6 @@ class AnchorConfig(StrategyConfig):
     grids: Grids = ()
     tokens: int = 65
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.grids:
-            raise ValueError("grids must hold at least one (rows, columns)")
-
 
 def shape_adaptive(image_hw: Size, config: AnchorConfig) -> SlicePlan:
     """Stretch the image to the anchor whose box overlaps it best, in shape first and then in size; overview first.

@@ -43,12 +43,7 @@ class InternVLConfig(StrategyConfig):
     min_tiles: int = 1
     overview: str = "last"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.min_tiles > self.max_tiles:
-            raise ValueError(f"min_tiles {self.min_tiles} is above max_tiles {self.max_tiles}")
-        if self.overview not in ("first", "last", "none"):
-            raise ValueError(f"overview must be 'first', 'last' or 'none', got {self.overview!r}")
+    choices: ClassVar = {"overview": ("first", "last", "none")}
 
 
 def internvl(image_hw: Size, config: InternVLConfig) -> SlicePlan:
@@ -213,9 +208,7 @@ class Phi4Config(StrategyConfig):
     max_tiles: int = 36
     resample: str = field(default="bilinear", kw_only=True)
 
-    @property
-    def learned(self) -> tuple[str, ...]:
-        return ("newline", "separator")
+    learned = ("newline", "separator")
 
 
 def phi4(image_hw: Size, config: Phi4Config) -> SlicePlan:

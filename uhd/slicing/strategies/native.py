@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from uhd.slicing.plan import SlicePlan
 from uhd.slicing.strategies.base import BLACK, Size, StrategyConfig, by_name, ceil_div, finish, refuse, single
@@ -37,12 +38,7 @@ class SmartResizeConfig(StrategyConfig):
     frames: int = 1
     enlarge: str = "none"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.enlarge not in ("none", "both", "each"):
-            raise ValueError(f"enlarge must be 'none', 'both' or 'each', got {self.enlarge!r}")
-        if self.min_pixels > self.max_pixels:
-            raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
+    choices: ClassVar = {"enlarge": ("none", "both", "each")}
 
 
 def native_smart_resize(image_hw: Size, config: SmartResizeConfig) -> SlicePlan:

@@ -195,16 +195,8 @@ class OpenAIConfig(StrategyConfig):
 
     grows: ClassVar[tuple[str, ...]] = ("longest", "shortest")
 
-    @property
-    def nested(self) -> bool:
-        return True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.remainder not in ("pad", "overlap"):
-            raise ValueError(f"remainder must be 'pad' or 'overlap', got {self.remainder!r}")
-        if self.detail not in ("high", "low"):
-            raise ValueError(f"detail must be 'high' or 'low', got {self.detail!r}")
+    choices: ClassVar = {"remainder": ("pad", "overlap"), "detail": ("high", "low")}
+    nested = True
 
 
 def openai_tiles(image_hw: Size, config: OpenAIConfig) -> SlicePlan:
