@@ -57,7 +57,9 @@ def as_tuples(value: Any) -> Any:
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     """Raise a ``ValueError`` where a setting is none of its choices.
 
-    >>> check_choice("side", "left", ["top", "left"])
+    >>> check_choice("side", "right", ["top", "left"])
+    Traceback (most recent call last):
+    ValueError: side must be 'top' or 'left', got 'right'
     """
     *others, last = map(repr, choices)
     if repr(value) not in (*others, last):

@@ -128,6 +128,9 @@ class SpatialSchema(Settings):
 
         Raises:
             ValueError: ``base`` is ``None`` and the schema is no preset, or no slicing preset has that name.
+
+        >>> SpatialSchema.preset("minicpm-v-2.5").slicing_config().tokens_per_view
+        96
         """
         changes: dict[str, Any] = {}
         if base is None:
@@ -139,7 +142,11 @@ class SpatialSchema(Settings):
         return config.replace(separators=self.separator_count(), overview_first=first, **changes)
 
     def separator_count(self) -> SeparatorCount:
-        """How many positions that are no view's the schema adds, as a rule on the grid."""
+        """How many positions that are no view's the schema adds, as a rule on the grid.
+
+        >>> SpatialSchema.preset("llava-uhd").separator_count()
+        SeparatorCount(per_image=0, per_cut=0, per_slice=1, per_row=0)
+        """
 
         def size(*symbols: str) -> int:
             return sum(map(bool, symbols))
@@ -158,11 +165,13 @@ class SpatialSchema(Settings):
         """The image's sequence for a (rows, columns) grid, or for an uncut image (``None``).
 
         Slices are ``"s0"``, ``"s1"``, ... row-major, the overview is ``"overview"``; every other symbol is a
-        separator, a mark or the image's number. ``SpatialSchema.preset("llava-uhd").symbols((2, 1))`` is
-        ``("s0", "\\n", "s1", "\\n", "overview")``.
+        separator, a mark or the image's number.
 
         Raises:
             ValueError: The grid is not two positive ints, or the index is negative.
+
+        >>> SpatialSchema.preset("llava-uhd").symbols((2, 1))
+        ('s0', '\\n', 's1', '\\n', 'overview')
         """
         return self._sequence([] if grid is None else [_check_grid(grid)], 1, image_index)
 
@@ -310,6 +319,14 @@ def layout(
     Raises:
         ValueError: The plan has no views, its slices do not fill their grid, its tokens are not counted by view (an
             un-padded AnyRes image, say) while ``tokens_per_view`` is ``None``, or the given numbers do not fit.
+
+    >>> from uhd.slicing import plan
+    >>> print(layout(plan((1008, 672)), "minicpm-v-2.6").text("{symbol} "))
+    <image_id>0</image_id><image>overview </image><slice>s0 </slice><slice>s1 </slice>
+    <slice>s2 </slice><slice>s3 </slice>
+    <slice>s4 </slice><slice>s5 </slice>
+    >>> layout(plan((1008, 672))).span(6)
+    (390, 454)
     """
     if not isinstance(schema, SpatialSchema):
         schema = SpatialSchema.preset("llava-uhd" if schema is None else schema)
@@ -344,6 +361,10 @@ def parse_symbols(symbols: Sequence[str], schema: SpatialSchema) -> tuple[int, i
     Raises:
         ValueError: The sequence is not one of the schema's (the message gives the position), or the schema writes the
             same sequence for several grids, as one without separators does.
+
+    >>> schema = SpatialSchema.preset("llava-uhd")
+    >>> parse_symbols(("s0", ",", "s1", "\\n", "overview"), schema)
+    (1, 2)
     """
     symbols = tuple(symbols)
     slices = sum(bool(_VIEW_SYMBOL.fullmatch(symbol)) and symbol != OVERVIEW for symbol in symbols)

@@ -105,6 +105,9 @@ class SlicingConfig(Slicing):
 
         Raises:
             ValueError: No such preset; the message lists the nearest names and all of them.
+
+        >>> SlicingConfig.preset("minicpm-v", max_slices=4).rounding
+        'round'
         """
         if plain_name(name) not in PRESETS:
             raise unknown_name("slicing preset", name, PRESETS)
@@ -123,6 +126,11 @@ class SlicingConfig(Slicing):
         return self.merge, self.merge
 
     def for_vision(self, *, image_size: int | None, patch_size: int) -> SlicingConfig:
+        """As every rule does.
+
+        >>> PRESETS["llava-uhd"].for_vision(image_size=384, patch_size=14).plan((1152, 768)).slice_hw
+        (378, 378)
+        """
         return self.replace(image_size=image_size or self.image_size, patch_size=patch_size)
 
     def plan(self, image_hw: tuple[int, int]) -> SlicePlan:
@@ -368,6 +376,9 @@ def worst_case(config: SlicingConfig, *, max_aspect: float = 200.0) -> WorstCase
 
     Raises:
         ValueError: ``max_aspect`` < 1, or ``max_tokens`` lies below the overview's cost.
+
+    >>> tuple(worst_case(PRESETS["llava-uhd-safe"]))
+    (8, 576, 4608, 519, (2352, 336))
     """
     if max_aspect < 1:
         raise ValueError(f"max_aspect is longer side / shorter side, so at least 1; got {max_aspect}")

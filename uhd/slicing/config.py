@@ -52,7 +52,11 @@ class SeparatorCount(Settings):
     per_row: int = 0
 
     def count(self, grid: tuple[int, int] | None) -> int:
-        """Positions for a ``(rows, columns)`` grid, or for an uncut image (``None``)."""
+        """Positions for a ``(rows, columns)`` grid, or for an uncut image (``None``).
+
+        >>> SeparatorCount(per_slice=1).count((3, 2)), SeparatorCount(per_slice=1).count(None)
+        (6, 0)
+        """
         if grid is None:
             return self.per_image
         rows, cols = grid

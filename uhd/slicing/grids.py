@@ -31,6 +31,11 @@ def grid_score(image_hw: tuple[int, int], grid: tuple[int, int], view_hw: tuple[
         ValueError: A number is not positive.
 
     Source: LLaVA-UHD (arXiv 2403.11703) section 3.1; thunlp/LLaVA-UHD, llava/slice_process.py.
+
+    >>> grid_score((1008, 672), (3, 2))
+    0.0
+    >>> round(grid_score((1008, 672), (2, 3)), 3)
+    -0.811
     """
     if min(*image_hw, *grid, *view_hw) <= 0:
         raise ValueError(f"sizes and grids are positive, got image_hw={image_hw}, grid={grid}, view_hw={view_hw}")
@@ -40,7 +45,11 @@ def grid_score(image_hw: tuple[int, int], grid: tuple[int, int], view_hw: tuple[
 
 @lru_cache(maxsize=1024)
 def grids_near(ideal: int, rule: str, cap: int) -> tuple[tuple[int, int], ...]:
-    """The grids compared for an image whose area is that of ``ideal`` views, or of more than ``cap``."""
+    """The grids compared for an image whose area is that of ``ideal`` views, or of more than ``cap``.
+
+    >>> grids_near(4, "released", 7)
+    ((3, 1), (1, 3), (4, 1), (2, 2), (1, 4), (5, 1), (1, 5))
+    """
     if rule == "march2024":
         counts = (ideal, ideal + 1) if ideal <= 2 else (ideal - 1, ideal, ideal + 1)
     elif ideal <= 1:
@@ -64,6 +73,10 @@ def aspects_near(ideal: int, rule: str, cap: int) -> tuple[list[float], list[tup
 
 
 def to_multiple(length: int, unit: int, rounding: str) -> int:
-    """``length`` floored or rounded (half to even) to a multiple of ``unit``, and at least one ``unit``."""
+    """``length`` floored or rounded (half to even) to a multiple of ``unit``, and at least one ``unit``.
+
+    >>> to_multiple(350, 14, "floor"), to_multiple(5, 14, "floor")
+    (350, 14)
+    """
     steps = length // unit if rounding == "floor" else round(length / unit)
     return max(steps, 1) * unit

@@ -47,6 +47,7 @@ def plan_many(
 
     >>> columns = plan_many([(1008, 672), (300, 400)])
     >>> columns["grid"].tolist(), columns["num_tokens"].tolist()
+    ([[3, 2], [1, 2]], [454, 194])
     """
     config = find(config)
     if max_tokens is not None:

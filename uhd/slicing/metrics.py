@@ -90,6 +90,10 @@ def measure(
         ValueError: Views in general position divide the image into more than 2^24 rectangles; an unknown name; a
             budget that is no whole number of at least 1.
         TypeError: ``plan`` is none.
+
+    >>> found = measure(plan((1008, 1344), "llava-1.5"))
+    >>> round(found.padding, 3), round(found.resolution_kept, 3), found.tokens
+    (0.25, 0.062, 576)
     """
     if not isinstance(plan, SlicePlan):
         raise TypeError(f"a SlicePlan is measured, got {type(plan).__name__}: uhd.plan(image_hw, rule) makes one")
@@ -172,7 +176,11 @@ def _shown(canvas: Canvas, image_hw: tuple[int, int]) -> _Shown:
 
 
 def share_seen(plan: SlicePlan) -> float:
-    """Share of the image that lies in any view, slice or overview."""
+    """Share of the image that lies in any view, slice or overview.
+
+    >>> share_seen(plan((336, 672), "clip"))
+    0.5
+    """
     cells = _cells(_views(plan, {canvas.kind for canvas in plan.canvases}))
     return float(cells.areas[cells.seen].sum()) / math.prod(plan.image_hw)
 
@@ -285,6 +293,9 @@ def cliffs(rule: SlicingLike, sizes_hw: Iterable[Sequence[int]], *, threshold: f
         rule: A name, a config, or your function.
         sizes_hw: (height, width) pairs, px.
         threshold: J from which on it counts as a cliff.
+
+    >>> cliffs("internvl", [(448, 448), (500, 900)]).worst
+    1.0
     """
     pairs, refused = _token_pairs(rule, sizes_hw, lambda h, w: (h, w + 1))
     if not pairs:
@@ -303,7 +314,11 @@ def cliffs(rule: SlicingLike, sizes_hw: Iterable[Sequence[int]], *, threshold: f
 
 
 def transposition_violations(rule: SlicingLike, sizes_hw: Iterable[Sequence[int]]) -> Violations:
-    """Share of sizes with T(h, w) != T(w, h): turning the page by 90 degrees changes its price."""
+    """Share of sizes with T(h, w) != T(w, h): turning the page by 90 degrees changes its price.
+
+    >>> transposition_violations("llava-uhd", [(500, 900), (300, 1200)]).share
+    0.0
+    """
     pairs, refused = _token_pairs(rule, sizes_hw, lambda h, w: (w, h))
     return _violations([(size, abs(a - b)) for size, a, b in pairs], refused)
 
@@ -315,6 +330,9 @@ def monotonicity_violations(
 
     Raises:
         ValueError: ``factor`` is below 1.
+
+    >>> monotonicity_violations("internvl", [(500, 900), (300, 1200)]).share
+    0.0
     """
     if not factor >= 1:
         raise ValueError(f"factor enlarges, so it is at least 1, got {factor!r}")
@@ -367,6 +385,9 @@ def summarize(rule: SlicingLike, sizes_hw: Iterable[Sequence[int]], **system: An
 
     Raises:
         ValueError: The rule refuses every size.
+
+    >>> summarize("llava-uhd", [(500, 900), (300, 1200)]).tokens_max
+    324
     """
     found, refused = [], 0
     for size in map(check_size, sizes_hw):

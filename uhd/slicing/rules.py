@@ -51,7 +51,8 @@ def plan(image_hw: tuple[int, int], config: SlicingLike | None = None, *, max_to
     >>> found = plan((1008, 672))
     >>> found.grid, found.slice_hw, found.overview_hw, found.num_tokens
     ((3, 2), (336, 336), (406, 266), 454)
-    >>> print(plan((1008, 672), "internvl"))
+    >>> print(plan((1008, 672), "pixtral"))
+    pixtral-1024-p16: 1008x672 px (height x width) -> overview 1008x672 px, 1 views, 2646 patches, 2646 tokens
     """
     slicing = find(config)
     if max_tokens is not None:
@@ -69,6 +70,9 @@ def candidates(
 
     >>> for grid, score, tied in candidates((1008, 672))[:3]:
     ...     print(grid, round(score, 3), tied)
+    (3, 2) 0.0 False
+    (2, 3) -0.811 False
+    (5, 1) -1.204 False
     """
     slicing = find(config)
     if max_tokens is not None:
@@ -79,7 +83,8 @@ def candidates(
 def strategies() -> dict[str, str]:
     """Every rule's name and one line about it; the shorter names come last.
 
-    >>> strategies()["pixtral"]
+    >>> strategies()["gemma3"]
+    'gemma3-896: stretched to 896 px, 256 tokens; Gemma 3 by default'
     """
     named = {name: entry.summary for name, entry in STRATEGIES.items()}
     return {**_ADAPTIVE, **named, **{alias: f"{name}: {named[name]}" for alias, name in ALIASES.items()}}
@@ -138,6 +143,9 @@ def slicing_from_dict(data: Mapping[str, Any]) -> Slicing:
 
     Raises:
         ValueError: An unknown rule or setting, or a function of your own.
+
+    >>> slicing_from_dict({"rule": "PixtralConfig", "longest": 512}).longest
+    512
     """
     kind = data.get("rule")
     if kind == OWN:

@@ -76,6 +76,12 @@ def plan_images(
 
     Raises:
         ValueError: As in :func:`uhd.plan`; or not even the smallest plans fit the budget.
+
+    >>> from uhd.slicing import plan_images
+    >>> [found.num_tokens for found in plan_images([(1008, 672), (300, 400)])]
+    [454, 194]
+    >>> [found.num_tokens for found in plan_images([(1008, 672), (300, 400)], max_tokens=300)]
+    [194, 64]
     """
     slicing = _counted(find(config), count)
     return plan_sample(list(sizes_hw), [], slicing, max_tokens=max_tokens, multi_image=multi_image)[0]
@@ -190,6 +196,11 @@ def plan_video(
 
     Raises:
         ValueError: As in :func:`plan_images`; no frames; an unknown mode; or ``"single"`` for a rule without overview.
+
+    >>> plan_video((720, 1280), 8, "llava-onevision").num_tokens
+    1569
+    >>> plan_video((720, 1280), 8, frames="rule").num_tokens
+    3632
     """
     num_frames, max_tokens = _frame_count(num_frames), positive_int("max_tokens", max_tokens)
     if frames not in FRAMES:

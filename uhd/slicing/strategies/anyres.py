@@ -157,6 +157,9 @@ def threshold_tokens(num_slices: int, tokens: int, threshold: int) -> int:
     """Tokens of each of ``num_slices + 1`` crops: ``tokens``, or ``threshold // (num_slices + 1)`` where that is less.
 
     Source: LLaVA-OneVision (arXiv 2408.03326), Higher AnyRes: L = (a * b + 1) * T against the threshold.
+
+    >>> threshold_tokens(9, 729, 7290), threshold_tokens(16, 729, 7290)
+    (729, 428)
     """
     crops = num_slices + 1
     return tokens if crops * tokens <= threshold else threshold // crops
@@ -225,6 +228,9 @@ def video_tokens(num_frames: int, config: VideoFrameConfig | None = None) -> int
 
     Raises:
         ValueError: A negative number of frames.
+
+    >>> video_tokens(8)
+    1569
     """
     if num_frames < 0:
         raise ValueError(f"a video has at least 0 frames, got {num_frames}")

@@ -99,6 +99,10 @@ class StrategyConfig(Slicing):
         (:attr:`grows`, :attr:`view_sides`): an image twice as large is cut alike with tiles twice as large. A rule
         without ``tile`` has no view size of its own and keeps its bounds, in px or patches; only the patch changes.
         Numbers of tokens that a config states rather than derives are kept.
+
+        >>> from uhd.slicing import strategy
+        >>> strategy("internvl").for_vision(image_size=384, patch_size=16).plan((600, 1000)).slice_hw
+        (384, 384)
         """
         tile = self.view_side
         if tile is None:
@@ -296,7 +300,11 @@ def check_views(count: int) -> None:
 
 
 def fit(image_hw: Size, box_hw: Size, rounding: Callable[[float], int]) -> Size:
-    """The image's largest size inside a box, aspect kept; the free side is rounded, and at most the box's."""
+    """The image's largest size inside a box, aspect kept; the free side is rounded, and at most the box's.
+
+    >>> fit((600, 1000), (448, 448), round)
+    (269, 448)
+    """
     height, width = image_hw
     scale_h, scale_w = box_hw[0] / height, box_hw[1] / width
     if scale_w < scale_h:
@@ -305,7 +313,11 @@ def fit(image_hw: Size, box_hw: Size, rounding: Callable[[float], int]) -> Size:
 
 
 def centred(content_hw: Size, size_hw: Size) -> Size:
-    """Offset of content in the middle of a canvas; an odd pixel goes to the bottom or right."""
+    """Offset of content in the middle of a canvas; an odd pixel goes to the bottom or right.
+
+    >>> centred((269, 448), (448, 448))
+    (89, 0)
+    """
     return (size_hw[0] - content_hw[0]) // 2, (size_hw[1] - content_hw[1]) // 2
 
 
@@ -338,5 +350,9 @@ def at_least_one(rounding: Callable[[float], int]) -> Callable[[float], int]:
 
 
 def ceil_div(count: int, step: int) -> int:
-    """``count / step`` rounded up."""
+    """``count / step`` rounded up.
+
+    >>> ceil_div(27, 2)
+    14
+    """
     return -(-count // step)
