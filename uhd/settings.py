@@ -33,16 +33,19 @@ class Settings:
             ValueError: A key is no setting, and the message lists those there are; or one is missing.
         """
         known = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(data) - set(known))
-        if unknown:
-            raise ValueError(f"{cls.__name__} has no settings {unknown}; it has {known}")
-        nested = (list, tuple, Mapping)
         try:
-            return cls(
-                **{k: cls.readers.get(k, as_tuples)(v) if isinstance(v, nested) else v for k, v in data.items()}
-            )
+            unknown = sorted(set(data) - set(known))
+            if unknown:
+                raise ValueError(f"{cls.__name__} has no settings {unknown}; it has {known}")
+            return cls(**{key: cls._read(key, value) for key, value in data.items()})
         except TypeError as problem:
             raise ValueError(f"not the dictionary of a {cls.__name__}: {problem}") from None
+
+    @classmethod
+    def _read(cls, key: str, value: Any) -> Any:
+        if not isinstance(value, (list, tuple, Mapping)):
+            return value
+        return cls.readers.get(key, as_tuples)(value)
 
 
 def as_tuples(value: Any) -> Any:

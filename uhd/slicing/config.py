@@ -57,10 +57,11 @@ class SeparatorCount(Settings):
         >>> SeparatorCount(per_slice=1).count((3, 2)), SeparatorCount(per_slice=1).count(None)
         (6, 0)
         """
-        if grid is None:
-            return self.per_image
-        rows, cols = grid
-        return self.per_image + self.per_cut + self.per_slice * rows * cols + self.per_row * rows
+        return self.per_image + (0 if grid is None else self.of_cut(*grid))
+
+    def of_cut(self, rows: Any, cols: Any) -> Any:
+        """What a cut adds to ``per_image``: for numbers, or for arrays of them."""
+        return self.per_cut + self.per_slice * rows * cols + self.per_row * rows
 
 
 class Slicing(Settings):

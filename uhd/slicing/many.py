@@ -167,7 +167,7 @@ def _columns(sizes: np.ndarray, grid: np.ndarray, config: SlicingConfig) -> dict
     overview_units, slice_units = overview[0] * overview[1], slices[0] * slices[1]
     units = overview_units + count * slice_units
     tokens = units if config.tokens_per_view is None else (count + 1) * config.tokens_per_view
-    separators = rule.per_image + cut * (rule.per_cut + rule.per_slice * count + rule.per_row * rows)
+    separators = rule.per_image + cut * rule.of_cut(rows, cols)
     return {
         "grid": grid,
         "slice_hw": np.stack(slices, axis=1) * unit,
