@@ -17,6 +17,7 @@ from uhd.slicing.strategies.base import (
     centred,
     finish,
     fit,
+    rule_of,
     single,
     tiled,
 )
@@ -74,6 +75,7 @@ class AnyResConfig(StrategyConfig):
         return VideoFrameConfig(f"{self.name}-video", self.patch_size, self.tile, resample=self.resample)
 
 
+@rule_of(AnyResConfig)
 def anyres(image_hw: Size, config: AnyResConfig) -> SlicePlan:
     """Fit the image into the canvas that keeps most pixels, centre it on black, cut tiles; the stretched image first.
 
@@ -165,6 +167,7 @@ def threshold_tokens(num_slices: int, tokens: int, threshold: int) -> int:
     return tokens if crops * tokens <= threshold else threshold // crops
 
 
+@rule_of(ThresholdConfig)
 def anyres_threshold(image_hw: Size, config: ThresholdConfig) -> SlicePlan:
     """AnyRes tiles, and every view's features resized so that all views together keep a hard cap on tokens.
 
@@ -208,6 +211,7 @@ class VideoFrameConfig(StrategyConfig):
         return self
 
 
+@rule_of(VideoFrameConfig)
 def video_frame(image_hw: Size, config: VideoFrameConfig) -> SlicePlan:
     """Stretch the frame to one view and resize its feature map (bilinear) to half its sides, rounded up.
 
@@ -261,6 +265,7 @@ class DeepSeekVL2Config(StrategyConfig):
         return self if num_images < 3 else self.replace(cropping=False)
 
 
+@rule_of(DeepSeekVL2Config)
 def deepseek_vl2(image_hw: Size, config: DeepSeekVL2Config) -> SlicePlan:
     """Fit the image into the best of 23 canvases, centred on gray, and cut; the letterboxed whole image first.
 
@@ -360,6 +365,7 @@ class AriaPortConfig(StrategyConfig):
             raise ValueError(f"tile must be {self.cell} or {2 * self.cell} px (once or twice cell), got {self.tile}")
 
 
+@rule_of(AriaPortConfig)
 def aria_port(image_hw: Size, config: AriaPortConfig) -> SlicePlan:
     """AnyRes over 19 canvases of 490 px cells, cut into ``tile`` px, each crop fitted and padded; no overview.
 
@@ -400,68 +406,45 @@ def kept_ratio(image_hw: Size, side: int, min_side: int, tokens: int) -> Canvas:
     return single("overview", (side, side), tokens, content_hw=content_hw, fill=BLACK)
 
 
-STRATEGIES = {
-    **by_name(
-        anyres,
-        (AnyResConfig("llava-next-anyres-336"), "best of 5 canvases of 336 px tiles, un-padded; LLaVA-NeXT"),
-        (
-            AnyResConfig("llava-next-anyres-336-repo-order", grids=_swapped(_NEXT), unpad_rounding="original"),
-            "the same with the axis order and rounding of LLaVA-NeXT's own code",
-        ),
-        (
-            AnyResConfig("llava-onevision-anyres-max-9", 14, 384, _SIX_BY_SIX, 9),
-            "best of 36 canvases of 384 px tiles, features bounded to 9 tiles; LLaVA-OneVision",
-        ),
-        (
-            AnyResConfig("llava-onevision-anyres-max-4", 14, 384, _SIX_BY_SIX, 4),
-            "the same, features bounded to 4 tiles",
-        ),
-        (
-            AnyResConfig(
-                "llava-onevision-anyres-max-9-repo-order",
-                14,
-                384,
-                _swapped(_SIX_BY_SIX),
-                9,
-                unpad_rounding="original",
-            ),
-            "bounded to 9 tiles, with the axis order and rounding of LLaVA-NeXT's own code",
-        ),
-        (
-            AnyResConfig("granite4-vision-anyres-384", 16, 384, _UP_TO_TEN, rate=(4, 8)),
-            "best of 27 canvases of 384 px tiles, features halved per side; Granite 4 Vision",
-        ),
-        (
-            AnyResConfig("granite-vision-3-anyres-384", 14, 384, _UP_TO_TEN),
-            "best of 27 canvases of 384 px tiles; Granite Vision 3",
-        ),
+STRATEGIES = by_name(
+    (AnyResConfig("llava-next-anyres-336"), "best of 5 canvases of 336 px tiles, un-padded; LLaVA-NeXT"),
+    (
+        AnyResConfig("llava-next-anyres-336-repo-order", grids=_swapped(_NEXT), unpad_rounding="original"),
+        "the same with the axis order and rounding of LLaVA-NeXT's own code",
     ),
-    **by_name(
-        anyres_threshold,
-        (ThresholdConfig("llava-onevision-threshold"), "the paper's per-crop token threshold of 7290"),
+    (
+        AnyResConfig("llava-onevision-anyres-max-9", 14, 384, _SIX_BY_SIX, 9),
+        "best of 36 canvases of 384 px tiles, features bounded to 9 tiles; LLaVA-OneVision",
     ),
-    **by_name(
-        video_frame,
-        (VideoFrameConfig("llava-onevision-video"), "a video's frame: 384 px, 196 tokens; LLaVA-OneVision"),
-    ),
-    **by_name(
-        deepseek_vl2,
-        (DeepSeekVL2Config("deepseek-vl2-384"), "best of 23 canvases of 384 px tiles on gray; DeepSeek-VL2"),
-        (
-            DeepSeekVL2Config("deepseek-vl2-384-uncropped", cropping=False),
-            "one tile and the overview: DeepSeek-VL2 with more than two images",
+    (AnyResConfig("llava-onevision-anyres-max-4", 14, 384, _SIX_BY_SIX, 4), "the same, features bounded to 4 tiles"),
+    (
+        AnyResConfig(
+            "llava-onevision-anyres-max-9-repo-order", 14, 384, _swapped(_SIX_BY_SIX), 9, unpad_rounding="original"
         ),
+        "bounded to 9 tiles, with the axis order and rounding of LLaVA-NeXT's own code",
     ),
-    **by_name(
-        aria_port,
-        (AriaPortConfig("aria-980"), "one padded 980 px view; Aria in transformers, not split"),
-        (AriaPortConfig("aria-980-split", split=True), "19 canvases of 490 px cells in 980 px views; the port"),
-        (
-            AriaPortConfig("aria-490-split", tile=490, split=True, tokens=128),
-            "19 canvases of 490 px tiles, no overview; Aria in transformers",
-        ),
+    (
+        AnyResConfig("granite4-vision-anyres-384", 16, 384, _UP_TO_TEN, rate=(4, 8)),
+        "best of 27 canvases of 384 px tiles, features halved per side; Granite 4 Vision",
     ),
-}
+    (
+        AnyResConfig("granite-vision-3-anyres-384", 14, 384, _UP_TO_TEN),
+        "best of 27 canvases of 384 px tiles; Granite Vision 3",
+    ),
+    (ThresholdConfig("llava-onevision-threshold"), "the paper's per-crop token threshold of 7290"),
+    (VideoFrameConfig("llava-onevision-video"), "a video's frame: 384 px, 196 tokens; LLaVA-OneVision"),
+    (DeepSeekVL2Config("deepseek-vl2-384"), "best of 23 canvases of 384 px tiles on gray; DeepSeek-VL2"),
+    (
+        DeepSeekVL2Config("deepseek-vl2-384-uncropped", cropping=False),
+        "one tile and the overview: DeepSeek-VL2 with more than two images",
+    ),
+    (AriaPortConfig("aria-980"), "one padded 980 px view; Aria in transformers, not split"),
+    (AriaPortConfig("aria-980-split", split=True), "19 canvases of 490 px cells in 980 px views; the port"),
+    (
+        AriaPortConfig("aria-490-split", tile=490, split=True, tokens=128),
+        "19 canvases of 490 px tiles, no overview; Aria in transformers",
+    ),
+)
 ALIASES = {
     "llava-next": "llava-next-anyres-336",
     "llava-1.6": "llava-next-anyres-336",

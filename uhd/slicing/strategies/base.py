@@ -23,6 +23,7 @@ FILTERS = ("bicubic", "bilinear", "lanczos")
 """Names of filters that a plan may carry."""
 
 Size = tuple[int, int]
+Function = Callable[[Size, Any], SlicePlan]
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class StrategyConfig(Slicing):
     resample: str = field(default="bicubic", kw_only=True)
     antialias: bool = field(default=True, kw_only=True)
 
-    function: ClassVar[Callable[[Size, Any], SlicePlan]]
-    """(height, width) and these settings -> plan; :func:`by_name` sets it."""
+    function: ClassVar[Function]
+    """(height, width) and these settings -> plan; :func:`rule_of` sets it."""
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}
     """The values of a setting that has only some."""
     grows: ClassVar[tuple[str, ...]] = ()
@@ -131,18 +132,30 @@ def _planned(image_hw: Size, config: StrategyConfig) -> SlicePlan:
 
 
 class Strategy(NamedTuple):
-    """A named rule: ``function(image_hw, config)`` is the plan, ``summary`` one line about it."""
+    """A named rule: its settings, and one line about it."""
 
     config: StrategyConfig
-    function: Callable[[Size, Any], SlicePlan]
     summary: str
 
+    @property
+    def function(self) -> Function:
+        """``function(image_hw, config)`` is the plan."""
+        return self.config.function
 
-def by_name(function: Callable[[Size, Any], SlicePlan], *entries: tuple[StrategyConfig, str]) -> dict[str, Strategy]:
-    """Several configs of one function, by their names; it becomes the rule of their class."""
-    for config, _ in entries:
-        type(config).function = staticmethod(function)
-    return {config.name: Strategy(config, function, summary) for config, summary in entries}
+
+def rule_of(config: type[StrategyConfig]) -> Callable[[Function], Function]:
+    """Make a function the rule that the settings of one class are for."""
+
+    def decorate(function: Function) -> Function:
+        config.function = staticmethod(function)
+        return function
+
+    return decorate
+
+
+def by_name(*entries: tuple[StrategyConfig, str]) -> dict[str, Strategy]:
+    """Settings, each with one line about them, by their names."""
+    return {config.name: Strategy(config, summary) for config, summary in entries}
 
 
 def _checked(where: str, value: Any, default: Any) -> Any:
