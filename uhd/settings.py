@@ -36,7 +36,7 @@ class Settings:
         try:
             unknown = sorted(set(data) - set(known))
             if unknown:
-                raise ValueError(f"{cls.__name__} has no settings {unknown}; it has {known}")
+                raise ValueError(f"{cls.__name__} has no {unknown}; its fields are {known}")
             return cls(**{key: cls._read(key, value) for key, value in data.items()})
         except TypeError as problem:
             raise ValueError(f"not the dictionary of a {cls.__name__}: {problem}") from None

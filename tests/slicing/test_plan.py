@@ -365,7 +365,7 @@ def test_bad_settings_are_named(change, message):
 
 
 def test_config_rejects_unknown_keys():
-    with pytest.raises(ValueError, match="SlicingConfig has no settings \\['slices'\\]"):
+    with pytest.raises(ValueError, match="SlicingConfig has no \\['slices'\\]"):
         SlicingConfig.from_dict({"slices": 3})
 
 

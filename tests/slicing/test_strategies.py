@@ -558,7 +558,7 @@ def test_bad_configs_are_refused():
         AnyResConfig(unpad_rounding="up")
     with pytest.raises(ValueError, match="once or twice"):
         anyres.AriaPortConfig(tile=600)
-    with pytest.raises(ValueError, match=r"StretchConfig has no settings \['tiles'\]; it has"):
+    with pytest.raises(ValueError, match=r"StretchConfig has no \['tiles'\]; its fields are"):
         slicing_from_dict({"rule": "StretchConfig", "tiles": 3})
     with pytest.raises(ValueError, match="unknown rule 'Other'"):
         slicing_from_dict({"rule": "Other"})

@@ -229,4 +229,6 @@ class Recounted(Slicing):
         return None if rule is None else self.replace(rule=rule)
 
 
-__getattr__ = moved(__name__, dict.fromkeys(("DEFAULT", "PRESETS", "SlicingConfig"), "uhd.slicing.adaptive"))
+__getattr__ = moved(
+    __name__, {**dict.fromkeys(("PRESETS", "SlicingConfig"), "uhd.slicing"), "DEFAULT": "uhd.slicing.adaptive"}
+)

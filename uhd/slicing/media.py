@@ -2,5 +2,5 @@
 
 from uhd.moved import moved
 
-_NAMES = ("VideoPlan", "plan_images", "plan_sample", "plan_video")
-__getattr__ = moved(__name__, dict.fromkeys(_NAMES, "uhd.slicing.sample"))
+_PUBLIC = dict.fromkeys(("VideoPlan", "plan_images", "plan_video"), "uhd.slicing")
+__getattr__ = moved(__name__, {**_PUBLIC, "plan_sample": "uhd.slicing.sample"})

@@ -285,12 +285,5 @@ def check_size(image_hw: Sequence[int]) -> tuple[int, int]:
     return height, width
 
 
-__getattr__ = moved(
-    __name__,
-    {
-        "candidates": "uhd.slicing.rules",
-        "grid_score": "uhd.slicing.grids",
-        "plan": "uhd.slicing.rules",
-        "planner_of": "uhd.slicing.adaptive",
-    },
-)
+_PUBLIC = dict.fromkeys(("candidates", "grid_score", "plan"), "uhd.slicing")
+__getattr__ = moved(__name__, {**_PUBLIC, "planner_of": "uhd.slicing.adaptive"})

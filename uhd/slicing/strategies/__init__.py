@@ -18,10 +18,13 @@ STRATEGIES: dict[str, Strategy] = {name: entry for family in _FAMILIES for name,
 ALIASES: dict[str, str] = {alias: name for family in _FAMILIES for alias, name in family.ALIASES.items()}
 """Shorter names, and what they stand for."""
 
-_RULES = ("Rule", "find", "rule_name", "strategies", "strategy")
 __getattr__ = moved(
     __name__,
-    {**dict.fromkeys(_RULES, "uhd.slicing.rules"), "config_from_dict": "uhd.slicing.rules:slicing_from_dict"},
+    {
+        **dict.fromkeys(("find", "strategies", "strategy"), "uhd.slicing"),
+        **dict.fromkeys(("Rule", "rule_name"), "uhd.slicing.rules"),
+        "config_from_dict": "uhd.slicing.rules:slicing_from_dict",
+    },
 )
 
 __all__ = ["ALIASES", "STRATEGIES", "Strategy", "StrategyConfig"]
