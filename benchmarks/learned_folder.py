@@ -23,7 +23,7 @@ from uhd.nano.answer import batches
 from uhd.nano.evaluate import edit_distance, wilson
 from uhd.nano.images import as_learned, image_doubts
 from uhd.pixels import load_image
-from uhd.slicing.strategies import find
+from uhd.slicing import find
 
 QUESTIONS_FILE = "questions.jsonl"
 OWN = "own"

@@ -23,12 +23,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import uhd
 from uhd import SlicePlan, SpatialSchema, UHDForConditionalGeneration, VisualEncoder
-from uhd.encoder import AnySlicing
 from uhd.nano.build import NanoConfig, build_nano
 from uhd.nano.evaluate import Item, edit_distance, evaluate
 from uhd.nano.task import QUESTIONS, Scene, scene
+from uhd.slicing import SlicingLike, find
 from uhd.slicing.coordinates import view_box
-from uhd.slicing.strategies import find
 from uhd.slicing.strategies.base import GRAY
 from uhd.slicing.strategies.fixed import SquarePadConfig, StretchConfig
 from uhd.slicing.strategies.selectors import grids_up_to
@@ -68,7 +67,7 @@ class Arm:
 
     summary: str
     config: NanoConfig
-    slicing: AnySlicing | None = None
+    slicing: SlicingLike | None = None
     schema: str | SpatialSchema = "llava-uhd"
 
     def build(self, seed: int) -> UHDForConditionalGeneration:

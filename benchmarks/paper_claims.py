@@ -23,6 +23,7 @@ import numpy as np
 
 import uhd
 from uhd.slicing import SlicingConfig, view_box
+from uhd.slicing.adaptive import considered_grids
 from uhd.slicing.flops import (
     LMShape,
     ResamplerShape,
@@ -33,8 +34,8 @@ from uhd.slicing.flops import (
     resampler_flops,
     vit_flops,
 )
+from uhd.slicing.grids import to_multiple
 from uhd.slicing.metrics import measure
-from uhd.slicing.plan import considered_grids, to_multiple
 from uhd.slicing.strategies.anyres import threshold_tokens, video_tokens
 
 PAPER, ONEVISION, V4 = "LLaVA-UHD (arXiv 2403.11703)", "LLaVA-OneVision (arXiv 2408.03326)", "LLaVA-UHD v4 (README)"

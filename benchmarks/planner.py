@@ -10,7 +10,6 @@ size is planned once a round, and whole plans are forgotten between rounds.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import platform
 import statistics
@@ -22,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 import uhd
+from uhd.slicing.adaptive import planner_of
 
 PRESET = "minicpm-v-4.6"
 TARGETS = {"integer core": 2.0, "SlicePlan": 1.0, "plan_many": 30.0}
@@ -56,7 +56,7 @@ def peer_planner() -> Callable[[tuple[int, int]], Numbers]:
 
 def our_core(config: uhd.SlicingConfig) -> Callable[[tuple[int, int]], Numbers]:
     """The same numbers without a plan around them."""
-    planner = importlib.import_module("uhd.slicing.plan").planner_of(config)
+    planner = planner_of(config)
 
     def planned(image_hw: tuple[int, int]) -> Numbers:
         height, width = image_hw
@@ -84,7 +84,7 @@ def differences(sizes: list[tuple[int, int]], config: uhd.SlicingConfig) -> list
 
 def contenders(sizes: list[tuple[int, int]], config: uhd.SlicingConfig) -> dict[str, Callable[[], object]]:
     peer, core, array = peer_planner(), our_core(config), np.array(sizes)
-    forget = importlib.import_module("uhd.slicing.plan").planner_of(config).plan.cache_clear
+    forget = planner_of(config).plan.cache_clear
     few = sizes[:1000]
 
     def whole_plans() -> None:

@@ -14,8 +14,7 @@ from PIL import Image
 
 from uhd.batch import SliceBatch, normalize
 from uhd.pixels import PixelSettings, patchify, render, unpatchify
-from uhd.slicing.config import SlicingConfig
-from uhd.slicing.plan import plan
+from uhd.slicing import SlicingConfig, plan
 
 SMALL = SlicingConfig(image_size=28, patch_size=7, max_slices=5, clamp=True, tokens_per_view=4)
 PIXELS = PixelSettings(mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))

@@ -15,8 +15,8 @@ from PIL import Image
 from uhd import charts, cli
 from uhd.compare import all_rules, compare, curves_over_aspect, curves_over_size, html_page, pareto, table
 from uhd.demo import page_image
-from uhd.slicing import plan
-from uhd.slicing.strategies import ALIASES, strategy
+from uhd.slicing import plan, strategy
+from uhd.slicing.strategies import ALIASES
 from uhd.slicing.strategies.closest import InternVLConfig
 
 FEW = ("llava-uhd", "llava-1.5", "molmo2", "clip", "idefics3", "gemma3-896-pas")

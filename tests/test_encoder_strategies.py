@@ -28,12 +28,22 @@ from uhd.resampler import (
     PoolProjector,
     pack_features,
 )
-from uhd.schema.fitted import PLAIN, FittedRule, layout_of, slicing_from_dict
-from uhd.slicing import Box, Canvas, SlicePlan, SlicingConfig, plan_images, plan_video
-from uhd.slicing.config import PRESETS
-from uhd.slicing.media import VideoPlan, _ladder, overview_alone, single_view
+from uhd.schema.counted import PLAIN, Counted, layout_of, slicing_from_dict
+from uhd.slicing import (
+    PRESETS,
+    Box,
+    Canvas,
+    OwnRule,
+    SlicePlan,
+    SlicingConfig,
+    VideoPlan,
+    find,
+    plan_images,
+    plan_video,
+)
 from uhd.slicing.plan import Packing
-from uhd.slicing.strategies import ALIASES, STRATEGIES, find
+from uhd.slicing.sample import _ladder
+from uhd.slicing.strategies import ALIASES, STRATEGIES
 from uhd.token_files import load_tokens, save_tokens
 from uhd.vision import ViT, ViTConfig
 
@@ -288,7 +298,7 @@ def test_a_function_is_a_strategy(tmp_path):
     assert again.note == ""
     assert torch.equal(again(IMAGES[:1])[0].tokens, image.tokens)
     counted = tiny_encoder(perceiver(), whole_and_middle, schema="llava-uhd")
-    assert counted.slicing == FittedRule(whole_and_middle, 4, counted.schema)
+    assert counted.slicing == Counted(OwnRule(whole_and_middle), 4, counted.schema)
     assert counted(IMAGES[:1])[0].layout.symbols == ("s0", "\n", "overview")
     counted.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="caller's own"):
@@ -297,12 +307,12 @@ def test_a_function_is_a_strategy(tmp_path):
 
 def test_parts_that_do_not_fit_are_named():
     with pytest.raises(
-        ValueError, match=r"plans for image_size=448, patch_size=14.*find\('internvl-dynamic-448-max12'\)"
+        ValueError, match=r"plans for image_size=448, patch_size=14.*uhd.strategy\('internvl-dynamic-448-max12'\)"
     ) as told:
         tiny_encoder(slicing=find("internvl"))
     assert "slicing.for_vision(image_size=56, patch_size=14)" in str(told.value)
     assert tiny_encoder(slicing=find("internvl"), check_image_size=False).slicing.tile == 448
-    with pytest.raises(ValueError, match=r"slicing.replace\(patch_size=14\)"):
+    with pytest.raises(ValueError, match=r"slicing.for_vision\(image_size=None, patch_size=14\)"):
         tiny_encoder(slicing=find("qwen3-vl"))
     with pytest.raises(ValueError, match="counts 4 tokens, the compressor gave 16: take a compressor"):
         tiny_encoder(slicing="internvl")(IMAGES)
@@ -323,7 +333,7 @@ def test_parts_that_do_not_fit_are_named():
         tiny_encoder(Widthless())
 
     def separated(image_hw):
-        return replace(overview_alone(whole_and_middle(image_hw)), num_separators=2)
+        return replace(whole_and_middle(image_hw).overview_alone(), num_separators=2)
 
     with pytest.raises(ValueError, match="with 2 separators, schema 'plain' has 0: give the encoder the schema"):
         tiny_encoder(slicing=separated)(IMAGES)
@@ -421,7 +431,7 @@ def test_videos_under_the_adaptive_planner(frames, schema):
 )
 def test_single_views_of_rules_with_an_overview(name, tokens):
     """The overview alone is encoded; its own newlines and separator at the end stay."""
-    frame = single_view((900, 1400), find(name))
+    frame = find(name).single_view((900, 1400))
     assert (frame.num_views, frame.num_tokens) == (1, tokens)
     assert frame.views[0].kind == "overview"
     encoder = untrained_encoder(strategy=name, depth=1, width=16, out_dim=16)
@@ -455,7 +465,7 @@ def test_videos_are_checked():
         encoder.encode_videos([noise(20, 30)])
     with pytest.raises(ValueError, match='has no overview.*frames="rule"'):
         plan_video((3000, 3000), 2, "mllama")
-    assert overview_alone(uhd.plan((3000, 3000), "mllama")) is None
+    assert uhd.plan((3000, 3000), "mllama").overview_alone() is None
     with pytest.raises(ValueError, match="not the dictionary of a VideoPlan"):
         VideoPlan.from_dict({"newline": True})
 
@@ -535,7 +545,7 @@ def test_the_costliest_shrinks_first_and_of_equals_the_last():
 @pytest.mark.parametrize("name", BUDGETED)
 def test_every_step_of_an_image_costs_less(name):
     for size_hw in ((2304, 2304), (700, 2900)):
-        steps = [plan.num_tokens for plan in _ladder(size_hw, find(name), lambda plan: plan)]
+        steps = [plan.num_tokens for plan in _ladder(size_hw, find(name))]
         assert steps == sorted(set(steps), reverse=True)
         assert steps[0] == uhd.plan(size_hw, name).num_tokens
         assert len(steps) > 1

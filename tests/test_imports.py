@@ -1,6 +1,8 @@
 """What loads what: the planner is free of tensor libraries, and imports point down only."""
 
 import ast
+import graphlib
+import importlib
 import pathlib
 import subprocess
 import sys
@@ -10,8 +12,12 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 HEAVY = ("torch", "transformers", "timm", "PIL")
 
+EVERYWHERE = {"uhd.moved", "uhd.settings"}
+"""The ground floor: they import nothing of this project, and every part may import them."""
+
 # what each part may import of this project
 ALLOWED = {
+    **{part: set() for part in EVERYWHERE},
     "uhd_kernels": {"uhd_kernels"},
     "uhd.slicing": {"uhd.slicing"},
     "uhd.schema": {"uhd.schema", "uhd.slicing"},
@@ -159,8 +165,55 @@ def test_imports_point_down():
             continue  # names its parts for type checkers only, and loads them on first use
         for name in imported(path, module):
             checked += 1
-            assert part_of(name) in ALLOWED[part_of(module)], f"{module} imports {name}"
+            assert part_of(name) in ALLOWED[part_of(module)] | EVERYWHERE, f"{module} imports {name}"
     assert checked > 40
+
+
+@pytest.mark.parametrize("room", ["uhd.slicing", "uhd.schema"])
+def test_files_import_in_no_circle(room):
+    """Lazy imports and those for type checkers count, and so do those through a package's own names."""
+    files = {module: path for module, path in modules() if module == room or module.startswith(f"{room}.")}
+    graph = {module: set(named_files(path, module, files)) - {module} for module, path in files.items()}
+    assert any(graph.values())
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises, naming the circle
+
+
+def named_files(path, module, files):
+    """Those of the files that a file's imports name; a package stands for its ``__init__``."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module in files:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name in files else node.module for name in names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in files)
+
+
+def test_moved_names_load_from_their_old_path_and_say_so():
+    import uhd.slicing
+    from uhd.moved import moved
+
+    old = moved("uhd.old", {"find": "uhd.slicing.rules", "cut": "uhd.slicing:plan"})
+    with pytest.warns(DeprecationWarning, match=r"uhd\.old\.find has moved: use uhd\.slicing\.rules\.find"):
+        assert old("find") is uhd.slicing.find
+    with pytest.warns(DeprecationWarning, match=r"uhd\.old\.cut has moved: use uhd\.slicing\.plan"):
+        assert old("cut") is uhd.slicing.plan
+    with pytest.raises(AttributeError, match=r"module 'uhd\.old' has no attribute 'glue'"):
+        old("glue")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "uhd.slicing.config.PRESETS",
+        "uhd.slicing.media.plan_sample",
+        "uhd.slicing.plan.plan",
+        "uhd.slicing.strategies.find",
+    ],
+)
+def test_old_import_paths_work_with_a_warning(path):
+    module, _, name = path.rpartition(".")
+    with pytest.warns(DeprecationWarning, match=f"{name} has moved: use uhd"):
+        assert getattr(sys.modules.get(module) or importlib.import_module(module), name) is not None
 
 
 def test_only_one_module_imports_the_kernels():

@@ -26,7 +26,7 @@ from tests.hf.test_training import fresh
 from uhd.hf import processing, training
 from uhd.loading import Preparation, TokenBudgetSampler, image_costs, image_sizes_hw
 from uhd.pixels import PixelSettings, load_image
-from uhd.slicing.strategies import find
+from uhd.slicing import find
 
 forks = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 """Python 3.12 and later warn of it where there are threads, and torch has some."""
@@ -407,9 +407,9 @@ class TestCosts:
         assert image_costs(sizes, images.plan).tolist() == wanted
 
     def test_a_refused_size_is_named(self):
-        with pytest.raises(ValueError, match="^item 1: "):
+        with pytest.raises(ValueError, match="^row 1: "):
             image_costs([(100, 100), (28, 28 * 300)], "qwen2-vl")
-        with pytest.raises(ValueError, match="^item 1: "):
+        with pytest.raises(ValueError, match="^row 1: "):
             image_costs([(100, 100), (0, 5)], "llava-next")
         with pytest.raises(ValueError, match="row 1"):
             image_costs([(100, 100), (0, 5)], "llava-uhd")

@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from uhd.pixels import PixelSettings, image_size_hw, load_image, patchify, render, unpatchify
-from uhd.slicing.plan import Box, Canvas, SlicePlan, plan
+from uhd.slicing import plan
+from uhd.slicing.plan import Box, Canvas, SlicePlan
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "pixels.json").read_text())
 RNG = np.random.default_rng(7)

@@ -18,7 +18,8 @@ from uhd.batch import SliceBatch, normalize
 from uhd.pixels import PixelSettings, fast, fold_into, load_image, patchify, render, unpatchify
 from uhd.pixels.fast import Picture, load_picture
 from uhd.resampler import PerceiverConfig, PerceiverResampler
-from uhd.slicing.plan import Box, Canvas, SlicePlan, plan
+from uhd.slicing import plan
+from uhd.slicing.plan import Box, Canvas, SlicePlan
 from uhd.vision import ViT, ViTConfig
 from uhd.vision.vit import fold_pixels
 

@@ -10,8 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uhd.slicing import PRESETS, SlicePlan, SlicingConfig, candidates, plan
-from uhd.slicing.strategies import StrategyConfig, find
+from uhd.slicing import PRESETS, SlicePlan, Slicing, candidates, find, plan
 
 if TYPE_CHECKING:
     from uhd.encoder import VisualEncoder
@@ -122,10 +121,10 @@ def _slicing_arguments(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _config(args: argparse.Namespace) -> SlicingConfig | StrategyConfig:
+def _config(args: argparse.Namespace) -> Slicing:
     """The slicing that was asked for; a schema brings its own, and its counts in any case."""
     rule = find(args.strategy or "llava-uhd-safe")
-    if not isinstance(rule, SlicingConfig):
+    if not rule.uses_schema:
         given = [f"--{key.replace('_', '-')}" for key in _ADAPTIVE_ONLY if getattr(args, key, None)]
         if given:
             raise ValueError(
@@ -134,7 +133,7 @@ def _config(args: argparse.Namespace) -> SlicingConfig | StrategyConfig:
         return rule
     changes = {key: getattr(args, key) for key in ("max_slices", "max_tokens") if getattr(args, key) is not None}
     if args.schema is None:
-        return SlicingConfig.preset(args.strategy or "llava-uhd-safe", **changes)
+        return rule.replace(**changes)
     from uhd.schema import SpatialSchema
 
     return SpatialSchema.preset(args.schema).slicing_config(args.strategy).replace(**changes)
@@ -144,7 +143,7 @@ def _schema(args: argparse.Namespace) -> SpatialSchema | None:
     """The schema that was asked for, or the one that goes with the slicing; ``None`` for rules without one."""
     from uhd.schema import SpatialSchema
 
-    if not isinstance(_config(args), SlicingConfig):
+    if not _config(args).uses_schema:
         return None
     return SpatialSchema.preset(args.schema or args.strategy or "llava-uhd-safe")
 
@@ -184,7 +183,7 @@ def _record(found: SlicePlan) -> dict[str, Any]:
     }
 
 
-def _sentences(item: Any, record: dict[str, Any], config: SlicingConfig | StrategyConfig) -> str:
+def _sentences(item: Any, record: dict[str, Any], config: Slicing) -> str:
     name = "{1}x{0}".format(*item) if isinstance(item, tuple) else str(item)
     if "error" in record:
         return f"{name}: {record['error']}"

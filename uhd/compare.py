@@ -16,14 +16,12 @@ from PIL import Image, ImageDraw
 
 from uhd import charts
 from uhd.pixels import load_image
-from uhd.slicing import SlicePlan, plan, view_box
-from uhd.slicing.config import PRESETS, SlicingConfig
+from uhd.slicing import PRESETS, SlicePlan, SlicingLike, find, plan, view_box
 from uhd.slicing.flops import LMS, RESAMPLERS, VITS, named
 from uhd.slicing.metrics import PlanMetrics, measure
 from uhd.slicing.plan import MAX_SIDE, Canvas, check_size
-from uhd.slicing.strategies import STRATEGIES, Rule, StrategyConfig, find, rule_name
+from uhd.slicing.strategies import STRATEGIES
 
-AnyRule = SlicingConfig | StrategyConfig | Rule | str
 Curve = list[tuple[float, float]]
 
 _PICTURE = 196  # px of the longer side of a drawn cut; three pictures stand in a row
@@ -68,7 +66,7 @@ def all_rules() -> list[str]:
 
 def compare(
     image_hw: tuple[int, int],
-    rules: Iterable[AnyRule] | None = None,
+    rules: Iterable[SlicingLike] | None = None,
     *,
     name: str | None = None,
     image: Image.Image | None = None,
@@ -103,9 +101,9 @@ def compare(
     return Comparison(name or "{1}x{0}".format(*image_hw), image_hw, tuple(found), image)
 
 
-def _entry(image_hw: tuple[int, int], rule: AnyRule, budget: int | None, system: Mapping[str, Any]) -> Entry:
+def _entry(image_hw: tuple[int, int], rule: SlicingLike, budget: int | None, system: Mapping[str, Any]) -> Entry:
     config = find(rule)  # an unknown name is the caller's mistake, and raises
-    name = rule if isinstance(rule, str) else rule_name(config)
+    name = rule if isinstance(rule, str) else config.name
     try:
         planned = plan(image_hw, config)
     except ValueError as problem:

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from uhd.encoder import VisualEncoder
     from uhd.hf import UHDForConditionalGeneration
     from uhd.nano.task import Question, Scene
-    from uhd.slicing import SlicingConfig
-    from uhd.slicing.strategies import StrategyConfig
+    from uhd.slicing import Slicing
 
 UNTRAINED = "UNTRAINED weights (seeded random numbers): shapes and counts are real, the tokens mean nothing"
 
@@ -88,7 +87,7 @@ def untrained_encoder(
     *,
     seed: int = 0,
     out_dim: int = 256,
-    strategy: str | SlicingConfig | StrategyConfig | None = None,
+    strategy: str | Slicing | None = None,
     depth: int = 4,
     width: int = 192,
 ) -> VisualEncoder:
@@ -108,14 +107,13 @@ def untrained_encoder(
     from uhd.encoder import VisualEncoder
     from uhd.pixels import PixelSettings
     from uhd.schema import SpatialSchema
-    from uhd.slicing import SlicingConfig
-    from uhd.slicing.strategies import find
+    from uhd.slicing import find
     from uhd.vision import ViT, ViTConfig
 
     config = find(strategy or "llava-uhd-safe")
-    adaptive = isinstance(config, SlicingConfig)
-    side, patch = config.image_size if adaptive else getattr(config, "tile", None), config.patch_size
+    side, patch = config.view_side, config.patch_size
     positions = (side // patch,) * 2 if side else (24, 24)
+    schema = SpatialSchema.preset(config.name) if config.uses_schema else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vision = ViT(
@@ -133,13 +131,13 @@ def untrained_encoder(
             vision,
             _compressor_for(config, width, out_dim),
             slicing=config,
-            schema=SpatialSchema.preset(strategy if isinstance(strategy, str) else "llava-uhd") if adaptive else None,
+            schema=schema,
             pixels=PixelSettings(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
             note=UNTRAINED,
         ).eval()
 
 
-def _compressor_for(config: SlicingConfig | StrategyConfig, in_dim: int, out_dim: int) -> nn.Module:
+def _compressor_for(config: Slicing, in_dim: int, out_dim: int) -> nn.Module:
     """One that gives every view the features that the strategy counts: a projector if that is possible."""
     from uhd.resampler import (
         MLPProjector,
@@ -175,16 +173,14 @@ def run(image: Any, *, encoder: VisualEncoder, say: Callable[[str], None]) -> No
     import torch
 
     from uhd.pixels import load_image
-    from uhd.schema.fitted import layout_of
-    from uhd.slicing import SlicingConfig, candidates
+    from uhd.schema.counted import layout_of
 
     image = load_image(image, settings=encoder.pixels)
     image_hw = (image.height, image.width)
     plan, seconds = _timed(lambda: encoder.plan(image_hw))
     cut = "not cut" if plan.grid is None else "{} x {} (rows x columns)".format(*plan.grid)
     say(f"1 slice     {seconds}   (height, width) {image_hw} -> {cut}, {plan.num_views} views")
-    adaptive = isinstance(encoder.slicing, SlicingConfig)
-    for candidate in candidates(image_hw, encoder.slicing)[:3] if adaptive else ():
+    for candidate in encoder.slicing.candidates(image_hw)[:3]:
         say(f"{'':24}considered {candidate.grid[0]} x {candidate.grid[1]}, score {candidate.score:.3f}")
     batch, seconds = _timed(lambda: encoder.prepare([image]))
     say(f"  cut       {seconds}   {image_hw} -> patches {tuple(batch.patches.shape)} {batch.patches.dtype}")

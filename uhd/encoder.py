@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,19 +32,9 @@ from uhd.resampler import (
 )
 from uhd.resampler.packing import feature_lengths
 from uhd.schema import SpatialSchema, TokenLayout
-from uhd.schema.fitted import (
-    ADAPTIVE_RULES,
-    PLAIN,
-    FittedRule,
-    layout_of,
-    slicing_from_dict,
-    slicing_to_dict,
-    video_layout,
-)
-from uhd.slicing import SlicePlan, SlicingConfig, plan
-from uhd.slicing.config import DEFAULT
-from uhd.slicing.media import VideoPlan, plan_images, plan_video
-from uhd.slicing.strategies import Rule, StrategyConfig, find
+from uhd.schema.counted import PLAIN, counted, layout_of, slicing_from_dict, video_layout
+from uhd.slicing import SlicePlan, Slicing, SlicingLike, VideoPlan, find, plan_images, plan_video
+from uhd.slicing.adaptive import RULES
 from uhd.vision import ViT, ViTConfig
 from uhd.vision.int8 import quantize_linears, refuse_int8
 
@@ -59,9 +49,6 @@ STEP_PATCHES = 1024
 """The same in patches, for vision encoders that do not tell their width."""
 
 PROJECTORS = (MergeProjector, MLPProjector, PixelShuffleProjector, PoolProjector)
-
-AnySlicing = SlicingConfig | StrategyConfig | Rule | str
-"""Settings of the adaptive planner, of any strategy, the name of either, or (height, width) -> plan."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +163,7 @@ class VisualEncoder(nn.Module):
         vision: nn.Module,
         compressor: nn.Module,
         *,
-        slicing: AnySlicing | None = None,
+        slicing: SlicingLike | None = None,
         schema: SpatialSchema | str | None = None,
         pixels: PixelSettings,
         packer: FeaturePacker | None = None,
@@ -192,15 +179,15 @@ class VisualEncoder(nn.Module):
         if not hasattr(vision, "patch_size"):
             raise TypeError(f"a vision encoder needs a patch_size, {type(vision).__name__} has none: see VisionTower")
         self.vision, self.compressor, self.pixels = vision, compressor, pixels
-        found = None if slicing is None else find(slicing)
-        rule = None if found is None or isinstance(found, SlicingConfig) else found
-        if schema is None and rule is not None:
+        rule = self._default_slicing() if slicing is None else find(slicing)
+        if schema is None and not rule.uses_schema:
             schema = PLAIN
         self.schema = schema if isinstance(schema, SpatialSchema) else SpatialSchema.preset(schema or "llava-uhd")
         self.check_image_size = check_image_size
         self.note = note
         self._check_widths()
-        self.slicing = self._fitted(found) if rule is None else self._fitted_rule(rule)
+        self._check_backbone(rule)
+        self.slicing = counted(rule, getattr(compressor, "tokens_per_view", None), self.schema)
         self.packer = self._fitted_packer(packer)
 
     def _check_widths(self) -> None:
@@ -210,61 +197,40 @@ class VisualEncoder(nn.Module):
                 f"the vision encoder gives features of width {widths[0]}, the compressor takes {widths[1]}"
             )
 
-    def _fitted(self, slicing: SlicingConfig | None) -> SlicingConfig:
-        patch_size, image_size = self.vision.patch_size, getattr(self.vision, "image_size", None)
-        if slicing is None:
-            slicing = DEFAULT.for_vision(image_size=image_size or DEFAULT.image_size, patch_size=patch_size)
-        self._check_backbone(slicing, slicing.image_size)
-        return slicing.replace(
-            tokens_per_view=getattr(self.compressor, "tokens_per_view", None),
-            separators=self.schema.separator_count(),
-            overview_first=self.schema.overview == "first",
+    def _default_slicing(self) -> Slicing:
+        return find(None).for_vision(
+            image_size=getattr(self.vision, "image_size", None), patch_size=self.vision.patch_size
         )
 
-    def _check_backbone(self, slicing: SlicingConfig | StrategyConfig, side: int | None) -> None:
-        """The slicing plans for this vision encoder; ``side`` is that of its views, ``None`` where it sets none."""
+    def _check_backbone(self, slicing: Slicing) -> None:
+        """The slicing plans for this vision encoder, unless only its plans tell what it plans for."""
         patch_size, image_size = self.vision.patch_size, getattr(self.vision, "image_size", None)
+        side = slicing.view_side
         wanted = (image_size if image_size and side and self.check_image_size else side, patch_size)
-        if (side, slicing.patch_size) != wanted:
-            change = f"for_vision(image_size={wanted[0]}, patch_size={wanted[1]})"
-            if side is None:
-                change = f"replace(patch_size={patch_size})"
-            if not isinstance(slicing, SlicingConfig):
-                change = f"{change}; slicing = find({slicing.name!r}), from uhd.slicing.strategies import find"
+        if slicing.patch_size is not None and (side, slicing.patch_size) != wanted:
             raise ValueError(
                 f"slicing {slicing.name!r} plans for image_size={side}, "
                 f"patch_size={slicing.patch_size}; the vision encoder has image_size={image_size}, "
-                f"patch_size={patch_size}: "
-                f"use slicing.{change}"
+                f"patch_size={patch_size}: use slicing.for_vision(image_size={wanted[0]}, patch_size={wanted[1]}); "
+                f"slicing = uhd.strategy({slicing.name!r}), where you gave its name"
             )
-
-    def _fitted_rule(self, rule: StrategyConfig | FittedRule | Rule) -> StrategyConfig | FittedRule | Rule:
-        """The rule itself, unless the compressor or the schema counts otherwise."""
-        if isinstance(rule, FittedRule):
-            rule = rule.rule
-        if isinstance(rule, StrategyConfig):
-            self._check_backbone(rule, getattr(rule, "tile", None))
-        tokens = getattr(self.compressor, "tokens_per_view", None)
-        schema = None if self.schema == PLAIN else self.schema
-        return rule if tokens is None and schema is None else FittedRule(rule, tokens, schema)
 
     def _fitted_packer(self, packer: FeaturePacker | None) -> FeaturePacker | None:
         """The given one, or a new one for the learned embeddings that a named strategy's packing needs, if any."""
-        rule = getattr(self.slicing, "rule", self.slicing)
-        learned = rule.learned if isinstance(rule, StrategyConfig) else ()
+        learned = self.slicing.learned
         if not learned or getattr(self.compressor, "tokens_per_view", None) is not None:
             return packer
         if packer is not None:
             missing = [kind for kind in learned if getattr(packer, kind) is None]
             if missing:
                 raise ValueError(
-                    f"{rule.name!r} needs learned embeddings, the packer has none for {', '.join(missing)}"
+                    f"{self.slicing.name!r} needs learned embeddings, the packer has none for {', '.join(missing)}"
                 )
             return packer
         if self.out_dim is None:
             raise ValueError(
-                f"{rule.name!r} needs learned embeddings ({', '.join(learned)}) as wide as the tokens, and the "
-                f"compressor {type(self.compressor).__name__} has no out_dim: give it one, or pass "
+                f"{self.slicing.name!r} needs learned embeddings ({', '.join(learned)}) as wide as the tokens, and "
+                f"the compressor {type(self.compressor).__name__} has no out_dim: give it one, or pass "
                 "packer=uhd.resampler.FeaturePacker(width)"
             )
         weight = next(self.compressor.parameters(), torch.empty(0))
@@ -278,26 +244,19 @@ class VisualEncoder(nn.Module):
 
     def plan(self, image_hw: tuple[int, int]) -> SlicePlan:
         """The plan this encoder makes for an image of this (height, width), px."""
-        return plan(image_hw, self.slicing)
+        return self.slicing.plan(image_hw)
 
     def plan_images(
         self, sizes_hw: Sequence[tuple[int, int]], *, max_tokens: int | None = None, multi_image: bool = False
     ) -> tuple[SlicePlan, ...]:
         """The plans of one sample's images, by :func:`uhd.slicing.plan_images` with this encoder's counts."""
-        rule, count = self._rule_and_count()
-        return plan_images(sizes_hw, rule, max_tokens=max_tokens, multi_image=multi_image, count=count)
+        return plan_images(sizes_hw, self.slicing, max_tokens=max_tokens, multi_image=multi_image)
 
     def plan_video(
         self, frame_hw: tuple[int, int], num_frames: int, *, frames: str = "video", max_tokens: int | None = None
     ) -> VideoPlan:
         """The plan of a video, by :func:`uhd.slicing.plan_video` with this encoder's counts."""
-        rule, count = self._rule_and_count()
-        return plan_video(frame_hw, num_frames, rule, frames=frames, max_tokens=max_tokens, count=count)
-
-    def _rule_and_count(self) -> tuple[Any, Callable[[SlicePlan], SlicePlan] | None]:
-        if isinstance(self.slicing, FittedRule):
-            return self.slicing.rule, self.slicing.fit
-        return self.slicing, None
+        return plan_video(frame_hw, num_frames, self.slicing, frames=frames, max_tokens=max_tokens)
 
     def prepare(
         self, images: Sequence[Any], *, max_tokens: int | None = None, multi_image: bool = False
@@ -384,8 +343,8 @@ class VisualEncoder(nn.Module):
     def _nested(self, tokens: Tensor, lengths: list[int], batch: SliceBatch) -> tuple[Tensor, list[int]]:
         """The first latents of every view, as many as its plan counts, where the rule says that counts nest."""
         wanted = [view.num_tokens for p in batch.plans for view in p.views]
-        rule = self.slicing.rule if isinstance(self.slicing, FittedRule) else None
-        if wanted == lengths or len(wanted) != len(lengths) or not getattr(rule, "nested", False):
+        fixed = getattr(self.compressor, "tokens_per_view", None) is not None
+        if wanted == lengths or len(wanted) != len(lengths) or not (fixed and self.slicing.nested):
             return tokens, lengths
         kept = [min(count, got) for count, got in zip(wanted, lengths, strict=True)]
         return torch.cat([part[:count] for part, count in zip(tokens.split(lengths), kept, strict=True)]), kept
@@ -548,7 +507,7 @@ class VisualEncoder(nn.Module):
         for (image, view), count, got in zip(views, wanted, lengths, strict=True):
             if got != count:
                 advice = "set slicing.tokens_per_view, or slicing.merge to the patches that one token covers per side"
-                if not isinstance(self.slicing, SlicingConfig):
+                if not self.slicing.uses_schema:
                     advice = "take a compressor that gives as many, or set the strategy's merge or rate, if it has one"
                 raise ValueError(
                     f"image {image}, view {view.index} ({view.patches_hw[0]}x{view.patches_hw[1]} patches): the plan "
@@ -567,7 +526,7 @@ class VisualEncoder(nn.Module):
             "format": 1,
             "vision": describe_part(self.vision),
             "compressor": describe_part(self.compressor),
-            "slicing": slicing_to_dict(self.slicing),
+            "slicing": self.slicing.to_dict(),
             "packer": self.packer and self.packer.to_dict(),
             "schema": self.schema.to_dict(),
             "pixels": self.pixels.to_dict(),
@@ -589,7 +548,7 @@ class VisualEncoder(nn.Module):
         out_dim: int | None = None,
         vision: nn.Module | None = None,
         compressor: nn.Module | None = None,
-        slicing: AnySlicing | None = None,
+        slicing: SlicingLike | None = None,
         schema: SpatialSchema | str | None = None,
         pixels: PixelSettings | None = None,
     ) -> VisualEncoder:
@@ -641,7 +600,7 @@ class VisualEncoder(nn.Module):
         folder: Path,
         vision: nn.Module | None,
         compressor: nn.Module | None,
-        slicing: AnySlicing | None,
+        slicing: SlicingLike | None,
         schema: SpatialSchema | str | None,
         pixels: PixelSettings | None,
     ) -> VisualEncoder:
@@ -650,7 +609,7 @@ class VisualEncoder(nn.Module):
             if config["format"] != 1:
                 raise ValueError(f"it has format {config['format']!r}; this version reads format 1")
             saved = config["slicing"]
-            if schema is None and (slicing is None or _is_adaptive(find(slicing)) == _is_adaptive(saved)):
+            if schema is None and (slicing is None or find(slicing).uses_schema == (saved.get("rule") in RULES)):
                 schema = SpatialSchema.from_dict(config["schema"])
             encoder = cls(
                 rebuild_part(config["vision"], "vision") if vision is None else vision,
@@ -682,11 +641,6 @@ class VisualEncoder(nn.Module):
             width = saved["width"]
             self.packer = FeaturePacker(width, **{kind: saved[kind] or own[kind] for kind in kinds})
         return [f"packer.{kind}" for kind in kinds if own[kind] and not saved[kind]]
-
-
-def _is_adaptive(slicing: Any) -> bool:
-    """Whether a slicing, or its dictionary, is of the adaptive planner."""
-    return slicing.get("rule") in ADAPTIVE_RULES if isinstance(slicing, dict) else isinstance(slicing, SlicingConfig)
 
 
 def _heads(width: int) -> int:

@@ -29,11 +29,8 @@ from torch.utils.data import Sampler
 from uhd.batch import SliceBatch
 from uhd.pixels import PixelSettings, image_size_hw
 from uhd.pixels.fast import load_picture
-from uhd.schema.fitted import AnySlicing, planner_of
-from uhd.slicing import SlicePlan, SlicingConfig, plan, plan_many
-from uhd.slicing.media import plan_sample
-from uhd.slicing.plan import check_size
-from uhd.slicing.strategies import find
+from uhd.slicing import SlicePlan, SlicingLike, find, plan, plan_many
+from uhd.slicing.sample import plan_sample
 
 UNITS = ("patches", "tokens")
 UNEVEN = ("error", "repeat", "drop")
@@ -62,7 +59,7 @@ class Preparation:
         inner: Order inside the patches, see :class:`uhd.batch.SliceBatch`.
     """
 
-    slicing: AnySlicing
+    slicing: SlicingLike
     pixels: PixelSettings
     patch_size: int
     inner: str = "chw"
@@ -96,7 +93,7 @@ class Preparation:
         sizes = [(image.height, image.width) for image in loaded]
         settings = {"max_tokens": max_tokens, "multi_image": multi_image}
         try:
-            plans = plan_sample(sizes, [], planner_of(self.slicing), **settings)[0]
+            plans = plan_sample(sizes, [], self.slicing, **settings)[0]
         except ValueError:
             for number, size_hw in enumerate(sizes):
                 with named("image", number, images[number]):
@@ -172,22 +169,11 @@ def image_costs(sizes_hw: np.ndarray | Sequence[Sequence[int]], slicing: Any, *,
         (M,) int64.
 
     Raises:
-        ValueError: The rule refuses a size, by its number; or there is no such unit.
+        ValueError: The rule refuses a size, by its row; or there is no such unit.
     """
     if unit not in UNITS:
         raise ValueError(f"unit must be one of {', '.join(map(repr, UNITS))}, got {unit!r}")
-    rule = find(getattr(slicing, "slicing", slicing))
-    if isinstance(rule, SlicingConfig):
-        return plan_many(sizes_hw, rule)[f"num_{unit}"]
-    costs: dict[tuple[int, int], int] = {}
-    sizes = []
-    for number, given in enumerate(sizes_hw):
-        with named("item", number):
-            size_hw = check_size(given)
-            if size_hw not in costs:
-                costs[size_hw] = getattr(plan(size_hw, rule), f"num_{unit}")
-        sizes.append(size_hw)
-    return np.array([costs[size_hw] for size_hw in sizes], np.int64)
+    return plan_many(sizes_hw, getattr(slicing, "slicing", slicing))[f"num_{unit}"]
 
 
 @contextmanager

@@ -17,18 +17,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from uhd.slicing.config import SlicingConfig
+from uhd.slicing import SlicingConfig, find, plan
 from uhd.slicing.metrics import share_seen
-from uhd.slicing.plan import MAX_SIDE, Canvas, SlicePlan, plan
-from uhd.slicing.strategies import StrategyConfig, find, rule_name
+from uhd.slicing.plan import MAX_SIDE, Canvas, SlicePlan
 from uhd.slicing.strategies.base import FILTERS, MAX_VIEWS
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
-    from uhd.slicing.strategies import Rule
-
-    AnyRule = SlicingConfig | StrategyConfig | Rule | str
+    from uhd.slicing import SlicingLike
 
 SIZES: tuple[tuple[int, int], ...] = (
     (336, 336),
@@ -107,7 +104,7 @@ class StrategyReport:
         return "\n  ".join([f"{head}, {len(self.failures)} laws broken", *map(str, self.failures)])
 
 
-def check_strategy(rule: AnyRule, **options: Any) -> StrategyReport:
+def check_strategy(rule: SlicingLike, **options: Any) -> StrategyReport:
     """Assert that a slicing rule keeps every law; a rule of your own, or any name.
 
     ============== ==============================================================================================
@@ -140,7 +137,7 @@ def check_strategy(rule: AnyRule, **options: Any) -> StrategyReport:
 
 
 def inspect_strategy(
-    rule: AnyRule,
+    rule: SlicingLike,
     *,
     sizes_hw: Iterable[Sequence[int]] = SIZES,
     extremes_hw: Iterable[Sequence[int]] = EXTREMES,
@@ -164,7 +161,7 @@ def inspect_strategy(
     if unknown := sorted(skip - set(CHECKS)):
         raise ValueError(f"skip names no checks {unknown}; there are {', '.join(CHECKS)}")
     config = find(rule)
-    name = rule if isinstance(rule, str) else rule_name(config)
+    name = rule if isinstance(rule, str) else config.name
     sizes = [(int(h), int(w)) for h, w in sizes_hw]
     extremes = [(int(h), int(w)) for h, w in extremes_hw]
     found = {size: _call(config, size) for size in dict.fromkeys([*sizes, *extremes])}
@@ -431,7 +428,7 @@ def slicing_configs() -> SearchStrategy[SlicingConfig]:
 
 
 def plans(
-    rule: AnyRule | SearchStrategy = "llava-uhd-safe", *, sizes_hw: SearchStrategy[tuple[int, int]] | None = None
+    rule: SlicingLike | SearchStrategy = "llava-uhd-safe", *, sizes_hw: SearchStrategy[tuple[int, int]] | None = None
 ) -> SearchStrategy[SlicePlan]:
     """Plans by a rule, or by rules drawn from a strategy such as :func:`slicing_configs`; refused sizes are left out.
 

@@ -14,9 +14,8 @@ from safetensors.torch import save_file
 from uhd.encoder import EncodedImage, EncodedVideo
 from uhd.parts import damage_named
 from uhd.schema import SpatialSchema, TokenLayout
-from uhd.schema.fitted import layout_of, video_layout
-from uhd.slicing import SlicePlan
-from uhd.slicing.media import VideoPlan
+from uhd.schema.counted import layout_of, video_layout
+from uhd.slicing import SlicePlan, VideoPlan
 
 
 def save_tokens(

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from uhd import EncodedImage, UHDForConditionalGeneration
 from uhd.nano.task import TaskSettings
-from uhd.schema.fitted import layout_of
+from uhd.schema.counted import layout_of
 
 STAGES = ("vision", "text", "joint", "polish")
 LOCAL_WIDTH = 0.6  # of the attention that latents start with, in cells

@@ -16,7 +16,7 @@ from uhd.hf import UHDForConditionalGeneration, UHDImageProcessor, UHDImageProce
 from uhd.pixels import PixelSettings
 from uhd.resampler import PerceiverConfig, PerceiverResampler, PixelShuffleProjector
 from uhd.schema import layout
-from uhd.slicing.config import PRESETS
+from uhd.slicing import PRESETS
 from uhd.vision import ViT, ViTConfig
 
 PIXELS = PixelSettings(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
@@ -119,7 +119,7 @@ class TestImageProcessor:
 
     def test_uncut_needs_the_released_rule(self):
         paper = uhd.SlicingConfig.preset("llava-uhd-paper").for_vision(image_size=56, patch_size=14)
-        with pytest.raises(ValueError, match="needs the slicing rule 'released'"):
+        with pytest.raises(ValueError, match="uncut images need the slicing rule 'released'"):
             UHDImageProcessorPil.from_settings(paper, PIXELS)(IMAGES, crop_to_patches=False)
 
 

@@ -31,10 +31,10 @@ from uhd.hf import UHDConfig, UHDForConditionalGeneration, UHDImageProcessorPil,
 from uhd.hf.plans import read_plans, write_plans
 from uhd.merge import assemble
 from uhd.resampler import FeaturePacker, MLPProjector, PerceiverConfig, PerceiverResampler, PixelShuffleProjector
-from uhd.schema.fitted import own_function, planner_of
-from uhd.slicing import plan_images, plan_video
-from uhd.slicing.media import plan_sample
-from uhd.slicing.strategies import STRATEGIES, find
+from uhd.schema.counted import own_function
+from uhd.slicing import find, plan_images, plan_video
+from uhd.slicing.sample import plan_sample
+from uhd.slicing.strategies import STRATEGIES
 
 GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
 LEARNED = ("llava-next", "llava-onevision", "deepseek-vl2")
@@ -231,9 +231,7 @@ class TestBudget:
         assert whole > 40
         free = found.processor(**ask)
         tight = found.processor(**ask, max_tokens=13 + whole - 1)
-        images, videos = plan_sample(
-            [(100, 60)], [((60, 80), 3)], planner_of(found.visual.slicing), max_tokens=13 + whole - 1
-        )
+        images, videos = plan_sample([(100, 60)], [((60, 80), 3)], found.visual.slicing, max_tokens=13 + whole - 1)
         assert read_plans(tight["image_plans"]) == images != read_plans(free["image_plans"])
         assert read_plans(tight["video_plans"]) == videos == read_plans(free["video_plans"])
         assert videos[0].num_tokens == 13
@@ -253,18 +251,17 @@ class TestBudget:
         st.floats(0.1, 1.2),
     )
     def test_a_sample_costs_no_more_than_it(self, images, videos, name, frames, share):
-        planner = planner_of(uhd.strategy(name).keywords["config"])
-        plans, clips = plan_sample(images, videos, planner, frames=frames)
+        plans, clips = plan_sample(images, videos, find(name), frames=frames)
         assert plans == plan_images(images, name)
         assert clips == tuple(plan_video(size, number, name, frames=frames) for size, number in videos)
         full = sum(item.num_tokens for item in (*plans, *clips))
         budget = max(int(share * full), 1)
         try:
-            less, shorter = plan_sample(images, videos, planner, frames=frames, max_tokens=budget)
+            less, shorter = plan_sample(images, videos, find(name), frames=frames, max_tokens=budget)
         except ValueError as problem:
             least = int(re.search(r"cost at least (\d+) tokens", str(problem))[1])
             assert least > budget
-            plan_sample(images, videos, planner, frames=frames, max_tokens=least)
+            plan_sample(images, videos, find(name), frames=frames, max_tokens=least)
             return
         assert sum(item.num_tokens for item in (*less, *shorter)) <= budget
         assert [item.num_frames for item in shorter] == [number for _, number in videos]
@@ -422,7 +419,7 @@ def test_the_config_reads_any_strategy():
 
 
 def test_the_image_processor_takes_names_and_settings():
-    for given_ in ("llava-next", uhd.strategy("llava-next").keywords["config"]):
+    for given_ in ("llava-next", uhd.strategy("llava-next")):
         images = UHDImageProcessorPil(slicing=given_)
         assert images.plan((500, 300)) == uhd.plan((500, 300), "llava-next")
         assert images.plan((500, 300), slicing="internvl") == uhd.plan((500, 300), "internvl")

@@ -17,7 +17,7 @@ from uhd.resampler import (
     PixelShuffleProjector,
     PoolProjector,
 )
-from uhd.slicing.strategies import find
+from uhd.slicing import find
 from uhd.vision import ViT, ViTConfig
 
 WIDTH = 32

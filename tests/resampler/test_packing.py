@@ -13,8 +13,9 @@ from torch.nn import functional as F
 import uhd
 from uhd.resampler import FeaturePacker, PoolProjector, pack_features
 from uhd.resampler.packing import feature_lengths
+from uhd.slicing import find
 from uhd.slicing.plan import Box, Packing
-from uhd.slicing.strategies import STRATEGIES, anyres, find
+from uhd.slicing.strategies import STRATEGIES, anyres
 
 D = 3
 RNG = np.random.default_rng(0)

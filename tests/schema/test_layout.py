@@ -258,7 +258,7 @@ def test_names_and_settings():
     assert layout(plan((672, 1008), "llava-uhd")).schema == PRESETS["llava-uhd"]
     with pytest.raises(ValueError, match="did you mean 'minicpm-v-2.6'"):
         SpatialSchema.preset("minicpm-v2.6")
-    with pytest.raises(ValueError, match=r"unknown schema settings \['rows'\]"):
+    with pytest.raises(ValueError, match=r"SpatialSchema has no \['rows'\]"):
         SpatialSchema.from_dict({"rows": ","})
     with pytest.raises(TypeError, match="around_slice must be a tuple of two strings"):
         SpatialSchema(around_slice="<slice>")

@@ -326,7 +326,7 @@ def test_scores_of_nothing_raise():
 
 
 def test_dictionaries_of_something_else_raise():
-    with pytest.raises(ValueError, match="not the dictionary of a SlicePlan: KeyError"):
+    with pytest.raises(ValueError, match="not the dictionary of a SlicePlan: .*missing"):
         SlicePlan.from_dict({})
 
 
@@ -365,7 +365,7 @@ def test_bad_settings_are_named(change, message):
 
 
 def test_config_rejects_unknown_keys():
-    with pytest.raises(ValueError, match="unknown slicing settings \\['slices'\\]"):
+    with pytest.raises(ValueError, match="SlicingConfig has no \\['slices'\\]"):
         SlicingConfig.from_dict({"slices": 3})
 
 

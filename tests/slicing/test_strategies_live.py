@@ -8,8 +8,7 @@ from einops import rearrange
 from PIL import Image
 
 from uhd.pixels import render
-from uhd.slicing import plan
-from uhd.slicing.strategies import find
+from uhd.slicing import find, plan
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")

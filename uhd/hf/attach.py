@@ -19,8 +19,6 @@ from uhd.hf.injection import choose_injection
 from uhd.hf.processing import IMAGE_TOKEN, PLAIN_CHAT_TEMPLATE, VIDEO_TOKEN, UHDProcessor, placeholder_id
 from uhd.parts import describe_part
 from uhd.schema import resolve_schema
-from uhd.schema.fitted import slicing_to_dict
-from uhd.slicing import SlicingConfig
 
 OTHER_IMAGE_TOKEN, OTHER_VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
 """The placeholders where a schema has a marker of the usual name."""
@@ -102,7 +100,7 @@ def _describe(encoder: VisualEncoder) -> dict[str, Any]:
         "vision_config": vision_config,
         "resampler_config": UHDResamplerConfig(kind=compressor["kind"], settings=compressor.get("config", {})),
         "packer_config": encoder.packer and encoder.packer.to_dict(),
-        "slicing_config": slicing_to_dict(encoder.slicing),
+        "slicing_config": encoder.slicing.to_dict(),
         "schema_config": encoder.schema.to_dict(),
         "pixel_config": encoder.pixels.to_dict(),
         "check_image_size": encoder.check_image_size,
@@ -199,10 +197,8 @@ def _scale(encoder: VisualEncoder, lm: PreTrainedModel) -> float:
 
 def native_side(encoder: VisualEncoder) -> int:
     """Side of a square image that the encoder sees in its own size, px."""
-    if isinstance(encoder.slicing, SlicingConfig):
-        return encoder.slicing.image_size
-    rule = getattr(encoder.slicing, "rule", encoder.slicing)
-    return getattr(rule, "tile", None) or getattr(encoder.vision, "image_size", None) or 16 * encoder.vision.patch_size
+    vision = encoder.vision
+    return encoder.slicing.view_side or getattr(vision, "image_size", None) or 16 * vision.patch_size
 
 
 def embedding_rms(lm: PreTrainedModel) -> float:

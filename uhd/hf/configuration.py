@@ -12,8 +12,8 @@ from uhd.hf.versions import CACHE_NAMES
 from uhd.pixels import PixelSettings
 from uhd.resampler import PerceiverConfig
 from uhd.schema import SeparatorIds, SpatialSchema
-from uhd.schema.fitted import AnySlicing, own_function, slicing_from_dict
-from uhd.slicing import SlicingConfig
+from uhd.schema.counted import own_function, slicing_from_dict
+from uhd.slicing import Slicing, find
 from uhd.vision import CompressedViTConfig, ViTConfig
 
 FORMAT = 1
@@ -113,7 +113,7 @@ class UHDConfig(PreTrainedConfig):
     Attributes:
         vision_config, resampler_config, text_config: The parts; ``text_config`` is any ``AutoConfig``.
         slicing_config, schema_config, pixel_config: Dicts of :class:`uhd.SlicingConfig` (or any other strategy's
-            settings, as :func:`uhd.schema.fitted.slicing_from_dict` reads them), :class:`uhd.SpatialSchema` and
+            settings, as :func:`uhd.schema.counted.slicing_from_dict` reads them), :class:`uhd.SpatialSchema` and
             :class:`uhd.PixelSettings`; :attr:`slicing`, :attr:`schema` and :attr:`pixels` are those objects. A slicing
             function of your own has no such dictionary: only its name is here, and :attr:`slicing` raises.
         packer_config: Of :class:`uhd.resampler.FeaturePacker`, where the slicing's packing has learned embeddings.
@@ -188,13 +188,13 @@ class UHDConfig(PreTrainedConfig):
             self.resampler_config.settings = default.to_dict()
 
     @property
-    def slicing(self) -> AnySlicing:
+    def slicing(self) -> Slicing:
         """How images are cut."""
         if self.slicing_config is not None:
             return slicing_from_dict(self.slicing_config)
-        vision = self.vision_config
-        base = SlicingConfig.preset("llava-uhd-safe")
-        return base.for_vision(image_size=vision.image_size or base.image_size, patch_size=vision.patch_size)
+        return find(None).for_vision(
+            image_size=self.vision_config.image_size, patch_size=self.vision_config.patch_size
+        )
 
     @property
     def schema(self) -> SpatialSchema:

@@ -7,9 +7,9 @@ return. The plan and the bytes of an image are the same on every device.
 # no `from __future__ import annotations`: transformers reads the types of the keywords below at run time
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -23,11 +23,10 @@ from uhd.batch import SliceBatch
 from uhd.encoder import EncodedImage
 from uhd.hf.plans import write_plans
 from uhd.pixels import RESAMPLE, PixelSettings, load_image
-from uhd.schema.fitted import AnySlicing, own_function, planner_of, slicing_from_dict, slicing_to_dict
-from uhd.slicing import SlicePlan, SlicingConfig
+from uhd.schema.counted import own_function, slicing_from_dict
+from uhd.slicing import SlicePlan, Slicing, SlicingLike, find
 from uhd.slicing.config import positive_int
-from uhd.slicing.media import Planner, capped, plan_sample, single_view
-from uhd.slicing.strategies import find, rule_name
+from uhd.slicing.sample import plan_sample
 
 _FILTER_NAMES = {int(value): name for name, value in RESAMPLE.items()}
 _REMOTE = ("http://", "https://", "data:")
@@ -79,7 +78,7 @@ class Planning:
     image_mean = (0.5, 0.5, 0.5)
     image_std = (0.5, 0.5, 0.5)
     resample = None
-    slicing = SlicingConfig.preset("llava-uhd-safe").to_dict()
+    slicing = find(None).to_dict()
     max_slices = None
     max_tokens = None
     crop_to_patches = None
@@ -89,11 +88,11 @@ class Planning:
     default_return_tensors = None
 
     @classmethod
-    def from_settings(cls, slicing: AnySlicing, pixels: PixelSettings, **changes: Any) -> "Planning":
+    def from_settings(cls, slicing: SlicingLike, pixels: PixelSettings, **changes: Any) -> "Planning":
         """The processor of an encoder with this slicing and these pixels."""
         mean, std = pixels.mean_std()
         return cls(
-            slicing=slicing if own_function(slicing) else slicing_to_dict(slicing),
+            slicing=slicing if own_function(slicing) else find(slicing).to_dict(),
             image_mean=mean,
             image_std=std,
             resample=None if pixels.resample is None else int(RESAMPLE[pixels.resample]),
@@ -107,7 +106,7 @@ class Planning:
         """Plain JSON types; of a slicing function of the caller's own only the name."""
         found = super().to_dict()
         if not isinstance(self.slicing, (Mapping, str)):
-            found["slicing"] = slicing_to_dict(self.slicing)
+            found["slicing"] = find(self.slicing).to_dict()
         return found
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
@@ -119,7 +118,7 @@ class Planning:
         refuse_own_function(self.slicing)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
-    def planner(self, kwargs: Mapping[str, Any]) -> Planner:
+    def planner(self, kwargs: Mapping[str, Any]) -> Slicing:
         """What images, or frames, are planned by under a call's keywords.
 
         Raises:
@@ -127,19 +126,17 @@ class Planning:
         """
         names = ("slicing", "max_slices", "crop_to_patches")
         given = {name: kwargs[name] if kwargs.get(name) is not None else getattr(self, name) for name in names}
-        found = planner_of(as_slicing(given["slicing"]))
+        found = as_slicing(given["slicing"])
         if given["max_slices"] is not None:
-            few = _with_max_slices(found.rule, positive_int("max_slices", given["max_slices"]))
+            few = found.capped(positive_int("max_slices", given["max_slices"]))
             if few is None:
                 raise ValueError(
-                    f"the settings of {rule_name(found.rule)!r} have no number of slices that "
+                    f"the settings of {found.name!r} have no number of slices that "
                     f"max_slices={given['max_slices']} could lower: bound the tokens with "
                     "max_tokens, or leave images uncut with crop_to_patches=False"
                 )
-            found = Planner(few, found.count)
-        if given["crop_to_patches"] is False:
-            found = Planner(_uncut_rule(found.rule), found.count)
-        return found
+            found = few
+        return found.uncut() if given["crop_to_patches"] is False else found
 
     def setting(self, name: str, kwargs: Mapping[str, Any]) -> Any:
         """A call's keyword, or the processor's own where it was not given."""
@@ -164,7 +161,7 @@ class Planning:
             resample=None if kwargs["resample"] is None else _FILTER_NAMES[int(kwargs["resample"])],
             backend=self.setting("pixel_backend", kwargs),
         )
-        side = getattr(as_slicing(self.setting("slicing", kwargs)), "patch_size", None)
+        side = as_slicing(self.setting("slicing", kwargs)).patch_size
         batch = SliceBatch.from_images(pictures, plans, settings=settings, patch_size=side)
         return batch.normalized(settings) if kwargs["do_normalize"] else batch
 
@@ -262,7 +259,7 @@ class UHDImageProcessorPil(Planning, PilBackend):
                 plans += self.plan_images([(picture.height, picture.width) for picture in sample], **kwargs)
         batch = self._patches(pictures, plans, kwargs)
         data = {"pixel_values": batch.patches.numpy(), "grids": _pairs(batch.grids), **describe_plans(plans)}
-        if not isinstance(self.planner(kwargs).rule, SlicingConfig):
+        if not self.planner(kwargs).uses_schema:
             data["image_plans"] = write_plans(plans)
         return BatchFeature(data, tensor_type=kwargs.get("return_tensors") or self.default_return_tensors)
 
@@ -287,7 +284,7 @@ def _pairs(pairs: Any) -> np.ndarray:
     return np.array(list(pairs), np.int64).reshape(-1, 2)
 
 
-def as_slicing(given: Any) -> AnySlicing:
+def as_slicing(given: Any) -> Slicing:
     """A slicing from its dictionary or name, or as it is.
 
     Raises:
@@ -297,7 +294,7 @@ def as_slicing(given: Any) -> AnySlicing:
 
 
 @lru_cache(maxsize=64)
-def _parsed(slicing: str) -> AnySlicing:
+def _parsed(slicing: str) -> Slicing:
     return slicing_from_dict(json.loads(slicing))
 
 
@@ -314,33 +311,15 @@ def refuse_own_function(slicing: Any) -> None:
 
 def check_backbone(slicing: Any, own: Any) -> None:
     """Raise a ``ValueError`` where a call's slicing plans for another backbone than the processor's own."""
-    rule, own = (planner_of(as_slicing(one)).rule for one in (slicing, own))
-    wanted, got = ((_side(one), getattr(one, "patch_size", None)) for one in (own, rule))
+    rule, own = as_slicing(slicing), as_slicing(own)
+    wanted, got = ((one.view_side, one.patch_size) for one in (own, rule))
     if all(a is None or b is None or a == b for a, b in zip(wanted, got, strict=True)):
         return
     raise ValueError(
-        f"slicing {rule_name(rule)!r} plans for image_size={got[0]}, patch_size={got[1]}; this processor's model has "
-        f"image_size={wanted[0]}, patch_size={wanted[1]}: fit it with uhd.slicing.strategies.find({rule_name(rule)!r})"
+        f"slicing {rule.name!r} plans for image_size={got[0]}, patch_size={got[1]}; this processor's model has "
+        f"image_size={wanted[0]}, patch_size={wanted[1]}: fit it with uhd.strategy({rule.name!r})"
         f".for_vision(image_size={wanted[0] or got[0]}, patch_size={wanted[1]})"
     )
-
-
-def _side(rule: Any) -> int | None:
-    """Side of a rule's views, px; ``None`` where it sets none."""
-    return getattr(rule, "image_size", None) or getattr(rule, "tile", None)
-
-
-def _with_max_slices(rule: Any, max_slices: int) -> Any:
-    return rule.replace(max_slices=max_slices) if isinstance(rule, SlicingConfig) else capped(rule, max_slices)
-
-
-def _uncut_rule(rule: Any) -> SlicingConfig | Callable[[tuple[int, int]], SlicePlan]:
-    """The same rule without slices."""
-    if not isinstance(rule, SlicingConfig):
-        return partial(single_view, rule=rule)
-    if rule.rule != "released":
-        raise ValueError(f"crop_to_patches=False needs the slicing rule 'released', this one is {rule.rule!r}")
-    return rule.replace(max_slices=1)
 
 
 def _samples(images: Any) -> list[list[Any]]:

@@ -40,8 +40,8 @@ from uhd.resampler import (
     SpatialResampler,
 )
 from uhd.resampler.attention import LatentAttention
-from uhd.schema.fitted import layout_of
-from uhd.slicing import SlicingConfig, plan
+from uhd.schema.counted import layout_of
+from uhd.slicing import plan
 from uhd.vision import ViT
 from uhd.vision.int8 import refuse_int8
 
@@ -295,10 +295,8 @@ class UHDModel(UHDPreTrainedModel):
     def _encoded_blank(self) -> Tensor:
         """The tokens of the smallest blank view that every part takes."""
         vision, slicing = self.visual.vision, self.visual.slicing
-        if isinstance(slicing, SlicingConfig):
-            side = slicing.merge if isinstance(vision, ViT) else slicing.image_size // slicing.unit * slicing.merge
-            grid = (side, side)
-        else:
+        grid = slicing.least_view if isinstance(vision, ViT) else None
+        if grid is None:
             side = native_side(self.visual)
             grid = self.visual.plan((side, side)).views[0].patches_hw
         patches = torch.zeros(grid[0] * grid[1], getattr(vision, "in_channels", 3) * vision.patch_size**2)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from uhd.encoder import EncodedImage, EncodedVideo, num_rows
 from uhd.schema import Entry, SpatialSchema, TokenLayout
-from uhd.schema.fitted import layout_of, video_layout
+from uhd.schema.counted import layout_of, video_layout
 from uhd.schema.layout import OVERVIEW
 from uhd.slicing import SlicePlan, VideoPlan
 

@@ -35,7 +35,7 @@ from uhd.hf.video_processing import (
 )
 from uhd.loading import named
 from uhd.schema.layout import OVERVIEW
-from uhd.slicing.media import plan_sample
+from uhd.slicing.sample import plan_sample
 
 IMAGE_TOKEN = "<image>"
 VIDEO_TOKEN = "<video>"
@@ -236,8 +236,8 @@ class UHDProcessor(ProcessorMixin):
                 pictures.append(self.image_processor.fetch_images(item))
         loaded = [] if encoded[1] else [self.video_processor.load(v, n, for_videos) for n, v in enumerate(videos)]
         settings = {
-            "planner": self.image_processor.planner(for_images),
-            "video_planner": self.video_processor.planner(for_videos),
+            "slicing": self.image_processor.planner(for_images),
+            "video_slicing": self.video_processor.planner(for_videos),
             "frames": self.video_processor.setting("frames", for_videos),
             "max_tokens": self._budget(for_images, for_videos),
             "multi_image": bool(self.image_processor.setting("multi_image", for_images)),

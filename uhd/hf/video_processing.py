@@ -20,8 +20,8 @@ from uhd.encoder import EncodedVideo
 from uhd.hf.image_processing import Planning, as_slicing
 from uhd.hf.plans import write_plans
 from uhd.hf.versions import VideoProcessorBase
-from uhd.schema.fitted import slicing_to_dict
-from uhd.slicing.media import VideoPlan, plan_sample
+from uhd.slicing import VideoPlan
+from uhd.slicing.sample import plan_sample
 
 Image.init()
 _PICTURE_SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind != "MPEG"}
@@ -168,7 +168,7 @@ class UHDVideoProcessor(Planning, VideoProcessorBase, PilBackend):
 
 def same_slicing(one: Planning, other: Planning) -> bool:
     """Whether two processors plan alike before a call's keywords."""
-    return slicing_to_dict(as_slicing(one.slicing)) == slicing_to_dict(as_slicing(other.slicing))
+    return as_slicing(one.slicing).to_dict() == as_slicing(other.slicing).to_dict()
 
 
 def arrange_videos(videos: Any) -> tuple[list[Any], list[int] | None]:

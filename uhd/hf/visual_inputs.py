@@ -13,7 +13,7 @@ from uhd.encoder import VisualEncoder, num_rows
 from uhd.hf.placing import GridItem, Media, PlannedItem, check_schemas, group
 from uhd.hf.plans import read_plans
 from uhd.hf.processing import pack_encoded, pack_encoded_videos
-from uhd.slicing import SlicePlan, SlicingConfig, VideoPlan, plan
+from uhd.slicing import SlicePlan, VideoPlan, plan
 
 VISUAL_INPUTS = (
     "pixel_values",
@@ -107,7 +107,7 @@ def _given_plans(encoder: VisualEncoder, visual: Mapping[str, Any]) -> tuple[Sli
         plans = read_plans(visual["image_plans"])
         if not all(isinstance(item, SlicePlan) for item in plans):
             raise ValueError("image_plans hold the plan of a video: pass those as video_plans")
-    elif visual["view_tokens"] is not None or isinstance(encoder.slicing, SlicingConfig):
+    elif visual["view_tokens"] is not None or encoder.slicing.uses_schema:
         return None
     elif visual["image_sizes"] is None:
         raise ValueError("images need image_plans (or image_sizes): pass everything that the processor returned")

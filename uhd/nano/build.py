@@ -10,12 +10,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from uhd.encoder import AnySlicing, VisualEncoder
+from uhd.encoder import VisualEncoder
 from uhd.hf import UHDForConditionalGeneration
 from uhd.pixels import PixelSettings
 from uhd.resampler import PerceiverConfig, PerceiverResampler
 from uhd.schema import SpatialSchema
-from uhd.slicing import SeparatorCount, SlicingConfig
+from uhd.slicing import SeparatorCount, SlicingConfig, SlicingLike
 from uhd.vision import ViT, ViTConfig
 
 PAD, BEGIN, END, IMAGE = "<pad>", "<begin>", "<end>", "<image>"
@@ -91,7 +91,7 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 def build_nano(
     config: NanoConfig | None = None,
     *,
-    slicing: AnySlicing | None = None,
+    slicing: SlicingLike | None = None,
     schema: SpatialSchema | str = "llava-uhd",
     seed: int = 0,
 ) -> UHDForConditionalGeneration:

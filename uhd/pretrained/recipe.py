@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from uhd.encoder import AnySlicing, VisualEncoder
+from uhd.encoder import VisualEncoder
 from uhd.pixels import PixelSettings
 from uhd.pretrained.checkpoint import Checkpoint
 from uhd.resampler import FeaturePacker
 from uhd.schema import SpatialSchema
+from uhd.slicing import SlicingLike
 from uhd.vision import ViTConfig, compress_vit
 from uhd.vision.weights import build_vit, needed_names
 
@@ -110,7 +111,7 @@ class Recipe:
     vit: ViTConfig
     vit_names: str
     compressor: Callable[[Mapping[str, Tensor]], nn.Module]
-    slicing: AnySlicing
+    slicing: SlicingLike
     schema: SpatialSchema | None
     pixels: PixelSettings
     compress_after: tuple[int, ...] = ()

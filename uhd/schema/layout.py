@@ -6,16 +6,16 @@ positions is known from the grid alone. Their ids are the business of :mod:`uhd.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import operator
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from uhd.settings import Settings, check_choice, plain_name, unknown_name
 from uhd.slicing import PRESETS as SLICING_PRESETS
 from uhd.slicing import SeparatorCount, SlicePlan, SlicingConfig
 
@@ -28,7 +28,7 @@ _RESERVED = re.compile(r"s\d+|overview|\d+")
 
 
 @dataclass(frozen=True)
-class SpatialSchema:
+class SpatialSchema(Settings):
     """The order of an image's views and the symbols around and between them. Frozen, hashable, JSON-able.
 
     An image is ``around_image(image id, overview, around_slices(slices))``, with the overview first or last; an uncut
@@ -73,8 +73,7 @@ class SpatialSchema:
                 continue
             if not (isinstance(marks, tuple) and len(marks) == 2 and all(isinstance(mark, str) for mark in marks)):
                 raise TypeError(f'{key} must be a tuple of two strings ("" for none), got {marks!r}')
-        if self.overview not in ("first", "last"):
-            raise ValueError(f"overview must be 'first' or 'last', got {self.overview!r}")
+        check_choice("overview", self.overview, ("first", "last"))
         for symbol in self.separators:
             if _RESERVED.fullmatch(symbol):
                 raise ValueError(
@@ -93,19 +92,12 @@ class SpatialSchema:
         Raises:
             ValueError: No such preset; the message lists the nearest names and all of them.
         """
-        key = name.lower().replace("_", "-") if isinstance(name, str) else None
+        key = plain_name(name)
         if key in PRESETS:
-            return replace(PRESETS[key], **changes) if changes else PRESETS[key]
+            return PRESETS[key].replace(**changes) if changes else PRESETS[key]
         if key in _SCHEMA_OF_SLICING:
-            return replace(PRESETS[_SCHEMA_OF_SLICING[key]], **{"name": key, **changes})
-        known = [*PRESETS, *_SCHEMA_OF_SLICING]
-        near = difflib.get_close_matches(str(name).lower().replace("_", "-"), known, n=3)
-        hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-        raise ValueError(f"no schema named {name!r}: {hint}There are: {', '.join(known)}")
-
-    def replace(self, **changes: Any) -> SpatialSchema:
-        """A copy with some fields changed."""
-        return replace(self, **changes)
+            return PRESETS[_SCHEMA_OF_SLICING[key]].replace(**{"name": key, **changes})
+        raise unknown_name("schema", name, [*PRESETS, *_SCHEMA_OF_SLICING])
 
     @property
     def separators(self) -> tuple[str, ...]:
@@ -136,6 +128,9 @@ class SpatialSchema:
 
         Raises:
             ValueError: ``base`` is ``None`` and the schema is no preset, or no slicing preset has that name.
+
+        >>> SpatialSchema.preset("minicpm-v-2.5").slicing_config().tokens_per_view
+        96
         """
         changes: dict[str, Any] = {}
         if base is None:
@@ -147,7 +142,11 @@ class SpatialSchema:
         return config.replace(separators=self.separator_count(), overview_first=first, **changes)
 
     def separator_count(self) -> SeparatorCount:
-        """How many positions that are no view's the schema adds, as a rule on the grid."""
+        """How many positions that are no view's the schema adds, as a rule on the grid.
+
+        >>> SpatialSchema.preset("llava-uhd").separator_count()
+        SeparatorCount(per_image=0, per_cut=0, per_slice=1, per_row=0)
+        """
 
         def size(*symbols: str) -> int:
             return sum(map(bool, symbols))
@@ -166,11 +165,13 @@ class SpatialSchema:
         """The image's sequence for a (rows, columns) grid, or for an uncut image (``None``).
 
         Slices are ``"s0"``, ``"s1"``, ... row-major, the overview is ``"overview"``; every other symbol is a
-        separator, a mark or the image's number. ``SpatialSchema.preset("llava-uhd").symbols((2, 1))`` is
-        ``("s0", "\\n", "s1", "\\n", "overview")``.
+        separator, a mark or the image's number.
 
         Raises:
             ValueError: The grid is not two positive ints, or the index is negative.
+
+        >>> SpatialSchema.preset("llava-uhd").symbols((2, 1))
+        ('s0', '\\n', 's1', '\\n', 'overview')
         """
         return self._sequence([] if grid is None else [_check_grid(grid)], 1, image_index)
 
@@ -188,18 +189,6 @@ class SpatialSchema:
             first += rows * cols
         body = overview + cut if self.overview == "first" else cut + overview
         return tuple(symbol for symbol in _around(self.around_image, number + body) if symbol)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; :meth:`from_dict` is the inverse."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> SpatialSchema:
-        """The inverse of :meth:`to_dict`, also through JSON text; an unknown key raises ``ValueError``."""
-        unknown = sorted(set(data) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(f"unknown schema settings {unknown}; known are {[f.name for f in fields(cls)]}")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
 
 
 class Entry(NamedTuple):
@@ -330,6 +319,14 @@ def layout(
     Raises:
         ValueError: The plan has no views, its slices do not fill their grid, its tokens are not counted by view (an
             un-padded AnyRes image, say) while ``tokens_per_view`` is ``None``, or the given numbers do not fit.
+
+    >>> from uhd.slicing import plan
+    >>> print(layout(plan((1008, 672)), "minicpm-v-2.6").text("{symbol} "))
+    <image_id>0</image_id><image>overview </image><slice>s0 </slice><slice>s1 </slice>
+    <slice>s2 </slice><slice>s3 </slice>
+    <slice>s4 </slice><slice>s5 </slice>
+    >>> layout(plan((1008, 672))).span(6)
+    (390, 454)
     """
     if not isinstance(schema, SpatialSchema):
         schema = SpatialSchema.preset("llava-uhd" if schema is None else schema)
@@ -364,6 +361,10 @@ def parse_symbols(symbols: Sequence[str], schema: SpatialSchema) -> tuple[int, i
     Raises:
         ValueError: The sequence is not one of the schema's (the message gives the position), or the schema writes the
             same sequence for several grids, as one without separators does.
+
+    >>> schema = SpatialSchema.preset("llava-uhd")
+    >>> parse_symbols(("s0", ",", "s1", "\\n", "overview"), schema)
+    (1, 2)
     """
     symbols = tuple(symbols)
     slices = sum(bool(_VIEW_SYMBOL.fullmatch(symbol)) and symbol != OVERVIEW for symbol in symbols)
@@ -438,8 +439,7 @@ _MINICPM_2_5 = SpatialSchema(
     around_overview=_IMAGE,
     overview="first",
 )
-_MINICPM_2_6 = replace(
-    _MINICPM_2_5,
+_MINICPM_2_6 = _MINICPM_2_5.replace(
     name="minicpm-v-2.6",
     around_slice=_SLICE,
     around_slices=NO_MARKS,
@@ -461,10 +461,10 @@ PRESETS: dict[str, SpatialSchema] = {
             around_slices=("", "sep2"),
             learned=("sep0", "sep1", "sep2"),
         ),
-        replace(_MINICPM_2_5, name="minicpm-v-2.0", around_image=("", "\n")),
+        _MINICPM_2_5.replace(name="minicpm-v-2.0", around_image=("", "\n")),
         _MINICPM_2_5,
         _MINICPM_2_6,
-        replace(_MINICPM_2_6, name="minicpm-v-4.6"),
+        _MINICPM_2_6.replace(name="minicpm-v-4.6"),
     )
 }
 """Schemas by name, as released."""

@@ -1,7 +1,7 @@
 """Plans in integers: where an image is cut, at which sizes, and how many tokens it costs. Loads numpy at most."""
 
-from uhd.slicing.bounds import WorstCase, worst_case
-from uhd.slicing.config import PRESETS, SeparatorCount, SlicingConfig
+from uhd.slicing.adaptive import PRESETS, SlicingConfig, WorstCase, worst_case
+from uhd.slicing.config import OwnRule, SeparatorCount, Slicing
 from uhd.slicing.coordinates import (
     PatchHit,
     canvas_to_image,
@@ -18,27 +18,32 @@ from uhd.slicing.coordinates import (
     view_to_canvas,
     view_to_image,
 )
+from uhd.slicing.grids import Candidate, grid_score
 from uhd.slicing.many import plan_many
-from uhd.slicing.media import VideoPlan, plan_images, plan_video
-from uhd.slicing.plan import Box, Candidate, Canvas, Packing, SlicePlan, View, candidates, grid_score, plan
-from uhd.slicing.strategies import strategies, strategy
+from uhd.slicing.plan import Box, Canvas, Packing, SlicePlan, View
+from uhd.slicing.rules import SlicingLike, candidates, find, plan, strategies, strategy
+from uhd.slicing.sample import VideoPlan, plan_images, plan_video
 
 __all__ = [
     "PRESETS",
     "Box",
     "Candidate",
     "Canvas",
+    "OwnRule",
     "Packing",
     "PatchHit",
     "SeparatorCount",
     "SlicePlan",
+    "Slicing",
     "SlicingConfig",
+    "SlicingLike",
     "VideoPlan",
     "View",
     "WorstCase",
     "candidates",
     "canvas_to_image",
     "canvas_to_view",
+    "find",
     "grid_score",
     "image_to_canvas",
     "image_to_view",

@@ -1,168 +1,26 @@
-"""What the adaptive planner needs to know: the size of a view, the cap on slices, the rounding, the token count."""
+"""What every rule has in common: one kind of object says how images are cut, and how separators are counted."""
 
 from __future__ import annotations
 
-import difflib
 import operator
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
 
-if TYPE_CHECKING:
-    from uhd.slicing.bounds import WorstCase
+from uhd.moved import moved
+from uhd.settings import Settings
+from uhd.slicing.grids import Candidate
+from uhd.slicing.plan import SlicePlan, check_size
 
+Rule = Callable[[tuple[int, int]], SlicePlan]
+"""A function of your own: (height, width) in px -> plan."""
 
-@dataclass(frozen=True)
-class SeparatorCount:
-    """How many separator and marker positions a layout adds, as a rule on the grid.
-
-    ``uhd.schema`` decides which symbols go where; this is only their number, so that a plan can count tokens alone.
-    An uncut image has ``per_image`` of them, a cut one ``per_image + per_cut + per_slice * slices + per_row * rows``.
-    """
-
-    per_image: int = 0
-    per_cut: int = 0
-    per_slice: int = 0
-    per_row: int = 0
-
-    def count(self, grid: tuple[int, int] | None) -> int:
-        """Positions for a ``(rows, columns)`` grid, or for an uncut image (``None``)."""
-        if grid is None:
-            return self.per_image
-        rows, cols = grid
-        return self.per_image + self.per_cut + self.per_slice * rows * cols + self.per_row * rows
-
+OWN = "custom"
+"""What the dictionary of such a function has in place of a rule's name."""
 
 MAX_VIEWS = 65_536
 """Most views of one image: a plan lists every one, so rules are stopped here."""
-
-
-@dataclass(frozen=True)
-class SlicingConfig:
-    """Settings of the adaptive (LLaVA-UHD) planner. Frozen and hashable; change one with :meth:`replace`.
-
-    Attributes:
-        name: The preset this came from; carried into every plan.
-        image_size: Side S of the square the vision encoder was trained on, px. S*S is a view's pixel budget.
-        patch_size: Side of a ViT patch, px.
-        merge: Patches joined per side before the language model sees them; view sides are multiples of
-            ``patch_size * merge``. 1 where a resampler gives every view the same number of tokens.
-        max_slices: Cap on the number of slices, the overview not counted. Any number; 1 never cuts under the released
-            rule.
-        rounding: ``"floor"`` (LLaVA-UHD) or ``"round"`` (MiniCPM-V; half to even): how a side becomes a multiple.
-        rule: ``"released"``: N - 1, N or N + 1 slices, never 1, never above the cap, no cut where N <= 1.
-            ``"march2024"``: the first release; the cap limits N alone, so N + 1 = cap + 1 slices can be chosen, and an
-            image of one view's area may be cut in two.
-        clamp: Bound every view by ``image_size**2 // (patch_size * merge)**2`` patches (or merged patches) by
-            shortening its longer side. With ``rounding="floor"`` that changes only views whose shorter side is below
-            one patch; with ``"round"`` also those that rounding made too large.
-        overview_first: The overview is fed and laid out before the slices.
-        tokens_per_view: Tokens of every view, or ``None``: a view gives ``patches / merge**2`` tokens.
-        separators: How many separator positions the layout adds.
-        max_tokens: Upper bound on ``plan.num_tokens``; the planner lowers the number of slices to meet it.
-
-    Raises:
-        ValueError: A setting is out of range; the message names it.
-    """
-
-    name: str = "custom"
-    image_size: int = 336
-    patch_size: int = 14
-    merge: int = 1
-    max_slices: int = 7
-    rounding: str = "floor"
-    rule: str = "released"
-    clamp: bool = False
-    overview_first: bool = False
-    tokens_per_view: int | None = 64
-    separators: SeparatorCount = field(default=SeparatorCount(per_slice=1))
-    max_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        for key in ("image_size", "patch_size", "merge", "max_slices", "tokens_per_view", "max_tokens"):
-            object.__setattr__(self, key, positive_int(key, getattr(self, key)))
-        if self.max_slices > MAX_VIEWS:
-            raise ValueError(f"max_slices is at most {MAX_VIEWS}, got {self.max_slices}: a plan lists every slice")
-        if not isinstance(self.separators, SeparatorCount):
-            raise ValueError(f"separators must be a SeparatorCount, got {self.separators!r}")
-        for key in ("clamp", "overview_first"):
-            if not isinstance(getattr(self, key), bool):
-                raise ValueError(f"{key} must be True or False, got {getattr(self, key)!r}")
-        if self.rounding not in ("floor", "round"):
-            raise ValueError(f"rounding must be 'floor' or 'round', got {self.rounding!r}")
-        if self.rule not in ("released", "march2024"):
-            raise ValueError(f"rule must be 'released' or 'march2024', got {self.rule!r}")
-        if self.rule == "march2024" and (self.merge != 1 or self.rounding != "floor"):
-            raise ValueError(
-                "rule 'march2024' sizes views by its own floor rule: it needs merge=1 and rounding='floor'"
-            )
-        if self.image_size < self.unit:
-            raise ValueError(f"image_size {self.image_size} px is smaller than patch_size * merge = {self.unit} px")
-
-    @property
-    def unit(self) -> int:
-        """Every view side is a multiple of this, px."""
-        return self.patch_size * self.merge
-
-    @property
-    def view_budget(self) -> int:
-        """Units (patches, or merged patches) that fit in ``image_size**2`` px: 576 for 336 px and patch 14."""
-        return self.image_size**2 // self.unit**2
-
-    @property
-    def budget_cap(self) -> int:
-        """No plan within ``max_tokens`` has more slices: the cap, or fewer, as every view has at least one token."""
-        if self.max_tokens is None:
-            return self.max_slices
-        return min(self.max_slices, self.max_tokens // (self.tokens_per_view or 1))
-
-    @property
-    def most_slices(self) -> int:
-        """The largest number of slices the rule can choose: the cap, or one more for ``march2024``."""
-        return self.max_slices + (self.rule == "march2024")
-
-    @classmethod
-    def preset(cls, name: str, **changes: Any) -> SlicingConfig:
-        """A named preset, e.g. ``"llava-uhd"``; dashes and underscores are the same. ``changes`` override its fields.
-
-        Raises:
-            ValueError: No such preset; the message lists the nearest names and all of them.
-        """
-        found = PRESETS.get(name.lower().replace("_", "-")) if isinstance(name, str) else None
-        if found is None:
-            near = difflib.get_close_matches(str(name).lower().replace("_", "-"), PRESETS, n=3)
-            hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-            raise ValueError(f"no slicing preset named {name!r}: {hint}There are: {', '.join(PRESETS)}")
-        return replace(found, **changes) if changes else found
-
-    def replace(self, **changes: Any) -> SlicingConfig:
-        """A copy with some fields changed."""
-        return replace(self, **changes)
-
-    def for_vision(self, *, image_size: int, patch_size: int) -> SlicingConfig:
-        """The same rule for another backbone, e.g. SigLIP's ``image_size=384, patch_size=14``."""
-        return replace(self, image_size=image_size, patch_size=patch_size)
-
-    def worst_case(self, *, max_aspect: float = 200.0) -> WorstCase:
-        """Upper bounds over images of an aspect up to ``max_aspect``; see :func:`uhd.slicing.bounds.worst_case`."""
-        from uhd.slicing.bounds import worst_case
-
-        return worst_case(self, max_aspect=max_aspect)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; :meth:`from_dict` is the inverse."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> SlicingConfig:
-        """The inverse of :meth:`to_dict`; an unknown key raises ``ValueError``."""
-        unknown = sorted(set(data) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(f"unknown slicing settings {unknown}; known are {[f.name for f in fields(cls)]}")
-        known = dict(data)
-        if isinstance(known.get("separators"), Mapping):
-            known["separators"] = SeparatorCount(**known["separators"])
-        return cls(**known)
 
 
 def positive_int(key: str, value: Any) -> int | None:
@@ -180,30 +38,197 @@ def positive_int(key: str, value: Any) -> int | None:
     return number
 
 
-_MARKERS = SeparatorCount(per_image=5, per_cut=-1, per_slice=2, per_row=1)  # MiniCPM-V 2.6: id, <image>, <slice>, "\n"
-_MINICPM = SlicingConfig(
-    name="minicpm-v",
-    image_size=448,
-    max_slices=9,
-    rounding="round",
-    overview_first=True,
-    separators=_MARKERS,
-)
+@dataclass(frozen=True)
+class SeparatorCount(Settings):
+    """How many separator and marker positions a layout adds, as a rule on the grid.
 
-PRESETS: dict[str, SlicingConfig] = {
-    config.name: config
-    for config in (
-        SlicingConfig(name="llava-uhd"),
-        SlicingConfig(name="llava-uhd-safe", clamp=True),
-        SlicingConfig(
-            name="llava-uhd-paper",
-            max_slices=6,
-            rule="march2024",
-            separators=SeparatorCount(per_slice=1, per_cut=-1),
-        ),
-        _MINICPM,
-        replace(_MINICPM, name="minicpm-v-4.6", merge=4, tokens_per_view=None),
-        replace(_MINICPM, name="minicpm-v-4.6-4x", merge=2, tokens_per_view=None),
-    )
-}
-DEFAULT = PRESETS["llava-uhd-safe"]
+    ``uhd.schema`` decides which symbols go where; this is only their number, so that a plan can count tokens alone.
+    An uncut image has ``per_image`` of them, a cut one ``per_image + per_cut + per_slice * slices + per_row * rows``.
+    """
+
+    per_image: int = 0
+    per_cut: int = 0
+    per_slice: int = 0
+    per_row: int = 0
+
+    def count(self, grid: tuple[int, int] | None) -> int:
+        """Positions for a ``(rows, columns)`` grid, or for an uncut image (``None``).
+
+        >>> SeparatorCount(per_slice=1).count((3, 2)), SeparatorCount(per_slice=1).count(None)
+        (6, 0)
+        """
+        return self.per_image + (0 if grid is None else self.of_cut(*grid))
+
+    def of_cut(self, rows: Any, cols: Any) -> Any:
+        """What a cut adds to ``per_image``: for numbers, or for arrays of them."""
+        return self.per_cut + self.per_slice * rows * cols + self.per_row * rows
+
+
+class Slicing(Settings):
+    """How images are cut: what the settings of every rule have in common, and a function of your own.
+
+    Frozen and hashable. Call one with (height, width) in px, or pass it wherever a strategy goes.
+    """
+
+    name: str
+    """What its plans say that made them."""
+    patch_size: int | None = None
+    """Side of a ViT patch, px; ``None`` where only its plans tell."""
+    view_side: int | None = None
+    """Side of the square that its views are made for, px; ``None`` where it sets none."""
+    least_view: tuple[int, int] | None = None
+    """(rows, columns) of the smallest view that it may plan, in patches; ``None`` where its settings do not say."""
+    uses_schema: bool = False
+    """Whether a schema lays its views out, so that the grid of slices tells every position."""
+    learned: tuple[str, ...] = ()
+    """The learned embeddings that its plans' packings may need: ``"newline"``, ``"separator"``."""
+    nested: bool = False
+    """Whether its token counts are a resampler's: a view that it counts fewer for takes the first latents only."""
+
+    def plan(self, image_hw: tuple[int, int]) -> SlicePlan:
+        """Plan an image of this (height, width), px.
+
+        Raises:
+            ValueError: It is no size, or the rule refuses it.
+        """
+        raise NotImplementedError
+
+    def __call__(self, image_hw: tuple[int, int]) -> SlicePlan:
+        return self.plan(image_hw)
+
+    def candidates(self, image_hw: tuple[int, int]) -> tuple[Candidate, ...]:
+        """The grids that it compares for this image, best first; ``()`` where it cuts nothing or scores no grids."""
+        return ()
+
+    def within(self, max_tokens: int) -> Slicing:
+        """The same rule with a bound on ``plan.num_tokens``.
+
+        Raises:
+            ValueError: Only the adaptive planner has such a bound.
+        """
+        raise ValueError(
+            f"max_tokens bounds the adaptive planner only, not {self.name!r}: change the strategy's own settings, "
+            "e.g. its number of tiles"
+        )
+
+    def capped(self, max_slices: int) -> Slicing | None:
+        """The same rule with at most ``max_slices`` slices; ``None`` where its settings do not say how."""
+        return None
+
+    def uncut(self) -> Slicing:
+        """The same rule, each image as its :meth:`single_view`."""
+        return OwnRule(self.single_view)
+
+    def for_vision(self, *, image_size: int | None, patch_size: int) -> Slicing:
+        """The same rule for another vision encoder, e.g. SigLIP's ``image_size=384, patch_size=14``.
+
+        ``None`` keeps the size of the views. A function of your own stays as it is.
+        """
+        return self
+
+    def for_images(self, num_images: int) -> Slicing:
+        """What it plans each of several images of one sample by: itself where it has no such mode."""
+        return self
+
+    def for_video(self) -> Slicing | None:
+        """What it plans the frames of a video by; ``None`` where it has no such mode."""
+        return None
+
+    def single_view(self, image_hw: tuple[int, int]) -> SlicePlan:
+        """The plan of its only view, else of its overview alone; learned newlines of the overview stay.
+
+        Raises:
+            ValueError: It cuts this image and has no overview.
+        """
+        found = self.plan(image_hw)
+        alone = found if found.num_views == 1 else self.overview_of(found)
+        if alone is None:
+            raise ValueError(
+                f"{found.strategy!r} cuts a {image_hw[0]}x{image_hw[1]} px image (height x width) and has no "
+                'overview, so there is no single view: use frames="rule"'
+            )
+        return alone
+
+    def overview_of(self, plan: SlicePlan) -> SlicePlan | None:
+        """One of its plans without the slices; ``None`` where there is no overview."""
+        return plan.overview_alone()
+
+
+@dataclass(frozen=True)
+class OwnRule(Slicing):
+    """A function of your own from (height, width) to a plan; it is not written to JSON, only its name is."""
+
+    function: Rule
+
+    @property
+    def name(self) -> str:
+        function = getattr(self.function, "func", self.function)  # of a partial
+        return getattr(self.function, "name", None) or getattr(function, "__name__", type(self.function).__name__)
+
+    def plan(self, image_hw: tuple[int, int]) -> SlicePlan:
+        """As every rule does.
+
+        Raises:
+            ValueError: The function planned another image.
+            TypeError: The function did not return a plan.
+        """
+        image_hw = check_size(image_hw)
+        found = self.function(image_hw)
+        if not isinstance(found, SlicePlan):
+            raise TypeError(f"{self.name!r} must return a SlicePlan for (height, width), got {type(found).__name__}")
+        if found.image_hw != image_hw:
+            raise ValueError(f"asked to plan a {image_hw} image, {found.strategy!r} planned one of {found.image_hw}")
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """That it is a function, and its name."""
+        return {"rule": OWN, "name": self.name}
+
+
+class Recounted(Slicing):
+    """The cuts of another ``rule``, with tokens and separators as :meth:`fit` counts them."""
+
+    rule: Slicing
+
+    def fit(self, plan: SlicePlan) -> SlicePlan:
+        """A plan of the rule, counted anew."""
+        raise NotImplementedError
+
+    name = property(attrgetter("rule.name"))
+    patch_size = property(attrgetter("rule.patch_size"))
+    view_side = property(attrgetter("rule.view_side"))
+    learned = property(attrgetter("rule.learned"))
+    nested = property(attrgetter("rule.nested"))
+
+    def plan(self, image_hw: tuple[int, int]) -> SlicePlan:
+        return self.fit(self.rule.plan(image_hw))
+
+    def single_view(self, image_hw: tuple[int, int]) -> SlicePlan:
+        return self.fit(self.rule.single_view(image_hw))
+
+    def overview_of(self, plan: SlicePlan) -> SlicePlan | None:
+        alone = self.rule.overview_of(plan)
+        return None if alone is None else self.fit(alone)
+
+    def capped(self, max_slices: int) -> Slicing | None:
+        return self._around(self.rule.capped(max_slices))
+
+    def uncut(self) -> Slicing:
+        return self._around(self.rule.uncut())
+
+    def for_vision(self, *, image_size: int | None, patch_size: int) -> Slicing:
+        return self._around(self.rule.for_vision(image_size=image_size, patch_size=patch_size))
+
+    def for_images(self, num_images: int) -> Slicing:
+        return self._around(self.rule.for_images(num_images))
+
+    def for_video(self) -> Slicing | None:
+        return self._around(self.rule.for_video())
+
+    def _around(self, rule: Slicing | None) -> Slicing | None:
+        return None if rule is None else self.replace(rule=rule)
+
+
+__getattr__ = moved(
+    __name__, {**dict.fromkeys(("PRESETS", "SlicingConfig"), "uhd.slicing"), "DEFAULT": "uhd.slicing.adaptive"}
+)

@@ -3,6 +3,25 @@
 Points are (y, x) and boxes (top, left, bottom, right), in px with edges at whole numbers: pixel i covers [i, i + 1).
 Everything is computed in fractions, so a map followed by its inverse gives the number one started with, exactly.
 Call ``float`` on the results to draw them. Every map takes a point or a box.
+
+>>> from uhd.slicing import plan
+>>> page = plan((1008, 672))  # 3 x 2 slices of 336 px, then the overview
+>>> [float(side) for side in view_box(page, 1)]
+[0.0, 336.0, 336.0, 672.0]
+>>> [float(side) for side in image_to_view(page, 1, (100, 400))]
+[100.0, 64.0]
+>>> view_to_image(page, 1, (100, 64)) == (100, 400)
+True
+>>> [float(side) for side in image_to_canvas(page, 1, (252, 504))]
+[101.5, 199.5]
+>>> [(hit.view, hit.patch) for hit in locate(page, (100, 400))]
+[(1, (7, 4)), (6, (2, 11))]
+>>> patch_index(page, 1, (7, 4)), patch_at(page, 748)
+(748, (1, (7, 4)))
+>>> [float(side) for side in patch_box(page, 1, (7, 4))]
+[98.0, 392.0, 112.0, 406.0]
+>>> token_range(page, 1), view_of_token(page, 127)
+(range(64, 128), 1)
 """
 
 from __future__ import annotations

@@ -6,12 +6,12 @@ of ``torch.utils.flop_counter``, against which the formulas are tested. Norms, a
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+from uhd.settings import unknown_name
 from uhd.slicing.plan import SlicePlan
 
 
@@ -131,9 +131,7 @@ def named(shape: str | _Shape, known: Mapping[str, _Shape]) -> _Shape:
     if not isinstance(shape, str):
         return shape
     if shape not in known:
-        near = difflib.get_close_matches(shape, known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"no model named {shape!r}: {hint}There are {', '.join(known)}; or give its shape")
+        raise unknown_name("model", shape, known, f"There are {', '.join(known)}; or give its shape")
     return known[shape]
 
 
@@ -142,6 +140,9 @@ def vit_flops(patches: int, vit: ViTShape | str, *, patch_size: int = 14, channe
 
     ``2 * patches * channels * p^2 * D + depth * (2 * n * (4 D^2 + 2 D * mlp) + 4 * n^2 * D)``; after a compressor
     (see :func:`window_flops`) a quarter of the patches.
+
+    >>> f"{vit_flops(576, 'clip-l') / 1e9:.0f} GFLOPs"
+    '366 GFLOPs'
     """
     vit = named(vit, VITS)
     total = 2 * patches * channels * patch_size**2 * vit.width
@@ -177,6 +178,9 @@ def resampler_flops(patches: int, vision_width: int, resampler: ResamplerShape |
 
     Raises:
         ValueError: The resampler works on windows: see :func:`spatial_flops` and :func:`pyramid_flops`.
+
+    >>> f"{resampler_flops(576, 1024, 'perceiver-64', width=4096) / 1e9:.0f} GFLOPs"
+    '51 GFLOPs'
     """
     resampler = named(resampler, RESAMPLERS)
     after = {"perceiver": 4, "rewrite": 10}[_known(resampler.kind, ("perceiver", "rewrite"), "kind")]
@@ -270,7 +274,11 @@ def _known(name: str, names: Iterable[str], what: str) -> str:
 
 
 def mlp_flops(features: int, vision_width: int, *, width: int) -> int:
-    """LLaVA-1.5's projector, two layers: ``2 n (D_v D + D^2)``."""
+    """LLaVA-1.5's projector, two layers: ``2 n (D_v D + D^2)``.
+
+    >>> f"{mlp_flops(576, 1024, width=4096) / 1e9:.0f} GFLOPs"
+    '24 GFLOPs'
+    """
     return 2 * features * (vision_width * width + width * width)
 
 
@@ -278,6 +286,9 @@ def lm_flops(tokens: int, lm: LMShape | str, *, head: bool = False) -> int:
     """Prefill of T positions; ``head`` adds the output head on all of them.
 
     ``depth * (2 T (2 D^2 + 2 D * kv_width + 3 D * mlp) + 4 T^2 D) + [2 T D * vocab]``
+
+    >>> f"{lm_flops(576, 'llama-7b') / 1e12:.1f} TFLOPs"
+    '7.6 TFLOPs'
     """
     lm = named(lm, LMS)
     block = 2 * tokens * (2 * lm.width**2 + 2 * lm.width * lm.kv_width + 3 * lm.width * lm.mlp)
@@ -313,6 +324,10 @@ def plan_flops(
 
     Raises:
         ValueError: No such model; a view that the ViT or the merger cannot halve as often as it does.
+
+    >>> from uhd.slicing import plan
+    >>> f"{plan_flops(plan((1008, 672)), resampler='perceiver-64').total / 1e12:.1f} TFLOPs"
+    '14.8 TFLOPs'
     """
     vit, lm = named(vit, VITS), named(lm, LMS)
     encoder = compressor = 0

@@ -12,18 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from uhd.slicing.config import SlicingConfig, positive_int
+from uhd.slicing.config import positive_int
 from uhd.slicing.flops import Flops, LMShape, ResamplerShape, ViTShape, plan_flops
-from uhd.slicing.plan import MAX_SIDE, Canvas, SlicePlan, check_size, plan
-
-if TYPE_CHECKING:
-    from uhd.slicing.strategies import Rule, StrategyConfig
-
-    AnyRule = SlicingConfig | StrategyConfig | Rule | str
+from uhd.slicing.plan import MAX_SIDE, Canvas, SlicePlan, check_size
+from uhd.slicing.rules import SlicingLike, plan
 
 _MOST_CELLS = 1 << 24  # rectangles that overlapping views may divide an image into
 
@@ -94,6 +90,10 @@ def measure(
         ValueError: Views in general position divide the image into more than 2^24 rectangles; an unknown name; a
             budget that is no whole number of at least 1.
         TypeError: ``plan`` is none.
+
+    >>> found = measure(plan((1008, 1344), "llava-1.5"))
+    >>> round(found.padding, 3), round(found.resolution_kept, 3), found.tokens
+    (0.25, 0.062, 576)
     """
     if not isinstance(plan, SlicePlan):
         raise TypeError(f"a SlicePlan is measured, got {type(plan).__name__}: uhd.plan(image_hw, rule) makes one")
@@ -176,7 +176,11 @@ def _shown(canvas: Canvas, image_hw: tuple[int, int]) -> _Shown:
 
 
 def share_seen(plan: SlicePlan) -> float:
-    """Share of the image that lies in any view, slice or overview."""
+    """Share of the image that lies in any view, slice or overview.
+
+    >>> share_seen(plan((336, 672), "clip"))
+    0.5
+    """
     cells = _cells(_views(plan, {canvas.kind for canvas in plan.canvases}))
     return float(cells.areas[cells.seen].sum()) / math.prod(plan.image_hw)
 
@@ -282,13 +286,16 @@ class Violations(NamedTuple):
     refused: int
 
 
-def cliffs(rule: AnyRule, sizes_hw: Iterable[Sequence[int]], *, threshold: float = 1.1) -> Cliffs:
+def cliffs(rule: SlicingLike, sizes_hw: Iterable[Sequence[int]], *, threshold: float = 1.1) -> Cliffs:
     """J = max(T(h, w), T(h, w + 1)) / min(the same), over sizes: what one more column of px costs.
 
     Args:
         rule: A name, a config, or your function.
         sizes_hw: (height, width) pairs, px.
         threshold: J from which on it counts as a cliff.
+
+    >>> cliffs("internvl", [(448, 448), (500, 900)]).worst
+    1.0
     """
     pairs, refused = _token_pairs(rule, sizes_hw, lambda h, w: (h, w + 1))
     if not pairs:
@@ -306,19 +313,26 @@ def cliffs(rule: AnyRule, sizes_hw: Iterable[Sequence[int]], *, threshold: float
     )
 
 
-def transposition_violations(rule: AnyRule, sizes_hw: Iterable[Sequence[int]]) -> Violations:
-    """Share of sizes with T(h, w) != T(w, h): turning the page by 90 degrees changes its price."""
+def transposition_violations(rule: SlicingLike, sizes_hw: Iterable[Sequence[int]]) -> Violations:
+    """Share of sizes with T(h, w) != T(w, h): turning the page by 90 degrees changes its price.
+
+    >>> transposition_violations("llava-uhd", [(500, 900), (300, 1200)]).share
+    0.0
+    """
     pairs, refused = _token_pairs(rule, sizes_hw, lambda h, w: (w, h))
     return _violations([(size, abs(a - b)) for size, a, b in pairs], refused)
 
 
 def monotonicity_violations(
-    rule: AnyRule, sizes_hw: Iterable[Sequence[int]], *, factor: float = 1.1, tolerance: float = 0.02
+    rule: SlicingLike, sizes_hw: Iterable[Sequence[int]], *, factor: float = 1.1, tolerance: float = 0.02
 ) -> Violations:
     """Share of sizes where enlarging both sides by ``factor`` (rounded to px) lowers T by more than ``tolerance``.
 
     Raises:
         ValueError: ``factor`` is below 1.
+
+    >>> monotonicity_violations("internvl", [(500, 900), (300, 1200)]).share
+    0.0
     """
     if not factor >= 1:
         raise ValueError(f"factor enlarges, so it is at least 1, got {factor!r}")
@@ -330,7 +344,7 @@ def monotonicity_violations(
     return _violations([(size, max((1 - tolerance) * a - b, 0)) for size, a, b in pairs], refused)
 
 
-def _token_pairs(rule: AnyRule, sizes_hw: Iterable[Sequence[int]], other: Any) -> tuple[list, int]:
+def _token_pairs(rule: SlicingLike, sizes_hw: Iterable[Sequence[int]], other: Any) -> tuple[list, int]:
     """((height, width), its T, T of ``other(height, width)``) where the rule plans both; how often it did not."""
     pairs, refused = [], 0
     for size in map(check_size, sizes_hw):
@@ -366,11 +380,14 @@ class Summary(NamedTuple):
     refused: int
 
 
-def summarize(rule: AnyRule, sizes_hw: Iterable[Sequence[int]], **system: Any) -> Summary:
+def summarize(rule: SlicingLike, sizes_hw: Iterable[Sequence[int]], **system: Any) -> Summary:
     """Medians, means and extremes of :func:`measure` over sizes; ``system`` are its ``vit``, ``resampler``, ``lm``.
 
     Raises:
         ValueError: The rule refuses every size.
+
+    >>> summarize("llava-uhd", [(500, 900), (300, 1200)]).tokens_max
+    324
     """
     found, refused = [], 0
     for size in map(check_size, sizes_hw):

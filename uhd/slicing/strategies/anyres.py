@@ -17,9 +17,11 @@ from uhd.slicing.strategies.base import (
     centred,
     finish,
     fit,
+    rule_of,
     single,
     tiled,
 )
+from uhd.slicing.strategies.fixed import SquarePadConfig
 from uhd.slicing.strategies.selectors import Grids, best_resolution, grids_up_to
 
 _NEXT = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
@@ -55,18 +57,25 @@ class AnyResConfig(StrategyConfig):
     unpad_rounding: str = "transformers"
     square_fill: tuple[int, int, int] = GRAY
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.unpad_rounding not in ("transformers", "original"):
-            raise ValueError(f"unpad_rounding must be 'transformers' or 'original', got {self.unpad_rounding!r}")
-        if not self.grids:
-            raise ValueError("grids must hold at least one (rows, columns)")
+    choices: ClassVar = {"unpad_rounding": ("transformers", "original")}
+    learned = ("newline",)
 
-    @property
-    def learned(self) -> tuple[str, ...]:
-        return ("newline",)
+    # LLaVA-OneVision alone bounds its maps; source of both modes: transformers, models/llava_onevision/
+    def for_images(self, num_images: int) -> StrategyConfig:
+        if self.max_tiles is None or num_images < 2:
+            return self
+        name = f"{self.name}-multi-image"
+        return SquarePadConfig(
+            name, self.patch_size, self.tile, self.square_fill, newline=True, resample=self.resample
+        )
+
+    def for_video(self) -> VideoFrameConfig | None:
+        if self.max_tiles is None:
+            return None
+        return VideoFrameConfig(f"{self.name}-video", self.patch_size, self.tile, resample=self.resample)
 
 
+@rule_of(AnyResConfig)
 def anyres(image_hw: Size, config: AnyResConfig) -> SlicePlan:
     """Fit the image into the canvas that keeps most pixels, centre it on black, cut tiles; the stretched image first.
 
@@ -150,11 +159,15 @@ def threshold_tokens(num_slices: int, tokens: int, threshold: int) -> int:
     """Tokens of each of ``num_slices + 1`` crops: ``tokens``, or ``threshold // (num_slices + 1)`` where that is less.
 
     Source: LLaVA-OneVision (arXiv 2408.03326), Higher AnyRes: L = (a * b + 1) * T against the threshold.
+
+    >>> threshold_tokens(9, 729, 7290), threshold_tokens(16, 729, 7290)
+    (729, 428)
     """
     crops = num_slices + 1
     return tokens if crops * tokens <= threshold else threshold // crops
 
 
+@rule_of(ThresholdConfig)
 def anyres_threshold(image_hw: Size, config: ThresholdConfig) -> SlicePlan:
     """AnyRes tiles, and every view's features resized so that all views together keep a hard cap on tokens.
 
@@ -192,11 +205,13 @@ class VideoFrameConfig(StrategyConfig):
     tile: int = 384
     pool: int = 2
 
-    @property
-    def learned(self) -> tuple[str, ...]:
-        return ("newline",)
+    learned = ("newline",)
+
+    def for_video(self) -> VideoFrameConfig:
+        return self
 
 
+@rule_of(VideoFrameConfig)
 def video_frame(image_hw: Size, config: VideoFrameConfig) -> SlicePlan:
     """Stretch the frame to one view and resize its feature map (bilinear) to half its sides, rounded up.
 
@@ -217,6 +232,9 @@ def video_tokens(num_frames: int, config: VideoFrameConfig | None = None) -> int
 
     Raises:
         ValueError: A negative number of frames.
+
+    >>> video_tokens(8)
+    1569
     """
     if num_frames < 0:
         raise ValueError(f"a video has at least 0 frames, got {num_frames}")
@@ -240,11 +258,14 @@ class DeepSeekVL2Config(StrategyConfig):
     merge: int = 2
     cropping: bool = True
 
-    @property
-    def learned(self) -> tuple[str, ...]:
-        return ("newline", "separator")
+    learned = ("newline", "separator")
+
+    def for_images(self, num_images: int) -> DeepSeekVL2Config:
+        """Without crops from three images on, as ``tokenize_with_images`` of the release does."""
+        return self if num_images < 3 else self.replace(cropping=False)
 
 
+@rule_of(DeepSeekVL2Config)
 def deepseek_vl2(image_hw: Size, config: DeepSeekVL2Config) -> SlicePlan:
     """Fit the image into the best of 23 canvases, centred on gray, and cut; the letterboxed whole image first.
 
@@ -344,6 +365,7 @@ class AriaPortConfig(StrategyConfig):
             raise ValueError(f"tile must be {self.cell} or {2 * self.cell} px (once or twice cell), got {self.tile}")
 
 
+@rule_of(AriaPortConfig)
 def aria_port(image_hw: Size, config: AriaPortConfig) -> SlicePlan:
     """AnyRes over 19 canvases of 490 px cells, cut into ``tile`` px, each crop fitted and padded; no overview.
 
@@ -384,68 +406,45 @@ def kept_ratio(image_hw: Size, side: int, min_side: int, tokens: int) -> Canvas:
     return single("overview", (side, side), tokens, content_hw=content_hw, fill=BLACK)
 
 
-STRATEGIES = {
-    **by_name(
-        anyres,
-        (AnyResConfig("llava-next-anyres-336"), "best of 5 canvases of 336 px tiles, un-padded; LLaVA-NeXT"),
-        (
-            AnyResConfig("llava-next-anyres-336-repo-order", grids=_swapped(_NEXT), unpad_rounding="original"),
-            "the same with the axis order and rounding of LLaVA-NeXT's own code",
-        ),
-        (
-            AnyResConfig("llava-onevision-anyres-max-9", 14, 384, _SIX_BY_SIX, 9),
-            "best of 36 canvases of 384 px tiles, features bounded to 9 tiles; LLaVA-OneVision",
-        ),
-        (
-            AnyResConfig("llava-onevision-anyres-max-4", 14, 384, _SIX_BY_SIX, 4),
-            "the same, features bounded to 4 tiles",
-        ),
-        (
-            AnyResConfig(
-                "llava-onevision-anyres-max-9-repo-order",
-                14,
-                384,
-                _swapped(_SIX_BY_SIX),
-                9,
-                unpad_rounding="original",
-            ),
-            "bounded to 9 tiles, with the axis order and rounding of LLaVA-NeXT's own code",
-        ),
-        (
-            AnyResConfig("granite4-vision-anyres-384", 16, 384, _UP_TO_TEN, rate=(4, 8)),
-            "best of 27 canvases of 384 px tiles, features halved per side; Granite 4 Vision",
-        ),
-        (
-            AnyResConfig("granite-vision-3-anyres-384", 14, 384, _UP_TO_TEN),
-            "best of 27 canvases of 384 px tiles; Granite Vision 3",
-        ),
+STRATEGIES = by_name(
+    (AnyResConfig("llava-next-anyres-336"), "best of 5 canvases of 336 px tiles, un-padded; LLaVA-NeXT"),
+    (
+        AnyResConfig("llava-next-anyres-336-repo-order", grids=_swapped(_NEXT), unpad_rounding="original"),
+        "the same with the axis order and rounding of LLaVA-NeXT's own code",
     ),
-    **by_name(
-        anyres_threshold,
-        (ThresholdConfig("llava-onevision-threshold"), "the paper's per-crop token threshold of 7290"),
+    (
+        AnyResConfig("llava-onevision-anyres-max-9", 14, 384, _SIX_BY_SIX, 9),
+        "best of 36 canvases of 384 px tiles, features bounded to 9 tiles; LLaVA-OneVision",
     ),
-    **by_name(
-        video_frame,
-        (VideoFrameConfig("llava-onevision-video"), "a video's frame: 384 px, 196 tokens; LLaVA-OneVision"),
-    ),
-    **by_name(
-        deepseek_vl2,
-        (DeepSeekVL2Config("deepseek-vl2-384"), "best of 23 canvases of 384 px tiles on gray; DeepSeek-VL2"),
-        (
-            DeepSeekVL2Config("deepseek-vl2-384-uncropped", cropping=False),
-            "one tile and the overview: DeepSeek-VL2 with more than two images",
+    (AnyResConfig("llava-onevision-anyres-max-4", 14, 384, _SIX_BY_SIX, 4), "the same, features bounded to 4 tiles"),
+    (
+        AnyResConfig(
+            "llava-onevision-anyres-max-9-repo-order", 14, 384, _swapped(_SIX_BY_SIX), 9, unpad_rounding="original"
         ),
+        "bounded to 9 tiles, with the axis order and rounding of LLaVA-NeXT's own code",
     ),
-    **by_name(
-        aria_port,
-        (AriaPortConfig("aria-980"), "one padded 980 px view; Aria in transformers, not split"),
-        (AriaPortConfig("aria-980-split", split=True), "19 canvases of 490 px cells in 980 px views; the port"),
-        (
-            AriaPortConfig("aria-490-split", tile=490, split=True, tokens=128),
-            "19 canvases of 490 px tiles, no overview; Aria in transformers",
-        ),
+    (
+        AnyResConfig("granite4-vision-anyres-384", 16, 384, _UP_TO_TEN, rate=(4, 8)),
+        "best of 27 canvases of 384 px tiles, features halved per side; Granite 4 Vision",
     ),
-}
+    (
+        AnyResConfig("granite-vision-3-anyres-384", 14, 384, _UP_TO_TEN),
+        "best of 27 canvases of 384 px tiles; Granite Vision 3",
+    ),
+    (ThresholdConfig("llava-onevision-threshold"), "the paper's per-crop token threshold of 7290"),
+    (VideoFrameConfig("llava-onevision-video"), "a video's frame: 384 px, 196 tokens; LLaVA-OneVision"),
+    (DeepSeekVL2Config("deepseek-vl2-384"), "best of 23 canvases of 384 px tiles on gray; DeepSeek-VL2"),
+    (
+        DeepSeekVL2Config("deepseek-vl2-384-uncropped", cropping=False),
+        "one tile and the overview: DeepSeek-VL2 with more than two images",
+    ),
+    (AriaPortConfig("aria-980"), "one padded 980 px view; Aria in transformers, not split"),
+    (AriaPortConfig("aria-980-split", split=True), "19 canvases of 490 px cells in 980 px views; the port"),
+    (
+        AriaPortConfig("aria-490-split", tile=490, split=True, tokens=128),
+        "19 canvases of 490 px tiles, no overview; Aria in transformers",
+    ),
+)
 ALIASES = {
     "llava-next": "llava-next-anyres-336",
     "llava-1.6": "llava-next-anyres-336",

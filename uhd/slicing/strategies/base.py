@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
-from uhd.slicing.config import MAX_VIEWS
-from uhd.slicing.plan import Box, Canvas, Packing, SlicePlan
+from uhd.settings import as_tuples, check_choice
+from uhd.slicing.config import MAX_VIEWS, Slicing
+from uhd.slicing.plan import Box, Canvas, Packing, SlicePlan, check_size
 
 LARGEST_PAD = 13_312
 """Longest side, px, of a square that is padded at the image's own size before it is shrunk: 177 million pixels."""
@@ -20,11 +23,12 @@ FILTERS = ("bicubic", "bilinear", "lanczos")
 """Names of filters that a plan may carry."""
 
 Size = tuple[int, int]
+Function = Callable[[Size, Any], SlicePlan]
 
 
 @dataclass(frozen=True)
-class StrategyConfig:
-    """Settings of one rule. Frozen, hashable, JSON-able.
+class StrategyConfig(Slicing):
+    """Settings of one rule of another system. Frozen, hashable, JSON-able.
 
     Attributes:
         name: Carried into every plan.
@@ -43,83 +47,115 @@ class StrategyConfig:
     resample: str = field(default="bicubic", kw_only=True)
     antialias: bool = field(default=True, kw_only=True)
 
+    function: ClassVar[Function]
+    """(height, width) and these settings -> plan; :func:`rule_of` sets it."""
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """The values of a setting that has only some."""
     grows: ClassVar[tuple[str, ...]] = ()
     """Lengths, px, that keep their ratio to ``tile``."""
     view_sides: ClassVar[tuple[str, ...]] = ()
     """The same for sides of other views, which become whole patches."""
 
     def __post_init__(self) -> None:
-        if self.resample not in FILTERS:
-            raise ValueError(f"resample must be one of {', '.join(FILTERS)}, got {self.resample!r}")
         for f in fields(self):
             where, value = f"{f.name} of {type(self).__name__}", getattr(self, f.name)
             object.__setattr__(self, f.name, _checked(where, value, f.default))
+        for name, choices in {"resample": FILTERS, **self.choices}.items():
+            check_choice(name, getattr(self, name), choices)
+        for least, most in (("min_tiles", "max_tiles"), ("min_pixels", "max_pixels")):
+            if getattr(self, least, 0) > (getattr(self, most, None) or math.inf):
+                raise ValueError(f"{least} {getattr(self, least)} is above {most} {getattr(self, most)}")
         most = getattr(self, "max_tiles", None)
         if most is not None and most > MAX_VIEWS:
             raise ValueError(f"max_tiles is at most {MAX_VIEWS}, got {most}: a plan lists every tile")
         for name in ("grids", "rate"):
             if min(_leaves(getattr(self, name, ())), default=1) < 1:
                 raise ValueError(f"{name} of {type(self).__name__} must be positive, got {getattr(self, name)!r:.60}")
+        if not getattr(self, "grids", True):
+            raise ValueError("grids must hold at least one (rows, columns)")
         if getattr(self, "tile", self.patch_size) < self.patch_size:
             raise ValueError(f"tile {self.tile} px is smaller than a patch of {self.patch_size} px")
 
     @property
-    def learned(self) -> tuple[str, ...]:
-        """The learned embeddings that its plans' packings may need: ``"newline"``, ``"separator"``."""
-        return ()
+    def view_side(self) -> int | None:
+        return getattr(self, "tile", None)
 
-    @property
-    def nested(self) -> bool:
-        """Whether its token counts are a resampler's: a view that it counts fewer for takes the first latents only."""
-        return False
+    def plan(self, image_hw: Size) -> SlicePlan:
+        return _planned(check_size(image_hw), self)
 
-    def replace(self, **changes: Any) -> StrategyConfig:
-        """A copy with some fields changed."""
-        return replace(self, **changes)
+    def capped(self, max_slices: int) -> StrategyConfig | None:
+        names = {f.name for f in fields(self)}
+        if "grids" in names:
+            grids = tuple(grid for grid in self.grids if math.prod(grid) <= max_slices)
+            return self.replace(grids=grids) if grids else None
+        if "max_tiles" not in names or max_slices >= self.max_tiles:
+            return self if "max_tiles" in names else None
+        least = {"min_tiles": min(self.min_tiles, max_slices)} if "min_tiles" in names else {}
+        return self.replace(max_tiles=max_slices, **least)
 
-    def for_vision(self, *, image_size: int, patch_size: int) -> StrategyConfig:
-        """The same rule for another backbone, e.g. SigLIP's ``image_size=384, patch_size=14``.
+    def for_vision(self, *, image_size: int | None, patch_size: int) -> StrategyConfig:
+        """The same rule for another vision encoder, e.g. SigLIP's ``image_size=384, patch_size=14``.
 
         ``tile`` becomes ``image_size``, and every length that the rule states beside it keeps its ratio to ``tile``
         (:attr:`grows`, :attr:`view_sides`): an image twice as large is cut alike with tiles twice as large. A rule
         without ``tile`` has no view size of its own and keeps its bounds, in px or patches; only the patch changes.
         Numbers of tokens that a config states rather than derives are kept.
+
+        >>> from uhd.slicing import strategy
+        >>> strategy("internvl").for_vision(image_size=384, patch_size=16).plan((600, 1000)).slice_hw
+        (384, 384)
         """
-        tile = getattr(self, "tile", None)
+        tile = self.view_side
         if tile is None:
-            return replace(self, patch_size=patch_size)
+            return self.replace(patch_size=patch_size)
+        image_size = image_size or tile
         lengths = {name: max(round(getattr(self, name) * image_size / tile), 1) for name in self.grows}
         sides = {
             name: max(round(getattr(self, name) * image_size / tile / patch_size), 1) * patch_size
             for name in self.view_sides
         }
-        return replace(self, tile=image_size, patch_size=patch_size, **lengths, **sides)
+        return self.replace(tile=image_size, patch_size=patch_size, **lengths, **sides)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types with the config's class under ``"rule"``; the inverse is
-        :func:`uhd.slicing.strategies.config_from_dict`."""
-        return {"rule": type(self).__name__, **asdict(self)}
+        :func:`uhd.slicing.rules.slicing_from_dict`."""
+        return {"rule": type(self).__name__, **super().to_dict()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> StrategyConfig:
-        """From what :meth:`to_dict` gave, also after JSON text; an unknown key raises ``ValueError``."""
-        unknown = sorted(set(data) - {f.name for f in fields(cls)} - {"rule"})
-        if unknown:
-            raise ValueError(f"unknown settings {unknown} for {cls.__name__}; known: {[f.name for f in fields(cls)]}")
-        return cls(**{key: _tuples(value) for key, value in data.items() if key != "rule"})
+        return super().from_dict({key: value for key, value in data.items() if key != "rule"})
+
+
+@lru_cache(maxsize=16384)
+def _planned(image_hw: Size, config: StrategyConfig) -> SlicePlan:
+    return config.function(image_hw, config)
 
 
 class Strategy(NamedTuple):
-    """A named rule: ``function(image_hw, config)`` is the plan, ``summary`` one line about it."""
+    """A named rule: its settings, and one line about it."""
 
     config: StrategyConfig
-    function: Callable[[Size, Any], SlicePlan]
     summary: str
 
+    @property
+    def function(self) -> Function:
+        """``function(image_hw, config)`` is the plan."""
+        return self.config.function
 
-def by_name(function: Callable[[Size, Any], SlicePlan], *entries: tuple[StrategyConfig, str]) -> dict[str, Strategy]:
-    """Several configs of one function, by their names."""
-    return {config.name: Strategy(config, function, summary) for config, summary in entries}
+
+def rule_of(config: type[StrategyConfig]) -> Callable[[Function], Function]:
+    """Make a function the rule that the settings of one class are for."""
+
+    def decorate(function: Function) -> Function:
+        config.function = staticmethod(function)
+        return function
+
+    return decorate
+
+
+def by_name(*entries: tuple[StrategyConfig, str]) -> dict[str, Strategy]:
+    """Settings, each with one line about them, by their names."""
+    return {config.name: Strategy(config, summary) for config, summary in entries}
 
 
 def _checked(where: str, value: Any, default: Any) -> Any:
@@ -127,7 +163,7 @@ def _checked(where: str, value: Any, default: Any) -> Any:
 
     Settings that default to ``None`` are optional whole numbers, or pairs of them.
     """
-    value = _tuples(value)  # configs are hashed
+    value = as_tuples(value)  # configs are hashed
     if default is None:
         if value is None:
             return None
@@ -161,10 +197,6 @@ def _alike(value: Any, default: tuple) -> bool:
 def _leaves(value: Any) -> Iterator[int]:
     for part in value:
         yield from _leaves(part) if isinstance(part, tuple) else (part,)
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def finish(
@@ -281,7 +313,11 @@ def check_views(count: int) -> None:
 
 
 def fit(image_hw: Size, box_hw: Size, rounding: Callable[[float], int]) -> Size:
-    """The image's largest size inside a box, aspect kept; the free side is rounded, and at most the box's."""
+    """The image's largest size inside a box, aspect kept; the free side is rounded, and at most the box's.
+
+    >>> fit((600, 1000), (448, 448), round)
+    (269, 448)
+    """
     height, width = image_hw
     scale_h, scale_w = box_hw[0] / height, box_hw[1] / width
     if scale_w < scale_h:
@@ -290,7 +326,11 @@ def fit(image_hw: Size, box_hw: Size, rounding: Callable[[float], int]) -> Size:
 
 
 def centred(content_hw: Size, size_hw: Size) -> Size:
-    """Offset of content in the middle of a canvas; an odd pixel goes to the bottom or right."""
+    """Offset of content in the middle of a canvas; an odd pixel goes to the bottom or right.
+
+    >>> centred((269, 448), (448, 448))
+    (89, 0)
+    """
     return (size_hw[0] - content_hw[0]) // 2, (size_hw[1] - content_hw[1]) // 2
 
 
@@ -323,5 +363,9 @@ def at_least_one(rounding: Callable[[float], int]) -> Callable[[float], int]:
 
 
 def ceil_div(count: int, step: int) -> int:
-    """``count / step`` rounded up."""
+    """``count / step`` rounded up.
+
+    >>> ceil_div(27, 2)
+    14
+    """
     return -(-count // step)

@@ -17,6 +17,7 @@ from uhd.slicing.strategies.base import (
     finish,
     padded_square,
     refuse,
+    rule_of,
     single,
     tiled,
 )
@@ -43,6 +44,7 @@ class Idefics3Config(StrategyConfig):
     grows: ClassVar[tuple[str, ...]] = ("longest",)
 
 
+@rule_of(Idefics3Config)
 def idefics3(image_hw: Size, config: Idefics3Config) -> SlicePlan:
     """Bring the longer side to a fixed length, stretch both sides up to multiples of a tile, cut; overview last.
 
@@ -94,6 +96,7 @@ class Idefics2Config(StrategyConfig):
     resample: str = field(default="bilinear", kw_only=True)
 
 
+@rule_of(Idefics2Config)
 def idefics2(image_hw: Size, config: Idefics2Config) -> SlicePlan:
     """One view: shrunk to the longest side allowed, then each side raised to the shortest; or with four quarters.
 
@@ -141,12 +144,8 @@ class AnchorConfig(StrategyConfig):
     grids: Grids = ()
     tokens: int = 65
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.grids:
-            raise ValueError("grids must hold at least one (rows, columns)")
 
-
+@rule_of(AnchorConfig)
 def shape_adaptive(image_hw: Size, config: AnchorConfig) -> SlicePlan:
     """Stretch the image to the anchor whose box overlaps it best, in shape first and then in size; overview first.
 
@@ -182,6 +181,7 @@ class PanAndScanConfig(StrategyConfig):
     grows: ClassVar[tuple[str, ...]] = ("min_crop",)
 
 
+@rule_of(PanAndScanConfig)
 def pan_and_scan(image_hw: Size, config: PanAndScanConfig) -> SlicePlan:
     """Cut an elongated image along its longer side only, stretch every crop and the whole image to a square view.
 
@@ -237,6 +237,7 @@ class Step3p7Config(StrategyConfig):
     view_sides: ClassVar[tuple[str, ...]] = ("overview_side",)
 
 
+@rule_of(Step3p7Config)
 def step3p7(image_hw: Size, config: Step3p7Config) -> SlicePlan:
     """Windows of a size that depends on the aspect, sides snapped to whole windows; stretched overview last.
 
@@ -308,6 +309,7 @@ class PerceptionLMConfig(StrategyConfig):
     max_tiles: int = 36
 
 
+@rule_of(PerceptionLMConfig)
 def perception_lm(image_hw: Size, config: PerceptionLMConfig) -> SlicePlan:
     """Stretch the image over the largest canvas that holds it, else over the nearest aspect with most tiles.
 
@@ -368,49 +370,31 @@ _UP_TO_20 = (
     *((2, 9), (3, 6), (6, 3), (9, 2), (2, 10), (4, 5), (5, 4), (10, 2)),
 )
 
-STRATEGIES = {
-    **by_name(
-        idefics3,
-        (Idefics3Config("idefics3-364"), "longer side to 1456 px, 364 px tiles, overview last; Idefics3"),
-        (
-            Idefics3Config("smolvlm-384", 14, 384, 1536, 81),
-            "longer side to 1536 px, 384 px tiles, overview last; SmolVLM 2B",
-        ),
-        (
-            Idefics3Config("smolvlm-512", 16, 512, 2048, 64),
-            "longer side to 2048 px, 512 px tiles, overview last; SmolVLM 256M and 500M",
-        ),
+STRATEGIES = by_name(
+    (Idefics3Config("idefics3-364"), "longer side to 1456 px, 364 px tiles, overview last; Idefics3"),
+    (
+        Idefics3Config("smolvlm-384", 14, 384, 1536, 81),
+        "longer side to 1536 px, 384 px tiles, overview last; SmolVLM 2B",
     ),
-    **by_name(
-        idefics2,
-        (Idefics2Config("idefics2-nosplit"), "one view of 378 to 980 px sides, 64 latents; Idefics2"),
-        (Idefics2Config("idefics2-split", split=True), "the same with four quarters before it"),
+    (
+        Idefics3Config("smolvlm-512", 16, 512, 2048, 64),
+        "longer side to 2048 px, 512 px tiles, overview last; SmolVLM 256M and 500M",
     ),
-    **by_name(
-        shape_adaptive,
-        (AnchorConfig("ureader-grid9-224", 14, 224, _UP_TO_9, 65), "best of 23 anchors of 224 px cells; UReader"),
-        (
-            AnchorConfig("docowl15-grid9-448", 14, 448, _UP_TO_9, 257),
-            "best of 23 anchors of 448 px cells; mPLUG-DocOwl1.5",
-        ),
-        (
-            AnchorConfig("docowl15-grid20-448", 14, 448, _UP_TO_20, 257),
-            "best of 48 anchors of 448 px cells; mPLUG-DocOwl1.5",
-        ),
+    (Idefics2Config("idefics2-nosplit"), "one view of 378 to 980 px sides, 64 latents; Idefics2"),
+    (Idefics2Config("idefics2-split", split=True), "the same with four quarters before it"),
+    (AnchorConfig("ureader-grid9-224", 14, 224, _UP_TO_9, 65), "best of 23 anchors of 224 px cells; UReader"),
+    (
+        AnchorConfig("docowl15-grid9-448", 14, 448, _UP_TO_9, 257),
+        "best of 23 anchors of 448 px cells; mPLUG-DocOwl1.5",
     ),
-    **by_name(
-        pan_and_scan,
-        (PanAndScanConfig("gemma3-896-pas"), "up to 4 crops along the longer side, stretched to 896 px; Gemma 3"),
+    (
+        AnchorConfig("docowl15-grid20-448", 14, 448, _UP_TO_20, 257),
+        "best of 48 anchors of 448 px cells; mPLUG-DocOwl1.5",
     ),
-    **by_name(
-        step3p7,
-        (Step3p7Config("step3p7-728-504"), "windows that follow the aspect, 728 px overview last; Step-3.7"),
-    ),
-    **by_name(
-        perception_lm,
-        (PerceptionLMConfig("perception-lm-448-max36"), "up to 36 stretched 448 px tiles, overview first"),
-    ),
-}
+    (PanAndScanConfig("gemma3-896-pas"), "up to 4 crops along the longer side, stretched to 896 px; Gemma 3"),
+    (Step3p7Config("step3p7-728-504"), "windows that follow the aspect, 728 px overview last; Step-3.7"),
+    (PerceptionLMConfig("perception-lm-448-max36"), "up to 36 stretched 448 px tiles, overview first"),
+)
 ALIASES = {
     "idefics3": "idefics3-364",
     "idefics2": "idefics2-nosplit",

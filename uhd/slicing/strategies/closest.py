@@ -20,6 +20,7 @@ from uhd.slicing.strategies.base import (
     finish,
     fit,
     refuse,
+    rule_of,
     single,
     tiled,
 )
@@ -43,14 +44,10 @@ class InternVLConfig(StrategyConfig):
     min_tiles: int = 1
     overview: str = "last"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.min_tiles > self.max_tiles:
-            raise ValueError(f"min_tiles {self.min_tiles} is above max_tiles {self.max_tiles}")
-        if self.overview not in ("first", "last", "none"):
-            raise ValueError(f"overview must be 'first', 'last' or 'none', got {self.overview!r}")
+    choices: ClassVar = {"overview": ("first", "last", "none")}
 
 
+@rule_of(InternVLConfig)
 def internvl(image_hw: Size, config: InternVLConfig) -> SlicePlan:
     """Stretch the image to the grid of the closest aspect ratio and cut it; a cut image also has a stretched overview.
 
@@ -100,6 +97,7 @@ class OcrConfig(StrategyConfig):
         return ("newline", "separator") if self.newline else ("separator",)
 
 
+@rule_of(OcrConfig)
 def ocr(image_hw: Size, config: OcrConfig) -> SlicePlan:
     """An image longer than a tile is stretched to the grid of the closest aspect ratio; a letterboxed overview, last.
 
@@ -164,13 +162,15 @@ class Lfm2Config(StrategyConfig):
     max_tiles: int = 10
     resample: str = field(default="bilinear", kw_only=True)
 
-    def for_vision(self, *, image_size: int, patch_size: int) -> Lfm2Config:
+    def for_vision(self, *, image_size: int | None, patch_size: int) -> Lfm2Config:
         """As for other rules; ``min_tokens`` and ``max_tokens`` stand for areas, which grow with that of a tile."""
+        image_size = image_size or self.tile
         units = (image_size / (patch_size * self.merge)) ** 2 / (self.tile / (self.patch_size * self.merge)) ** 2
         tokens = {name: max(round(getattr(self, name) * units), 1) for name in ("min_tokens", "max_tokens")}
-        return replace(self, tile=image_size, patch_size=patch_size, **tokens)
+        return self.replace(tile=image_size, patch_size=patch_size, **tokens)
 
 
+@rule_of(Lfm2Config)
 def lfm2(image_hw: Size, config: Lfm2Config) -> SlicePlan:
     """A small image is one view at its own aspect; a large one is stretched to a grid, with such a view last.
 
@@ -212,11 +212,10 @@ class Phi4Config(StrategyConfig):
     max_tiles: int = 36
     resample: str = field(default="bilinear", kw_only=True)
 
-    @property
-    def learned(self) -> tuple[str, ...]:
-        return ("newline", "separator")
+    learned = ("newline", "separator")
 
 
+@rule_of(Phi4Config)
 def phi4(image_hw: Size, config: Phi4Config) -> SlicePlan:
     """Enough tiles for every pixel (above the cap: the closest aspect), fitted top left on white; overview last.
 
@@ -291,6 +290,7 @@ class Ovis2Config(StrategyConfig):
             raise ValueError(f"max_tiles of an Ovis2Config is at most 256, got {self.max_tiles}")
 
 
+@rule_of(Ovis2Config)
 def ovis2(image_hw: Size, config: Ovis2Config) -> SlicePlan:
     """Fewest slices of the original pixels that keep 90 % of the area when shrunk to ``tile``; overview first.
 
@@ -384,6 +384,7 @@ class AriaConfig(StrategyConfig):
     grows: ClassVar[tuple[str, ...]] = ("min_side",)
 
 
+@rule_of(AriaConfig)
 def aria(image_hw: Size, config: AriaConfig) -> SlicePlan:
     """Stretch the image to the grid of the closest aspect among 19 (no 1x1) and cut; the padded whole image first.
 
@@ -398,61 +399,43 @@ def aria(image_hw: Size, config: AriaConfig) -> SlicePlan:
     return finish(image_hw, config, (overview, slices))
 
 
-STRATEGIES = {
-    **by_name(
-        internvl,
-        *(
-            (
-                InternVLConfig(f"internvl-dynamic-448-max{most}", max_tiles=most),
-                f"closest aspect of up to {most} 448 px tiles, stretched, overview last; InternVL",
-            )
-            for most in (6, 12, 40)
-        ),
+STRATEGIES = by_name(
+    *(
         (
-            InternVLConfig("aya-vision-364-max12", tile=364),
-            "closest aspect of up to 12 364 px tiles, stretched, overview last; Aya Vision",
-        ),
-        (
-            InternVLConfig("ovis2-448-max9-closest", max_tiles=9, overview="first"),
-            "closest aspect of up to 9 448 px tiles, stretched, overview first; Ovis2's other mode",
-        ),
+            InternVLConfig(f"internvl-dynamic-448-max{most}", max_tiles=most),
+            f"closest aspect of up to {most} 448 px tiles, stretched, overview last; InternVL",
+        )
+        for most in (6, 12, 40)
     ),
-    **by_name(
-        ocr,
-        (OcrConfig("deepseek-ocr2"), "2 to 6 stretched 768 px tiles, 1024 px letterboxed overview; DeepSeek-OCR-2"),
-        (
-            OcrConfig("unlimited-ocr", tile=640, max_tiles=32, newline=True, uncut_grid=(1, 1)),
-            "2 to 32 stretched 640 px tiles, 1024 px letterboxed overview, newlines; Unlimited-OCR",
-        ),
+    (
+        InternVLConfig("aya-vision-364-max12", tile=364),
+        "closest aspect of up to 12 364 px tiles, stretched, overview last; Aya Vision",
     ),
-    **by_name(
-        lfm2,
-        (Lfm2Config("lfm2-vl-512"), "native up to 512 tokens, else 2 to 10 stretched 512 px tiles; LFM2-VL"),
+    (
+        InternVLConfig("ovis2-448-max9-closest", max_tiles=9, overview="first"),
+        "closest aspect of up to 9 448 px tiles, stretched, overview first; Ovis2's other mode",
     ),
-    **by_name(
-        phi4,
-        (Phi4Config("phi4-multimodal-448-hd36"), "up to 36 448 px tiles on white, padding dropped; Phi-4-multimodal"),
+    (OcrConfig("deepseek-ocr2"), "2 to 6 stretched 768 px tiles, 1024 px letterboxed overview; DeepSeek-OCR-2"),
+    (
+        OcrConfig("unlimited-ocr", tile=640, max_tiles=32, newline=True, uncut_grid=(1, 1)),
+        "2 to 32 stretched 640 px tiles, 1024 px letterboxed overview, newlines; Unlimited-OCR",
     ),
-    **by_name(
-        ovis2,
-        (
-            Ovis2Config("ovis2-original-448-max9"),
-            "fewest slices that keep 90 % of the pixels, each letterboxed; Ovis2 as trained",
-        ),
-        (
-            Ovis2Config("ovis2-448-max9-covering", transformers=True),
-            "the same grid transposed, the image stretched: Ovis2 in transformers",
-        ),
+    (Lfm2Config("lfm2-vl-512"), "native up to 512 tokens, else 2 to 10 stretched 512 px tiles; LFM2-VL"),
+    (Phi4Config("phi4-multimodal-448-hd36"), "up to 36 448 px tiles on white, padding dropped; Phi-4-multimodal"),
+    (
+        Ovis2Config("ovis2-original-448-max9"),
+        "fewest slices that keep 90 % of the pixels, each letterboxed; Ovis2 as trained",
     ),
-    **by_name(
-        aria,
-        (AriaConfig("aria-original-490-split"), "19 grids of stretched 490 px tiles, overview first; Aria as trained"),
-        (
-            AriaConfig("aria-original-980-split", tile=980, tokens=256),
-            "19 grids of stretched 980 px tiles, overview first; Aria as trained",
-        ),
+    (
+        Ovis2Config("ovis2-448-max9-covering", transformers=True),
+        "the same grid transposed, the image stretched: Ovis2 in transformers",
     ),
-}
+    (AriaConfig("aria-original-490-split"), "19 grids of stretched 490 px tiles, overview first; Aria as trained"),
+    (
+        AriaConfig("aria-original-980-split", tile=980, tokens=256),
+        "19 grids of stretched 980 px tiles, overview first; Aria as trained",
+    ),
+)
 ALIASES = {
     "internvl": "internvl-dynamic-448-max12",
     "internvl2": "internvl-dynamic-448-max12",

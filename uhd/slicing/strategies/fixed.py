@@ -13,6 +13,7 @@ from uhd.slicing.strategies.base import (
     by_name,
     finish,
     padded_square,
+    rule_of,
     single,
     tiled,
 )
@@ -33,6 +34,7 @@ class StretchConfig(StrategyConfig):
     tokens: int | None = None
 
 
+@rule_of(StretchConfig)
 def stretch(image_hw: Size, config: StretchConfig) -> SlicePlan:
     """Resize to ``tile`` x ``tile``, aspect ignored.
 
@@ -53,6 +55,7 @@ class CenterCropConfig(StrategyConfig):
     tile: int = 336
 
 
+@rule_of(CenterCropConfig)
 def center_crop(image_hw: Size, config: CenterCropConfig) -> SlicePlan:
     """Resize the shorter side to ``tile``, keep the aspect, and cut the middle square out.
 
@@ -90,6 +93,7 @@ class SquarePadConfig(StrategyConfig):
         return ("newline",) if self.newline else ()
 
 
+@rule_of(SquarePadConfig)
 def square_pad(image_hw: Size, config: SquarePadConfig) -> SlicePlan:
     """Pad to a square with the encoder's mean colour, the image in the middle, then resize to ``tile``.
 
@@ -120,6 +124,7 @@ class WindowsConfig(StrategyConfig):
     tokens: int = 256
 
 
+@rule_of(WindowsConfig)
 def fixed_windows(image_hw: Size, config: WindowsConfig) -> SlicePlan:
     """Stretch the image over ``grid`` windows of ``tile`` px, cut them, and add the whole image in one view, last.
 
@@ -136,34 +141,22 @@ def fixed_windows(image_hw: Size, config: WindowsConfig) -> SlicePlan:
     return finish(image_hw, config, (windows, replace(overview, view_filter=("bicubic", False))))
 
 
-STRATEGIES = {
-    **by_name(
-        stretch,
-        (StretchConfig("square-stretch-384", 14, 384), "stretched to 384 px, 729 tokens; SigLIP"),
-        (StretchConfig("blip2-224", 14, 224, tokens=32), "stretched to 224 px, 32 queries; BLIP-2, InstructBLIP"),
-        (StretchConfig("minigpt-v2-448", 14, 448, 2), "stretched to 448 px, 4 neighbours joined; MiniGPT-v2"),
-        (
-            StretchConfig("gemma3-896", 14, 896, 4, resample="bilinear"),
-            "stretched to 896 px, 256 tokens; Gemma 3 by default",
-        ),
+STRATEGIES = by_name(
+    (StretchConfig("square-stretch-384", 14, 384), "stretched to 384 px, 729 tokens; SigLIP"),
+    (StretchConfig("blip2-224", 14, 224, tokens=32), "stretched to 224 px, 32 queries; BLIP-2, InstructBLIP"),
+    (StretchConfig("minigpt-v2-448", 14, 448, 2), "stretched to 448 px, 4 neighbours joined; MiniGPT-v2"),
+    (
+        StretchConfig("gemma3-896", 14, 896, 4, resample="bilinear"),
+        "stretched to 896 px, 256 tokens; Gemma 3 by default",
     ),
-    **by_name(
-        center_crop,
-        (CenterCropConfig("clip-center-crop-336", 14, 336), "shorter side to 336 px, middle square; CLIP"),
+    (CenterCropConfig("clip-center-crop-336", 14, 336), "shorter side to 336 px, middle square; CLIP"),
+    (SquarePadConfig("llava15-pad-336", 14, 336), "padded to a square, 336 px; LLaVA-1.5"),
+    (
+        SquarePadConfig("llava-onevision-multi-image", 14, 384, GRAY, newline=True),
+        "padded to a square, 384 px, one newline; LLaVA-OneVision with several images in a sample",
     ),
-    **by_name(
-        square_pad,
-        (SquarePadConfig("llava15-pad-336", 14, 336), "padded to a square, 336 px; LLaVA-1.5"),
-        (
-            SquarePadConfig("llava-onevision-multi-image", 14, 384, GRAY, newline=True),
-            "padded to a square, 384 px, one newline; LLaVA-OneVision with several images in a sample",
-        ),
-    ),
-    **by_name(
-        fixed_windows,
-        (WindowsConfig("monkey-896"), "stretched to 896 px, four 448 px windows and an overview; Monkey"),
-    ),
-}
+    (WindowsConfig("monkey-896"), "stretched to 896 px, four 448 px windows and an overview; Monkey"),
+)
 ALIASES = {
     "clip": "clip-center-crop-336",
     "siglip": "square-stretch-384",

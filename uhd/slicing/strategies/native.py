@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from uhd.slicing.plan import SlicePlan
-from uhd.slicing.strategies.base import BLACK, Size, StrategyConfig, by_name, ceil_div, finish, refuse, single
+from uhd.slicing.strategies.base import BLACK, Size, StrategyConfig, by_name, ceil_div, finish, refuse, rule_of, single
 from uhd.slicing.strategies.selectors import smart_resize
 
 
@@ -37,14 +38,10 @@ class SmartResizeConfig(StrategyConfig):
     frames: int = 1
     enlarge: str = "none"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.enlarge not in ("none", "both", "each"):
-            raise ValueError(f"enlarge must be 'none', 'both' or 'each', got {self.enlarge!r}")
-        if self.min_pixels > self.max_pixels:
-            raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
+    choices: ClassVar = {"enlarge": ("none", "both", "each")}
 
 
+@rule_of(SmartResizeConfig)
 def native_smart_resize(image_hw: Size, config: SmartResizeConfig) -> SlicePlan:
     """Round each side to a multiple of patch * merge, then scale into a range of pixels.
 
@@ -80,6 +77,7 @@ class NaFlexConfig(StrategyConfig):
     resample: str = field(default="bilinear", kw_only=True)
 
 
+@rule_of(NaFlexConfig)
 def naflex(image_hw: Size, config: NaFlexConfig) -> SlicePlan:
     """The largest scale at which both sides, rounded up to patches, hold at most ``max_patches``, by bisection.
 
@@ -111,6 +109,7 @@ class PixtralConfig(StrategyConfig):
     merge: int = 1
 
 
+@rule_of(PixtralConfig)
 def pixtral(image_hw: Size, config: PixtralConfig) -> SlicePlan:
     """Shrink to the longest side allowed, floor, then stretch each side up to a multiple of patch * merge.
 
@@ -136,6 +135,7 @@ class FuyuConfig(StrategyConfig):
     resample: str = field(default="bilinear", kw_only=True)
 
 
+@rule_of(FuyuConfig)
 def fuyu(image_hw: Size, config: FuyuConfig) -> SlicePlan:
     """Shrink into 1080 x 1920, pad right and bottom to whole patches.
 
@@ -163,6 +163,7 @@ class Gemma4Config(StrategyConfig):
     pool: int = 3
 
 
+@rule_of(Gemma4Config)
 def gemma4(image_hw: Size, config: Gemma4Config) -> SlicePlan:
     """Scale the image, up or down, to the token budget; sides are floored to multiples of 48 px.
 
@@ -195,6 +196,7 @@ class KimiConfig(StrategyConfig):
     max_side: int = 512
 
 
+@rule_of(KimiConfig)
 def kimi(image_hw: Size, config: KimiConfig) -> SlicePlan:
     """Shrink within bounds on patches in all and per side, then pad right and bottom to multiples of 28 px.
 
@@ -222,6 +224,7 @@ class NemotronConfig(StrategyConfig):
     max_patches: int = 13312
 
 
+@rule_of(NemotronConfig)
 def nemotron(image_hw: Size, config: NemotronConfig) -> SlicePlan:
     """The image's own patch grid, scaled into a range of patches, its sides made multiples of ``merge``.
 
@@ -263,6 +266,7 @@ class MuseConfig(StrategyConfig):
     resample: str = field(default="lanczos", kw_only=True)
 
 
+@rule_of(MuseConfig)
 def muse(image_hw: Size, config: MuseConfig) -> SlicePlan:
     """Of the four grids around the ideal one (floor and ceiling of each side), the closest in aspect under the cap.
 
@@ -288,72 +292,51 @@ def muse(image_hw: Size, config: MuseConfig) -> SlicePlan:
     return _view(image_hw, config, (rows * unit, cols * unit), unit)
 
 
-STRATEGIES = {
-    **by_name(
-        native_smart_resize,
-        (
-            SmartResizeConfig("qwen2-vl-classdefault"),
-            "multiples of 28 px, up to 1280 tokens; Qwen2-VL's class default",
-        ),
-        (
-            SmartResizeConfig("qwen2-5-vl-ckpt", max_pixels=28 * 28 * 16384),
-            "multiples of 28 px, up to 16384 tokens; Qwen2-VL and Qwen2.5-VL checkpoints",
-        ),
-        (
-            SmartResizeConfig("qwen3-vl-ckpt", 16, min_pixels=65536, max_pixels=16777216),
-            "multiples of 32 px, 64 to 16384 tokens; Qwen3-VL",
-        ),
-        (
-            SmartResizeConfig("glm46v", min_pixels=112 * 112, max_pixels=28 * 28 * 15000, frames=2, enlarge="both"),
-            "multiples of 28 px, up to 7500 tokens; GLM-4.6V",
-        ),
-        (
-            SmartResizeConfig("paddleocr-vl", min_pixels=384 * 384, max_pixels=1536 * 1536, enlarge="each"),
-            "multiples of 28 px, 188 to 3009 tokens; PaddleOCR-VL",
-        ),
-        (
-            SmartResizeConfig("hunyuan-vl", 16, min_pixels=512 * 512, max_pixels=2048 * 2048),
-            "multiples of 32 px, 256 to 4096 tokens; HunYuan-VL",
-        ),
-        (
-            SmartResizeConfig("minimax-m3-vl", max_pixels=451584),
-            "multiples of 28 px, up to 576 tokens; MiniMax-M3-VL",
-        ),
-        (
-            SmartResizeConfig("ernie4-5-vl-moe", max_pixels=28 * 28 * 6177),
-            "multiples of 28 px, up to 6177 tokens; ERNIE-4.5-VL",
-        ),
+STRATEGIES = by_name(
+    (SmartResizeConfig("qwen2-vl-classdefault"), "multiples of 28 px, up to 1280 tokens; Qwen2-VL's class default"),
+    (
+        SmartResizeConfig("qwen2-5-vl-ckpt", max_pixels=28 * 28 * 16384),
+        "multiples of 28 px, up to 16384 tokens; Qwen2-VL and Qwen2.5-VL checkpoints",
     ),
-    **by_name(
-        naflex,
-        *(
-            (
-                NaFlexConfig(f"siglip2-naflex-{most}", max_patches=most),
-                f"native aspect, {most} patches; SigLIP2 NaFlex",
-            )
-            for most in (256, 576, 784, 1024)
-        ),
+    (
+        SmartResizeConfig("qwen3-vl-ckpt", 16, min_pixels=65536, max_pixels=16777216),
+        "multiples of 32 px, 64 to 16384 tokens; Qwen3-VL",
     ),
-    **by_name(
-        pixtral,
-        (PixtralConfig("pixtral-1024-p16"), "longest side 1024 px, multiples of 16 px; Pixtral"),
-        (
-            PixtralConfig("mistral-small-3-1540-p14-merge2", 14, 1540, 2),
-            "longest side 1540 px, multiples of 28 px; Mistral-Small 3.1 and later",
-        ),
+    (
+        SmartResizeConfig("glm46v", min_pixels=112 * 112, max_pixels=28 * 28 * 15000, frames=2, enlarge="both"),
+        "multiples of 28 px, up to 7500 tokens; GLM-4.6V",
     ),
-    **by_name(fuyu, (FuyuConfig("fuyu-1080x1920"), "shrunk into 1080 x 1920 px, 30 px patches; Fuyu")),
-    **by_name(
-        gemma4,
-        *(
-            (Gemma4Config(f"gemma4-{most}", max_tokens=most), f"scaled up or down to {most} tokens; Gemma 4")
-            for most in (70, 140, 280, 560, 1120)
-        ),
+    (
+        SmartResizeConfig("paddleocr-vl", min_pixels=384 * 384, max_pixels=1536 * 1536, enlarge="each"),
+        "multiples of 28 px, 188 to 3009 tokens; PaddleOCR-VL",
     ),
-    **by_name(kimi, (KimiConfig("kimi-k25"), "shrunk to 16384 patches, padded to 28 px; Kimi-K2.5")),
-    **by_name(nemotron, (NemotronConfig("nemotron-h-omni"), "1024 to 13312 patches of 16 px; Nemotron-H-Omni")),
-    **by_name(muse, (MuseConfig("muse-glimmer"), "closest aspect in whole 28 px tokens, up to 4096; Muse-Glimmer")),
-}
+    (
+        SmartResizeConfig("hunyuan-vl", 16, min_pixels=512 * 512, max_pixels=2048 * 2048),
+        "multiples of 32 px, 256 to 4096 tokens; HunYuan-VL",
+    ),
+    (SmartResizeConfig("minimax-m3-vl", max_pixels=451584), "multiples of 28 px, up to 576 tokens; MiniMax-M3-VL"),
+    (
+        SmartResizeConfig("ernie4-5-vl-moe", max_pixels=28 * 28 * 6177),
+        "multiples of 28 px, up to 6177 tokens; ERNIE-4.5-VL",
+    ),
+    *(
+        (NaFlexConfig(f"siglip2-naflex-{most}", max_patches=most), f"native aspect, {most} patches; SigLIP2 NaFlex")
+        for most in (256, 576, 784, 1024)
+    ),
+    (PixtralConfig("pixtral-1024-p16"), "longest side 1024 px, multiples of 16 px; Pixtral"),
+    (
+        PixtralConfig("mistral-small-3-1540-p14-merge2", 14, 1540, 2),
+        "longest side 1540 px, multiples of 28 px; Mistral-Small 3.1 and later",
+    ),
+    (FuyuConfig("fuyu-1080x1920"), "shrunk into 1080 x 1920 px, 30 px patches; Fuyu"),
+    *(
+        (Gemma4Config(f"gemma4-{most}", max_tokens=most), f"scaled up or down to {most} tokens; Gemma 4")
+        for most in (70, 140, 280, 560, 1120)
+    ),
+    (KimiConfig("kimi-k25"), "shrunk to 16384 patches, padded to 28 px; Kimi-K2.5"),
+    (NemotronConfig("nemotron-h-omni"), "1024 to 13312 patches of 16 px; Nemotron-H-Omni"),
+    (MuseConfig("muse-glimmer"), "closest aspect in whole 28 px tokens, up to 4096; Muse-Glimmer"),
+)
 ALIASES = {
     "qwen2-vl": "qwen2-5-vl-ckpt",
     "qwen2.5-vl": "qwen2-5-vl-ckpt",

@@ -17,7 +17,11 @@ Grids = tuple[Size, ...]
 
 @lru_cache(maxsize=64)
 def grids_up_to(most: int, least: int = 1) -> Grids:
-    """Every grid of ``least`` to ``most`` cells, sorted by cells and then by columns."""
+    """Every grid of ``least`` to ``most`` cells, sorted by cells and then by columns.
+
+    >>> grids_up_to(3)
+    ((1, 1), (2, 1), (1, 2), (3, 1), (1, 3))
+    """
     grids = [(rows, cols) for cols in range(1, most + 1) for rows in range(-(-least // cols), most // cols + 1)]
     return tuple(sorted(grids, key=lambda grid: (math.prod(grid), grid[1])))
 
@@ -40,6 +44,9 @@ def best_resolution(image_hw: Size, grids: Grids, cell: int) -> Size:
     Pixels kept are those of the image fitted into the canvas (sides truncated), at most its own number: enlarging
     earns nothing. The list's order decides ties, and it differs between code bases.
     Source: transformers, image_processing_utils.py ``select_best_resolution``.
+
+    >>> best_resolution((600, 1000), ((1, 2), (2, 1), (2, 2)), 336)
+    (2, 2)
     """
     height, width = image_hw
     best, most_kept, least_waste = grids[0], -1, math.inf
@@ -58,6 +65,9 @@ def closest_aspect(image_hw: Size, grids: Grids, cell: int) -> Size:
     On an exact tie a later grid wins where the image has more than half the pixels of its cells, so only then does
     the image's size matter. Not symmetric under transposition: |w/h - c/r| is not |h/w - r/c|.
     Source: OpenGVLab/InternVL, internvl_chat/internvl/train/dataset.py ``find_closest_aspect_ratio``.
+
+    >>> closest_aspect((600, 1000), grids_up_to(6), 448)
+    (2, 3)
     """
     aspect, area = image_hw[1] / image_hw[0], image_hw[0] * image_hw[1]
     best, closest = (1, 1), math.inf
@@ -76,6 +86,9 @@ def least_upscaling(image_hw: Size, grids: Grids, cell: int, *, dtype: type = np
     Ties go to fewer cells, then to the earlier grid. Sides may be zero or negative (Molmo subtracts a margin): the
     scale is then infinite or negative, and the comparisons hold as in the release.
     Source: transformers, models/llama4/image_processing_llama4.py ``get_best_fit``.
+
+    >>> least_upscaling((600, 1000), grids_up_to(6), 448)
+    (2, 3)
     """
     ordered = sorted(grids, key=lambda grid: grid[0] * grid[1])
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -91,6 +104,9 @@ def best_anchor(image_hw: Size, grids: Grids, cell: int) -> Size:
 
     Boxes share their top left corner; the box's height is truncated; all in float32. First wins.
     Source: X-PLUG/mPLUG-DocOwl, DocOwl1.5/mplug_docowl/processor.py ``anchor_rank`` (UReader has the same).
+
+    >>> best_anchor((600, 1000), grids_up_to(6), 448)
+    (2, 3)
     """
     height, width = image_hw
     canvas = np.array(grids, np.int64) * cell
@@ -125,6 +141,9 @@ def smart_resize(
 
     Raises:
         ValueError: Longer side / shorter side is above ``max_aspect``.
+
+    >>> smart_resize((600, 1000), 28, 56 * 56, 28 * 28 * 1280)
+    (588, 1008)
     """
     height, width = image_hw
     if max_aspect is not None and max(image_hw) / min(image_hw) > max_aspect:

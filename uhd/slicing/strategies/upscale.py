@@ -18,6 +18,7 @@ from uhd.slicing.strategies.base import (
     ceil_div,
     finish,
     fit,
+    rule_of,
     single,
     tiled,
 )
@@ -36,6 +37,7 @@ class Llama4Config(StrategyConfig):
     resample: str = field(default="bilinear", kw_only=True)
 
 
+@rule_of(Llama4Config)
 def llama4(image_hw: Size, config: Llama4Config) -> SlicePlan:
     """Fit the image, never enlarged beyond one tile, top left on black; a cut image has a stretched overview, last.
 
@@ -68,6 +70,7 @@ class MllamaConfig(StrategyConfig):
     resample: str = field(default="bilinear", kw_only=True)
 
 
+@rule_of(MllamaConfig)
 def mllama(image_hw: Size, config: MllamaConfig) -> SlicePlan:
     """Fit the image, never enlarged beyond one tile, top left on black, into 1 to 4 tiles; no overview.
 
@@ -94,6 +97,7 @@ class Cohere2Config(StrategyConfig):
     max_tiles: int = 12
 
 
+@rule_of(Cohere2Config)
 def cohere2(image_hw: Size, config: Cohere2Config) -> SlicePlan:
     """Stretch the image over the grid that enlarges it least; a cut image has a stretched overview, last.
 
@@ -133,13 +137,15 @@ class Molmo2Config(StrategyConfig):
         if sum(self.margins) >= self.tile // self.patch_size:
             raise ValueError(f"margins {self.margins} leave nothing of {self.tile // self.patch_size} patches")
 
-    def for_vision(self, *, image_size: int, patch_size: int) -> Molmo2Config:
+    def for_vision(self, *, image_size: int | None, patch_size: int) -> Molmo2Config:
         """As for other rules; ``margins`` keep their share of a crop's patches: 4 of 27, and also 4 of 24."""
+        image_size = image_size or self.tile
         share = (image_size // patch_size) / (self.tile // self.patch_size)
         margins = tuple(round(margin * share) for margin in self.margins)
-        return replace(self, tile=image_size, patch_size=patch_size, margins=margins)
+        return self.replace(tile=image_size, patch_size=patch_size, margins=margins)
 
 
+@rule_of(Molmo2Config)
 def molmo2(image_hw: Size, config: Molmo2Config) -> SlicePlan:
     """Stretch the image over crops that overlap by 8 patches, keep each patch once, pool 2 x 2; overview first.
 
@@ -194,18 +200,11 @@ class OpenAIConfig(StrategyConfig):
 
     grows: ClassVar[tuple[str, ...]] = ("longest", "shortest")
 
-    @property
-    def nested(self) -> bool:
-        return True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.remainder not in ("pad", "overlap"):
-            raise ValueError(f"remainder must be 'pad' or 'overlap', got {self.remainder!r}")
-        if self.detail not in ("high", "low"):
-            raise ValueError(f"detail must be 'high' or 'low', got {self.detail!r}")
+    choices: ClassVar = {"remainder": ("pad", "overlap"), "detail": ("high", "low")}
+    nested = True
 
 
+@rule_of(OpenAIConfig)
 def openai_tiles(image_hw: Size, config: OpenAIConfig) -> SlicePlan:
     """Shrink into 2048 x 2048, then to a shorter side of 768, and count 512 px tiles: 85 + 170 a tile.
 
@@ -248,33 +247,15 @@ def _overlapping(canvas: Canvas, content_hw: Size, tile: int) -> Canvas:
     return replace(canvas, size_hw=size_hw, tiles=tiles)
 
 
-STRATEGIES = {
-    **by_name(
-        llama4,
-        (Llama4Config("llama4-336-max16"), "up to 16 336 px tiles, top left on black, overview last; Llama-4"),
-    ),
-    **by_name(
-        mllama,
-        (MllamaConfig("mllama-560-max4"), "up to 4 560 px tiles on black, cross-attention tokens; Llama-3.2-Vision"),
-    ),
-    **by_name(
-        cohere2,
-        (
-            Cohere2Config("cohere2-vision-512-max12"),
-            "up to 12 stretched 512 px tiles, overview last; Command A Vision",
-        ),
-    ),
-    **by_name(
-        molmo2,
-        (Molmo2Config("molmo2-378-max8"), "up to 8 overlapping 378 px crops, pooled 2 x 2, overview first; Molmo2"),
-    ),
-    **by_name(
-        openai_tiles,
-        (OpenAIConfig("openai-high-detail"), "512 px tiles of an image shrunk to 768 px, 85 + 170 a tile; GPT-4V"),
-        (OpenAIConfig("openai-high-detail-overlap", remainder="overlap"), "the same with overlapping tiles"),
-        (OpenAIConfig("openai-low-detail", detail="low"), "one 512 px view, 85 tokens; GPT-4V in low detail"),
-    ),
-}
+STRATEGIES = by_name(
+    (Llama4Config("llama4-336-max16"), "up to 16 336 px tiles, top left on black, overview last; Llama-4"),
+    (MllamaConfig("mllama-560-max4"), "up to 4 560 px tiles on black, cross-attention tokens; Llama-3.2-Vision"),
+    (Cohere2Config("cohere2-vision-512-max12"), "up to 12 stretched 512 px tiles, overview last; Command A Vision"),
+    (Molmo2Config("molmo2-378-max8"), "up to 8 overlapping 378 px crops, pooled 2 x 2, overview first; Molmo2"),
+    (OpenAIConfig("openai-high-detail"), "512 px tiles of an image shrunk to 768 px, 85 + 170 a tile; GPT-4V"),
+    (OpenAIConfig("openai-high-detail-overlap", remainder="overlap"), "the same with overlapping tiles"),
+    (OpenAIConfig("openai-low-detail", detail="low"), "one 512 px view, 85 tokens; GPT-4V in low detail"),
+)
 ALIASES = {
     "llama4": "llama4-336-max16",
     "llama-4": "llama4-336-max16",

@@ -1,0 +1,160 @@
+"""The front door: plan an image by any rule, and find rules by name.
+
+A name stands for a preset of the adaptive planner or for a strategy of another system; your own rule needs no name:
+pass the function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from uhd.settings import plain_name, unknown_name
+from uhd.slicing.adaptive import DEFAULT, PRESETS, RULES, SlicingConfig
+from uhd.slicing.config import OWN, OwnRule, Rule, Slicing
+from uhd.slicing.grids import Candidate
+from uhd.slicing.plan import SlicePlan
+from uhd.slicing.strategies import ALIASES, STRATEGIES
+
+SlicingLike = Slicing | Rule | str
+"""What stands for a slicing wherever one is asked for: itself, your own function, or a name."""
+
+_ADAPTIVE = {
+    "llava-uhd": "adaptive grid of up to 7 slices near 336 px, overview last; the released LLaVA-UHD rule",
+    "llava-uhd-safe": "the same, with every view kept within 576 patches also for degenerate images (the default)",
+    "llava-uhd-paper": "the first release's rule: cap 6 that may be exceeded by one, small images are cut too",
+    "minicpm-v": "adaptive grid of up to 9 slices near 448 px, sides rounded, overview first; MiniCPM-V 2.0 to 2.6",
+    "minicpm-v-4.6": "the same in multiples of 56 px, patches / 16 tokens a view; MiniCPM-V 4.6",
+    "minicpm-v-4.6-4x": "the same in multiples of 28 px, patches / 4 tokens a view; MiniCPM-V 4.6 in its 4x mode",
+}
+
+
+def plan(image_hw: tuple[int, int], config: SlicingLike | None = None, *, max_tokens: int | None = None) -> SlicePlan:
+    """Plan one image by the adaptive rule or by any other.
+
+    Args:
+        image_hw: (height, width) of the image, px.
+        config: Settings of the adaptive planner or of any strategy, the name of either (see
+            :func:`uhd.strategies`), or your own function from (height, width) to a :class:`SlicePlan`;
+            ``None`` is ``"llava-uhd-safe"``.
+        max_tokens: Bound on ``plan.num_tokens``: the number of slices is lowered until it holds. For the adaptive
+            planner only: other rules have no such freedom.
+
+    Returns:
+        The plan. Equal arguments give the same (cached) object, unless the rule is your own function.
+
+    Raises:
+        ValueError: The size is not two ints in 1..1,000,000, the rule refuses it, no strategy has that name, or not
+            even the overview fits ``max_tokens``.
+        TypeError: ``config`` is none of these, or your function did not return a plan.
+
+    >>> found = plan((1008, 672))
+    >>> found.grid, found.slice_hw, found.overview_hw, found.num_tokens
+    ((3, 2), (336, 336), (406, 266), 454)
+    >>> print(plan((1008, 672), "pixtral"))
+    pixtral-1024-p16: 1008x672 px (height x width) -> overview 1008x672 px, 1 views, 2646 patches, 2646 tokens
+    """
+    slicing = find(config)
+    if max_tokens is not None:
+        slicing = slicing.within(max_tokens)
+    return slicing.plan(image_hw)
+
+
+def candidates(
+    image_hw: tuple[int, int], config: SlicingLike | None = None, *, max_tokens: int | None = None
+) -> tuple[Candidate, ...]:
+    """Every grid that was considered for this image, best first.
+
+    ``()`` where the image is not cut, or the rule scores no grids. Equal scores stay in the order in which the rule
+    tries them, so the first entry is the plan's grid. Arguments and errors as in :func:`plan`.
+
+    >>> for grid, score, tied in candidates((1008, 672))[:3]:
+    ...     print(grid, round(score, 3), tied)
+    (3, 2) 0.0 False
+    (2, 3) -0.811 False
+    (5, 1) -1.204 False
+    """
+    slicing = find(config)
+    if max_tokens is not None:
+        slicing = slicing.within(max_tokens)
+    return slicing.candidates(image_hw)
+
+
+def strategies() -> dict[str, str]:
+    """Every rule's name and one line about it; the shorter names come last.
+
+    >>> strategies()["gemma3"]
+    'gemma3-896: stretched to 896 px, 256 tokens; Gemma 3 by default'
+    """
+    named = {name: entry.summary for name, entry in STRATEGIES.items()}
+    return {**_ADAPTIVE, **named, **{alias: f"{name}: {named[name]}" for alias, name in ALIASES.items()}}
+
+
+def strategy(name: str) -> Slicing:
+    """The rule of this name (dashes and underscores are the same), to be called with (height, width) in px.
+
+    Raises:
+        ValueError: No such rule; the message lists the nearest names. The rule itself raises it for a size that it
+            refuses.
+
+    >>> strategy("llava-next")((1008, 672)).grid
+    (2, 2)
+    """
+    return find(name)
+
+
+def find(rule: SlicingLike | None) -> Slicing:
+    """The rule that a name stands for, or your own function as a rule; a rule as it is; the default for ``None``.
+
+    Raises:
+        ValueError: No rule has that name.
+        TypeError: Neither a name, nor a rule, nor a function.
+
+    >>> find("internvl").max_tiles
+    12
+    """
+    if isinstance(rule, Slicing):
+        return rule
+    if rule is None:
+        return DEFAULT
+    if isinstance(rule, str):
+        key = ALIASES.get(plain_name(rule), plain_name(rule))
+        if key in PRESETS:
+            return PRESETS[key]
+        if key in STRATEGIES:
+            return STRATEGIES[key].config
+        known = [*PRESETS, *ALIASES, *STRATEGIES]
+        raise unknown_name("strategy", rule, known, f"uhd.strategies() lists all {len(known)} names")
+    if callable(rule):
+        return OwnRule(rule)
+    raise TypeError(
+        "a strategy is a name, a SlicingConfig, another strategy's config, or a function from (height, width) to a "
+        f"SlicePlan; got {type(rule).__name__}"
+    )
+
+
+def rule_name(rule: SlicingLike) -> str:
+    """What to call a rule: the name in its settings, or that of the function."""
+    return find(rule).name
+
+
+def slicing_from_dict(data: Mapping[str, Any]) -> Slicing:
+    """The inverse of any slicing's ``to_dict``, also after JSON text; see also :mod:`uhd.schema.counted`.
+
+    Raises:
+        ValueError: An unknown rule or setting, or a function of your own.
+
+    >>> slicing_from_dict({"rule": "PixtralConfig", "longest": 512}).longest
+    512
+    """
+    kind = data.get("rule")
+    if kind == OWN:
+        raise ValueError(
+            f"it was saved with a slicing function of the caller's own, {data.get('name')!r}: pass slicing=... to "
+            "VisualEncoder.from_pretrained"
+        )
+    strategies = {type(entry.config).__name__: type(entry.config) for entry in STRATEGIES.values()}
+    known = {**dict.fromkeys(RULES, SlicingConfig), **strategies}
+    if kind not in known:
+        raise ValueError(f"unknown rule {kind!r}; known are {', '.join(known)}")
+    return known[kind].from_dict(data)
