@@ -16,7 +16,8 @@ from torch import nn
 import uhd
 from uhd.batch import SliceBatch, normalize
 from uhd.pixels import PixelSettings, fast, fold_into, load_image, patchify, render, unpatchify
-from uhd.pixels.fast import Picture, load_picture
+from uhd.pixels.fast import Picture
+from uhd.pixels.render import load_picture
 from uhd.resampler import PerceiverConfig, PerceiverResampler
 from uhd.slicing.plan import Box, Canvas, SlicePlan, plan
 from uhd.vision import ViT, ViTConfig

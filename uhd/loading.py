@@ -28,7 +28,7 @@ from torch.utils.data import Sampler
 
 from uhd.batch import SliceBatch
 from uhd.pixels import PixelSettings, image_size_hw
-from uhd.pixels.fast import load_picture
+from uhd.pixels.render import load_picture
 from uhd.schema.fitted import AnySlicing, planner_of
 from uhd.slicing import SlicePlan, SlicingConfig, plan, plan_many
 from uhd.slicing.media import plan_sample

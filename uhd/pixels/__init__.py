@@ -7,7 +7,8 @@ a torch tensor is understood without importing torch.
 """
 
 from .load import image_size_hw, load_image
-from .render import INNER, cut, fold_into, inner_axes, patchify, render, unpatchify
+from .patches import INNER, fold_into, inner_axes, patchify, unpatchify
+from .render import cut, render
 from .settings import DEFAULT, MAX_PIXELS, RESAMPLE, PixelSettings
 
 __all__ = [

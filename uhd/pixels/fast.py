@@ -33,8 +33,8 @@ from .load import (
     opened,
     pillow_errors,
 )
-from .render import check_canvas, check_planned, cut_canvas, is_long_crop
-from .settings import DEFAULT, RESAMPLE, PixelSettings, check_filter
+from .pillow import check_canvas, check_planned, cut_canvas, is_long_crop
+from .settings import RESAMPLE, PixelSettings, check_filter
 
 if TYPE_CHECKING:
     from uhd.slicing.plan import Canvas, SlicePlan
@@ -65,13 +65,8 @@ class Picture:
         return self.size_hw[1]
 
 
-def load_picture(source: Any, *, settings: PixelSettings = DEFAULT) -> Image.Image | Picture:
-    """An image in the form that the settings' backend cuts; arguments and errors as of :func:`uhd.pixels.load_image`.
-
-    With ``settings.draft``, damage to a JPEG's pixels is found when it is cut.
-    """
-    if settings.backend != "fast":
-        return load_image(source, settings=settings)
+def read_picture(source: Any, settings: PixelSettings) -> Picture:
+    """:func:`uhd.pixels.render.load_picture` by this backend."""
     if isinstance(source, Picture):
         return source
     array = as_array(source)
@@ -85,7 +80,7 @@ def load_picture(source: Any, *, settings: PixelSettings = DEFAULT) -> Image.Ima
 
 def cut_fast(image: Any, plan: SlicePlan, settings: PixelSettings) -> list[np.ndarray]:
     """:func:`uhd.pixels.cut` by this backend."""
-    picture = load_picture(image, settings=settings)
+    picture = read_picture(image, settings)
     check_planned(picture.size_hw, plan)
     for canvas in plan.canvases:
         check_canvas(canvas, picture.size_hw)
