@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from uhd.batch import SliceBatch, normalize
+from uhd.batch import SliceBatch
 from uhd.pixels import PixelSettings, patchify, render, unpatchify
+from uhd.pixels.normalize import normalize
 from uhd.slicing.config import SlicingConfig
 from uhd.slicing.plan import plan
 

@@ -20,7 +20,7 @@ ALLOWED = {
     "uhd.loading": {"uhd.slicing", "uhd.schema", "uhd.pixels", "uhd.batch"},
     "uhd.packed": set(),
     "uhd.inference": set(),
-    "uhd.vision": {"uhd.vision", "uhd.packed", "uhd.inference"},
+    "uhd.vision": {"uhd.vision", "uhd.packed", "uhd.inference", "uhd.pixels"},
     "uhd.resampler": {"uhd.resampler", "uhd.packed", "uhd.inference", "uhd_kernels"},
     "uhd.merge": {"uhd.schema"},
     "uhd.draw": {"uhd.slicing", "uhd.schema", "uhd.pixels"},

@@ -14,14 +14,14 @@ from PIL import Image
 from torch import nn
 
 import uhd
-from uhd.batch import SliceBatch, normalize
+from uhd.batch import SliceBatch
 from uhd.pixels import PixelSettings, fast, fold_into, load_image, patchify, render, unpatchify
 from uhd.pixels.fast import Picture
+from uhd.pixels.normalize import fold_pixels, normalize
 from uhd.pixels.render import load_picture
 from uhd.resampler import PerceiverConfig, PerceiverResampler
 from uhd.slicing.plan import Box, Canvas, SlicePlan, plan
 from uhd.vision import ViT, ViTConfig
-from uhd.vision.vit import fold_pixels
 
 FAST = PixelSettings(backend="fast")
 COATED = {"mean": (0.48, 0.46, 0.41), "std": (0.27, 0.26, 0.28)}
@@ -405,7 +405,7 @@ def test_wrong_dtypes_and_orders_raise():
         vit(turned.patches.float(), turned.grids, **RAW)
     with pytest.raises(TypeError, match="floating point and normalised"):
         vit(turned.patches, turned.grids, inner="hwc")
-    with pytest.raises(ValueError, match="inner must be 'chw' or 'hwc'"):
+    with pytest.raises(ValueError, match="inner must be one of chw, hwc"):
         fold_pixels(vit.stem.weight, None, "whc", None)
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from uhd.pixels import DEFAULT, PixelSettings, cut, fold_into, inner_axes
+from uhd.pixels import DEFAULT, PixelSettings, cut, fold_into, inner_axes, reorder
+from uhd.pixels.normalize import normalize
 from uhd.slicing.plan import SlicePlan
 
 
@@ -186,8 +186,9 @@ class SliceBatch:
 
     def ordered(self, inner: str) -> SliceBatch:
         """The same batch with its patches in this order inside, itself where they are; see :attr:`inner`."""
-        inner_axes(inner)
-        return self if inner == self.inner else replace(self, patches=reordered(self.patches, inner), inner=inner)
+        if inner == self.inner:
+            return self
+        return replace(self, patches=reorder(self.patches, self.inner, inner), inner=inner)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None, *, non_blocking: bool = False
@@ -205,40 +206,6 @@ class SliceBatch:
     def pin_memory(self) -> SliceBatch:
         """Both tensors in page-locked memory, for ``to(..., non_blocking=True)``; a ``DataLoader`` calls it too."""
         return replace(self, patches=self.patches.pin_memory(), cu_seqlens=self.cu_seqlens.pin_memory())
-
-
-def normalize(patches: Tensor, settings: PixelSettings, *, inner: str = "chw") -> Tensor:
-    """Raw patches to what the encoder was trained on: ``(x / 255 - mean) / std`` for each channel.
-
-    Args:
-        patches: (N, P) uint8.
-        settings: With mean and std.
-        inner: Order inside the patches, as :attr:`SliceBatch.inner`; it stays.
-
-    Returns:
-        (N, P) float32 on the same device.
-
-    Raises:
-        ValueError: The settings have no mean and std, P is not three channels, or there is no such order.
-        TypeError: The patches are not uint8, so they may be normalised already.
-    """
-    mean, std = settings.mean_std()
-    if patches.dtype != torch.uint8:
-        raise TypeError(f"only raw uint8 patches are normalised, got {patches.dtype}: they may be normalised already")
-    if patches.ndim != 2 or patches.shape[1] % 3:
-        raise ValueError(f"patches are (N, 3 * p * p), got {tuple(patches.shape)}")
-    mean, std = (torch.tensor(values, dtype=torch.float32, device=patches.device) for values in (mean, std))  # (3,)
-    area = patches.shape[1] // 3
-    if inner_axes(inner) == inner_axes("hwc"):  # rows as long as a patch are much quicker than rows of three
-        return patches.to(torch.float32).mul_((1 / (255 * std)).repeat(area)).sub_((mean / std).repeat(area))
-    channels = patches.unflatten(1, (3, area)).to(torch.float32)  # (N, 3, p * p)
-    return channels.div_(255).sub_(mean[:, None]).div_(std[:, None]).flatten(1)
-
-
-def reordered(patches: Tensor, inner: str) -> Tensor:
-    """(N, 3 * p * p) from the other order inside to this one."""
-    pattern = "n (k c) -> n (c k)" if inner == "chw" else "n (c k) -> n (k c)"
-    return rearrange(patches, pattern, c=3)
 
 
 def _offsets(lengths: Sequence[int]) -> list[int]:

@@ -10,8 +10,8 @@ import torch
 import uhd
 from tests.pretrained import released
 from tests.pretrained.released import SIZES, picture
-from uhd.batch import normalize
 from uhd.hf import UHDForConditionalGeneration
+from uhd.pixels.normalize import normalize
 from uhd.vision import CompressedViT, unpatchify
 
 CASES = {

@@ -1,4 +1,7 @@
-"""The order of pixels inside a patch, and from a view to its patches and back: NumPy arrays and torch tensors alike."""
+"""The order of pixels inside a patch, and from a view to its patches and back.
+
+Every other file takes the order from here. The functions take NumPy arrays and torch tensors alike.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,19 @@ import numpy as np
 from einops import rearrange
 
 INNER = {"chw": "c py px", "hwc": "py px c"}
-"""Orders of the values inside a patch."""
+"""The axes inside a patch by the name of their order: ``"chw"`` is that of vision encoders' weights, ``"hwc"`` that of
+pixels in memory."""
+
+
+def inner_axes(inner: str) -> str:
+    """Return the axes inside a patch by the name of their order, for einops.
+
+    >>> inner_axes("hwc")
+    'py px c'
+    """
+    if inner not in INNER:
+        raise ValueError(f"inner must be one of {', '.join(INNER)}, got {inner!r}")
+    return INNER[inner]
 
 
 def patchify(view: Any, patch_size: int, *, inner: str = "chw") -> Any:
@@ -17,6 +32,11 @@ def patchify(view: Any, patch_size: int, *, inner: str = "chw") -> Any:
     Patches are row-major; inside one the order is (channel, py, px), so that a patch Conv2d's weight (D, C, p, p),
     flattened to (D, C*p*p), is the matching linear layer. Rows and columns past the last whole patch are left out, as
     a convolution with stride = kernel never sees them (SigLIP 384 with patch 14: the last 6 px).
+
+    >>> view = np.arange(8).reshape(2, 4, 1)  # 2 x 4 px of one channel
+    >>> patchify(view, 2)
+    array([[0, 1, 4, 5],
+           [2, 3, 6, 7]])
 
     Args:
         view: (h, w, C) array or tensor.
@@ -41,7 +61,11 @@ def patchify(view: Any, patch_size: int, *, inner: str = "chw") -> Any:
 
 
 def unpatchify(patches: Any, grid_hw: tuple[int, int], patch_size: int, *, inner: str = "chw") -> Any:
-    """(rows * cols, C * p * p) patches back to the (rows * p, cols * p, C) view; the inverse of :func:`patchify`.
+    """Unfold (rows * cols, C * p * p) patches to the (rows * p, cols * p, C) view; the inverse of :func:`patchify`.
+
+    >>> unpatchify(np.array([[0, 1, 4, 5], [2, 3, 6, 7]]), (1, 2), 2)[..., 0]
+    array([[0, 1, 2, 3],
+           [4, 5, 6, 7]])
 
     Raises:
         ValueError: The number of patches is not rows * cols, their width not a multiple of p * p, or there is no such
@@ -57,6 +81,16 @@ def unpatchify(patches: Any, grid_hw: tuple[int, int], patch_size: int, *, inner
     return rearrange(patches, pattern, h=rows, w=cols, py=patch_size, px=patch_size)
 
 
+def reorder(patches: Any, source: str, target: str, *, channels: int = 3) -> Any:
+    """Change the order inside (N, C * p * p) patches, or inside a patch embedding's weight (D, C * p * p).
+
+    >>> reorder(np.array([[0, 10, 1, 11, 2, 12, 3, 13]]), "hwc", "chw", channels=2)
+    array([[ 0,  1,  2,  3, 10, 11, 12, 13]])
+    """
+    pattern = f"n ({inner_axes(source)}) -> n ({inner_axes(target)})"
+    return rearrange(patches, pattern.replace("py px", "place"), c=channels)  # rows and columns stay together
+
+
 def fold_into(out: np.ndarray, view: np.ndarray, patch_size: int, inner: str) -> None:
     """:func:`patchify` of a (h, w, 3) array, written in one pass to ``out`` (rows * cols, 3 * p * p)."""
     p = patch_size
@@ -66,10 +100,3 @@ def fold_into(out: np.ndarray, view: np.ndarray, patch_size: int, inner: str) ->
         out.reshape(rows, cols, p, 3 * p)[...] = seen.reshape(rows, p, cols, 3 * p).swapaxes(1, 2)
     else:
         out.reshape(rows, cols, 3, p, p)[...] = seen.reshape(rows, p, cols, p, 3).transpose(0, 2, 4, 1, 3)
-
-
-def inner_axes(inner: str) -> str:
-    """The axes inside a patch by the name of their order, for einops."""
-    if inner not in INNER:
-        raise ValueError(f"inner must be one of {', '.join(INNER)}, got {inner!r}")
-    return INNER[inner]

@@ -30,8 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
+
+from uhd.pixels import reorder
 
 from .vit import ViT, ViTConfig
 
@@ -548,9 +549,8 @@ def _source_names(name: str, family: str, config: ViTConfig) -> tuple[str, ...]:
 def _from_source(name: str, tensor: Tensor, family: str, config: ViTConfig) -> Tensor:
     """A source tensor in our shape."""
     if name == "stem.weight":
-        if _FAMILIES[family].stem_order == "conv":
-            return rearrange(tensor, "d c p q -> d (c p q)")
-        return rearrange(tensor, "d (p q c) -> d (c p q)", p=config.patch_size, q=config.patch_size)
+        conv = _FAMILIES[family].stem_order == "conv"
+        return tensor.flatten(1) if conv else reorder(tensor, "hwc", "chw", channels=config.channels)
     if name in ("class_token", "registers", "positions"):
         return tensor.reshape(-1, tensor.shape[-1])
     return tensor
@@ -560,8 +560,8 @@ def _to_source(name: str, tensor: Tensor, family: str, config: ViTConfig) -> Ten
     """One of our tensors in the source's shape."""
     source, p = _FAMILIES[family], config.patch_size
     if name == "stem.weight":
-        target = "d c p q" if source.stem_order == "conv" else "d (p q c)"
-        return rearrange(tensor, f"d (c p q) -> {target}", p=p, q=p)
+        conv = source.stem_order == "conv"
+        return tensor.unflatten(1, (-1, p, p)) if conv else reorder(tensor, "chw", "hwc", channels=config.channels)
     if name in ("class_token", "registers", "positions"):
         if source.leading_axes:
             return tensor.unsqueeze(0)
