@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from uhd.batch import SliceBatch
+from uhd.files import damage_named
 from uhd.inference import float_parameter, in_fastest_dtype, transformed
 from uhd.loading import Preparation
 from uhd.packed import check_grids
-from uhd.parts import damage_named, describe_part, find_pixels, load_vision, rebuild_part
+from uhd.parts import describe_part, find_pixels, load_vision, rebuild_part
 from uhd.pixels import PixelSettings, reorder
 from uhd.pixels.normalize import normalize
 from uhd.resampler import (

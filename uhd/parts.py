@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
 from torch import nn
 
 from uhd.pixels import PixelSettings
@@ -27,16 +24,6 @@ from uhd.resampler import (
     SpatialResampler,
 )
 from uhd.vision import CompressedViT, CompressedViTConfig, ViT, ViTConfig
-
-
-@contextmanager
-def damage_named(path: Path) -> Iterator[None]:
-    """Whatever is wrong with a file's content becomes one ``ValueError`` that names the file."""
-    try:
-        yield
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as problem:
-        detail = problem if isinstance(problem, ValueError) else repr(problem)
-        raise ValueError(f"{path} does not fit or is damaged: {detail}") from problem
 
 
 class _Part(NamedTuple):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import uhd
 from tests.pretrained import released
 from tests.pretrained.test_transformers import assert_equal_files
-from uhd.pretrained import checkpoint
+from uhd import checkpoint
 
 MIB = 2**20
 
@@ -282,19 +282,17 @@ def test_damaged_files_are_named(own):
     path, tensors = own
     content = (path / "model.safetensors").read_bytes()
     (path / "model.safetensors").write_bytes(content[:-100])
-    with pytest.raises(ValueError, match="model.safetensors is damaged"):
+    with pytest.raises(ValueError, match="model.safetensors does not fit or is damaged"):
         uhd.pretrained.load(path)
     (path / "model.safetensors").write_bytes(content)
     shard(path, tensors)
     index = json.loads((path / "model.safetensors.index.json").read_text())
     index["weight_map"]["image_newline"] = "model-00001-of-00003.safetensors"
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(
-        ValueError, match=r"model-00001-of-00003.safetensors is damaged, or does not hold what its index"
-    ):
+    with pytest.raises(ValueError, match=r"model-00001-of-00003.safetensors does not fit .* image_newline"):
         uhd.pretrained.load(path)
     (path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json is damaged"):
+    with pytest.raises(ValueError, match=r"config.json does not fit or is damaged"):
         uhd.pretrained.load(path)
 
 

@@ -10,6 +10,7 @@ import torch
 import uhd
 from tests.pretrained import released
 from tests.pretrained.released import SIZES, picture
+from uhd.checkpoint import Checkpoint
 from uhd.hf import UHDForConditionalGeneration
 from uhd.pixels.normalize import normalize
 from uhd.vision import CompressedViT, unpatchify
@@ -317,7 +318,7 @@ def test_onevision_several_images_and_a_video_in_one_prompt(saved):
 
 def assert_equal_files(folder, other):
     """The same tensors, and the same settings."""
-    first, second = (uhd.pretrained.checkpoint.Checkpoint(path) for path in (folder, other))
+    first, second = (Checkpoint(path) for path in (folder, other))
     assert set(first.files) == set(second.files)
     theirs = dict(second.read(second.files))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in first.read(first.files))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from uhd.files import read_json
 
 MAX_PIXELS = 178_956_970
 """Default limit on the pixels of one file: where an unchanged Pillow refuses too (it warns from half of that on)."""
@@ -22,6 +23,9 @@ RESAMPLE = {
     "bilinear": Image.Resampling.BILINEAR,
 }
 """Filters by name. Pillow widens all three when it shrinks, so none of them aliases."""
+
+PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
+"""Files in which transformers keeps the settings of an image processor; the second one inside those of a processor."""
 
 BACKENDS = ("pillow", "fast")
 
@@ -104,20 +108,20 @@ class PixelSettings:
         Raises:
             ValueError: No ``image_mean`` and ``image_std`` there, or pixels are not rescaled by 1/255.
         """
-        found = next((c for c in _preprocessor_configs(source) if "image_mean" in c and "image_std" in c), None)
-        if found is None:
+        config = next((c for c in image_processors(source) if "image_mean" in c and "image_std" in c), None)
+        if config is None:
             raise ValueError(
                 f"no image_mean and image_std in {short_name(source)}: expected preprocessor_config.json or "
                 "processor_config.json as an image processor saves it; else give PixelSettings(mean=, std=)"
             )
-        factor = found.get("rescale_factor", 1 / 255) if found.get("do_rescale", True) else 1
+        factor = config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1
         if not math.isclose(factor, 1 / 255, rel_tol=1e-3):
             raise ValueError(
                 f"this preprocessor rescales pixels by {factor}, not 1/255: give PixelSettings(mean=, std=)"
             )
-        if not found.get("do_normalize", True):
+        if not config.get("do_normalize", True):
             return cls(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), **changes)
-        return cls(mean=found["image_mean"], std=found["image_std"], **changes)
+        return cls(mean=config["image_mean"], std=config["image_std"], **changes)
 
     @classmethod
     def from_timm(cls, model_or_cfg: Any, **changes: Any) -> PixelSettings:
@@ -175,17 +179,25 @@ def short_name(source: Any) -> str:
     return repr(str(source)) if isinstance(source, (str, os.PathLike)) else f"this {type(source).__name__}"
 
 
-def _preprocessor_configs(source: Any) -> Iterator[Mapping[str, Any]]:
-    """Every dict of settings that ``source`` may mean, an image processor nested in a processor included."""
+def image_processors(source: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield the settings of every image processor that ``source`` means, those inside a processor's included.
+
+    Args:
+        source: As of :meth:`PixelSettings.from_preprocessor`.
+
+    Raises:
+        ValueError: A file holds no JSON object; the message names it.
+    """
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
-        names = ("preprocessor_config.json", "processor_config.json")
-        for file in [path / name for name in names] if path.is_dir() else [path]:
+        for file in [path / name for name in PREPROCESSORS] if path.is_dir() else [path]:
             if file.is_file():
-                yield from _preprocessor_configs(json.loads(file.read_text(encoding="utf-8")))
+                config = read_json(file)
+                if file.name != PREPROCESSORS[1] or "image_processor" in config:
+                    yield from image_processors(config)
         return
     config = source.to_dict() if hasattr(source, "to_dict") else source
     if isinstance(config, Mapping):
-        yield config
-        if isinstance(config.get("image_processor"), Mapping):
-            yield config["image_processor"]
+        settings = config.get("image_processor", config)
+        if isinstance(settings, Mapping):
+            yield settings

@@ -16,9 +16,9 @@ from contextlib import contextmanager
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
+from uhd.checkpoint import Checkpoint
 from uhd.encoder import VisualEncoder
 from uhd.pretrained import llava, llava_uhd, minicpm
-from uhd.pretrained.checkpoint import Checkpoint
 from uhd.pretrained.recipe import Names, Recipe, Table, build
 from uhd.pretrained.writing import write
 from uhd.resampler import MergeProjector

@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from uhd.checkpoint import Checkpoint
 from uhd.pixels import PixelSettings
-from uhd.pretrained.checkpoint import PREPROCESSORS, Checkpoint
+from uhd.pixels.settings import PREPROCESSORS
 from uhd.pretrained.recipe import FILTERS, Names, Recipe, Table
 from uhd.resampler import MLPProjector
 from uhd.resampler.loading import load_exactly, shape_of

@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from uhd.checkpoint import Checkpoint
 from uhd.pixels import PixelSettings
-from uhd.pretrained.checkpoint import Checkpoint, read_preprocessor
+from uhd.pixels.settings import image_processors
 from uhd.pretrained.recipe import CLIP_MEAN, CLIP_STD, Names, Recipe, Table
 from uhd.resampler import PerceiverResampler, SpatialResampler
 from uhd.resampler.loading import shape_of
@@ -91,9 +92,9 @@ def recipe(
     first = kind == "llava-uhd-2024-03"
     slicing = SlicingConfig.preset("llava-uhd-paper" if first else "llava-uhd")
     pixels = PixelSettings(mean=CLIP_MEAN, std=CLIP_STD)
-    for found in (tower and read_preprocessor(tower), checkpoint.preprocessor):
-        if found is not None:
-            pixels = PixelSettings.from_preprocessor(found)
+    for preprocessor in (tower and next(image_processors(tower), None), checkpoint.preprocessor):
+        if preprocessor is not None:
+            pixels = PixelSettings.from_preprocessor(preprocessor)
     if first:  # its training never normalised
         pixels = replace(pixels, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     return Recipe(

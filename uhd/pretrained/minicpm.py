@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from uhd.checkpoint import Checkpoint
 from uhd.pixels import PixelSettings
-from uhd.pretrained.checkpoint import PREPROCESSORS, Checkpoint
+from uhd.pixels.settings import PREPROCESSORS
 from uhd.pretrained.recipe import FILTERS, Names, Recipe, Table
 from uhd.resampler import MergeProjector, PerceiverResampler
 from uhd.resampler.loading import shape_of

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from uhd.checkpoint import Checkpoint
 from uhd.encoder import AnySlicing, VisualEncoder
 from uhd.pixels import PixelSettings
-from uhd.pretrained.checkpoint import Checkpoint
 from uhd.resampler import FeaturePacker
 from uhd.schema import SpatialSchema
 from uhd.vision import ViTConfig, compress_vit
-from uhd.vision.weights import build_vit, needed_names
+from uhd.vision.weights import build_vit, needed_names, vision_names
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 FILTERS = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
@@ -133,11 +133,11 @@ def build(recipe: Recipe, names: Names, checkpoint: Checkpoint, device: str | to
 
     tower, vision = recipe.tower or checkpoint, names.vision
     if recipe.tower is not None:
-        vision = tower_names(recipe.tower)
+        vision = vision_names(recipe.tower.files)
         recipe.tower.check(vision.values())
     wanted = needed_names(recipe.vit, recipe.vit_names)
     tensors = read({name: full for name, full in vision.items() if name in wanted}, tower)
-    vit = build_vit(recipe.vit, vision, tensors.__getitem__, recipe.vit_names).eval()
+    vit = build_vit(recipe.vit, vision, tensors.pop, recipe.vit_names).eval()
     if recipe.compress_after:
         vit = compress_vit(vit, recipe.compress_after, weights=read(names.window))
     compressor = recipe.compressor(read(names.compressor))
@@ -181,12 +181,3 @@ def _packer(newline: Tensor, name: str, width: int) -> FeaturePacker:
     packer = FeaturePacker(width).to(newline.device, newline.dtype)
     packer.load_state_dict({"newline": newline})
     return packer
-
-
-def tower_names(tower: Checkpoint) -> dict[str, str]:
-    """The vision model's tensors in a folder of its own: the name inside it -> the name in the files."""
-    anchor = "embeddings.patch_embedding.weight"
-    found = [name.removesuffix(anchor) for name in tower.files if name.endswith(anchor)]
-    if len(found) != 1:
-        raise ValueError(f"{tower.folder} must hold one CLIP vision model, found {found or 'none'}")
-    return {name.removeprefix(found[0]): name for name in tower.files if name.startswith(found[0])}

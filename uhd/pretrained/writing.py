@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from uhd.checkpoint import PICKLED, SAFE, Checkpoint
 from uhd.encoder import VisualEncoder
-from uhd.pretrained.checkpoint import PICKLED, SAFE, Checkpoint
-from uhd.pretrained.recipe import Names, Recipe, tower_names
+from uhd.pretrained.recipe import Names, Recipe
 from uhd.vision import CompressedViT, ViT, ViTConfig, to_source_state_dict
+from uhd.vision.weights import vision_names
 
 
 def write(
@@ -151,7 +152,7 @@ def _without_compressors(vit: ViT) -> ViT:
 
 def _check_tower(tensors: Mapping[str, Tensor], tower: Checkpoint) -> None:
     """The format keeps a vision encoder that was not trained in its own folder: it must be the one there."""
-    full = tower_names(tower)
+    full = vision_names(tower.files)
     inner = {full[name]: name for name in tensors}
     for name, theirs in tower.read(inner):
         ours = tensors[inner[name]]
