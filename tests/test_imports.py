@@ -27,7 +27,7 @@ ALLOWED = {
     "uhd.merge": {"uhd.schema"},
     "uhd.draw": {"uhd.slicing", "uhd.schema", "uhd.pixels"},
     "uhd.charts": set(),
-    "uhd.compare": {"uhd", "uhd.slicing", "uhd.pixels", "uhd.charts"},
+    "uhd.compare": {"uhd.compare", "uhd", "uhd.slicing", "uhd.pixels", "uhd.charts"},
     "uhd.testing": {"uhd.slicing"},
     "uhd.parts": {"uhd.pixels", "uhd.vision", "uhd.resampler"},
     "uhd.token_files": {"uhd.slicing", "uhd.schema", "uhd.encoder", "uhd.files"},
