@@ -33,6 +33,12 @@ class SliceBatch:
         ValueError: Plans, grids, ``cu_seqlens`` and patches do not agree. The values of ``cu_seqlens`` are compared on
             the CPU only, since reading them elsewhere would wait for the device.
         TypeError: A tensor has a dtype that is not named above.
+
+    >>> from uhd.slicing import plan
+    >>> images = [np.zeros((672, 1008, 3), dtype=np.uint8), np.zeros((30, 40, 3), dtype=np.uint8)]
+    >>> batch = SliceBatch.from_images(images, [plan(image.shape[:2]) for image in images])
+    >>> batch.views_per_image, batch.grids[-1], tuple(batch.patches.shape)
+    ((7, 1), (20, 27), (4547, 588))
     """
 
     patches: Tensor
@@ -118,7 +124,7 @@ class SliceBatch:
 
     @classmethod
     def from_patches(cls, patches: Tensor, plans: Sequence[SlicePlan], *, inner: str = "chw") -> SliceBatch:
-        """The batch of patches that were packed before, raw or normalised, on any device; their number is checked."""
+        """Make a batch of patches that were packed before, raw or normalised, on any device; check their number."""
         return _pack(patches, tuple(view.patches_hw for plan in plans for view in plan.views), tuple(plans), inner)
 
     @classmethod
@@ -127,11 +133,11 @@ class SliceBatch:
 
         Empty batches add nothing. No batches at all, or only empty ones, give an empty batch.
 
+        Where orders inside the patches are mixed, the result's is ``"chw"``.
+
         Raises:
             ValueError: Patch sizes differ.
             TypeError: Raw and normalised patches, or two float dtypes, are mixed.
-
-        Where orders inside the patches are mixed, the result's is ``"chw"``.
         """
         full = [batch for batch in batches if batch.plans] or list(batches[:1])
         if not full:
@@ -148,17 +154,17 @@ class SliceBatch:
 
     @property
     def num_views(self) -> int:
-        """V."""
+        """Number of views, V."""
         return len(self.grids)
 
     @property
     def views_per_image(self) -> tuple[int, ...]:
-        """I numbers that sum to V."""
+        """Number of views of each image."""
         return tuple(plan.num_views for plan in self.plans)
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Patches of each of V views."""
+        """Number of patches of each view."""
         return tuple(rows * cols for rows, cols in self.grids)
 
     @property
@@ -167,11 +173,11 @@ class SliceBatch:
         return max(self.lengths, default=0)
 
     def split(self) -> tuple[Tensor, ...]:
-        """V tensors (rows * cols, P), which share memory with the batch."""
+        """Split the patches into V tensors (rows * cols, P), which share memory with the batch."""
         return self.patches.split(self.lengths) if self.grids else ()
 
     def split_images(self) -> list[SliceBatch]:
-        """I batches of one image each, whose patches share memory with this one; :meth:`cat` is the inverse."""
+        """Split into I batches of one image each, which share memory with this one; :meth:`cat` is the inverse."""
         if not self.plans:
             return []
         edges = _offsets(self.views_per_image)
@@ -181,11 +187,11 @@ class SliceBatch:
         return [_pack(*part, self.inner) for part in zip(parts, per_image, plans, strict=True)]
 
     def normalized(self, settings: PixelSettings) -> SliceBatch:
-        """The same batch with float32 patches that carry the encoder's mean and std; see :func:`normalize`."""
+        """Return the same batch with normalised float32 patches; see :func:`uhd.pixels.normalize.normalize`."""
         return replace(self, patches=normalize(self.patches, settings, inner=self.inner))
 
     def ordered(self, inner: str) -> SliceBatch:
-        """The same batch with its patches in this order inside, itself where they are; see :attr:`inner`."""
+        """Return the same batch with its patches in this order inside, itself where they are; see :attr:`inner`."""
         if inner == self.inner:
             return self
         return replace(self, patches=reorder(self.patches, self.inner, inner), inner=inner)
@@ -193,7 +199,7 @@ class SliceBatch:
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None, *, non_blocking: bool = False
     ) -> SliceBatch:
-        """Both tensors on ``device``, and normalised patches in ``dtype``.
+        """Move both tensors to ``device``, and cast normalised patches to ``dtype``.
 
         Raises:
             TypeError: ``dtype`` for raw uint8 patches: a cast would leave 0..255 where normalised values are meant.
@@ -204,7 +210,7 @@ class SliceBatch:
         return replace(self, patches=patches, cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> SliceBatch:
-        """Both tensors in page-locked memory, for ``to(..., non_blocking=True)``; a ``DataLoader`` calls it too."""
+        """Copy both tensors to page-locked memory for ``to(..., non_blocking=True)``; a ``DataLoader`` does so too."""
         return replace(self, patches=self.patches.pin_memory(), cu_seqlens=self.cu_seqlens.pin_memory())
 
 
@@ -224,7 +230,7 @@ def _check_count(what: str, items: Sequence[Any], plans: Sequence[SlicePlan]) ->
 
 
 def _patch_size(plans: Sequence[SlicePlan]) -> int | None:
-    """The one that all plans share, px; ``None`` where there is no plan."""
+    """Return the patch size that all plans share, px; ``None`` where there is no plan."""
     sizes = sorted({plan.patch_size for plan in plans})
     if len(sizes) > 1:
         raise ValueError(f"the plans of a batch share one patch size, got {sizes} px: use one batch for each")

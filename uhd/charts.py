@@ -31,7 +31,11 @@ class Axis(NamedTuple):
     title: str = ""
 
     def place(self, value: float, length: float) -> float:
-        """Position of ``value`` along an axis of ``length`` px; values outside the range stick to its ends."""
+        """Return the place of ``value`` along an axis of ``length`` px; values outside the range stick to its ends.
+
+        >>> percent_axis().place(0.53, length=200)
+        100.0
+        """
         value = min(max(value, self.low), self.high)
         if self.log:
             share = math.log(value / self.low) / math.log(self.high / self.low)
@@ -41,7 +45,11 @@ class Axis(NamedTuple):
 
 
 def log_axis(values: Sequence[float], title: str = "") -> Axis:
-    """A logarithmic axis over positive values, with ticks at 1, 2 and 5 times powers of ten, or at its ends."""
+    """Make a logarithmic axis over positive values, with ticks at 1, 2 and 5 times powers of ten, or at its ends.
+
+    >>> [text for _, text in log_axis([64, 4096]).ticks]
+    ['100', '200', '500', '1k', '2k']
+    """
     low, high = min(values), max(values)
     if low == high:
         low, high = low / 2, high * 2
@@ -57,7 +65,7 @@ def log_axis(values: Sequence[float], title: str = "") -> Axis:
 
 
 def percent_axis(title: str = "") -> Axis:
-    """0 to 100 %, for shares in 0..1, with some room above."""
+    """Make an axis from 0 to 100 %, for shares in 0..1, with some room above."""
     return Axis(0, 1.06, tuple((tick / 4, f"{25 * tick}%") for tick in range(5)), False, title)
 
 
@@ -68,7 +76,7 @@ def _short(value: float) -> str:
 
 
 def scatter(points: Sequence[Point], x: Axis, y: Axis, *, width: int = 760, height: int = 420) -> str:
-    """Points on two axes, the marked ones joined from left to right. Hovering names a point."""
+    """Draw points on two axes, the marked ones joined from left to right. Hovering names a point."""
     left, top, right, bottom = 64, 16, 24, 52
     inner_w, inner_h = width - left - right, height - top - bottom
     parts = [_open(width, height, f"{y.title} against {x.title}"), _frame(x, y, left, top, inner_w, inner_h)]
@@ -97,7 +105,7 @@ _SIDES = tuple((dx, dy) for dy in (4, 18, -10, 32, -24, 46, 60) for dx in (9, -9
 
 
 def _labels(items: Sequence[tuple[str, float, float]], points: Sequence[tuple[float, float]], width: int) -> str:
-    """Text beside the items, moved where it would cover another one or a point, left out where nothing helps."""
+    """Write names beside the items, moved where one would cover another or a point, left out where nothing helps."""
     taken: list[tuple[float, float, float]] = []  # (start, end, y)
     parts = []
     for label, cx, cy in items:
@@ -124,7 +132,7 @@ def curves(
     width: int = 760,
     height: int = 340,
 ) -> str:
-    """Lines with their names at the right; a point whose y is ``nan`` breaks the line."""
+    """Draw lines with their names at the right; a point whose y is ``nan`` breaks the line."""
     left, top, right, bottom = 64, 16, 220, 52
     inner_w, inner_h = width - left - right, height - top - bottom
     parts = [_open(width, height, f"{y.title} over {x.title}"), _frame(x, y, left, top, inner_w, inner_h)]
@@ -148,7 +156,7 @@ def curves(
 def bars(
     groups: Mapping[str, Mapping[str, float]], title: str, *, reference: float | None = None, width: int = 760
 ) -> str:
-    """Horizontal bars from 0, those of a group side by side with their values; a line where ``reference`` is."""
+    """Draw horizontal bars from 0 with their values, a group's side by side, and a line at ``reference``."""
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
     left, right, top, bar = 230, 60, 30, 14
     longest = max(value for group in groups.values() for value in group.values())
@@ -184,7 +192,7 @@ def backdrop(
     width: int = 250,
     height: int = 120,
 ) -> str:
-    """A hidden drawing of axes and all lines in gray, by its ``name``; :func:`small_curve` draws a line over it."""
+    """Draw axes and all lines in gray, hidden under a ``name``; :func:`small_curve` draws one line over it."""
     left, top, inner_w, inner_h = 34, 8, width - 50, height - 34
     parts = [_frame(x, y, left, top, inner_w, inner_h, small=True)]
     for line in series.values():
@@ -206,7 +214,7 @@ def small_curve(
     width: int = 250,
     height: int = 120,
 ) -> str:
-    """One line in colour over :func:`backdrop`'s gray ones, on the same axes; a dot at ``here``."""
+    """Draw one line in colour over :func:`backdrop`'s gray ones, on the same axes, and a dot at ``here``."""
     left, top, inner_w, inner_h = 34, 8, width - 50, height - 34
     parts = [_open(width, height, f"{y.title} over {x.title}"), f'<use href="#{behind}"/>']
     parts += [
@@ -227,7 +235,7 @@ def _open(width: int, height: int, label: str) -> str:
 
 
 def _frame(x: Axis, y: Axis, left: int, top: int, inner_w: int, inner_h: int, *, small: bool = False) -> str:
-    """Grid lines, tick texts and titles."""
+    """Draw grid lines, tick texts and titles."""
     size = 9 if small else 12
     parts = []
     for value, text in y.ticks:

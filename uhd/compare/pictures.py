@@ -19,7 +19,7 @@ _CUT, _TWICE, _UNSEEN = (214, 64, 40), (255, 176, 32, 110), (20, 24, 32, 170)
 
 
 def thumbnail(comparison: Comparison) -> Image.Image:
-    """The image made small once, or rings on a shade where only a size is known: a stretch shows as ovals."""
+    """Make the image small once; where only a size is known, draw rings, which a stretch turns into ovals."""
     height, width = comparison.image_hw
     scale = min(_THUMB / max(height, width), 1)
     size = (max(round(width * scale), 1), max(round(height * scale), 1))
@@ -37,13 +37,13 @@ def thumbnail(comparison: Comparison) -> Image.Image:
 
 
 def _fit(size_hw: tuple[float, float], side: int) -> tuple[int, int]:
-    """(width, height) of the largest picture of this shape in a square, no side below 2 px."""
+    """Return (width, height) of the largest picture of this shape in a square, no side below 2 px."""
     scale = side / max(size_hw)
     return max(round(size_hw[1] * scale), 2), max(round(size_hw[0] * scale), 2)
 
 
 def cut_picture(thumb: Image.Image, plan: SlicePlan, side: int = SIDE) -> Image.Image:
-    """The image with its detail views outlined; what several of them share, and what none of them has, tinted."""
+    """Outline the detail views on the image, and tint what several of them share and what none of them has."""
     picture = thumb.resize(_fit(plan.image_hw, side), Image.Resampling.BICUBIC)
     kind = "slice" if any(canvas.kind == "slice" for canvas in plan.canvases) else "overview"
     scale = (picture.height / plan.image_hw[0], picture.width / plan.image_hw[1])
@@ -68,7 +68,7 @@ def cut_picture(thumb: Image.Image, plan: SlicePlan, side: int = SIDE) -> Image.
 
 
 def views_picture(thumb: Image.Image, plan: SlicePlan, kind: str, side: int) -> Image.Image:
-    """The views of one kind in their grid, as the encoder gets them, padding hatched."""
+    """Draw the views of one kind in their grid, as the encoder gets them, padding hatched."""
     views = [view for view in plan.views if view.kind == kind][:_MOST_DRAWN]
     rows, cols = (max(view.row for view in views) + 1, max(view.col for view in views) + 1)
     tallest, widest = max(v.size_hw[0] for v in views), max(v.size_hw[1] for v in views)

@@ -46,12 +46,12 @@ class Comparison:
         return tuple(entry for entry in self.entries if entry.plan is not None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, without the pictures."""
+        """Return plain JSON types, without the pictures."""
         return {"input": self.name, "image_hw": list(self.image_hw), "strategies": [_record(e) for e in self.entries]}
 
 
 def all_rules() -> list[str]:
-    """Every rule's full name, aliases left out."""
+    """List every rule by its full name, aliases left out."""
     return [*PRESETS, *STRATEGIES]
 
 
@@ -79,6 +79,12 @@ def compare(
         ValueError: An unknown name, no rules, or a size that is not two whole numbers of px. A rule that refuses this
             size is an entry with its error, not an exception.
         TypeError: ``rules`` is one name rather than a list.
+
+    >>> compared = compare((672, 1008), ["llava-uhd", "llava-1.5", "siglip"])
+    >>> [(entry.name, entry.plan.num_tokens) for entry in compared.entries]
+    [('llava-uhd', 454), ('llava-1.5', 576), ('siglip', 729)]
+    >>> sorted(pareto(compared.entries))
+    ['llava-uhd']
     """
     if isinstance(rules, str):
         raise TypeError(f"rules are a list of rules, got the string {rules!r}: write [{rules!r}]")
@@ -86,10 +92,10 @@ def compare(
     if not chosen:
         raise ValueError("no rules to compare: name at least one, or leave them out for all")
     image_hw = check_size(image_hw)
-    found = _distinct(_entry(image_hw, rule, budget, system) for rule in chosen)
+    entries = _distinct(_entry(image_hw, rule, budget, system) for rule in chosen)
     if rules is None:
-        found.sort(key=lambda e: (e.plan is None, e.plan.num_tokens if e.plan else 0))
-    return Comparison(name or "{1}x{0}".format(*image_hw), image_hw, tuple(found), image)
+        entries.sort(key=lambda e: (e.plan is None, e.plan.num_tokens if e.plan else 0))
+    return Comparison(name or "{1}x{0}".format(*image_hw), image_hw, tuple(entries), image)
 
 
 def _entry(image_hw: tuple[int, int], rule: AnyRule, budget: int | None, system: Mapping[str, Any]) -> Entry:
@@ -103,32 +109,31 @@ def _entry(image_hw: tuple[int, int], rule: AnyRule, budget: int | None, system:
 
 
 def _distinct(entries: Iterable[Entry]) -> list[Entry]:
-    """The same with a number behind names that come again: curves, anchors and the front go by name."""
-    found: dict[str, Entry] = {}
+    """Put a number behind names that come again: curves, anchors and the front go by name."""
+    by_name: dict[str, Entry] = {}
     for entry in entries:
         name = next(
-            n for n in (entry.name, *(f"{entry.name} ({i})" for i in range(2, len(found) + 2))) if n not in found
+            n for n in (entry.name, *(f"{entry.name} ({i})" for i in range(2, len(by_name) + 2))) if n not in by_name
         )
-        found[name] = replace(entry, name=name)
-    return list(found.values())
+        by_name[name] = replace(entry, name=name)
+    return list(by_name.values())
 
 
 def _record(entry: Entry) -> dict[str, Any]:
     if entry.plan is None:
         return {"strategy": entry.name, "error": entry.error}
-    found = entry.plan
     return {
         "strategy": entry.name,
-        "grid": found.grid,
-        "slice_hw": found.slice_hw,
-        "overview_hw": found.overview_hw,
-        "num_tokens": found.num_tokens,
+        "grid": entry.plan.grid,
+        "slice_hw": entry.plan.slice_hw,
+        "overview_hw": entry.plan.overview_hw,
+        "num_tokens": entry.plan.num_tokens,
         "metrics": entry.metrics.to_dict(),
     }
 
 
 def pareto(entries: Sequence[Entry]) -> set[str]:
-    """Names of rules that no other one beats: none keeps more resolution for as few tokens, or as much for fewer."""
+    """Name the rules that no other one beats: none keeps more resolution for as few tokens, or as much for fewer."""
     points = [(e.metrics.tokens, e.metrics.resolution_kept, e.name) for e in entries if e.metrics]
     best, front = -1.0, set()
     for _, kept, name in sorted(points, key=lambda point: (point[0], -point[1])):
@@ -142,7 +147,7 @@ _COLUMNS = ("strategy", "grid", "views", "tokens", "kept", "stretch", "padding",
 
 
 def table(comparison: Comparison) -> str:
-    """The comparison as lines of text for a terminal; rules that refused the size come last, with their reason."""
+    """Lay the comparison out as text for a terminal; rules that refused the size come last, with their reason."""
     budget = any(e.metrics.budget_error is not None for e in comparison.planned)
     rows = [(*_COLUMNS, "budget") if budget else _COLUMNS]
     front = pareto(comparison.planned)
@@ -184,7 +189,11 @@ def table(comparison: Comparison) -> str:
 def curves_over_size(
     rules: Iterable[tuple[str, Any]], image_hw: tuple[int, int], points: int = 25
 ) -> dict[str, Curve]:
-    """Tokens over the longer side, 64 to 4096 px, at the image's aspect; ``nan`` where a rule refuses."""
+    """Count tokens over the longer side, 64 to 4096 px, at the image's aspect; ``nan`` where a rule refuses.
+
+    >>> curves_over_size([("one square", "llava-1.5")], (300, 400), points=3)
+    {'one square': [(64, 576.0), (512, 576.0), (4096, 576.0)]}
+    """
     longest = max(image_hw)
     sides = [round(64 * 64 ** (i / (points - 1))) for i in range(points)]
     sizes = [tuple(max(round(length * side / longest), 1) for length in image_hw) for side in sides]
@@ -194,7 +203,11 @@ def curves_over_size(
 def curves_over_aspect(
     rules: Iterable[tuple[str, Any]], image_hw: tuple[int, int], points: int = 25
 ) -> dict[str, Curve]:
-    """Tokens over width / height, 1/8 to 8, at the image's area; ``nan`` where a rule refuses."""
+    """Count tokens over width / height, 1/8 to 8, at the image's area; ``nan`` where a rule refuses.
+
+    >>> curves_over_aspect([("one square", "llava-1.5")], (300, 400), points=3)
+    {'one square': [(0.125, 576.0), (1.0, 576.0), (8.0, 576.0)]}
+    """
     area = image_hw[0] * image_hw[1]
     aspects = [8 ** (2 * i / (points - 1) - 1) for i in range(points)]
     sizes = [
@@ -215,12 +228,12 @@ def _tokens(rule: Any, sizes_hw: Sequence[tuple[int, int]], xs: Sequence[float])
 
 
 def picture_of(item: Any) -> tuple[Image.Image, tuple[int, int]]:
-    """An image file, upright and RGB, and its (height, width)."""
+    """Load an image upright and RGB, with its (height, width)."""
     image = load_image(item)
     return image, (image.height, image.width)
 
 
 def system_of(vit: str | None, resampler: str | None, lm: str | None) -> dict[str, Any]:
-    """Keywords of :func:`uhd.slicing.metrics.measure` for these names; unknown ones raise ``ValueError``."""
-    found = {"vit": (vit, VITS), "resampler": (resampler, RESAMPLERS), "lm": (lm, LMS)}
-    return {key: named(name, known) for key, (name, known) in found.items() if name is not None}
+    """Look up keywords of :func:`uhd.slicing.metrics.measure` by name; unknown names raise ``ValueError``."""
+    systems = {"vit": (vit, VITS), "resampler": (resampler, RESAMPLERS), "lm": (lm, LMS)}
+    return {key: named(name, known) for key, (name, known) in systems.items() if name is not None}

@@ -10,7 +10,7 @@ from .settings import PixelSettings
 
 
 def normalize(patches: Tensor, settings: PixelSettings, *, inner: str = "chw") -> Tensor:
-    """Raw patches to what the encoder was trained on: ``(x / 255 - mean) / std`` for each channel.
+    """Turn raw patches into what the encoder was trained on: ``(x / 255 - mean) / std`` for each channel.
 
     >>> half = PixelSettings(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     >>> normalize(torch.tensor([[0, 255, 51]], dtype=torch.uint8), half)

@@ -61,7 +61,7 @@ def patchify(view: Any, patch_size: int, *, inner: str = "chw") -> Any:
 
 
 def unpatchify(patches: Any, grid_hw: tuple[int, int], patch_size: int, *, inner: str = "chw") -> Any:
-    """Unfold (rows * cols, C * p * p) patches to the (rows * p, cols * p, C) view; the inverse of :func:`patchify`.
+    """Unfold (rows * cols, C * p * p) patches to a (rows * p, cols * p, C) view; the inverse of :func:`patchify`.
 
     >>> unpatchify(np.array([[0, 1, 4, 5], [2, 3, 6, 7]]), (1, 2), 2)[..., 0]
     array([[0, 1, 2, 3],

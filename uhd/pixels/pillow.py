@@ -34,6 +34,7 @@ def cut_pillow(image: Any, plan: SlicePlan, settings: PixelSettings) -> list[np.
 
 
 def check_planned(image_hw: tuple[int, int], plan: SlicePlan) -> None:
+    """Refuse an image of another size than the plan's."""
     if image_hw != tuple(plan.image_hw):
         raise ValueError(
             f"the plan is for an image of {plan.image_hw[0]}x{plan.image_hw[1]} px (height x width), this one has "
@@ -42,7 +43,7 @@ def check_planned(image_hw: tuple[int, int], plan: SlicePlan) -> None:
 
 
 def cut_canvas(image: Image.Image, canvas: Canvas, plan: SlicePlan, settings: PixelSettings) -> list[np.ndarray]:
-    """The views of one canvas of an upright RGB image, by Pillow; they may share memory."""
+    """Make the views of one canvas of an upright RGB image; they may share memory."""
     check_canvas(canvas, (image.height, image.width))
     whole = render_canvas(image, canvas, Resize(settings.resample or plan.resample, plan.antialias))
     name, antialias = canvas.view_filter or (plan.resample, plan.antialias)
@@ -80,7 +81,7 @@ class Resize:
         return Image.fromarray(np.rint(resized).clip(0, 255).astype(np.uint8))
 
     def _sampled(self, array: np.ndarray, axis: int, span: tuple[float, float], length: int) -> np.ndarray:
-        """float32 with ``length`` samples of one axis, at the middles of as many equal parts of ``span``."""
+        """Sample one axis at the middles of ``length`` equal parts of ``span``; the result is float32."""
         reach, weight = _TAPS[self.name]
         places = span[0] + (np.arange(length) + 0.5) * (span[1] - span[0]) / length - 0.5
         first = np.floor(places).astype(np.int64)
@@ -95,7 +96,7 @@ class Resize:
 
 
 def render_canvas(image: Image.Image, canvas: Canvas, resize: Resize) -> np.ndarray:
-    """(h, w, 3) uint8 of a whole canvas."""
+    """Make a whole canvas, (h, w, 3) uint8."""
     if canvas.source is not None:
         top, left, bottom, right = canvas.source
         image = image.crop((left, top, right, bottom))  # first, so that the filter sees nothing outside
@@ -113,18 +114,18 @@ def render_canvas(image: Image.Image, canvas: Canvas, resize: Resize) -> np.ndar
 
 
 def is_long_crop(canvas: Canvas) -> bool:
-    """Whether the content covers its canvas and is so large, and so much larger, that only what is seen is made."""
+    """Return whether the content covers its canvas and is so much larger that only what is seen should be made."""
     return _covers(canvas) and math.prod(canvas.content_hw) > max(MOST_RESIZED, 16 * math.prod(canvas.size_hw))
 
 
 def _covers(canvas: Canvas) -> bool:
-    """Whether the content reaches every edge of its canvas."""
+    """Return whether the content reaches every edge of its canvas."""
     sides = zip(canvas.offset, canvas.content_hw, canvas.size_hw, strict=True)
     return all(start <= 0 and start + content >= side for start, content, side in sides)
 
 
 def _seen(image: Image.Image, canvas: Canvas) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) of the part of the image that a crop shows, px."""
+    """Return (left, top, right, bottom) of the part of the image that a crop shows, px."""
     (top, left), (height, width) = canvas.offset, canvas.size_hw
     scale_h, scale_w = image.height / canvas.content_hw[0], image.width / canvas.content_hw[1]
     right, bottom = min((width - left) * scale_w, image.width), min((height - top) * scale_h, image.height)
@@ -132,7 +133,7 @@ def _seen(image: Image.Image, canvas: Canvas) -> tuple[float, float, float, floa
 
 
 def check_canvas(canvas: Canvas, image_hw: tuple[int, int]) -> None:
-    """Pillow would paint what is missing black: refuse it instead."""
+    """Refuse a canvas that is not whole: Pillow would paint black what is missing."""
 
     def inside(box: tuple[int, int, int, int], size_hw: tuple[int, int]) -> bool:
         top, left, bottom, right = box

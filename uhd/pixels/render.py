@@ -18,23 +18,28 @@ if TYPE_CHECKING:
 
 
 def render(image: Any, plan: SlicePlan, *, settings: PixelSettings = DEFAULT) -> list[np.ndarray]:
-    """The views of a plan, in the order of ``plan.views``.
+    """Render the views of a plan, in the order of ``plan.views``.
 
     Every canvas is resized from the original image as a whole and then cut, so neighbouring slices share their
-    filter's support across the cut. It is resized once, or twice where it has a ``first_hw``; a tile whose size is not
-    ``view_hw`` once more.
+    filter's support across the cut. A canvas is resized once, or twice where it has a ``first_hw``; a tile whose size
+    is not ``view_hw`` is resized once more.
+
+    >>> from uhd.slicing import plan
+    >>> image = np.zeros((672, 1008, 3), dtype=np.uint8)
+    >>> [view.shape for view in render(image, plan((672, 1008), "llava-1.5"))]
+    [(336, 336, 3)]
 
     Args:
         image: Anything :func:`load_image` takes; its size must be ``plan.image_hw``.
         plan: From :func:`uhd.slicing.plan` or any strategy.
-        settings: Its filter, or the plan's where it names none. Whether that antialiases is the plan's.
+        settings: Name the filter; where they name none, it is the plan's. The plan says whether it antialiases.
 
     Returns:
         One (h, w, 3) uint8 array a view, (h, w) = ``view.size_hw``; each owns its memory.
 
     Raises:
-        ValueError: The image has another size than the plan, or a canvas is not whole: its source or a tile lies
-            outside, or a part is neither content nor filled; or there is no such filter.
+        ValueError: The image has another size than the plan, there is no such filter, or a canvas is not whole: its
+            source or a tile lies outside, or a part is neither content nor filled.
 
     Source: one resize and an exact cut as in thunlp/LLaVA-UHD, llava/slice_process.py ``slice_image_minicpm``.
     """
@@ -42,7 +47,7 @@ def render(image: Any, plan: SlicePlan, *, settings: PixelSettings = DEFAULT) ->
 
 
 def cut(image: Any, plan: SlicePlan, *, settings: PixelSettings = DEFAULT) -> list[np.ndarray]:
-    """As :func:`render`, but the views may share memory with each other or the image: only to be read."""
+    """Render views that are only read: as :func:`render`, but they may share memory with each other or the image."""
     if settings.backend == "fast":
         from .fast import cut_fast  # it imports torch
 

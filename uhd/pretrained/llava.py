@@ -41,7 +41,7 @@ _ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "g
 
 
 def recipe(checkpoint: Checkpoint, names: Names, kind: str) -> Recipe:
-    """What the settings in a folder say.
+    """Read the recipe from the settings in a folder.
 
     Args:
         checkpoint: The folder.
@@ -109,7 +109,7 @@ def _projector(state: Mapping[str, Tensor], *, activation: str) -> nn.Module:
 
 
 def _one_view(preprocessor: Mapping[str, Any], vit: ViTConfig) -> StrategyConfig:
-    """LLaVA-1.5's ways to one square view: padded, cropped, or stretched."""
+    """Choose among LLaVA-1.5's ways to one square view: padded, cropped, or stretched."""
     side, size = vit.image_size, _sides(preprocessor, "size")
     common = {"patch_size": vit.patch_size, "tile": side, "resample": _filter(preprocessor)}
     crops = preprocessor.get("do_center_crop", False)
@@ -154,28 +154,28 @@ def _anyres(config: Any, preprocessor: Mapping[str, Any], vit: ViTConfig) -> Any
 
 
 def _max_tiles(config: Any) -> int | None:
-    """LLaVA-OneVision's bound; LLaVA-NeXT has none."""
+    """Read LLaVA-OneVision's bound; LLaVA-NeXT has none."""
     if config.model_type == "llava_next":
         return None
-    found = re.fullmatch(r"anyres_max_(\d+)", config.vision_aspect_ratio)
-    if found is None:
+    bound = re.fullmatch(r"anyres_max_(\d+)", config.vision_aspect_ratio)
+    if bound is None:
         raise ValueError(f"vision_aspect_ratio must be anyres_max_N, got {config.vision_aspect_ratio!r}")
-    return int(found[1])
+    return int(bound[1])
 
 
 def _sides(preprocessor: Mapping[str, Any], name: str) -> dict[str, int]:
-    """A size as image processors write it: a number, or named sides in px."""
+    """Read a size as image processors write it: a number, or named sides in px."""
     size = preprocessor.get(name)
     if isinstance(size, int):
         return {"shortest_edge": size} if name == "size" else {"height": size, "width": size}
-    found = {key: value for key, value in (size or {}).items() if value is not None}
-    if set(found) not in ({"shortest_edge"}, {"height", "width"}):
+    sides = {key: value for key, value in (size or {}).items() if value is not None}
+    if set(sides) not in ({"shortest_edge"}, {"height", "width"}):
         raise ValueError(f"the image processor's {name} must have a shortest_edge, or height and width; got {size}")
-    return found
+    return sides
 
 
 def _filter(preprocessor: Mapping[str, Any]) -> str:
-    found = preprocessor.get("resample", 3)
-    if found not in FILTERS:
-        raise ValueError(f"the image processor's resample must be one of {FILTERS} (Pillow's numbers); got {found!r}")
-    return FILTERS[found]
+    number = preprocessor.get("resample", 3)
+    if number not in FILTERS:
+        raise ValueError(f"the image processor's resample must be one of {FILTERS} (Pillow's numbers); got {number!r}")
+    return FILTERS[number]

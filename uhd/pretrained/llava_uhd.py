@@ -49,7 +49,7 @@ _KNOWN_TOWERS = {
 
 
 def kind_of(checkpoint: Checkpoint) -> str:
-    """Which of the releases; both use the same names. Decided by ``mm_projector_type``, else by 144 latents.
+    """Tell the releases apart, which use the same names: by ``mm_projector_type``, else by 144 latents.
 
     Raises:
         ValueError: Another model in this layout.
@@ -69,7 +69,7 @@ def kind_of(checkpoint: Checkpoint) -> str:
 def recipe(
     checkpoint: Checkpoint, names: Names, kind: str, *, vision_tower: str | os.PathLike | None, pickled: bool
 ) -> Recipe:
-    """What the settings in a folder say.
+    """Read the recipe from the settings in a folder.
 
     Args:
         checkpoint: The folder.
@@ -124,21 +124,21 @@ def _spatial(state: Mapping[str, Tensor]) -> nn.Module:
 
 
 def _tower(checkpoint: Checkpoint, names: Names, vision_tower: str | os.PathLike | None) -> tuple[Any, Path | None]:
-    """CLIP's config, and its folder where there is one."""
+    """Find CLIP's config, and its folder where there is one."""
     from transformers import AutoConfig, CLIPVisionConfig
 
-    named = str(checkpoint.config.get("mm_vision_tower", ""))
-    places = [Path(named), checkpoint.folder / named] if named else []
+    told = str(checkpoint.config.get("mm_vision_tower", ""))
+    places = [Path(told), checkpoint.folder / told] if told else []
     places = places if vision_tower is None else [Path(vision_tower)]
     tower = next((path for path in places if (path / "config.json").is_file()), None)
     if tower is not None:
         return AutoConfig.from_pretrained(tower, local_files_only=True), tower
     if vision_tower is not None:
         raise FileNotFoundError(f"vision_tower {vision_tower} is no folder with a config.json")
-    known = _KNOWN_TOWERS.get(Path(named).name)
+    known = _KNOWN_TOWERS.get(Path(told).name)
     if names.vision and known is not None:
         return CLIPVisionConfig(**known), None
     raise FileNotFoundError(
         f"{checkpoint.folder} {'does not say what its CLIP is' if names.vision else 'has no CLIP in it'}, "
-        f"mm_vision_tower is {named!r}: pass vision_tower=, the folder of that model"
+        f"mm_vision_tower is {told!r}: pass vision_tower=, the folder of that model"
     )

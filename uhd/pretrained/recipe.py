@@ -43,7 +43,7 @@ class Table:
     renamed: Mapping[str, str] = field(default_factory=dict)
 
     def sort(self, names: Iterable[str], what: str) -> Names:
-        """Every part's names, without their prefix -> in full.
+        """Sort names into parts: the name without its prefix -> in full.
 
         Raises:
             ValueError: Names that no part has, or two for one tensor; the message lists them.
@@ -52,7 +52,7 @@ class Table:
         prefixes = [(prefix, part) for part in parts for prefix in getattr(self, part)]
         prefixes.sort(key=lambda pair: -len(pair[0]))
         back = {theirs: ours for ours, theirs in self.renamed.items()}
-        found: dict[str, dict[str, str]] = {part: {} for part in parts}
+        by_part: dict[str, dict[str, str]] = {part: {} for part in parts}
         left, twice = [], []
         for name in names:
             prefix, part = next(((p, part) for p, part in prefixes if name.startswith(p)), ("", ""))
@@ -63,19 +63,19 @@ class Table:
             if part == "compressor":
                 module, _, ending = inner.rpartition(".")
                 inner = f"{back.get(module, module)}.{ending}" if module else inner
-            if inner in found[part] and part != "other":
-                twice += [found[part][inner], name]
-            found[part][inner] = name
+            if inner in by_part[part] and part != "other":
+                twice += [by_part[part][inner], name]
+            by_part[part][inner] = name
         if left:
             raise ValueError(f"{what} has tensors that its family does not know. Left over: {', '.join(sorted(left))}")
         if twice:
             raise ValueError(f"{what} has tensors under the names of two versions: {', '.join(sorted(twice))}")
-        if not found["compressor"]:
+        if not by_part["compressor"]:
             raise ValueError(
                 f"{what} has no compressor: none of its tensors starts with {' or '.join(self.compressor)}"
             )
         return Names(
-            found["vision"], found["compressor"], found["window"], next(iter(found["newline"].values()), None)
+            by_part["vision"], by_part["compressor"], by_part["window"], next(iter(by_part["newline"].values()), None)
         )
 
 
@@ -90,7 +90,7 @@ class Names:
 
     @property
     def all(self) -> list[str]:
-        """In the files."""
+        """All names, as in the files."""
         return [*self.vision.values(), *self.compressor.values(), *self.window.values(), *filter(None, [self.newline])]
 
 
@@ -120,7 +120,7 @@ class Recipe:
 
 
 def build(recipe: Recipe, names: Names, checkpoint: Checkpoint, device: str | torch.device) -> VisualEncoder:
-    """The encoder of a recipe, its tensors read from the files.
+    """Build the encoder of a recipe with the tensors in the files.
 
     Raises:
         FileNotFoundError, ValueError: As in :func:`uhd.pretrained.load`.
@@ -157,7 +157,7 @@ def build(recipe: Recipe, names: Names, checkpoint: Checkpoint, device: str | to
 
 
 def _one_dtype(tensors: dict[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Of a part of a model: the one that holds all values, where a release keeps its norms, say, in float32.
+    """Cast a part to the one dtype that holds all its values: a release may keep its norms in float32.
 
     Raises:
         ValueError: Quantised tensors.
@@ -175,7 +175,7 @@ def _one_dtype(tensors: dict[str, Tensor], names: Mapping[str, str]) -> dict[str
 
 
 def _packer(newline: Tensor, name: str, width: int) -> FeaturePacker:
-    """One with this newline."""
+    """Make a packer with this newline."""
     if newline.shape != (width,):
         raise ValueError(f"{name} has the shape {tuple(newline.shape)}, expected {(width,)}: one token")
     packer = FeaturePacker(width).to(newline.device, newline.dtype)

@@ -476,8 +476,8 @@ def build_vit(config: ViTConfig, names: Iterable[str], read: Callable[[str], Ten
         vit = ViT(config)
     targets = {name: tensor.shape for name, tensor in vit.state_dict().items()}
     sources = {name: _source_names(name, family, config) for name in targets}
-    names, wanted = set(names), {source for found in sources.values() for source in found}
-    missing = sorted(wanted - names) + [f"a name for {name}" for name, found in sources.items() if not found]
+    names, wanted = set(names), {source for some in sources.values() for source in some}
+    missing = sorted(wanted - names) + [f"a name for {name}" for name, some in sources.items() if not some]
     left = sorted(name for name in names - wanted if not _is_unused(name, family, config))
     if missing or left:
         raise ValueError(
@@ -519,11 +519,11 @@ def _source_names(name: str, family: str, config: ViTConfig) -> tuple[str, ...]:
     template = _INDEX.sub("#", name)
     module, _, suffix = template.rpartition(".")
     if suffix in ("weight", "bias"):
-        found, ending = table.get(module, ()), f".{suffix}"
+        theirs, ending = table.get(module, ()), f".{suffix}"
     else:
-        found, ending = table.get(template, ()), ""
-    found = (found,) if isinstance(found, str) else found
-    return tuple(f"{source.replace('#', number[0]) if number else source}{ending}" for source in found)
+        theirs, ending = table.get(template, ()), ""
+    theirs = (theirs,) if isinstance(theirs, str) else theirs
+    return tuple(f"{source.replace('#', number[0]) if number else source}{ending}" for source in theirs)
 
 
 def _from_source(name: str, tensor: Tensor, family: str, config: ViTConfig) -> Tensor:
