@@ -298,6 +298,7 @@ def test_both_orders_fold_and_unfold(rows, cols, p, rest, inner):
     view[: rows * p, : cols * p, 0] = np.arange(cols * p) % 256
     patches = patchify(view, p, inner=inner)
     assert np.array_equal(unpatchify(patches, (rows, cols), p, inner=inner), view[: rows * p, : cols * p])
+    assert torch.equal(patchify(torch.from_numpy(view), p, inner=inner), torch.from_numpy(patches))
     out = np.zeros_like(patches)
     fold_into(out, view, p, inner)
     assert np.array_equal(out, patches)

@@ -120,12 +120,15 @@ class SliceBatch:
                     f"got {array.dtype} {array.shape}: make it with uhd.pixels.render"
                 )
             fold_into(patches[start:stop], array, side, inner)
-        return _pack(torch.from_numpy(patches), tuple(view.patches_hw for view in planned), tuple(plans), inner)
+        return cls.from_patches(torch.from_numpy(patches), plans, inner=inner)
 
     @classmethod
     def from_patches(cls, patches: Tensor, plans: Sequence[SlicePlan], *, inner: str = "chw") -> SliceBatch:
         """Make a batch of patches that were packed before, raw or normalised, on any device; check their number."""
-        return _pack(patches, tuple(view.patches_hw for plan in plans for view in plan.views), tuple(plans), inner)
+        grids = tuple(view.patches_hw for plan in plans for view in plan.views)
+        offsets = _offsets([rows * cols for rows, cols in grids])
+        cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=patches.device)
+        return cls(patches=patches, cu_seqlens=cu_seqlens, grids=grids, plans=tuple(plans), inner=inner)
 
     @classmethod
     def cat(cls, batches: Sequence[SliceBatch]) -> SliceBatch:
@@ -141,16 +144,15 @@ class SliceBatch:
         """
         full = [batch for batch in batches if batch.plans] or list(batches[:1])
         if not full:
-            return _pack(torch.empty(0, 0, dtype=torch.uint8), (), (), "chw")
+            return cls.from_patches(torch.empty(0, 0, dtype=torch.uint8), ())
         if len({batch.inner for batch in full}) > 1:
             full = [batch.ordered("chw") for batch in full]
         dtypes = {batch.patches.dtype for batch in full}
         if len(dtypes) > 1:
             raise TypeError(f"patches of one dtype can be joined, got {sorted(map(str, dtypes))}")
-        plans = tuple(plan for batch in full for plan in batch.plans)
-        grids = tuple(grid for batch in full for grid in batch.grids)
+        plans = [plan for batch in full for plan in batch.plans]
         _patch_size(plans)  # before torch.cat complains about widths
-        return _pack(torch.cat([batch.patches for batch in full]), grids, plans, full[0].inner)
+        return cls.from_patches(torch.cat([batch.patches for batch in full]), plans, inner=full[0].inner)
 
     @property
     def num_views(self) -> int:
@@ -180,11 +182,9 @@ class SliceBatch:
         """Split into I batches of one image each, which share memory with this one; :meth:`cat` is the inverse."""
         if not self.plans:
             return []
-        edges = _offsets(self.views_per_image)
-        per_image = [self.grids[start:stop] for start, stop in pairwise(edges)]
-        parts = self.patches.split([sum(rows * cols for rows, cols in grids) for grids in per_image])
-        plans = [(plan,) for plan in self.plans]
-        return [_pack(*part, self.inner) for part in zip(parts, per_image, plans, strict=True)]
+        parts = self.patches.split([plan.num_patches for plan in self.plans])
+        pairs = zip(parts, self.plans, strict=True)
+        return [SliceBatch.from_patches(patches, [plan], inner=self.inner) for patches, plan in pairs]
 
     def normalized(self, settings: PixelSettings) -> SliceBatch:
         """Return the same batch with normalised float32 patches; see :func:`uhd.pixels.normalize.normalize`."""
@@ -216,12 +216,6 @@ class SliceBatch:
 
 def _offsets(lengths: Sequence[int]) -> list[int]:
     return list(accumulate(lengths, initial=0))
-
-
-def _pack(patches: Tensor, grids: tuple[tuple[int, int], ...], plans: tuple[SlicePlan, ...], inner: str) -> SliceBatch:
-    offsets = _offsets([rows * cols for rows, cols in grids])
-    cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=patches.device)
-    return SliceBatch(patches=patches, cu_seqlens=cu_seqlens, grids=grids, plans=plans, inner=inner)
 
 
 def _check_count(what: str, items: Sequence[Any], plans: Sequence[SlicePlan]) -> None:

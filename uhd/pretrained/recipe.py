@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from uhd.checkpoint import Checkpoint
 from uhd.encoder import AnySlicing, VisualEncoder
-from uhd.pixels import PixelSettings
+from uhd.pixels import RESAMPLE, PixelSettings
 from uhd.resampler import FeaturePacker
 from uhd.schema import SpatialSchema
 from uhd.vision import ViTConfig, compress_vit
 from uhd.vision.weights import build_vit, needed_names, vision_names
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-FILTERS = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
+FILTERS = {int(number): name for name, number in RESAMPLE.items()}
 """What image processors write for Pillow's filters."""
 
 
