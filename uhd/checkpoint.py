@@ -6,7 +6,9 @@ import os
 import pickle
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -29,7 +31,6 @@ class Checkpoint:
     Attributes:
         folder: The folder.
         config: Content of ``config.json``.
-        preprocessor: Settings of the image processor; ``None`` where the folder has no file of it.
         files: Every tensor's name -> the file that holds it.
 
     Raises:
@@ -44,9 +45,13 @@ class Checkpoint:
         if not (self.folder / "config.json").is_file():
             raise FileNotFoundError(f"{folder} has no config.json: copy the whole release, its *.json files included")
         self.config = read_json(self.folder / "config.json")
-        self.preprocessor = next(image_processors(self.folder), None)
         self.pickled = False
         self.files = self._find_files(pickled)
+
+    @cached_property
+    def preprocessor(self) -> Mapping[str, Any] | None:
+        """Settings of the image processor; ``None`` where the folder has no file of it."""
+        return next(image_processors(self.folder), None)
 
     def _find_files(self, pickled: bool) -> dict[str, Path]:
         for single, index in (SAFE, PICKLED) if pickled else (SAFE,):

@@ -17,6 +17,8 @@ def damage_named(path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, SafetensorError) as problem:
+        if isinstance(problem, ValueError) and str(path) in str(problem):
+            raise
         detail = problem if isinstance(problem, ValueError) else repr(problem)
         raise ValueError(f"{path} does not fit or is damaged: {detail}") from problem
 

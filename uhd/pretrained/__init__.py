@@ -19,7 +19,7 @@ from huggingface_hub.errors import StrictDataclassError
 from uhd.checkpoint import Checkpoint
 from uhd.encoder import VisualEncoder
 from uhd.pretrained import llava, llava_uhd, minicpm
-from uhd.pretrained.recipe import Names, Recipe, Table, build
+from uhd.pretrained.recipe import Names, Prefixes, Recipe, build
 from uhd.pretrained.writing import write
 from uhd.resampler import MergeProjector
 from uhd.vision import CompressedViT
@@ -38,14 +38,14 @@ FAMILIES: dict[str, str] = {
 """Every family by name, and one line about it."""
 
 _TRANSFORMERS = {"llava-1.5": "llava", "llava-next": "llava_next", "llava-onevision": "llava_onevision"}
-_TABLES: dict[str, Table] = {
-    "llava-uhd-2024-03": llava_uhd.TABLE,
-    "llava-uhd": llava_uhd.TABLE,
-    "minicpm-v-2.0": minicpm.TABLE,
-    "minicpm-v-2.5": minicpm.TABLE,
-    "minicpm-v-2.6": minicpm.TABLE,
-    "minicpm-v-4.6": minicpm.TABLE_4_6,
-    **dict.fromkeys(_TRANSFORMERS, llava.TABLE),
+_PREFIXES: dict[str, Prefixes] = {
+    "llava-uhd-2024-03": llava_uhd.PREFIXES,
+    "llava-uhd": llava_uhd.PREFIXES,
+    "minicpm-v-2.0": minicpm.PREFIXES,
+    "minicpm-v-2.5": minicpm.PREFIXES,
+    "minicpm-v-2.6": minicpm.PREFIXES,
+    "minicpm-v-4.6": minicpm.PREFIXES_4_6,
+    **dict.fromkeys(_TRANSFORMERS, llava.PREFIXES),
 }
 
 
@@ -159,7 +159,7 @@ def _recipe(
         raise ValueError(f"downsample is a mode of minicpm-v-4.6, this is {family}")
     if vision_tower is not None and not family.startswith("llava-uhd"):
         raise ValueError(f"vision_tower is for llava-uhd, whose CLIP is a folder of its own; this is {family}")
-    names = _TABLES[family].sort(checkpoint.files, f"{checkpoint.folder} ({family})")
+    names = _PREFIXES[family].sort(checkpoint.files, f"{checkpoint.folder} ({family})")
     if family in _TRANSFORMERS:
         return llava.recipe(checkpoint, names, _TRANSFORMERS[family]), names
     if family == "minicpm-v-4.6":

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from uhd.checkpoint import Checkpoint
 from uhd.pixels import PixelSettings
 from uhd.pixels.settings import PREPROCESSORS
-from uhd.pretrained.recipe import FILTERS, Names, Recipe, Table
+from uhd.pretrained.recipe import FILTERS, Names, Prefixes, Recipe
 from uhd.resampler import MLPProjector
 from uhd.resampler.loading import load_exactly, shape_of
 from uhd.slicing.strategies.anyres import AnyResConfig
@@ -24,7 +24,7 @@ from uhd.slicing.strategies.base import StrategyConfig
 from uhd.slicing.strategies.fixed import CenterCropConfig, SquarePadConfig, StretchConfig
 from uhd.vision import ViTConfig, config_from_hf
 
-TABLE = Table(
+PREFIXES = Prefixes(
     vision=(
         "vision_tower.",
         "vision_tower.vision_model.",
@@ -98,7 +98,7 @@ def _vit(config: Any) -> ViTConfig:
 def _projector(state: Mapping[str, Tensor], *, activation: str) -> nn.Module:
     if activation not in _ACTIVATIONS:
         raise ValueError(f"projector_hidden_act must be one of {', '.join(_ACTIVATIONS)}; got {activation!r}")
-    missing = [theirs for ours, theirs in TABLE.renamed.items() if f"{ours}.weight" not in state]
+    missing = [theirs for ours, theirs in PREFIXES.renamed.items() if f"{ours}.weight" not in state]
     if missing:
         raise ValueError(f"the weights do not fit a projector. Missing: {', '.join(f'{x}.weight' for x in missing)}")
     hidden, in_dim = shape_of(state, "mlp.0.weight", 2)

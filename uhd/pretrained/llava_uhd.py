@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from uhd.checkpoint import Checkpoint
 from uhd.pixels import PixelSettings
 from uhd.pixels.settings import image_processors
-from uhd.pretrained.recipe import CLIP_MEAN, CLIP_STD, Names, Recipe, Table
+from uhd.pretrained.recipe import CLIP_MEAN, CLIP_STD, Names, Prefixes, Recipe
 from uhd.resampler import PerceiverResampler, SpatialResampler
 from uhd.resampler.loading import shape_of
 from uhd.schema import SpatialSchema
 from uhd.slicing import SlicingConfig
 from uhd.vision import config_from_hf
 
-TABLE = Table(
+PREFIXES = Prefixes(
     vision=("model.vision_tower.vision_tower.", "model.vision_tower.vision_tower.vision_model."),
     compressor=("model.mm_projector.",),
     other=("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head."),

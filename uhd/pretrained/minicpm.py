@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from uhd.checkpoint import Checkpoint
 from uhd.pixels import PixelSettings
 from uhd.pixels.settings import PREPROCESSORS
-from uhd.pretrained.recipe import FILTERS, Names, Recipe, Table
+from uhd.pretrained.recipe import FILTERS, Names, Prefixes, Recipe
 from uhd.resampler import MergeProjector, PerceiverResampler
 from uhd.resampler.loading import shape_of
 from uhd.schema import SpatialSchema
 from uhd.slicing import SlicingConfig
 from uhd.vision import ViTConfig, config_from_hf, config_from_timm
 
-TABLE = Table(vision=("vpm.",), compressor=("resampler.",), other=("llm.",))
-TABLE_4_6 = Table(
+PREFIXES = Prefixes(vision=("vpm.",), compressor=("resampler.",), other=("llm.",))
+PREFIXES_4_6 = Prefixes(
     vision=("model.vision_tower.",),
     window=("model.vision_tower.vit_merger.",),
     compressor=("model.merger.",),

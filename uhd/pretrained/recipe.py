@@ -23,7 +23,7 @@ FILTERS = {int(number): name for name, number in RESAMPLE.items()}
 
 
 @dataclass(frozen=True)
-class Table:
+class Prefixes:
     """Where the files of a family keep what. A name belongs to the longest prefix that it starts with.
 
     Attributes:
@@ -100,7 +100,7 @@ class Recipe:
 
     Attributes:
         vit: The vision encoder's config, without compressors.
-        vit_names: Its rename table, one of those of ``uhd.vision.weights``.
+        vit_names: Which names its weights have, a key of ``uhd.vision.weights.HEADS``.
         compressor: Makes the compressor of its weights, which have our names.
         slicing, schema, pixels, check_image_size, note: As in :class:`uhd.VisualEncoder`.
         compress_after: Blocks before a compressor inside the ViT, as in ``uhd.vision.compress_vit``.
