@@ -559,6 +559,15 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def verdicts(result: dict) -> str:
+    """The rows as a Markdown table without their reasons."""
+    keys = ("claim", "claimed", "ours", "holds")
+    lines = [[row[key] for key in keys] for row in result["rows"]]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in (keys, *lines)).replace(
+        "\n", "\n|---|---|---|---|\n", 1
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Write ``paper_claims.json`` and print the table; 1 where our own checks fail."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

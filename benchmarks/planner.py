@@ -123,6 +123,15 @@ def report(times: dict[str, float]) -> list[dict]:
     return rows
 
 
+def table(rows: list[dict]) -> str:
+    """Markdown of the report."""
+    lines = ["| | us an image | ratio | wanted |", "|---|---:|---:|---:|"]
+    for row in rows:
+        wanted = row["must_reach"] or ""
+        lines.append(f"| {row['planner']} | {row['us_per_image']:.2f} | {row['ratio']:.2f} | {wanted} |")
+    return "\n".join(lines)
+
+
 def versions() -> dict[str, str]:
     import transformers
 
@@ -151,9 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(", ".join(f"{name} {version}" for name, version in known.items()))
     print(f"{len(sizes)} sizes of 64 to 4096 px a side, preset {PRESET}: all numbers equal")
     rows = report(measure(contenders(sizes, config), chosen.rounds, len(sizes)))
-    print("| planner | us/image | ratio | must reach |\n|---|---|---|---|")
-    for row in rows:
-        print(f"| {row['planner']} | {row['us_per_image']} | {row['ratio']} | {row['must_reach'] or ''} |")
+    print(table(rows))
     if chosen.out:
         about = {"versions": known, "sizes": len(sizes), "seed": chosen.seed, "rounds": chosen.rounds, "rows": rows}
         (chosen.out / "planner.json").write_text(json.dumps(about, indent=1) + "\n")

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from uhd.batch import SliceBatch, normalize
+from tests.tiny import noise, picture
+from uhd.batch import SliceBatch
 from uhd.pixels import PixelSettings, patchify, render, unpatchify
+from uhd.pixels.normalize import normalize
 from uhd.slicing import SlicingConfig, plan
 
 SMALL = SlicingConfig(image_size=28, patch_size=7, max_slices=5, clamp=True, tokens_per_view=4)
@@ -21,13 +23,8 @@ PIXELS = PixelSettings(mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
 SIZES = st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), max_size=4)
 
 
-def noise(height: int, width: int) -> Image.Image:
-    pixels = np.random.default_rng(height * 1000 + width).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
 def batch_of(*sizes: tuple[int, int]) -> SliceBatch:
-    return SliceBatch.from_images([noise(*size) for size in sizes], [plan(size, SMALL) for size in sizes])
+    return SliceBatch.from_images([picture(*size) for size in sizes], [plan(size, SMALL) for size in sizes])
 
 
 def assert_same(one: SliceBatch, other: SliceBatch) -> None:
@@ -39,7 +36,7 @@ def assert_same(one: SliceBatch, other: SliceBatch) -> None:
 @given(SIZES)
 def test_a_batch_holds_every_view_of_every_image(sizes):
     batch = batch_of(*sizes)
-    views = [array for size in sizes for array in render(noise(*size), plan(size, SMALL))]
+    views = [array for size in sizes for array in render(picture(*size), plan(size, SMALL))]
     assert batch.num_views == len(views) == sum(batch.views_per_image)
     assert len(batch.views_per_image) == len(sizes)
     assert batch.patches.shape[0] == sum(p.num_patches for p in batch.plans) == sum(batch.lengths)
@@ -85,9 +82,9 @@ def test_sides_that_no_patch_divides_are_floored():
     canvas = replace(found.canvases[0], size_hw=(300, 384), content_hw=(300, 384), view_hw=(300, 384))
     canvas = replace(canvas, tiles=(canvas.tiles[0]._replace(bottom=300, right=384),))
     found = replace(found, canvases=(canvas,))
-    batch = SliceBatch.from_images([noise(300, 384)], [found])
+    batch = SliceBatch.from_images([picture(300, 384)], [found])
     assert batch.grids == ((21, 27),)
-    assert (unpatchify(batch.patches.numpy(), (21, 27), 14) == np.asarray(noise(300, 384))[:294, :378]).all()
+    assert (unpatchify(batch.patches.numpy(), (21, 27), 14) == noise(300, 384)[:294, :378]).all()
 
 
 def test_empty_batches():

@@ -188,12 +188,12 @@ def test_extreme_sizes_are_drawn(size, rules):
 
 
 def test_a_drawn_cut_shows_cuts_overlaps_and_what_is_lost():
-    from uhd.compare import _cut_picture, _views_picture
+    from uhd.compare.pictures import cut_picture, views_picture
 
     white = Image.new("RGB", (640, 480), (255, 255, 255))
 
     def colors(rule, size=(480, 640)):
-        pixels = np.asarray(_cut_picture(white, plan(size, rule))).reshape(-1, 3).astype(int)
+        pixels = np.asarray(cut_picture(white, plan(size, rule))).reshape(-1, 3).astype(int)
         return {tuple(c) for c in pixels.tolist()}
 
     plain, crossed, cropped = colors("llava-uhd"), colors("molmo2"), colors("clip")
@@ -201,7 +201,7 @@ def test_a_drawn_cut_shows_cuts_overlaps_and_what_is_lost():
     assert len(plain) == 2
     assert any(r > 240 and b < 200 and g > 200 for r, g, b in crossed)  # tinted amber
     assert any(max(c) < 130 for c in cropped)  # darkened
-    padded = np.asarray(_views_picture(white, plan((480, 640), "llava-1.5"), "overview", 100))
+    padded = np.asarray(views_picture(white, plan((480, 640), "llava-1.5"), "overview", 100))
     assert padded.shape == (100, 100, 3)
     assert (padded[20:80, :] == 255).all()  # 3/4 of the view is the image
     assert not (padded[:10] == 255).any()

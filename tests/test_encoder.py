@@ -9,35 +9,14 @@ from PIL import Image
 from torch import nn
 
 import uhd
+from tests.tiny import IMAGES, PIXELS, noise, tiny_encoder, vit
 from uhd.demo import page_image, untrained_encoder
 from uhd.pixels import PixelSettings
 from uhd.resampler import MLPProjector, PerceiverConfig, PerceiverResampler, PixelShuffleProjector
 from uhd.schema import SpatialSchema
 from uhd.slicing import SlicingConfig
 from uhd.token_files import load_tokens, save_tokens
-from uhd.vision import ViT, ViTConfig
-
-PIXELS = PixelSettings(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
-
-
-def tiny_vit(**changes):
-    fields = {"image_size": 56, "patch_size": 14, "width": 32, "depth": 2, "heads": 2, "mlp_width": 64}
-    return ViT(ViTConfig(**{**fields, "position_grid_hw": (4, 4), **changes}))
-
-
-def tiny_encoder(compressor=None, **parts):
-    torch.manual_seed(0)
-    if compressor is None:
-        compressor = PerceiverResampler(PerceiverConfig(width=24, vision_width=32, num_heads=2, num_latents=4))
-    parts.setdefault("pixels", PIXELS)
-    return uhd.VisualEncoder(parts.pop("vision", None) or tiny_vit(), compressor, **parts).eval()
-
-
-def noise(height, width, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-IMAGES = [noise(100, 60), noise(30, 200, 1), noise(20, 11, 2), noise(168, 112, 3)]
+from uhd.vision import ViT
 
 
 def test_tokens_and_layout_of_every_image():
@@ -225,7 +204,7 @@ def test_slicing_follows_the_backbone():
     )
     with pytest.raises(ValueError, match=r"for_vision\(image_size=56, patch_size=14\)"):
         tiny_encoder(slicing="llava-uhd")
-    other = tiny_encoder(slicing="minicpm-v", check_image_size=False, vision=tiny_vit(image_size=None))
+    other = tiny_encoder(slicing="minicpm-v", check_image_size=False, vision=vit(image_size=None))
     assert other.slicing.image_size == 448
     batch = uhd.SliceBatch.from_images([noise(64, 48)], [uhd.plan((64, 48), SlicingConfig(patch_size=16))])
     with pytest.raises(ValueError, match="planned for patch_size=16, the vision encoder has 14"):
@@ -364,7 +343,7 @@ def test_a_failed_save_leaves_an_older_one_whole(tmp_path):
 
 def test_a_stem_of_the_callers_own_is_not_rebuilt(tmp_path):
     """Also when it is a Linear: the config does not describe it."""
-    vision = ViT(tiny_vit().config, stem=nn.Linear(588, 32, bias=False))
+    vision = ViT(vit().config, stem=nn.Linear(588, 32, bias=False))
     tiny_encoder(vision=vision).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="saved with a vision of class uhd.vision.vit.ViT"):
         uhd.VisualEncoder.from_pretrained(tmp_path)

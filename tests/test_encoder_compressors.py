@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import uhd
+from tests.tiny import noise, stirred
 from uhd.pixels import PixelSettings
 from uhd.resampler import (
     MergeProjector,
@@ -27,24 +28,13 @@ LATENTS = {
     "rewrite": lambda: RewriteResampler(RewriteConfig(**SIZES, table_side=5, separators=True)),
     "pyramid": lambda: PyramidResampler(PyramidConfig(**SIZES, upsample=True)),
 }
-IMAGES = [
-    np.random.default_rng(place).integers(0, 256, (*size, 3), dtype=np.uint8)
-    for place, size in enumerate([(60, 150), (40, 30), (200, 90)])
-]
+IMAGES = [noise(60, 150), noise(40, 30, 1), noise(200, 90, 2)]
 
 
 def vit() -> ViT:
     return ViT(
         ViTConfig(patch_size=7, width=24, depth=3, heads=2, mlp_width=24, image_size=56, position_grid_hw=(8, 8))
     )
-
-
-def stirred(encoder: uhd.VisualEncoder) -> uhd.VisualEncoder:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in encoder.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return encoder.eval()
 
 
 def check(encoder: uhd.VisualEncoder, folder) -> None:

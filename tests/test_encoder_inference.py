@@ -12,35 +12,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 import uhd.encoder as encoder_module
-from uhd.encoder import VisualEncoder, split_steps
+from tests.tiny import IMAGES, noise, tiny_encoder
+from uhd.encoder import split_steps
 from uhd.inference import in_fastest_dtype
-from uhd.pixels import PixelSettings
 from uhd.resampler import (
     MergeProjector,
     MLPProjector,
-    PerceiverConfig,
-    PerceiverResampler,
     PixelShuffleProjector,
 )
 from uhd.slicing import SlicingConfig
-from uhd.vision import VisionTower, ViT, ViTConfig
-
-
-def tiny_encoder(**parts):
-    torch.manual_seed(0)
-    sizes = {"image_size": 56, "patch_size": 14, "width": 32, "depth": 2, "heads": 2, "mlp_width": 64}
-    vision = parts.pop("vision", None) or ViT(ViTConfig(**sizes, position_grid_hw=(4, 4)))
-    latents = PerceiverConfig(width=24, vision_width=32, num_heads=2, num_latents=4)
-    compressor = parts.pop("compressor", None) or PerceiverResampler(latents)
-    pixels = PixelSettings(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
-    return VisualEncoder(vision, compressor, pixels=pixels, **parts).eval()
-
-
-def noise(height, width, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-IMAGES = [noise(100, 60), noise(30, 200, 1), noise(20, 11, 2), noise(168, 112, 3)]
+from uhd.vision import VisionTower
 
 
 @given(st.lists(st.integers(1, 50), max_size=30), st.one_of(st.none(), st.integers(1, 120)))

@@ -14,11 +14,12 @@ from PIL import Image
 from torch import nn
 
 import uhd
+from tests import tiny
+from tests.tiny import PIXELS, noise, perceiver
 from uhd.cli import main
 from uhd.demo import untrained_encoder
 from uhd.encoder import EncodedVideo
 from uhd.merge import assemble, merge_samples
-from uhd.pixels import PixelSettings
 from uhd.resampler import (
     FeaturePacker,
     MLPProjector,
@@ -45,10 +46,8 @@ from uhd.slicing.plan import Packing
 from uhd.slicing.sample import _ladder
 from uhd.slicing.strategies import ALIASES, STRATEGIES
 from uhd.token_files import load_tokens, save_tokens
-from uhd.vision import ViT, ViTConfig
 
 DOCS = Path(__file__).parent.parent / "docs"
-PIXELS = PixelSettings(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 
 
 def small(name):
@@ -58,20 +57,8 @@ def small(name):
 
 def tiny_encoder(compressor=None, slicing="llava-next", **parts):
     torch.manual_seed(0)
-    vision = ViT(
-        ViTConfig(image_size=56, patch_size=14, width=32, depth=1, heads=2, mlp_width=64, position_grid_hw=(4, 4))
-    )
-    parts.setdefault("pixels", PIXELS)
     slicing = small(slicing) if isinstance(slicing, str) else slicing
-    return uhd.VisualEncoder(vision, compressor or MLPProjector(32, 24), slicing=slicing, **parts).eval()
-
-
-def perceiver(latents=4):
-    return PerceiverResampler(PerceiverConfig(width=24, vision_width=32, num_heads=2, num_latents=latents))
-
-
-def noise(height, width, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return tiny.tiny_encoder(compressor or MLPProjector(32, 24), slicing=slicing, **parts)
 
 
 IMAGES = [noise(100, 60), noise(30, 200, 1), noise(168, 112, 2)]

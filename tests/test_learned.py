@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import shutil
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -772,6 +773,13 @@ def test_images_are_told_apart_by_how_they_are_cut(parts, tmp_path):
     text = parts.report.markdown(told, "long")
     assert f"| arm | question | not cut, < 2.5 ({long} images, 9 tokens) | not cut, >= 2.5 (" in text
     assert "| uhd | right | 1.000 [" in text
+
+
+def test_the_page_has_the_tables_of_the_stored_runs(parts, tmp_path):
+    tables = []
+    shutil.copytree(ROOT / "benchmarks" / "results" / "learned", tmp_path / "learned")
+    parts.report.report(tmp_path / "learned", say=tables.append)
+    assert tables[0] in (ROOT / "docs" / "learned.md").read_text(), "run `learned.py report --page docs/learned.md`"
 
 
 def test_every_interval_in_the_conclusions_stands_in_the_tables(parts):

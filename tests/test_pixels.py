@@ -19,8 +19,6 @@ import PIL
 import pytest
 import skimage.data
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from uhd.pixels import PixelSettings, image_size_hw, load_image, patchify, render, unpatchify
@@ -278,18 +276,6 @@ def test_a_canvas_with_holes_raises(changes, message):
 
 
 # --- patches -------------------------------------------------------------------------------------
-
-
-@given(st.integers(1, 5), st.integers(1, 7), st.integers(1, 6), st.integers(0, 5), st.integers(0, 5), st.data())
-def test_unpatchify_inverts_patchify_on_what_is_seen(rows, cols, p, below, right, data):
-    height, width = rows * p + min(below, p - 1), cols * p + min(right, p - 1)
-    seed = data.draw(st.integers(0, 9))
-    view = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    patches = patchify(view, p)
-    assert patches.shape == (rows * cols, 3 * p * p)
-    assert (unpatchify(patches, (rows, cols), p) == view[: rows * p, : cols * p]).all()
-    assert (patchify(unpatchify(patches, (rows, cols), p), p) == patches).all()
-    assert torch.equal(patchify(torch.from_numpy(view), p), torch.from_numpy(patches))
 
 
 def test_patch_order_is_that_of_unfold_and_of_a_convolution():

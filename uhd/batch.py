@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from uhd.pixels import DEFAULT, PixelSettings, cut, fold_into, inner_axes
+from uhd.pixels import DEFAULT, PixelSettings, cut, fold_into, inner_axes, reorder
+from uhd.pixels.normalize import normalize
 from uhd.slicing.plan import SlicePlan
 
 
@@ -33,6 +33,12 @@ class SliceBatch:
         ValueError: Plans, grids, ``cu_seqlens`` and patches do not agree. The values of ``cu_seqlens`` are compared on
             the CPU only, since reading them elsewhere would wait for the device.
         TypeError: A tensor has a dtype that is not named above.
+
+    >>> from uhd.slicing import plan
+    >>> images = [np.zeros((672, 1008, 3), dtype=np.uint8), np.zeros((30, 40, 3), dtype=np.uint8)]
+    >>> batch = SliceBatch.from_images(images, [plan(image.shape[:2]) for image in images])
+    >>> batch.views_per_image, batch.grids[-1], tuple(batch.patches.shape)
+    ((7, 1), (20, 27), (4547, 588))
     """
 
     patches: Tensor
@@ -114,12 +120,15 @@ class SliceBatch:
                     f"got {array.dtype} {array.shape}: make it with uhd.pixels.render"
                 )
             fold_into(patches[start:stop], array, side, inner)
-        return _pack(torch.from_numpy(patches), tuple(view.patches_hw for view in planned), tuple(plans), inner)
+        return cls.from_patches(torch.from_numpy(patches), plans, inner=inner)
 
     @classmethod
     def from_patches(cls, patches: Tensor, plans: Sequence[SlicePlan], *, inner: str = "chw") -> SliceBatch:
-        """The batch of patches that were packed before, raw or normalised, on any device; their number is checked."""
-        return _pack(patches, tuple(view.patches_hw for plan in plans for view in plan.views), tuple(plans), inner)
+        """Make a batch of patches that were packed before, raw or normalised, on any device; check their number."""
+        grids = tuple(view.patches_hw for plan in plans for view in plan.views)
+        offsets = _offsets([rows * cols for rows, cols in grids])
+        cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=patches.device)
+        return cls(patches=patches, cu_seqlens=cu_seqlens, grids=grids, plans=tuple(plans), inner=inner)
 
     @classmethod
     def cat(cls, batches: Sequence[SliceBatch]) -> SliceBatch:
@@ -127,38 +136,37 @@ class SliceBatch:
 
         Empty batches add nothing. No batches at all, or only empty ones, give an empty batch.
 
+        Where orders inside the patches are mixed, the result's is ``"chw"``.
+
         Raises:
             ValueError: Patch sizes differ.
             TypeError: Raw and normalised patches, or two float dtypes, are mixed.
-
-        Where orders inside the patches are mixed, the result's is ``"chw"``.
         """
         full = [batch for batch in batches if batch.plans] or list(batches[:1])
         if not full:
-            return _pack(torch.empty(0, 0, dtype=torch.uint8), (), (), "chw")
+            return cls.from_patches(torch.empty(0, 0, dtype=torch.uint8), ())
         if len({batch.inner for batch in full}) > 1:
             full = [batch.ordered("chw") for batch in full]
         dtypes = {batch.patches.dtype for batch in full}
         if len(dtypes) > 1:
             raise TypeError(f"patches of one dtype can be joined, got {sorted(map(str, dtypes))}")
-        plans = tuple(plan for batch in full for plan in batch.plans)
-        grids = tuple(grid for batch in full for grid in batch.grids)
+        plans = [plan for batch in full for plan in batch.plans]
         _patch_size(plans)  # before torch.cat complains about widths
-        return _pack(torch.cat([batch.patches for batch in full]), grids, plans, full[0].inner)
+        return cls.from_patches(torch.cat([batch.patches for batch in full]), plans, inner=full[0].inner)
 
     @property
     def num_views(self) -> int:
-        """V."""
+        """Number of views, V."""
         return len(self.grids)
 
     @property
     def views_per_image(self) -> tuple[int, ...]:
-        """I numbers that sum to V."""
+        """Number of views of each image."""
         return tuple(plan.num_views for plan in self.plans)
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Patches of each of V views."""
+        """Number of patches of each view."""
         return tuple(rows * cols for rows, cols in self.grids)
 
     @property
@@ -167,32 +175,31 @@ class SliceBatch:
         return max(self.lengths, default=0)
 
     def split(self) -> tuple[Tensor, ...]:
-        """V tensors (rows * cols, P), which share memory with the batch."""
+        """Split the patches into V tensors (rows * cols, P), which share memory with the batch."""
         return self.patches.split(self.lengths) if self.grids else ()
 
     def split_images(self) -> list[SliceBatch]:
-        """I batches of one image each, whose patches share memory with this one; :meth:`cat` is the inverse."""
+        """Split into I batches of one image each, which share memory with this one; :meth:`cat` is the inverse."""
         if not self.plans:
             return []
-        edges = _offsets(self.views_per_image)
-        per_image = [self.grids[start:stop] for start, stop in pairwise(edges)]
-        parts = self.patches.split([sum(rows * cols for rows, cols in grids) for grids in per_image])
-        plans = [(plan,) for plan in self.plans]
-        return [_pack(*part, self.inner) for part in zip(parts, per_image, plans, strict=True)]
+        parts = self.patches.split([plan.num_patches for plan in self.plans])
+        pairs = zip(parts, self.plans, strict=True)
+        return [SliceBatch.from_patches(patches, [plan], inner=self.inner) for patches, plan in pairs]
 
     def normalized(self, settings: PixelSettings) -> SliceBatch:
-        """The same batch with float32 patches that carry the encoder's mean and std; see :func:`normalize`."""
+        """Return the same batch with normalised float32 patches; see :func:`uhd.pixels.normalize.normalize`."""
         return replace(self, patches=normalize(self.patches, settings, inner=self.inner))
 
     def ordered(self, inner: str) -> SliceBatch:
-        """The same batch with its patches in this order inside, itself where they are; see :attr:`inner`."""
-        inner_axes(inner)
-        return self if inner == self.inner else replace(self, patches=reordered(self.patches, inner), inner=inner)
+        """Return the same batch with its patches in this order inside, itself where they are; see :attr:`inner`."""
+        if inner == self.inner:
+            return self
+        return replace(self, patches=reorder(self.patches, self.inner, inner), inner=inner)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None, *, non_blocking: bool = False
     ) -> SliceBatch:
-        """Both tensors on ``device``, and normalised patches in ``dtype``.
+        """Move both tensors to ``device``, and cast normalised patches to ``dtype``.
 
         Raises:
             TypeError: ``dtype`` for raw uint8 patches: a cast would leave 0..255 where normalised values are meant.
@@ -203,52 +210,12 @@ class SliceBatch:
         return replace(self, patches=patches, cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> SliceBatch:
-        """Both tensors in page-locked memory, for ``to(..., non_blocking=True)``; a ``DataLoader`` calls it too."""
+        """Copy both tensors to page-locked memory for ``to(..., non_blocking=True)``; a ``DataLoader`` does so too."""
         return replace(self, patches=self.patches.pin_memory(), cu_seqlens=self.cu_seqlens.pin_memory())
-
-
-def normalize(patches: Tensor, settings: PixelSettings, *, inner: str = "chw") -> Tensor:
-    """Raw patches to what the encoder was trained on: ``(x / 255 - mean) / std`` for each channel.
-
-    Args:
-        patches: (N, P) uint8.
-        settings: With mean and std.
-        inner: Order inside the patches, as :attr:`SliceBatch.inner`; it stays.
-
-    Returns:
-        (N, P) float32 on the same device.
-
-    Raises:
-        ValueError: The settings have no mean and std, P is not three channels, or there is no such order.
-        TypeError: The patches are not uint8, so they may be normalised already.
-    """
-    mean, std = settings.mean_std()
-    if patches.dtype != torch.uint8:
-        raise TypeError(f"only raw uint8 patches are normalised, got {patches.dtype}: they may be normalised already")
-    if patches.ndim != 2 or patches.shape[1] % 3:
-        raise ValueError(f"patches are (N, 3 * p * p), got {tuple(patches.shape)}")
-    mean, std = (torch.tensor(values, dtype=torch.float32, device=patches.device) for values in (mean, std))  # (3,)
-    area = patches.shape[1] // 3
-    if inner_axes(inner) == inner_axes("hwc"):  # rows as long as a patch are much quicker than rows of three
-        return patches.to(torch.float32).mul_((1 / (255 * std)).repeat(area)).sub_((mean / std).repeat(area))
-    channels = patches.unflatten(1, (3, area)).to(torch.float32)  # (N, 3, p * p)
-    return channels.div_(255).sub_(mean[:, None]).div_(std[:, None]).flatten(1)
-
-
-def reordered(patches: Tensor, inner: str) -> Tensor:
-    """(N, 3 * p * p) from the other order inside to this one."""
-    pattern = "n (k c) -> n (c k)" if inner == "chw" else "n (c k) -> n (k c)"
-    return rearrange(patches, pattern, c=3)
 
 
 def _offsets(lengths: Sequence[int]) -> list[int]:
     return list(accumulate(lengths, initial=0))
-
-
-def _pack(patches: Tensor, grids: tuple[tuple[int, int], ...], plans: tuple[SlicePlan, ...], inner: str) -> SliceBatch:
-    offsets = _offsets([rows * cols for rows, cols in grids])
-    cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=patches.device)
-    return SliceBatch(patches=patches, cu_seqlens=cu_seqlens, grids=grids, plans=plans, inner=inner)
 
 
 def _check_count(what: str, items: Sequence[Any], plans: Sequence[SlicePlan]) -> None:
@@ -257,7 +224,7 @@ def _check_count(what: str, items: Sequence[Any], plans: Sequence[SlicePlan]) ->
 
 
 def _patch_size(plans: Sequence[SlicePlan]) -> int | None:
-    """The one that all plans share, px; ``None`` where there is no plan."""
+    """Return the patch size that all plans share, px; ``None`` where there is no plan."""
     sizes = sorted({plan.patch_size for plan in plans})
     if len(sizes) > 1:
         raise ValueError(f"the plans of a batch share one patch size, got {sizes} px: use one batch for each")

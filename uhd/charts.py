@@ -31,7 +31,11 @@ class Axis(NamedTuple):
     title: str = ""
 
     def place(self, value: float, length: float) -> float:
-        """Position of ``value`` along an axis of ``length`` px; values outside the range stick to its ends."""
+        """Return the place of ``value`` along an axis of ``length`` px; values outside the range stick to its ends.
+
+        >>> percent_axis().place(0.53, length=200)
+        100.0
+        """
         value = min(max(value, self.low), self.high)
         if self.log:
             share = math.log(value / self.low) / math.log(self.high / self.low)
@@ -41,7 +45,11 @@ class Axis(NamedTuple):
 
 
 def log_axis(values: Sequence[float], title: str = "") -> Axis:
-    """A logarithmic axis over positive values, with ticks at 1, 2 and 5 times powers of ten, or at its ends."""
+    """Make a logarithmic axis over positive values, with ticks at 1, 2 and 5 times powers of ten, or at its ends.
+
+    >>> [text for _, text in log_axis([64, 4096]).ticks]
+    ['100', '200', '500', '1k', '2k']
+    """
     low, high = min(values), max(values)
     if low == high:
         low, high = low / 2, high * 2
@@ -57,7 +65,7 @@ def log_axis(values: Sequence[float], title: str = "") -> Axis:
 
 
 def percent_axis(title: str = "") -> Axis:
-    """0 to 100 %, for shares in 0..1, with some room above."""
+    """Make an axis from 0 to 100 %, for shares in 0..1, with some room above."""
     return Axis(0, 1.06, tuple((tick / 4, f"{25 * tick}%") for tick in range(5)), False, title)
 
 
@@ -67,37 +75,81 @@ def _short(value: float) -> str:
     return f"{value:g}"
 
 
+class _Frame(NamedTuple):
+    """Two axes, and where they lie in a picture, px."""
+
+    x: Axis
+    y: Axis
+    left: int
+    top: int
+    width: int
+    height: int
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        """Return where a point of the data lies in the picture."""
+        return self.left + self.x.place(x, self.width), self.top + self.height - self.y.place(y, self.height)
+
+    def lines(self, points: Sequence[tuple[float, float]], style: str) -> list[str]:
+        """Draw a line through points; one whose y is ``nan`` breaks it."""
+        paths: list[list[str]] = [[]]
+        for x, y in points:
+            if math.isnan(y):
+                paths.append([])
+            else:
+                paths[-1].append("{:.1f},{:.1f}".format(*self.place(x, y)))
+        return [f'<polyline points="{" ".join(path)}" fill="none" {style}/>' for path in paths if path]
+
+    def drawn(self, *, small: bool = False) -> str:
+        """Draw grid lines, tick texts and titles."""
+        left, top, size = self.left, self.top, 9 if small else 12
+        right, bottom = left + self.width, top + self.height
+        parts = []
+        for value, text in self.y.ticks:
+            at = bottom - self.y.place(value, self.height)
+            parts.append(f'<line x1="{left}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}" stroke="{GRID}"/>')
+            parts.append(_text(left - 5, f"{at + size / 3:.1f}", text, "end", size, FAINT))
+        for value, text in self.x.ticks:
+            at = left + self.x.place(value, self.width)
+            parts.append(f'<line y1="{top}" y2="{bottom}" x1="{at:.1f}" x2="{at:.1f}" stroke="{GRID}"/>')
+            parts.append(_text(f"{at:.1f}", bottom + size + 3, text, "middle", size, FAINT))
+        below = bottom + 2 * size + 5 if small else bottom + 40
+        middle = f"{left + self.width / 2:.1f}"
+        parts.append(_text(middle, below, self.x.title, "middle", size, FAINT if small else INK))
+        if not small:
+            middle = top + self.height / 2
+            parts.append(
+                f'<text x="16" y="{middle:.1f}" text-anchor="middle" fill="{INK}" '
+                f'transform="rotate(-90 16 {middle:.1f})">{escape(self.y.title)}</text>'
+            )
+        return "".join(parts)
+
+
 def scatter(points: Sequence[Point], x: Axis, y: Axis, *, width: int = 760, height: int = 420) -> str:
-    """Points on two axes, the marked ones joined from left to right. Hovering names a point."""
-    left, top, right, bottom = 64, 16, 24, 52
-    inner_w, inner_h = width - left - right, height - top - bottom
-    parts = [_open(width, height, f"{y.title} against {x.title}"), _frame(x, y, left, top, inner_w, inner_h)]
-
-    def place(point: Point) -> tuple[float, float]:
-        return left + x.place(point.x, inner_w), top + inner_h - y.place(point.y, inner_h)
-
+    """Draw points on two axes, the marked ones joined from left to right. Hovering names a point."""
+    frame = _Frame(x, y, 64, 16, width - 88, height - 68)
+    parts = [_open(width, height, f"{y.title} against {x.title}"), frame.drawn()]
     marked = sorted(p for p in points if p.marked)
     if len(marked) > 1:
-        line = " ".join("{:.1f},{:.1f}".format(*place(p)) for p in marked)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{ACCENT}" stroke-width="1.5" opacity="0.5"/>')
+        parts += frame.lines([(p.x, p.y) for p in marked], f'stroke="{ACCENT}" stroke-width="1.5" opacity="0.5"')
     for point in sorted(points, key=lambda p: p.marked):
-        cx, cy = place(point)
+        cx, cy = frame.place(point.x, point.y)
         color, radius = (ACCENT, 5) if point.marked else (OTHER, 4)
         parts.append(
             f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="{radius}" fill="{color}" fill-opacity="0.8" stroke="#fff">'
             f"<title>{escape(point.label)}: {point.x:g}, {point.y:g}</title></circle>"
         )
-    named = [*marked, *sorted(set(points) - set(marked))] if len(points) <= _ALL_NAMED else marked
-    parts.append(_labels([(p.label, *place(p)) for p in named], [place(p) for p in points], width))
+    labelled = [*marked, *sorted(set(points) - set(marked))] if len(points) <= _ALL_LABELLED else marked
+    names = [(p.label, *frame.place(p.x, p.y)) for p in labelled]
+    parts.append(_labels(names, [frame.place(p.x, p.y) for p in points], width))
     return "".join((*parts, "</svg>"))
 
 
-_ALL_NAMED = 12  # points; of more, only the marked ones get a label
+_ALL_LABELLED = 12  # points; of more, only the marked ones get a label
 _SIDES = tuple((dx, dy) for dy in (4, 18, -10, 32, -24, 46, 60) for dx in (9, -9))  # px from a point to its label
 
 
 def _labels(items: Sequence[tuple[str, float, float]], points: Sequence[tuple[float, float]], width: int) -> str:
-    """Text beside the items, moved where it would cover another one or a point, left out where nothing helps."""
+    """Write names beside the items, moved where one would cover another or a point, left out where nothing helps."""
     taken: list[tuple[float, float, float]] = []  # (start, end, y)
     parts = []
     for label, cx, cy in items:
@@ -124,20 +176,17 @@ def curves(
     width: int = 760,
     height: int = 340,
 ) -> str:
-    """Lines with their names at the right; a point whose y is ``nan`` breaks the line."""
-    left, top, right, bottom = 64, 16, 220, 52
-    inner_w, inner_h = width - left - right, height - top - bottom
-    parts = [_open(width, height, f"{y.title} over {x.title}"), _frame(x, y, left, top, inner_w, inner_h)]
+    """Draw lines with their names at the right; a point whose y is ``nan`` breaks the line."""
+    top, right = 16, 220
+    frame = _Frame(x, y, 64, top, width - 64 - right, height - 68)
+    parts = [_open(width, height, f"{y.title} over {x.title}"), frame.drawn()]
     ends = []
     for number, (name, line) in enumerate(series.items()):
         color = COLORS[number % len(COLORS)]
-        parts += [
-            f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2" stroke-linejoin="round"/>'
-            for path in _paths(line, x, y, left, top, inner_w, inner_h)
-        ]
-        known = [value for _, value in line if not math.isnan(value)]
+        parts += frame.lines(line, f'stroke="{color}" stroke-width="2" stroke-linejoin="round"')
+        known = [point for point in line if not math.isnan(point[1])]
         if known:
-            ends.append((top + inner_h - y.place(known[-1], inner_h), name, color))
+            ends.append((frame.place(*known[-1])[1], name, color))
     last = top - 10.0
     for at, name, color in sorted(ends):
         last = max(at + 4, last + 14)  # names do not cover each other
@@ -148,7 +197,7 @@ def curves(
 def bars(
     groups: Mapping[str, Mapping[str, float]], title: str, *, reference: float | None = None, width: int = 760
 ) -> str:
-    """Horizontal bars from 0, those of a group side by side with their values; a line where ``reference`` is."""
+    """Draw horizontal bars from 0 with their values, a group's side by side, and a line at ``reference``."""
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
     left, right, top, bar = 230, 60, 30, 14
     longest = max(value for group in groups.values() for value in group.values())
@@ -184,14 +233,11 @@ def backdrop(
     width: int = 250,
     height: int = 120,
 ) -> str:
-    """A hidden drawing of axes and all lines in gray, by its ``name``; :func:`small_curve` draws a line over it."""
-    left, top, inner_w, inner_h = 34, 8, width - 50, height - 34
-    parts = [_frame(x, y, left, top, inner_w, inner_h, small=True)]
+    """Draw axes and all lines in gray, hidden under a ``name``; :func:`small_curve` draws one line over it."""
+    frame = _Frame(x, y, 34, 8, width - 50, height - 34)
+    parts = [frame.drawn(small=True)]
     for line in series.values():
-        parts += [
-            f'<polyline points="{path}" fill="none" stroke="{OTHER}" stroke-width="0.7" opacity="0.35"/>'
-            for path in _paths(line, x, y, left, top, inner_w, inner_h)
-        ]
+        parts += frame.lines(line, f'stroke="{OTHER}" stroke-width="0.7" opacity="0.35"')
     drawn = f'<defs><g id="{name}">{"".join(parts)}</g></defs>'
     return f'<svg width="0" height="0" class="defs" aria-hidden="true">{drawn}</svg>'
 
@@ -206,15 +252,12 @@ def small_curve(
     width: int = 250,
     height: int = 120,
 ) -> str:
-    """One line in colour over :func:`backdrop`'s gray ones, on the same axes; a dot at ``here``."""
-    left, top, inner_w, inner_h = 34, 8, width - 50, height - 34
+    """Draw one line in colour over :func:`backdrop`'s gray ones, on the same axes, and a dot at ``here``."""
+    frame = _Frame(x, y, 34, 8, width - 50, height - 34)
     parts = [_open(width, height, f"{y.title} over {x.title}"), f'<use href="#{behind}"/>']
-    parts += [
-        f'<polyline points="{path}" fill="none" stroke="{ACCENT}" stroke-width="2"/>'
-        for path in _paths(line, x, y, left, top, inner_w, inner_h)
-    ]
+    parts += frame.lines(line, f'stroke="{ACCENT}" stroke-width="2"')
     if here is not None:
-        cx, cy = left + x.place(here[0], inner_w), top + inner_h - y.place(here[1], inner_h)
+        cx, cy = frame.place(*here)
         parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="3.5" fill="{ACCENT}" stroke="#fff"/>')
     return "".join((*parts, "</svg>"))
 
@@ -226,46 +269,5 @@ def _open(width: int, height: int, label: str) -> str:
     )
 
 
-def _frame(x: Axis, y: Axis, left: int, top: int, inner_w: int, inner_h: int, *, small: bool = False) -> str:
-    """Grid lines, tick texts and titles."""
-    size = 9 if small else 12
-    parts = []
-    for value, text in y.ticks:
-        at = top + inner_h - y.place(value, inner_h)
-        parts.append(f'<line x1="{left}" x2="{left + inner_w}" y1="{at:.1f}" y2="{at:.1f}" stroke="{GRID}"/>')
-        parts.append(
-            f'<text x="{left - 5}" y="{at + size / 3:.1f}" text-anchor="end" font-size="{size}" '
-            f'fill="{FAINT}">{escape(text)}</text>'
-        )
-    for value, text in x.ticks:
-        at = left + x.place(value, inner_w)
-        parts.append(f'<line y1="{top}" y2="{top + inner_h}" x1="{at:.1f}" x2="{at:.1f}" stroke="{GRID}"/>')
-        parts.append(
-            f'<text x="{at:.1f}" y="{top + inner_h + size + 3}" text-anchor="middle" font-size="{size}" '
-            f'fill="{FAINT}">{escape(text)}</text>'
-        )
-    below = top + inner_h + 2 * size + 5 if small else top + inner_h + 40
-    parts.append(
-        f'<text x="{left + inner_w / 2:.1f}" y="{below}" text-anchor="middle" font-size="{size}" '
-        f'fill="{FAINT if small else INK}">{escape(x.title)}</text>'
-    )
-    if not small:
-        middle = top + inner_h / 2
-        parts.append(
-            f'<text x="16" y="{middle:.1f}" text-anchor="middle" fill="{INK}" '
-            f'transform="rotate(-90 16 {middle:.1f})">{escape(y.title)}</text>'
-        )
-    return "".join(parts)
-
-
-def _paths(
-    line: Sequence[tuple[float, float]], x: Axis, y: Axis, left: int, top: int, inner_w: int, inner_h: int
-) -> list[str]:
-    paths: list[list[str]] = [[]]
-    for horizontal, vertical in line:
-        if math.isnan(vertical):
-            paths.append([])
-            continue
-        at_x, at_y = left + x.place(horizontal, inner_w), top + inner_h - y.place(vertical, inner_h)
-        paths[-1].append(f"{at_x:.1f},{at_y:.1f}")
-    return [" ".join(path) for path in paths if path]
+def _text(x: float | str, y: float | str, text: str, anchor: str, size: int, color: str) -> str:
+    return f'<text x="{x}" y="{y}" text-anchor="{anchor}" font-size="{size}" fill="{color}">{escape(text)}</text>'

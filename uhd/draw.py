@@ -32,7 +32,7 @@ def draw_plan(
     schema: SpatialSchema | None = None,
     settings: PixelSettings = DEFAULT,
 ) -> Image.Image:
-    """One picture of what a plan does to an image.
+    """Draw what a plan does to an image, in one picture.
 
     Left: the image with every slice outlined and named in feeding order. Right: the views as the encoder sees them, in
     their grid. Above: sizes, score and counts. Below: the token string. Sizes read width x height.
@@ -135,7 +135,7 @@ def _image_panel(image: Image.Image, plan: SlicePlan, names: Sequence[str]) -> I
 
 
 def _label(pen: ImageDraw.ImageDraw, place: tuple[float, float], text: str, color: Color, size: int) -> None:
-    """White on colour, readable over any photo."""
+    """Write white on colour, readable over any photo."""
     font = _font(size)
     left, top, right, bottom = pen.textbbox(place, text, font=font)
     pen.rectangle((left - 5, top - 4, right + 5, bottom + 4), fill=color)
@@ -143,7 +143,7 @@ def _label(pen: ImageDraw.ImageDraw, place: tuple[float, float], text: str, colo
 
 
 def _views_panel(pixels: Sequence[np.ndarray], plan: SlicePlan, names: Sequence[str], *, height: int) -> Image.Image:
-    """The slices in their grid, and the overview beside a tall grid or below a wide one."""
+    """Draw the slices in their grid, and the overview beside a tall grid or below a wide one."""
     shown = list(zip(plan.views, pixels, names, strict=True))
     slices = [item for item in shown if item[0].kind == "slice"]
     others = [item for item in shown if item[0].kind != "slice"]
@@ -164,7 +164,7 @@ def _views_panel(pixels: Sequence[np.ndarray], plan: SlicePlan, names: Sequence[
 def _grid_panel(
     items: Sequence[tuple[View, np.ndarray, str]], plan: SlicePlan, width: int, height: int
 ) -> Image.Image:
-    """Views in rows and columns at one scale, captioned where there is room."""
+    """Draw views in rows and columns at one scale, captioned where there is room."""
     count = len(items)
     full_grid = plan.grid and count == math.prod(plan.grid)
     cols = plan.grid[1] if full_grid else min(count, math.ceil(math.sqrt(count)))

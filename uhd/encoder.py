@@ -14,12 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from uhd.batch import SliceBatch, normalize, reordered
+from uhd.batch import SliceBatch
+from uhd.files import damage_named
 from uhd.inference import float_parameter, in_fastest_dtype, transformed
 from uhd.loading import Preparation
 from uhd.packed import check_grids
-from uhd.parts import damage_named, describe_part, find_pixels, load_vision, rebuild_part
-from uhd.pixels import PixelSettings
+from uhd.parts import describe_part, find_pixels, load_vision, rebuild_part
+from uhd.pixels import PixelSettings, reorder
+from uhd.pixels.normalize import normalize
 from uhd.resampler import (
     FeaturePacker,
     MergeProjector,
@@ -470,7 +472,7 @@ class VisualEncoder(nn.Module):
     def _see(self, patches: Tensor, grids: tuple[tuple[int, int], ...], dtype: torch.dtype, inner: str) -> Tensor:
         """The vision encoder's features, by the shortest way from raw pixels that it knows."""
         if inner != "chw" and not getattr(self.vision, "folds_pixels", False):
-            patches, inner = reordered(patches, "chw"), "chw"
+            patches, inner = reorder(patches, inner, "chw"), "chw"
         how = {} if inner == "chw" else {"inner": inner}
         if not patches.is_floating_point() and how and dtype == torch.float32:
             return self.vision(patches, grids, mean_std=self.pixels.mean_std(), **how)

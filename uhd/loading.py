@@ -28,7 +28,7 @@ from torch.utils.data import Sampler
 
 from uhd.batch import SliceBatch
 from uhd.pixels import PixelSettings, image_size_hw
-from uhd.pixels.fast import load_picture
+from uhd.pixels.render import load_picture
 from uhd.slicing import SlicePlan, SlicingLike, find, plan, plan_many
 from uhd.slicing.sample import plan_sample
 

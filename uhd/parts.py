@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
 from torch import nn
 
 from uhd.pixels import PixelSettings
@@ -27,16 +24,6 @@ from uhd.resampler import (
     SpatialResampler,
 )
 from uhd.vision import CompressedViT, CompressedViTConfig, ViT, ViTConfig
-
-
-@contextmanager
-def damage_named(path: Path) -> Iterator[None]:
-    """Whatever is wrong with a file's content becomes one ``ValueError`` that names the file."""
-    try:
-        yield
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as problem:
-        detail = problem if isinstance(problem, ValueError) else repr(problem)
-        raise ValueError(f"{path} does not fit or is damaged: {detail}") from problem
 
 
 class _Part(NamedTuple):
@@ -90,12 +77,14 @@ def rebuild_part(described: dict[str, Any], role: str) -> nn.Module:
 
 
 def load_vision(source: str | os.PathLike | nn.Module) -> ViT:
+    """Take the vision encoder of another project's model, or of a folder with one."""
     from uhd.vision import load_vit, vit_from
 
     return vit_from(source) if isinstance(source, nn.Module) else load_vit(source)
 
 
 def find_pixels(source: str | os.PathLike | nn.Module) -> PixelSettings:
+    """Read mean and std from a folder, or from a timm model; a ``ValueError`` says what to pass instead."""
     if not isinstance(source, nn.Module):
         return PixelSettings.from_preprocessor(source)
     if hasattr(source, "pretrained_cfg"):

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from uhd.encoder import EncodedImage, EncodedVideo
-from uhd.parts import damage_named
+from uhd.files import damage_named
 from uhd.schema import SpatialSchema, TokenLayout
 from uhd.schema.counted import layout_of, video_layout
 from uhd.slicing import SlicePlan, VideoPlan

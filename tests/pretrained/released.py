@@ -3,10 +3,8 @@
 import functools
 import importlib
 
-import numpy as np
 import torch
 import transformers
-from PIL import Image
 from tokenizers import AddedToken
 from transformers import (
     CLIPVisionConfig,
@@ -157,15 +155,6 @@ def save(model, images, folder, **how):
     model.save_pretrained(folder, **how)
     images.save_pretrained(folder)
     return folder
-
-
-def noise(height, width):
-    """Every px of misplacement, and every other filter, gives other views of it."""
-    return np.random.default_rng(height * 1000 + width).integers(0, 256, (height, width, 3), np.uint8)
-
-
-def picture(size_hw):
-    return Image.fromarray(noise(*size_hw))
 
 
 def batch_of(views, plans):

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 import uhd
 from tests.pretrained import released
 from tests.pretrained.test_transformers import assert_equal_files
-from uhd.pretrained import checkpoint
+from tests.tiny import picture
+from uhd import checkpoint
 
 MIB = 2**20
 
@@ -282,19 +283,17 @@ def test_damaged_files_are_named(own):
     path, tensors = own
     content = (path / "model.safetensors").read_bytes()
     (path / "model.safetensors").write_bytes(content[:-100])
-    with pytest.raises(ValueError, match="model.safetensors is damaged"):
+    with pytest.raises(ValueError, match="model.safetensors does not fit or is damaged"):
         uhd.pretrained.load(path)
     (path / "model.safetensors").write_bytes(content)
     shard(path, tensors)
     index = json.loads((path / "model.safetensors.index.json").read_text())
     index["weight_map"]["image_newline"] = "model-00001-of-00003.safetensors"
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(
-        ValueError, match=r"model-00001-of-00003.safetensors is damaged, or does not hold what its index"
-    ):
+    with pytest.raises(ValueError, match=r"model-00001-of-00003.safetensors does not fit .* image_newline"):
         uhd.pretrained.load(path)
     (path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json is damaged"):
+    with pytest.raises(ValueError, match=r"config.json does not fit or is damaged"):
         uhd.pretrained.load(path)
 
 
@@ -399,7 +398,7 @@ def test_a_part_in_several_dtypes_gets_the_one_that_holds_all(own, folder):
     assert {x.dtype for x in encoder.compressor.parameters()} == {torch.bfloat16}
     assert torch.equal(encoder.vision.blocks[0].norm1.weight, expected.vision.blocks[0].norm1.weight)
     with torch.no_grad():
-        tokens, near = (part([released.picture((60, 120))])[0].tokens for part in (encoder, expected))
+        tokens, near = (part([picture(60, 120)])[0].tokens for part in (encoder, expected))
     assert (tokens.float() - near).abs().mean() < 0.05 * near.abs().mean()
 
 

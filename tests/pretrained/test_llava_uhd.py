@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 import uhd
-from tests.pretrained.released import SIZES, picture
+from tests.pretrained.released import SIZES
 from tests.pretrained.test_transformers import assert_equal_files
+from tests.tiny import picture
 from uhd.pretrained import llava_uhd
 from uhd.resampler import PerceiverResampler, SpatialResampler
 from uhd.vision import unpatchify
@@ -85,7 +86,7 @@ def test_views_equal_their_parts(kind, inside, heads, tmp_path):
         compressor = SpatialResampler.from_state_dict(state, num_heads=num_heads)
     else:
         compressor = PerceiverResampler.from_state_dict(state, variant="paper", num_heads=num_heads)
-    batch = encoder.prepare([picture(size) for size in SIZES[:6]])
+    batch = encoder.prepare([picture(*size) for size in SIZES[:6]])
     theirs = []
     with torch.no_grad():
         ours = torch.cat([item.tokens for item in encoder(batch)])

@@ -11,8 +11,9 @@ import transformers
 from safetensors.torch import save_file
 
 import uhd
-from tests.pretrained.released import SIZES, picture
+from tests.pretrained.released import SIZES
 from tests.pretrained.test_transformers import assert_equal_files
+from tests.tiny import picture
 from uhd.pretrained import minicpm
 from uhd.vision import bucket_position_ids, patchify, unpatchify
 
@@ -104,7 +105,7 @@ def test_views_equal_their_parts(version, heads, tmp_path):
     variant = "minicpm-v-2.0" if version == "2.0" else "minicpm-v-2.6"
     resampler = uhd.resampler.PerceiverResampler.from_state_dict(state, variant=variant, num_heads=num_heads)
     # 25 rows: one of the lengths where the released buckets are off by float error
-    pictures = [picture(size) for size in (*SIZES[:6], (100, 40))]
+    pictures = [picture(*size) for size in (*SIZES[:6], (100, 40))]
     with torch.no_grad():
         batch = encoder.prepare(pictures)
         ours = torch.cat([item.tokens for item in encoder(batch)])

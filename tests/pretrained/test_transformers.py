@@ -9,9 +9,11 @@ import torch
 
 import uhd
 from tests.pretrained import released
-from tests.pretrained.released import SIZES, picture
-from uhd.batch import normalize
+from tests.pretrained.released import SIZES
+from tests.tiny import noise, picture
+from uhd.checkpoint import Checkpoint
 from uhd.hf import UHDForConditionalGeneration
+from uhd.pixels.normalize import normalize
 from uhd.vision import CompressedViT, unpatchify
 
 CASES = {
@@ -51,7 +53,7 @@ def test_the_same_pixels_give_the_same_tokens(saved, case):
     """A batch of eight aspect ratios, and every image alone; some single entries of tokens differ between images."""
     model, images, folder = saved(case)
     encoder = uhd.pretrained.load(folder)
-    pictures = [picture(size) for size in SIZES]
+    pictures = [picture(*size) for size in SIZES]
     pixels = images(pictures, return_tensors="pt")
     theirs = released.features(model, images, pixels)
     plans = [encoder.plan(size) for size in SIZES]
@@ -76,11 +78,11 @@ def test_pixels_from_files(saved, case, tmp_path):
     fast = released.processor(module, name, pillow=False, **settings)
     level = min(encoder.pixels.std)
     for size in SIZES:
-        picture(size).save(tmp_path / "picture.png")
+        picture(*size).save(tmp_path / "picture.png")
         batch = encoder.prepare([tmp_path / "picture.png"])
         ours = normalize(batch.patches, encoder.pixels)
         for theirs, bound in ((images, 1e-6), (fast, 1 / 255 / level)):
-            pixels = theirs([picture(size)], return_tensors="pt")
+            pixels = theirs([picture(*size)], return_tensors="pt")
             found = released.our_views(pixels, batch.plans, encoder.vision.patch_size)
             off = (found.patches - ours).abs()
             assert off.mean() < bound, (size, theirs)
@@ -93,7 +95,7 @@ def test_another_filter(saved, case, resample, tmp_path):
     model, images, _ = saved(case)
     images = type(images)(**{**images.to_dict(), "resample": resample})
     encoder = uhd.pretrained.load(released.save(model, images, tmp_path))
-    pictures = [picture(size) for size in SIZES[:3]]
+    pictures = [picture(*size) for size in SIZES[:3]]
     with torch.no_grad():
         ours = [item.tokens for item in encoder(pictures)]
     assert_near(ours, released.features(model, images, images(pictures, return_tensors="pt")))
@@ -112,9 +114,9 @@ def test_the_released_geometry(kind, tmp_path):
             (int(side), max(int(side / aspect), 1)) if aspect > 1 else (max(int(side * aspect), 1), int(side))
         )
     for size in sizes:
-        pixels = images([picture(size)], return_tensors="pt")
+        pixels = images([picture(*size)], return_tensors="pt")
         with torch.no_grad():
-            (ours,) = encoder([picture(size)])
+            (ours,) = encoder([picture(*size)])
         assert_near([ours.tokens], released.features(model, images, pixels))
         assert len(ours.tokens) == ours.layout.num_visual_tokens
 
@@ -126,7 +128,7 @@ def test_every_way_of_llava_to_a_square(do_pad, size, saved, tmp_path):
     crop = "shortest_edge" in size
     images = released.processor("llava", "Llava", size=size, crop_size=56, do_center_crop=crop, do_pad=do_pad)
     encoder = uhd.pretrained.load(released.save(model, images, tmp_path))
-    pictures = [picture(size) for size in SIZES]
+    pictures = [picture(*size) for size in SIZES]
     theirs = released.features(model, images, images(pictures, return_tensors="pt"))
     with torch.no_grad():
         assert_near([item.tokens for item in encoder(pictures)], theirs)
@@ -138,7 +140,7 @@ def test_minicpm_takes_another_mode_than_its_config(saved, mode, tmp_path):
     model, images, folder = saved("minicpmv4_6" if mode == "4x" else "minicpmv4_6, 4x")
     encoder = uhd.pretrained.load(folder, downsample=mode)
     assert isinstance(encoder.vision, CompressedViT) == (mode == "16x")
-    pictures = [picture(size) for size in SIZES]
+    pictures = [picture(*size) for size in SIZES]
     pixels = images(pictures, return_tensors="pt", downsample_mode=mode)
     with torch.no_grad():
         ours = [item.tokens for item in encoder(pictures)]
@@ -154,9 +156,9 @@ def test_two_rounds_of_the_merger(tmp_path):
     model, images = released.make("minicpmv4_6", merger_times=2, downsample_mode="4x")
     encoder = uhd.pretrained.load(released.save(model, images, tmp_path))
     assert encoder.slicing.merge == 4
-    pixels = images([picture((60, 120))], return_tensors="pt", downsample_mode="16x")
+    pixels = images([picture(60, 120)], return_tensors="pt", downsample_mode="16x")
     with torch.no_grad():
-        assert_near([encoder([picture((60, 120))])[0].tokens], released.features(model, images, pixels))
+        assert_near([encoder([picture(60, 120)])[0].tokens], released.features(model, images, pixels))
 
 
 @pytest.mark.parametrize("mean", [[0.5] * 3, [0.5, 0.4, 0.3]])
@@ -166,7 +168,7 @@ def test_onevision_several_images(saved, mean, tmp_path):
     images = released.make("llava_onevision")[1]
     images.image_mean = mean
     encoder = uhd.pretrained.load(released.save(model, images, tmp_path))
-    sample, single = [picture(size) for size in SIZES[2:6]], [picture(SIZES[6])]
+    sample, single = [picture(*size) for size in SIZES[2:6]], [picture(*SIZES[6])]
     pixels = images([sample, single], return_tensors="pt")
     theirs = released.features(model, images, pixels, batch_num_images=torch.tensor([4, 1]))
     with torch.no_grad():
@@ -180,9 +182,7 @@ def test_onevision_videos(saved, size):
     """Frames pooled bilinearly, 4 x 4 features to 2 x 2, and one newline; two videos in a batch."""
     model, _, folder = saved("llava_onevision")
     encoder = uhd.pretrained.load(folder)
-    videos = [
-        [released.noise(size[0], size[1] + step)[:, : size[1]] for step in part] for part in ((0, 1, 2), (3, 4, 5))
-    ]
+    videos = [[noise(*size, step) for step in part] for part in ((0, 1, 2), (3, 4, 5))]
     flat = [frame for video in videos for frame in video]
     plans = [encoder.plan_video(size, 1).plans[0]] * len(flat)
     batch = uhd.SliceBatch.from_images(flat, plans, settings=encoder.pixels, patch_size=14).normalized(encoder.pixels)
@@ -202,7 +202,7 @@ def test_minicpm_videos(saved, frames, slices):
     model, images, folder = saved("minicpmv4_6")
     settings = {name: getattr(images, name) for name in ("scale_resolution", "patch_size", "downsample_mode")}
     processor = MiniCPMV4_6VideoProcessor(**settings, max_slice_nums=slices, do_sample_frames=False)
-    video = [np.kron(released.noise(20, 40 + step)[:, :40], np.ones((3, 3, 1), np.uint8)) for step in range(3)]
+    video = [np.kron(noise(20, 40, step), np.ones((3, 3, 1), np.uint8)) for step in range(3)]
     pixels = processor([np.stack(video)], return_tensors="pt")
     with torch.no_grad():
         theirs = model.model.get_video_features(pixels.pixel_values_videos, pixels.target_sizes_videos).pooler_output
@@ -261,7 +261,7 @@ def test_embeddings_logits_and_greedy_tokens(saved, case):
     model, images, folder = saved(case)
     ours = ours_around(model, folder)
     token = ours.config.image_token
-    pictures = [picture(size) for size in (SIZES[0], SIZES[2], SIZES[5])]
+    pictures = [picture(*size) for size in (SIZES[0], SIZES[2], SIZES[5])]
     texts = [f"ab{token}c", f"x{token}y\n{token}?"] if case != "llava_onevision" else [f"ab{token}c", f"x{token}y"]
     pictures = pictures[: sum(text.count(token) for text in texts)]
     for text, some in ((texts[0], pictures[:1]), (texts[1], pictures[1:])):
@@ -288,8 +288,8 @@ def test_onevision_several_images_and_a_video_in_one_prompt(saved):
     ours = ours_around(model, folder)
     model.config.image_token_id, model.config.video_token_id = ours.config.image_token_id, ours.config.video_token_id
     pictures, frames = (
-        [picture(size) for size in SIZES[2:4]],
-        [released.noise(60, 120 + step)[:, :120] for step in range(3)],
+        [picture(*size) for size in SIZES[2:4]],
+        [noise(60, 120, step) for step in range(3)],
     )
     text = f"a{ours.config.image_token}b{ours.config.image_token}c{ours.config.video_token}d"
     batch = ours.processor(text=[text], images=pictures, videos=[frames], images_kwargs={"multi_image": True})
@@ -317,7 +317,7 @@ def test_onevision_several_images_and_a_video_in_one_prompt(saved):
 
 def assert_equal_files(folder, other):
     """The same tensors, and the same settings."""
-    first, second = (uhd.pretrained.checkpoint.Checkpoint(path) for path in (folder, other))
+    first, second = (Checkpoint(path) for path in (folder, other))
     assert set(first.files) == set(second.files)
     theirs = dict(second.read(second.files))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in first.read(first.files))

@@ -16,6 +16,7 @@ from timm.layers import SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from uhd import checkpoint
 from uhd.vision import ViT, ViTConfig, config_from_hf, load_vit, patchify, to_source_state_dict, vit_from
 from uhd.vision.weights import HEADS
 
@@ -278,8 +279,6 @@ def test_the_vision_model_inside_a_bigger_one(kind: str, tmp_path: Path) -> None
 
 
 def test_only_the_tensors_needed_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import safetensors
-
     whole_model("clip").save_pretrained(tmp_path)
     opened = []
 
@@ -301,8 +300,8 @@ def test_only_the_tensors_needed_are_opened(tmp_path: Path, monkeypatch: pytest.
             opened.append(name)
             return self.file.get_tensor(name)
 
-    real = safetensors.safe_open
-    monkeypatch.setattr(safetensors, "safe_open", Spy)
+    real = checkpoint.safe_open
+    monkeypatch.setattr(checkpoint, "safe_open", Spy)
     load_vit(tmp_path)
     assert all(name.startswith("vision_model.") for name in opened)
     assert len(opened) == len(set(opened)) == 5 + 2 * 16
@@ -375,13 +374,13 @@ def test_weights_that_do_not_fit_raise(tmp_path: Path) -> None:
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"position_embedding.weight: the configuration asks for \(100, 16\)"):
         load_vit(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="no model.safetensors"):
-        load_vit(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_base_patch16_224"}))
     with pytest.raises(TypeError, match="build a timm model with timm"):
         load_vit(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no config.json"):
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="has no weights"):
+        load_vit(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         load_vit(tmp_path / "nowhere")
 
 

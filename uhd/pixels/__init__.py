@@ -2,12 +2,13 @@
 
 The plan decides every size; here the image is made upright RGB, each canvas is resized once as a whole and then cut,
 and a view is folded into patches. Everything stays uint8: mean and std are applied on the device, by
-:func:`uhd.batch.normalize` or inside the patch embedding. NumPy and Pillow only, unless the fast backend is asked for;
-a torch tensor is understood without importing torch.
+:mod:`uhd.pixels.normalize`, to the patches or inside the patch embedding. NumPy and Pillow only, unless the fast
+backend or that module is asked for; a torch tensor is understood without importing torch.
 """
 
 from .load import image_size_hw, load_image
-from .render import INNER, cut, fold_into, inner_axes, patchify, render, unpatchify
+from .patches import INNER, fold_into, inner_axes, patchify, reorder, unpatchify
+from .render import cut, render
 from .settings import DEFAULT, MAX_PIXELS, RESAMPLE, PixelSettings
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "load_image",
     "patchify",
     "render",
+    "reorder",
     "unpatchify",
 ]

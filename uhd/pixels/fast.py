@@ -33,8 +33,8 @@ from .load import (
     opened,
     pillow_errors,
 )
-from .render import check_canvas, check_planned, cut_canvas, is_long_crop
-from .settings import DEFAULT, RESAMPLE, PixelSettings, check_filter
+from .pillow import check_canvas, check_planned, cut_canvas, is_long_crop
+from .settings import RESAMPLE, PixelSettings, check_filter
 
 if TYPE_CHECKING:
     from uhd.slicing.plan import Canvas, SlicePlan
@@ -65,13 +65,8 @@ class Picture:
         return self.size_hw[1]
 
 
-def load_picture(source: Any, *, settings: PixelSettings = DEFAULT) -> Image.Image | Picture:
-    """An image in the form that the settings' backend cuts; arguments and errors as of :func:`uhd.pixels.load_image`.
-
-    With ``settings.draft``, damage to a JPEG's pixels is found when it is cut.
-    """
-    if settings.backend != "fast":
-        return load_image(source, settings=settings)
+def read_picture(source: Any, settings: PixelSettings) -> Picture:
+    """:func:`uhd.pixels.render.load_picture` by this backend."""
     if isinstance(source, Picture):
         return source
     array = as_array(source)
@@ -85,7 +80,7 @@ def load_picture(source: Any, *, settings: PixelSettings = DEFAULT) -> Image.Ima
 
 def cut_fast(image: Any, plan: SlicePlan, settings: PixelSettings) -> list[np.ndarray]:
     """:func:`uhd.pixels.cut` by this backend."""
-    picture = load_picture(image, settings=settings)
+    picture = read_picture(image, settings)
     check_planned(picture.size_hw, plan)
     for canvas in plan.canvases:
         check_canvas(canvas, picture.size_hw)
@@ -105,7 +100,7 @@ def _picture(pixels: np.ndarray) -> Picture:
 
 
 def _read_jpeg(source: Any, settings: PixelSettings) -> Picture | None:
-    """A plain upright RGB JPEG; ``None`` for anything else, and where only Pillow can tell what is wrong."""
+    """Read a plain upright RGB JPEG; ``None`` for anything else, and where only Pillow can tell what is wrong."""
     if isinstance(source, Image.Image):
         return None
     name = name_of(source)
@@ -128,7 +123,7 @@ def _read_jpeg(source: Any, settings: PixelSettings) -> Picture | None:
 
 
 def _decoded(picture: Picture, plan: SlicePlan, settings: PixelSettings) -> np.ndarray:
-    """The pixels; of a draft no more than the plan needs, and a whole fraction of the sides: else all would shift."""
+    """Decode; with ``draft``, at the smallest of 1/2, 1/4 and 1/8 that covers the plan and divides the sides."""
     if picture.pixels is not None:
         return picture.pixels
     (height, width), sides = picture.size_hw, [canvas.content_hw for canvas in plan.canvases]
@@ -144,7 +139,7 @@ def _decoded(picture: Picture, plan: SlicePlan, settings: PixelSettings) -> np.n
 
 
 def _in_one_step(size_hw: tuple[int, int], canvas: Canvas, plan: SlicePlan, settings: PixelSettings) -> bool:
-    """Whether the views of a canvas are at most one antialiased resize away from the image."""
+    """Return whether the views of a canvas are at most one antialiased resize away from the image."""
     if canvas.source is not None:
         size_hw = _size_hw(canvas.source)
     sizes = [size for size in (size_hw, canvas.first_hw, canvas.content_hw) if size is not None]
@@ -168,7 +163,7 @@ def _cut_canvas(pixels: np.ndarray, canvas: Canvas, plan: SlicePlan, settings: P
 
 
 def _whole(pixels: np.ndarray, canvas: Canvas, name: str) -> np.ndarray:
-    """(h, w, 3) uint8 of a whole canvas."""
+    """Make a whole canvas, (h, w, 3) uint8."""
     if canvas.source is not None:
         top, left, bottom, right = canvas.source
         pixels = pixels[top:bottom, left:right]
@@ -195,12 +190,12 @@ def _resized(pixels: np.ndarray, size_hw: tuple[int, int], name: str) -> np.ndar
 
 
 def _interpolated(tensor: Tensor, size_hw: tuple[int, int], name: str) -> Tensor:
-    """Both passes, along the rows first."""
+    """Resize in two passes, along the rows first."""
     return F.interpolate(tensor, size=tuple(size_hw), mode=name, antialias=True)
 
 
 def _rows_shrink_more(size_hw: tuple[int, int], new_hw: tuple[int, int]) -> bool:
-    """When newer Pillow makes the vertical pass first; older ones never do."""
+    """Return whether newer Pillow makes the vertical pass first; older ones never do."""
     fewer_rows, fewer_columns = size_hw[0] - new_hw[0], size_hw[1] - new_hw[1]
     return fewer_rows > 0 and fewer_rows > 2 * fewer_columns
 
@@ -210,7 +205,7 @@ _PROBES = (((40, 40), (11, 37)), ((40, 40), (20, 31)), ((40, 40), (20, 29)), ((4
 
 @cache
 def _pass_orders(name: str) -> str | None:
-    """How Pillow orders this filter's passes: ``"fixed"`` or ``"by shrinkage"``; ``None``: PyTorch cannot follow."""
+    """Find how Pillow orders this filter's passes: ``"fixed"``, ``"by shrinkage"``, or ``None`` if PyTorch cannot."""
     noise = np.random.default_rng(0)
     errors: dict[str, list[np.ndarray]] = {"fixed": [], "by shrinkage": []}
     for old, new in _PROBES:
@@ -222,8 +217,8 @@ def _pass_orders(name: str) -> str | None:
             turned = _interpolated(_interpolated(tensor, (new[0], old[1]), name), new, name)
         except (NotImplementedError, RuntimeError, ValueError):  # lanczos is new in PyTorch
             return None
-        found = {"fixed": fixed, "by shrinkage": turned if _rows_shrink_more(old, new) else fixed}
-        for order, result in found.items():
+        by_shrinkage = turned if _rows_shrink_more(old, new) else fixed
+        for order, result in (("fixed", fixed), ("by shrinkage", by_shrinkage)):
             errors[order].append(np.abs(result.squeeze(0).permute(1, 2, 0).numpy() - wanted))
     best = min(errors, key=lambda order: sum(int(off.sum()) for off in errors[order]))
     return best if max(int(off.max()) for off in errors[best]) <= 2 else None
@@ -231,7 +226,7 @@ def _pass_orders(name: str) -> str | None:
 
 @cache
 def jpeg_decoder() -> Callable[[bytes], np.ndarray] | None:
-    """torchvision's decoder to (h, w, 3), where it is installed and decodes to the same bytes as Pillow."""
+    """Return torchvision's decoder to (h, w, 3), if it is installed and decodes to the same bytes as Pillow."""
     try:
         import torchvision.io  # noqa: F401, it brings the operator
 

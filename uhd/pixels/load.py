@@ -29,7 +29,11 @@ _CHANNELS = (1, 3, 4)
 
 
 def load_image(source: Any, *, settings: PixelSettings = DEFAULT, frame: int | None = None) -> Image.Image:
-    """Any picture as an upright RGB Pillow image of 8 bits a channel.
+    """Load any picture as an upright RGB Pillow image of 8 bits a channel.
+
+    >>> gray = np.array([[0, 128, 255], [64, 64, 64]], dtype=np.uint8)
+    >>> load_image(gray).getpixel((1, 0))  # x = 1, y = 0
+    (128, 128, 128)
 
     * Files, bytes and Pillow images: the EXIF orientation is applied (a value outside 1..8 is upright). Transparency
       is composited on ``settings.background``. 16-bit gray (and Pillow's mode ``I``) is scaled from 0..65535; mode
@@ -64,9 +68,12 @@ def load_image(source: Any, *, settings: PixelSettings = DEFAULT, frame: int | N
 
 
 def image_size_hw(source: Any) -> tuple[int, int]:
-    """(height, width) in px of what :func:`load_image` would return, without decoding a file's pixels.
+    """Return (height, width) in px of what :func:`load_image` would return, without decoding a file's pixels.
 
-    Of an animation or a multi-page file, the first frame. Arguments and errors as in :func:`load_image`.
+    Of an animation or a multi-page file, the first frame counts. Arguments and errors are those of :func:`load_image`.
+
+    >>> image_size_hw(np.zeros((480, 640, 3), dtype=np.uint8))
+    (480, 640)
     """
     array = as_array(source)
     if array is not None:
@@ -86,7 +93,7 @@ def image_size_hw(source: Any) -> tuple[int, int]:
 
 
 def name_of(source: Any) -> str:
-    """What to call this picture in an error."""
+    """Say what to call this picture in an error."""
     if isinstance(source, Image.Image):
         filename = getattr(source, "filename", "")
         return repr(filename) if filename else "this Pillow image"
@@ -104,7 +111,7 @@ def name_of(source: Any) -> str:
 
 @contextmanager
 def opened(source: Any, name: str) -> Iterator[Image.Image]:
-    """``source`` as a Pillow image; what was opened here is closed again."""
+    """Open ``source`` as a Pillow image, and close again what was opened here."""
     if isinstance(source, Image.Image):
         yield source
         return
@@ -117,7 +124,7 @@ def opened(source: Any, name: str) -> Iterator[Image.Image]:
 
 @contextmanager
 def pillow_errors(name: str) -> Iterator[None]:
-    """Pillow's many exceptions about a file as one ``ValueError`` that names it."""
+    """Turn Pillow's many exceptions about a file into one ``ValueError`` that names it."""
     try:
         yield
     except MemoryError:
@@ -137,6 +144,7 @@ def pillow_errors(name: str) -> Iterator[None]:
 
 
 def check_pixels(image: Image.Image, settings: PixelSettings, name: str) -> None:
+    """Refuse an image with more pixels than the settings allow."""
     if image.width * image.height > settings.max_pixels:
         raise ValueError(
             f"{name} is {image.height}x{image.width} px (height x width), {image.height * image.width} pixels, over "
@@ -145,12 +153,13 @@ def check_pixels(image: Image.Image, settings: PixelSettings, name: str) -> None
 
 
 def check_frame(frame: int | None, frames: int, name: str) -> None:
+    """Refuse the number of a frame that is not there."""
     if frame is not None and (type(frame) is not int or not 0 <= frame < frames):
         raise ValueError(f"{name} has {frames} frame{'s' * (frames > 1)}, numbered from 0; got frame={frame!r}")
 
 
 def upright_frame(image: Image.Image, frame: int | None, name: str) -> Image.Image:
-    """The asked frame, decoded, with its EXIF orientation applied. A caller's image is left at its own frame."""
+    """Decode the asked frame and apply its EXIF orientation. A caller's image is left at its own frame."""
     with pillow_errors(name):
         stands = image.tell()
         frames = 1 if frame is None else getattr(image, "n_frames", 1)
@@ -175,14 +184,14 @@ def upright_frame(image: Image.Image, frame: int | None, name: str) -> Image.Ima
 
 
 def _header_exif(image: Image.Image) -> Image.Exif:
-    """EXIF without decoding, unless a PNG has metadata behind its pixels (exiftool writes it there)."""
+    """Read EXIF without decoding, unless a PNG has metadata behind its pixels (exiftool writes it there)."""
     if image.format != "PNG" or _png_late_metadata(image.fp):
         return image.getexif()
     return Image.Image.getexif(image)  # PNG's own getexif decodes the pixels first
 
 
 def _png_late_metadata(file: BinaryIO) -> bool:
-    """Whether text or EXIF chunks follow the pixel data. The position in the file is kept."""
+    """Return whether text or EXIF chunks follow the pixel data. The position in the file is kept."""
     position = file.tell()
     file.seek(8)
     pixels_seen = late = False
@@ -196,7 +205,7 @@ def _png_late_metadata(file: BinaryIO) -> bool:
 
 
 def rgb(image: Image.Image, settings: PixelSettings) -> Image.Image:
-    """Eight-bit RGB of an image of any mode; one that is that already is returned itself."""
+    """Convert an image of any mode to eight-bit RGB; one that is that already is returned itself."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode == "F" or image.mode.startswith("I"):
@@ -213,7 +222,7 @@ def rgb(image: Image.Image, settings: PixelSettings) -> Image.Image:
 
 
 def _eight_bit_gray(image: Image.Image) -> Image.Image:
-    """L, or LA where one gray level means transparent, from the deep modes, which Pillow itself would clip at 255."""
+    """Convert deep modes, which Pillow would clip at 255, to L, or to LA where one gray level means transparent."""
     array = np.asarray(image)
     key = image.info.get("transparency")
     if image.mode == "I":
@@ -229,7 +238,7 @@ def _eight_bit_gray(image: Image.Image) -> Image.Image:
 
 
 def _eight_bit(array: np.ndarray) -> np.ndarray:
-    """uint8 from bool, uint8, uint16 (full range) or floats in 0..1, to the nearest level."""
+    """Convert bool, uint16 (full range) or floats in 0..1 to the nearest level of uint8."""
     if array.dtype == np.uint8:
         return array
     if array.dtype == np.bool_:
@@ -247,7 +256,7 @@ def _eight_bit(array: np.ndarray) -> np.ndarray:
 
 
 def as_array(source: Any) -> np.ndarray | None:
-    """A NumPy array or torch tensor as an array; ``None`` for anything else."""
+    """Turn a NumPy array or torch tensor into an array; return ``None`` for anything else."""
     torch = sys.modules.get("torch")  # a tensor cannot exist before torch is imported
     if torch is not None and isinstance(source, torch.Tensor):
         source = source.detach().cpu()
@@ -256,7 +265,7 @@ def as_array(source: Any) -> np.ndarray | None:
 
 
 def channels_last(array: np.ndarray) -> np.ndarray:
-    """(h, w) or (h, w, 1 | 3 | 4) from either layout; see :func:`load_image` for the rule."""
+    """Return (h, w) or (h, w, 1 | 3 | 4) from either layout; :func:`load_image` states the rule."""
     shape = array.shape
     if array.ndim not in (2, 3) or 0 in shape:
         raise ValueError(

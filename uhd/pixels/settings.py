@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from uhd.files import read_json
 
 MAX_PIXELS = 178_956_970
 """Default limit on the pixels of one file: where an unchanged Pillow refuses too (it warns from half of that on)."""
@@ -23,6 +24,9 @@ RESAMPLE = {
 }
 """Filters by name. Pillow widens all three when it shrinks, so none of them aliases."""
 
+PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
+"""Files in which transformers keeps the settings of an image processor; the second one inside those of a processor."""
+
 BACKENDS = ("pillow", "fast")
 
 
@@ -31,7 +35,7 @@ class PixelSettings:
     """How pixels are made; saved with a model, because features depend on it.
 
     Attributes:
-        mean: RGB mean that normalised pixels are centred on, in 0..1 units; ``None`` is not known, never guessed.
+        mean: RGB mean that normalised pixels are centred on, in 0..1 units; ``None`` where it is not known.
         std: RGB standard deviation in 0..1 units; known exactly when ``mean`` is.
         resample: ``"bicubic"``, ``"lanczos"`` or ``"bilinear"``; ``None`` is the filter that each plan's rule was
             released with (``plan.resample``: bicubic for LLaVA-UHD and MiniCPM-V).
@@ -41,12 +45,16 @@ class PixelSettings:
         backend: What decodes and resizes. ``"pillow"``: equal to the reference's bytes under the same Pillow.
             ``"fast"``: within 2 of 255 levels of that at every pixel, several times faster; see
             :mod:`uhd.pixels.fast`.
-        draft: Fast backend only, for paths and bytes: let a JPEG decoder shrink by 2, 4 or 8 where every canvas is
-            smaller still and both sides divide. Not within 2 levels: photographs enlarged to 12 megapixels came out
-            0.2 to 0.5 levels off on average and at most 8, pictures with detail down to the pixel 2 and 41.
+        draft: Decode a JPEG at 1/2, 1/4 or 1/8 of its size where that divides its sides and still covers every canvas;
+            only the fast backend does so, for paths and bytes. Not within 2 levels: photographs enlarged to 12
+            megapixels came out 0.2 to 0.5 levels off on average and at most 8, pictures with detail down to the pixel
+            2 and 41.
 
     Raises:
         ValueError: A setting is out of range; the message names it.
+
+    >>> PixelSettings(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)).to_dict()["background"]
+    (255, 255, 255)
     """
 
     mean: tuple[float, float, float] | None = None
@@ -82,7 +90,7 @@ class PixelSettings:
             raise ValueError(f"draft is True or False, and True needs backend='fast'; got {self.draft!r}")
 
     def mean_std(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-        """(mean, std), or a ``ValueError`` that says where to get them."""
+        """Return (mean, std), or raise a ``ValueError`` that says where to get them."""
         if self.mean is None or self.std is None:
             raise ValueError(
                 "the pixel mean and std of this vision encoder are not known: take them from its checkpoint with "
@@ -93,9 +101,12 @@ class PixelSettings:
 
     @classmethod
     def from_preprocessor(cls, source: Mapping[str, Any] | str | os.PathLike | Any, **changes: Any) -> PixelSettings:
-        """Mean and std of a Hugging Face image processor.
+        """Take mean and std from a Hugging Face image processor.
 
         Its resize and crop rules are not taken over: the plan decides sizes. ``changes`` set the other fields.
+
+        >>> PixelSettings.from_preprocessor({"image_mean": [0.5] * 3, "image_std": [0.25] * 3}).std
+        (0.25, 0.25, 0.25)
 
         Args:
             source: A folder with ``preprocessor_config.json`` or ``processor_config.json``, one such file, its
@@ -104,24 +115,24 @@ class PixelSettings:
         Raises:
             ValueError: No ``image_mean`` and ``image_std`` there, or pixels are not rescaled by 1/255.
         """
-        found = next((c for c in _preprocessor_configs(source) if "image_mean" in c and "image_std" in c), None)
-        if found is None:
+        config = next((c for c in image_processors(source) if "image_mean" in c and "image_std" in c), None)
+        if config is None:
             raise ValueError(
                 f"no image_mean and image_std in {short_name(source)}: expected preprocessor_config.json or "
                 "processor_config.json as an image processor saves it; else give PixelSettings(mean=, std=)"
             )
-        factor = found.get("rescale_factor", 1 / 255) if found.get("do_rescale", True) else 1
+        factor = config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1
         if not math.isclose(factor, 1 / 255, rel_tol=1e-3):
             raise ValueError(
                 f"this preprocessor rescales pixels by {factor}, not 1/255: give PixelSettings(mean=, std=)"
             )
-        if not found.get("do_normalize", True):
+        if not config.get("do_normalize", True):
             return cls(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), **changes)
-        return cls(mean=found["image_mean"], std=found["image_std"], **changes)
+        return cls(mean=config["image_mean"], std=config["image_std"], **changes)
 
     @classmethod
     def from_timm(cls, model_or_cfg: Any, **changes: Any) -> PixelSettings:
-        """Mean and std of a timm model, of its ``pretrained_cfg`` (dict or object), or of a config that holds one.
+        """Take mean and std from a timm model, from its ``pretrained_cfg``, or from a config with one.
 
         ``changes`` set the other fields.
 
@@ -141,12 +152,12 @@ class PixelSettings:
         return cls(mean=config["mean"], std=config["std"], **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; :meth:`from_dict` is the inverse."""
+        """Return plain JSON types; :meth:`from_dict` is the inverse."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PixelSettings:
-        """The inverse of :meth:`to_dict`, also after JSON text; an unknown key raises ``ValueError``."""
+        """Undo :meth:`to_dict`, also after JSON text; an unknown key raises ``ValueError``."""
         unknown = sorted(set(data) - {f.name for f in fields(cls)})
         if unknown:
             raise ValueError(f"unknown pixel settings {unknown}; known are {[f.name for f in fields(cls)]}")
@@ -157,6 +168,7 @@ DEFAULT = PixelSettings()
 
 
 def check_filter(name: Any) -> None:
+    """Raise a ``ValueError`` where no filter has this name."""
     if name not in RESAMPLE:
         raise ValueError(f"resample must be one of {', '.join(RESAMPLE)}, got {name!r}")
 
@@ -172,20 +184,29 @@ def _three(name: str, values: Any) -> tuple[float, float, float]:
 
 
 def short_name(source: Any) -> str:
+    """Say what to call a source in an error."""
     return repr(str(source)) if isinstance(source, (str, os.PathLike)) else f"this {type(source).__name__}"
 
 
-def _preprocessor_configs(source: Any) -> Iterator[Mapping[str, Any]]:
-    """Every dict of settings that ``source`` may mean, an image processor nested in a processor included."""
+def image_processors(source: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield the settings of every image processor that ``source`` means, those inside a processor's included.
+
+    Args:
+        source: As of :meth:`PixelSettings.from_preprocessor`.
+
+    Raises:
+        ValueError: A file holds no JSON object; the message names it.
+    """
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
-        names = ("preprocessor_config.json", "processor_config.json")
-        for file in [path / name for name in names] if path.is_dir() else [path]:
+        for file in [path / name for name in PREPROCESSORS] if path.is_dir() else [path]:
             if file.is_file():
-                yield from _preprocessor_configs(json.loads(file.read_text(encoding="utf-8")))
+                config = read_json(file)
+                if file.name != PREPROCESSORS[1] or "image_processor" in config:
+                    yield from image_processors(config)
         return
     config = source.to_dict() if hasattr(source, "to_dict") else source
     if isinstance(config, Mapping):
-        yield config
-        if isinstance(config.get("image_processor"), Mapping):
-            yield config["image_processor"]
+        settings = config.get("image_processor", config)
+        if isinstance(settings, Mapping):
+            yield settings

@@ -16,10 +16,10 @@ from contextlib import contextmanager
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
+from uhd.checkpoint import Checkpoint
 from uhd.encoder import VisualEncoder
 from uhd.pretrained import llava, llava_uhd, minicpm
-from uhd.pretrained.checkpoint import Checkpoint
-from uhd.pretrained.recipe import Names, Recipe, Table, build
+from uhd.pretrained.recipe import Names, Prefixes, Recipe, build
 from uhd.pretrained.writing import write
 from uhd.resampler import MergeProjector
 from uhd.vision import CompressedViT
@@ -38,14 +38,14 @@ FAMILIES: dict[str, str] = {
 """Every family by name, and one line about it."""
 
 _TRANSFORMERS = {"llava-1.5": "llava", "llava-next": "llava_next", "llava-onevision": "llava_onevision"}
-_TABLES: dict[str, Table] = {
-    "llava-uhd-2024-03": llava_uhd.TABLE,
-    "llava-uhd": llava_uhd.TABLE,
-    "minicpm-v-2.0": minicpm.TABLE,
-    "minicpm-v-2.5": minicpm.TABLE,
-    "minicpm-v-2.6": minicpm.TABLE,
-    "minicpm-v-4.6": minicpm.TABLE_4_6,
-    **dict.fromkeys(_TRANSFORMERS, llava.TABLE),
+_PREFIXES: dict[str, Prefixes] = {
+    "llava-uhd-2024-03": llava_uhd.PREFIXES,
+    "llava-uhd": llava_uhd.PREFIXES,
+    "minicpm-v-2.0": minicpm.PREFIXES,
+    "minicpm-v-2.5": minicpm.PREFIXES,
+    "minicpm-v-2.6": minicpm.PREFIXES,
+    "minicpm-v-4.6": minicpm.PREFIXES_4_6,
+    **dict.fromkeys(_TRANSFORMERS, llava.PREFIXES),
 }
 
 
@@ -59,7 +59,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> VisualEncoder:
-    """The encoder that reproduces a released model's visual tokens, from image to embedding.
+    """Load the encoder that reproduces a released model's visual tokens, from image to embedding.
 
     Its slicing, schema, pixels and learned newlines are the model's; ``encoder(images)`` gives what the model's own
     ``get_image_features`` does. LLaVA-OneVision takes several images of a sample by ``multi_image=True`` and videos by
@@ -135,7 +135,7 @@ def save(
 
 @contextmanager
 def _folder_named(checkpoint: Checkpoint) -> Iterator[None]:
-    """A ``ValueError`` says which folder it is about, whichever module raised it; so do transformers' own checks."""
+    """Make every ``ValueError`` say which folder it is about, those of transformers' own checks included."""
     try:
         yield
     except (ValueError, StrictDataclassError) as problem:
@@ -151,7 +151,7 @@ def _recipe(
     vision_tower: str | os.PathLike | None,
     pickled: bool,
 ) -> tuple[Recipe, Names]:
-    """A folder's recipe by its family, and its visual tensors' names."""
+    """Read a folder's recipe by its family, and the names of its visual tensors."""
     if family is not None and family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}; got {family!r}")
     family = _family_of(checkpoint) if family is None else family
@@ -159,7 +159,7 @@ def _recipe(
         raise ValueError(f"downsample is a mode of minicpm-v-4.6, this is {family}")
     if vision_tower is not None and not family.startswith("llava-uhd"):
         raise ValueError(f"vision_tower is for llava-uhd, whose CLIP is a folder of its own; this is {family}")
-    names = _TABLES[family].sort(checkpoint.files, f"{checkpoint.folder} ({family})")
+    names = _PREFIXES[family].sort(checkpoint.files, f"{checkpoint.folder} ({family})")
     if family in _TRANSFORMERS:
         return llava.recipe(checkpoint, names, _TRANSFORMERS[family]), names
     if family == "minicpm-v-4.6":
@@ -174,22 +174,22 @@ def _family_of(checkpoint: Checkpoint) -> str:
     kind = config.get("model_type")
     if "mm_vision_tower" in config:
         return llava_uhd.kind_of(checkpoint)
-    found = {
+    family = {
         **{theirs: ours for ours, theirs in _TRANSFORMERS.items()},
         "minicpmv4_6": "minicpm-v-4.6",
         "minicpmv": f"minicpm-v-{_minicpm_version(checkpoint)}",
     }.get(kind)
-    if found not in FAMILIES:
+    if family not in FAMILIES:
         raise ValueError(
             f"{checkpoint.folder} holds a model of type {kind!r} (version {config.get('version')!r}); known are "
             f"{', '.join(FAMILIES)}: name one with family= where it is of that kind. VisualEncoder.from_pretrained "
             "takes its vision encoder alone"
         )
-    return found
+    return family
 
 
 def _minicpm_version(checkpoint: Checkpoint) -> str:
-    """2.0 and 2.5 do not say theirs; 2.0's vision encoder is timm's."""
+    """Tell the version, which 2.0 and 2.5 do not say: 2.0's vision encoder is timm's."""
     version = checkpoint.config.get("version")
     if version is not None:
         return str(version)

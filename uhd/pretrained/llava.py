@@ -13,9 +13,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from uhd.checkpoint import Checkpoint
 from uhd.pixels import PixelSettings
-from uhd.pretrained.checkpoint import PREPROCESSORS, Checkpoint
-from uhd.pretrained.recipe import FILTERS, Names, Recipe, Table
+from uhd.pixels.settings import PREPROCESSORS
+from uhd.pretrained.recipe import FILTERS, Names, Prefixes, Recipe
 from uhd.resampler import MLPProjector
 from uhd.resampler.loading import load_exactly, shape_of
 from uhd.slicing.strategies.anyres import AnyResConfig
@@ -23,7 +24,7 @@ from uhd.slicing.strategies.base import StrategyConfig
 from uhd.slicing.strategies.fixed import CenterCropConfig, SquarePadConfig, StretchConfig
 from uhd.vision import ViTConfig, config_from_hf
 
-TABLE = Table(
+PREFIXES = Prefixes(
     vision=(
         "vision_tower.",
         "vision_tower.vision_model.",
@@ -40,7 +41,7 @@ _ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "g
 
 
 def recipe(checkpoint: Checkpoint, names: Names, kind: str) -> Recipe:
-    """What the settings in a folder say.
+    """Read the recipe from the settings in a folder.
 
     Args:
         checkpoint: The folder.
@@ -97,7 +98,7 @@ def _vit(config: Any) -> ViTConfig:
 def _projector(state: Mapping[str, Tensor], *, activation: str) -> nn.Module:
     if activation not in _ACTIVATIONS:
         raise ValueError(f"projector_hidden_act must be one of {', '.join(_ACTIVATIONS)}; got {activation!r}")
-    missing = [theirs for ours, theirs in TABLE.renamed.items() if f"{ours}.weight" not in state]
+    missing = [theirs for ours, theirs in PREFIXES.renamed.items() if f"{ours}.weight" not in state]
     if missing:
         raise ValueError(f"the weights do not fit a projector. Missing: {', '.join(f'{x}.weight' for x in missing)}")
     hidden, in_dim = shape_of(state, "mlp.0.weight", 2)
@@ -108,7 +109,7 @@ def _projector(state: Mapping[str, Tensor], *, activation: str) -> nn.Module:
 
 
 def _one_view(preprocessor: Mapping[str, Any], vit: ViTConfig) -> StrategyConfig:
-    """LLaVA-1.5's ways to one square view: padded, cropped, or stretched."""
+    """Choose among LLaVA-1.5's ways to one square view: padded, cropped, or stretched."""
     side, size = vit.image_size, _sides(preprocessor, "size")
     common = {"patch_size": vit.patch_size, "tile": side, "resample": _filter(preprocessor)}
     crops = preprocessor.get("do_center_crop", False)
@@ -153,28 +154,28 @@ def _anyres(config: Any, preprocessor: Mapping[str, Any], vit: ViTConfig) -> Any
 
 
 def _max_tiles(config: Any) -> int | None:
-    """LLaVA-OneVision's bound; LLaVA-NeXT has none."""
+    """Read LLaVA-OneVision's bound; LLaVA-NeXT has none."""
     if config.model_type == "llava_next":
         return None
-    found = re.fullmatch(r"anyres_max_(\d+)", config.vision_aspect_ratio)
-    if found is None:
+    bound = re.fullmatch(r"anyres_max_(\d+)", config.vision_aspect_ratio)
+    if bound is None:
         raise ValueError(f"vision_aspect_ratio must be anyres_max_N, got {config.vision_aspect_ratio!r}")
-    return int(found[1])
+    return int(bound[1])
 
 
 def _sides(preprocessor: Mapping[str, Any], name: str) -> dict[str, int]:
-    """A size as image processors write it: a number, or named sides in px."""
+    """Read a size as image processors write it: a number, or named sides in px."""
     size = preprocessor.get(name)
     if isinstance(size, int):
         return {"shortest_edge": size} if name == "size" else {"height": size, "width": size}
-    found = {key: value for key, value in (size or {}).items() if value is not None}
-    if set(found) not in ({"shortest_edge"}, {"height", "width"}):
+    sides = {key: value for key, value in (size or {}).items() if value is not None}
+    if set(sides) not in ({"shortest_edge"}, {"height", "width"}):
         raise ValueError(f"the image processor's {name} must have a shortest_edge, or height and width; got {size}")
-    return found
+    return sides
 
 
 def _filter(preprocessor: Mapping[str, Any]) -> str:
-    found = preprocessor.get("resample", 3)
-    if found not in FILTERS:
-        raise ValueError(f"the image processor's resample must be one of {FILTERS} (Pillow's numbers); got {found!r}")
-    return FILTERS[found]
+    number = preprocessor.get("resample", 3)
+    if number not in FILTERS:
+        raise ValueError(f"the image processor's resample must be one of {FILTERS} (Pillow's numbers); got {number!r}")
+    return FILTERS[number]

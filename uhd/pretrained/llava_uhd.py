@@ -14,16 +14,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from uhd.checkpoint import Checkpoint
 from uhd.pixels import PixelSettings
-from uhd.pretrained.checkpoint import Checkpoint, read_preprocessor
-from uhd.pretrained.recipe import CLIP_MEAN, CLIP_STD, Names, Recipe, Table
+from uhd.pixels.settings import image_processors
+from uhd.pretrained.recipe import CLIP_MEAN, CLIP_STD, Names, Prefixes, Recipe
 from uhd.resampler import PerceiverResampler, SpatialResampler
 from uhd.resampler.loading import shape_of
 from uhd.schema import SpatialSchema
 from uhd.slicing import SlicingConfig
 from uhd.vision import config_from_hf
 
-TABLE = Table(
+PREFIXES = Prefixes(
     vision=("model.vision_tower.vision_tower.", "model.vision_tower.vision_tower.vision_model."),
     compressor=("model.mm_projector.",),
     other=("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head."),
@@ -48,7 +49,7 @@ _KNOWN_TOWERS = {
 
 
 def kind_of(checkpoint: Checkpoint) -> str:
-    """Which of the releases; both use the same names. Decided by ``mm_projector_type``, else by 144 latents.
+    """Tell the releases apart, which use the same names: by ``mm_projector_type``, else by 144 latents.
 
     Raises:
         ValueError: Another model in this layout.
@@ -68,7 +69,7 @@ def kind_of(checkpoint: Checkpoint) -> str:
 def recipe(
     checkpoint: Checkpoint, names: Names, kind: str, *, vision_tower: str | os.PathLike | None, pickled: bool
 ) -> Recipe:
-    """What the settings in a folder say.
+    """Read the recipe from the settings in a folder.
 
     Args:
         checkpoint: The folder.
@@ -91,9 +92,9 @@ def recipe(
     first = kind == "llava-uhd-2024-03"
     slicing = SlicingConfig.preset("llava-uhd-paper" if first else "llava-uhd")
     pixels = PixelSettings(mean=CLIP_MEAN, std=CLIP_STD)
-    for found in (tower and read_preprocessor(tower), checkpoint.preprocessor):
-        if found is not None:
-            pixels = PixelSettings.from_preprocessor(found)
+    for preprocessor in (tower and next(image_processors(tower), None), checkpoint.preprocessor):
+        if preprocessor is not None:
+            pixels = PixelSettings.from_preprocessor(preprocessor)
     if first:  # its training never normalised
         pixels = replace(pixels, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     return Recipe(
@@ -123,21 +124,21 @@ def _spatial(state: Mapping[str, Tensor]) -> nn.Module:
 
 
 def _tower(checkpoint: Checkpoint, names: Names, vision_tower: str | os.PathLike | None) -> tuple[Any, Path | None]:
-    """CLIP's config, and its folder where there is one."""
+    """Find CLIP's config, and its folder where there is one."""
     from transformers import AutoConfig, CLIPVisionConfig
 
-    named = str(checkpoint.config.get("mm_vision_tower", ""))
-    places = [Path(named), checkpoint.folder / named] if named else []
+    told = str(checkpoint.config.get("mm_vision_tower", ""))
+    places = [Path(told), checkpoint.folder / told] if told else []
     places = places if vision_tower is None else [Path(vision_tower)]
     tower = next((path for path in places if (path / "config.json").is_file()), None)
     if tower is not None:
         return AutoConfig.from_pretrained(tower, local_files_only=True), tower
     if vision_tower is not None:
         raise FileNotFoundError(f"vision_tower {vision_tower} is no folder with a config.json")
-    known = _KNOWN_TOWERS.get(Path(named).name)
+    known = _KNOWN_TOWERS.get(Path(told).name)
     if names.vision and known is not None:
         return CLIPVisionConfig(**known), None
     raise FileNotFoundError(
         f"{checkpoint.folder} {'does not say what its CLIP is' if names.vision else 'has no CLIP in it'}, "
-        f"mm_vision_tower is {named!r}: pass vision_tower=, the folder of that model"
+        f"mm_vision_tower is {told!r}: pass vision_tower=, the folder of that model"
     )

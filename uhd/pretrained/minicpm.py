@@ -14,17 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from uhd.checkpoint import Checkpoint
 from uhd.pixels import PixelSettings
-from uhd.pretrained.checkpoint import PREPROCESSORS, Checkpoint
-from uhd.pretrained.recipe import FILTERS, Names, Recipe, Table
+from uhd.pixels.settings import PREPROCESSORS
+from uhd.pretrained.recipe import FILTERS, Names, Prefixes, Recipe
 from uhd.resampler import MergeProjector, PerceiverResampler
 from uhd.resampler.loading import shape_of
 from uhd.schema import SpatialSchema
 from uhd.slicing import SlicingConfig
 from uhd.vision import ViTConfig, config_from_hf, config_from_timm
 
-TABLE = Table(vision=("vpm.",), compressor=("resampler.",), other=("llm.",))
-TABLE_4_6 = Table(
+PREFIXES = Prefixes(vision=("vpm.",), compressor=("resampler.",), other=("llm.",))
+PREFIXES_4_6 = Prefixes(
     vision=("model.vision_tower.",),
     window=("model.vision_tower.vit_merger.",),
     compressor=("model.merger.",),
@@ -39,7 +40,7 @@ _SLICING = {"scale_resolution": 448, "max_slice_nums": 9, "patch_size": 14}
 
 
 def recipe_2(checkpoint: Checkpoint, names: Names, version: str) -> Recipe:
-    """What the settings of 2.0, 2.5 or 2.6 say.
+    """Read the recipe from the settings of 2.0, 2.5 or 2.6.
 
     Raises:
         ValueError: A setting is missing or has no counterpart here; the message names it.
@@ -64,7 +65,7 @@ def recipe_2(checkpoint: Checkpoint, names: Names, version: str) -> Recipe:
 
 
 def recipe_4_6(checkpoint: Checkpoint, names: Names, *, downsample: str | None) -> Recipe:
-    """What the settings of 4.6 say; ``downsample`` ("16x" or "4x") in place of theirs.
+    """Read the recipe from the settings of 4.6, with ``downsample`` ("16x" or "4x") in place of theirs.
 
     Raises:
         FileNotFoundError: There is no file of the image processor.
@@ -116,7 +117,7 @@ def _slicing(preset: str, settings: Mapping[str, Any], vit: ViTConfig) -> Slicin
 
 
 def _pixels(preprocessor: Mapping[str, Any]) -> PixelSettings:
-    """The release's own processor has 0.5 for all, and calls them norm_mean and norm_std where it writes them."""
+    """Read mean and std, which the release calls norm_mean and norm_std; both are 0.5 where it writes none."""
     half = (0.5, 0.5, 0.5)
     return PixelSettings(mean=preprocessor.get("norm_mean", half), std=preprocessor.get("norm_std", half))
 
@@ -134,7 +135,7 @@ def _timm_vit(config: Mapping[str, Any], names: Names) -> ViTConfig:
 
 
 def _siglip_vit(values: Mapping[str, Any], names: Names) -> ViTConfig:
-    """Also Idefics2's, which 2.5 says it has: the same ViT."""
+    """Read SigLIP's config, or Idefics2's, which 2.5 says it has: the same ViT."""
     from transformers import SiglipVisionConfig
 
     fields = (
@@ -153,9 +154,9 @@ def _siglip_vit(values: Mapping[str, Any], names: Names) -> ViTConfig:
 
 
 def _depth(config: ViTConfig, names: Names, prefix: str) -> ViTConfig:
-    """Without the last block where the release dropped it (``drop_vision_last_layer``)."""
-    found = {name.removeprefix(prefix).split(".")[0] for name in names.vision if name.startswith(prefix)}
-    dropped = len(found) == config.depth - 1 and str(config.depth - 1) not in found
+    """Leave out the last block where the release dropped it (``drop_vision_last_layer``)."""
+    blocks = {name.removeprefix(prefix).split(".")[0] for name in names.vision if name.startswith(prefix)}
+    dropped = len(blocks) == config.depth - 1 and str(config.depth - 1) not in blocks
     return replace(config, depth=config.depth - dropped)
 
 

@@ -9,22 +9,22 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from uhd.checkpoint import Checkpoint
 from uhd.encoder import VisualEncoder
-from uhd.pixels import PixelSettings
-from uhd.pretrained.checkpoint import Checkpoint
+from uhd.pixels import RESAMPLE, PixelSettings
 from uhd.resampler import FeaturePacker
 from uhd.schema import SpatialSchema
 from uhd.slicing import SlicingLike
 from uhd.vision import ViTConfig, compress_vit
-from uhd.vision.weights import build_vit, needed_names
+from uhd.vision.weights import build_vit, needed_names, vision_names
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-FILTERS = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
+FILTERS = {int(number): name for name, number in RESAMPLE.items()}
 """What image processors write for Pillow's filters."""
 
 
 @dataclass(frozen=True)
-class Table:
+class Prefixes:
     """Where the files of a family keep what. A name belongs to the longest prefix that it starts with.
 
     Attributes:
@@ -44,7 +44,7 @@ class Table:
     renamed: Mapping[str, str] = field(default_factory=dict)
 
     def sort(self, names: Iterable[str], what: str) -> Names:
-        """Every part's names, without their prefix -> in full.
+        """Sort names into parts: the name without its prefix -> in full.
 
         Raises:
             ValueError: Names that no part has, or two for one tensor; the message lists them.
@@ -53,7 +53,7 @@ class Table:
         prefixes = [(prefix, part) for part in parts for prefix in getattr(self, part)]
         prefixes.sort(key=lambda pair: -len(pair[0]))
         back = {theirs: ours for ours, theirs in self.renamed.items()}
-        found: dict[str, dict[str, str]] = {part: {} for part in parts}
+        by_part: dict[str, dict[str, str]] = {part: {} for part in parts}
         left, twice = [], []
         for name in names:
             prefix, part = next(((p, part) for p, part in prefixes if name.startswith(p)), ("", ""))
@@ -64,19 +64,19 @@ class Table:
             if part == "compressor":
                 module, _, ending = inner.rpartition(".")
                 inner = f"{back.get(module, module)}.{ending}" if module else inner
-            if inner in found[part] and part != "other":
-                twice += [found[part][inner], name]
-            found[part][inner] = name
+            if inner in by_part[part] and part != "other":
+                twice += [by_part[part][inner], name]
+            by_part[part][inner] = name
         if left:
             raise ValueError(f"{what} has tensors that its family does not know. Left over: {', '.join(sorted(left))}")
         if twice:
             raise ValueError(f"{what} has tensors under the names of two versions: {', '.join(sorted(twice))}")
-        if not found["compressor"]:
+        if not by_part["compressor"]:
             raise ValueError(
                 f"{what} has no compressor: none of its tensors starts with {' or '.join(self.compressor)}"
             )
         return Names(
-            found["vision"], found["compressor"], found["window"], next(iter(found["newline"].values()), None)
+            by_part["vision"], by_part["compressor"], by_part["window"], next(iter(by_part["newline"].values()), None)
         )
 
 
@@ -91,7 +91,7 @@ class Names:
 
     @property
     def all(self) -> list[str]:
-        """In the files."""
+        """All names, as in the files."""
         return [*self.vision.values(), *self.compressor.values(), *self.window.values(), *filter(None, [self.newline])]
 
 
@@ -101,7 +101,7 @@ class Recipe:
 
     Attributes:
         vit: The vision encoder's config, without compressors.
-        vit_names: Its rename table, one of those of ``uhd.vision.weights``.
+        vit_names: Which names its weights have, a key of ``uhd.vision.weights.HEADS``.
         compressor: Makes the compressor of its weights, which have our names.
         slicing, schema, pixels, check_image_size, note: As in :class:`uhd.VisualEncoder`.
         compress_after: Blocks before a compressor inside the ViT, as in ``uhd.vision.compress_vit``.
@@ -121,7 +121,7 @@ class Recipe:
 
 
 def build(recipe: Recipe, names: Names, checkpoint: Checkpoint, device: str | torch.device) -> VisualEncoder:
-    """The encoder of a recipe, its tensors read from the files.
+    """Build the encoder of a recipe with the tensors in the files.
 
     Raises:
         FileNotFoundError, ValueError: As in :func:`uhd.pretrained.load`.
@@ -134,11 +134,11 @@ def build(recipe: Recipe, names: Names, checkpoint: Checkpoint, device: str | to
 
     tower, vision = recipe.tower or checkpoint, names.vision
     if recipe.tower is not None:
-        vision = tower_names(recipe.tower)
+        vision = vision_names(recipe.tower.files)
         recipe.tower.check(vision.values())
     wanted = needed_names(recipe.vit, recipe.vit_names)
     tensors = read({name: full for name, full in vision.items() if name in wanted}, tower)
-    vit = build_vit(recipe.vit, vision, tensors.__getitem__, recipe.vit_names).eval()
+    vit = build_vit(recipe.vit, vision, tensors.pop, recipe.vit_names).eval()
     if recipe.compress_after:
         vit = compress_vit(vit, recipe.compress_after, weights=read(names.window))
     compressor = recipe.compressor(read(names.compressor))
@@ -158,7 +158,7 @@ def build(recipe: Recipe, names: Names, checkpoint: Checkpoint, device: str | to
 
 
 def _one_dtype(tensors: dict[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Of a part of a model: the one that holds all values, where a release keeps its norms, say, in float32.
+    """Cast a part to the one dtype that holds all its values: a release may keep its norms in float32.
 
     Raises:
         ValueError: Quantised tensors.
@@ -176,18 +176,9 @@ def _one_dtype(tensors: dict[str, Tensor], names: Mapping[str, str]) -> dict[str
 
 
 def _packer(newline: Tensor, name: str, width: int) -> FeaturePacker:
-    """One with this newline."""
+    """Make a packer with this newline."""
     if newline.shape != (width,):
         raise ValueError(f"{name} has the shape {tuple(newline.shape)}, expected {(width,)}: one token")
     packer = FeaturePacker(width).to(newline.device, newline.dtype)
     packer.load_state_dict({"newline": newline})
     return packer
-
-
-def tower_names(tower: Checkpoint) -> dict[str, str]:
-    """The vision model's tensors in a folder of its own: the name inside it -> the name in the files."""
-    anchor = "embeddings.patch_embedding.weight"
-    found = [name.removesuffix(anchor) for name in tower.files if name.endswith(anchor)]
-    if len(found) != 1:
-        raise ValueError(f"{tower.folder} must hold one CLIP vision model, found {found or 'none'}")
-    return {name.removeprefix(found[0]): name for name in tower.files if name.startswith(found[0])}

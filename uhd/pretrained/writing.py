@@ -1,4 +1,4 @@
-"""An encoder back into the files of a release."""
+"""Write an encoder back into the files of a release."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from uhd.checkpoint import PICKLED, SAFE, Checkpoint
 from uhd.encoder import VisualEncoder
-from uhd.pretrained.checkpoint import PICKLED, SAFE, Checkpoint
-from uhd.pretrained.recipe import Names, Recipe, tower_names
+from uhd.pretrained.recipe import Names, Recipe
 from uhd.vision import CompressedViT, ViT, ViTConfig, to_source_state_dict
+from uhd.vision.weights import vision_names
 
 
 def write(
@@ -33,7 +34,7 @@ def write(
     if folder.resolve() == like.folder.resolve():
         raise ValueError(f"{folder} is the folder to be like: write to another one")
     _check_settings(encoder, recipe)
-    tensors = named(encoder, recipe, names)
+    tensors = released_tensors(encoder, recipe, names)
     wanted = names.all if visual_only else list(like.files)
     like.check(wanted)
     shapes = like.shapes(tensors)
@@ -65,21 +66,21 @@ def _write_weights(tensors: Mapping[str, Tensor], wanted: list[str], folder: Pat
 
 
 def _check_empty(folder: Path, written: set[str]) -> None:
-    """Weights of an earlier save that would stay beside the new ones, or be read in their place."""
+    """Refuse a folder with weights that would stay beside the new ones, or be read in their place."""
     kept = written if written == {SAFE[0]} else written | {SAFE[1]}
-    found = [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]
-    others = sorted(file.name for file in found if file.name not in kept)
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]
+    others = sorted(file.name for file in weights if file.name not in kept)
     if others:
         raise ValueError(f"{folder} holds other weights, {', '.join(others)}: write to a new folder")
 
 
 def _safe_name(name: str) -> str:
-    """A weights file's name as safetensors."""
+    """Return the name of a weights file as safetensors."""
     return name.replace("pytorch_model", "model").removesuffix(".bin").removesuffix(".safetensors") + ".safetensors"
 
 
 def _check_settings(encoder: VisualEncoder, recipe: Recipe) -> None:
-    """The files that are copied say the same as the encoder."""
+    """Refuse an encoder whose settings differ from those in the files that are copied."""
     if not isinstance(encoder.vision, ViT) or not encoder.vision.own_stem:
         raise ValueError(f"the vision encoder is a {type(encoder.vision).__name__}, the format holds a ViT")
     after = getattr(encoder.vision.config, "compress_after", ())
@@ -106,8 +107,8 @@ def _check_settings(encoder: VisualEncoder, recipe: Recipe) -> None:
             )
 
 
-def named(encoder: VisualEncoder, recipe: Recipe, names: Names) -> dict[str, Tensor]:
-    """The encoder's tensors under a checkpoint's names.
+def released_tensors(encoder: VisualEncoder, recipe: Recipe, names: Names) -> dict[str, Tensor]:
+    """Return the encoder's tensors under a checkpoint's names.
 
     Raises:
         ValueError: Names that the checkpoint does not have, or tensors that its files have no place for.
@@ -122,16 +123,16 @@ def named(encoder: VisualEncoder, recipe: Recipe, names: Names) -> dict[str, Ten
         parts["window"] = next(iter(vit.compressors.values())).to_source_state_dict()
     if recipe.tower is not None:
         _check_tower(parts.pop("vision"), recipe.tower)
-    found, unknown = {}, []
+    released, unknown = {}, []
     for part, tensors in parts.items():
         known = getattr(names, part)
         unknown += [f"{part} {name}" for name in tensors if name not in known]
-        found.update({known[name]: tensor.detach() for name, tensor in tensors.items() if name in known})
+        released.update({known[name]: tensor.detach() for name, tensor in tensors.items() if name in known})
     if names.newline is not None:
-        found[names.newline] = encoder.packer.newline.detach()
+        released[names.newline] = encoder.packer.newline.detach()
     if unknown:
         raise ValueError(f"the checkpoint to be like has no tensors for {', '.join(unknown)}")
-    return found
+    return released
 
 
 def _plain(config: ViTConfig) -> ViTConfig:
@@ -139,7 +140,7 @@ def _plain(config: ViTConfig) -> ViTConfig:
 
 
 def _without_compressors(vit: ViT) -> ViT:
-    """The same weights in a plain ViT."""
+    """Return the same weights in a plain ViT."""
     if not isinstance(vit, CompressedViT):
         return vit
     with torch.device("meta"):
@@ -150,8 +151,8 @@ def _without_compressors(vit: ViT) -> ViT:
 
 
 def _check_tower(tensors: Mapping[str, Tensor], tower: Checkpoint) -> None:
-    """The format keeps a vision encoder that was not trained in its own folder: it must be the one there."""
-    full = tower_names(tower)
+    """Refuse a trained vision encoder where the format keeps it in a folder of its own, which stays as it is."""
+    full = vision_names(tower.files)
     inner = {full[name]: name for name in tensors}
     for name, theirs in tower.read(inner):
         ours = tensors[inner[name]]

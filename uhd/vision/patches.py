@@ -1,9 +1,12 @@
-"""Images to packed patches and back, as tensors. One inner order everywhere: (channel, row, column) in the patch."""
+"""Batches of equal-sized images to packed patches and back, in the order of `uhd.pixels.patchify`."""
 
 from __future__ import annotations
 
 from einops import rearrange
 from torch import Tensor
+
+from uhd.pixels import patchify as fold
+from uhd.pixels import unpatchify as unfold
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
@@ -24,7 +27,7 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
         raise ValueError(
             f"images must be (V, C, H, W), H and W multiples of the {patch_size} px patch; got {tuple(images.shape)}"
         )
-    return rearrange(images, "v c (h p) (w q) -> (v h w) (c p q)", p=patch_size, q=patch_size)
+    return fold(rearrange(images, "v c h w -> (v h) w c"), patch_size)
 
 
 def unpatchify(patches: Tensor, grid_hw: tuple[int, int], patch_size: int, *, channels: int = 3) -> Tensor:
@@ -48,4 +51,5 @@ def unpatchify(patches: Tensor, grid_hw: tuple[int, int], patch_size: int, *, ch
             f"patches must be (V*{rows}*{columns}, {channels}*{patch_size}*{patch_size} = {channels * patch_size**2})"
             f"; got {tuple(patches.shape)}"
         )
-    return rearrange(patches, "(v h w) (c p q) -> v c (h p) (w q)", h=rows, w=columns, p=patch_size, q=patch_size)
+    stacked = unfold(patches, (len(patches) // columns, columns), patch_size)  # one tall view
+    return rearrange(stacked, "(v h) w c -> v c h w", h=rows * patch_size).contiguous()

@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from uhd.packed import GridTables
+from uhd.pixels import inner_axes
 
 
 class WindowStem(nn.Module):
@@ -61,7 +62,7 @@ class WindowStem(nn.Module):
         near = torch.cat(tables)
         near = torch.where(near < 0, len(patches), near + starts).to(patches.device)  # outside: the row of zeros
         pixels = torch.cat([patches, patches.new_zeros(1, patches.shape[1])])
-        pixels = rearrange(pixels, "n (c y x) -> n c y x", c=self.channels, y=p)
+        pixels = rearrange(pixels, f"n ({inner_axes('chw')}) -> n c py px", c=self.channels, py=p)
         if self.grey:
             pixels = pixels.mean(1, keepdim=True)
         rows = []

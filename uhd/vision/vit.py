@@ -14,12 +14,12 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from uhd.inference import is_plain
 from uhd.packed import GridTables, as_grid, check_grids
+from uhd.pixels.normalize import fold_pixels
 
 from .blocks import Block
 from .compiled import BlockRunner, CompiledBlocks
@@ -338,38 +338,6 @@ class ViT(nn.Module):
             key = (grid, source.device, source.dtype, self.config)
             tables[grid] = self._position_tables.get(key, source, partial(self.position_embedding, grid))
         return torch.cat([tables[grid] for grid in grids])
-
-
-def fold_pixels(
-    weight: Tensor,
-    bias: Tensor | None,
-    inner: str,
-    mean_std: tuple[tuple[float, ...], tuple[float, ...]] | None,
-) -> tuple[Tensor, Tensor | None]:
-    """A patch embedding for patches of another inner order, and for raw pixels; differentiable.
-
-        W ((x / 255 - mean) / std) + b  =  W' x + (b - W' (255 mean)),   W' = W / (255 std)
-
-    It is made anew on every call, which costs less than normalising a few hundred patches: so it is never stale.
-
-    Args:
-        weight: (D, C*p*p), inner order (c, py, px).
-        bias: (D,) or None.
-        inner, mean_std: as in `ViT.forward`.
-
-    Raises:
-        ValueError: there is no such order.
-    """
-    if inner not in ("chw", "hwc"):
-        raise ValueError(f"inner must be 'chw' or 'hwc'; got {inner!r}")
-    channels = 3 if mean_std is None else len(mean_std[0])
-    weight = rearrange(weight, "d (c k) -> d c k", c=channels)
-    if mean_std is not None:
-        mean, std = (weight.new_tensor(values)[:, None] for values in mean_std)  # (C, 1)
-        weight = weight / (255 * std)
-        shift = (weight * (255 * mean)).sum(dim=(1, 2))
-        bias = -shift if bias is None else bias - shift
-    return rearrange(weight, "d c k -> d (c k)" if inner == "chw" else "d c k -> d (k c)"), bias
 
 
 def _make_stem(config: ViTConfig) -> nn.Module:

@@ -21,17 +21,17 @@ encoder (`HEADS`). The stem's input order is (c, py, px) for every family: SigLI
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
+
+from uhd.checkpoint import Checkpoint
+from uhd.pixels import reorder
 
 from .vit import ViT, ViTConfig
 
@@ -179,7 +179,7 @@ def vit_from(
         family, config = "timm", _override(config_from_timm(model), overrides)
     elif hasattr(getattr(model, "config", None), "model_type"):
         config = config_from_hf(model.config, **overrides)
-        state = {name: state[full] for name, full in _strip_prefix(state).items()}
+        state = {name: state[full] for name, full in vision_names(state).items()}
         family = _hf_family(model.config, state)
     else:
         raise TypeError(f"vit_from takes a transformers or timm model; got {type(model).__name__}. {_USE_TOWER}")
@@ -210,17 +210,15 @@ def load_vit(
         A ViT in eval mode.
 
     Raises:
-        FileNotFoundError: no configuration or no safetensors file there; nothing is downloaded.
-        TypeError, ValueError: as in `vit_from`.
+        FileNotFoundError: no configuration or no weights there; nothing is downloaded.
+        TypeError, ValueError: as in `vit_from`; the weights are pickled, or a file is damaged.
     """
-    from safetensors import safe_open
     from transformers import AutoConfig
 
     folder = Path(path)
     folder = folder.parent if folder.name == "config.json" else folder
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"no config.json in {folder}; load_vit reads local folders written by save_pretrained")
-    if "model_type" not in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+    checkpoint = Checkpoint(folder)
+    if "model_type" not in checkpoint.config:
         raise TypeError(f"{folder} holds no transformers model; build a timm model with timm and give it to vit_from")
     source_config = AutoConfig.from_pretrained(folder, local_files_only=True)
     config = config_from_hf(
@@ -231,19 +229,12 @@ def load_vit(
         antialias=antialias,
         bucket_rule=bucket_rule,
     )
-    files = _tensor_files(folder)
-    names = _strip_prefix(files)
-    with ExitStack() as stack:
-        opened = {
-            file: stack.enter_context(safe_open(file, framework="pt", device=str(device)))
-            for file in sorted({files[full] for full in names.values()})
-        }
-        vit = build_vit(
-            config,
-            names,
-            lambda name: opened[files[names[name]]].get_tensor(names[name]),
-            _hf_family(source_config, names),
-        )
+    names, family = vision_names(checkpoint.files), _hf_family(source_config, checkpoint.files)
+    needed = needed_names(config, family)
+    full = {whole: name for name, whole in names.items() if name in needed}
+    checkpoint.check(full)
+    tensors = {full[whole]: tensor for whole, tensor in checkpoint.read(full, device)}
+    vit = build_vit(config, names, tensors.pop, family)
     return vit.eval() if dtype is None else vit.eval().to(dtype)
 
 
@@ -447,29 +438,19 @@ def _hf_family(config: Any, names: Iterable[str]) -> str:
     return "dinov2-checkpoint" if in_file else family
 
 
-def _strip_prefix(names: Iterable[str]) -> dict[str, str]:
-    """Names inside the vision model -> full names, for the one vision model among `names`."""
+def vision_names(names: Iterable[str]) -> dict[str, str]:
+    """Find the one vision model among these tensors: their names inside it -> in full.
+
+    Raises:
+        ValueError: there is no such model, or more than one.
+    """
     names = list(names)
-    found = [name.removesuffix(anchor) for name in names for anchor in _ANCHORS if name.endswith(anchor)]
-    if len(found) != 1:
+    prefixes = [name.removesuffix(anchor) for name in names for anchor in _ANCHORS if name.endswith(anchor)]
+    if len(prefixes) != 1:
         raise ValueError(
-            f"expected one vision model with a patch embedding among the weights; found {found or 'none'}"
+            f"expected one vision model with a patch embedding among the weights; found {prefixes or 'none'}"
         )
-    return {name.removeprefix(found[0]): name for name in names if name.startswith(found[0])}
-
-
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Every tensor name in a folder -> the safetensors file that holds it."""
-    from safetensors import safe_open
-
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if single.is_file():
-        with safe_open(single, framework="pt") as opened:
-            return dict.fromkeys(opened.keys(), single)
-    if index.is_file():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {name: folder / file for name, file in weight_map.items()}
-    raise FileNotFoundError(f"no model.safetensors in {folder}; save the model with save_pretrained first")
+    return {name.removeprefix(prefixes[0]): name for name in names if name.startswith(prefixes[0])}
 
 
 def needed_names(config: ViTConfig, family: str) -> set[str]:
@@ -495,8 +476,8 @@ def build_vit(config: ViTConfig, names: Iterable[str], read: Callable[[str], Ten
         vit = ViT(config)
     targets = {name: tensor.shape for name, tensor in vit.state_dict().items()}
     sources = {name: _source_names(name, family, config) for name in targets}
-    names, wanted = set(names), {source for found in sources.values() for source in found}
-    missing = sorted(wanted - names) + [f"a name for {name}" for name, found in sources.items() if not found]
+    names, wanted = set(names), {source for some in sources.values() for source in some}
+    missing = sorted(wanted - names) + [f"a name for {name}" for name, some in sources.items() if not some]
     left = sorted(name for name in names - wanted if not _is_unused(name, family, config))
     if missing or left:
         raise ValueError(
@@ -538,19 +519,18 @@ def _source_names(name: str, family: str, config: ViTConfig) -> tuple[str, ...]:
     template = _INDEX.sub("#", name)
     module, _, suffix = template.rpartition(".")
     if suffix in ("weight", "bias"):
-        found, ending = table.get(module, ()), f".{suffix}"
+        theirs, ending = table.get(module, ()), f".{suffix}"
     else:
-        found, ending = table.get(template, ()), ""
-    found = (found,) if isinstance(found, str) else found
-    return tuple(f"{source.replace('#', number[0]) if number else source}{ending}" for source in found)
+        theirs, ending = table.get(template, ()), ""
+    theirs = (theirs,) if isinstance(theirs, str) else theirs
+    return tuple(f"{source.replace('#', number[0]) if number else source}{ending}" for source in theirs)
 
 
 def _from_source(name: str, tensor: Tensor, family: str, config: ViTConfig) -> Tensor:
     """A source tensor in our shape."""
     if name == "stem.weight":
-        if _FAMILIES[family].stem_order == "conv":
-            return rearrange(tensor, "d c p q -> d (c p q)")
-        return rearrange(tensor, "d (p q c) -> d (c p q)", p=config.patch_size, q=config.patch_size)
+        conv = _FAMILIES[family].stem_order == "conv"
+        return tensor.flatten(1) if conv else reorder(tensor, "hwc", "chw", channels=config.channels)
     if name in ("class_token", "registers", "positions"):
         return tensor.reshape(-1, tensor.shape[-1])
     return tensor
@@ -560,8 +540,8 @@ def _to_source(name: str, tensor: Tensor, family: str, config: ViTConfig) -> Ten
     """One of our tensors in the source's shape."""
     source, p = _FAMILIES[family], config.patch_size
     if name == "stem.weight":
-        target = "d c p q" if source.stem_order == "conv" else "d (p q c)"
-        return rearrange(tensor, f"d (c p q) -> {target}", p=p, q=p)
+        conv = source.stem_order == "conv"
+        return tensor.unflatten(1, (-1, p, p)) if conv else reorder(tensor, "chw", "hwc", channels=config.channels)
     if name in ("class_token", "registers", "positions"):
         if source.leading_axes:
             return tensor.unsqueeze(0)

@@ -1,27 +1,28 @@
-"""A folder with a released model: its settings, and its tensors one by one."""
+"""A folder with a model as transformers saves it: its settings, and its tensors one by one."""
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
+
+from uhd.files import damage_named, read_json
+from uhd.pixels.settings import image_processors
 
 SAFE = ("model.safetensors", "model.safetensors.index.json")
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
 class Checkpoint:
-    """What a folder of ``save_pretrained``, or of a release on the hub, holds. Nothing but names is read at first.
+    """What a folder of ``save_pretrained``, or of a release on the hub, holds. At first only names are read.
 
     Args:
         folder: With ``config.json`` and ``model.safetensors`` (or its shards and their index).
@@ -30,7 +31,6 @@ class Checkpoint:
     Attributes:
         folder: The folder.
         config: Content of ``config.json``.
-        preprocessor: Settings of the image processor; ``None`` where the folder has no file of it.
         files: Every tensor's name -> the file that holds it.
 
     Raises:
@@ -45,9 +45,13 @@ class Checkpoint:
         if not (self.folder / "config.json").is_file():
             raise FileNotFoundError(f"{folder} has no config.json: copy the whole release, its *.json files included")
         self.config = read_json(self.folder / "config.json")
-        self.preprocessor = read_preprocessor(self.folder)
         self.pickled = False
         self.files = self._find_files(pickled)
+
+    @cached_property
+    def preprocessor(self) -> Mapping[str, Any] | None:
+        """Settings of the image processor; ``None`` where the folder has no file of it."""
+        return next(image_processors(self.folder), None)
 
     def _find_files(self, pickled: bool) -> dict[str, Path]:
         for single, index in (SAFE, PICKLED) if pickled else (SAFE,):
@@ -58,8 +62,8 @@ class Checkpoint:
                 return self._indexed(self.folder / index)
         if any((self.folder / name).is_file() for name in PICKLED):
             raise ValueError(
-                f"{self.folder} has pickled weights only ({PICKLED[0]}): pass pickled=True to read their tensors, "
-                "which torch.load then limits to weights_only, or save the model as safetensors"
+                f"{self.folder} has pickled weights only ({PICKLED[0]}): save the model as safetensors, or pass "
+                "pickled=True to uhd.pretrained, which reads their tensors with torch.load(weights_only=True)"
             )
         raise FileNotFoundError(f"{self.folder} has no weights: neither {SAFE[0]} nor {SAFE[1]}")
 
@@ -75,11 +79,11 @@ class Checkpoint:
     def _names(self, file: Path) -> list[str]:
         if self.pickled:
             return list(_unpickled(file))
-        with _damage_named(file), safe_open(file, framework="pt") as opened:
+        with damage_named(file), safe_open(file, framework="pt") as opened:
             return list(opened.keys())
 
     def check(self, names: Iterable[str]) -> None:
-        """Raise a ``FileNotFoundError`` that lists the files of these tensors that are not there."""
+        """Raise a ``FileNotFoundError`` that lists the missing files among those that hold these tensors."""
         files = dict.fromkeys(self.files[name] for name in names)
         missing = [file.name for file in files if not file.is_file()]
         if missing:
@@ -88,20 +92,20 @@ class Checkpoint:
             )
 
     def shapes(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-        """Of these tensors, which are not read for it."""
-        found = {}
+        """Return the shapes of these tensors without reading them."""
+        shapes = {}
         for name in names:
             file = self.files[name]
-            with _damage_named(file):
+            with damage_named(file):
                 if self.pickled:
-                    found[name] = tuple(_unpickled(file)[name].shape)
+                    shapes[name] = tuple(_unpickled(file)[name].shape)
                     continue
                 with safe_open(file, framework="pt") as opened:
-                    found[name] = tuple(opened.get_slice(name).get_shape())
-        return found
+                    shapes[name] = tuple(opened.get_slice(name).get_shape())
+        return shapes
 
     def read(self, names: Iterable[str], device: str | torch.device = "cpu") -> Iterator[tuple[str, Tensor]]:
-        """These tensors by name, each with memory of its own; of every file only their bytes are read.
+        """Yield these tensors by name, each with memory of its own; of every file only their bytes are read.
 
         Raises:
             ValueError: A file is damaged, or does not hold what the index says.
@@ -114,8 +118,8 @@ class Checkpoint:
                 yield name, tensor.to(device, copy=True)  # what goes wrong on a device is no damage of the file
 
     def _read_file(self, file: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Windows into a file, one after the other."""
-        with _damage_named(file):
+        """Yield tensors that are windows into a file, one after the other."""
+        with damage_named(file):
             if self.pickled:
                 tensors = _unpickled(file)
                 yield from ((name, tensors[name]) for name in names)
@@ -124,46 +128,17 @@ class Checkpoint:
                 yield from ((name, opened.get_tensor(name)) for name in names)
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """An object from a JSON file; a ``ValueError`` names the file where it holds none."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as problem:
-        raise ValueError(f"{file} is damaged: {problem}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} holds a {type(found).__name__}, expected an object of settings")
-    return found
-
-
-def read_preprocessor(folder: Path) -> dict[str, Any] | None:
-    """Settings of a folder's image processor, also where they are nested in a processor's; ``None`` without a file."""
-    for name in PREPROCESSORS:
-        if (folder / name).is_file():
-            found = read_json(folder / name)
-            if name == PREPROCESSORS[0] or isinstance(found.get("image_processor"), dict):
-                return found.get("image_processor", found)
-    return None
-
-
 def _unpickled(file: Path) -> Mapping[str, Tensor]:
-    """Tensors of a file of ``torch.save``; mapped, so that unused ones are not read, where its format has that."""
+    """Open a file of ``torch.save``; it is mapped where its format allows, so that unused tensors are not read."""
     try:
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError):
         raise ValueError(f"{file} is damaged or holds more than tensors, so none of it was loaded") from None
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
-        raise ValueError(f"{file} holds a {type(found).__name__}, expected a dictionary of tensors by name")
-    other = [name for name, value in found.items() if not isinstance(value, Tensor)]
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
+        raise ValueError(f"{file} holds a {type(tensors).__name__}, expected a dictionary of tensors by name")
+    other = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
     if other:
         raise ValueError(
             f"{file} holds more than tensors by name ({', '.join(other)}): save the model's state_dict() alone"
         )
-    return found
-
-
-@contextmanager
-def _damage_named(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except (SafetensorError, KeyError, RuntimeError, EOFError) as problem:
-        raise ValueError(f"{file} is damaged, or does not hold what its index says: {problem}") from problem
+    return tensors

@@ -1,0 +1,237 @@
+"""Plan and measure one image by many rules: plain data, curves over sizes, and a table for the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from PIL import Image
+
+from uhd.pixels import load_image
+from uhd.slicing import PRESETS, SlicePlan, SlicingLike, find, plan
+from uhd.slicing.flops import LMS, RESAMPLERS, VITS, named
+from uhd.slicing.metrics import PlanMetrics, measure
+from uhd.slicing.plan import MAX_SIDE, check_size
+from uhd.slicing.strategies import STRATEGIES
+
+Curve = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One rule on one image: a plan with its metrics, or the error with which the rule refused the size."""
+
+    name: str
+    rule: Any
+    plan: SlicePlan | None
+    metrics: PlanMetrics | None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Every rule on one image. ``name`` is what the user called it; ``image`` the picture, where there is one."""
+
+    name: str
+    image_hw: tuple[int, int]
+    entries: tuple[Entry, ...]
+    image: Image.Image | None = None
+
+    @property
+    def planned(self) -> tuple[Entry, ...]:
+        return tuple(entry for entry in self.entries if entry.plan is not None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types, without the pictures."""
+        return {"input": self.name, "image_hw": list(self.image_hw), "strategies": [_record(e) for e in self.entries]}
+
+
+def all_rules() -> list[str]:
+    """List every rule by its full name, aliases left out."""
+    return [*PRESETS, *STRATEGIES]
+
+
+def compare(
+    image_hw: tuple[int, int],
+    rules: Iterable[SlicingLike] | None = None,
+    *,
+    name: str | None = None,
+    image: Image.Image | None = None,
+    budget: int | None = None,
+    **system: Any,
+) -> Comparison:
+    """Plan and measure one image by many rules.
+
+    Args:
+        image_hw: (height, width), px.
+        rules: Names, configs, or your own functions; ``None`` is every rule, cheapest in tokens first. Of equal names
+            the second becomes ``"name (2)"``.
+        name: What to call the image.
+        image: The picture itself, for :func:`html_page`.
+        budget: Tokens an image should cost at most; every metric's ``budget_error`` is relative to it.
+        system: ``vit``, ``resampler`` and ``lm`` of :func:`uhd.slicing.metrics.measure`.
+
+    Raises:
+        ValueError: An unknown name, no rules, or a size that is not two whole numbers of px. A rule that refuses this
+            size is an entry with its error, not an exception.
+        TypeError: ``rules`` is one name rather than a list.
+
+    >>> compared = compare((672, 1008), ["llava-uhd", "llava-1.5", "siglip"])
+    >>> [(entry.name, entry.plan.num_tokens) for entry in compared.entries]
+    [('llava-uhd', 454), ('llava-1.5', 576), ('siglip', 729)]
+    >>> sorted(pareto(compared.entries))
+    ['llava-uhd']
+    """
+    if isinstance(rules, str):
+        raise TypeError(f"rules are a list of rules, got the string {rules!r}: write [{rules!r}]")
+    chosen = all_rules() if rules is None else list(rules)
+    if not chosen:
+        raise ValueError("no rules to compare: name at least one, or leave them out for all")
+    image_hw = check_size(image_hw)
+    entries = _distinct(_entry(image_hw, rule, budget, system) for rule in chosen)
+    if rules is None:
+        entries.sort(key=lambda e: (e.plan is None, e.plan.num_tokens if e.plan else 0))
+    return Comparison(name or "{1}x{0}".format(*image_hw), image_hw, tuple(entries), image)
+
+
+def _entry(image_hw: tuple[int, int], rule: SlicingLike, budget: int | None, system: Mapping[str, Any]) -> Entry:
+    config = find(rule)  # an unknown name is the caller's mistake, and raises
+    name = rule if isinstance(rule, str) else config.name
+    try:
+        planned = plan(image_hw, config)
+    except ValueError as problem:
+        return Entry(name, config, None, None, str(problem))
+    return Entry(name, config, planned, measure(planned, budget=budget, **system))
+
+
+def _distinct(entries: Iterable[Entry]) -> list[Entry]:
+    """Put a number behind names that come again: curves, anchors and the front go by name."""
+    by_name: dict[str, Entry] = {}
+    for entry in entries:
+        name = next(
+            n for n in (entry.name, *(f"{entry.name} ({i})" for i in range(2, len(by_name) + 2))) if n not in by_name
+        )
+        by_name[name] = replace(entry, name=name)
+    return list(by_name.values())
+
+
+def _record(entry: Entry) -> dict[str, Any]:
+    if entry.plan is None:
+        return {"strategy": entry.name, "error": entry.error}
+    return {
+        "strategy": entry.name,
+        "grid": entry.plan.grid,
+        "slice_hw": entry.plan.slice_hw,
+        "overview_hw": entry.plan.overview_hw,
+        "num_tokens": entry.plan.num_tokens,
+        "metrics": entry.metrics.to_dict(),
+    }
+
+
+def pareto(entries: Sequence[Entry]) -> set[str]:
+    """Name the rules that no other one beats: none keeps more resolution for as few tokens, or as much for fewer."""
+    points = [(e.metrics.tokens, e.metrics.resolution_kept, e.name) for e in entries if e.metrics]
+    best, front = -1.0, set()
+    for _, kept, name in sorted(points, key=lambda point: (point[0], -point[1])):
+        if round(kept, 9) > best:
+            best = round(kept, 9)
+            front.add(name)
+    return front
+
+
+_COLUMNS = ("strategy", "grid", "views", "tokens", "kept", "stretch", "padding", "seen", "seam", "patches", "TFLOPs")
+
+
+def table(comparison: Comparison) -> str:
+    """Lay the comparison out as text for a terminal; rules that refused the size come last, with their reason."""
+    budget = any(e.metrics.budget_error is not None for e in comparison.planned)
+    rows = [(*_COLUMNS, "budget") if budget else _COLUMNS]
+    front = pareto(comparison.planned)
+    for entry in comparison.planned:
+        m, grid = entry.metrics, entry.plan.grid
+        row = (
+            ("* " if entry.name in front else "  ") + entry.name,
+            "{}x{}".format(*grid) if grid else "-",
+            str(m.views),
+            str(m.tokens),
+            f"{100 * m.resolution_kept:.0f}%",
+            f"{m.distortion:.2f}",
+            f"{100 * m.padding:.0f}%",
+            f"{m.duplication:.2f}",
+            f"{m.seam:.1f}",
+            str(m.patches),
+            f"{m.flops.total / 1e12:.1f}",
+        )
+        rows.append((*row, f"{m.budget_error:.2f}") if budget else row)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    height, width = comparison.image_hw
+    title = f"{comparison.name}: {width}x{height} px (width x height)"
+    notes = [
+        "kept: share of the image's px that reach the encoder; stretch: 1 keeps the aspect; seen: how often each px "
+        "is in a slice, on average",
+        "* no other rule keeps more for as few tokens; TFLOPs: one reference system for all (CLIP-L, MLP, 13B LM) "
+        "unless told otherwise",
+    ]
+    refused = [f"  {e.name}: {e.error}" for e in comparison.entries if e.plan is None]
+    return "\n".join([title, *lines, *notes, *(["refused:", *refused] if refused else [])])
+
+
+def curves_over_size(
+    rules: Iterable[tuple[str, Any]], image_hw: tuple[int, int], points: int = 25
+) -> dict[str, Curve]:
+    """Count tokens over the longer side, 64 to 4096 px, at the image's aspect; ``nan`` where a rule refuses.
+
+    >>> curves_over_size([("one square", "llava-1.5")], (300, 400), points=3)
+    {'one square': [(64, 576.0), (512, 576.0), (4096, 576.0)]}
+    """
+    longest = max(image_hw)
+    sides = [round(64 * 64 ** (i / (points - 1))) for i in range(points)]
+    sizes = [tuple(max(round(length * side / longest), 1) for length in image_hw) for side in sides]
+    return {name: _tokens(rule, sizes, sides) for name, rule in rules}
+
+
+def curves_over_aspect(
+    rules: Iterable[tuple[str, Any]], image_hw: tuple[int, int], points: int = 25
+) -> dict[str, Curve]:
+    """Count tokens over width / height, 1/8 to 8, at the image's area; ``nan`` where a rule refuses.
+
+    >>> curves_over_aspect([("one square", "llava-1.5")], (300, 400), points=3)
+    {'one square': [(0.125, 576.0), (1.0, 576.0), (8.0, 576.0)]}
+    """
+    area = image_hw[0] * image_hw[1]
+    aspects = [8 ** (2 * i / (points - 1) - 1) for i in range(points)]
+    sizes = [
+        tuple(min(max(round(side), 1), MAX_SIDE) for side in (math.sqrt(area / a), math.sqrt(area * a)))
+        for a in aspects
+    ]
+    return {name: _tokens(rule, sizes, aspects) for name, rule in rules}
+
+
+def _tokens(rule: Any, sizes_hw: Sequence[tuple[int, int]], xs: Sequence[float]) -> Curve:
+    line = []
+    for size, x in zip(sizes_hw, xs, strict=True):
+        try:
+            line.append((x, float(max(plan(size, rule).num_tokens, 1))))  # the axis is logarithmic
+        except ValueError:
+            line.append((x, math.nan))
+    return line
+
+
+def picture_of(item: Any) -> tuple[Image.Image, tuple[int, int]]:
+    """Load an image upright and RGB, with its (height, width)."""
+    image = load_image(item)
+    return image, (image.height, image.width)
+
+
+def system_of(vit: str | None, resampler: str | None, lm: str | None) -> dict[str, Any]:
+    """Look up keywords of :func:`uhd.slicing.metrics.measure` by name; unknown names raise ``ValueError``."""
+    systems = {"vit": (vit, VITS), "resampler": (resampler, RESAMPLERS), "lm": (lm, LMS)}
+    return {key: named(name, known) for key, (name, known) in systems.items() if name is not None}
