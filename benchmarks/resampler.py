@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import uhd
 from uhd.charts import curves, log_axis
 from uhd.resampler import PerceiverConfig, PerceiverResampler
-from uhd.resampler.absorbed import PATHS, flops
+from uhd.resampler.folded import PATHS, flops
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GRIDS = [(24, 24)] * 7

@@ -13,7 +13,6 @@ from torch import nn
 
 import uhd.encoder as encoder_module
 from uhd.encoder import VisualEncoder, split_steps
-from uhd.inference import in_fastest_dtype
 from uhd.pixels import PixelSettings
 from uhd.resampler import (
     MergeProjector,
@@ -22,6 +21,7 @@ from uhd.resampler import (
     PerceiverResampler,
     PixelShuffleProjector,
 )
+from uhd.shortcuts import in_fastest_dtype
 from uhd.slicing import SlicingConfig
 from uhd.vision import VisionTower, ViT, ViTConfig
 

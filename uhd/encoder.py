@@ -15,9 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from uhd.batch import SliceBatch, normalize, reordered
-from uhd.inference import float_parameter, in_fastest_dtype, transformed
+from uhd.grids import check_grids
 from uhd.loading import Preparation
-from uhd.packed import check_grids
 from uhd.parts import damage_named, describe_part, find_pixels, load_vision, rebuild_part
 from uhd.pixels import PixelSettings
 from uhd.resampler import (
@@ -30,7 +29,7 @@ from uhd.resampler import (
     PoolProjector,
     pack_features,
 )
-from uhd.resampler.packing import feature_lengths
+from uhd.resampler.stitch import feature_lengths
 from uhd.schema import SpatialSchema, TokenLayout
 from uhd.schema.fitted import (
     ADAPTIVE_RULES,
@@ -41,6 +40,7 @@ from uhd.schema.fitted import (
     slicing_to_dict,
     video_layout,
 )
+from uhd.shortcuts import float_parameter, in_fastest_dtype, transformed
 from uhd.slicing import SlicePlan, SlicingConfig, plan
 from uhd.slicing.config import DEFAULT
 from uhd.slicing.media import VideoPlan, plan_images, plan_video

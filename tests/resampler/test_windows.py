@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uhd.packed import GridTables
+from uhd.grids import GridTables
 from uhd.resampler.windows import attend_windows, pool_hw, pool_weights, pool_windows
 
 

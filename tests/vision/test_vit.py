@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from uhd.packed import KEPT_GRIDS
+from uhd.grids import KEPT_GRIDS
 from uhd.vision import ViT, ViTConfig, patchify, unpatchify
 
 CONFIG = ViTConfig(

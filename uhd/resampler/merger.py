@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from uhd.packed import check_grids
-from uhd.resampler.loading import load_exactly, shape_of
+from uhd.grids import check_grids
 from uhd.resampler.protocol import check_features
+from uhd.resampler.weights import load_exactly, shape_of
 
 
 class MergeProjector(nn.Module):
@@ -82,7 +82,7 @@ class MergeProjector(nn.Module):
         """(N, in_dim) packed -> (N / 4 ** rounds, out_dim) packed, views in the same order.
 
         Raises:
-            ValueError, TypeError: see `output_lengths`, `uhd.packed.check_grids` and `protocol.check_features`.
+            ValueError, TypeError: see `output_lengths`, `uhd.grids.check_grids` and `protocol.check_features`.
         """
         grids = check_grids(grids)
         check_features(features, grids, self.mlp[0].linear_1.weight, self.in_dim)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
@@ -10,76 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uhd.packed import GridTables, as_grid, check_grids
-from uhd.resampler import absorbed
+from uhd.grids import GridTables, as_grid, check_grids
+from uhd.resampler import folded
 from uhd.resampler.attention import LatentAttention
-from uhd.resampler.loading import Settings, check_sizes, load_exactly, shape_of
+from uhd.resampler.config import PerceiverConfig
 from uhd.resampler.protocol import check_features
 from uhd.resampler.sincos import resize_table, sincos_2d
-
-KEY_POSITIONS = ("interpolated", "direct", "none")
-
-# What sets the published layers apart. Sizes are not part of a variant; "minicpm-v-2.6" also reads 2.5 (96 latents).
-VARIANTS: dict[str, dict[str, object]] = {
-    "paper": {"query_position": True, "key_position": "interpolated"},
-    "minicpm-v-2.0": {"query_position": True, "key_position": "direct"},
-    "minicpm-v-2.6": {"query_position": False, "key_position": "direct"},
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PerceiverConfig(Settings):
-    """Shape and flags of a `PerceiverResampler`. The defaults are the paper's layer.
-
-    Raises:
-        ValueError: a size does not fit another; the message says which.
-    """
-
-    width: int  # of the latents and of the output: the language model's
-    vision_width: int  # of the features
-    num_heads: int  # divides the width
-    num_latents: int = 64  # tokens per view; a square where the latents have positions
-    query_position: bool = True  # latents get the sincos table of their own square grid
-    key_position: str = "interpolated"  # that table resized to the view's grid; "direct": the view's own; "none"
-    depth: int = 1  # cross-attention layers; the published ones have 1
-    ffn_ratio: float = 0.0  # hidden width of an FFN after each layer, as a multiple of the width; 0 for none
-    eps: float = 1e-6  # of every LayerNorm
-
-    def __post_init__(self) -> None:
-        check_sizes(self, ("width", "vision_width", "num_heads", "num_latents", "depth"))
-        if self.key_position not in KEY_POSITIONS:
-            raise ValueError(f"key_position={self.key_position!r}: choose one of {list(KEY_POSITIONS)}")
-        if self.ffn_ratio < 0 or (self.ffn_ratio and self.ffn_width < 1):
-            raise ValueError(
-                f"ffn_ratio={self.ffn_ratio}: must be 0 for no FFN, or leave a hidden width of at least 1"
-            )
-        if (self.query_position or self.key_position != "none") and self.width % 4:
-            raise ValueError(f"width={self.width}: 2D sincos positions need a multiple of 4")
-        if self.has_latent_table and math.isqrt(self.num_latents) ** 2 != self.num_latents:
-            raise ValueError(
-                f"num_latents={self.num_latents} is not a square, and the latents' positions are a square grid: take "
-                "64 or 144, say, or query_position=False with key_position='direct' or 'none'"
-            )
-
-    @classmethod
-    def preset(cls, variant: str, **fields: object) -> PerceiverConfig:
-        """A published layer by name ("paper", "minicpm-v-2.0", "minicpm-v-2.6"), with sizes and changes as keywords.
-
-        Raises:
-            ValueError: no such variant.
-        """
-        if variant not in VARIANTS:
-            raise ValueError(f"variant={variant!r} is unknown; choose one of {list(VARIANTS)}")
-        return cls(**{**VARIANTS[variant], **fields})
-
-    @property
-    def has_latent_table(self) -> bool:
-        """Whether a table over the latents' own grid is used, and so saved as `pos_embed`."""
-        return self.query_position or self.key_position == "interpolated"
-
-    @property
-    def ffn_width(self) -> int:
-        return round(self.ffn_ratio * self.width)
+from uhd.resampler.weights import load_exactly, shape_of
 
 
 class FeedForward(nn.Module):
@@ -139,7 +75,7 @@ class PerceiverResampler(nn.Module):
         self.in_dim, self.out_dim, self.tokens_per_view = config.vision_width, config.width, config.num_latents
         self.attention_impl = "auto"
         self._inference = "auto"
-        self._folded = absorbed.Folded()
+        self._folded = folded.Folded()
         width, side = config.width, math.isqrt(config.num_latents)
         self.query = nn.Parameter(torch.empty(config.num_latents, width))
         # A buffer, so that unfreezing a whole model does not train a table that is meant to stay fixed.
@@ -204,7 +140,7 @@ class PerceiverResampler(nn.Module):
 
     @property
     def inference(self) -> str:
-        """How tokens are computed in eval mode where no gradients are wanted; `uhd.resampler.absorbed` has the maths.
+        """How tokens are computed in eval mode where no gradients are wanted; `uhd.resampler.folded` has the maths.
 
         "auto" (as made) takes the one with the fewest FLOPs for the views of a call. "plain", "cached", "absorbed" and
         "narrow" ask for one. Training is always plain; so are compilation, autocast, more layers than one, an FFN, and
@@ -217,8 +153,8 @@ class PerceiverResampler(nn.Module):
 
     @inference.setter
     def inference(self, choice: str) -> None:
-        if choice not in absorbed.CHOICES:
-            raise ValueError(f"inference={choice!r} is unknown; choose one of {list(absorbed.CHOICES)}")
+        if choice not in folded.CHOICES:
+            raise ValueError(f"inference={choice!r} is unknown; choose one of {list(folded.CHOICES)}")
         if choice not in ("auto", "plain") and (self.config.depth > 1 or self.config.ffn_ratio):
             raise ValueError(
                 f"inference={choice!r} needs depth=1 and no FFN; this one has depth={self.config.depth} and "
@@ -229,12 +165,12 @@ class PerceiverResampler(nn.Module):
     def inference_path(self, grids: Sequence[tuple[int, int]], features: Tensor | None = None) -> str:
         """What a call now would take for views of these grids: "plain", "cached", "absorbed" or "narrow"."""
         grids = [as_grid(grid) for grid in grids]
-        paths = absorbed.usable(self, features) if grids else ("plain",)
+        paths = folded.usable(self, features) if grids else ("plain",)
         if len(paths) == 1:
             return paths[0]
         if self._inference != "auto":
             return self._inference if self._inference in paths else "plain"
-        return absorbed.cheapest(self.config, grids, paths if self.attention_impl == "auto" else paths[:2])
+        return folded.cheapest(self.config, grids, paths if self.attention_impl == "auto" else paths[:2])
 
     def train(self, mode: bool = True) -> PerceiverResampler:
         """As of every module; training lets go of what inference keeps."""
@@ -266,7 +202,7 @@ class PerceiverResampler(nn.Module):
         if path == "plain":
             x = self._plain(features, grids)
         else:
-            x = self.attn.out_proj(absorbed.mix(self, path, features, grids))
+            x = self.attn.out_proj(folded.mix(self, path, features, grids))
         return self.ln_post(x) @ self.proj
 
     def _plain(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:

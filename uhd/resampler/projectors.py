@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from uhd.packed import check_grids
+from uhd.grids import check_grids
 from uhd.resampler.protocol import check_features
 
 
@@ -63,7 +63,7 @@ class MLPProjector(nn.Module):
         """(N, in_dim) packed -> (N, out_dim) packed in the same order.
 
         Raises:
-            ValueError, TypeError: see `uhd.packed.check_grids` and `protocol.check_features`.
+            ValueError, TypeError: see `uhd.grids.check_grids` and `protocol.check_features`.
         """
         check_features(features, check_grids(grids), self.mlp[0].weight, self.in_dim)
         return self.mlp(features)
@@ -117,7 +117,7 @@ class PixelShuffleProjector(nn.Module):
         """(N, in_dim) packed -> (N / factor ** 2, out_dim) packed, views in the same order.
 
         Raises:
-            ValueError, TypeError: see `output_lengths`, `uhd.packed.check_grids` and `protocol.check_features`.
+            ValueError, TypeError: see `output_lengths`, `uhd.grids.check_grids` and `protocol.check_features`.
         """
         grids = check_grids(grids)
         check_features(features, grids, self.mlp[1].weight, self.in_dim)
@@ -167,7 +167,7 @@ class PoolProjector(nn.Module):
         """(N, in_dim) packed -> (sum of `output_lengths`, out_dim) packed, views in the same order.
 
         Raises:
-            ValueError, TypeError: see `uhd.packed.check_grids` and `protocol.check_features`.
+            ValueError, TypeError: see `uhd.grids.check_grids` and `protocol.check_features`.
         """
         grids = check_grids(grids)
         check_features(features, grids, self.mlp[0].weight, self.in_dim)

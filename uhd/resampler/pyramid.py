@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from uhd.packed import GridTables, check_grids
+from uhd.grids import GridTables, check_grids
 from uhd.resampler.attention import LatentAttention
-from uhd.resampler.loading import Settings, check_sizes, load_exactly, shape_of
+from uhd.resampler.config import Settings, check_sizes
 from uhd.resampler.protocol import check_features
 from uhd.resampler.sincos import resize_table, sincos_2d
+from uhd.resampler.weights import load_exactly, shape_of
 from uhd.resampler.windows import attend_windows, pool_windows
 
 NUM_SETS = 4

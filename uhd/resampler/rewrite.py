@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uhd.packed import GridTables, check_grids
+from uhd.grids import GridTables, check_grids
 from uhd.resampler.attention import LatentAttention
-from uhd.resampler.loading import Settings, check_sizes, load_exactly, shape_of
+from uhd.resampler.config import Settings, check_sizes
 from uhd.resampler.protocol import check_features
 from uhd.resampler.sincos import resize_table, sincos_2d
+from uhd.resampler.weights import load_exactly, shape_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,7 +130,7 @@ class RewriteResampler(nn.Module):
         """(N, D_v) packed features of V views -> (V, Q, D); as in `PerceiverResampler.forward`.
 
         Raises:
-            ValueError, TypeError: see `uhd.packed.check_grids` and `protocol.check_features`.
+            ValueError, TypeError: see `uhd.grids.check_grids` and `protocol.check_features`.
         """
         grids = check_grids(grids)
         check_features(features, grids, self.query, self.in_dim)

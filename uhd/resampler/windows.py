@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from uhd.packed import GridTables
+from uhd.grids import GridTables
 
 POOLS = ((2, 4), (2, 3), (3, 4), (3, 3), (4, 2), (3, 2), (4, 3))
 """(rows, columns) that a window may be pooled to, in the order of the release: on equal terms the first is taken."""

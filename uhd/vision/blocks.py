@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .vit import ViTConfig
+from .config import ViTConfig
 
 
 def activate(x: Tensor, activation: str) -> Tensor:

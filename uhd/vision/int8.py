@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uhd.inference import is_plain
+from uhd.shortcuts import is_plain
 
 from .blocks import MLP, Attention
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from uhd.packed import as_grid
+from uhd.grids import as_grid
 
 MODES = ("bicubic", "bilinear", "nearest")
 BUCKET_RULES = ("integer", "transformers", "remote")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from uhd.packed import GridTables
+from uhd.grids import GridTables
 
 
 class WindowStem(nn.Module):

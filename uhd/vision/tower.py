@@ -9,10 +9,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from uhd.packed import check_grids
+from uhd.grids import check_grids
 
+from .groups import check_packed
 from .patches import unpatchify
-from .vit import check_packed
 
 LAYOUTS = ("NCHW", "NHWC", "NLC")
 

@@ -7,9 +7,7 @@ views of equal length, and the layers beyond the selected one are not built.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -18,108 +16,15 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from uhd.inference import is_plain
-from uhd.packed import GridTables, as_grid, check_grids
+from uhd.grids import GridTables, check_grids
+from uhd.shortcuts import is_plain
 
 from .blocks import Block
 from .compiled import BlockRunner, CompiledBlocks
-from .pos_embed import BUCKET_RULES, MODES, bucket_position_ids, interpolate_pos_embed
+from .config import ViTConfig
+from .groups import ViewGroups, check_packed
+from .pos_embed import bucket_position_ids, interpolate_pos_embed
 from .stem import WindowStem
-
-ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "swiglu")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ViTConfig:
-    """What a packed ViT is made of. Frozen and comparable; `to_dict` gives JSON-able values, `from_dict` reads them.
-
-    Raises:
-        ValueError: on construction, for values that do not fit together.
-    """
-
-    patch_size: int  # px
-    width: int  # D
-    depth: int  # blocks of the source model, also those beyond the selected layer
-    heads: int
-    mlp_width: int
-    image_size: int | None = None  # native square side in px; None where the native size is not square
-    channels: int = 3
-    activation: str = "gelu"  # "gelu" (erf), "gelu_tanh", "quick_gelu" or "swiglu" (gate first, both halves mlp_width)
-    eps: float = 1e-6  # of every LayerNorm
-    class_token: bool = False
-    num_registers: int = 0  # they follow the class token
-    patch_bias: bool = True
-    stem_border: int = 0  # px of the neighbours that a patch embedding sees on each side, see `WindowStem`; 0: none
-    stem_hidden: int | None = None  # width inside that stem; None: twice the width
-    stem_grey: bool = False  # that stem sees the mean of the channels
-    qkv_bias: bool = True
-    layer_scale: float | None = None  # initial value; None: no layer scale
-    pre_norm: bool = False  # LayerNorm before the first block (CLIP)
-    final_norm: bool = True  # LayerNorm on the selected layer's output
-    position_grid_hw: tuple[int, int] | None = None  # grid of the learned table; None: no position embedding
-    position_prefix: int = 0  # rows before the grid's: for the class token, then for registers
-    interpolation: str = "bicubic"  # "bicubic", "bilinear", or "nearest": rows picked by `bucket_rule`
-    antialias: bool = False
-    bucket_rule: str = "integer"  # see `bucket_position_ids`; all but "integer" need a square table
-    select_layer: int = -1  # index into the hidden states, embeddings first: -1 last block, -2 the one before, 0 none
-
-    def __post_init__(self) -> None:
-        if self.position_grid_hw is not None:  # JSON brings a list
-            object.__setattr__(self, "position_grid_hw", as_grid(self.position_grid_hw, "position_grid_hw"))
-        for name in ("patch_size", "width", "depth", "heads", "mlp_width", "channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.width % self.heads:
-            raise ValueError(f"width must be a multiple of heads; got {self.width} and {self.heads}")
-        for name, known in (("activation", ACTIVATIONS), ("interpolation", MODES), ("bucket_rule", BUCKET_RULES)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
-        if self.antialias and self.interpolation == "nearest":
-            raise ValueError("antialias needs interpolation 'bicubic' or 'bilinear'; got 'nearest'")
-        if self.bucket_rule != "integer":
-            rows, columns = self.position_grid_hw or (0, 0)
-            if self.interpolation != "nearest" or rows != columns or not rows:
-                raise ValueError(
-                    f"bucket_rule {self.bucket_rule!r} needs interpolation='nearest' and a square position table; "
-                    f"got {self.interpolation!r} and {self.position_grid_hw}"
-                )
-        if not 0 <= self.position_prefix <= (self.num_prefix_tokens if self.position_grid_hw else 0):
-            raise ValueError(
-                f"position_prefix counts table rows of class and register tokens ({self.num_prefix_tokens} here, "
-                f"table grid {self.position_grid_hw}); got {self.position_prefix}"
-            )
-        if not -self.depth - 1 <= self.select_layer <= self.depth:
-            raise ValueError(
-                f"select_layer must lie in [{-self.depth - 1}, {self.depth}] for {self.depth} blocks; "
-                f"got {self.select_layer}"
-            )
-
-    @property
-    def patch_dim(self) -> int:
-        """P = C*p*p."""
-        return self.channels * self.patch_size**2
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        """Class token and registers, per view."""
-        return int(self.class_token) + self.num_registers
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks that are built and run for the selected layer."""
-        return self.select_layer if self.select_layer >= 0 else self.depth + 1 + self.select_layer
-
-    def to_dict(self) -> dict:
-        """Every field, in JSON-able values."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict) -> ViTConfig:
-        """The inverse of `to_dict`; raises ValueError on names it does not know."""
-        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
-        if unknown:
-            raise ValueError(f"unknown ViTConfig fields: {', '.join(unknown)}")
-        return cls(**values)
 
 
 class ViT(nn.Module):
@@ -135,7 +40,7 @@ class ViT(nn.Module):
         gradient_checkpointing: recompute every block in the backward pass while training.
 
     Position tables are kept between calls that need no gradient while the numbers in `positions` are the same, see
-    `uhd.packed.GridTables`.
+    `uhd.grids.GridTables`.
     """
 
     def __init__(self, config: ViTConfig, *, stem: nn.Module | None = None) -> None:
@@ -236,7 +141,7 @@ class ViT(nn.Module):
         """
         grids = check_packed(patches, grids, self.config.patch_dim, raw=mean_std is not None)
         x = self._embed(patches, grids, inner, mean_std)
-        groups = _Groups.of(grids, self.config.num_prefix_tokens)
+        groups = ViewGroups.of(grids, self.config.num_prefix_tokens)
         x = self.pre_norm(groups.pack(x, self._prefix()))
         states, dtype = [groups.unpack(x)] if hidden_states else [], x.dtype
         run = self._block_runner(x, own_modules=hidden_states)
@@ -317,7 +222,7 @@ class ViT(nn.Module):
             )
         return x if self.positions is None or not grids else x + self._positions_of(grids)
 
-    def _after_block(self, number: int, x: Tensor, groups: _Groups) -> tuple[Tensor, _Groups]:
+    def _after_block(self, number: int, x: Tensor, groups: ViewGroups) -> tuple[Tensor, ViewGroups]:
         """What happens to all tokens after `number` blocks: nothing here, see `uhd.vision.CompressedViT`."""
         return x, groups
 
@@ -379,84 +284,3 @@ def _make_stem(config: ViTConfig) -> nn.Module:
     return WindowStem(
         config.patch_size, config.stem_border, hidden, config.width, channels=config.channels, grey=config.stem_grey
     )
-
-
-@dataclass(frozen=True)
-class _Groups:
-    """The order in which views are stored inside the ViT: those of equal length side by side, prefix tokens first."""
-
-    grids: tuple[tuple[int, int], ...]  # (rows, columns) of every view, in the caller's order
-    lengths: tuple[int, ...]  # patches of every view
-    members: tuple[tuple[int, ...], ...]  # views of every group
-    prefix: int  # class and register tokens per view
-
-    @classmethod
-    def of(cls, grids: tuple[tuple[int, int], ...], prefix: int) -> _Groups:
-        lengths = tuple(rows * columns for rows, columns in grids)
-        members: dict[int, list[int]] = {}
-        for view, length in enumerate(lengths):
-            members.setdefault(length, []).append(view)
-        return cls(grids, lengths, tuple(map(tuple, members.values())), prefix)
-
-    @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """(views, tokens per view) of every group."""
-        return [(len(views), self.prefix + self.lengths[views[0]]) for views in self.members]
-
-    def pack(self, x: Tensor, prefix: Tensor | None) -> Tensor:
-        """(N, D) patches and prefix tokens, (R, D) for all views or (V, R, D), -> (N + V*R, D)."""
-        per_view = x.split(self.lengths)
-        parts = []
-        for views in self.members:
-            tokens = torch.stack([per_view[view] for view in views])
-            if prefix is not None:
-                own = prefix.expand(len(views), -1, -1) if prefix.dim() == 2 else prefix[list(views)]
-                tokens = torch.cat([own, tokens], dim=1)
-            parts.append(tokens.flatten(0, 1))
-        return torch.cat(parts) if parts else x
-
-    def unpack(self, x: Tensor) -> Tensor:
-        """The inverse of `pack`, without the prefix tokens: (N, D)."""
-        per_view = [tokens[self.prefix :] for tokens in self._per_view(x)]
-        return torch.cat(per_view) if per_view else x
-
-    def prefixes(self, x: Tensor) -> Tensor:
-        """The prefix tokens of every view, in the caller's order: (V, R, D)."""
-        per_view = [tokens[: self.prefix] for tokens in self._per_view(x)]
-        return torch.stack(per_view) if per_view else x.unsqueeze(1)[:, : self.prefix]
-
-    def _per_view(self, x: Tensor) -> list[Tensor]:
-        """V times (R + patches, D), in the caller's order."""
-        found: dict[int, Tensor] = {}
-        for part, views, shape in zip(
-            x.split([b * n for b, n in self.shapes]), self.members, self.shapes, strict=True
-        ):
-            found.update(zip(views, part.unflatten(0, shape), strict=True))
-        return [found[view] for view in range(len(self.lengths))]
-
-
-def check_packed(
-    patches: Tensor, grids: Sequence[tuple[int, int]], patch_dim: int, *, raw: bool = False
-) -> tuple[tuple[int, int], ...]:
-    """Check that packed patches (N, P) and the views' grids agree; return the grids as plain tuples.
-
-    `raw`: the patches are to be uint8.
-
-    Raises:
-        ValueError: with both counts, where N or P is not what grids and model say.
-        TypeError: patches that are not floating point, or grids that are not host integers.
-    """
-    grids = check_grids(grids)
-    if raw and patches.dtype != torch.uint8:
-        raise TypeError(f"raw patches, which mean_std is for, must be uint8; got {patches.dtype}")
-    if not raw and not torch.is_floating_point(patches):
-        raise TypeError(f"patches must be floating point and normalised; got {patches.dtype}")
-    if patches.dim() != 2 or patches.shape[1] != patch_dim:
-        raise ValueError(
-            f"patches must be (N, P) with P = C*p*p = {patch_dim}; got {tuple(patches.shape)}. "
-            "Plan the slices for this model's patch size and channels"
-        )
-    expected = sum(rows * columns for rows, columns in grids)
-    if len(patches) != expected:
-        raise ValueError(f"{len(grids)} grids hold {expected} patches in all; got {len(patches)} patches")
-    return grids

@@ -33,7 +33,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .vit import ViT, ViTConfig
+from .config import ViTConfig
+from .vit import ViT
 
 _INDEX = re.compile(r"(?<=blocks\.)\d+")  # the block number in our parameter names
 _ANCHORS = ("embeddings.patch_embedding.weight", "embeddings.patch_embeddings.projection.weight")

@@ -48,12 +48,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uhd.inference import fastest_dtype, is_plain, transformed, wants_gradients
-from uhd.packed import GridTables, contents_of
+from uhd.grids import GridTables, contents_of
 from uhd.resampler.attention import LatentAttention, attend
+from uhd.shortcuts import fastest_dtype, is_plain, transformed, wants_gradients
 
 if TYPE_CHECKING:
-    from uhd.resampler.perceiver import PerceiverConfig, PerceiverResampler
+    from uhd.resampler.config import PerceiverConfig
+    from uhd.resampler.perceiver import PerceiverResampler
 
 Grids = Sequence[tuple[int, int]]
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from uhd.packed import GridTables, as_grid, check_grids
+from uhd.grids import GridTables, as_grid, check_grids
 from uhd.resampler import PerceiverConfig, PerceiverResampler
 from uhd.vision import ViT, ViTConfig
 

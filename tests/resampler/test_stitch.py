@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import uhd
 from uhd.resampler import FeaturePacker, PoolProjector, pack_features
-from uhd.resampler.packing import feature_lengths
+from uhd.resampler.stitch import feature_lengths
 from uhd.slicing.plan import Box, Packing
 from uhd.slicing.strategies import STRATEGIES, anyres, find
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
-from uhd.resampler import PerceiverConfig, PerceiverResampler, absorbed, sincos_2d
+from uhd.resampler import PerceiverConfig, PerceiverResampler, folded, sincos_2d
 
 VARIANTS = ("paper", "minicpm-v-2.0", "minicpm-v-2.6")
 FOLDING = ("cached", "absorbed", "narrow")
@@ -77,7 +77,7 @@ def test_every_path_gives_the_released_layers_tokens(variant, vision_width):
     features = features_for(module)
     with torch.no_grad():
         wanted = released(module, features, GRIDS)
-    for path in absorbed.PATHS:
+    for path in folded.PATHS:
         assert relative(by(path, module, features), wanted) < 3e-6, path
 
 
@@ -146,13 +146,13 @@ def test_views_do_not_mix(path, monkeypatch):
     found = by(path, module, features)
     assert found[1].isnan().all()
     torch.testing.assert_close(found[[0, 2, 3, 4, 5]], wanted[[0, 2, 3, 4, 5]])
-    monkeypatch.setattr(absorbed, "LOGITS_AT_ONCE", {"cpu": 1})  # every view in a step of its own
+    monkeypatch.setattr(folded, "LOGITS_AT_ONCE", {"cpu": 1})  # every view in a step of its own
     torch.testing.assert_close(by(path, module, features)[[0, 3]], wanted[[0, 3]])
 
 
 def test_no_views():
     module = made()
-    for choice in absorbed.CHOICES:
+    for choice in folded.CHOICES:
         module.inference = choice
         assert module(torch.zeros(0, 10), []).shape == (0, 9, 24)
         assert module.inference_path([]) == "plain"
@@ -315,8 +315,8 @@ def test_products_are_kept_while_nothing_changes(monkeypatch):
     module = made()
     features = features_for(module)
     made_now = []
-    for path, fold in absorbed._FOLD.items():
-        monkeypatch.setitem(absorbed._FOLD, path, lambda m, path=path, fold=fold: made_now.append(path) or fold(m))
+    for path, fold in folded._FOLD.items():
+        monkeypatch.setitem(folded._FOLD, path, lambda m, path=path, fold=fold: made_now.append(path) or fold(m))
     for _ in range(3):
         for path in FOLDING:
             by(path, module, features)
@@ -344,7 +344,7 @@ def test_parameters_at_odd_offsets():
 # ---- training and everything that is not plain execution ----
 
 
-@pytest.mark.parametrize("choice", absorbed.CHOICES)
+@pytest.mark.parametrize("choice", folded.CHOICES)
 def test_training_is_always_plain(choice):
     module, plain = made(), made()
     plain.inference = "plain"
@@ -519,14 +519,14 @@ def test_flops_are_what_torch_counts():
     features = features_for(module)
     after = 4 * len(GRIDS) * 16 * 64**2  # out_proj and proj
     checks = {"cached": 3 * 64**2, "absorbed": 3 * 64**2, "narrow": 3 * 64**2 + 64 * 32}
-    for path in absorbed.PATHS:
+    for path in folded.PATHS:
         by(path, module, features)
         module.attention_impl = "reference"
         with FlopCounterMode(display=False) as counter:
             by(path, module, features)
-        counted = absorbed.flops(path, module.config, GRIDS) + after
+        counted = folded.flops(path, module.config, GRIDS) + after
         if path != "plain":
-            counted -= absorbed.CHECK_FLOPS * checks[path] + absorbed.CALL_FLOPS
+            counted -= folded.CHECK_FLOPS * checks[path] + folded.CALL_FLOPS
         assert counter.get_total_flops() == counted, path
 
 
@@ -535,7 +535,7 @@ def test_the_cheapest_is_chosen():
         config = PerceiverConfig(
             width=width, vision_width=vision_width, num_heads=heads or width // 128, num_latents=latents
         )
-        return absorbed.cheapest(config, list(grids))
+        return folded.cheapest(config, list(grids))
 
     assert [chosen(width) for width in (1024, 2048, 4096, 8192)] == ["absorbed", "narrow", "narrow", "narrow"]
     assert chosen(1024, heads=32) == "cached"  # 2048 pairs are more than the width
@@ -556,12 +556,12 @@ def test_flops_grow_with_everything(width, vision_width, heads, latents, grids):
     def counts(**changes):
         sizes = {"width": width, "vision_width": vision_width, "num_heads": heads, "num_latents": latents}
         config = PerceiverConfig(**{**sizes, **changes})
-        return [absorbed.flops(path, config, grids) for path in absorbed.PATHS]
+        return [folded.flops(path, config, grids) for path in folded.PATHS]
 
     config = PerceiverConfig(width=width, vision_width=vision_width, num_heads=heads, num_latents=latents)
     now = counts()
-    assert min(now) == absorbed.flops(absorbed.cheapest(config, grids), config, grids)
-    more = [absorbed.flops(path, config, [*grids, (2, 3)]) for path in absorbed.PATHS]
+    assert min(now) == folded.flops(folded.cheapest(config, grids), config, grids)
+    more = [folded.flops(path, config, [*grids, (2, 3)]) for path in folded.PATHS]
     assert all(a < b for a, b in zip(now, more, strict=True))
     assert all(a < b for a, b in zip(now, counts(num_latents=256), strict=True))
     assert counts(num_heads=64)[:2] == now[:2]  # heads cost only where W_k and W_v act on sums
@@ -570,8 +570,8 @@ def test_flops_grow_with_everything(width, vision_width, heads, latents, grids):
 
 
 def test_auto_takes_the_choice(monkeypatch):
-    monkeypatch.setattr(absorbed, "CALL_FLOPS", 0)
-    monkeypatch.setattr(absorbed, "CHECK_FLOPS", 0)
+    monkeypatch.setattr(folded, "CALL_FLOPS", 0)
+    monkeypatch.setattr(folded, "CHECK_FLOPS", 0)
     module = made(width=64, vision_width=8, num_heads=2, num_latents=4).requires_grad_(False)
     features = features_for(module)
     assert module.inference == "auto"
@@ -590,7 +590,7 @@ def test_unknown_choices():
         module.inference = "fast"
     assert module.inference == "auto"
     with pytest.raises(ValueError, match="path='auto' is unknown"):
-        absorbed.flops("auto", module.config, GRIDS)
+        folded.flops("auto", module.config, GRIDS)
     for sizes in ({"depth": 2}, {"ffn_ratio": 2.0}):
         deep = made(**sizes)
         with pytest.raises(ValueError, match="inference='narrow' needs depth=1 and no FFN"):

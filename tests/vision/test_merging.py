@@ -16,7 +16,7 @@ from torch import nn
 
 from uhd.resampler import MergeProjector
 from uhd.vision import CompressedViT, CompressedViTConfig, ViT, ViTConfig, compress_vit, patchify, vit_from
-from uhd.vision.compressor import AdaptiveCompressor, AverageCompressor, WindowCompressor, windows_2x2
+from uhd.vision.merging import AdaptiveCompressor, AverageCompressor, WindowCompressor, windows_2x2
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "v4_compressor.npz"
 CONFIG = ViTConfig(

@@ -16,11 +16,13 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from uhd.inference import float_parameter, in_fastest_dtype
-from uhd.packed import check_grids
+from uhd.grids import check_grids
+from uhd.shortcuts import float_parameter, in_fastest_dtype
 
 from .blocks import MLP, Attention, Block
-from .vit import ViT, ViTConfig, _Groups
+from .config import ViTConfig
+from .groups import ViewGroups
+from .vit import ViT
 
 COMPRESSORS = ("window", "average", "adaptive")
 
@@ -118,7 +120,7 @@ class CompressedViT(ViT):
         self.output_grids(grids)  # refuse them before anything runs
         return super().forward(patches, grids, hidden_states=hidden_states, **how)
 
-    def _after_block(self, number: int, x: Tensor, groups: _Groups) -> tuple[Tensor, _Groups]:
+    def _after_block(self, number: int, x: Tensor, groups: ViewGroups) -> tuple[Tensor, ViewGroups]:
         if str(number) not in self.compressors:
             return x, groups
         compressor = self.compressors[str(number)]
@@ -126,7 +128,7 @@ class CompressedViT(ViT):
         dtype = float_parameter(compressor, x).dtype
         tokens = compressor(groups.unpack(x).to(dtype), groups.grids).to(x.dtype)
         prefix = groups.prefixes(x) if groups.prefix else None
-        smaller = _Groups.of(tuple((rows // 2, columns // 2) for rows, columns in groups.grids), groups.prefix)
+        smaller = ViewGroups.of(tuple((rows // 2, columns // 2) for rows, columns in groups.grids), groups.prefix)
         return smaller.pack(tokens, prefix), smaller
 
 
