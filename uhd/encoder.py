@@ -29,6 +29,7 @@ from uhd.resampler import (
     PoolProjector,
     pack_features,
 )
+from uhd.resampler.config import default_heads
 from uhd.resampler.stitch import feature_lengths
 from uhd.schema import SpatialSchema, TokenLayout
 from uhd.schema.fitted import (
@@ -629,7 +630,7 @@ class VisualEncoder(nn.Module):
                     "tells its own out_dim; or pass compressor=..."
                 )
             compressor = PerceiverResampler(
-                PerceiverConfig(width=out_dim, vision_width=vision.out_dim, num_heads=_heads(out_dim))
+                PerceiverConfig(width=out_dim, vision_width=vision.out_dim, num_heads=default_heads(out_dim))
             )
             note = "the compressor has new, UNTRAINED weights"
         pixels = find_pixels(source) if pixels is None else pixels
@@ -687,8 +688,3 @@ class VisualEncoder(nn.Module):
 def _is_adaptive(slicing: Any) -> bool:
     """Whether a slicing, or its dictionary, is of the adaptive planner."""
     return slicing.get("rule") in ADAPTIVE_RULES if isinstance(slicing, dict) else isinstance(slicing, SlicingConfig)
-
-
-def _heads(width: int) -> int:
-    """Heads of about 128 channels, as released, that divide the width."""
-    return next(heads for heads in range(max(width // 128, 1), 0, -1) if width % heads == 0)

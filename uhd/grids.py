@@ -1,18 +1,25 @@
-"""What every module over packed views needs: a check of the views' grids, and tables kept for each distinct grid."""
+"""What every module over packed views needs: the check of the views' grids, and work done grid by grid.
+
+Packed means that the patches of all views follow each other, (N, ...), row-major inside a view. A view's grid is its
+(rows, columns) in patches, known on the host.
+"""
 
 from __future__ import annotations
 
+import functools
 import operator
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import TypeVar
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from einops import rearrange
+from torch import Tensor
 
-KEPT_GRIDS = 64
-KEPT_BYTES = 256 << 20
+Grid = tuple[int, int]
+"""(rows, columns) of a view, in patches."""
+
+_Key = TypeVar("_Key", bound=Hashable)
 
 
 def as_grid(grid_hw: Sequence[int], name: str = "grid") -> tuple[int, int]:
@@ -45,110 +52,88 @@ def check_grids(grids: Sequence[Sequence[int]] | Tensor) -> tuple[tuple[int, int
     return tuple(as_grid(grid, f"grids[{view}]") for view, grid in enumerate(grids))
 
 
-class _Entry(NamedTuple):
-    table: Tensor
-    source: Tensor | None  # shares the source's storage, so that its address cannot be given to another tensor
-    version: int
+def split_views(packed: Tensor, grids: Sequence[Grid]) -> tuple[Tensor, ...]:
+    """Split packed rows (N, ...) into the views' own, (rows * columns, ...) each."""
+    return packed.split([rows * columns for rows, columns in grids])
 
 
-class GridTables:
-    """Tables that depend on a grid and perhaps on a tensor, such as resized position embeddings.
+def group_views(keys: Iterable[_Key]) -> dict[_Key, list[int]]:
+    """Collect the views that share a key, such as their grid or their length.
 
-    A table is used again while its source has the same storage and version, so that no write through autograd's
-    bookkeeping, no reassignment and no other device or dtype can leave a stale one. Fused optimizers and writes
-    through ``tensor.data`` leave no trace there: call :meth:`refresh` before looking up tables of a source that may
-    train. Safe in threads; copies and pickles are empty; the least recently used go when there are more than
-    ``kept_grids``, or more than ``kept_bytes``.
+    >>> group_views([(2, 3), (4, 1), (2, 3)])
+    {(2, 3): [0, 2], (4, 1): [1]}
     """
-
-    def __init__(self, kept_grids: int = KEPT_GRIDS, kept_bytes: int = KEPT_BYTES) -> None:
-        self.kept_grids, self.kept_bytes = kept_grids, kept_bytes
-        self._entries: OrderedDict[tuple, _Entry] = OrderedDict()
-        self._lock = threading.Lock()
-        self._contents: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __reduce__(self) -> tuple:
-        return GridTables, (self.kept_grids, self.kept_bytes)
-
-    def clear(self) -> None:
-        """Forget every table."""
-        with self._lock:
-            self._entries.clear()
-
-    def refresh(self, source: Tensor) -> None:
-        """Forget every table unless ``source``, of which all are made, holds the same numbers as at the last call."""
-        if _stamp(source) is None:
-            return  # nothing is kept
-        contents = contents_of([source])
-        if self._contents is None or not torch.equal(contents, self._contents.to(contents.device)):
-            self.clear()
-            self._contents = contents
-
-    def get(self, key: tuple, source: Tensor | None, make: Callable[[], Tensor]) -> Tensor:
-        """The table of ``key`` (a grid, and whatever else ``make`` depends on), made anew where none is valid."""
-        stamp = _stamp(source)
-        if stamp is None:
-            return make()
-        version = 0 if source is None else source._version
-        with self._lock:
-            found = self._entries.get(key)
-        if found is None or found.version != version or _stamp(found.source) != stamp:
-            with torch.inference_mode(False), torch.no_grad():  # so that it can serve training later
-                table, source = make(), None if source is None else source.detach()
-            if type(table) not in (Tensor, nn.Parameter):
-                return table
-            found = _Entry(table, source, version)
-        with self._lock:
-            self._entries[key] = found
-            self._entries.move_to_end(key)
-            self._shrink()
-        return found.table
-
-    def _shrink(self) -> None:
-        while len(self._entries) > 1:
-            size = sum(entry.table.nbytes for entry in self._entries.values())
-            if len(self._entries) <= self.kept_grids and size <= self.kept_bytes:
-                return
-            self._entries.popitem(last=False)
+    groups: dict[_Key, list[int]] = {}
+    for view, key in enumerate(keys):
+        groups.setdefault(key, []).append(view)
+    return groups
 
 
-def _stamp(source: Tensor | None) -> tuple | None:
-    """What tells one storage and view of it from another; ``None`` where that cannot be told: then nothing is kept."""
-    if torch.compiler.is_compiling():
-        return None
-    if source is None:
-        return ()
-    plain = type(source) in (Tensor, nn.Parameter)
-    if not plain or source.is_inference() or (torch.is_grad_enabled() and source.requires_grad):
-        return None
-    try:
-        return source.data_ptr(), source.device, source.dtype, source.shape, source.stride()
-    except RuntimeError:  # inside a functorch transform
-        return None
+def map_by_grid(compute: Callable[[Grid, list[int]], Iterable[Tensor]], grids: Sequence[Grid]) -> list[Tensor]:
+    """Call `compute` once for each distinct grid, and put its results back in the order of the views.
 
+    Args:
+        compute: takes a grid and the views that have it; gives one result for each of them, such as the rows of a
+            batch.
+        grids: of all views.
 
-def contents_of(sources: Iterable[Tensor]) -> Tensor:
-    """A number of all bits of each tensor, and one entry of every row and column: equal for equal contents.
-
-    Fused optimizers and writes through ``tensor.data`` leave no trace in a tensor's version; this sees them.
+    >>> map_by_grid(lambda grid, views: [f"{grid} of view {view}" for view in views], [(2, 3), (4, 1), (2, 3)])
+    ['(2, 3) of view 0', '(4, 1) of view 1', '(2, 3) of view 2']
     """
-    parts: list[Tensor] = []
-    for source in sources:
-        bits = _bits(source.detach())
-        parts.append(bits.sum(dtype=torch.int64)[None])
-        if source.dim() == 2:
-            along = torch.arange(max(source.shape), device=source.device)
-            picked = source.detach()[along % source.shape[0], along % source.shape[1]]
-            parts.append(_bits(picked).to(torch.int64))
-    return torch.cat(parts)
+    results: dict[int, Tensor] = {}
+    for grid, views in group_views(grids).items():
+        results.update(zip(views, compute(grid, views), strict=True))
+    return [results[view] for view in range(len(grids))]
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    """The numbers as integers, in words as long as they fill: sums of long words are the fast ones."""
-    flat = tensor.contiguous().flatten()
-    size, start, own = flat.nbytes, flat.storage_offset() * flat.itemsize, flat.itemsize
-    words = (torch.int64, torch.int32, torch.int16)
-    return flat.view(next(w for w in words if own <= w.itemsize and not (size % w.itemsize or start % w.itemsize)))
+def join_blocks(packed: Tensor, grids: Sequence[Grid], side: int) -> Tensor:
+    """Put the patches of every `side` x `side` block side by side: (N, D) -> (N / side**2, side**2, D).
+
+    Views stay in order, blocks are row-major inside a view, patches row-major inside a block. The sides of all grids
+    must be multiples of `side`, which `shrink_grids` checks.
+
+    >>> join_blocks(torch.arange(8)[:, None], [(2, 4)], 2).squeeze(-1).tolist()
+    [[0, 1, 4, 5], [2, 3, 6, 7]]
+    """
+    blocks = [
+        rearrange(view, "(h a w b) d -> (h w) (a b) d", h=rows // side, a=side, b=side)
+        for view, (rows, _) in zip(split_views(packed, grids), grids, strict=True)
+    ]
+    return torch.cat(blocks) if blocks else packed.new_zeros(0, side**2, packed.shape[1])
+
+
+def shrink_grids(grids: Sequence[Sequence[int]] | Tensor, factor: int, advice: str) -> tuple[Grid, ...]:
+    """Divide the sides of every grid by `factor`.
+
+    Args:
+        grids: of all views, as `check_grids` takes them.
+        factor: how many patches along a side become one.
+        advice: what to do about a grid that cannot be divided; ends the error message.
+
+    Raises:
+        TypeError: as `check_grids`.
+        ValueError: a side that is no multiple of the factor.
+
+    >>> shrink_grids([(4, 8)], 2, "plan with merge=2")
+    ((2, 4),)
+    """
+    grids = check_grids(grids)
+    for view, (rows, columns) in enumerate(grids):
+        if rows % factor or columns % factor:
+            raise ValueError(f"grids[{view}] is {(rows, columns)}; both sides must be multiples of {factor}: {advice}")
+    return tuple((rows // factor, columns // factor) for rows, columns in grids)
+
+
+def constant_table(make: Callable[..., np.ndarray]) -> Callable[..., Tensor]:
+    """Decorate a function of plain numbers that makes an array: the array is made once and comes as a CPU tensor.
+
+    All callers share the tensor's memory, so none may write to it. Arrays are kept rather than tensors since those
+    would remember the mode they were made in (inference, fake tensors); `torch.compile` traces `make` itself.
+    """
+    kept = functools.lru_cache(maxsize=256)(make)
+
+    @functools.wraps(make)
+    def table(*args: object, **kwargs: object) -> Tensor:
+        return torch.from_numpy((make if torch.compiler.is_compiling() else kept)(*args, **kwargs))
+
+    return table

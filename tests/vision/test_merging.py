@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from uhd.grids import join_blocks
 from uhd.resampler import MergeProjector
 from uhd.vision import CompressedViT, CompressedViTConfig, ViT, ViTConfig, compress_vit, patchify, vit_from
-from uhd.vision.merging import AdaptiveCompressor, AverageCompressor, WindowCompressor, windows_2x2
+from uhd.vision.merging import AdaptiveCompressor, AverageCompressor, WindowCompressor
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "v4_compressor.npz"
 CONFIG = ViTConfig(
@@ -176,7 +177,7 @@ def test_reuse_of_a_block_is_its_attention_in_windows_and_the_mean_of_its_mlp(ac
     block, module = vit.blocks[1], compress_vit(vit, 2).compressors["2"]
     x = torch.randn(24, 16, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        windows = windows_2x2(x, [(4, 6)])
+        windows = join_blocks(x, [(4, 6)], 2)
         attended = block.attn(block.norm1(windows.flatten(0, 1)), [(6, 4)])
         y = windows + (attended if block.scale1 is None else attended * block.scale1).unflatten(0, (6, 4))
         # the norm is over all four patches, with the block's weights repeated
@@ -198,7 +199,7 @@ def test_the_pooling_kinds_start_as_the_mean():
         module.down.weight.normal_()
     out = module(x, [(4, 6)])
     assert (out - mean).abs().max() > 1e-2
-    windows = windows_2x2(x, [(4, 6)])
+    windows = join_blocks(x, [(4, 6)], 2)
     assert (out <= windows.amax(1) + 1e-6).all()
     assert (out >= windows.amin(1) - 1e-6).all()
 
@@ -313,7 +314,7 @@ def test_class_and_register_tokens_pass_by():
         for number, block in enumerate(model.blocks, 1):
             x = block(x, [(1, len(x))])
             if number == 2:
-                x = torch.cat([x[:3], windows_2x2(x[3:], [(4, 6)]).mean(1)])
+                x = torch.cat([x[:3], join_blocks(x[3:], [(4, 6)], 2).mean(1)])
         assert_near(model(patches, [(4, 6)]), model.norm(x[3:]))
 
 
@@ -332,7 +333,7 @@ def test_no_views_give_no_features():
 def test_what_an_encoder_asks_of_it():
     model = compressed((1, 3))
     assert (model.patch_size, model.stride, model.image_size, model.out_dim) == (2, 8, 16, 16)
-    with pytest.raises(ValueError, match=r"grids\[1\] is \(4, 6\); both sides must be multiples of 4 .* merge=4"):
+    with pytest.raises(ValueError, match=r"grids\[1\] is \(4, 6\); both sides must be multiples of 4: .* merge=4"):
         model(random_patches([(4, 4), (4, 6)]), [(4, 4), (4, 6)])
 
 

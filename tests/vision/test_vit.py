@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from uhd.grids import KEPT_GRIDS
 from uhd.vision import ViT, ViTConfig, patchify, unpatchify
 
 CONFIG = ViTConfig(
@@ -145,68 +143,12 @@ def test_gradient_checkpointing_runs_blocks_twice_and_changes_nothing() -> None:
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-7)
 
 
-def test_positions_are_interpolated_once_per_grid_and_kept_in_eval(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    inner = ViT.position_embedding
-    monkeypatch.setattr(ViT, "position_embedding", lambda self, grid: (calls.append(grid), inner(self, grid))[1])
-    vit, patches = make(), random_patches(GRIDS)
-    with torch.inference_mode():
-        first = vit(patches, GRIDS)
-        assert sorted(calls) == sorted(set(GRIDS))
-        assert torch.equal(vit(patches, GRIDS), first)
-    assert len(calls) == len(set(GRIDS))
-    vit.train()
-    vit(patches, GRIDS)
-    assert len(calls) == 2 * len(set(GRIDS))
-
-
-CHANGES = {
-    "in place": lambda vit: vit.positions.mul_(-2),
-    "optimiser": lambda vit: torch.optim.SGD([vit.positions], lr=1.0).step(),
-    "load": lambda vit: vit.load_state_dict({**vit.state_dict(), "positions": -2 * vit.positions}),
-    "assign": lambda vit: vit.load_state_dict({**vit.state_dict(), "positions": -2 * vit.positions}, assign=True),
-    "replace": lambda vit: setattr(vit, "positions", nn.Parameter(-2 * vit.positions)),
-    "dtype": lambda vit: vit.bfloat16(),
-    "data": lambda vit: vit.positions.data.mul_(-2),
-    "fused optimiser": lambda vit: torch.optim.AdamW([vit.positions], lr=1.0, fused=True).step(),
-    "config": lambda vit: setattr(vit, "config", dataclasses.replace(vit.config, interpolation="nearest")),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_kept_positions_are_never_stale(change: str) -> None:
-    vit, patches = make(), random_patches(GRIDS)
-    vit.positions.grad = 3 * vit.positions.detach()
-    with torch.no_grad():
-        before = vit(patches, GRIDS)
-        CHANGES[change](vit)
-        after = vit(patches, GRIDS)
-        vit.clear_position_cache()
-        assert torch.equal(after, vit(patches, GRIDS))
-    assert (after.float() - before).abs().max() > 1e-3
-
-
-def test_eval_still_trains_the_table_after_calls_that_did_not() -> None:
-    vit, patches = make(), random_patches(GRIDS)
-    with torch.no_grad():
-        vit(patches, GRIDS)
-    vit(patches, GRIDS).sum().backward()
-    assert vit.positions.grad[1:].abs().max() > 0
-    vit.positions.requires_grad_(False)
-    with torch.inference_mode():
-        vit(patches, GRIDS)
-    vit(patches, GRIDS).sum().backward()  # tables kept under inference mode serve a call that trains the rest
-
-
-def test_the_cache_is_bounded_and_a_call_may_exceed_it() -> None:
-    vit = make()
-    grids = [(1, n) for n in range(1, KEPT_GRIDS + 9)]
-    with torch.no_grad():
-        together = vit(random_patches(grids), grids)
-        assert len(vit._position_tables) == KEPT_GRIDS
-        last = vit(random_patches(grids)[-lengths(grids)[-1] :], grids[-1:])
-    assert_near(together[-lengths(grids)[-1] :], last)
-    assert not copy.deepcopy(vit)._position_tables
+@pytest.mark.parametrize("stem", [nn.Linear(12, 16), nn.Sequential(nn.Linear(12, 16))], ids=["linear", "sequential"])
+def test_a_given_stem_keeps_its_weights(stem) -> None:
+    weight = next(stem.parameters()).detach().clone()
+    vit = ViT(CONFIG, stem=stem)
+    vit.reset_parameters()
+    assert torch.equal(next(vit.stem.parameters()), weight)
 
 
 def test_interpolation_settings_decide_the_positions() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from uhd.positions import sincos_2d
 from uhd.resampler.config import PerceiverConfig
 from uhd.resampler.merger import MergeProjector
 from uhd.resampler.perceiver import PerceiverResampler
@@ -9,7 +10,6 @@ from uhd.resampler.projectors import MLPProjector, PixelShuffleProjector, PoolPr
 from uhd.resampler.protocol import Compressor
 from uhd.resampler.pyramid import PyramidConfig, PyramidResampler
 from uhd.resampler.rewrite import RewriteConfig, RewriteResampler
-from uhd.resampler.sincos import sincos_2d
 from uhd.resampler.spatial import SpatialConfig, SpatialResampler
 from uhd.resampler.stitch import FeaturePacker, pack_features
 

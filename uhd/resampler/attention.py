@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from uhd_kernels import varlen_cross_attention
+
+from uhd.grids import Grid
 
 
 def attend(
@@ -50,6 +52,22 @@ def attend(
     return varlen_cross_attention(
         q, k, v, bounds, longest, key_positions=key_positions, position_offsets=offsets, impl=impl
     )
+
+
+def join_tables(grids: Sequence[Grid], make: Callable[[Grid], Tensor]) -> tuple[Tensor | None, list[int] | None]:
+    """Put the position tables of the distinct grids one after another.
+
+    Returns:
+        (L, D), and the first row of each view's table; None and None without views.
+
+    >>> join_tables([(1, 2), (1, 1), (1, 2)], lambda grid: torch.ones(grid[0] * grid[1], 4))[1]
+    [0, 2, 0]
+    """
+    tables = {grid: make(grid) for grid in dict.fromkeys(grids)}
+    if not tables:
+        return None, None
+    starts = dict(zip(tables, accumulate(map(len, tables.values()), initial=0), strict=False))
+    return torch.cat(list(tables.values())), [starts[grid] for grid in grids]
 
 
 class LatentAttention(nn.Module):

@@ -25,14 +25,44 @@ class Settings:
             raise ValueError(f"{cls.__name__} has no {unknown}; its fields are {sorted(known)}")
         return cls(**values)
 
+    @property
+    def side(self) -> int:
+        """Latents along each side of their square grid."""
+        return math.isqrt(self.num_latents)
 
-def check_sizes(settings: Settings, names: tuple[str, ...]) -> None:
-    """Raises a ValueError unless the named fields are at least 1 and the heads divide the width."""
+
+def check_sizes(
+    settings: Settings, names: tuple[str, ...], *, positions: bool = True, square: str | None = "take 64 or 144, say"
+) -> None:
+    """Check what every resampler asks of its sizes.
+
+    Args:
+        settings: with `width`, `num_heads` and `num_latents`.
+        names: fields that must be at least 1.
+        positions: the width is that of a sine-cosine table, and so a multiple of 4.
+        square: the latents are a square grid; this advice ends the message where they are not. None: any number.
+
+    Raises:
+        ValueError: a size that does not fit.
+    """
     for name in names:
         if getattr(settings, name) < 1:
             raise ValueError(f"{name}={getattr(settings, name)}: must be at least 1")
     if settings.width % settings.num_heads:
         raise ValueError(f"width={settings.width} cannot be divided among num_heads={settings.num_heads}")
+    if positions and settings.width % 4:
+        raise ValueError(f"width={settings.width}: 2D sincos positions need a multiple of 4")
+    if square is not None and settings.side**2 != settings.num_latents:
+        raise ValueError(f"num_latents={settings.num_latents} is not a square: {square}")
+
+
+def default_heads(width: int) -> int:
+    """Choose the number of attention heads for a width: heads of 128 as released, or the next number that divides it.
+
+    >>> default_heads(4096), default_heads(576), default_heads(100)
+    (32, 4, 1)
+    """
+    return next(heads for heads in range(max(width // 128, 1), 0, -1) if width % heads == 0)
 
 
 KEY_POSITIONS = ("interpolated", "direct", "none")
@@ -64,19 +94,18 @@ class PerceiverConfig(Settings):
     eps: float = 1e-6  # of every LayerNorm
 
     def __post_init__(self) -> None:
-        check_sizes(self, ("width", "vision_width", "num_heads", "num_latents", "depth"))
+        positions = self.query_position or self.key_position != "none"
+        square = (
+            "the latents' positions are a square grid, so take 64 or 144, say, or query_position=False with "
+            "key_position='direct' or 'none'"
+        )
+        names = ("width", "vision_width", "num_heads", "num_latents", "depth")
+        check_sizes(self, names, positions=positions, square=square if self.has_latent_table else None)
         if self.key_position not in KEY_POSITIONS:
             raise ValueError(f"key_position={self.key_position!r}: choose one of {list(KEY_POSITIONS)}")
         if self.ffn_ratio < 0 or (self.ffn_ratio and self.ffn_width < 1):
             raise ValueError(
                 f"ffn_ratio={self.ffn_ratio}: must be 0 for no FFN, or leave a hidden width of at least 1"
-            )
-        if (self.query_position or self.key_position != "none") and self.width % 4:
-            raise ValueError(f"width={self.width}: 2D sincos positions need a multiple of 4")
-        if self.has_latent_table and math.isqrt(self.num_latents) ** 2 != self.num_latents:
-            raise ValueError(
-                f"num_latents={self.num_latents} is not a square, and the latents' positions are a square grid: take "
-                "64 or 144, say, or query_position=False with key_position='direct' or 'none'"
             )
 
     @classmethod

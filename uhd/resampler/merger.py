@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from uhd.grids import check_grids
+from uhd.grids import check_grids, join_blocks, shrink_grids
 from uhd.resampler.protocol import check_features
 from uhd.resampler.weights import load_exactly, shape_of
 
@@ -68,15 +66,8 @@ class MergeProjector(nn.Module):
         Raises:
             ValueError: a side of a grid is not a multiple of 2 ** rounds.
         """
-        factor, lengths = 2**self.rounds, []
-        for view, (h, w) in enumerate(check_grids(grids)):
-            if h % factor or w % factor:
-                raise ValueError(
-                    f"grids[{view}] is {(h, w)}; both sides must be multiples of {factor}: plan slices whose patch "
-                    "sides are, times what the vision encoder joins itself (slicing.merge)"
-                )
-            lengths.append((h // factor) * (w // factor))
-        return lengths
+        advice = "plan slices whose patch sides are, times what the vision encoder joins itself (slicing.merge)"
+        return [h * w for h, w in shrink_grids(grids, 2**self.rounds, advice)]
 
     def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
         """(N, in_dim) packed -> (N / 4 ** rounds, out_dim) packed, views in the same order.
@@ -88,11 +79,7 @@ class MergeProjector(nn.Module):
         check_features(features, grids, self.mlp[0].linear_1.weight, self.in_dim)
         self.output_lengths(grids)
         for layer in self.mlp:
-            blocks = [
-                rearrange(view, "(h a w b) d -> (h w) (a b d)", h=h // 2, a=2, b=2)
-                for view, (h, w) in zip(features.split([h * w for h, w in grids]), grids, strict=True)
-            ]
-            features = layer(torch.cat(blocks) if blocks else features.reshape(0, 4 * self.in_dim))
+            features = layer(join_blocks(features, grids, 2).flatten(1))
             grids = tuple((h // 2, w // 2) for h, w in grids)
         return features
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from uhd.grids import check_grids
+from uhd.grids import Grid, check_grids, join_blocks, map_by_grid, shrink_grids, split_views
 from uhd.resampler.protocol import check_features
 
 
@@ -103,15 +103,8 @@ class PixelShuffleProjector(nn.Module):
         Raises:
             ValueError: a side of a grid is not a multiple of `factor`.
         """
-        lengths = []
-        for view, (h, w) in enumerate(check_grids(grids)):
-            if h % self.factor or w % self.factor:
-                raise ValueError(
-                    f"grids[{view}] is {(h, w)}; both sides must be multiples of factor={self.factor}: plan slices "
-                    f"with patch sides divisible by {self.factor}, or use another compressor"
-                )
-            lengths.append((h // self.factor) * (w // self.factor))
-        return lengths
+        advice = f"plan slices with patch sides divisible by factor={self.factor}, or use another compressor"
+        return [h * w for h, w in shrink_grids(grids, self.factor, advice)]
 
     def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
         """(N, in_dim) packed -> (N / factor ** 2, out_dim) packed, views in the same order.
@@ -122,12 +115,7 @@ class PixelShuffleProjector(nn.Module):
         grids = check_grids(grids)
         check_features(features, grids, self.mlp[1].weight, self.in_dim)
         self.output_lengths(grids)
-        side = self.factor
-        blocks = [
-            rearrange(view, "(h a w b) c -> (h w) (a b c)", h=h // side, a=side, b=side)
-            for view, (h, w) in zip(features.split([h * w for h, w in grids]), grids, strict=True)
-        ]
-        return self.mlp(torch.cat(blocks) if blocks else features.reshape(0, self.mlp[1].in_features))
+        return self.mlp(join_blocks(features, grids, self.factor).flatten(1))
 
 
 class PoolProjector(nn.Module):
@@ -174,16 +162,12 @@ class PoolProjector(nn.Module):
         tokens = self.mlp(features)
         if self.factor == 1 or not grids:
             return tokens
-        places: dict[tuple[int, int], list[int]] = {}
-        for view, grid in enumerate(grids):
-            places.setdefault(grid, []).append(view)
-        views = tokens.split([h * w for h, w in grids])
-        pooled: dict[int, Tensor] = {}
-        for grid, members in places.items():  # views of one grid are pooled together
-            pooled.update(zip(members, self._pool(torch.stack([views[view] for view in members]), grid), strict=True))
-        return torch.cat([pooled[view] for view in range(len(grids))])
+        per_view = split_views(tokens, grids)
+        return torch.cat(
+            map_by_grid(lambda grid, views: self._pool(torch.stack([per_view[view] for view in views]), grid), grids)
+        )
 
-    def _pool(self, views: Tensor, grid: tuple[int, int]) -> Tensor:
+    def _pool(self, views: Tensor, grid: Grid) -> Tensor:
         """(V, h * w, D) -> (V, fewer, D)."""
         maps = rearrange(views, "v (h w) d -> v d h w", h=grid[0], w=grid[1])
         if self.mode == "average":

@@ -22,6 +22,11 @@ def shape_of(state: Mapping[str, Tensor], name: str, axes: int) -> tuple[int, ..
     return tuple(state[name].shape)
 
 
+def vision_width_of(state: Mapping[str, Tensor], width: int) -> int:
+    """Read the features' width off `kv_proj`, which is there only where it is not the latents' width."""
+    return state["kv_proj.weight"].shape[-1] if "kv_proj.weight" in state else width
+
+
 def load_exactly(make: Callable[[], _Module], state: Mapping[str, Tensor], what: str, *, like: str) -> _Module:
     """A new module with these weights, all of them and no others.
 

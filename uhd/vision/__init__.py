@@ -6,10 +6,11 @@ returns packed features (N', D), and tells the grids of those by `vision.output_
 
 from __future__ import annotations
 
+from uhd.positions import bucket_position_ids, interpolate_pos_embed
+
 from .config import ViTConfig
 from .merging import CompressedViT, CompressedViTConfig, compress_vit
 from .patches import patchify, unpatchify
-from .pos_embed import bucket_position_ids, interpolate_pos_embed
 from .tower import VisionTower
 from .vit import ViT
 from .weights import config_from_hf, config_from_timm, load_vit, to_source_state_dict, vit_from

@@ -23,8 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uhd.grids import contents_of
-from uhd.shortcuts import fastest_dtype, is_plain, transformed, wants_gradients
+from uhd.shortcuts import contents_of, fastest_dtype, is_plain, transformed, wants_gradients
 
 from .blocks import MLP, Attention, Block, activate
 from .int8 import Int8Linear, int8_linear

@@ -6,8 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from uhd.grids import as_grid
-
-from .pos_embed import BUCKET_RULES, MODES
+from uhd.positions import BUCKET_RULES, MODES
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "swiglu")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from uhd.grids import check_grids
+from uhd.grids import check_grids, group_views
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,7 @@ class ViewGroups:
     @classmethod
     def of(cls, grids: tuple[tuple[int, int], ...], prefix: int) -> ViewGroups:
         lengths = tuple(rows * columns for rows, columns in grids)
-        members: dict[int, list[int]] = {}
-        for view, length in enumerate(lengths):
-            members.setdefault(length, []).append(view)
-        return cls(grids, lengths, tuple(map(tuple, members.values())), prefix)
+        return cls(grids, lengths, tuple(map(tuple, group_views(lengths).values())), prefix)
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -57,12 +54,12 @@ class ViewGroups:
 
     def _per_view(self, x: Tensor) -> list[Tensor]:
         """V times (R + patches, D), in the caller's order."""
-        found: dict[int, Tensor] = {}
+        per_view: dict[int, Tensor] = {}
         for part, views, shape in zip(
             x.split([b * n for b, n in self.shapes]), self.members, self.shapes, strict=True
         ):
-            found.update(zip(views, part.unflatten(0, shape), strict=True))
-        return [found[view] for view in range(len(self.lengths))]
+            per_view.update(zip(views, part.unflatten(0, shape), strict=True))
+        return [per_view[view] for view in range(len(self.lengths))]
 
 
 def check_packed(

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
-from uhd.grids import check_grids
+from uhd.grids import join_blocks, shrink_grids
 from uhd.shortcuts import float_parameter, in_fastest_dtype
 
 from .blocks import MLP, Attention, Block
@@ -94,15 +93,12 @@ class CompressedViT(ViT):
         Raises:
             ValueError: a side that cannot be halved as often as there are compressors.
         """
-        grids, factor = check_grids(grids), self._factor
-        for view, (rows, columns) in enumerate(grids):
-            if rows % factor or columns % factor:
-                raise ValueError(
-                    f"grids[{view}] is {(rows, columns)}; both sides must be multiples of {factor} to be halved after "
-                    f"the blocks {self.config.compress_after}: plan with merge={factor}, times what the compressor "
-                    "behind the ViT joins"
-                )
-        return tuple((rows // factor, columns // factor) for rows, columns in grids)
+        factor = self._factor
+        advice = (
+            f"the ViT halves them after the blocks {self.config.compress_after}, so plan with merge={factor}, times "
+            "what the compressor behind it joins"
+        )
+        return shrink_grids(grids, factor, advice)
 
     def forward(
         self, patches: Tensor, grids: Sequence[tuple[int, int]], *, hidden_states: bool = False, **how: Any
@@ -161,7 +157,7 @@ class WindowCompressor(nn.Module):
 
     def forward(self, x: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
         """(N, D) packed, patches row-major -> (N / 4, D)."""
-        x = windows_2x2(x, grids)  # (N / 4, 4, D)
+        x = join_blocks(x, grids, 2)  # (N / 4, 4, D)
         tokens = x.flatten(0, 1)
         y = tokens + self.attn(self.norm1(tokens), [(len(x), 4)] if len(x) else [])
         y = y.unflatten(0, (-1, 4)) if len(x) else x
@@ -229,7 +225,7 @@ class AverageCompressor(nn.Module):
 
     def forward(self, x: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
         """(N, D) packed, patches row-major -> (N / 4, D)."""
-        return windows_2x2(x, grids).mean(1)
+        return join_blocks(x, grids, 2).mean(1)
 
 
 class AdaptiveCompressor(nn.Module):
@@ -253,20 +249,10 @@ class AdaptiveCompressor(nn.Module):
 
     def forward(self, x: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
         """(N, D) packed, patches row-major -> (N / 4, D)."""
-        x = windows_2x2(x, grids)
+        x = join_blocks(x, grids, 2)
         seen = torch.cat([x, x.mean(1, keepdim=True).expand_as(x)], dim=-1)
         weights = self.down(nn.functional.gelu(self.up(seen))).softmax(1)
         return (x * weights).sum(1)
-
-
-def windows_2x2(x: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
-    """(N, D) packed -> (N / 4, 4, D): views in order, windows row-major, row-major inside; sides must be even."""
-    views = x.split([rows * columns for rows, columns in grids]) if grids else ()
-    parts = [
-        rearrange(view, "(h a w b) d -> (h w) (a b) d", h=rows // 2, a=2, b=2)
-        for view, (rows, _) in zip(views, grids, strict=True)
-    ]
-    return torch.cat(parts) if parts else x.reshape(0, 4, x.shape[1])
 
 
 def make_compressor(config: CompressedViTConfig) -> nn.Module:

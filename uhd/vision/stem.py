@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from uhd.grids import GridTables
+from uhd.grids import constant_table
 
 
 class WindowStem(nn.Module):
@@ -44,7 +45,6 @@ class WindowStem(nn.Module):
         self.patch_size, self.border, self.channels, self.grey = patch_size, border, channels, grey
         self.up = nn.Linear((1 if grey else channels) * (patch_size + 2 * border) ** 2, hidden)
         self.down = nn.Linear(hidden, width)
-        self._neighbours = GridTables()
 
     def forward(self, patches: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
         """(N, C*p*p) packed patches, inner order (c, py, px), and their V grids -> (N, D)."""
@@ -53,7 +53,7 @@ class WindowStem(nn.Module):
     def windows(self, patches: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
         """(N, C*p*p) -> (N, C*(p+2b)*(p+2b)), inner order (c, y, x); one channel where `grey`."""
         p, b = self.patch_size, self.border
-        tables = [self._neighbours.get((grid, "cpu"), None, lambda grid=grid: _neighbours(grid)) for grid in grids]
+        tables = [neighbours(*grid) for grid in grids]
         if not tables:
             return patches.new_zeros(0, self.up.in_features)
         lengths = torch.tensor([len(table) for table in tables])
@@ -74,9 +74,13 @@ class WindowStem(nn.Module):
         return torch.cat(rows, dim=-2).flatten(1)
 
 
-def _neighbours(grid_hw: tuple[int, int]) -> Tensor:
-    """(h*w, 9) rows of the patches around and at each patch, row-major; -1 outside the view."""
-    height, width = grid_hw
-    ids = F.pad(torch.arange(height * width).view(height, width), (1, 1, 1, 1), value=-1)
-    around = [ids[dy : dy + height, dx : dx + width] for dy in range(3) for dx in range(3)]
-    return torch.stack(around, dim=-1).flatten(0, 1)
+@constant_table
+def neighbours(height: int, width: int) -> np.ndarray:
+    """Find the patches around and at each patch of a grid: (height * width, 9) numbers, row-major; -1 is outside.
+
+    >>> neighbours(1, 2).tolist()
+    [[-1, -1, -1, -1, 0, 1, -1, -1, -1], [-1, -1, -1, 0, 1, -1, -1, -1, -1]]
+    """
+    numbers = np.pad(np.arange(height * width).reshape(height, width), 1, constant_values=-1)
+    around = [numbers[dy : dy + height, dx : dx + width] for dy in range(3) for dx in range(3)]
+    return np.stack(around, axis=-1).reshape(-1, 9)

@@ -9,7 +9,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from uhd.grids import check_grids
+from uhd.grids import Grid, check_grids, map_by_grid, split_views
+from uhd.shortcuts import float_parameter
 
 from .groups import check_packed
 from .patches import unpatchify
@@ -107,17 +108,15 @@ class VisionTower(nn.Module):
         """
         grids = check_packed(patches, grids, self.in_channels * self.patch_size**2)
         out_grids = self.output_grids(grids)
-        per_view = patches.split([rows * columns for rows, columns in grids])
-        features: dict[int, Tensor] = {}
-        for grid in dict.fromkeys(grids):
-            views = [view for view, other in enumerate(grids) if other == grid]
+        per_view = split_views(patches, grids)
+
+        def encode(grid: Grid, views: list[int]) -> Tensor:
             packed = torch.cat([per_view[view] for view in views])
             images = unpatchify(packed, grid, self.patch_size, channels=self.in_channels)
-            tokens = self._tokens(self._run(images), len(views), out_grids[views[0]])
-            features.update(zip(views, tokens, strict=True))
-        if not features:
-            return patches.new_zeros(0, self.out_dim)
-        return torch.cat([features[view] for view in range(len(grids))])
+            return self._tokens(self._run(images), len(views), out_grids[views[0]])
+
+        features = map_by_grid(encode, grids)
+        return torch.cat(features) if features else patches.new_zeros(0, self.out_dim)
 
     def _cells(self, patches: int) -> int:
         """Features along a side of so many patches."""
@@ -134,15 +133,13 @@ class VisionTower(nn.Module):
 
     def _run(self, images: Tensor) -> Tensor:
         """The backbone's feature map for images (V, C, H, W)."""
-        parameter = next((p for p in self.module.parameters() if p.is_floating_point()), images)
         call = getattr(self.module, "forward_features", self.module)
-        result = call(images.to(parameter.dtype), **self.kwargs)
+        result = call(images.to(float_parameter(self.module, images).dtype), **self.kwargs)
         if self.select is not None:
             return self.select(result)
         for name in ("feature_maps", "last_hidden_state"):
-            found = getattr(result, name, None)
-            if found is not None:
-                result = found
+            if getattr(result, name, None) is not None:
+                result = getattr(result, name)
                 break
         if isinstance(result, (list, tuple)) and result:
             result = result[-1]

@@ -8,7 +8,6 @@ views of equal length, and the layers beyond the selected one are not built.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +15,14 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from uhd.grids import GridTables, check_grids
+from uhd.grids import check_grids
+from uhd.positions import bucket_position_ids, interpolate_pos_embed
 from uhd.shortcuts import is_plain
 
 from .blocks import Block
 from .compiled import BlockRunner, CompiledBlocks
 from .config import ViTConfig
 from .groups import ViewGroups, check_packed
-from .pos_embed import bucket_position_ids, interpolate_pos_embed
 from .stem import WindowStem
 
 
@@ -38,9 +37,6 @@ class ViT(nn.Module):
 
     Attributes:
         gradient_checkpointing: recompute every block in the backward pass while training.
-
-    Position tables are kept between calls that need no gradient while the numbers in `positions` are the same, see
-    `uhd.grids.GridTables`.
     """
 
     def __init__(self, config: ViTConfig, *, stem: nn.Module | None = None) -> None:
@@ -59,7 +55,6 @@ class ViT(nn.Module):
         self.pre_norm = nn.LayerNorm(width, eps=config.eps) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
         self.norm = nn.LayerNorm(width, eps=config.eps) if config.final_norm else nn.Identity()
-        self._position_tables = GridTables()
         self._compiled_blocks: CompiledBlocks | None = None
         self.reset_parameters()
 
@@ -195,10 +190,6 @@ class ViT(nn.Module):
             return table[ids.to(table.device)]
         return interpolate_pos_embed(table, config.position_grid_hw, grid_hw, config.interpolation, config.antialias)
 
-    def clear_position_cache(self) -> None:
-        """Forget interpolated tables, which are made again when needed."""
-        self._position_tables.clear()
-
     def _embed(
         self,
         patches: Tensor,
@@ -236,12 +227,8 @@ class ViT(nn.Module):
         return torch.cat([prefix[:rows] + self.positions[:rows], prefix[rows:]]) if rows else prefix
 
     def _positions_of(self, grids: tuple[tuple[int, int], ...]) -> Tensor:
-        """(N, D): interpolated once per distinct grid, and across calls where no gradient can be wanted."""
-        tables, source = {}, self.positions
-        self._position_tables.refresh(source)
-        for grid in dict.fromkeys(grids):
-            key = (grid, source.device, source.dtype, self.config)
-            tables[grid] = self._position_tables.get(key, source, partial(self.position_embedding, grid))
+        """(N, D): interpolated once per distinct grid."""
+        tables = {grid: self.position_embedding(grid) for grid in dict.fromkeys(grids)}
         return torch.cat([tables[grid] for grid in grids])
 
 
