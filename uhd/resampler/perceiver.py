@@ -162,12 +162,14 @@ class PerceiverResampler(LatentResampler):
         """Tell which way a call would take now for views of these grids: "plain", "absorbed" or "narrow"."""
         grids = [as_grid(grid) for grid in grids]
         choice = self._inference
-        if not grids or choice == "plain" or (choice == "auto" and self.attention_impl != "auto"):
+        if choice == "auto":
+            choice = "plain" if self.attention_impl != "auto" else folded.cheapest(self.config, grids)
+        if not grids or choice == "plain":  # the usual case of small layers, where the checks would take longer
             return "plain"
         paths = self._foldable(features)
-        if choice != "auto":
-            return choice if choice in paths else "plain"
-        return folded.cheapest(self.config, grids, paths)
+        if self._inference == "auto":
+            return folded.cheapest(self.config, grids, paths)
+        return choice if choice in paths else "plain"
 
     def _foldable(self, features: Tensor | None) -> tuple[str, ...]:
         """The paths that give what "plain" gives in the present state; ("plain",) wherever that cannot be told.
