@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tests.resampler.parts import GRIDS, PERCEIVERS, features_for, per_view, randomised
 from uhd.resampler import PerceiverConfig, PerceiverResampler, attention, sincos_2d
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "resampler.npz"
@@ -22,37 +22,6 @@ TAGS = {
     "minicpmv20_g8": "minicpm-v-2.0",
     "minicpmv26_q16": "minicpm-v-2.6",
 }
-GRIDS = [(3, 5), (4, 2), (1, 7), (3, 5), (6, 6)]
-CONFIGS = {
-    "paper": PerceiverConfig(width=24, vision_width=10, num_heads=3),
-    "paper, 9 latents": PerceiverConfig(width=24, vision_width=10, num_heads=3, num_latents=9),
-    "paper, 1 latent, equal widths": PerceiverConfig(width=16, vision_width=16, num_heads=2, num_latents=1),
-    "2.0": PerceiverConfig.preset("minicpm-v-2.0", width=24, vision_width=10, num_heads=6, num_latents=16),
-    "2.5": PerceiverConfig.preset("minicpm-v-2.6", width=24, vision_width=10, num_heads=2, num_latents=96),
-    "depth 3 with FFN": PerceiverConfig(width=24, vision_width=10, num_heads=3, num_latents=9, depth=3, ffn_ratio=1.5),
-    "no positions": PerceiverConfig(
-        width=18, vision_width=10, num_heads=3, num_latents=5, query_position=False, key_position="none"
-    ),
-}
-
-
-def randomised(config, *, dtype=torch.float64, seed=0):
-    """A resampler with no parameter at a special value, biases and LayerNorms included."""
-    torch.manual_seed(seed)
-    module = PerceiverResampler(config).to(dtype)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return module
-
-
-def features_for(config, grids=GRIDS, *, dtype=torch.float64, seed=1):
-    rows = sum(h * w for h, w in grids)
-    return torch.randn(rows, config.vision_width, dtype=dtype, generator=torch.Generator().manual_seed(seed))
-
-
-def per_view(features, grids):
-    return zip(features.split([h * w for h, w in grids]), grids, strict=True)
 
 
 def composed(module, features, grids):
@@ -141,47 +110,20 @@ def test_state_dict_round_trip(tag):
     assert state["query"].abs().min() > 0, "the module must own its weights"
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", PERCEIVERS)
 def test_equals_multihead_attention(name):
-    module = randomised(CONFIGS[name])
-    features = features_for(module.config)
+    module = randomised(PERCEIVERS[name])
+    features = features_for(module)
     out = module(features, GRIDS)
     assert out.shape == (5, module.config.num_latents, module.config.width)
     # W k + W p is summed in another order than W (k + p).
     torch.testing.assert_close(out, composed(module, features, GRIDS), atol=1e-10, rtol=1e-10)
 
 
-@pytest.mark.parametrize("depth", [1, 3])
-def test_packed_equals_single_and_views_do_not_mix(depth):
-    config = PerceiverConfig(width=24, vision_width=10, num_heads=3, num_latents=9, depth=depth, ffn_ratio=1.5)
-    module = randomised(config)
-    features = features_for(config)
-    out = module(features, GRIDS)
-    singles = torch.cat([module(x, [grid]) for x, grid in per_view(features, GRIDS)])
-    torch.testing.assert_close(out, singles)
-
-    order = [3, 0, 4, 2, 1]
-    views = list(per_view(features, GRIDS))
-    shuffled = module(torch.cat([views[i][0] for i in order]), [GRIDS[i] for i in order])
-    torch.testing.assert_close(shuffled, out[order])
-
-    poisoned = features.clone()
-    poisoned[15:23] = math.nan  # the second view
-    out = module(poisoned, GRIDS)
-    assert out[1].isnan().all()
-    torch.testing.assert_close(out[[0, 2, 3, 4]], singles[[0, 2, 3, 4]])
-
-
-def test_same_features_on_another_grid_give_other_tokens():
-    module = randomised(CONFIGS["paper"])
-    x = features_for(module.config, [(2, 6)])
-    assert not torch.allclose(module(x, [(2, 6)]), module(x, [(6, 2)]), atol=1e-3)
-
-
 @pytest.mark.parametrize("name", ["paper", "2.5"])
 def test_gradients_equal_those_of_multihead_attention(name):
-    module = randomised(CONFIGS[name])
-    features = features_for(module.config).requires_grad_()
+    module = randomised(PERCEIVERS[name])
+    features = features_for(module).requires_grad_()
     weights = torch.randn(module(features, GRIDS).shape, dtype=torch.float64)
     (module(features, GRIDS) * weights).sum().backward()
     got = features.grad.clone()
@@ -206,7 +148,7 @@ def test_gradcheck_through_the_table_projection():
         return torch.func.functional_call(module, {"attn.in_proj_weight": weight}, (features, grids))
 
     weight = module.attn.in_proj_weight.detach().requires_grad_()
-    assert torch.autograd.gradcheck(run, (weight, features_for(config, grids).requires_grad_()))
+    assert torch.autograd.gradcheck(run, (weight, features_for(module, grids).requires_grad_()))
 
 
 def test_all_attention_goes_through_the_kernel_package(monkeypatch):
@@ -218,8 +160,8 @@ def test_all_attention_goes_through_the_kernel_package(monkeypatch):
         return kernel(q, k, v, cu_seqlens, max_seqlen, **keywords)
 
     monkeypatch.setattr(attention, "varlen_cross_attention", spy)
-    module = randomised(CONFIGS["paper, 9 latents"])
-    features = features_for(module.config)
+    module = randomised(PERCEIVERS["paper, 9 latents"])
+    features = features_for(module)
     auto = module(features, GRIDS)
     module.attention_impl = "reference"
     torch.testing.assert_close(module(features, GRIDS), auto)
@@ -235,7 +177,7 @@ def test_depth_with_ffn_trains_and_is_read_back_from_its_weights():
     config = PerceiverConfig(width=16, vision_width=8, num_heads=2, num_latents=4, depth=2, ffn_ratio=2.0)
     torch.manual_seed(0)
     module = PerceiverResampler(config)
-    features = features_for(config, dtype=torch.float32)
+    features = features_for(module)
     target = torch.stack([x.mean(0).repeat(4, 2) for x, _ in per_view(features, GRIDS)])
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
     losses = []
@@ -253,19 +195,6 @@ def test_depth_with_ffn_trains_and_is_read_back_from_its_weights():
     assert torch.equal(again(features, GRIDS), module(features, GRIDS))
 
 
-def test_save_and_load(tmp_path):
-    module = randomised(CONFIGS["2.0"], dtype=torch.float32)
-    save_file(module.state_dict(), tmp_path / "resampler.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(module.config.to_dict()))
-
-    config = PerceiverConfig.from_dict(json.loads((tmp_path / "config.json").read_text()))
-    again = PerceiverResampler(config)
-    again.load_state_dict(load_file(tmp_path / "resampler.safetensors"))
-    assert config == module.config
-    features = features_for(config, dtype=torch.float32)
-    assert torch.equal(again(features, GRIDS), module(features, GRIDS))
-
-
 def test_initialisation_as_released():
     torch.manual_seed(0)
     module = PerceiverResampler(PerceiverConfig(width=256, vision_width=192, num_heads=8))
@@ -280,7 +209,7 @@ def test_initialisation_as_released():
 
 
 def test_positions_stay_frozen_and_are_saved_only_where_the_release_has_them():
-    for name, config in CONFIGS.items():
+    for name, config in PERCEIVERS.items():
         module = PerceiverResampler(config).requires_grad_(True)
         assert ("pos_embed" in module.state_dict()) == (name not in ("2.5", "no positions"))
         assert "pos_embed" not in dict(module.named_parameters())
@@ -289,46 +218,9 @@ def test_positions_stay_frozen_and_are_saved_only_where_the_release_has_them():
 def test_positions_survive_an_empty_start():
     """Built on meta, materialised, and reset, as sharded training does."""
     with torch.device("meta"):
-        module = PerceiverResampler(CONFIGS["paper"])
+        module = PerceiverResampler(PERCEIVERS["paper"])
     module.to_empty(device="cpu").reset_parameters()
     assert torch.equal(module.pos_embed, sincos_2d(24, (8, 8)))
-
-
-@pytest.mark.parametrize("name", ["paper", "2.5"])
-def test_bfloat16_weights_and_autocast(name):
-    module = randomised(CONFIGS[name], dtype=torch.float32)
-    features = features_for(module.config, dtype=torch.float32)
-    exact = module(features, GRIDS)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = module(features, GRIDS)
-    low = module.bfloat16()(features.bfloat16(), GRIDS)
-    assert low.dtype == torch.bfloat16
-    for out in (mixed.float(), low.float()):
-        assert (out - exact).norm() / exact.norm() < 0.03
-
-
-def test_no_views():
-    module = PerceiverResampler(CONFIGS["paper"])
-    assert module(torch.zeros(0, 10), []).shape == (0, 64, 24)
-    assert module.output_lengths([]) == []
-    deep = PerceiverResampler(PerceiverConfig(width=24, vision_width=10, num_heads=3, depth=2))
-    assert deep(torch.zeros(0, 10), []).shape == (0, 64, 24)
-
-
-@pytest.mark.parametrize(
-    ("grids", "message"),
-    [
-        ([(3, 0)], r"grids\[0\] must be at least \(1, 1\); got \(3, 0\)"),
-        ([(1, 2), (-1, 3)], r"grids\[1\] must be at least \(1, 1\); got \(-1, 3\)"),
-        ([(1, 2), (1.5, 2)], r"grids\[1\] must be two integers \(rows, columns\); got \(1.5, 2\)"),
-        ([4], r"grids\[0\] must be two integers"),
-        ([(1, 2, 2)], r"grids\[0\] must be two integers"),
-        ([(2, 2), (1, 1)], "features have 4 rows, but the 2 grids add up to 5"),
-    ],
-)
-def test_bad_grids(grids, message):
-    with pytest.raises((TypeError, ValueError), match=message):
-        PerceiverResampler(CONFIGS["paper"])(torch.zeros(4, 10), grids)
 
 
 @pytest.mark.parametrize(
@@ -353,12 +245,10 @@ def test_bad_config(changes, message):
 def test_unknown_names():
     with pytest.raises(ValueError, match=r"variant='flamingo' is unknown; choose one of \['paper'"):
         PerceiverConfig.preset("flamingo", width=24, vision_width=10, num_heads=3)
-    with pytest.raises(ValueError, match=r"PerceiverConfig has no \['heads'\]"):
-        PerceiverConfig.from_dict({"width": 24, "vision_width": 10, "heads": 3})
 
 
 def test_bad_weights_are_listed():
-    state = randomised(CONFIGS["paper"]).state_dict()
+    state = randomised(PERCEIVERS["paper"]).state_dict()
 
     def load(changed, variant="paper", num_heads=3):
         return PerceiverResampler.from_state_dict(changed, variant=variant, num_heads=num_heads)

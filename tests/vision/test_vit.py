@@ -3,95 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tests.vision import parts
+from tests.vision.parts import assert_near, random_patches
 from uhd.vision import ViT, ViTConfig, patchify, unpatchify
 
-CONFIG = ViTConfig(
-    patch_size=2,
-    width=16,
-    depth=3,
-    heads=2,
-    mlp_width=24,
-    image_size=8,
-    class_token=True,
-    num_registers=2,
-    layer_scale=0.5,
-    pre_norm=True,
-    position_grid_hw=(4, 4),
-    position_prefix=1,
-)
+CONFIG = dataclasses.replace(parts.CONFIG, depth=3, pre_norm=True, image_size=8, position_grid_hw=(4, 4))
 GRIDS = [(2, 3), (3, 2), (4, 4), (1, 6), (2, 3), (5, 1)]
 
 
 def make(config: ViTConfig = CONFIG, **kwargs) -> ViT:
-    torch.manual_seed(0)
-    vit = ViT(config, **kwargs)
-    with torch.no_grad():
-        for parameter in vit.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return vit.eval()
-
-
-def random_patches(grids: list[tuple[int, int]], config: ViTConfig = CONFIG) -> torch.Tensor:
-    return torch.randn(sum(h * w for h, w in grids), config.patch_dim, generator=torch.Generator().manual_seed(1))
-
-
-def lengths(grids: list[tuple[int, int]]) -> list[int]:
-    return [h * w for h, w in grids]
-
-
-def assert_near(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-
-
-grids_of_views = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=6)
-
-
-@given(grids=grids_of_views, prefix=st.booleans())
-@settings(max_examples=20)
-def test_packed_equals_one_view_at_a_time(grids: list[tuple[int, int]], prefix: bool) -> None:
-    plain = dataclasses.replace(CONFIG, class_token=False, num_registers=0, position_prefix=0)
-    vit = make(CONFIG if prefix else plain)
-    patches = random_patches(grids)
-    with torch.no_grad():
-        together = vit(patches, grids).split(lengths(grids))
-        for part, grid, ours in zip(patches.split(lengths(grids)), grids, together, strict=True):
-            assert_near(ours, vit(part, [grid]))
-
-
-@given(order=st.permutations(range(len(GRIDS))))
-@settings(max_examples=10)
-def test_permuting_views_permutes_the_output(order: list[int]) -> None:
-    vit, patches = make(), random_patches(GRIDS)
-    parts = patches.split(lengths(GRIDS))
-    with torch.no_grad():
-        straight = vit(patches, GRIDS).split(lengths(GRIDS))
-        permuted = vit(torch.cat([parts[i] for i in order]), [GRIDS[i] for i in order])
-    assert_near(permuted, torch.cat([straight[i] for i in order]))
-
-
-def test_a_view_does_not_see_its_neighbours() -> None:
-    vit, patches = make(), random_patches(GRIDS)
-    changed = patches.clone()
-    changed[:6] += 1
-    with torch.no_grad():
-        difference = (vit(patches, GRIDS) - vit(changed, GRIDS)).abs().amax(dim=1)
-    assert (difference[:6] > 1e-3).all()
-    assert difference[6:].max() < 1e-5
-
-
-def test_position_tells_grids_of_equal_length_apart() -> None:
-    vit, patches = make(), random_patches([(2, 3)])
-    with torch.no_grad():
-        assert (vit(patches, [(2, 3)]) - vit(patches, [(3, 2)])).abs().max() > 1e-2
+    return parts.make(config, **kwargs)
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2, 3, -1, -2, -3, -4])
@@ -107,14 +35,6 @@ def test_a_truncated_model_gives_the_hidden_state(layer: int) -> None:
         assert len(states) == 4
         assert torch.equal(features, states[-1])
         assert_near(short(patches, GRIDS), states[layer])
-
-
-def test_hidden_states_do_not_change_the_features() -> None:
-    vit, patches = make(), random_patches(GRIDS)
-    with torch.no_grad():
-        features, states = vit(patches, GRIDS, hidden_states=True)
-        assert_near(features, vit(patches, GRIDS))
-        assert_near(features, vit.norm(states[-1]))
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "quick_gelu", "swiglu"])
@@ -203,12 +123,6 @@ def test_patchify_and_unpatchify_are_inverses(views: int, rows: int, columns: in
     assert torch.equal(unpatchify(patches, (rows, columns), p), images)
 
 
-def test_no_views_give_no_features() -> None:
-    features, states = make()(random_patches([]), [], hidden_states=True)
-    assert features.shape == (0, 16)
-    assert [state.shape for state in states] == [(0, 16)] * 4
-
-
 def test_a_model_without_positions_or_prefix() -> None:
     config = ViTConfig(patch_size=2, width=16, depth=1, heads=2, mlp_width=24)
     vit = make(config)
@@ -216,20 +130,6 @@ def test_a_model_without_positions_or_prefix() -> None:
         assert torch.equal(vit(random_patches([(2, 3)]), [(2, 3)]), vit(random_patches([(2, 3)]), [(3, 2)]))
     with pytest.raises(ValueError, match="no position embedding"):
         vit.position_embedding((2, 3))
-
-
-def test_saved_and_loaded(tmp_path) -> None:
-    vit, patches = make(), random_patches(GRIDS)
-    save_file(vit.state_dict(), tmp_path / "vit.safetensors")
-    (tmp_path / "vit.json").write_text(json.dumps(vit.config.to_dict()))
-    config = ViTConfig.from_dict(json.loads((tmp_path / "vit.json").read_text()))
-    assert config == vit.config
-    again = ViT(config).eval()
-    again.load_state_dict(load_file(tmp_path / "vit.safetensors"))
-    with torch.no_grad():
-        assert torch.equal(again(patches, GRIDS), vit(patches, GRIDS))
-    with pytest.raises(ValueError, match="unknown ViTConfig fields: droppath"):
-        ViTConfig.from_dict({**config.to_dict(), "droppath": 0.1})
 
 
 def test_what_an_encoder_asks_of_it() -> None:
