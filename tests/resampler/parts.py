@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+
+import numpy as np
 import torch
 
 from uhd.resampler import (
@@ -18,6 +23,10 @@ from uhd.resampler import (
     SpatialConfig,
     SpatialResampler,
 )
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "resampler.npz"
+TAGS = {"march2024_perceiver_g8": "paper", "minicpmv20_g8": "minicpm-v-2.0", "minicpmv26_q16": "minicpm-v-2.6"}
+"""Recorded perceivers, and their variants."""
 
 GRIDS = [(3, 5), (4, 2), (1, 7), (3, 5), (6, 6)]
 SIZES = {"width": 24, "vision_width": 10, "num_heads": 3, "num_latents": 9}
@@ -87,3 +96,23 @@ def features_for(module, grids=GRIDS, *, seed=1):
 
 def per_view(features, grids):
     return zip(features.split([h * w for h, w in grids]), grids, strict=True)
+
+
+def golden(tag):
+    """The tag's weights, number of heads, and cases: (packed features, grids, output)."""
+    with np.load(GOLDEN) as file:
+        data = {name: file[name] for name in file.files if name.startswith(tag)}
+        heads = json.loads(str(file["info_json"]))[tag]["num_heads"]
+    state = {name.split("/w/")[1]: torch.tensor(x) for name, x in data.items() if "/w/" in name}
+    cases = []
+    for name, x in data.items():
+        if match := re.fullmatch(rf"{tag}/x_(\d+)x(\d+)", name):
+            cases.append(
+                (x.reshape(-1, x.shape[-1]), [(int(match[1]), int(match[2]))] * len(x), f"y_{name.split('_')[-1]}")
+            )
+    for x, sizes, y in (("x", "tgt_sizes", "y"), ("x_grow", "tgt_grow", "y_grow")):
+        if f"{tag}/{x}" in data:
+            grids = [(int(h), int(w)) for h, w in data[f"{tag}/{sizes}"]]
+            rows = [row[: h * w] for row, (h, w) in zip(data[f"{tag}/{x}"], grids, strict=True)]
+            cases.append((np.concatenate(rows), grids, y))
+    return state, heads, [(torch.tensor(x), grids, torch.tensor(data[f"{tag}/{y}"])) for x, grids, y in cases]

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.resampler.parts import GRIDS, PERCEIVERS, features_for, per_view, randomised
+from tests.resampler.parts import GRIDS, PERCEIVERS, TAGS, features_for, golden, per_view, randomised
 from uhd.resampler import PerceiverConfig, PerceiverResampler, attention, sincos_2d
-
-GOLDEN = Path(__file__).parent.parent / "golden" / "resampler.npz"
-TAGS = {
-    "march2024_perceiver_g8": "paper",
-    "minicpmv20_g8": "minicpm-v-2.0",
-    "minicpmv26_q16": "minicpm-v-2.6",
-}
 
 
 def composed(module, features, grids):
@@ -65,26 +54,6 @@ def composed(module, features, grids):
             y = feed_forward(f"{layer}.ffn", y)
         outputs.append(norm("ln_post", y) @ state["proj"])
     return torch.stack(outputs)
-
-
-def golden(tag):
-    """The tag's weights, number of heads, and cases: (packed features, grids, output)."""
-    with np.load(GOLDEN) as file:
-        data = {name: file[name] for name in file.files if name.startswith(tag)}
-        heads = json.loads(str(file["info_json"]))[tag]["num_heads"]
-    state = {name.split("/w/")[1]: torch.tensor(x) for name, x in data.items() if "/w/" in name}
-    cases = []
-    for name, x in data.items():
-        if match := re.fullmatch(rf"{tag}/x_(\d+)x(\d+)", name):
-            cases.append(
-                (x.reshape(-1, x.shape[-1]), [(int(match[1]), int(match[2]))] * len(x), f"y_{name.split('_')[-1]}")
-            )
-    for x, sizes, y in (("x", "tgt_sizes", "y"), ("x_grow", "tgt_grow", "y_grow")):
-        if f"{tag}/{x}" in data:
-            grids = [(int(h), int(w)) for h, w in data[f"{tag}/{sizes}"]]
-            rows = [row[: h * w] for row, (h, w) in zip(data[f"{tag}/{x}"], grids, strict=True)]
-            cases.append((np.concatenate(rows), grids, y))
-    return state, heads, [(torch.tensor(x), grids, torch.tensor(data[f"{tag}/{y}"])) for x, grids, y in cases]
 
 
 @pytest.mark.parametrize("tag", TAGS)

@@ -11,9 +11,10 @@ from uhd.positions import bucket_position_ids, interpolate_pos_embed
 from .config import ViTConfig
 from .merging import CompressedViT, CompressedViTConfig, compress_vit
 from .patches import patchify, unpatchify
+from .sources import config_from_hf, config_from_timm
 from .tower import VisionTower
 from .vit import ViT
-from .weights import config_from_hf, config_from_timm, load_vit, to_source_state_dict, vit_from
+from .weights import load_vit, to_source_state_dict, vit_from
 
 __all__ = [
     "CompressedViT",
