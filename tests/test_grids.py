@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from uhd.grids import as_grid, check_grids, constant_table, join_blocks, map_by_grid, shrink_grids
+from uhd.grids import as_grid, check_grids, join_blocks, made_once, map_by_grid, shrink_grids
 
 sides = st.integers(1, 4)
 
@@ -52,10 +52,10 @@ def test_a_grid_that_cannot_be_divided_is_named():
         shrink_grids([(4, 2), (4, 3)], 2, "plan with merge=2")
 
 
-def test_a_constant_table_is_made_once_and_serves_training_after_inference_mode():
+def test_an_array_is_made_once_and_serves_training_after_inference_mode():
     made = []
 
-    @constant_table
+    @made_once
     def ramp(length, *, start=0):
         made.append(length)
         return np.arange(start, start + length, dtype=np.float32)

@@ -23,11 +23,14 @@ _Key = TypeVar("_Key", bound=Hashable)
 
 
 def as_grid(grid_hw: Sequence[int], name: str = "grid") -> tuple[int, int]:
-    """One (rows, columns) pair of positive host integers as a plain tuple.
+    """Check one (rows, columns) pair of positive host integers, and give it as a plain tuple.
 
     Raises:
         TypeError: not two integers.
         ValueError: a side below 1.
+
+    >>> as_grid([2, 3])
+    (2, 3)
     """
     try:
         rows, columns = (operator.index(n) for n in grid_hw)
@@ -39,7 +42,7 @@ def as_grid(grid_hw: Sequence[int], name: str = "grid") -> tuple[int, int]:
 
 
 def check_grids(grids: Sequence[Sequence[int]] | Tensor) -> tuple[tuple[int, int], ...]:
-    """The views' grids as plain tuples.
+    """Check the grids of all views, and give them as plain tuples.
 
     Raises:
         TypeError: an entry is not two integers, or a tensor is not on the CPU (reading it would hide a device sync).
@@ -124,7 +127,7 @@ def shrink_grids(grids: Sequence[Sequence[int]] | Tensor, factor: int, advice: s
     return tuple((rows // factor, columns // factor) for rows, columns in grids)
 
 
-def constant_table(make: Callable[..., np.ndarray]) -> Callable[..., Tensor]:
+def made_once(make: Callable[..., np.ndarray]) -> Callable[..., Tensor]:
     """Decorate a function of plain numbers that makes an array: the array is made once and comes as a CPU tensor.
 
     All callers share the tensor's memory, so none may write to it. Arrays are kept rather than tensors since those

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uhd.grids import as_grid, constant_table
+from uhd.grids import as_grid, made_once
 
 MODES = ("bicubic", "bilinear", "nearest")
 BUCKET_RULES = ("integer", "transformers", "remote")
@@ -82,9 +82,9 @@ def interpolate_pos_embed(
         return (columns @ image).flatten(0, 1).to(table.dtype)
 
 
-@constant_table
+@made_once
 def resize_weights(source: int, target: int, mode: str, antialias: bool, exact: type[np.floating]) -> np.ndarray:
-    """What each of `target` samples along one side takes from each of `source` rows: (target, source).
+    """Weigh what each of `target` samples along one side takes from each of `source` rows: (target, source).
 
     Args:
         source, target: rows before and after.
@@ -121,7 +121,7 @@ def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
 
 
 def bucket_position_ids(grid_hw: tuple[int, int], table_side: int, rule: str = "integer") -> Tensor:
-    """Rows of a square position table that the patches of a view take when nothing is interpolated.
+    """Pick the rows of a square position table that the patches of a view take when nothing is interpolated.
 
     Args:
         grid_hw: (rows, columns) of the view, in patches.
@@ -206,7 +206,7 @@ def sincos_2d(
     return table.flatten(0, 1)
 
 
-@constant_table
+@made_once
 def sines(dim: int, length: int) -> np.ndarray:
     """Make one side of `sincos_2d`: (length, dim), sines of every index in the first half, cosines in the second."""
     # float32 throughout, as where released weights were trained: at index 500 float64 angles differ by over 1e-5.

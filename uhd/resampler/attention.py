@@ -23,7 +23,7 @@ def attend(
     position_offsets: Sequence[int] | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Latents attend to the keys of each view, and to nothing else.
+    """Let the latents attend to the keys of each view, and to nothing else.
 
     Args:
         q: (Q, H, d) latents shared by every view, or (V, Q, H, d) where each view has its own (deeper layers).
@@ -86,7 +86,7 @@ class LatentAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As released: the input projection is left to PyTorch's Xavier default, the output projection is not."""
+        """Draw weights as released: PyTorch's default (Xavier) for the input projection, 0.02 for the output."""
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.in_proj_bias)
         nn.init.trunc_normal_(self.out_proj.weight, std=0.02)

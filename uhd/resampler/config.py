@@ -14,12 +14,16 @@ class Settings:
     """Base of the frozen dataclasses that describe a compressor."""
 
     def to_dict(self) -> dict[str, object]:
-        """Plain values, ready for JSON; `from_dict` is the inverse."""
+        """Give every field in values that JSON takes."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls: type[_Settings], values: Mapping[str, object]) -> _Settings:
-        """Raises a ValueError on a name that is not a field."""
+        """Read what `to_dict` gave.
+
+        Raises:
+            ValueError: a name is no field.
+        """
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"{cls.__name__} has no {unknown}; its fields are {sorted(known)}")
@@ -57,7 +61,7 @@ def check_sizes(
 
 
 def default_heads(width: int) -> int:
-    """Choose the number of attention heads for a width: heads of 128 as released, or the next number that divides it.
+    """Choose how many attention heads a width gets: heads of 128 as released, or wider ones that divide it.
 
     >>> default_heads(4096), default_heads(576), default_heads(100)
     (32, 4, 1)
@@ -110,7 +114,7 @@ class PerceiverConfig(Settings):
 
     @classmethod
     def preset(cls, variant: str, **fields: object) -> PerceiverConfig:
-        """A published layer by name ("paper", "minicpm-v-2.0", "minicpm-v-2.6"), with sizes and changes as keywords.
+        """Take the flags of a published layer, "paper", "minicpm-v-2.0" or "minicpm-v-2.6"; sizes are keywords.
 
         Raises:
             ValueError: no such variant.

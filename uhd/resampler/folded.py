@@ -131,7 +131,7 @@ class Folded:
         self._kept.clear()
 
     def get(self, path: str, layer: Layer) -> dict[str, Tensor]:
-        """What `path` needs, made anew unless every weight is what it was."""
+        """Give what `path` needs; fold it anew unless every weight is what it was."""
         # before anything is made: a weight that changes meanwhile is then seen next time
         stamps = (layer.query_eps, layer.key_eps, *map(_stamp, layer.weights.values()))
         contents = contents_of(layer.weights.values())
@@ -173,7 +173,7 @@ def fold(path: str, layer: Layer) -> dict[str, Tensor]:
 
 
 def are_plain(weights: Mapping[str, Tensor | None], like: Tensor) -> bool:
-    """Whether all weights are there, ordinary tensors, of one device and dtype, and so can be folded and watched."""
+    """Whether all weights are ordinary tensors of one device and dtype, and so can be folded and watched."""
     return (
         like.device.type != "meta"
         and like.dtype in _FLOATS
@@ -223,7 +223,7 @@ def normalised(layer: Layer, tensors: Mapping[str, Tensor], features: Tensor) ->
 
 
 def position_logits(config: PerceiverConfig, positions: Tensor | None, grid_hw: Grid) -> Tensor | None:
-    """m . pos over a grid, (H Q, h * w), of what `fold` made of the positions; None without any."""
+    """Compute m . pos over a grid, (H Q, h * w), from what `fold` made of the positions; None without any."""
     if positions is None:
         return None
     if config.key_position == "interpolated":
@@ -236,7 +236,7 @@ def position_logits(config: PerceiverConfig, positions: Tensor | None, grid_hw: 
 
 
 def _sums(logits: Tensor, keys: Tensor, table: Tensor | None) -> Tensor:
-    """logits (H Q, K), keys (B, n, K), table (H Q, n) -> the keys' weighted sums (B, H Q, K)."""
+    """Weigh keys (B, n, K) by the softmax of logits (H Q, K) over them plus table (H Q, n): (B, H Q, K)."""
     if len(keys) == 1:  # a matrix product of its own is faster than a batch of one
         scores = logits @ keys[0].T if table is None else torch.addmm(table, logits, keys[0].T)
         return (scores.softmax(-1) @ keys[0])[None]
@@ -246,7 +246,7 @@ def _sums(logits: Tensor, keys: Tensor, table: Tensor | None) -> Tensor:
 
 
 def _values(heads: int, tensors: Mapping[str, Tensor], sums: Tensor) -> Tensor:
-    """(B, H Q, K) -> (B, Q, D): W_v, or what it became, on each head's sums."""
+    """Apply W_v, or what it became, to each head's sums: (B, H Q, K) -> (B, Q, D)."""
     values, bias = tensors["values"], tensors["bias"]
     per_head = sums.to(values.dtype).unflatten(1, (heads, -1))
     mixed = torch.einsum("bhqk,hdk->bqhd", per_head, values.unflatten(0, (heads, -1)))

@@ -14,7 +14,7 @@ from uhd.resampler.weights import load_exactly, shape_of
 
 
 class MergeProjector(nn.Module):
-    """Every round joins 2 x 2 neighbours: concatenation, LayerNorm, Linear, GELU (erf), Linear.
+    """Joins 2 x 2 neighbours, once or several times: concatenation, LayerNorm, Linear, GELU (erf), Linear.
 
     All rounds but the last keep the width. The channels of a block are its features one after another, row-major.
     With a ViT that compresses inside (`uhd.vision.CompressedViT`) one round gives 16 patches a token, without 4.
@@ -45,7 +45,7 @@ class MergeProjector(nn.Module):
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor], *, eps: float = 1e-6) -> MergeProjector:
-        """Weights under the names of transformers, without a prefix. Every size is read off the tensors.
+        """Read weights under the names of transformers, without a prefix; every size is read off the tensors.
 
         Raises:
             ValueError: names are missing or unexpected (listed), or shapes disagree.
@@ -57,11 +57,11 @@ class MergeProjector(nn.Module):
         return load_exactly(make, state, "a MergeProjector", like="mlp.0.linear_1.weight")
 
     def to_dict(self) -> dict[str, int | float]:
-        """The constructor's arguments, ready for JSON."""
+        """Give the constructor's arguments in values that JSON takes."""
         return {"in_dim": self.in_dim, "out_dim": self.out_dim, "rounds": self.rounds, "eps": self.eps}
 
     def output_lengths(self, grids: Sequence[tuple[int, int]]) -> list[int]:
-        """Tokens of every view: its blocks.
+        """Count the tokens of every view: one a block.
 
         Raises:
             ValueError: a side of a grid is not a multiple of 2 ** rounds.
@@ -70,7 +70,7 @@ class MergeProjector(nn.Module):
         return [h * w for h, w in shrink_grids(grids, 2**self.rounds, advice)]
 
     def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
-        """(N, in_dim) packed -> (N / 4 ** rounds, out_dim) packed, views in the same order.
+        """Merge packed features: (N, in_dim) -> (N / 4 ** rounds, out_dim), views in the same order.
 
         Raises:
             ValueError, TypeError: see `output_lengths`, `uhd.grids.check_grids` and `protocol.check_features`.

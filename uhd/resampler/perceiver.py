@@ -20,7 +20,7 @@ from uhd.shortcuts import is_plain, transformed, wants_gradients
 
 
 class FeedForward(nn.Module):
-    """x + down(gelu(up(norm(x)))), width unchanged."""
+    """Computes x + down(gelu(up(norm(x)))); the width stays."""
 
     def __init__(self, config: PerceiverConfig) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class FeedForward(nn.Module):
 
 
 class DeeperLayer(nn.Module):
-    """A layer after the first: each view's latents look at its features again, with residuals."""
+    """One layer after the first: each view's latents look at its features again, with residuals."""
 
     def __init__(self, config: PerceiverConfig) -> None:
         super().__init__()
@@ -68,6 +68,11 @@ class PerceiverResampler(LatentResampler):
         attention_impl: kernel used, see `uhd_kernels.varlen_cross_attention`; "auto" unless set. Another one keeps
             inference to "plain", the only path that has a kernel.
         inference: which products are taken where nothing is trained, with equal results; see the property.
+
+    >>> resampler = PerceiverResampler(PerceiverConfig(width=32, vision_width=16, num_heads=2, num_latents=9))
+    >>> features = torch.zeros(2 * 3 + 5 * 4, 16)  # two views, of 2 x 3 and 5 x 4 patches
+    >>> resampler(features, [(2, 3), (5, 4)]).shape
+    torch.Size([2, 9, 32])
     """
 
     def __init__(self, config: PerceiverConfig) -> None:
@@ -88,7 +93,7 @@ class PerceiverResampler(LatentResampler):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As released: truncated normal 0.02 for latents and linears, N(0, 1) / sqrt(D) for the last projection.
+        """Draw weights as released: truncated normal 0.02 for latents and linears, N(0, 1) / sqrt(D) for `proj`.
 
         Positions get their sines anew; norms, attention and FFN reset themselves.
         """
@@ -103,7 +108,7 @@ class PerceiverResampler(LatentResampler):
     def from_state_dict(
         cls, state: Mapping[str, Tensor], *, variant: str, num_heads: int, eps: float = 1e-6
     ) -> PerceiverResampler:
-        """Weights under the reference's names, without a prefix. Every size is read off the tensors.
+        """Read weights under the reference's names, without a prefix; every size is read off the tensors.
 
         Args:
             state: name -> tensor; dtype and device of `query` become the module's. The tensors are copied.
@@ -131,7 +136,7 @@ class PerceiverResampler(LatentResampler):
 
     @property
     def inference(self) -> str:
-        """How tokens are computed in eval mode where no gradients are wanted; `uhd.resampler.folded` has the maths.
+        """Which products are taken in eval mode where no gradients are wanted; `uhd.resampler.folded` has the maths.
 
         "auto" (as made) takes the way with the fewest FLOPs for the views of a call. "plain", "absorbed" and "narrow"
         ask for one. Training is always plain; so are compilation, autocast, more layers than one, an FFN, and weights
@@ -172,12 +177,13 @@ class PerceiverResampler(LatentResampler):
         return choice if choice in paths else "plain"
 
     def _foldable(self, features: Tensor | None) -> tuple[str, ...]:
-        """The paths that give what "plain" gives in the present state; ("plain",) wherever that cannot be told.
+        """Tell which paths give what "plain" gives in the present state.
 
-        "plain" alone: training mode; gradients are wanted of the features or of any parameter; compilation, tracing, a
-        functorch transform, autocast, a CUDA graph being captured; more than one layer, or an FFN; weights that are no
-        plain parameters (parametrised, quantised, distributed, on the meta device, made in inference mode), or hooks
-        and wrappers on a layer that would not be called. "narrow" goes where kv_proj or ln_kv is not as it was made.
+        "plain" alone: in training mode; where gradients are wanted of the features or of any parameter; under
+        compilation, tracing, a functorch transform or autocast, or while a CUDA graph is captured; with more than one
+        layer, or an FFN; with weights that are no plain parameters (parametrised, quantised, distributed, on the meta
+        device, made in inference mode), or hooks and wrappers on a layer that would not be called. "narrow" is left
+        out where kv_proj or ln_kv is not as it was made.
         """
         plain, absorbed = folded.PATHS[:1], folded.PATHS[:2]
         if self.training or transformed() or self.config.depth > 1 or self.config.ffn_ratio:
@@ -215,7 +221,7 @@ class PerceiverResampler(LatentResampler):
         return folded.Layer(self.config, weights, self.ln_q.eps, getattr(self.ln_kv, "eps", None))
 
     def train(self, mode: bool = True) -> PerceiverResampler:
-        """As of every module; training lets go of what inference keeps."""
+        """Switch the mode as of every module; training lets go of what inference keeps."""
         if mode:
             self._folded.clear()
         return super().train(mode)
@@ -252,7 +258,7 @@ class PerceiverResampler(LatentResampler):
         return self.ln_post(x) @ self.proj
 
     def _plain(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
-        """All layers, with nothing taken as constant: (V, Q, D)."""
+        """Run all layers with nothing taken as constant: (V, Q, D)."""
         lengths = [h * w for h, w in grids]
         positions = offsets = None
         if self.config.key_position != "none":

@@ -26,7 +26,7 @@ class Compressor(Protocol):
     def __call__(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor: ...
 
     def output_lengths(self, grids: Sequence[tuple[int, int]]) -> list[int]:
-        """Tokens of every view, in order."""
+        """Count the tokens of every view, in order."""
         ...
 
 
@@ -44,7 +44,7 @@ class LatentResampler(nn.Module):
         self.in_dim, self.out_dim, self.tokens_per_view = config.vision_width, config.width, config.num_latents
 
     def output_lengths(self, grids: Sequence[tuple[int, int]]) -> list[int]:
-        """Tokens of every view: Q, whatever the grid."""
+        """Count the tokens of every view: Q, whatever the grid."""
         return [self.tokens_per_view] * len(grids)
 
     def _make_kv_proj(self) -> nn.Module:
@@ -57,7 +57,7 @@ class LatentResampler(nn.Module):
 
 
 def check_features(features: Tensor, grids: Sequence[tuple[int, int]], like: Tensor, in_dim: int) -> None:
-    """Features fit the grids and the module's weights, of which `like` is one.
+    """Check that features fit the grids and the module's weights, of which `like` is one.
 
     Raises:
         ValueError: the shape does not fit `in_dim` or the sum of the grids' areas.

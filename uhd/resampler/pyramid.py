@@ -88,7 +88,7 @@ class PyramidResampler(LatentResampler):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As released: truncated normal 0.02, zero biases and level embeddings, N(0, 1) / sqrt(D) at the end."""
+        """Draw weights as released: normal 0.02, zero biases and level embeddings, N(0, 1) / sqrt(D) for `proj`."""
         if not self.pos_embed.is_meta:
             self.pos_embed.copy_(self._latent_positions())
         for linear in (self.cat_proj, *(self.get_submodule(f"features_{s}x_projector") for s in self.config.levels)):
@@ -111,7 +111,7 @@ class PyramidResampler(LatentResampler):
         aligned: bool = False,
         eps: float = 1e-6,
     ) -> PyramidResampler:
-        """Weights under the release's names, without a prefix and without `upsampler.*`.
+        """Read weights under the release's names, without a prefix and without `upsampler.*`.
 
         Args:
             state: name -> tensor; dtype and device of `query_1` become the module's. The tensors are copied, those
@@ -174,7 +174,7 @@ class PyramidResampler(LatentResampler):
         return [self.get_parameter(f"query_{number}") for number in range(1, NUM_SETS + 1)]
 
     def _pyramid(self, features: Tensor | Sequence[Tensor], grids: tuple[tuple[int, int], ...]) -> list[list[Tensor]]:
-        """For every level the V maps (h*s, w*s, D_v)."""
+        """Split every level into the V maps (h*s, w*s, D_v)."""
         levels = self.config.levels
         if isinstance(features, Tensor):
             if not self.config.upsample and levels != (1,):
@@ -194,7 +194,7 @@ class PyramidResampler(LatentResampler):
         return pyramid
 
     def _attend(self, q: Tensor, pyramid: Sequence[Sequence[Tensor]], views: Sequence[int], grid_hw: Grid) -> Tensor:
-        """Views of one grid -> (V, 4, Q, D), before the output projection."""
+        """Attend on views of one grid: (V, 4, Q, D), before the output projection."""
         keys, values = [], []
         for scale, maps in zip(self.config.levels, pyramid, strict=True):
             projector = self.get_submodule(f"features_{scale}x_projector")
@@ -214,7 +214,7 @@ class PyramidResampler(LatentResampler):
 
 
 def upsampled(features: Tensor, grids: Sequence[tuple[int, int]], levels: Sequence[int]) -> list[Tensor]:
-    """A pyramid by bilinear resizing (corners not aligned), for want of an upsampler that sees the image.
+    """Make a pyramid by bilinear resizing (corners not aligned), for want of an upsampler that sees the image.
 
     Args:
         features: (N, D), all views packed, row-major.

@@ -74,7 +74,7 @@ class RewriteResampler(LatentResampler):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As released: normal of 1 / sqrt(width) cut at two deviations, zero biases and gate, sincos positions."""
+        """Draw weights as released: normal, cut at two deviations of 1 / sqrt(width); zero biases and gate; sines."""
         linears = [self.updim_proj, self.proj, self.attn.out_proj, self.kv_proj]
         linears = [linear for linear in linears if isinstance(linear, nn.Linear)]
         for tensor in (self.query, self.sep_embeddings, *(linear.weight for linear in linears)):
@@ -93,7 +93,7 @@ class RewriteResampler(LatentResampler):
     def from_state_dict(
         cls, state: Mapping[str, Tensor], *, num_heads: int = 8, eps: float = 1e-6
     ) -> RewriteResampler:
-        """Weights under the rewrite's names, without a prefix. Every size is read off the tensors.
+        """Read weights under the rewrite's names, without a prefix; every size is read off the tensors.
 
         Args:
             state: name -> tensor; dtype and device of `query` become the module's. The tensors are copied.
@@ -116,7 +116,7 @@ class RewriteResampler(LatentResampler):
         return load_exactly(lambda: cls(config), state, "a RewriteResampler", like="query")
 
     def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
-        """(N, D_v) packed features of V views -> (V, Q, D); as in `PerceiverResampler.forward`.
+        """Compress packed features (N, D_v) of V views to (V, Q, D), as in `PerceiverResampler.forward`.
 
         Raises:
             ValueError, TypeError: see `uhd.grids.check_grids` and `protocol.check_features`.

@@ -38,7 +38,7 @@ class SpatialConfig(Settings):
 
 
 class SpatialResampler(LatentResampler):
-    """Q = g*g learned latents for the g x g windows of a view, whatever its shape; 6 to 12 pooled keys a window.
+    """Q = g*g learned latents look at the g x g windows of a view, whatever its shape; 6 to 12 pooled keys a window.
 
         x = LN_kv(kv_proj(features))    k = windows(x + positions(grid))    v = windows(x)
         tokens = LN_post(MHA(LN_q(query) + P, k, v)) @ proj
@@ -70,7 +70,7 @@ class SpatialResampler(LatentResampler):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As released: truncated normal 0.02 for latents and linears, N(0, 1) / sqrt(D) for the last projection."""
+        """Draw weights as released: truncated normal 0.02 for latents and linears, N(0, 1) / sqrt(D) for `proj`."""
         if not self.pos_embed.is_meta:
             self.pos_embed.copy_(self._latent_positions())
         nn.init.trunc_normal_(self.query, std=0.02)
@@ -82,7 +82,7 @@ class SpatialResampler(LatentResampler):
     def from_state_dict(
         cls, state: Mapping[str, Tensor], *, num_heads: int, aligned: bool = False, eps: float = 1e-6
     ) -> SpatialResampler:
-        """Weights under the release's names, without a prefix. Every size is read off the tensors.
+        """Read weights under the release's names, without a prefix; every size is read off the tensors.
 
         Args:
             state: name -> tensor; dtype and device of `query` become the module's. The tensors are copied.
@@ -138,7 +138,7 @@ class SpatialResampler(LatentResampler):
         return self.ln_post(self.attn.out_proj(torch.stack(mixed))) @ self.proj
 
     def _with_positions(self, x: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
-        """(N, D) with every view's resized table added."""
+        """Add every view's resized table to its features, (N, D)."""
         side = (self.config.side, self.config.side)
         tables = {grid: interpolate_pos_embed(self.pos_embed, side, grid) for grid in dict.fromkeys(grids)}
         return x + torch.cat([tables[grid] for grid in grids]) if grids else x

@@ -12,7 +12,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 def shape_of(state: Mapping[str, Tensor], name: str, axes: int) -> tuple[int, ...]:
-    """Shape of one tensor among weights, where sizes are read off it.
+    """Read the shape of one tensor among weights.
 
     Raises:
         ValueError: it is not there, or has another number of axes.
@@ -28,7 +28,7 @@ def vision_width_of(state: Mapping[str, Tensor], width: int) -> int:
 
 
 def load_exactly(make: Callable[[], _Module], state: Mapping[str, Tensor], what: str, *, like: str) -> _Module:
-    """A new module with these weights, all of them and no others.
+    """Make a module with these weights, all of them and no others.
 
     Args:
         make: builds the module; called under the meta device, since at the width of a language model an

@@ -14,24 +14,27 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from uhd.grids import constant_table
+from uhd.grids import made_once
 
 POOLS = ((2, 4), (2, 3), (3, 4), (3, 3), (4, 2), (3, 2), (4, 3))
 """(rows, columns) that a window may be pooled to, in the order of the release: on equal terms the first is taken."""
 
 
 def pool_hw(grid_hw: tuple[int, int]) -> tuple[int, int]:
-    """(rows, columns) of the pooled keys of every window of a map: the shape in `POOLS` nearest to the map's own.
+    """Choose (rows, columns) of every window's pooled keys: the shape in `POOLS` nearest to the map's own.
 
-    All windows of a map have its shape, whatever that is: a wide map has wide windows. 6 to 12 keys.
+    All windows of a map have its shape, so a wide map has wide windows. 6 to 12 keys.
+
+    >>> pool_hw((24, 24)), pool_hw((12, 36))
+    ((3, 3), (2, 4))
     """
     aspect = math.log(grid_hw[1] / grid_hw[0])
     return min(POOLS, key=lambda pool: abs(aspect - math.log(pool[1] / pool[0])))
 
 
-@constant_table
+@made_once
 def pool_weights(length: int, windows: int, bins: int, *, aligned: bool) -> np.ndarray:
-    """What each bin takes from each feature along one side.
+    """Weigh what each bin takes from each feature along one side.
 
     Every bin is the mean of `ceil(window / bins)` samples, each interpolated between its two neighbours.
 
@@ -68,7 +71,7 @@ def pool_weights(length: int, windows: int, bins: int, *, aligned: bool) -> np.n
 
 
 def pool_windows(maps: Tensor, side: int, *, aligned: bool) -> Tensor:
-    """Pooled features of every window.
+    """Pool the features of every window.
 
     Args:
         maps: (V, h, w, C) of views of one grid.
@@ -89,7 +92,7 @@ def pool_windows(maps: Tensor, side: int, *, aligned: bool) -> Tensor:
 
 
 def attend_windows(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
-    """Latents of a window attend to the keys of that window, and to nothing else.
+    """Let the latents of a window attend to the keys of that window, and to nothing else.
 
     Args:
         q: (Q, S, D): S latents for each of Q windows.

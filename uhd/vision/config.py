@@ -92,12 +92,16 @@ class ViTConfig:
         return self.select_layer if self.select_layer >= 0 else self.depth + 1 + self.select_layer
 
     def to_dict(self) -> dict:
-        """Every field, in JSON-able values."""
+        """Give every field in values that JSON takes."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict) -> ViTConfig:
-        """The inverse of `to_dict`; raises ValueError on names it does not know."""
+        """Read what `to_dict` gave.
+
+        Raises:
+            ValueError: a name is no field.
+        """
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"unknown ViTConfig fields: {', '.join(unknown)}")

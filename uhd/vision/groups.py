@@ -30,8 +30,11 @@ class ViewGroups:
         """(views, tokens per view) of every group."""
         return [(len(views), self.prefix + self.lengths[views[0]]) for views in self.members]
 
-    def pack(self, x: Tensor, prefix: Tensor | None) -> Tensor:
-        """(N, D) patches and prefix tokens, (R, D) for all views or (V, R, D), -> (N + V*R, D)."""
+    def arrange(self, x: Tensor, prefix: Tensor | None) -> Tensor:
+        """Put views of equal length side by side, prefix tokens before each: (N, D) -> (N + V*R, D).
+
+        Prefix tokens are (R, D) for all views, or (V, R, D).
+        """
         per_view = x.split(self.lengths)
         parts = []
         for views in self.members:
@@ -42,13 +45,13 @@ class ViewGroups:
             parts.append(tokens.flatten(0, 1))
         return torch.cat(parts) if parts else x
 
-    def unpack(self, x: Tensor) -> Tensor:
-        """The inverse of `pack`, without the prefix tokens: (N, D)."""
+    def restore(self, x: Tensor) -> Tensor:
+        """Put patches back in the order of the views, without prefix tokens: (N, D)."""
         per_view = [tokens[self.prefix :] for tokens in self._per_view(x)]
         return torch.cat(per_view) if per_view else x
 
     def prefixes(self, x: Tensor) -> Tensor:
-        """The prefix tokens of every view, in the caller's order: (V, R, D)."""
+        """Take the prefix tokens of every view, in the order of the views: (V, R, D)."""
         per_view = [tokens[: self.prefix] for tokens in self._per_view(x)]
         return torch.stack(per_view) if per_view else x.unsqueeze(1)[:, : self.prefix]
 
@@ -67,11 +70,14 @@ def check_packed(
 ) -> tuple[tuple[int, int], ...]:
     """Check that packed patches (N, P) and the views' grids agree; return the grids as plain tuples.
 
-    `raw`: the patches are to be uint8.
+    With `raw` the patches must be uint8.
 
     Raises:
         ValueError: with both counts, where N or P is not what grids and model say.
         TypeError: patches that are not floating point, or grids that are not host integers.
+
+    >>> check_packed(torch.zeros(6, 12), [(2, 3)], patch_dim=12)
+    ((2, 3),)
     """
     grids = check_grids(grids)
     if raw and patches.dtype != torch.uint8:

@@ -1,4 +1,4 @@
-"""Compression inside the ViT: after chosen blocks every 2 x 2 patches of a view become one, so later blocks see fewer.
+"""Merging inside the ViT: after chosen blocks every 2 x 2 patches of a view become one, so later blocks see fewer.
 
 Source: LLaVA-UHD v4 (arXiv 2605.08985, section 3) and MiniCPM-V 4.6 (transformers, models/minicpmv4_6); the two
 poolings are those of LLaVA-UHD v3 (its class `WTC`).
@@ -103,7 +103,7 @@ class CompressedViT(ViT):
     def forward(
         self, patches: Tensor, grids: Sequence[tuple[int, int]], *, hidden_states: bool = False, **how: Any
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
-        """Encode packed views; as `ViT.forward`, but for N.
+        """Encode packed views like `ViT.forward`, into fewer rows.
 
         Returns:
             (N', D) features, view by view, row-major over `output_grids(grids)`; with `hidden_states` also those after
@@ -122,14 +122,14 @@ class CompressedViT(ViT):
         compressor = self.compressors[str(number)]
         compressor = in_fastest_dtype(compressor, x) if self.compiled else compressor
         dtype = float_parameter(compressor, x).dtype
-        tokens = compressor(groups.unpack(x).to(dtype), groups.grids).to(x.dtype)
+        tokens = compressor(groups.restore(x).to(dtype), groups.grids).to(x.dtype)
         prefix = groups.prefixes(x) if groups.prefix else None
         smaller = ViewGroups.of(tuple((rows // 2, columns // 2) for rows, columns in groups.grids), groups.prefix)
-        return smaller.pack(tokens, prefix), smaller
+        return smaller.arrange(tokens, prefix), smaller
 
 
 class WindowCompressor(nn.Module):
-    """Attention inside every 2 x 2 window, then the four patches become one.
+    """Lets the four patches of every 2 x 2 window attend to each other, then joins them to one.
 
         y = x + attn(norm1(x))    out = mlp(norm2([y_1 | y_2 | y_3 | y_4])) + mean of the y
 
@@ -194,7 +194,7 @@ class WindowCompressor(nn.Module):
                 layer.bias.mul_(scale)
 
     def load_source_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Weights under the names of transformers' `vit_merger`, without that prefix; copied.
+        """Copy weights that have the names of transformers' `vit_merger`, without that prefix.
 
         Raises:
             ValueError: names are missing or left over (listed), or shapes disagree.
@@ -212,7 +212,7 @@ class WindowCompressor(nn.Module):
         self.load_state_dict(ours)
 
     def to_source_state_dict(self) -> dict[str, Tensor]:
-        """The inverse of `load_source_state_dict`; tensors are detached and share memory."""
+        """Give the weights under the names that `load_source_state_dict` reads; the tensors share memory."""
         state = {}
         for name, tensor in self.state_dict().items():
             sources = _source_names(name)
@@ -221,7 +221,7 @@ class WindowCompressor(nn.Module):
 
 
 class AverageCompressor(nn.Module):
-    """The mean of every 2 x 2 window; nothing to learn."""
+    """Replaces every 2 x 2 window by its mean; nothing is learned."""
 
     def forward(self, x: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
         """(N, D) packed, patches row-major -> (N / 4, D)."""
@@ -229,7 +229,7 @@ class AverageCompressor(nn.Module):
 
 
 class AdaptiveCompressor(nn.Module):
-    """A weighted mean of every 2 x 2 window, with weights for each channel from the patch and the window's mean.
+    """Replaces every 2 x 2 window by a weighted mean, weighted by channel from the patch and the window's mean.
 
         weights = softmax over the four of down(gelu(up([x_i | mean])))
 
@@ -256,7 +256,7 @@ class AdaptiveCompressor(nn.Module):
 
 
 def make_compressor(config: CompressedViTConfig) -> nn.Module:
-    """A new compressor of the config's kind and sizes."""
+    """Make a new compressor of the kind and sizes that the config asks for."""
     if config.compressor == "average":
         return AverageCompressor()
     if config.compressor == "adaptive":
@@ -278,7 +278,7 @@ def compress_vit(
     compressor: str = "window",
     weights: Mapping[str, Tensor] | None = None,
 ) -> CompressedViT:
-    """Give any plain ViT compressors: those of kind "window" start from the weights of the block before them.
+    """Give a plain ViT compressors; those of kind "window" start from the weights of the block before them.
 
     Args:
         vit: as `vit_from` and `load_vit` make them, or your own.

@@ -28,7 +28,7 @@ HF_ACTIVATIONS = {
 
 
 def config_from_hf(config: Any, **overrides: Any) -> ViTConfig:
-    """The `ViTConfig` of a transformers vision configuration, or of one that has a `vision_config`.
+    """Translate a transformers vision configuration, or one that has a `vision_config`, to a `ViTConfig`.
 
     Args:
         config: the configuration object.
@@ -102,7 +102,7 @@ def _square(size: int | Iterable[int], name: str) -> int:
 
 
 def config_from_timm(model: nn.Module) -> ViTConfig:
-    """The `ViTConfig` of a timm `VisionTransformer`, whose weights may be on the meta device.
+    """Read the `ViTConfig` off a timm `VisionTransformer`, whose weights may be on the meta device.
 
     Raises:
         TypeError, ValueError: as in `vit_from`.
@@ -146,9 +146,9 @@ def config_from_timm(model: nn.Module) -> ViTConfig:
 
 
 def _timm_mlp(blocks: Iterable[nn.Module]) -> tuple[str, int]:
-    """Activation and MLP width of timm's blocks, all of which must be the plain pre-norm kind.
+    """Read activation and MLP width off timm's blocks, all of which must be of the plain pre-norm kind.
 
-    Variants that carry other parameters are found by their names; these checks are for those that carry none.
+    Variants with parameters of their own fail by their names later; these checks are for those without.
     """
     from timm.layers import GluMlp, Mlp
     from timm.layers.activations import GELUTanh, QuickGELU
@@ -173,7 +173,7 @@ def _timm_mlp(blocks: Iterable[nn.Module]) -> tuple[str, int]:
 
 
 def override(config: ViTConfig, overrides: Mapping[str, Any]) -> ViTConfig:
-    """`config` with the values that are not None; an earlier layer drops the final norm unless that was asked for."""
+    """Change `config` by the values that are not None; an earlier layer drops the final norm unless asked for it."""
     given = {name: value for name, value in overrides.items() if value is not None}
     if given.get("interpolation", config.interpolation) == "nearest":
         given.setdefault("antialias", False)

@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from uhd.grids import constant_table
+from uhd.grids import made_once
 
 
 class WindowStem(nn.Module):
-    """Each patch with a border of its neighbours' pixels, through two linear layers; beyond the view the border is 0.
+    """Embeds each patch together with a border of its neighbours' pixels; beyond the view the border is 0.
 
         (p + 2b) x (p + 2b) px of every patch -> Linear -> GELU -> Linear
 
-    A stroke on a patch border is so seen whole, as in the overlapping patch embeddings of PVT v2 and the early
+    So a stroke on a patch border is seen whole, as in the overlapping patch embeddings of PVT v2 and the early
     convolutions of Xiao et al. (arXiv 2106.14881), without a convolution over padded views. `needs_grids` tells the
     ViT to pass the grids.
 
@@ -47,11 +47,11 @@ class WindowStem(nn.Module):
         self.down = nn.Linear(hidden, width)
 
     def forward(self, patches: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
-        """(N, C*p*p) packed patches, inner order (c, py, px), and their V grids -> (N, D)."""
+        """Embed packed patches (N, C*p*p), inner order (c, py, px), of V grids -> (N, D)."""
         return self.down(F.gelu(self.up(self.windows(patches, grids))))
 
     def windows(self, patches: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
-        """(N, C*p*p) -> (N, C*(p+2b)*(p+2b)), inner order (c, y, x); one channel where `grey`."""
+        """Cut the window around every patch: (N, C*p*p) -> (N, C*(p+2b)*(p+2b)), one channel where `grey`."""
         p, b = self.patch_size, self.border
         tables = [neighbours(*grid) for grid in grids]
         if not tables:
@@ -74,7 +74,7 @@ class WindowStem(nn.Module):
         return torch.cat(rows, dim=-2).flatten(1)
 
 
-@constant_table
+@made_once
 def neighbours(height: int, width: int) -> np.ndarray:
     """Find the patches around and at each patch of a grid: (height * width, 9) numbers, row-major; -1 is outside.
 

@@ -19,7 +19,7 @@ LAYOUTS = ("NCHW", "NHWC", "NLC")
 
 
 class VisionTower(nn.Module):
-    """Wraps a backbone that takes images (V, C, H, W): packed patches in, packed features out.
+    """Wraps a backbone that takes images (V, C, H, W), so that it takes packed patches and gives packed features.
 
     Views of equal shape run as one batch, nothing is padded. A module with `forward_features` (timm) is called through
     it, any other as itself. From the result it takes the tensor, the last of `feature_maps`, `last_hidden_state`, or
@@ -85,7 +85,7 @@ class VisionTower(nn.Module):
         self.select = select
 
     def output_grids(self, grids: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-        """(rows, columns) of every view's features, from its (rows, columns) in patches; known before anything runs.
+        """Tell (rows, columns) of every view's features from its (rows, columns) in patches, before anything runs.
 
         Raises:
             ValueError: a side that the stride does not divide under rounding="exact", or one without any feature.
@@ -119,7 +119,7 @@ class VisionTower(nn.Module):
         return torch.cat(features) if features else patches.new_zeros(0, self.out_dim)
 
     def _cells(self, patches: int) -> int:
-        """Features along a side of so many patches."""
+        """Count the features along a side of so many patches."""
         pixels = patches * self.patch_size
         if pixels % self.stride and self.rounding == "exact":
             raise ValueError(
@@ -132,7 +132,7 @@ class VisionTower(nn.Module):
         return cells
 
     def _run(self, images: Tensor) -> Tensor:
-        """The backbone's feature map for images (V, C, H, W)."""
+        """Run the backbone on images (V, C, H, W) and take its feature map."""
         call = getattr(self.module, "forward_features", self.module)
         result = call(images.to(float_parameter(self.module, images).dtype), **self.kwargs)
         if self.select is not None:
@@ -151,7 +151,7 @@ class VisionTower(nn.Module):
         return result
 
     def _tokens(self, features: Tensor, views: int, out_hw: tuple[int, int]) -> Tensor:
-        """(V, h*w, D) of a feature map in any of the three layouts."""
+        """Bring a feature map in any of the three layouts to (V, h*w, D)."""
         (rows, columns), dim = out_hw, self.out_dim
         shapes = {
             "NCHW": (views, dim, rows, columns),

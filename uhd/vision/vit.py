@@ -27,7 +27,7 @@ from .stem import WindowStem
 
 
 class ViT(nn.Module):
-    """Packed patches of many views in, packed patch features out; class and register tokens live inside only.
+    """Encodes packed patches of many views into packed features; class and register tokens live inside only.
 
     Args:
         config: what to build.
@@ -37,6 +37,11 @@ class ViT(nn.Module):
 
     Attributes:
         gradient_checkpointing: recompute every block in the backward pass while training.
+
+    >>> vit = ViT(ViTConfig(patch_size=4, width=16, depth=2, heads=2, mlp_width=32, position_grid_hw=(6, 6)))
+    >>> patches = torch.zeros(2 * 3 + 5 * 4, 3 * 4 * 4)  # two views, of 2 x 3 and 5 x 4 patches
+    >>> vit(patches, [(2, 3), (5, 4)]).shape
+    torch.Size([26, 16])
     """
 
     def __init__(self, config: ViTConfig, *, stem: nn.Module | None = None) -> None:
@@ -59,7 +64,7 @@ class ViT(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Truncated normal (std 0.02) for matrices, tokens and positions, zero biases; a given stem is left alone."""
+        """Draw matrices, tokens and positions from a normal (std 0.02), zero biases; leave a given stem alone."""
         for module in (self.blocks, self.stem) if self.own_stem else (self.blocks,):
             for layer in module.modules():
                 if isinstance(layer, nn.Linear):
@@ -101,9 +106,9 @@ class ViT(nn.Module):
 
     @property
     def folds_pixels(self) -> bool:
-        """Whether `forward` takes `inner` and `mean_std`: the patch embedding is one linear layer, and is nobody's.
+        """Whether `forward` takes `inner` and `mean_std`: the patch embedding is one plain linear layer.
 
-        Not so for other stems, nor where a hook, LoRA, quantisation or offloading has to see that layer called.
+        Other stems must be called, and so must a layer that a hook, LoRA, quantisation or offloading waits for.
         """
         return self.own_stem and is_plain(self.stem, nn.Linear) and type(self.stem.weight.data) is Tensor
 
@@ -137,19 +142,19 @@ class ViT(nn.Module):
         grids = check_packed(patches, grids, self.config.patch_dim, raw=mean_std is not None)
         x = self._embed(patches, grids, inner, mean_std)
         groups = ViewGroups.of(grids, self.config.num_prefix_tokens)
-        x = self.pre_norm(groups.pack(x, self._prefix()))
-        states, dtype = [groups.unpack(x)] if hidden_states else [], x.dtype
+        x = self.pre_norm(groups.arrange(x, self._prefix()))
+        states, dtype = [groups.restore(x)] if hidden_states else [], x.dtype
         run = self._block_runner(x, own_modules=hidden_states)
         for number in range(1, len(self.blocks) + 1):
             x = run(number - 1, x, groups.shapes)
             if hidden_states:
-                states.append(groups.unpack(x))
+                states.append(groups.restore(x))
             x, groups = self._after_block(number, x, groups)
-        features = self.norm(groups.unpack(x).to(dtype))
+        features = self.norm(groups.restore(x).to(dtype))
         return (features, tuple(states)) if hidden_states else features
 
     def compile_blocks(self, backend: str | None = "inductor") -> None:
-        """From now on run the blocks by compiled layers at inference, see `uhd.vision.compiled`.
+        """Run the blocks by compiled layers at inference from now on, see `uhd.vision.compiled`.
 
         Args:
             backend: of `torch.compile`; "none" for the same layers uncompiled; None undoes.
@@ -162,7 +167,7 @@ class ViT(nn.Module):
         return self._compiled_blocks is not None
 
     def _block_runner(self, x: Tensor, *, own_modules: bool) -> BlockRunner:
-        """(number, x, shapes) -> x, by compiled layers where they are wanted and would give the same."""
+        """Give a function (number, x, shapes) -> x: compiled layers where they are wanted and would give the same."""
         if self._compiled_blocks is not None and not own_modules:
             run = self._compiled_blocks.runner(self.blocks, x)
             if run is not None:
@@ -176,7 +181,7 @@ class ViT(nn.Module):
         return run
 
     def position_embedding(self, grid_hw: tuple[int, int]) -> Tensor:
-        """(h*w, D) position embeddings of a view's patches, row-major, by the config's interpolation; differentiable.
+        """Resize the position table to a view's grid by the config's rule: (h*w, D), row-major; differentiable.
 
         Raises:
             ValueError: the model has no position table, or the grid is not usable.
@@ -197,7 +202,7 @@ class ViT(nn.Module):
         inner: str = "chw",
         mean_std: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
     ) -> Tensor:
-        """(N, P) -> (N, D) with positions."""
+        """Embed patches and add their positions: (N, P) -> (N, D)."""
         if inner != "chw" or mean_std is not None:
             if not self.folds_pixels:
                 raise ValueError("this patch embedding takes normalised patches of inner order 'chw' only")
@@ -214,11 +219,11 @@ class ViT(nn.Module):
         return x if self.positions is None or not grids else x + self._positions_of(grids)
 
     def _after_block(self, number: int, x: Tensor, groups: ViewGroups) -> tuple[Tensor, ViewGroups]:
-        """What happens to all tokens after `number` blocks: nothing here, see `uhd.vision.CompressedViT`."""
+        """Do what comes after `number` blocks: nothing here; `uhd.vision.CompressedViT` merges patches."""
         return x, groups
 
     def _prefix(self) -> Tensor | None:
-        """(R, D) class token and registers, with their rows of the position table; None without any."""
+        """Class token and registers with their rows of the position table, (R, D); None without any."""
         tokens = [token for token in (self.class_token, self.registers) if token is not None]
         if not tokens:
             return None
@@ -227,7 +232,7 @@ class ViT(nn.Module):
         return torch.cat([prefix[:rows] + self.positions[:rows], prefix[rows:]]) if rows else prefix
 
     def _positions_of(self, grids: tuple[tuple[int, int], ...]) -> Tensor:
-        """(N, D): interpolated once per distinct grid."""
+        """Positions of all patches, (N, D), interpolated once per distinct grid."""
         tables = {grid: self.position_embedding(grid) for grid in dict.fromkeys(grids)}
         return torch.cat([tables[grid] for grid in grids])
 
