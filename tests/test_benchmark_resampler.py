@@ -26,12 +26,12 @@ def test_small_run(benchmark, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "TARGETS", {(256, "fp32"): 1e9})
     assert benchmark.main([*SMALL, "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "resampler.json").read_text())
-    assert len(result["rows"]) == 2 * 2 * 8
+    assert len(result["rows"]) == 2 * 2 * 7
     assert all(row["cpu_ms"] > 0 for row in result["rows"])
     assert all(row["relative_error"] <= 1e-5 for row in result["rows"] if row["dtype"] == "fp32")
     assert not result["targets"][0]["ok"]
     assert "NOT reached" in capsys.readouterr().out
-    assert (tmp_path / "resampler.svg").read_text().count("<polyline") == 8
+    assert (tmp_path / "resampler.svg").read_text().count("<polyline") == 6
 
 
 def test_a_wrong_contender_silences_it(benchmark, tmp_path, capsys, monkeypatch):

@@ -227,7 +227,7 @@ def test_parts_that_do_not_fit_are_named():
     shuffle = tiny_encoder(
         PixelShuffleProjector(32, 24, factor=2), slicing=SlicingConfig(image_size=56, patch_size=14)
     )
-    with pytest.raises(ValueError, match="multiples of factor=2"):
+    with pytest.raises(ValueError, match="multiples of 2: plan .* factor=2"):
         shuffle([noise(100, 60)])
 
     class Half(nn.Module):

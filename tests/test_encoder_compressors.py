@@ -80,5 +80,5 @@ def test_a_resampler_behind_a_compressed_vit(tmp_path):
 
 def test_a_plan_that_the_vit_cannot_halve_is_refused_with_advice():
     encoder = uhd.VisualEncoder(compress_vit(vit(), 1), LATENTS["spatial"](), pixels=PIXELS)
-    with pytest.raises(ValueError, match="both sides must be multiples of 2 .* plan with merge=2"):
+    with pytest.raises(ValueError, match="both sides must be multiples of 2: .* plan with merge=2"):
         encoder([np.zeros((35, 49, 3), dtype=np.uint8)])

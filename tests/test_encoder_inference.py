@@ -14,12 +14,12 @@ from torch import nn
 import uhd.encoder as encoder_module
 from tests.tiny import IMAGES, noise, tiny_encoder
 from uhd.encoder import split_steps
-from uhd.inference import in_fastest_dtype
 from uhd.resampler import (
     MergeProjector,
     MLPProjector,
     PixelShuffleProjector,
 )
+from uhd.shortcuts import in_fastest_dtype
 from uhd.slicing import SlicingConfig
 from uhd.vision import VisionTower
 

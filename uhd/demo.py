@@ -146,7 +146,7 @@ def _compressor_for(config: Slicing, in_dim: int, out_dim: int) -> nn.Module:
         PixelShuffleProjector,
         PoolProjector,
     )
-    from uhd.resampler.packing import feature_lengths
+    from uhd.resampler.stitch import feature_lengths
     from uhd.slicing import plan
 
     plans = [plan(image_hw, config) for image_hw in ((1008, 672), (224, 448))]

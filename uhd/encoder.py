@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from uhd.batch import SliceBatch
 from uhd.files import damage_named
-from uhd.inference import float_parameter, in_fastest_dtype, transformed
+from uhd.grids import check_grids
 from uhd.loading import Preparation
-from uhd.packed import check_grids
 from uhd.parts import describe_part, find_pixels, load_vision, rebuild_part
 from uhd.pixels import PixelSettings, reorder
 from uhd.pixels.normalize import normalize
@@ -32,9 +31,11 @@ from uhd.resampler import (
     PoolProjector,
     pack_features,
 )
-from uhd.resampler.packing import feature_lengths
+from uhd.resampler.config import default_heads
+from uhd.resampler.stitch import feature_lengths
 from uhd.schema import SpatialSchema, TokenLayout
 from uhd.schema.counted import PLAIN, counted, layout_of, slicing_from_dict, video_layout
+from uhd.shortcuts import float_parameter, in_fastest_dtype, transformed
 from uhd.slicing import SlicePlan, Slicing, SlicingLike, VideoPlan, find, plan_images, plan_video
 from uhd.slicing.adaptive import RULES
 from uhd.vision import ViT, ViTConfig
@@ -590,7 +591,7 @@ class VisualEncoder(nn.Module):
                     "tells its own out_dim; or pass compressor=..."
                 )
             compressor = PerceiverResampler(
-                PerceiverConfig(width=out_dim, vision_width=vision.out_dim, num_heads=_heads(out_dim))
+                PerceiverConfig(width=out_dim, vision_width=vision.out_dim, num_heads=default_heads(out_dim))
             )
             note = "the compressor has new, UNTRAINED weights"
         pixels = find_pixels(source) if pixels is None else pixels
@@ -643,8 +644,3 @@ class VisualEncoder(nn.Module):
             width = saved["width"]
             self.packer = FeaturePacker(width, **{kind: saved[kind] or own[kind] for kind in kinds})
         return [f"packer.{kind}" for kind in kinds if own[kind] and not saved[kind]]
-
-
-def _heads(width: int) -> int:
-    """Heads of about 128 channels, as released, that divide the width."""
-    return next(heads for heads in range(max(width // 128, 1), 0, -1) if width % heads == 0)

@@ -7,7 +7,7 @@ from torch import nn
 from tests.hf.test_training import batch_of, fresh
 from tests.hf.tiny import checkpoint_activations, encoder, language_model, tokenizer
 from uhd.hf import UHDForConditionalGeneration, training
-from uhd.resampler.packing import FeaturePacker
+from uhd.resampler.stitch import FeaturePacker
 
 STAGES = {
     training.align: {"connector": 1e-3},

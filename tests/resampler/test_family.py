@@ -1,20 +1,17 @@
-"""The family's other resamplers: recorded outputs of their code, and what holds for all of them."""
+"""The family's other resamplers: recorded outputs of their code, and what each does on its own."""
 
 from __future__ import annotations
 
-import copy
 import json
-import math
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
+from tests.resampler.parts import GRIDS, LATENTS, SIZES, features_for, randomised
 from uhd.resampler import (
     PyramidConfig,
     PyramidResampler,
@@ -28,39 +25,6 @@ from uhd.resampler.pyramid import upsampled
 from uhd.resampler.windows import pool_hw
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "resampler_family.npz"
-GRIDS = [(3, 5), (4, 2), (1, 7), (3, 5), (6, 6)]
-SIZES = {"width": 24, "vision_width": 10, "num_heads": 3, "num_latents": 9}
-CONFIGS = {
-    "spatial": SpatialConfig(**SIZES),
-    "spatial, as released": SpatialConfig(**SIZES, aligned=False),
-    "spatial, equal widths": SpatialConfig(width=16, vision_width=16, num_heads=2, num_latents=4),
-    "rewrite": RewriteConfig(**SIZES, table_side=4),
-    "pyramid": PyramidConfig(**SIZES, upsample=True),
-    "pyramid, as released": PyramidConfig(**SIZES, levels=(1, 4), upsample=True, aligned=False),
-}
-MODULES = {SpatialConfig: SpatialResampler, RewriteConfig: RewriteResampler, PyramidConfig: PyramidResampler}
-
-
-def make(name, *, dtype=torch.float64, seed=0):
-    """A resampler with no parameter at a special value, gates, biases and LayerNorms included."""
-    torch.manual_seed(seed)
-    config = CONFIGS[name]
-    module = MODULES[type(config)](config).to(dtype)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return module
-
-
-def features_for(module, grids=GRIDS, *, seed=1):
-    rows = sum(h * w for h, w in grids)
-    generator = torch.Generator().manual_seed(seed)
-    dtype = next(module.parameters()).dtype
-    return torch.randn(rows, module.in_dim, dtype=torch.float64, generator=generator).to(dtype)
-
-
-def per_view(features, grids):
-    return zip(features.split([h * w for h, w in grids]), grids, strict=True)
 
 
 def golden(tag):
@@ -140,133 +104,6 @@ def test_state_dict_round_trip(tag, cls, dropped):
     assert all(tensor.any() for tensor in state.values()), "the module must own its weights"
 
 
-# --- what holds for all
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_packed_equals_single_and_views_do_not_mix(name):
-    module = make(name)
-    features = features_for(module)
-    out = module(features, GRIDS)
-    assert out.shape == (5, module.tokens_per_view, module.out_dim)
-    assert module.output_lengths(GRIDS) == [module.tokens_per_view] * 5
-    singles = torch.cat([module(x, [grid]) for x, grid in per_view(features, GRIDS)])
-    torch.testing.assert_close(out, singles)
-
-    order = [3, 0, 4, 2, 1]
-    views = list(per_view(features, GRIDS))
-    shuffled = module(torch.cat([views[i][0] for i in order]), [GRIDS[i] for i in order])
-    torch.testing.assert_close(shuffled, out[order])
-
-    poisoned = features.clone()
-    poisoned[15:23] = math.nan  # the second view
-    out = module(poisoned, GRIDS)
-    assert out[1].isnan().any()
-    torch.testing.assert_close(out[[0, 2, 3, 4]], singles[[0, 2, 3, 4]])
-
-
-@settings(max_examples=25)
-@given(
-    name=st.sampled_from(sorted(CONFIGS)), grids=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=4)
-)
-def test_any_grids_give_finite_tokens(name, grids):
-    module = make(name)
-    with torch.no_grad():
-        out = module(features_for(module, grids), grids)
-    assert out.shape == (len(grids), module.tokens_per_view, module.out_dim)
-    assert out.isfinite().all()
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_same_features_on_another_grid_give_other_tokens(name):
-    module = make(name)
-    x = features_for(module, [(2, 6)])
-    assert not torch.allclose(module(x, [(2, 6)]), module(x, [(6, 2)]), atol=1e-3)
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_gradients_reach_everything_that_can_learn(name):
-    module = make(name)
-    features = features_for(module).requires_grad_()
-    out = module(features, GRIDS)
-    (out * torch.randn(out.shape, dtype=out.dtype)).sum().backward()
-    assert (features.grad.abs().amax(1) > 0).all()
-    for parameter_name, parameter in module.named_parameters():
-        grad = parameter.grad
-        if parameter_name == "attn.in_proj_bias":  # one bias for all keys: softmax cannot see it where bins are whole
-            grad = torch.cat([grad[: module.out_dim], grad[2 * module.out_dim :]])
-        assert grad.abs().min() > 0, parameter_name
-
-
-@pytest.mark.parametrize("name", ["spatial, as released", "rewrite", "pyramid"])
-def test_gradcheck(name):
-    module = make(name)
-    grids = [(2, 3), (1, 1)]
-    features = features_for(module, grids).requires_grad_()
-    project = torch.randn(module.out_dim, dtype=torch.float64)
-    # few outputs keep the numerical side cheap
-    assert torch.autograd.gradcheck(lambda x: (module(x, grids) @ project).sum(1), features, fast_mode=True)
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_made_again_from_json_and_weights(name):
-    module = make(name, dtype=torch.float32)
-    config = type(module.config).from_dict(json.loads(json.dumps(module.config.to_dict())))
-    assert config == module.config
-    again = MODULES[type(config)](config)
-    again.load_state_dict(module.state_dict())
-    features = features_for(module)
-    assert torch.equal(again(features, GRIDS), module(features, GRIDS))
-    with pytest.raises(ValueError, match=r"has no \['heads'\]; its fields are"):
-        type(config).from_dict({**config.to_dict(), "heads": 3})
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_bfloat16_weights_and_autocast(name):
-    module = make(name, dtype=torch.float32)
-    features = features_for(module)
-    exact = module(features, GRIDS)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = module(features, GRIDS)
-    low = module.bfloat16()(features.bfloat16(), GRIDS)
-    assert low.dtype == torch.bfloat16
-    for out in (mixed.float(), low.float()):
-        assert (out - exact).norm() / exact.norm() < 0.05
-    with pytest.raises(TypeError, match=r"features are torch.float64 and the weights torch.bfloat16"):
-        module(features.double(), GRIDS)
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_tables_are_never_stale(name):
-    module = make(name)
-    features = features_for(module)
-    with torch.no_grad():
-        before = module(features, GRIDS)
-        state = copy.deepcopy(module.state_dict())
-        state["pos_embed"] = state["pos_embed"].flip(0).contiguous()
-        module.load_state_dict(state)
-        after = module(features, GRIDS)
-    fresh = MODULES[type(module.config)](module.config).double()
-    fresh.load_state_dict(state)
-    assert not torch.allclose(after, before)
-    assert torch.equal(after, fresh(features, GRIDS))
-    with torch.inference_mode():
-        module(features, GRIDS)
-    module(features, GRIDS).sum().backward()  # tables made under inference mode serve training
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_bad_input_says_what_was_expected(name):
-    module = make(name)
-    features = features_for(module)
-    with pytest.raises(ValueError, match=r"features have \d+ rows, but the 5 grids add up to \d+"):
-        module(features[:-1], GRIDS)
-    with pytest.raises(ValueError, match=rf"expected \(N, {module.in_dim}\)"):
-        module(features[:, :-1], GRIDS)
-    with pytest.raises(ValueError, match=r"grids\[0\] must be at least \(1, 1\)"):
-        module(features, [(0, 5)])
-
-
 @pytest.mark.parametrize("tag, cls", [("v1_spatial_g4", SpatialResampler), ("better_q16", RewriteResampler)])
 def test_bad_weights_are_listed(tag, cls):
     state, _, _ = golden(tag)
@@ -306,7 +143,7 @@ def test_bad_config(cls, changes, message):
 
 
 def test_a_spatial_latent_depends_on_its_own_window():
-    module = make("spatial")
+    module = randomised("spatial")
     features = features_for(module, [(6, 9)])
     changed = features.clone()
     changed[0] += 1  # patch (0, 0), in the first of 3 x 3 windows
@@ -333,7 +170,7 @@ def test_initialisation_as_released():
 
 
 def test_the_rewrites_positions_start_switched_off_and_learn():
-    config = CONFIGS["rewrite"]
+    config = LATENTS["rewrite"]
     torch.manual_seed(0)
     module = RewriteResampler(config)
     features = features_for(module, [(2, 6)])
@@ -343,14 +180,14 @@ def test_the_rewrites_positions_start_switched_off_and_learn():
 
 
 def test_the_rewrites_separators_are_held_where_asked_for():
-    assert "sep_embeddings" not in make("rewrite").state_dict()
+    assert "sep_embeddings" not in randomised("rewrite").state_dict()
     held = RewriteResampler(RewriteConfig(**SIZES, separators=True))
     assert held.sep_embeddings.shape == (3, 1, 24)
     assert held.sep_embeddings.std() > 0
 
 
 def test_a_pyramid_takes_levels_or_makes_them():
-    module = make("pyramid")
+    module = randomised("pyramid")
     features = features_for(module)
     levels = upsampled(features, GRIDS, (1, 2, 4))
     assert [len(level) for level in levels] == [len(features) * s * s for s in (1, 2, 4)]
@@ -370,7 +207,7 @@ def test_a_pyramid_takes_levels_or_makes_them():
 
 
 def test_a_finer_level_of_a_pyramid_counts():
-    module = make("pyramid")
+    module = randomised("pyramid")
     levels = upsampled(features_for(module), GRIDS, (1, 2, 4))
     before = module(levels, GRIDS)
     for level in range(3):

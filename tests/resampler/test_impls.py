@@ -6,25 +6,22 @@ once more in a process of its own, where "triton" is one of the implementations.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from uhd_kernels import calls
 
+from tests.resampler.parts import TAGS, golden
 from uhd.resampler import PerceiverConfig, PerceiverResampler
 
 ROOT = Path(__file__).parents[2]
-GOLDEN = ROOT / "tests" / "golden" / "resampler.npz"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 IMPLS = ["auto", "sdpa", *(["triton"] if INTERPRETED else [])]
-TAGS = {"march2024_perceiver_g8": "paper", "minicpmv20_g8": "minicpm-v-2.0", "minicpmv26_q16": "minicpm-v-2.6"}
 GRIDS = [(3, 5), (1, 1), (4, 2), (3, 5)]
 CONFIGS = {
     "head dim 64": PerceiverConfig(width=128, vision_width=24, num_heads=2, num_latents=16),
@@ -34,26 +31,6 @@ CONFIGS = {
         width=64, vision_width=64, num_heads=2, num_latents=3, query_position=False, key_position="none"
     ),
 }
-
-
-def golden(tag):
-    """The tag's resampler, and its cases: (packed features, grids, output)."""
-    with np.load(GOLDEN) as file:
-        data = {name: file[name] for name in file.files if name.startswith(tag)}
-        heads = json.loads(str(file["info_json"]))[tag]["num_heads"]
-    state = {name.split("/w/")[1]: torch.tensor(x) for name, x in data.items() if "/w/" in name}
-    module = PerceiverResampler.from_state_dict(state, variant=TAGS[tag], num_heads=heads)
-    cases = []
-    for name, x in data.items():
-        if match := re.fullmatch(rf"{tag}/x_(\d+)x(\d+)", name):
-            grid = (int(match[1]), int(match[2]))
-            cases.append((x.reshape(-1, x.shape[-1]), [grid] * len(x), data[f"{tag}/y_{name.split('_')[-1]}"]))
-    for x, sizes, y in (("x", "tgt_sizes", "y"), ("x_grow", "tgt_grow", "y_grow")):
-        if f"{tag}/{x}" in data:
-            grids = [(int(h), int(w)) for h, w in data[f"{tag}/{sizes}"]]
-            rows = [row[: h * w] for row, (h, w) in zip(data[f"{tag}/{x}"], grids, strict=True)]
-            cases.append((np.concatenate(rows), grids, data[f"{tag}/{y}"]))
-    return module, [(torch.tensor(x), grids, torch.tensor(y)) for x, grids, y in cases]
 
 
 def run(module, features, grids, impl):
@@ -76,7 +53,8 @@ def same(got, wanted):
 
 
 def check_golden(tag, impl, rows):
-    module, cases = golden(tag)
+    state, heads, cases = golden(tag)
+    module = PerceiverResampler.from_state_dict(state, variant=TAGS[tag], num_heads=heads)
     assert module.config.width // module.attn.num_heads in (4, 8)
     chosen = [case for case in cases if len(case[0]) in rows]
     assert chosen

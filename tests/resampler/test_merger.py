@@ -41,22 +41,6 @@ def test_equals_transformers():
         torch.testing.assert_close(projector(x, grids), torch.cat(y), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("rounds", [1, 2])
-def test_packed_equals_single_and_gradients_flow(rounds):
-    projector, x = make(rounds), features().requires_grad_()
-    out = projector(x, GRIDS)
-    lengths = projector.output_lengths(GRIDS)
-    assert lengths == [n // 4**rounds for n in (32, 32, 16)]
-    assert out.shape == (sum(lengths), 10)
-    parts = x.split([h * w for h, w in GRIDS])
-    singles = [projector(part, [grid]) for part, grid in zip(parts, GRIDS, strict=True)]
-    torch.testing.assert_close(out, torch.cat(singles))
-    out.square().sum().backward()
-    assert (x.grad.abs().amax(1) > 0).all()
-    assert all(parameter.grad.abs().sum() > 0 for parameter in projector.parameters())
-    assert projector(x[:0], []).shape == (0, 10)
-
-
 def test_two_rounds_are_one_after_the_other():
     twice = make(2)
     first, second = MergeProjector(6, 6).double(), MergeProjector(6, 10).double()

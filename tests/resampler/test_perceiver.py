@@ -2,58 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import math
-import re
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tests.resampler.parts import GRIDS, PERCEIVERS, TAGS, features_for, golden, per_view, randomised
 from uhd.resampler import PerceiverConfig, PerceiverResampler, attention, sincos_2d
-
-GOLDEN = Path(__file__).parent.parent / "golden" / "resampler.npz"
-TAGS = {
-    "march2024_perceiver_g8": "paper",
-    "minicpmv20_g8": "minicpm-v-2.0",
-    "minicpmv26_q16": "minicpm-v-2.6",
-}
-GRIDS = [(3, 5), (4, 2), (1, 7), (3, 5), (6, 6)]
-CONFIGS = {
-    "paper": PerceiverConfig(width=24, vision_width=10, num_heads=3),
-    "paper, 9 latents": PerceiverConfig(width=24, vision_width=10, num_heads=3, num_latents=9),
-    "paper, 1 latent, equal widths": PerceiverConfig(width=16, vision_width=16, num_heads=2, num_latents=1),
-    "2.0": PerceiverConfig.preset("minicpm-v-2.0", width=24, vision_width=10, num_heads=6, num_latents=16),
-    "2.5": PerceiverConfig.preset("minicpm-v-2.6", width=24, vision_width=10, num_heads=2, num_latents=96),
-    "depth 3 with FFN": PerceiverConfig(width=24, vision_width=10, num_heads=3, num_latents=9, depth=3, ffn_ratio=1.5),
-    "no positions": PerceiverConfig(
-        width=18, vision_width=10, num_heads=3, num_latents=5, query_position=False, key_position="none"
-    ),
-}
-
-
-def randomised(config, *, dtype=torch.float64, seed=0):
-    """A resampler with no parameter at a special value, biases and LayerNorms included."""
-    torch.manual_seed(seed)
-    module = PerceiverResampler(config).to(dtype)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return module
-
-
-def features_for(config, grids=GRIDS, *, dtype=torch.float64, seed=1):
-    rows = sum(h * w for h, w in grids)
-    return torch.randn(rows, config.vision_width, dtype=dtype, generator=torch.Generator().manual_seed(seed))
-
-
-def per_view(features, grids):
-    return zip(features.split([h * w for h, w in grids]), grids, strict=True)
 
 
 def composed(module, features, grids):
@@ -87,7 +44,8 @@ def composed(module, features, grids):
         if config.key_position == "direct":
             k = kv + sincos_2d(config.width, (h, w))
         if config.key_position == "interpolated":
-            table = sincos_2d(config.width, (side, side)).reshape(1, side, side, -1).permute(0, 3, 1, 2)
+            table = sincos_2d(config.width, (side, side), dtype=features.dtype)
+            table = table.reshape(1, side, side, -1).permute(0, 3, 1, 2)
             k = kv + F.interpolate(table, (h, w), mode="bicubic").permute(0, 2, 3, 1).reshape(h * w, -1)
         y = feed_forward("ffn", attend("attn", norm("ln_q", state["query"]) + latent_table, k, kv))
         for i in range(config.depth - 1):
@@ -96,26 +54,6 @@ def composed(module, features, grids):
             y = feed_forward(f"{layer}.ffn", y)
         outputs.append(norm("ln_post", y) @ state["proj"])
     return torch.stack(outputs)
-
-
-def golden(tag):
-    """The tag's weights, number of heads, and cases: (packed features, grids, output)."""
-    with np.load(GOLDEN) as file:
-        data = {name: file[name] for name in file.files if name.startswith(tag)}
-        heads = json.loads(str(file["info_json"]))[tag]["num_heads"]
-    state = {name.split("/w/")[1]: torch.tensor(x) for name, x in data.items() if "/w/" in name}
-    cases = []
-    for name, x in data.items():
-        if match := re.fullmatch(rf"{tag}/x_(\d+)x(\d+)", name):
-            cases.append(
-                (x.reshape(-1, x.shape[-1]), [(int(match[1]), int(match[2]))] * len(x), f"y_{name.split('_')[-1]}")
-            )
-    for x, sizes, y in (("x", "tgt_sizes", "y"), ("x_grow", "tgt_grow", "y_grow")):
-        if f"{tag}/{x}" in data:
-            grids = [(int(h), int(w)) for h, w in data[f"{tag}/{sizes}"]]
-            rows = [row[: h * w] for row, (h, w) in zip(data[f"{tag}/{x}"], grids, strict=True)]
-            cases.append((np.concatenate(rows), grids, y))
-    return state, heads, [(torch.tensor(x), grids, torch.tensor(data[f"{tag}/{y}"])) for x, grids, y in cases]
 
 
 @pytest.mark.parametrize("tag", TAGS)
@@ -141,47 +79,20 @@ def test_state_dict_round_trip(tag):
     assert state["query"].abs().min() > 0, "the module must own its weights"
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", PERCEIVERS)
 def test_equals_multihead_attention(name):
-    module = randomised(CONFIGS[name])
-    features = features_for(module.config)
+    module = randomised(PERCEIVERS[name])
+    features = features_for(module)
     out = module(features, GRIDS)
     assert out.shape == (5, module.config.num_latents, module.config.width)
-    # The tables are float32 in both, but W k + W p is summed in another order than W (k + p).
+    # W k + W p is summed in another order than W (k + p).
     torch.testing.assert_close(out, composed(module, features, GRIDS), atol=1e-10, rtol=1e-10)
-
-
-@pytest.mark.parametrize("depth", [1, 3])
-def test_packed_equals_single_and_views_do_not_mix(depth):
-    config = PerceiverConfig(width=24, vision_width=10, num_heads=3, num_latents=9, depth=depth, ffn_ratio=1.5)
-    module = randomised(config)
-    features = features_for(config)
-    out = module(features, GRIDS)
-    singles = torch.cat([module(x, [grid]) for x, grid in per_view(features, GRIDS)])
-    torch.testing.assert_close(out, singles)
-
-    order = [3, 0, 4, 2, 1]
-    views = list(per_view(features, GRIDS))
-    shuffled = module(torch.cat([views[i][0] for i in order]), [GRIDS[i] for i in order])
-    torch.testing.assert_close(shuffled, out[order])
-
-    poisoned = features.clone()
-    poisoned[15:23] = math.nan  # the second view
-    out = module(poisoned, GRIDS)
-    assert out[1].isnan().all()
-    torch.testing.assert_close(out[[0, 2, 3, 4]], singles[[0, 2, 3, 4]])
-
-
-def test_same_features_on_another_grid_give_other_tokens():
-    module = randomised(CONFIGS["paper"])
-    x = features_for(module.config, [(2, 6)])
-    assert not torch.allclose(module(x, [(2, 6)]), module(x, [(6, 2)]), atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["paper", "2.5"])
 def test_gradients_equal_those_of_multihead_attention(name):
-    module = randomised(CONFIGS[name])
-    features = features_for(module.config).requires_grad_()
+    module = randomised(PERCEIVERS[name])
+    features = features_for(module).requires_grad_()
     weights = torch.randn(module(features, GRIDS).shape, dtype=torch.float64)
     (module(features, GRIDS) * weights).sum().backward()
     got = features.grad.clone()
@@ -206,7 +117,7 @@ def test_gradcheck_through_the_table_projection():
         return torch.func.functional_call(module, {"attn.in_proj_weight": weight}, (features, grids))
 
     weight = module.attn.in_proj_weight.detach().requires_grad_()
-    assert torch.autograd.gradcheck(run, (weight, features_for(config, grids).requires_grad_()))
+    assert torch.autograd.gradcheck(run, (weight, features_for(module, grids).requires_grad_()))
 
 
 def test_all_attention_goes_through_the_kernel_package(monkeypatch):
@@ -218,8 +129,8 @@ def test_all_attention_goes_through_the_kernel_package(monkeypatch):
         return kernel(q, k, v, cu_seqlens, max_seqlen, **keywords)
 
     monkeypatch.setattr(attention, "varlen_cross_attention", spy)
-    module = randomised(CONFIGS["paper, 9 latents"])
-    features = features_for(module.config)
+    module = randomised(PERCEIVERS["paper, 9 latents"])
+    features = features_for(module)
     auto = module(features, GRIDS)
     module.attention_impl = "reference"
     torch.testing.assert_close(module(features, GRIDS), auto)
@@ -235,7 +146,7 @@ def test_depth_with_ffn_trains_and_is_read_back_from_its_weights():
     config = PerceiverConfig(width=16, vision_width=8, num_heads=2, num_latents=4, depth=2, ffn_ratio=2.0)
     torch.manual_seed(0)
     module = PerceiverResampler(config)
-    features = features_for(config, dtype=torch.float32)
+    features = features_for(module)
     target = torch.stack([x.mean(0).repeat(4, 2) for x, _ in per_view(features, GRIDS)])
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
     losses = []
@@ -253,19 +164,6 @@ def test_depth_with_ffn_trains_and_is_read_back_from_its_weights():
     assert torch.equal(again(features, GRIDS), module(features, GRIDS))
 
 
-def test_save_and_load(tmp_path):
-    module = randomised(CONFIGS["2.0"], dtype=torch.float32)
-    save_file(module.state_dict(), tmp_path / "resampler.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(module.config.to_dict()))
-
-    config = PerceiverConfig.from_dict(json.loads((tmp_path / "config.json").read_text()))
-    again = PerceiverResampler(config)
-    again.load_state_dict(load_file(tmp_path / "resampler.safetensors"))
-    assert config == module.config
-    features = features_for(config, dtype=torch.float32)
-    assert torch.equal(again(features, GRIDS), module(features, GRIDS))
-
-
 def test_initialisation_as_released():
     torch.manual_seed(0)
     module = PerceiverResampler(PerceiverConfig(width=256, vision_width=192, num_heads=8))
@@ -280,97 +178,18 @@ def test_initialisation_as_released():
 
 
 def test_positions_stay_frozen_and_are_saved_only_where_the_release_has_them():
-    for name, config in CONFIGS.items():
+    for name, config in PERCEIVERS.items():
         module = PerceiverResampler(config).requires_grad_(True)
         assert ("pos_embed" in module.state_dict()) == (name not in ("2.5", "no positions"))
         assert "pos_embed" not in dict(module.named_parameters())
 
 
-def test_tables_are_made_once_for_each_grid_and_the_cache_is_bounded(monkeypatch):
-    module = randomised(CONFIGS["paper, 9 latents"])
-    made = []
-    make = PerceiverResampler._make_key_table
-    monkeypatch.setattr(
-        PerceiverResampler, "_make_key_table", lambda self, grid: made.append(grid) or make(self, grid)
-    )
-    features = features_for(module.config)
-    for _ in range(2):
-        module(features, GRIDS)
-    assert made == [(3, 5), (4, 2), (1, 7), (6, 6)]
-    small = copy.deepcopy(module).double()
-    small._key_tables.kept_grids = 2
-    assert torch.equal(small(features, GRIDS), module(features, GRIDS))
-    assert len(small._key_tables) == 2
-
-
-@pytest.mark.parametrize("assign", [False, True])
-def test_tables_follow_newly_loaded_positions(assign):
-    """A table cached before the weights arrive must not be used after."""
-    module = randomised(CONFIGS["paper, 9 latents"])
-    features = features_for(module.config)
-    before = module(features, GRIDS)
-    state = copy.deepcopy(module.state_dict())
-    state["pos_embed"] = state["pos_embed"].flip(0).contiguous()
-    module.load_state_dict(state, assign=assign)
-    fresh = PerceiverResampler.from_state_dict(state, variant="paper", num_heads=3)
-    assert not torch.allclose(module(features, GRIDS), before)
-    torch.testing.assert_close(module(features, GRIDS), fresh(features, GRIDS))
-
-
-def test_tables_follow_a_change_of_dtype():
-    """bfloat16 and back rounds pos_embed; a table cached before would be that of other weights."""
-    module = randomised(CONFIGS["paper, 9 latents"], dtype=torch.float32)
-    features = features_for(module.config, dtype=torch.float32)
-    module(features, GRIDS)
-    module.bfloat16().float()
-    fresh = PerceiverResampler.from_state_dict(module.state_dict(), variant="paper", num_heads=3)
-    assert torch.equal(module(features, GRIDS), fresh(features, GRIDS))
-
-
-def test_a_table_first_used_in_inference_mode_can_be_trained_with():
-    module = randomised(CONFIGS["2.0"])
-    features = features_for(module.config)
-    with torch.inference_mode():
-        module(features, GRIDS)
-    module(features, GRIDS).sum().backward()
-    assert module.attn.in_proj_weight.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize("name", ["paper", "2.5"])
-def test_bfloat16_weights_and_autocast(name):
-    module = randomised(CONFIGS[name], dtype=torch.float32)
-    features = features_for(module.config, dtype=torch.float32)
-    exact = module(features, GRIDS)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = module(features, GRIDS)
-    low = module.bfloat16()(features.bfloat16(), GRIDS)
-    assert low.dtype == torch.bfloat16
-    for out in (mixed.float(), low.float()):
-        assert (out - exact).norm() / exact.norm() < 0.03
-
-
-def test_no_views():
-    module = PerceiverResampler(CONFIGS["paper"])
-    assert module(torch.zeros(0, 10), []).shape == (0, 64, 24)
-    assert module.output_lengths([]) == []
-    deep = PerceiverResampler(PerceiverConfig(width=24, vision_width=10, num_heads=3, depth=2))
-    assert deep(torch.zeros(0, 10), []).shape == (0, 64, 24)
-
-
-@pytest.mark.parametrize(
-    ("grids", "message"),
-    [
-        ([(3, 0)], r"grids\[0\] must be at least \(1, 1\); got \(3, 0\)"),
-        ([(1, 2), (-1, 3)], r"grids\[1\] must be at least \(1, 1\); got \(-1, 3\)"),
-        ([(1, 2), (1.5, 2)], r"grids\[1\] must be two integers \(rows, columns\); got \(1.5, 2\)"),
-        ([4], r"grids\[0\] must be two integers"),
-        ([(1, 2, 2)], r"grids\[0\] must be two integers"),
-        ([(2, 2), (1, 1)], "features have 4 rows, but the 2 grids add up to 5"),
-    ],
-)
-def test_bad_grids(grids, message):
-    with pytest.raises((TypeError, ValueError), match=message):
-        PerceiverResampler(CONFIGS["paper"])(torch.zeros(4, 10), grids)
+def test_positions_survive_an_empty_start():
+    """Built on meta, materialised, and reset, as sharded training does."""
+    with torch.device("meta"):
+        module = PerceiverResampler(PERCEIVERS["paper"])
+    module.to_empty(device="cpu").reset_parameters()
+    assert torch.equal(module.pos_embed, sincos_2d(24, (8, 8)))
 
 
 @pytest.mark.parametrize(
@@ -395,12 +214,10 @@ def test_bad_config(changes, message):
 def test_unknown_names():
     with pytest.raises(ValueError, match=r"variant='flamingo' is unknown; choose one of \['paper'"):
         PerceiverConfig.preset("flamingo", width=24, vision_width=10, num_heads=3)
-    with pytest.raises(ValueError, match=r"PerceiverConfig has no \['heads'\]"):
-        PerceiverConfig.from_dict({"width": 24, "vision_width": 10, "heads": 3})
 
 
 def test_bad_weights_are_listed():
-    state = randomised(CONFIGS["paper"]).state_dict()
+    state = randomised(PERCEIVERS["paper"]).state_dict()
 
     def load(changed, variant="paper", num_heads=3):
         return PerceiverResampler.from_state_dict(changed, variant=variant, num_heads=num_heads)

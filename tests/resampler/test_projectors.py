@@ -2,41 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from uhd.resampler import MLPProjector, PerceiverConfig, PerceiverResampler, PixelShuffleProjector
+from uhd.resampler import MLPProjector, PixelShuffleProjector, PoolProjector
 
 GRIDS = [(4, 6), (2, 2), (6, 4)]
 FEATURES = torch.randn(52, 8, generator=torch.Generator().manual_seed(0))
-
-
-def compressors():
-    torch.manual_seed(0)
-    return [
-        MLPProjector(8, 12),
-        PixelShuffleProjector(8, 12, factor=2),
-        PerceiverResampler(PerceiverConfig(width=12, vision_width=8, num_heads=2, num_latents=9)),
-    ]
-
-
-@pytest.mark.parametrize("index", range(3))
-def test_protocol(index):
-    """One loop of an encoder serves them all: widths, lengths, views alone and together."""
-    compressor = compressors()[index]
-    assert (compressor.in_dim, compressor.out_dim) == (8, 12)
-    lengths = compressor.output_lengths(GRIDS)
-    assert lengths == [[24, 4, 24], [6, 1, 6], [9, 9, 9]][index]
-    out = compressor(FEATURES, GRIDS)
-    assert out.shape == ((sum(lengths), 12) if compressor.tokens_per_view is None else (3, 9, 12))
-    tokens = out.reshape(-1, 12).split(lengths)
-    for own, x, grid in zip(tokens, FEATURES.split([24, 4, 24]), GRIDS, strict=True):
-        torch.testing.assert_close(own, compressor(x, [grid]).reshape(-1, 12))
-    assert compressor(FEATURES[:0], []).numel() == 0
-    with pytest.raises(ValueError, match="features have 51 rows, but the 3 grids add up to 52"):
-        compressor(FEATURES[:-1], GRIDS)
-    with pytest.raises(ValueError, match=r"expected \(N, 8\)"):
-        compressor(FEATURES[:, :7], GRIDS)
-    with pytest.raises(TypeError, match=r"features are torch.float64 and the weights torch.float32"):
-        compressor(FEATURES.double(), GRIDS)
 
 
 def test_pixel_shuffle_order():
@@ -54,7 +25,9 @@ def test_pixel_shuffle_order():
 
 def test_pixel_shuffle_refuses_a_grid_it_cannot_divide():
     projector = PixelShuffleProjector(8, 12, factor=2)
-    with pytest.raises(ValueError, match=r"grids\[1\] is \(3, 4\); both sides must be multiples of factor=2"):
+    with pytest.raises(
+        ValueError, match=r"grids\[1\] is \(3, 4\); both sides must be multiples of 2: plan .* factor=2"
+    ):
         projector(torch.zeros(16, 8), [(2, 2), (3, 4)])
     with pytest.raises(ValueError, match="factor=0"):
         PixelShuffleProjector(8, 12, factor=0)
@@ -65,3 +38,28 @@ def test_mlp_is_per_patch_with_its_own_hidden_width():
     assert projector.mlp[0].out_features == 5
     out = projector(FEATURES, GRIDS)
     torch.testing.assert_close(out[30:31], projector(FEATURES[30:31], [(1, 1)]))
+
+
+@pytest.mark.parametrize("mode", ["average", "bilinear"])
+def test_pooling_of_non_square_views(mode):
+    """Views of several grids in one call equal PyTorch's own pooling of each, sides rounded up."""
+    torch.manual_seed(0)
+    pool = PoolProjector(5, 8, factor=2, mode=mode)
+    grids = [(5, 3), (4, 6), (5, 3), (1, 1), (27, 27)]
+    parts = [torch.randn(h * w, 5) for h, w in grids]
+    got = pool(torch.cat(parts), grids).split(pool.output_lengths(grids))
+    assert pool.output_lengths(grids) == [6, 6, 6, 1, 196]
+    for (h, w), part, tokens in zip(grids, parts, got, strict=True):
+        maps = pool.mlp(part).T.reshape(1, 8, h, w)
+        if mode == "average":
+            want = F.avg_pool2d(maps, 2, ceil_mode=True, count_include_pad=False)
+        else:
+            want = F.interpolate(maps, ((h + 1) // 2, (w + 1) // 2), mode="bilinear")
+        assert torch.allclose(tokens, want[0].flatten(1).T, atol=1e-6)
+
+
+def test_pooling_settings_are_checked():
+    with pytest.raises(ValueError, match="factor=0"):
+        PoolProjector(4, 4, factor=0)
+    with pytest.raises(ValueError, match="'average' or 'bilinear'"):
+        PoolProjector(4, 4, mode="max")

@@ -9,12 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uhd.packed import GridTables
 from uhd.resampler.windows import attend_windows, pool_hw, pool_weights, pool_windows
 
 
 def pooled(maps, side, *, aligned):
-    return pool_windows(maps, side, aligned=aligned, tables=GridTables())
+    return pool_windows(maps, side, aligned=aligned)
 
 
 @pytest.mark.parametrize(

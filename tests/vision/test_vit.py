@@ -2,98 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import json
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from uhd.packed import KEPT_GRIDS
+from tests.vision import parts
+from tests.vision.parts import assert_near, random_patches
 from uhd.vision import ViT, ViTConfig, patchify, unpatchify
 
-CONFIG = ViTConfig(
-    patch_size=2,
-    width=16,
-    depth=3,
-    heads=2,
-    mlp_width=24,
-    image_size=8,
-    class_token=True,
-    num_registers=2,
-    layer_scale=0.5,
-    pre_norm=True,
-    position_grid_hw=(4, 4),
-    position_prefix=1,
-)
+CONFIG = dataclasses.replace(parts.CONFIG, depth=3, pre_norm=True, image_size=8, position_grid_hw=(4, 4))
 GRIDS = [(2, 3), (3, 2), (4, 4), (1, 6), (2, 3), (5, 1)]
 
 
 def make(config: ViTConfig = CONFIG, **kwargs) -> ViT:
-    torch.manual_seed(0)
-    vit = ViT(config, **kwargs)
-    with torch.no_grad():
-        for parameter in vit.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return vit.eval()
-
-
-def random_patches(grids: list[tuple[int, int]], config: ViTConfig = CONFIG) -> torch.Tensor:
-    return torch.randn(sum(h * w for h, w in grids), config.patch_dim, generator=torch.Generator().manual_seed(1))
-
-
-def lengths(grids: list[tuple[int, int]]) -> list[int]:
-    return [h * w for h, w in grids]
-
-
-def assert_near(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-
-
-grids_of_views = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=6)
-
-
-@given(grids=grids_of_views, prefix=st.booleans())
-@settings(max_examples=20)
-def test_packed_equals_one_view_at_a_time(grids: list[tuple[int, int]], prefix: bool) -> None:
-    plain = dataclasses.replace(CONFIG, class_token=False, num_registers=0, position_prefix=0)
-    vit = make(CONFIG if prefix else plain)
-    patches = random_patches(grids)
-    with torch.no_grad():
-        together = vit(patches, grids).split(lengths(grids))
-        for part, grid, ours in zip(patches.split(lengths(grids)), grids, together, strict=True):
-            assert_near(ours, vit(part, [grid]))
-
-
-@given(order=st.permutations(range(len(GRIDS))))
-@settings(max_examples=10)
-def test_permuting_views_permutes_the_output(order: list[int]) -> None:
-    vit, patches = make(), random_patches(GRIDS)
-    parts = patches.split(lengths(GRIDS))
-    with torch.no_grad():
-        straight = vit(patches, GRIDS).split(lengths(GRIDS))
-        permuted = vit(torch.cat([parts[i] for i in order]), [GRIDS[i] for i in order])
-    assert_near(permuted, torch.cat([straight[i] for i in order]))
-
-
-def test_a_view_does_not_see_its_neighbours() -> None:
-    vit, patches = make(), random_patches(GRIDS)
-    changed = patches.clone()
-    changed[:6] += 1
-    with torch.no_grad():
-        difference = (vit(patches, GRIDS) - vit(changed, GRIDS)).abs().amax(dim=1)
-    assert (difference[:6] > 1e-3).all()
-    assert difference[6:].max() < 1e-5
-
-
-def test_position_tells_grids_of_equal_length_apart() -> None:
-    vit, patches = make(), random_patches([(2, 3)])
-    with torch.no_grad():
-        assert (vit(patches, [(2, 3)]) - vit(patches, [(3, 2)])).abs().max() > 1e-2
+    return parts.make(config, **kwargs)
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2, 3, -1, -2, -3, -4])
@@ -109,14 +35,6 @@ def test_a_truncated_model_gives_the_hidden_state(layer: int) -> None:
         assert len(states) == 4
         assert torch.equal(features, states[-1])
         assert_near(short(patches, GRIDS), states[layer])
-
-
-def test_hidden_states_do_not_change_the_features() -> None:
-    vit, patches = make(), random_patches(GRIDS)
-    with torch.no_grad():
-        features, states = vit(patches, GRIDS, hidden_states=True)
-        assert_near(features, vit(patches, GRIDS))
-        assert_near(features, vit.norm(states[-1]))
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "quick_gelu", "swiglu"])
@@ -145,68 +63,12 @@ def test_gradient_checkpointing_runs_blocks_twice_and_changes_nothing() -> None:
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-7)
 
 
-def test_positions_are_interpolated_once_per_grid_and_kept_in_eval(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    inner = ViT.position_embedding
-    monkeypatch.setattr(ViT, "position_embedding", lambda self, grid: (calls.append(grid), inner(self, grid))[1])
-    vit, patches = make(), random_patches(GRIDS)
-    with torch.inference_mode():
-        first = vit(patches, GRIDS)
-        assert sorted(calls) == sorted(set(GRIDS))
-        assert torch.equal(vit(patches, GRIDS), first)
-    assert len(calls) == len(set(GRIDS))
-    vit.train()
-    vit(patches, GRIDS)
-    assert len(calls) == 2 * len(set(GRIDS))
-
-
-CHANGES = {
-    "in place": lambda vit: vit.positions.mul_(-2),
-    "optimiser": lambda vit: torch.optim.SGD([vit.positions], lr=1.0).step(),
-    "load": lambda vit: vit.load_state_dict({**vit.state_dict(), "positions": -2 * vit.positions}),
-    "assign": lambda vit: vit.load_state_dict({**vit.state_dict(), "positions": -2 * vit.positions}, assign=True),
-    "replace": lambda vit: setattr(vit, "positions", nn.Parameter(-2 * vit.positions)),
-    "dtype": lambda vit: vit.bfloat16(),
-    "data": lambda vit: vit.positions.data.mul_(-2),
-    "fused optimiser": lambda vit: torch.optim.AdamW([vit.positions], lr=1.0, fused=True).step(),
-    "config": lambda vit: setattr(vit, "config", dataclasses.replace(vit.config, interpolation="nearest")),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_kept_positions_are_never_stale(change: str) -> None:
-    vit, patches = make(), random_patches(GRIDS)
-    vit.positions.grad = 3 * vit.positions.detach()
-    with torch.no_grad():
-        before = vit(patches, GRIDS)
-        CHANGES[change](vit)
-        after = vit(patches, GRIDS)
-        vit.clear_position_cache()
-        assert torch.equal(after, vit(patches, GRIDS))
-    assert (after.float() - before).abs().max() > 1e-3
-
-
-def test_eval_still_trains_the_table_after_calls_that_did_not() -> None:
-    vit, patches = make(), random_patches(GRIDS)
-    with torch.no_grad():
-        vit(patches, GRIDS)
-    vit(patches, GRIDS).sum().backward()
-    assert vit.positions.grad[1:].abs().max() > 0
-    vit.positions.requires_grad_(False)
-    with torch.inference_mode():
-        vit(patches, GRIDS)
-    vit(patches, GRIDS).sum().backward()  # tables kept under inference mode serve a call that trains the rest
-
-
-def test_the_cache_is_bounded_and_a_call_may_exceed_it() -> None:
-    vit = make()
-    grids = [(1, n) for n in range(1, KEPT_GRIDS + 9)]
-    with torch.no_grad():
-        together = vit(random_patches(grids), grids)
-        assert len(vit._position_tables) == KEPT_GRIDS
-        last = vit(random_patches(grids)[-lengths(grids)[-1] :], grids[-1:])
-    assert_near(together[-lengths(grids)[-1] :], last)
-    assert not copy.deepcopy(vit)._position_tables
+@pytest.mark.parametrize("stem", [nn.Linear(12, 16), nn.Sequential(nn.Linear(12, 16))], ids=["linear", "sequential"])
+def test_a_given_stem_keeps_its_weights(stem) -> None:
+    weight = next(stem.parameters()).detach().clone()
+    vit = ViT(CONFIG, stem=stem)
+    vit.reset_parameters()
+    assert torch.equal(next(vit.stem.parameters()), weight)
 
 
 def test_interpolation_settings_decide_the_positions() -> None:
@@ -261,12 +123,6 @@ def test_patchify_and_unpatchify_are_inverses(views: int, rows: int, columns: in
     assert torch.equal(unpatchify(patches, (rows, columns), p), images)
 
 
-def test_no_views_give_no_features() -> None:
-    features, states = make()(random_patches([]), [], hidden_states=True)
-    assert features.shape == (0, 16)
-    assert [state.shape for state in states] == [(0, 16)] * 4
-
-
 def test_a_model_without_positions_or_prefix() -> None:
     config = ViTConfig(patch_size=2, width=16, depth=1, heads=2, mlp_width=24)
     vit = make(config)
@@ -274,20 +130,6 @@ def test_a_model_without_positions_or_prefix() -> None:
         assert torch.equal(vit(random_patches([(2, 3)]), [(2, 3)]), vit(random_patches([(2, 3)]), [(3, 2)]))
     with pytest.raises(ValueError, match="no position embedding"):
         vit.position_embedding((2, 3))
-
-
-def test_saved_and_loaded(tmp_path) -> None:
-    vit, patches = make(), random_patches(GRIDS)
-    save_file(vit.state_dict(), tmp_path / "vit.safetensors")
-    (tmp_path / "vit.json").write_text(json.dumps(vit.config.to_dict()))
-    config = ViTConfig.from_dict(json.loads((tmp_path / "vit.json").read_text()))
-    assert config == vit.config
-    again = ViT(config).eval()
-    again.load_state_dict(load_file(tmp_path / "vit.safetensors"))
-    with torch.no_grad():
-        assert torch.equal(again(patches, GRIDS), vit(patches, GRIDS))
-    with pytest.raises(ValueError, match="unknown ViTConfig fields: droppath"):
-        ViTConfig.from_dict({**config.to_dict(), "droppath": 0.1})
 
 
 def test_what_an_encoder_asks_of_it() -> None:

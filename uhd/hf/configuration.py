@@ -11,6 +11,7 @@ from uhd.hf.outputs import MEDIA
 from uhd.hf.versions import CACHE_NAMES
 from uhd.pixels import PixelSettings
 from uhd.resampler import PerceiverConfig
+from uhd.resampler.config import default_heads
 from uhd.schema import SeparatorIds, SpatialSchema
 from uhd.schema.counted import own_function, slicing_from_dict
 from uhd.slicing import Slicing, find
@@ -183,8 +184,8 @@ class UHDConfig(PreTrainedConfig):
         self.pixel_config = self.pixels.to_dict()
         if self.resampler_config.kind == "perceiver" and self.resampler_config.settings is None:
             width = self.text_config.get_text_config().hidden_size
-            heads = next(heads for heads in range(max(width // 128, 1), 0, -1) if width % heads == 0)
-            default = PerceiverConfig(width=width, vision_width=self.vision_config.width, num_heads=heads)
+            sizes = {"width": width, "vision_width": self.vision_config.width, "num_heads": default_heads(width)}
+            default = PerceiverConfig(**sizes)
             self.resampler_config.settings = default.to_dict()
 
     @property

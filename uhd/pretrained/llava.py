@@ -18,7 +18,7 @@ from uhd.pixels import PixelSettings
 from uhd.pixels.settings import PREPROCESSORS
 from uhd.pretrained.recipe import FILTERS, Names, Prefixes, Recipe
 from uhd.resampler import MLPProjector
-from uhd.resampler.loading import load_exactly, shape_of
+from uhd.resampler.weights import load_exactly, shape_of
 from uhd.slicing.strategies.anyres import AnyResConfig
 from uhd.slicing.strategies.base import StrategyConfig
 from uhd.slicing.strategies.fixed import CenterCropConfig, SquarePadConfig, StretchConfig

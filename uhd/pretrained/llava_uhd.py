@@ -19,7 +19,7 @@ from uhd.pixels import PixelSettings
 from uhd.pixels.settings import image_processors
 from uhd.pretrained.recipe import CLIP_MEAN, CLIP_STD, Names, Prefixes, Recipe
 from uhd.resampler import PerceiverResampler, SpatialResampler
-from uhd.resampler.loading import shape_of
+from uhd.resampler.weights import shape_of
 from uhd.schema import SpatialSchema
 from uhd.slicing import SlicingConfig
 from uhd.vision import config_from_hf

@@ -19,7 +19,7 @@ from uhd.pixels import PixelSettings
 from uhd.pixels.settings import PREPROCESSORS
 from uhd.pretrained.recipe import FILTERS, Names, Prefixes, Recipe
 from uhd.resampler import MergeProjector, PerceiverResampler
-from uhd.resampler.loading import shape_of
+from uhd.resampler.weights import shape_of
 from uhd.schema import SpatialSchema
 from uhd.slicing import SlicingConfig
 from uhd.vision import ViTConfig, config_from_hf, config_from_timm

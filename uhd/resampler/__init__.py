@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from uhd.positions import sincos_2d
+from uhd.resampler.config import PerceiverConfig
 from uhd.resampler.merger import MergeProjector
-from uhd.resampler.packing import FeaturePacker, pack_features
-from uhd.resampler.perceiver import PerceiverConfig, PerceiverResampler
+from uhd.resampler.perceiver import PerceiverResampler
 from uhd.resampler.projectors import MLPProjector, PixelShuffleProjector, PoolProjector
 from uhd.resampler.protocol import Compressor
 from uhd.resampler.pyramid import PyramidConfig, PyramidResampler
 from uhd.resampler.rewrite import RewriteConfig, RewriteResampler
-from uhd.resampler.sincos import sincos_2d
 from uhd.resampler.spatial import SpatialConfig, SpatialResampler
+from uhd.resampler.stitch import FeaturePacker, pack_features
 
 __all__ = [
     "Compressor",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from uhd_kernels import varlen_cross_attention
+
+from uhd.grids import Grid
 
 
 def attend(
@@ -21,7 +23,7 @@ def attend(
     position_offsets: Sequence[int] | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Latents attend to the keys of each view, and to nothing else.
+    """Let the latents attend to the keys of each view, and to nothing else.
 
     Args:
         q: (Q, H, d) latents shared by every view, or (V, Q, H, d) where each view has its own (deeper layers).
@@ -52,6 +54,22 @@ def attend(
     )
 
 
+def join_tables(grids: Sequence[Grid], make: Callable[[Grid], Tensor]) -> tuple[Tensor | None, list[int] | None]:
+    """Put the position tables of the distinct grids one after another.
+
+    Returns:
+        (L, D), and the first row of each view's table; None and None without views.
+
+    >>> join_tables([(1, 2), (1, 1), (1, 2)], lambda grid: torch.ones(grid[0] * grid[1], 4))[1]
+    [0, 2, 0]
+    """
+    tables = {grid: make(grid) for grid in dict.fromkeys(grids)}
+    if not tables:
+        return None, None
+    starts = dict(zip(tables, accumulate(map(len, tables.values()), initial=0), strict=False))
+    return torch.cat(list(tables.values())), [starts[grid] for grid in grids]
+
+
 class LatentAttention(nn.Module):
     """Cross-attention over packed keys with the parameters, names and result of `torch.nn.MultiheadAttention`.
 
@@ -68,7 +86,7 @@ class LatentAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As released: the input projection is left to PyTorch's Xavier default, the output projection is not."""
+        """Draw weights as released: PyTorch's default (Xavier) for the input projection, 0.02 for the output."""
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.in_proj_bias)
         nn.init.trunc_normal_(self.out_proj.weight, std=0.02)

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from uhd.packed import check_grids
-from uhd.resampler.loading import load_exactly, shape_of
+from uhd.grids import check_grids, join_blocks, shrink_grids
 from uhd.resampler.protocol import check_features
+from uhd.resampler.weights import load_exactly, shape_of
 
 
 class MergeProjector(nn.Module):
-    """Every round joins 2 x 2 neighbours: concatenation, LayerNorm, Linear, GELU (erf), Linear.
+    """Joins 2 x 2 neighbours, once or several times: concatenation, LayerNorm, Linear, GELU (erf), Linear.
 
     All rounds but the last keep the width. The channels of a block are its features one after another, row-major.
     With a ViT that compresses inside (`uhd.vision.CompressedViT`) one round gives 16 patches a token, without 4.
@@ -47,7 +45,7 @@ class MergeProjector(nn.Module):
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor], *, eps: float = 1e-6) -> MergeProjector:
-        """Weights under the names of transformers, without a prefix. Every size is read off the tensors.
+        """Read weights under the names of transformers, without a prefix; every size is read off the tensors.
 
         Raises:
             ValueError: names are missing or unexpected (listed), or shapes disagree.
@@ -59,40 +57,29 @@ class MergeProjector(nn.Module):
         return load_exactly(make, state, "a MergeProjector", like="mlp.0.linear_1.weight")
 
     def to_dict(self) -> dict[str, int | float]:
-        """The constructor's arguments, ready for JSON."""
+        """Give the constructor's arguments in values that JSON takes."""
         return {"in_dim": self.in_dim, "out_dim": self.out_dim, "rounds": self.rounds, "eps": self.eps}
 
     def output_lengths(self, grids: Sequence[tuple[int, int]]) -> list[int]:
-        """Tokens of every view: its blocks.
+        """Count the tokens of every view: one a block.
 
         Raises:
             ValueError: a side of a grid is not a multiple of 2 ** rounds.
         """
-        factor, lengths = 2**self.rounds, []
-        for view, (h, w) in enumerate(check_grids(grids)):
-            if h % factor or w % factor:
-                raise ValueError(
-                    f"grids[{view}] is {(h, w)}; both sides must be multiples of {factor}: plan slices whose patch "
-                    "sides are, times what the vision encoder joins itself (slicing.merge)"
-                )
-            lengths.append((h // factor) * (w // factor))
-        return lengths
+        advice = "plan slices whose patch sides are, times what the vision encoder joins itself (slicing.merge)"
+        return [h * w for h, w in shrink_grids(grids, 2**self.rounds, advice)]
 
     def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
-        """(N, in_dim) packed -> (N / 4 ** rounds, out_dim) packed, views in the same order.
+        """Merge packed features: (N, in_dim) -> (N / 4 ** rounds, out_dim), views in the same order.
 
         Raises:
-            ValueError, TypeError: see `output_lengths`, `uhd.packed.check_grids` and `protocol.check_features`.
+            ValueError, TypeError: see `output_lengths`, `uhd.grids.check_grids` and `protocol.check_features`.
         """
         grids = check_grids(grids)
         check_features(features, grids, self.mlp[0].linear_1.weight, self.in_dim)
         self.output_lengths(grids)
         for layer in self.mlp:
-            blocks = [
-                rearrange(view, "(h a w b) d -> (h w) (a b d)", h=h // 2, a=2, b=2)
-                for view, (h, w) in zip(features.split([h * w for h, w in grids]), grids, strict=True)
-            ]
-            features = layer(torch.cat(blocks) if blocks else features.reshape(0, 4 * self.in_dim))
+            features = layer(join_blocks(features, grids, 2).flatten(1))
             grids = tuple((h // 2, w // 2) for h, w in grids)
         return features
 

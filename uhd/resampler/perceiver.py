@@ -2,88 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uhd.packed import GridTables, as_grid, check_grids
-from uhd.resampler import absorbed
-from uhd.resampler.attention import LatentAttention
-from uhd.resampler.loading import Settings, check_sizes, load_exactly, shape_of
-from uhd.resampler.protocol import check_features
-from uhd.resampler.sincos import resize_table, sincos_2d
-
-KEY_POSITIONS = ("interpolated", "direct", "none")
-
-# What sets the published layers apart. Sizes are not part of a variant; "minicpm-v-2.6" also reads 2.5 (96 latents).
-VARIANTS: dict[str, dict[str, object]] = {
-    "paper": {"query_position": True, "key_position": "interpolated"},
-    "minicpm-v-2.0": {"query_position": True, "key_position": "direct"},
-    "minicpm-v-2.6": {"query_position": False, "key_position": "direct"},
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PerceiverConfig(Settings):
-    """Shape and flags of a `PerceiverResampler`. The defaults are the paper's layer.
-
-    Raises:
-        ValueError: a size does not fit another; the message says which.
-    """
-
-    width: int  # of the latents and of the output: the language model's
-    vision_width: int  # of the features
-    num_heads: int  # divides the width
-    num_latents: int = 64  # tokens per view; a square where the latents have positions
-    query_position: bool = True  # latents get the sincos table of their own square grid
-    key_position: str = "interpolated"  # that table resized to the view's grid; "direct": the view's own; "none"
-    depth: int = 1  # cross-attention layers; the published ones have 1
-    ffn_ratio: float = 0.0  # hidden width of an FFN after each layer, as a multiple of the width; 0 for none
-    eps: float = 1e-6  # of every LayerNorm
-
-    def __post_init__(self) -> None:
-        check_sizes(self, ("width", "vision_width", "num_heads", "num_latents", "depth"))
-        if self.key_position not in KEY_POSITIONS:
-            raise ValueError(f"key_position={self.key_position!r}: choose one of {list(KEY_POSITIONS)}")
-        if self.ffn_ratio < 0 or (self.ffn_ratio and self.ffn_width < 1):
-            raise ValueError(
-                f"ffn_ratio={self.ffn_ratio}: must be 0 for no FFN, or leave a hidden width of at least 1"
-            )
-        if (self.query_position or self.key_position != "none") and self.width % 4:
-            raise ValueError(f"width={self.width}: 2D sincos positions need a multiple of 4")
-        if self.has_latent_table and math.isqrt(self.num_latents) ** 2 != self.num_latents:
-            raise ValueError(
-                f"num_latents={self.num_latents} is not a square, and the latents' positions are a square grid: take "
-                "64 or 144, say, or query_position=False with key_position='direct' or 'none'"
-            )
-
-    @classmethod
-    def preset(cls, variant: str, **fields: object) -> PerceiverConfig:
-        """A published layer by name ("paper", "minicpm-v-2.0", "minicpm-v-2.6"), with sizes and changes as keywords.
-
-        Raises:
-            ValueError: no such variant.
-        """
-        if variant not in VARIANTS:
-            raise ValueError(f"variant={variant!r} is unknown; choose one of {list(VARIANTS)}")
-        return cls(**{**VARIANTS[variant], **fields})
-
-    @property
-    def has_latent_table(self) -> bool:
-        """Whether a table over the latents' own grid is used, and so saved as `pos_embed`."""
-        return self.query_position or self.key_position == "interpolated"
-
-    @property
-    def ffn_width(self) -> int:
-        return round(self.ffn_ratio * self.width)
+from uhd.grids import Grid, as_grid, check_grids
+from uhd.positions import interpolate_pos_embed, sincos_2d
+from uhd.resampler import folded
+from uhd.resampler.attention import LatentAttention, join_tables
+from uhd.resampler.config import PerceiverConfig
+from uhd.resampler.protocol import LatentResampler, check_features
+from uhd.resampler.weights import load_exactly, shape_of, vision_width_of
+from uhd.shortcuts import is_plain, transformed, wants_gradients
 
 
 class FeedForward(nn.Module):
-    """x + down(gelu(up(norm(x)))), width unchanged."""
+    """Computes x + down(gelu(up(norm(x)))); the width stays."""
 
     def __init__(self, config: PerceiverConfig) -> None:
         super().__init__()
@@ -99,7 +36,7 @@ class FeedForward(nn.Module):
 
 
 class DeeperLayer(nn.Module):
-    """A layer after the first: each view's latents look at its features again, with residuals."""
+    """One layer after the first: each view's latents look at its features again, with residuals."""
 
     def __init__(self, config: PerceiverConfig) -> None:
         super().__init__()
@@ -113,7 +50,7 @@ class DeeperLayer(nn.Module):
         return self.ffn(x + self.attn(queries, kv, lengths, **keys))
 
 
-class PerceiverResampler(nn.Module):
+class PerceiverResampler(LatentResampler):
     """Q learned latents attend to the patches of one view at a time; the same weights serve every view.
 
         kv = LN_kv(kv_proj(x))    q = LN_q(query) + P    k = kv + positions(grid)    v = kv
@@ -129,40 +66,39 @@ class PerceiverResampler(nn.Module):
         config: the `PerceiverConfig` it was made from.
         in_dim, out_dim, tokens_per_view: D_v, D and Q.
         attention_impl: kernel used, see `uhd_kernels.varlen_cross_attention`; "auto" unless set. Another one keeps
-            inference to the paths that have a kernel, "plain" and "cached".
+            inference to "plain", the only path that has a kernel.
         inference: which products are taken where nothing is trained, with equal results; see the property.
+
+    >>> resampler = PerceiverResampler(PerceiverConfig(width=32, vision_width=16, num_heads=2, num_latents=9))
+    >>> features = torch.zeros(2 * 3 + 5 * 4, 16)  # two views, of 2 x 3 and 5 x 4 patches
+    >>> resampler(features, [(2, 3), (5, 4)]).shape
+    torch.Size([2, 9, 32])
     """
 
     def __init__(self, config: PerceiverConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.in_dim, self.out_dim, self.tokens_per_view = config.vision_width, config.width, config.num_latents
+        super().__init__(config)
         self.attention_impl = "auto"
         self._inference = "auto"
-        self._folded = absorbed.Folded()
-        width, side = config.width, math.isqrt(config.num_latents)
+        self._folded = folded.Folded()
+        width = config.width
         self.query = nn.Parameter(torch.empty(config.num_latents, width))
         # A buffer, so that unfreezing a whole model does not train a table that is meant to stay fixed.
-        self.register_buffer("pos_embed", sincos_2d(width, (side, side)) if config.has_latent_table else None)
-        self.kv_proj: nn.Module = nn.Identity()
-        if config.vision_width != width:
-            self.kv_proj = nn.Linear(config.vision_width, width, bias=False)
+        self.register_buffer("pos_embed", self._latent_positions() if config.has_latent_table else None)
+        self.kv_proj = self._make_kv_proj()
         self.attn = LatentAttention(width, config.num_heads)
         self.ln_q, self.ln_kv, self.ln_post = (nn.LayerNorm(width, eps=config.eps) for _ in range(3))
         self.proj = nn.Parameter(torch.empty(width, width))
         self.ffn = FeedForward(config) if config.ffn_ratio else nn.Identity()
         self.layers = nn.ModuleList(DeeperLayer(config) for _ in range(config.depth - 1))
-        self._key_tables = GridTables()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As released: truncated normal 0.02 for latents and linears, N(0, 1) / sqrt(D) for the last projection.
+        """Draw weights as released: truncated normal 0.02 for latents and linears, N(0, 1) / sqrt(D) for `proj`.
 
         Positions get their sines anew; norms, attention and FFN reset themselves.
         """
         if self.pos_embed is not None and not self.pos_embed.is_meta:
-            side = math.isqrt(self.config.num_latents)
-            self.pos_embed.copy_(sincos_2d(self.config.width, (side, side)))
+            self.pos_embed.copy_(self._latent_positions())
         nn.init.trunc_normal_(self.query, std=0.02)
         nn.init.normal_(self.proj, std=self.config.width**-0.5)
         if isinstance(self.kv_proj, nn.Linear):
@@ -172,7 +108,7 @@ class PerceiverResampler(nn.Module):
     def from_state_dict(
         cls, state: Mapping[str, Tensor], *, variant: str, num_heads: int, eps: float = 1e-6
     ) -> PerceiverResampler:
-        """Weights under the reference's names, without a prefix. Every size is read off the tensors.
+        """Read weights under the reference's names, without a prefix; every size is read off the tensors.
 
         Args:
             state: name -> tensor; dtype and device of `query` become the module's. The tensors are copied.
@@ -189,7 +125,7 @@ class PerceiverResampler(nn.Module):
         config = PerceiverConfig.preset(
             variant,
             width=width,
-            vision_width=state["kv_proj.weight"].shape[-1] if "kv_proj.weight" in state else width,
+            vision_width=vision_width_of(state, width),
             num_heads=num_heads,
             num_latents=num_latents,
             depth=1 + len(deeper),
@@ -198,17 +134,13 @@ class PerceiverResampler(nn.Module):
         )
         return load_exactly(lambda: cls(config), state, f"variant {variant!r}", like="query")
 
-    def output_lengths(self, grids: Sequence[tuple[int, int]]) -> list[int]:
-        """Tokens of every view: Q, whatever the grid."""
-        return [self.tokens_per_view] * len(grids)
-
     @property
     def inference(self) -> str:
-        """How tokens are computed in eval mode where no gradients are wanted; `uhd.resampler.absorbed` has the maths.
+        """Which products are taken in eval mode where no gradients are wanted; `uhd.resampler.folded` has the maths.
 
-        "auto" (as made) takes the one with the fewest FLOPs for the views of a call. "plain", "cached", "absorbed" and
-        "narrow" ask for one. Training is always plain; so are compilation, autocast, more layers than one, an FFN, and
-        weights or layers that are not what they were made as; `inference_path` tells.
+        "auto" (as made) takes the way with the fewest FLOPs for the views of a call. "plain", "absorbed" and "narrow"
+        ask for one. Training is always plain; so are compilation, autocast, more layers than one, an FFN, and weights
+        or layers that are not what they were made as; `inference_path` tells.
 
         Raises (on setting):
             ValueError: an unknown name, or one that this layer cannot take (depth above 1, an FFN).
@@ -217,8 +149,13 @@ class PerceiverResampler(nn.Module):
 
     @inference.setter
     def inference(self, choice: str) -> None:
-        if choice not in absorbed.CHOICES:
-            raise ValueError(f"inference={choice!r} is unknown; choose one of {list(absorbed.CHOICES)}")
+        if choice == "cached":
+            warnings.warn(
+                "inference='cached' is gone, it saved little: 'auto' is taken", DeprecationWarning, stacklevel=2
+            )
+            choice = "auto"
+        if choice not in folded.CHOICES:
+            raise ValueError(f"inference={choice!r} is unknown; choose one of {list(folded.CHOICES)}")
         if choice not in ("auto", "plain") and (self.config.depth > 1 or self.config.ffn_ratio):
             raise ValueError(
                 f"inference={choice!r} needs depth=1 and no FFN; this one has depth={self.config.depth} and "
@@ -226,18 +163,65 @@ class PerceiverResampler(nn.Module):
             )
         self._inference = choice
 
-    def inference_path(self, grids: Sequence[tuple[int, int]], features: Tensor | None = None) -> str:
-        """What a call now would take for views of these grids: "plain", "cached", "absorbed" or "narrow"."""
+    def inference_path(self, grids: Sequence[Grid], features: Tensor | None = None) -> str:
+        """Tell which way a call would take now for views of these grids: "plain", "absorbed" or "narrow"."""
         grids = [as_grid(grid) for grid in grids]
-        paths = absorbed.usable(self, features) if grids else ("plain",)
-        if len(paths) == 1:
-            return paths[0]
-        if self._inference != "auto":
-            return self._inference if self._inference in paths else "plain"
-        return absorbed.cheapest(self.config, grids, paths if self.attention_impl == "auto" else paths[:2])
+        choice = self._inference
+        if choice == "auto":
+            choice = "plain" if self.attention_impl != "auto" else folded.cheapest(self.config, grids)
+        if not grids or choice == "plain":  # the usual case of small layers, where the checks would take longer
+            return "plain"
+        paths = self._foldable(features)
+        if self._inference == "auto":
+            return folded.cheapest(self.config, grids, paths)
+        return choice if choice in paths else "plain"
+
+    def _foldable(self, features: Tensor | None) -> tuple[str, ...]:
+        """Tell which paths give what "plain" gives in the present state.
+
+        "plain" alone: in training mode; where gradients are wanted of the features or of any parameter; under
+        compilation, tracing, a functorch transform or autocast, or while a CUDA graph is captured; with more than one
+        layer, or an FFN; with weights that are no plain parameters (parametrised, quantised, distributed, on the meta
+        device, made in inference mode), or hooks and wrappers on a layer that would not be called. "narrow" is left
+        out where kv_proj or ln_kv is not as it was made.
+        """
+        plain, absorbed = folded.PATHS[:1], folded.PATHS[:2]
+        if self.training or transformed() or self.config.depth > 1 or self.config.ffn_ratio:
+            return plain
+        inputs = [] if features is None else [features]
+        if wants_gradients((*inputs, *self.parameters())):
+            return plain
+        device = self.query.device
+        if any(type(x) is not Tensor or x.device != device for x in inputs) or torch.is_autocast_enabled(device.type):
+            return plain
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return plain
+        if not (is_plain(self.attn, LatentAttention) and is_plain(self.ln_q, nn.LayerNorm)):
+            return plain
+        if not folded.are_plain(self._layer("absorbed").weights, self.query):
+            return plain
+        kv_proj = self.kv_proj
+        whole = is_plain(self.ln_kv, nn.LayerNorm) and (
+            is_plain(kv_proj, nn.Identity) or (is_plain(kv_proj, nn.Linear) and kv_proj.bias is None)
+        )
+        return folded.PATHS if whole and folded.are_plain(self._layer("narrow").weights, self.query) else absorbed
+
+    def _layer(self, path: str) -> folded.Layer:
+        """What `path` folds, as the modules hold it now; None for a parameter that is no longer there."""
+        names = ["query", "attn.in_proj_weight", "attn.in_proj_bias", "ln_q.weight", "ln_q.bias"]
+        names += ["pos_embed"] if self.config.has_latent_table else []
+        if path == "narrow":
+            names += ["ln_kv.weight", "ln_kv.bias"]
+            names += ["kv_proj.weight"] if isinstance(self.kv_proj, nn.Linear) else []
+        weights = {}
+        for name in names:
+            module, _, own = name.rpartition(".")
+            part = self.get_submodule(module)
+            weights[name] = part._buffers.get(own) if own == "pos_embed" else part._parameters.get(own)
+        return folded.Layer(self.config, weights, self.ln_q.eps, getattr(self.ln_kv, "eps", None))
 
     def train(self, mode: bool = True) -> PerceiverResampler:
-        """As of every module; training lets go of what inference keeps."""
+        """Switch the mode as of every module; training lets go of what inference keeps."""
         if mode:
             self._folded.clear()
         return super().train(mode)
@@ -266,13 +250,19 @@ class PerceiverResampler(nn.Module):
         if path == "plain":
             x = self._plain(features, grids)
         else:
-            x = self.attn.out_proj(absorbed.mix(self, path, features, grids))
+            layer = self._layer(path)
+            kept = self._folded.get(path, layer)
+            narrow = path == "narrow"
+            keys = folded.normalised(layer, kept, features) if narrow else self.ln_kv(self.kv_proj(features))
+            x = self.attn.out_proj(folded.attend_folded(layer, kept, keys, grids))
         return self.ln_post(x) @ self.proj
 
     def _plain(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
-        """All layers, with nothing taken as constant: (V, Q, D)."""
+        """Run all layers with nothing taken as constant: (V, Q, D)."""
         lengths = [h * w for h, w in grids]
-        positions, offsets = self._key_positions(grids, features.device)
+        positions = offsets = None
+        if self.config.key_position != "none":
+            positions, offsets = join_tables(grids, self.key_table)
         keys = {"positions": positions, "position_offsets": offsets, "impl": self.attention_impl}
         kv = self.ln_kv(self.kv_proj(features))  # (N, D)
         query_table = self.pos_embed if self.config.query_position else None
@@ -282,36 +272,18 @@ class PerceiverResampler(nn.Module):
             x = layer(x, kv, lengths, query_table=query_table, **keys)
         return x
 
-    def _key_positions(
-        self, grids: Sequence[tuple[int, int]], device: torch.device
-    ) -> tuple[Tensor | None, list[int] | None]:
-        """Tables of the distinct grids one after another (L, D), and the first row of each view's."""
-        if self.config.key_position == "none" or not grids:
-            return None, None
-        starts: dict[tuple[int, int], int] = {}
-        rows = 0
-        for h, w in dict.fromkeys(grids):
-            starts[h, w] = rows
-            rows += h * w
-        return torch.cat([self.key_table(grid, device) for grid in starts]), [starts[grid] for grid in grids]
+    def key_table(self, grid_hw: Grid, device: torch.device | None = None) -> Tensor:
+        """Make the positions that join the keys of a view: (h * w, D), in the dtype of the weights.
 
-    def key_table(self, grid_hw: tuple[int, int], device: torch.device | None = None) -> Tensor:
-        """(h * w, D) positions that join the keys of a view, in the dtype of the weights; kept after the first call.
-
-        They are computed in float32. ``device``: that of the weights unless told.
+        They are computed in float32 at least. `device`: that of the weights unless told.
 
         Raises:
             ValueError: this layer has no key positions.
         """
-        if self.config.key_position == "none":
+        config, device = self.config, self.query.device if device is None else device
+        if config.key_position == "none":
             raise ValueError("this resampler has no key positions (key_position='none')")
-        dtype, device = self.query.dtype, self.query.device if device is None else device
-        source = self.pos_embed if self.config.key_position == "interpolated" else None
-        return self._key_tables.get(
-            (grid_hw, device, dtype), source, lambda: self._make_key_table(grid_hw).to(device, dtype)
-        )
-
-    def _make_key_table(self, grid_hw: tuple[int, int]) -> Tensor:
-        if self.config.key_position == "direct":
-            return sincos_2d(self.config.width, grid_hw)
-        return resize_table(self.pos_embed, grid_hw)
+        if config.key_position == "direct":
+            return sincos_2d(config.width, grid_hw, device=device, dtype=self.query.dtype)
+        table = interpolate_pos_embed(self.pos_embed, (config.side, config.side), grid_hw)
+        return table.to(device, self.query.dtype)

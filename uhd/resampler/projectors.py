@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from uhd.packed import check_grids
+from uhd.grids import Grid, check_grids, join_blocks, map_by_grid, shrink_grids, split_views
 from uhd.resampler.protocol import check_features
 
 
 class MLPProjector(nn.Module):
-    """A two-layer MLP on every patch, as in LLaVA-1.5: one token a patch, nothing compressed.
+    """Applies a two-layer MLP to every patch, as in LLaVA-1.5: one token a patch, nothing compressed.
 
     Args:
         in_dim: width of the features.
@@ -46,7 +46,7 @@ class MLPProjector(nn.Module):
         )
 
     def to_dict(self) -> dict[str, int | bool | str]:
-        """The constructor's arguments, ready for JSON."""
+        """Give the constructor's arguments in values that JSON takes."""
         return {
             "in_dim": self.in_dim,
             "out_dim": self.out_dim,
@@ -56,21 +56,21 @@ class MLPProjector(nn.Module):
         }
 
     def output_lengths(self, grids: Sequence[tuple[int, int]]) -> list[int]:
-        """Tokens of every view: rows times columns."""
+        """Count the tokens of every view: rows times columns."""
         return [h * w for h, w in check_grids(grids)]
 
     def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
-        """(N, in_dim) packed -> (N, out_dim) packed in the same order.
+        """Project packed features: (N, in_dim) -> (N, out_dim) in the same order.
 
         Raises:
-            ValueError, TypeError: see `uhd.packed.check_grids` and `protocol.check_features`.
+            ValueError, TypeError: see `uhd.grids.check_grids` and `protocol.check_features`.
         """
         check_features(features, check_grids(grids), self.mlp[0].weight, self.in_dim)
         return self.mlp(features)
 
 
 class PixelShuffleProjector(nn.Module):
-    """Blocks of `factor` x `factor` patches become one token: space to depth, LayerNorm, two-layer MLP.
+    """Joins blocks of `factor` x `factor` patches to one token: space to depth, LayerNorm, two-layer MLP.
 
     The channels of a block are its patches one after another, row-major, each with its own channels in order; tokens
     are row-major. Source of order and MLP: InternVL's released models (`pixel_shuffle`, `ps_version` v2).
@@ -79,6 +79,9 @@ class PixelShuffleProjector(nn.Module):
         in_dim: width of the features.
         out_dim: width of the tokens.
         factor: side of a block in patches; both sides of every grid must be multiples of it.
+
+    >>> PixelShuffleProjector(16, 32, factor=2)(torch.zeros(4 * 6, 16), [(4, 6)]).shape
+    torch.Size([6, 32])
     """
 
     tokens_per_view = None  # depends on the grid
@@ -94,44 +97,32 @@ class PixelShuffleProjector(nn.Module):
         )
 
     def to_dict(self) -> dict[str, int]:
-        """The constructor's arguments, ready for JSON."""
+        """Give the constructor's arguments in values that JSON takes."""
         return {"in_dim": self.in_dim, "out_dim": self.out_dim, "factor": self.factor}
 
     def output_lengths(self, grids: Sequence[tuple[int, int]]) -> list[int]:
-        """Tokens of every view: its blocks.
+        """Count the tokens of every view: one a block.
 
         Raises:
             ValueError: a side of a grid is not a multiple of `factor`.
         """
-        lengths = []
-        for view, (h, w) in enumerate(check_grids(grids)):
-            if h % self.factor or w % self.factor:
-                raise ValueError(
-                    f"grids[{view}] is {(h, w)}; both sides must be multiples of factor={self.factor}: plan slices "
-                    f"with patch sides divisible by {self.factor}, or use another compressor"
-                )
-            lengths.append((h // self.factor) * (w // self.factor))
-        return lengths
+        advice = f"plan slices with patch sides divisible by factor={self.factor}, or use another compressor"
+        return [h * w for h, w in shrink_grids(grids, self.factor, advice)]
 
     def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
-        """(N, in_dim) packed -> (N / factor ** 2, out_dim) packed, views in the same order.
+        """Join blocks of packed features: (N, in_dim) -> (N / factor ** 2, out_dim), views in the same order.
 
         Raises:
-            ValueError, TypeError: see `output_lengths`, `uhd.packed.check_grids` and `protocol.check_features`.
+            ValueError, TypeError: see `output_lengths`, `uhd.grids.check_grids` and `protocol.check_features`.
         """
         grids = check_grids(grids)
         check_features(features, grids, self.mlp[1].weight, self.in_dim)
         self.output_lengths(grids)
-        side = self.factor
-        blocks = [
-            rearrange(view, "(h a w b) c -> (h w) (a b c)", h=h // side, a=side, b=side)
-            for view, (h, w) in zip(features.split([h * w for h, w in grids]), grids, strict=True)
-        ]
-        return self.mlp(torch.cat(blocks) if blocks else features.reshape(0, self.mlp[1].in_features))
+        return self.mlp(join_blocks(features, grids, self.factor).flatten(1))
 
 
 class PoolProjector(nn.Module):
-    """A two-layer MLP on every patch, then each view's map pooled by `factor` per side, a rest counting as one.
+    """Applies a two-layer MLP to every patch, then pools each view's map by `factor` a side; a rest counts as one.
 
     Perception-LM averages blocks of 2 x 2 after its MLP; LLaVA-OneVision resizes a video's frames bilinearly after its
     own, 27 x 27 patches to 14 x 14.
@@ -156,34 +147,30 @@ class PoolProjector(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(in_dim, out_dim), nn.GELU(), nn.Linear(out_dim, out_dim))
 
     def to_dict(self) -> dict[str, int | str]:
-        """The constructor's arguments, ready for JSON."""
+        """Give the constructor's arguments in values that JSON takes."""
         return {"in_dim": self.in_dim, "out_dim": self.out_dim, "factor": self.factor, "mode": self.mode}
 
     def output_lengths(self, grids: Sequence[tuple[int, int]]) -> list[int]:
-        """Tokens of every view: both sides divided by `factor`, rounded up."""
+        """Count the tokens of every view: both sides divided by `factor`, rounded up."""
         return [-(-h // self.factor) * -(-w // self.factor) for h, w in check_grids(grids)]
 
     def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
-        """(N, in_dim) packed -> (sum of `output_lengths`, out_dim) packed, views in the same order.
+        """Project and pool packed features: (N, in_dim) -> (sum of `output_lengths`, out_dim), views in order.
 
         Raises:
-            ValueError, TypeError: see `uhd.packed.check_grids` and `protocol.check_features`.
+            ValueError, TypeError: see `uhd.grids.check_grids` and `protocol.check_features`.
         """
         grids = check_grids(grids)
         check_features(features, grids, self.mlp[0].weight, self.in_dim)
         tokens = self.mlp(features)
         if self.factor == 1 or not grids:
             return tokens
-        places: dict[tuple[int, int], list[int]] = {}
-        for view, grid in enumerate(grids):
-            places.setdefault(grid, []).append(view)
-        views = tokens.split([h * w for h, w in grids])
-        pooled: dict[int, Tensor] = {}
-        for grid, members in places.items():  # views of one grid are pooled together
-            pooled.update(zip(members, self._pool(torch.stack([views[view] for view in members]), grid), strict=True))
-        return torch.cat([pooled[view] for view in range(len(grids))])
+        per_view = split_views(tokens, grids)
+        return torch.cat(
+            map_by_grid(lambda grid, views: self._pool(torch.stack([per_view[view] for view in views]), grid), grids)
+        )
 
-    def _pool(self, views: Tensor, grid: tuple[int, int]) -> Tensor:
+    def _pool(self, views: Tensor, grid: Grid) -> Tensor:
         """(V, h * w, D) -> (V, fewer, D)."""
         maps = rearrange(views, "v (h w) d -> v d h w", h=grid[0], w=grid[1])
         if self.mode == "average":

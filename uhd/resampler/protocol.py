@@ -1,12 +1,14 @@
-"""What an encoder asks of a compressor, and the check of packed features that all of them share."""
+"""What an encoder asks of a compressor, what those with latents share, and the check of packed features."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from uhd.positions import sincos_2d
 
 
 class Compressor(Protocol):
@@ -24,12 +26,38 @@ class Compressor(Protocol):
     def __call__(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor: ...
 
     def output_lengths(self, grids: Sequence[tuple[int, int]]) -> list[int]:
-        """Tokens of every view, in order."""
+        """Count the tokens of every view, in order."""
         ...
 
 
+class LatentResampler(nn.Module):
+    """Base of the resamplers that have Q learned latents, and so give Q tokens for every view.
+
+    Attributes:
+        config: what it was made from.
+        in_dim, out_dim, tokens_per_view: D_v, D and Q.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.in_dim, self.out_dim, self.tokens_per_view = config.vision_width, config.width, config.num_latents
+
+    def output_lengths(self, grids: Sequence[tuple[int, int]]) -> list[int]:
+        """Count the tokens of every view: Q, whatever the grid."""
+        return [self.tokens_per_view] * len(grids)
+
+    def _make_kv_proj(self) -> nn.Module:
+        """The features' projection to the latents' width, where these differ."""
+        return nn.Identity() if self.in_dim == self.out_dim else nn.Linear(self.in_dim, self.out_dim, bias=False)
+
+    def _latent_positions(self) -> Tensor:
+        """Sines and cosines over the latents' own square grid, (Q, D)."""
+        return sincos_2d(self.out_dim, (self.config.side, self.config.side))
+
+
 def check_features(features: Tensor, grids: Sequence[tuple[int, int]], like: Tensor, in_dim: int) -> None:
-    """Features fit the grids and the module's weights, of which `like` is one.
+    """Check that features fit the grids and the module's weights, of which `like` is one.
 
     Raises:
         ValueError: the shape does not fit `in_dim` or the sum of the grids' areas.

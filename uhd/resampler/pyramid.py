@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,11 +10,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from uhd.packed import GridTables, check_grids
+from uhd.grids import Grid, check_grids, map_by_grid, split_views
+from uhd.positions import interpolate_pos_embed
 from uhd.resampler.attention import LatentAttention
-from uhd.resampler.loading import Settings, check_sizes, load_exactly, shape_of
-from uhd.resampler.protocol import check_features
-from uhd.resampler.sincos import resize_table, sincos_2d
+from uhd.resampler.config import Settings, check_sizes
+from uhd.resampler.protocol import LatentResampler, check_features
+from uhd.resampler.weights import load_exactly, shape_of
 from uhd.resampler.windows import attend_windows, pool_windows
 
 NUM_SETS = 4
@@ -45,23 +45,14 @@ class PyramidConfig(Settings):
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple(self.levels))  # JSON brings a list
         check_sizes(self, ("width", "vision_width", "num_heads", "num_latents"))
-        if self.width % 4:
-            raise ValueError(f"width={self.width}: 2D sincos positions need a multiple of 4")
-        if math.isqrt(self.num_latents) ** 2 != self.num_latents:
-            raise ValueError(f"num_latents={self.num_latents} is not a square: take 64 or 144, say")
         known = [scale for scale in SCALES if scale in self.levels]
         if list(self.levels) != known or not known or (self.upsample and known[0] != 1):
             raise ValueError(
                 f"levels={self.levels}: take some of {SCALES}, ascending, with 1 among them where upsample is set"
             )
 
-    @property
-    def side(self) -> int:
-        """Windows along each side of a view."""
-        return math.isqrt(self.num_latents)
 
-
-class PyramidResampler(nn.Module):
+class PyramidResampler(LatentResampler):
     """Four sets of Q = g*g latents attend to the pooled keys of their window on all levels; one token a window.
 
         x_l = LN_kv(features_lx_projector(level l))
@@ -82,27 +73,24 @@ class PyramidResampler(nn.Module):
     """
 
     def __init__(self, config: PyramidConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.in_dim, self.out_dim, self.tokens_per_view = config.vision_width, config.width, config.num_latents
+        super().__init__(config)
         width = config.width
         for scale in config.levels:
             self.register_module(f"features_{scale}x_projector", nn.Linear(config.vision_width, width))
             self.register_parameter(f"feature_{scale}x_embedding", nn.Parameter(torch.empty(1, 1, width)))
         for number in range(1, NUM_SETS + 1):
             self.register_parameter(f"query_{number}", nn.Parameter(torch.empty(config.num_latents, width)))
-        self.register_buffer("pos_embed", sincos_2d(width, (config.side, config.side)))  # fixed, so not a parameter
+        self.register_buffer("pos_embed", self._latent_positions())  # fixed, so not a parameter
         self.attn = LatentAttention(width, config.num_heads)
         self.ln_q, self.ln_kv, self.ln_proj, self.ln_post = (nn.LayerNorm(width, eps=config.eps) for _ in range(4))
         self.cat_proj = nn.Linear(NUM_SETS * width, width)
         self.proj = nn.Parameter(torch.empty(width, width))
-        self._tables = GridTables()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As released: truncated normal 0.02, zero biases and level embeddings, N(0, 1) / sqrt(D) at the end."""
+        """Draw weights as released: normal 0.02, zero biases and level embeddings, N(0, 1) / sqrt(D) for `proj`."""
         if not self.pos_embed.is_meta:
-            self.pos_embed.copy_(sincos_2d(self.config.width, (self.config.side, self.config.side)))
+            self.pos_embed.copy_(self._latent_positions())
         for linear in (self.cat_proj, *(self.get_submodule(f"features_{s}x_projector") for s in self.config.levels)):
             nn.init.trunc_normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
@@ -123,7 +111,7 @@ class PyramidResampler(nn.Module):
         aligned: bool = False,
         eps: float = 1e-6,
     ) -> PyramidResampler:
-        """Weights under the release's names, without a prefix and without `upsampler.*`.
+        """Read weights under the release's names, without a prefix and without `upsampler.*`.
 
         Args:
             state: name -> tensor; dtype and device of `query_1` become the module's. The tensors are copied, those
@@ -156,10 +144,6 @@ class PyramidResampler(nn.Module):
         used = {name: tensor for name, tensor in state.items() if name not in unused}
         return load_exactly(lambda: cls(config), used, "a PyramidResampler", like="query_1")
 
-    def output_lengths(self, grids: Sequence[tuple[int, int]]) -> list[int]:
-        """Tokens of every view: Q, whatever the grid."""
-        return [self.tokens_per_view] * len(grids)
-
     def forward(self, features: Tensor | Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> Tensor:
         """Compress every view on its own.
 
@@ -180,20 +164,17 @@ class PyramidResampler(nn.Module):
         queries = torch.stack([self.ln_q(query) + self.pos_embed for query in self._queries()], dim=1)  # (Q, 4, D)
         w_q, b_q = (x.chunk(3)[0] for x in (self.attn.in_proj_weight, self.attn.in_proj_bias))
         q = F.linear(queries, w_q, b_q)
-        mixed: dict[int, Tensor] = {}
-        for grid in dict.fromkeys(grids):
-            views = [view for view, other in enumerate(grids) if other == grid]
-            mixed.update(zip(views, self._attend(q, pyramid, views, grid), strict=True))
+        mixed = map_by_grid(lambda grid, views: self._attend(q, pyramid, views, grid), grids)
         if not mixed:
             return q.new_zeros(0, self.tokens_per_view, self.out_dim)
-        heads = self.ln_proj(self.attn.out_proj(torch.stack([mixed[view] for view in range(len(grids))])))
+        heads = self.ln_proj(self.attn.out_proj(torch.stack(mixed)))
         return self.ln_post(self.cat_proj(rearrange(heads, "v s q d -> v q (s d)"))) @ self.proj
 
     def _queries(self) -> list[nn.Parameter]:
         return [self.get_parameter(f"query_{number}") for number in range(1, NUM_SETS + 1)]
 
     def _pyramid(self, features: Tensor | Sequence[Tensor], grids: tuple[tuple[int, int], ...]) -> list[list[Tensor]]:
-        """For every level the V maps (h*s, w*s, D_v)."""
+        """Split every level into the V maps (h*s, w*s, D_v)."""
         levels = self.config.levels
         if isinstance(features, Tensor):
             if not self.config.upsample and levels != (1,):
@@ -208,20 +189,18 @@ class PyramidResampler(nn.Module):
         for scale, level in zip(levels, features, strict=True):
             sizes = [(h * scale, w * scale) for h, w in grids]
             check_features(level, sizes, self.query_1, self.in_dim)
-            parts = level.split([h * w for h, w in sizes]) if sizes else ()
-            pyramid.append([part.unflatten(0, size) for part, size in zip(parts, sizes, strict=True)])
+            parts = zip(split_views(level, sizes), sizes, strict=True)
+            pyramid.append([part.unflatten(0, size) for part, size in parts])
         return pyramid
 
-    def _attend(
-        self, q: Tensor, pyramid: Sequence[Sequence[Tensor]], views: Sequence[int], grid_hw: tuple[int, int]
-    ) -> Tensor:
-        """Views of one grid -> (V, 4, Q, D), before the output projection."""
+    def _attend(self, q: Tensor, pyramid: Sequence[Sequence[Tensor]], views: Sequence[int], grid_hw: Grid) -> Tensor:
+        """Attend on views of one grid: (V, 4, Q, D), before the output projection."""
         keys, values = [], []
         for scale, maps in zip(self.config.levels, pyramid, strict=True):
             projector = self.get_submodule(f"features_{scale}x_projector")
             x = self.ln_kv(projector(torch.stack([maps[view] for view in views])))  # (V, h*s, w*s, D)
             size = (grid_hw[0] * scale, grid_hw[1] * scale)
-            table = self._table(size).unflatten(0, size)
+            table = interpolate_pos_embed(self.pos_embed, (self.config.side,) * 2, size).unflatten(0, size)
             keys.append(self._pooled(x + table + self.get_parameter(f"feature_{scale}x_embedding")))
             values.append(self._pooled(x))
         # projected after pooling: the finest level has far more features than its windows have keys
@@ -231,15 +210,11 @@ class PyramidResampler(nn.Module):
         return attend_windows(q, k, v, self.config.num_heads)
 
     def _pooled(self, maps: Tensor) -> Tensor:
-        return pool_windows(maps, self.config.side, aligned=self.config.aligned, tables=self._tables)
-
-    def _table(self, grid_hw: tuple[int, int]) -> Tensor:
-        key = ("positions", grid_hw, self.pos_embed.device, self.pos_embed.dtype)
-        return self._tables.get(key, self.pos_embed, lambda: resize_table(self.pos_embed, grid_hw))
+        return pool_windows(maps, self.config.side, aligned=self.config.aligned)
 
 
 def upsampled(features: Tensor, grids: Sequence[tuple[int, int]], levels: Sequence[int]) -> list[Tensor]:
-    """A pyramid by bilinear resizing (corners not aligned), for want of an upsampler that sees the image.
+    """Make a pyramid by bilinear resizing (corners not aligned), for want of an upsampler that sees the image.
 
     Args:
         features: (N, D), all views packed, row-major.
@@ -255,7 +230,7 @@ def upsampled(features: Tensor, grids: Sequence[tuple[int, int]], levels: Sequen
     lengths = [h * w for h, w in grids]
     if sum(lengths) != len(features):
         raise ValueError(f"features have {len(features)} rows, but the {len(grids)} grids add up to {sum(lengths)}")
-    parts = features.split(lengths) if grids else ()
+    parts = split_views(features, grids)
     pyramid = []
     for scale in levels:
         finer = []

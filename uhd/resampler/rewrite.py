@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uhd.packed import GridTables, check_grids
-from uhd.resampler.attention import LatentAttention
-from uhd.resampler.loading import Settings, check_sizes, load_exactly, shape_of
-from uhd.resampler.protocol import check_features
-from uhd.resampler.sincos import resize_table, sincos_2d
+from uhd.grids import check_grids
+from uhd.positions import interpolate_pos_embed, sincos_2d
+from uhd.resampler.attention import LatentAttention, join_tables
+from uhd.resampler.config import Settings, check_sizes
+from uhd.resampler.protocol import LatentResampler, check_features
+from uhd.resampler.weights import load_exactly, shape_of, vision_width_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,12 +35,10 @@ class RewriteConfig(Settings):
     eps: float = 1e-6  # of every LayerNorm
 
     def __post_init__(self) -> None:
-        check_sizes(self, ("width", "vision_width", "num_heads", "num_latents", "table_side"))
-        if self.width % 4:
-            raise ValueError(f"width={self.width}: 2D sincos positions need a multiple of 4")
+        check_sizes(self, ("width", "vision_width", "num_heads", "num_latents", "table_side"), square=None)
 
 
-class RewriteResampler(nn.Module):
+class RewriteResampler(LatentResampler):
     """Q learned latents attend to the patches of one view; positions of the keys start switched off.
 
         x = LN_kv(kv_proj(features))
@@ -61,26 +60,21 @@ class RewriteResampler(nn.Module):
     """
 
     def __init__(self, config: RewriteConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.in_dim, self.out_dim, self.tokens_per_view = config.vision_width, config.width, config.num_latents
+        super().__init__(config)
         self.attention_impl = "auto"
         width = config.width
         self.query = nn.Parameter(torch.empty(1, config.num_latents, width))
         self.pos_embed = nn.Parameter(torch.empty(config.table_side**2, width))
         self.alpha = nn.Parameter(torch.empty(1))
         self.sep_embeddings = nn.Parameter(torch.empty(3, 1, width)) if config.separators else None
-        self.kv_proj: nn.Module = nn.Identity()
-        if config.vision_width != width:
-            self.kv_proj = nn.Linear(config.vision_width, width, bias=False)
+        self.kv_proj = self._make_kv_proj()
         self.attn = LatentAttention(width, config.num_heads)
         self.ln_kv, self.ln1, self.ln2 = (nn.LayerNorm(width, eps=config.eps) for _ in range(3))
         self.updim_proj, self.proj = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
-        self._tables = GridTables()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As released: normal of 1 / sqrt(width) cut at two deviations, zero biases and gate, sincos positions."""
+        """Draw weights as released: normal, cut at two deviations of 1 / sqrt(width); zero biases and gate; sines."""
         linears = [self.updim_proj, self.proj, self.attn.out_proj, self.kv_proj]
         linears = [linear for linear in linears if isinstance(linear, nn.Linear)]
         for tensor in (self.query, self.sep_embeddings, *(linear.weight for linear in linears)):
@@ -99,7 +93,7 @@ class RewriteResampler(nn.Module):
     def from_state_dict(
         cls, state: Mapping[str, Tensor], *, num_heads: int = 8, eps: float = 1e-6
     ) -> RewriteResampler:
-        """Weights under the rewrite's names, without a prefix. Every size is read off the tensors.
+        """Read weights under the rewrite's names, without a prefix; every size is read off the tensors.
 
         Args:
             state: name -> tensor; dtype and device of `query` become the module's. The tensors are copied.
@@ -112,7 +106,7 @@ class RewriteResampler(nn.Module):
         _, num_latents, width = shape_of(state, "query", 3)
         config = RewriteConfig(
             width=width,
-            vision_width=state["kv_proj.weight"].shape[-1] if "kv_proj.weight" in state else width,
+            vision_width=vision_width_of(state, width),
             num_heads=num_heads,
             num_latents=num_latents,
             table_side=math.isqrt(shape_of(state, "pos_embed", 2)[0]),
@@ -121,35 +115,24 @@ class RewriteResampler(nn.Module):
         )
         return load_exactly(lambda: cls(config), state, "a RewriteResampler", like="query")
 
-    def output_lengths(self, grids: Sequence[tuple[int, int]]) -> list[int]:
-        """Tokens of every view: Q, whatever the grid."""
-        return [self.tokens_per_view] * len(grids)
-
     def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
-        """(N, D_v) packed features of V views -> (V, Q, D); as in `PerceiverResampler.forward`.
+        """Compress packed features (N, D_v) of V views to (V, Q, D), as in `PerceiverResampler.forward`.
 
         Raises:
-            ValueError, TypeError: see `uhd.packed.check_grids` and `protocol.check_features`.
+            ValueError, TypeError: see `uhd.grids.check_grids` and `protocol.check_features`.
         """
         grids = check_grids(grids)
         check_features(features, grids, self.query, self.in_dim)
         x = self.ln_kv(self.kv_proj(features))  # (N, D)
-        tables = {grid: self._table(grid) for grid in dict.fromkeys(grids)}
-        starts, rows = {}, 0
-        for grid, table in tables.items():
-            starts[grid], rows = rows, rows + len(table)
-        positions = torch.tanh(self.alpha) * torch.cat(list(tables.values())) if tables else None
+        side = (self.config.table_side, self.config.table_side)
+        positions, offsets = join_tables(grids, lambda grid: interpolate_pos_embed(self.pos_embed, side, grid))
         y = self.attn(
             self.query[0],
             x,
             [h * w for h, w in grids],
-            positions=positions,
-            position_offsets=[starts[grid] for grid in grids] if tables else None,
+            positions=None if positions is None else torch.tanh(self.alpha) * positions,
+            position_offsets=offsets,
             impl=self.attention_impl,
         )
         y = self.ln1(y)
         return self.ln2(y + self.proj(F.gelu(self.updim_proj(y))))
-
-    def _table(self, grid_hw: tuple[int, int]) -> Tensor:
-        key = (grid_hw, self.pos_embed.device, self.pos_embed.dtype)
-        return self._tables.get(key, self.pos_embed, lambda: resize_table(self.pos_embed, grid_hw))

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uhd.packed import GridTables, check_grids
+from uhd.grids import Grid, check_grids, map_by_grid, split_views
+from uhd.positions import interpolate_pos_embed
 from uhd.resampler.attention import LatentAttention
-from uhd.resampler.loading import Settings, check_sizes, load_exactly, shape_of
-from uhd.resampler.protocol import check_features
-from uhd.resampler.sincos import resize_table, sincos_2d
+from uhd.resampler.config import Settings, check_sizes
+from uhd.resampler.protocol import LatentResampler, check_features
+from uhd.resampler.weights import load_exactly, shape_of, vision_width_of
 from uhd.resampler.windows import attend_windows, pool_windows
 
 
@@ -35,19 +35,10 @@ class SpatialConfig(Settings):
 
     def __post_init__(self) -> None:
         check_sizes(self, ("width", "vision_width", "num_heads", "num_latents"))
-        if self.width % 4:
-            raise ValueError(f"width={self.width}: 2D sincos positions need a multiple of 4")
-        if math.isqrt(self.num_latents) ** 2 != self.num_latents:
-            raise ValueError(f"num_latents={self.num_latents} is not a square: take 64 or 144, say")
-
-    @property
-    def side(self) -> int:
-        """Windows along each side of a view."""
-        return math.isqrt(self.num_latents)
 
 
-class SpatialResampler(nn.Module):
-    """Q = g*g learned latents for the g x g windows of a view, whatever its shape; 6 to 12 pooled keys a window.
+class SpatialResampler(LatentResampler):
+    """Q = g*g learned latents look at the g x g windows of a view, whatever its shape; 6 to 12 pooled keys a window.
 
         x = LN_kv(kv_proj(features))    k = windows(x + positions(grid))    v = windows(x)
         tokens = LN_post(MHA(LN_q(query) + P, k, v)) @ proj
@@ -68,25 +59,20 @@ class SpatialResampler(nn.Module):
     """
 
     def __init__(self, config: SpatialConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.in_dim, self.out_dim, self.tokens_per_view = config.vision_width, config.width, config.num_latents
+        super().__init__(config)
         width = config.width
         self.query = nn.Parameter(torch.empty(config.num_latents, width))
-        self.register_buffer("pos_embed", sincos_2d(width, (config.side, config.side)))  # fixed, so not a parameter
-        self.kv_proj: nn.Module = nn.Identity()
-        if config.vision_width != width:
-            self.kv_proj = nn.Linear(config.vision_width, width, bias=False)
+        self.register_buffer("pos_embed", self._latent_positions())  # fixed, so not a parameter
+        self.kv_proj = self._make_kv_proj()
         self.attn = LatentAttention(width, config.num_heads)
         self.ln_q, self.ln_kv, self.ln_post = (nn.LayerNorm(width, eps=config.eps) for _ in range(3))
         self.proj = nn.Parameter(torch.empty(width, width))
-        self._tables = GridTables()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As released: truncated normal 0.02 for latents and linears, N(0, 1) / sqrt(D) for the last projection."""
+        """Draw weights as released: truncated normal 0.02 for latents and linears, N(0, 1) / sqrt(D) for `proj`."""
         if not self.pos_embed.is_meta:
-            self.pos_embed.copy_(sincos_2d(self.config.width, (self.config.side, self.config.side)))
+            self.pos_embed.copy_(self._latent_positions())
         nn.init.trunc_normal_(self.query, std=0.02)
         nn.init.normal_(self.proj, std=self.config.width**-0.5)
         if isinstance(self.kv_proj, nn.Linear):
@@ -96,7 +82,7 @@ class SpatialResampler(nn.Module):
     def from_state_dict(
         cls, state: Mapping[str, Tensor], *, num_heads: int, aligned: bool = False, eps: float = 1e-6
     ) -> SpatialResampler:
-        """Weights under the release's names, without a prefix. Every size is read off the tensors.
+        """Read weights under the release's names, without a prefix; every size is read off the tensors.
 
         Args:
             state: name -> tensor; dtype and device of `query` become the module's. The tensors are copied.
@@ -110,17 +96,13 @@ class SpatialResampler(nn.Module):
         num_latents, width = shape_of(state, "query", 2)
         config = SpatialConfig(
             width=width,
-            vision_width=state["kv_proj.weight"].shape[-1] if "kv_proj.weight" in state else width,
+            vision_width=vision_width_of(state, width),
             num_heads=num_heads,
             num_latents=num_latents,
             aligned=aligned,
             eps=eps,
         )
         return load_exactly(lambda: cls(config), state, "a SpatialResampler", like="query")
-
-    def output_lengths(self, grids: Sequence[tuple[int, int]]) -> list[int]:
-        """Tokens of every view: Q, whatever the grid."""
-        return [self.tokens_per_view] * len(grids)
 
     def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
         """Compress every view on its own.
@@ -143,29 +125,25 @@ class SpatialResampler(nn.Module):
         x = self.ln_kv(self.kv_proj(features))  # (N, D)
         q = F.linear(self.ln_q(self.query) + self.pos_embed, w_q, b_q).unsqueeze(1)  # (Q, 1, D)
         k, v = F.linear(self._with_positions(x, grids), w_k), F.linear(x, w_v)
-        lengths = [h * w for h, w in grids]
-        k, v = k.split(lengths), v.split(lengths)
-        mixed: dict[int, Tensor] = {}
-        for grid in dict.fromkeys(grids):
-            views = [view for view, other in enumerate(grids) if other == grid]
+        k, v = split_views(k, grids), split_views(v, grids)
+
+        def attend(grid: Grid, views: list[int]) -> Tensor:
             # biases come after pooling: a bin that reaches outside the map holds less than a whole mean of them
             keys, values = self._pooled(k, views, grid) + b_k, self._pooled(v, views, grid) + b_v
-            mixed.update(zip(views, attend_windows(q, keys, values, self.config.num_heads)[:, 0], strict=True))
+            return attend_windows(q, keys, values, self.config.num_heads)[:, 0]
+
+        mixed = map_by_grid(attend, grids)
         if not mixed:
             return x.new_zeros(0, self.tokens_per_view, self.out_dim)
-        out = self.attn.out_proj(torch.stack([mixed[view] for view in range(len(grids))]))
-        return self.ln_post(out) @ self.proj
+        return self.ln_post(self.attn.out_proj(torch.stack(mixed))) @ self.proj
 
     def _with_positions(self, x: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
-        """(N, D) with every view's resized table added."""
-        tables = {grid: self._table(grid, x) for grid in dict.fromkeys(grids)}
+        """Add every view's resized table to its features, (N, D)."""
+        side = (self.config.side, self.config.side)
+        tables = {grid: interpolate_pos_embed(self.pos_embed, side, grid) for grid in dict.fromkeys(grids)}
         return x + torch.cat([tables[grid] for grid in grids]) if grids else x
-
-    def _table(self, grid_hw: tuple[int, int], like: Tensor) -> Tensor:
-        key = ("positions", grid_hw, like.device, self.pos_embed.dtype)
-        return self._tables.get(key, self.pos_embed, lambda: resize_table(self.pos_embed, grid_hw))
 
     def _pooled(self, maps: Sequence[Tensor], views: Sequence[int], grid_hw: tuple[int, int]) -> Tensor:
         """(views, Q, bins, D)."""
         stacked = torch.stack([maps[view] for view in views]).unflatten(1, grid_hw)
-        return pool_windows(stacked, self.config.side, aligned=self.config.aligned, tables=self._tables)
+        return pool_windows(stacked, self.config.side, aligned=self.config.aligned)

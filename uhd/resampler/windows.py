@@ -14,23 +14,27 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from uhd.packed import GridTables
+from uhd.grids import made_once
 
 POOLS = ((2, 4), (2, 3), (3, 4), (3, 3), (4, 2), (3, 2), (4, 3))
 """(rows, columns) that a window may be pooled to, in the order of the release: on equal terms the first is taken."""
 
 
 def pool_hw(grid_hw: tuple[int, int]) -> tuple[int, int]:
-    """(rows, columns) of the pooled keys of every window of a map: the shape in `POOLS` nearest to the map's own.
+    """Choose (rows, columns) of every window's pooled keys: the shape in `POOLS` nearest to the map's own.
 
-    All windows of a map have its shape, whatever that is: a wide map has wide windows. 6 to 12 keys.
+    All windows of a map have its shape, so a wide map has wide windows. 6 to 12 keys.
+
+    >>> pool_hw((24, 24)), pool_hw((12, 36))
+    ((3, 3), (2, 4))
     """
     aspect = math.log(grid_hw[1] / grid_hw[0])
     return min(POOLS, key=lambda pool: abs(aspect - math.log(pool[1] / pool[0])))
 
 
-def pool_weights(length: int, windows: int, bins: int, *, aligned: bool) -> Tensor:
-    """What each bin takes from each feature along one side.
+@made_once
+def pool_weights(length: int, windows: int, bins: int, *, aligned: bool) -> np.ndarray:
+    """Weigh what each bin takes from each feature along one side.
 
     Every bin is the mean of `ceil(window / bins)` samples, each interpolated between its two neighbours.
 
@@ -63,30 +67,24 @@ def pool_weights(length: int, windows: int, bins: int, *, aligned: bool) -> Tens
             share = at - np.float32(low)
             weights[window, place, low] += (1 - share) / np.float32(samples)
             weights[window, place, min(low + 1, length - 1)] += share / np.float32(samples)
-    return torch.from_numpy(weights.reshape(windows * bins, length))
+    return weights.reshape(windows * bins, length)
 
 
-def pool_windows(maps: Tensor, side: int, *, aligned: bool, tables: GridTables) -> Tensor:
-    """Pooled features of every window.
+def pool_windows(maps: Tensor, side: int, *, aligned: bool) -> Tensor:
+    """Pool the features of every window.
 
     Args:
         maps: (V, h, w, C) of views of one grid.
         side: windows along each side, g.
         aligned: as in :func:`pool_weights`.
-        tables: keeps the matrices.
 
     Returns:
         (V, g*g, bins, C), windows row-major, bins row-major inside their window.
     """
     grid_hw = (maps.shape[1], maps.shape[2])
-    bins_hw = pool_hw(grid_hw)
     rows, columns = (
-        tables.get(
-            ("pool", length, bins, side, aligned, maps.device, maps.dtype),
-            None,
-            lambda length=length, bins=bins: pool_weights(length, side, bins, aligned=aligned).to(maps),
-        )
-        for length, bins in zip(grid_hw, bins_hw, strict=True)
+        pool_weights(length, side, bins, aligned=aligned).to(maps)
+        for length, bins in zip(grid_hw, pool_hw(grid_hw), strict=True)
     )
     pooled = torch.matmul(rows, maps.flatten(2)).unflatten(2, maps.shape[2:])  # (V, g*a, w, C)
     pooled = torch.matmul(columns, pooled)  # (V, g*a, g*b, C)
@@ -94,7 +92,7 @@ def pool_windows(maps: Tensor, side: int, *, aligned: bool, tables: GridTables) 
 
 
 def attend_windows(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
-    """Latents of a window attend to the keys of that window, and to nothing else.
+    """Let the latents of a window attend to the keys of that window, and to nothing else.
 
     Args:
         q: (Q, S, D): S latents for each of Q windows.

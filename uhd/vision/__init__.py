@@ -6,12 +6,15 @@ returns packed features (N', D), and tells the grids of those by `vision.output_
 
 from __future__ import annotations
 
-from .compressor import CompressedViT, CompressedViTConfig, compress_vit
+from uhd.positions import bucket_position_ids, interpolate_pos_embed
+
+from .config import ViTConfig
+from .merging import CompressedViT, CompressedViTConfig, compress_vit
 from .patches import patchify, unpatchify
-from .pos_embed import bucket_position_ids, interpolate_pos_embed
+from .sources import config_from_hf, config_from_timm
 from .tower import VisionTower
-from .vit import ViT, ViTConfig
-from .weights import config_from_hf, config_from_timm, load_vit, to_source_state_dict, vit_from
+from .vit import ViT
+from .weights import load_vit, to_source_state_dict, vit_from
 
 __all__ = [
     "CompressedViT",

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .vit import ViTConfig
+from .config import ViTConfig
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
-    """(tokens, hidden) -> (tokens, hidden); "swiglu" takes twice the width, the gate first."""
+    """Apply an activation by name to (tokens, hidden); "swiglu" halves the width: its first half gates the second."""
     if activation == "swiglu":
         gate, x = x.chunk(2, dim=-1)
         return F.silu(gate) * x
@@ -25,7 +23,10 @@ def activate(x: Tensor, activation: str) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention and MLP, each after a LayerNorm and added back; scaled per channel if the config has layer scale."""
+    """One transformer block: attention, then an MLP, each behind a LayerNorm and added to its input.
+
+    With layer scale, what is added is first scaled channel by channel.
+    """
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -59,7 +60,7 @@ class Attention(nn.Module):
         return self.proj(self.mix(self.qkv(x), shapes))
 
     def mix(self, qkv: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
-        """Projected queries, keys and values (tokens, 3 D) -> attended values (tokens, D)."""
+        """Attend with projected queries, keys and values: (tokens, 3 D) -> (tokens, D)."""
         mixed = []
         for part, (views, _) in zip(qkv.split([b * n for b, n in shapes]), shapes, strict=True):
             q, k, v = rearrange(part, "(b n) (three h d) -> three b h n d", b=views, three=3, h=self.heads)

@@ -23,8 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uhd.inference import fastest_dtype, is_plain, transformed, wants_gradients
-from uhd.packed import contents_of
+from uhd.shortcuts import contents_of, fastest_dtype, is_plain, transformed, wants_gradients
 
 from .blocks import MLP, Attention, Block, activate
 from .int8 import Int8Linear, int8_linear
@@ -52,7 +51,7 @@ class Norm(NamedTuple):
 
 
 class Halves(NamedTuple):
-    """What a block computes with."""
+    """The tensors that a block computes with."""
 
     norm1: Norm
     qkv: Dense
@@ -66,7 +65,7 @@ class Halves(NamedTuple):
 
     @classmethod
     def of(cls, block: Block) -> Halves:
-        """The tensors of a block as its modules hold them."""
+        """Take the tensors of a block as its modules hold them."""
         norms = (Norm(norm.weight, norm.bias, norm.eps) for norm in (block.norm1, block.norm2))
         layers = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
         qkv, proj, fc1, fc2 = (Dense(each.weight, each.bias, getattr(each, "scale", None)) for each in layers)
@@ -142,7 +141,7 @@ class CompiledBlocks:
         return CompiledBlocks, (self.backend,)
 
     def runner(self, blocks: Sequence[Block], x: Tensor) -> BlockRunner | None:
-        """What runs `blocks` on tokens like `x` (tokens, D), in a dtype of its own; None: the modules must run.
+        """Give what runs `blocks` on tokens like `x` (tokens, D), in its own dtype; None where the modules must.
 
         They must where gradients are wanted, under autocast, compilation, tracing and functorch; with hooks, LoRA or
         other wrappers, layers that are offloaded or quantised otherwise than by `Int8Linear`, tensors of other classes
@@ -194,7 +193,7 @@ class CompiledBlocks:
 
 
 def _copied(function: FunctionType) -> FunctionType:
-    """The same with a code of its own: all that share one may be compiled eight times in a process, and no more."""
+    """Copy the function: torch.compile allows eight compilations per code object in a process."""
     return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uhd.inference import is_plain
+from uhd.shortcuts import is_plain
 
 from .blocks import MLP, Attention
 
@@ -62,7 +62,11 @@ class Int8Linear(nn.Module):
         super()._load_from_state_dict(state, prefix, *args)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Raises RuntimeError where the input wants a gradient: rounding has none."""
+        """Multiply (..., in) -> (..., out).
+
+        Raises:
+            RuntimeError: the input wants a gradient; rounding has none.
+        """
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError("int8 layers give no gradients: call under torch.no_grad(), or train before quantising")
         y = int8_linear(x.reshape(-1, self.in_features), self.weight, self.scale, self.bias)
@@ -70,7 +74,7 @@ class Int8Linear(nn.Module):
 
 
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """x (tokens, in), weight (out, in) int8, scale (out,) -> (tokens, out) in the dtype of `x`."""
+    """Multiply x (tokens, in) by int8 weights (out, in) with scales (out,): (tokens, out) in the dtype of `x`."""
     step = (x.abs().amax(dim=-1, keepdim=True).float() / LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
     rounded = (x / step).round().to(torch.int8)
     total = torch._int_mm(rounded, weight.t()).float() * step * scale
@@ -78,9 +82,9 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -
 
 
 def quantize_linears(blocks: nn.Module) -> int:
-    """Put an `Int8Linear` in the place of the linear layers of all attentions and MLPs, in place; returns how many.
+    """Replace the linear layers of all attentions and MLPs by `Int8Linear`, in place; return how many.
 
-    Not of those that are wrapped, offloaded or have hooks: LoRA's own layers stay as they are.
+    Layers that are wrapped, offloaded or have hooks stay as they are, LoRA's own among them.
     """
     count = 0
     for module in blocks.modules():
@@ -94,6 +98,10 @@ def quantize_linears(blocks: nn.Module) -> int:
 
 
 def refuse_int8(module: nn.Module) -> None:
-    """Raises ValueError where a module holds int8 layers: what is written of them nothing could read."""
+    """Refuse to save int8 layers: no loader reads them back.
+
+    Raises:
+        ValueError: the module holds some.
+    """
     if any(isinstance(each, Int8Linear) for each in module.modules()):
         raise ValueError("a quantised encoder cannot be saved: save it before encoder.quantize()")

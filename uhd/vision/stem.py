@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from uhd.packed import GridTables
+from uhd.grids import made_once
 from uhd.pixels import inner_axes
 
 
 class WindowStem(nn.Module):
-    """Each patch with a border of its neighbours' pixels, through two linear layers; beyond the view the border is 0.
+    """Embeds each patch together with a border of its neighbours' pixels; beyond the view the border is 0.
 
         (p + 2b) x (p + 2b) px of every patch -> Linear -> GELU -> Linear
 
-    A stroke on a patch border is so seen whole, as in the overlapping patch embeddings of PVT v2 and the early
+    So a stroke on a patch border is seen whole, as in the overlapping patch embeddings of PVT v2 and the early
     convolutions of Xiao et al. (arXiv 2106.14881), without a convolution over padded views. `needs_grids` tells the
     ViT to pass the grids.
 
@@ -45,16 +46,15 @@ class WindowStem(nn.Module):
         self.patch_size, self.border, self.channels, self.grey = patch_size, border, channels, grey
         self.up = nn.Linear((1 if grey else channels) * (patch_size + 2 * border) ** 2, hidden)
         self.down = nn.Linear(hidden, width)
-        self._neighbours = GridTables()
 
     def forward(self, patches: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
-        """(N, C*p*p) packed patches, inner order (c, py, px), and their V grids -> (N, D)."""
+        """Embed packed patches (N, C*p*p), inner order (c, py, px), of V grids -> (N, D)."""
         return self.down(F.gelu(self.up(self.windows(patches, grids))))
 
     def windows(self, patches: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
-        """(N, C*p*p) -> (N, C*(p+2b)*(p+2b)), inner order (c, y, x); one channel where `grey`."""
+        """Cut the window around every patch: (N, C*p*p) -> (N, C*(p+2b)*(p+2b)), one channel where `grey`."""
         p, b = self.patch_size, self.border
-        tables = [self._neighbours.get((grid, "cpu"), None, lambda grid=grid: _neighbours(grid)) for grid in grids]
+        tables = [neighbours(*grid) for grid in grids]
         if not tables:
             return patches.new_zeros(0, self.up.in_features)
         lengths = torch.tensor([len(table) for table in tables])
@@ -75,9 +75,13 @@ class WindowStem(nn.Module):
         return torch.cat(rows, dim=-2).flatten(1)
 
 
-def _neighbours(grid_hw: tuple[int, int]) -> Tensor:
-    """(h*w, 9) rows of the patches around and at each patch, row-major; -1 outside the view."""
-    height, width = grid_hw
-    ids = F.pad(torch.arange(height * width).view(height, width), (1, 1, 1, 1), value=-1)
-    around = [ids[dy : dy + height, dx : dx + width] for dy in range(3) for dx in range(3)]
-    return torch.stack(around, dim=-1).flatten(0, 1)
+@made_once
+def neighbours(height: int, width: int) -> np.ndarray:
+    """Find the patches around and at each patch of a grid: (height * width, 9) numbers, row-major; -1 is outside.
+
+    >>> neighbours(1, 2).tolist()
+    [[-1, -1, -1, -1, 0, 1, -1, -1, -1], [-1, -1, -1, 0, 1, -1, -1, -1, -1]]
+    """
+    numbers = np.pad(np.arange(height * width).reshape(height, width), 1, constant_values=-1)
+    around = [numbers[dy : dy + height, dx : dx + width] for dy in range(3) for dx in range(3)]
+    return np.stack(around, axis=-1).reshape(-1, 9)

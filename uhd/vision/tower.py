@@ -9,16 +9,17 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from uhd.packed import check_grids
+from uhd.grids import Grid, check_grids, map_by_grid, split_views
+from uhd.shortcuts import float_parameter
 
+from .groups import check_packed
 from .patches import unpatchify
-from .vit import check_packed
 
 LAYOUTS = ("NCHW", "NHWC", "NLC")
 
 
 class VisionTower(nn.Module):
-    """Wraps a backbone that takes images (V, C, H, W): packed patches in, packed features out.
+    """Wraps a backbone that takes images (V, C, H, W), so that it takes packed patches and gives packed features.
 
     Views of equal shape run as one batch, nothing is padded. A module with `forward_features` (timm) is called through
     it, any other as itself. From the result it takes the tensor, the last of `feature_maps`, `last_hidden_state`, or
@@ -84,7 +85,7 @@ class VisionTower(nn.Module):
         self.select = select
 
     def output_grids(self, grids: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-        """(rows, columns) of every view's features, from its (rows, columns) in patches; known before anything runs.
+        """Tell (rows, columns) of every view's features from its (rows, columns) in patches, before anything runs.
 
         Raises:
             ValueError: a side that the stride does not divide under rounding="exact", or one without any feature.
@@ -107,20 +108,18 @@ class VisionTower(nn.Module):
         """
         grids = check_packed(patches, grids, self.in_channels * self.patch_size**2)
         out_grids = self.output_grids(grids)
-        per_view = patches.split([rows * columns for rows, columns in grids])
-        features: dict[int, Tensor] = {}
-        for grid in dict.fromkeys(grids):
-            views = [view for view, other in enumerate(grids) if other == grid]
+        per_view = split_views(patches, grids)
+
+        def encode(grid: Grid, views: list[int]) -> Tensor:
             packed = torch.cat([per_view[view] for view in views])
             images = unpatchify(packed, grid, self.patch_size, channels=self.in_channels)
-            tokens = self._tokens(self._run(images), len(views), out_grids[views[0]])
-            features.update(zip(views, tokens, strict=True))
-        if not features:
-            return patches.new_zeros(0, self.out_dim)
-        return torch.cat([features[view] for view in range(len(grids))])
+            return self._tokens(self._run(images), len(views), out_grids[views[0]])
+
+        features = map_by_grid(encode, grids)
+        return torch.cat(features) if features else patches.new_zeros(0, self.out_dim)
 
     def _cells(self, patches: int) -> int:
-        """Features along a side of so many patches."""
+        """Count the features along a side of so many patches."""
         pixels = patches * self.patch_size
         if pixels % self.stride and self.rounding == "exact":
             raise ValueError(
@@ -133,16 +132,14 @@ class VisionTower(nn.Module):
         return cells
 
     def _run(self, images: Tensor) -> Tensor:
-        """The backbone's feature map for images (V, C, H, W)."""
-        parameter = next((p for p in self.module.parameters() if p.is_floating_point()), images)
+        """Run the backbone on images (V, C, H, W) and take its feature map."""
         call = getattr(self.module, "forward_features", self.module)
-        result = call(images.to(parameter.dtype), **self.kwargs)
+        result = call(images.to(float_parameter(self.module, images).dtype), **self.kwargs)
         if self.select is not None:
             return self.select(result)
         for name in ("feature_maps", "last_hidden_state"):
-            found = getattr(result, name, None)
-            if found is not None:
-                result = found
+            if getattr(result, name, None) is not None:
+                result = getattr(result, name)
                 break
         if isinstance(result, (list, tuple)) and result:
             result = result[-1]
@@ -154,7 +151,7 @@ class VisionTower(nn.Module):
         return result
 
     def _tokens(self, features: Tensor, views: int, out_hw: tuple[int, int]) -> Tensor:
-        """(V, h*w, D) of a feature map in any of the three layouts."""
+        """Bring a feature map in any of the three layouts to (V, h*w, D)."""
         (rows, columns), dim = out_hw, self.out_dim
         shapes = {
             "NCHW": (views, dim, rows, columns),

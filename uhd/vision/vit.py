@@ -7,123 +7,27 @@ views of equal length, and the layers beyond the selected one are not built.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from uhd.inference import is_plain
-from uhd.packed import GridTables, as_grid, check_grids
+from uhd.grids import check_grids
 from uhd.pixels.normalize import fold_pixels
+from uhd.positions import bucket_position_ids, interpolate_pos_embed
+from uhd.shortcuts import is_plain
 
 from .blocks import Block
 from .compiled import BlockRunner, CompiledBlocks
-from .pos_embed import BUCKET_RULES, MODES, bucket_position_ids, interpolate_pos_embed
+from .config import ViTConfig
+from .groups import ViewGroups, check_packed
 from .stem import WindowStem
-
-ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "swiglu")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ViTConfig:
-    """What a packed ViT is made of. Frozen and comparable; `to_dict` gives JSON-able values, `from_dict` reads them.
-
-    Raises:
-        ValueError: on construction, for values that do not fit together.
-    """
-
-    patch_size: int  # px
-    width: int  # D
-    depth: int  # blocks of the source model, also those beyond the selected layer
-    heads: int
-    mlp_width: int
-    image_size: int | None = None  # native square side in px; None where the native size is not square
-    channels: int = 3
-    activation: str = "gelu"  # "gelu" (erf), "gelu_tanh", "quick_gelu" or "swiglu" (gate first, both halves mlp_width)
-    eps: float = 1e-6  # of every LayerNorm
-    class_token: bool = False
-    num_registers: int = 0  # they follow the class token
-    patch_bias: bool = True
-    stem_border: int = 0  # px of the neighbours that a patch embedding sees on each side, see `WindowStem`; 0: none
-    stem_hidden: int | None = None  # width inside that stem; None: twice the width
-    stem_grey: bool = False  # that stem sees the mean of the channels
-    qkv_bias: bool = True
-    layer_scale: float | None = None  # initial value; None: no layer scale
-    pre_norm: bool = False  # LayerNorm before the first block (CLIP)
-    final_norm: bool = True  # LayerNorm on the selected layer's output
-    position_grid_hw: tuple[int, int] | None = None  # grid of the learned table; None: no position embedding
-    position_prefix: int = 0  # rows before the grid's: for the class token, then for registers
-    interpolation: str = "bicubic"  # "bicubic", "bilinear", or "nearest": rows picked by `bucket_rule`
-    antialias: bool = False
-    bucket_rule: str = "integer"  # see `bucket_position_ids`; all but "integer" need a square table
-    select_layer: int = -1  # index into the hidden states, embeddings first: -1 last block, -2 the one before, 0 none
-
-    def __post_init__(self) -> None:
-        if self.position_grid_hw is not None:  # JSON brings a list
-            object.__setattr__(self, "position_grid_hw", as_grid(self.position_grid_hw, "position_grid_hw"))
-        for name in ("patch_size", "width", "depth", "heads", "mlp_width", "channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.width % self.heads:
-            raise ValueError(f"width must be a multiple of heads; got {self.width} and {self.heads}")
-        for name, known in (("activation", ACTIVATIONS), ("interpolation", MODES), ("bucket_rule", BUCKET_RULES)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
-        if self.antialias and self.interpolation == "nearest":
-            raise ValueError("antialias needs interpolation 'bicubic' or 'bilinear'; got 'nearest'")
-        if self.bucket_rule != "integer":
-            rows, columns = self.position_grid_hw or (0, 0)
-            if self.interpolation != "nearest" or rows != columns or not rows:
-                raise ValueError(
-                    f"bucket_rule {self.bucket_rule!r} needs interpolation='nearest' and a square position table; "
-                    f"got {self.interpolation!r} and {self.position_grid_hw}"
-                )
-        if not 0 <= self.position_prefix <= (self.num_prefix_tokens if self.position_grid_hw else 0):
-            raise ValueError(
-                f"position_prefix counts table rows of class and register tokens ({self.num_prefix_tokens} here, "
-                f"table grid {self.position_grid_hw}); got {self.position_prefix}"
-            )
-        if not -self.depth - 1 <= self.select_layer <= self.depth:
-            raise ValueError(
-                f"select_layer must lie in [{-self.depth - 1}, {self.depth}] for {self.depth} blocks; "
-                f"got {self.select_layer}"
-            )
-
-    @property
-    def patch_dim(self) -> int:
-        """P = C*p*p."""
-        return self.channels * self.patch_size**2
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        """Class token and registers, per view."""
-        return int(self.class_token) + self.num_registers
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks that are built and run for the selected layer."""
-        return self.select_layer if self.select_layer >= 0 else self.depth + 1 + self.select_layer
-
-    def to_dict(self) -> dict:
-        """Every field, in JSON-able values."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict) -> ViTConfig:
-        """The inverse of `to_dict`; raises ValueError on names it does not know."""
-        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
-        if unknown:
-            raise ValueError(f"unknown ViTConfig fields: {', '.join(unknown)}")
-        return cls(**values)
 
 
 class ViT(nn.Module):
-    """Packed patches of many views in, packed patch features out; class and register tokens live inside only.
+    """Encodes packed patches of many views into packed features; class and register tokens live inside only.
 
     Args:
         config: what to build.
@@ -134,8 +38,10 @@ class ViT(nn.Module):
     Attributes:
         gradient_checkpointing: recompute every block in the backward pass while training.
 
-    Position tables are kept between calls that need no gradient while the numbers in `positions` are the same, see
-    `uhd.packed.GridTables`.
+    >>> vit = ViT(ViTConfig(patch_size=4, width=16, depth=2, heads=2, mlp_width=32, position_grid_hw=(6, 6)))
+    >>> patches = torch.zeros(2 * 3 + 5 * 4, 3 * 4 * 4)  # two views, of 2 x 3 and 5 x 4 patches
+    >>> vit(patches, [(2, 3), (5, 4)]).shape
+    torch.Size([26, 16])
     """
 
     def __init__(self, config: ViTConfig, *, stem: nn.Module | None = None) -> None:
@@ -154,12 +60,11 @@ class ViT(nn.Module):
         self.pre_norm = nn.LayerNorm(width, eps=config.eps) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
         self.norm = nn.LayerNorm(width, eps=config.eps) if config.final_norm else nn.Identity()
-        self._position_tables = GridTables()
         self._compiled_blocks: CompiledBlocks | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Truncated normal (std 0.02) for matrices, tokens and positions, zero biases; a given stem is left alone."""
+        """Draw matrices, tokens and positions from a normal (std 0.02), zero biases; leave a given stem alone."""
         for module in (self.blocks, self.stem) if self.own_stem else (self.blocks,):
             for layer in module.modules():
                 if isinstance(layer, nn.Linear):
@@ -201,9 +106,9 @@ class ViT(nn.Module):
 
     @property
     def folds_pixels(self) -> bool:
-        """Whether `forward` takes `inner` and `mean_std`: the patch embedding is one linear layer, and is nobody's.
+        """Whether `forward` takes `inner` and `mean_std`: the patch embedding is one plain linear layer.
 
-        Not so for other stems, nor where a hook, LoRA, quantisation or offloading has to see that layer called.
+        Other stems must be called, and so must a layer that a hook, LoRA, quantisation or offloading waits for.
         """
         return self.own_stem and is_plain(self.stem, nn.Linear) and type(self.stem.weight.data) is Tensor
 
@@ -236,20 +141,20 @@ class ViT(nn.Module):
         """
         grids = check_packed(patches, grids, self.config.patch_dim, raw=mean_std is not None)
         x = self._embed(patches, grids, inner, mean_std)
-        groups = _Groups.of(grids, self.config.num_prefix_tokens)
-        x = self.pre_norm(groups.pack(x, self._prefix()))
-        states, dtype = [groups.unpack(x)] if hidden_states else [], x.dtype
+        groups = ViewGroups.of(grids, self.config.num_prefix_tokens)
+        x = self.pre_norm(groups.arrange(x, self._prefix()))
+        states, dtype = [groups.restore(x)] if hidden_states else [], x.dtype
         run = self._block_runner(x, own_modules=hidden_states)
         for number in range(1, len(self.blocks) + 1):
             x = run(number - 1, x, groups.shapes)
             if hidden_states:
-                states.append(groups.unpack(x))
+                states.append(groups.restore(x))
             x, groups = self._after_block(number, x, groups)
-        features = self.norm(groups.unpack(x).to(dtype))
+        features = self.norm(groups.restore(x).to(dtype))
         return (features, tuple(states)) if hidden_states else features
 
     def compile_blocks(self, backend: str | None = "inductor") -> None:
-        """From now on run the blocks by compiled layers at inference, see `uhd.vision.compiled`.
+        """Run the blocks by compiled layers at inference from now on, see `uhd.vision.compiled`.
 
         Args:
             backend: of `torch.compile`; "none" for the same layers uncompiled; None undoes.
@@ -262,7 +167,7 @@ class ViT(nn.Module):
         return self._compiled_blocks is not None
 
     def _block_runner(self, x: Tensor, *, own_modules: bool) -> BlockRunner:
-        """(number, x, shapes) -> x, by compiled layers where they are wanted and would give the same."""
+        """Give a function (number, x, shapes) -> x: compiled layers where they are wanted and would give the same."""
         if self._compiled_blocks is not None and not own_modules:
             run = self._compiled_blocks.runner(self.blocks, x)
             if run is not None:
@@ -276,7 +181,7 @@ class ViT(nn.Module):
         return run
 
     def position_embedding(self, grid_hw: tuple[int, int]) -> Tensor:
-        """(h*w, D) position embeddings of a view's patches, row-major, by the config's interpolation; differentiable.
+        """Resize the position table to a view's grid by the config's rule: (h*w, D), row-major; differentiable.
 
         Raises:
             ValueError: the model has no position table, or the grid is not usable.
@@ -290,10 +195,6 @@ class ViT(nn.Module):
             return table[ids.to(table.device)]
         return interpolate_pos_embed(table, config.position_grid_hw, grid_hw, config.interpolation, config.antialias)
 
-    def clear_position_cache(self) -> None:
-        """Forget interpolated tables, which are made again when needed."""
-        self._position_tables.clear()
-
     def _embed(
         self,
         patches: Tensor,
@@ -301,7 +202,7 @@ class ViT(nn.Module):
         inner: str = "chw",
         mean_std: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
     ) -> Tensor:
-        """(N, P) -> (N, D) with positions."""
+        """Embed patches and add their positions: (N, P) -> (N, D)."""
         if inner != "chw" or mean_std is not None:
             if not self.folds_pixels:
                 raise ValueError("this patch embedding takes normalised patches of inner order 'chw' only")
@@ -317,12 +218,12 @@ class ViT(nn.Module):
             )
         return x if self.positions is None or not grids else x + self._positions_of(grids)
 
-    def _after_block(self, number: int, x: Tensor, groups: _Groups) -> tuple[Tensor, _Groups]:
-        """What happens to all tokens after `number` blocks: nothing here, see `uhd.vision.CompressedViT`."""
+    def _after_block(self, number: int, x: Tensor, groups: ViewGroups) -> tuple[Tensor, ViewGroups]:
+        """Do what comes after `number` blocks: nothing here; `uhd.vision.CompressedViT` merges patches."""
         return x, groups
 
     def _prefix(self) -> Tensor | None:
-        """(R, D) class token and registers, with their rows of the position table; None without any."""
+        """Class token and registers with their rows of the position table, (R, D); None without any."""
         tokens = [token for token in (self.class_token, self.registers) if token is not None]
         if not tokens:
             return None
@@ -331,12 +232,8 @@ class ViT(nn.Module):
         return torch.cat([prefix[:rows] + self.positions[:rows], prefix[rows:]]) if rows else prefix
 
     def _positions_of(self, grids: tuple[tuple[int, int], ...]) -> Tensor:
-        """(N, D): interpolated once per distinct grid, and across calls where no gradient can be wanted."""
-        tables, source = {}, self.positions
-        self._position_tables.refresh(source)
-        for grid in dict.fromkeys(grids):
-            key = (grid, source.device, source.dtype, self.config)
-            tables[grid] = self._position_tables.get(key, source, partial(self.position_embedding, grid))
+        """Positions of all patches, (N, D), interpolated once per distinct grid."""
+        tables = {grid: self.position_embedding(grid) for grid in dict.fromkeys(grids)}
         return torch.cat([tables[grid] for grid in grids])
 
 
@@ -347,84 +244,3 @@ def _make_stem(config: ViTConfig) -> nn.Module:
     return WindowStem(
         config.patch_size, config.stem_border, hidden, config.width, channels=config.channels, grey=config.stem_grey
     )
-
-
-@dataclass(frozen=True)
-class _Groups:
-    """The order in which views are stored inside the ViT: those of equal length side by side, prefix tokens first."""
-
-    grids: tuple[tuple[int, int], ...]  # (rows, columns) of every view, in the caller's order
-    lengths: tuple[int, ...]  # patches of every view
-    members: tuple[tuple[int, ...], ...]  # views of every group
-    prefix: int  # class and register tokens per view
-
-    @classmethod
-    def of(cls, grids: tuple[tuple[int, int], ...], prefix: int) -> _Groups:
-        lengths = tuple(rows * columns for rows, columns in grids)
-        members: dict[int, list[int]] = {}
-        for view, length in enumerate(lengths):
-            members.setdefault(length, []).append(view)
-        return cls(grids, lengths, tuple(map(tuple, members.values())), prefix)
-
-    @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """(views, tokens per view) of every group."""
-        return [(len(views), self.prefix + self.lengths[views[0]]) for views in self.members]
-
-    def pack(self, x: Tensor, prefix: Tensor | None) -> Tensor:
-        """(N, D) patches and prefix tokens, (R, D) for all views or (V, R, D), -> (N + V*R, D)."""
-        per_view = x.split(self.lengths)
-        parts = []
-        for views in self.members:
-            tokens = torch.stack([per_view[view] for view in views])
-            if prefix is not None:
-                own = prefix.expand(len(views), -1, -1) if prefix.dim() == 2 else prefix[list(views)]
-                tokens = torch.cat([own, tokens], dim=1)
-            parts.append(tokens.flatten(0, 1))
-        return torch.cat(parts) if parts else x
-
-    def unpack(self, x: Tensor) -> Tensor:
-        """The inverse of `pack`, without the prefix tokens: (N, D)."""
-        per_view = [tokens[self.prefix :] for tokens in self._per_view(x)]
-        return torch.cat(per_view) if per_view else x
-
-    def prefixes(self, x: Tensor) -> Tensor:
-        """The prefix tokens of every view, in the caller's order: (V, R, D)."""
-        per_view = [tokens[: self.prefix] for tokens in self._per_view(x)]
-        return torch.stack(per_view) if per_view else x.unsqueeze(1)[:, : self.prefix]
-
-    def _per_view(self, x: Tensor) -> list[Tensor]:
-        """V times (R + patches, D), in the caller's order."""
-        found: dict[int, Tensor] = {}
-        for part, views, shape in zip(
-            x.split([b * n for b, n in self.shapes]), self.members, self.shapes, strict=True
-        ):
-            found.update(zip(views, part.unflatten(0, shape), strict=True))
-        return [found[view] for view in range(len(self.lengths))]
-
-
-def check_packed(
-    patches: Tensor, grids: Sequence[tuple[int, int]], patch_dim: int, *, raw: bool = False
-) -> tuple[tuple[int, int], ...]:
-    """Check that packed patches (N, P) and the views' grids agree; return the grids as plain tuples.
-
-    `raw`: the patches are to be uint8.
-
-    Raises:
-        ValueError: with both counts, where N or P is not what grids and model say.
-        TypeError: patches that are not floating point, or grids that are not host integers.
-    """
-    grids = check_grids(grids)
-    if raw and patches.dtype != torch.uint8:
-        raise TypeError(f"raw patches, which mean_std is for, must be uint8; got {patches.dtype}")
-    if not raw and not torch.is_floating_point(patches):
-        raise TypeError(f"patches must be floating point and normalised; got {patches.dtype}")
-    if patches.dim() != 2 or patches.shape[1] != patch_dim:
-        raise ValueError(
-            f"patches must be (N, P) with P = C*p*p = {patch_dim}; got {tuple(patches.shape)}. "
-            "Plan the slices for this model's patch size and channels"
-        )
-    expected = sum(rows * columns for rows, columns in grids)
-    if len(patches) != expected:
-        raise ValueError(f"{len(grids)} grids hold {expected} patches in all; got {len(patches)} patches")
-    return grids

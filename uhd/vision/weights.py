@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,9 @@ from torch import Tensor, nn
 from uhd.checkpoint import Checkpoint
 from uhd.pixels import reorder
 
-from .vit import ViT, ViTConfig
+from .config import ViTConfig
+from .sources import HF_FAMILIES, USE_TOWER, config_from_hf, config_from_timm, override
+from .vit import ViT
 
 _INDEX = re.compile(r"(?<=blocks\.)\d+")  # the block number in our parameter names
 _ANCHORS = ("embeddings.patch_embedding.weight", "embeddings.patch_embeddings.projection.weight")
@@ -127,20 +129,6 @@ _FAMILIES = {
 HEADS = {name: family.heads for name, family in _FAMILIES.items()}
 """Prefixes of what every family has outside its encoder: neither read nor written, as is a norm that is not taken."""
 
-_HF_FAMILIES = {
-    "clip_vision_model": "clip",
-    "siglip_vision_model": "siglip",
-    "siglip2_vision_model": "siglip2",
-    "dinov2": "dinov2",
-    "dinov2_with_registers": "dinov2",
-}
-_HF_ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-}
-
 
 def vit_from(
     model: nn.Module,
@@ -176,13 +164,13 @@ def vit_from(
     }
     state: Mapping[str, Tensor] = model.state_dict()
     if type(model).__module__.startswith("timm."):
-        family, config = "timm", _override(config_from_timm(model), overrides)
+        family, config = "timm", override(config_from_timm(model), overrides)
     elif hasattr(getattr(model, "config", None), "model_type"):
         config = config_from_hf(model.config, **overrides)
         state = {name: state[full] for name, full in vision_names(state).items()}
         family = _hf_family(model.config, state)
     else:
-        raise TypeError(f"vit_from takes a transformers or timm model; got {type(model).__name__}. {_USE_TOWER}")
+        raise TypeError(f"vit_from takes a transformers or timm model; got {type(model).__name__}. {USE_TOWER}")
     return build_vit(config, state, lambda name: state[name].clone(), family).train(model.training)
 
 
@@ -270,170 +258,9 @@ def to_source_state_dict(vit: ViT, family: str) -> dict[str, Tensor]:
     return state
 
 
-def config_from_hf(config: Any, **overrides: Any) -> ViTConfig:
-    """The `ViTConfig` of a transformers vision configuration, or of one that has a `vision_config`.
-
-    Args:
-        config: the configuration object.
-        overrides: ViTConfig fields; None keeps the family's default.
-
-    Raises:
-        TypeError: another kind of model.
-        ValueError: a setting that the ViT does not have.
-    """
-    config = getattr(config, "vision_config", config)
-    kind = config.model_type
-    if kind not in _HF_FAMILIES:
-        raise TypeError(f"vision model type must be one of {', '.join(_HF_FAMILIES)}; got {kind!r}. {_USE_TOWER}")
-    family = _HF_FAMILIES[kind]
-    if config.hidden_act not in _HF_ACTIVATIONS:
-        raise ValueError(f"hidden_act must be one of {', '.join(_HF_ACTIVATIONS)}; got {config.hidden_act!r}")
-    side, patch = _hf_side(config, family), _square(config.patch_size, "patch_size")
-    common = {
-        "image_size": side,
-        "patch_size": patch,
-        "channels": config.num_channels,
-        "width": config.hidden_size,
-        "depth": config.num_hidden_layers,
-        "heads": config.num_attention_heads,
-        "eps": config.layer_norm_eps,
-        "position_grid_hw": (side // patch, side // patch),
-        "activation": _HF_ACTIVATIONS[config.hidden_act],
-    }
-    if family == "dinov2":
-        return _override(ViTConfig(**{**common, **_dinov2_fields(config)}), overrides)
-    common["mlp_width"] = config.intermediate_size
-    if family == "clip":
-        extra = {"class_token": True, "position_prefix": 1, "patch_bias": False, "pre_norm": True, "final_norm": False}
-        return _override(ViTConfig(**common, **extra, select_layer=-2), overrides)
-    if family == "siglip2":
-        common |= {"interpolation": "bilinear", "antialias": True}
-    return _override(ViTConfig(**common), overrides)
-
-
-_USE_TOWER = "uhd.vision.VisionTower wraps any other backbone"
-
-
-def _dinov2_fields(config: Any) -> dict[str, Any]:
-    hidden = int(config.hidden_size * config.mlp_ratio)
-    registers = getattr(config, "num_register_tokens", 0)
-    return {
-        "mlp_width": (int(hidden * 2 / 3) + 7) // 8 * 8 if config.use_swiglu_ffn else hidden,
-        "class_token": True,
-        "num_registers": registers,
-        "position_prefix": 1,
-        "qkv_bias": config.qkv_bias,
-        "layer_scale": float(config.layerscale_value),
-        # transformers resizes with antialias only in the model with registers
-        "antialias": config.model_type == "dinov2_with_registers",
-        **({"activation": "swiglu"} if config.use_swiglu_ffn else {}),
-    }
-
-
-def _hf_side(config: Any, family: str) -> int:
-    """Native square side in px."""
-    if family != "siglip2":
-        return _square(config.image_size, "image_size")
-    side = round(config.num_patches**0.5)
-    if side**2 != config.num_patches:
-        raise ValueError(f"num_patches must be a square number; got {config.num_patches}")
-    return side * config.patch_size
-
-
-def _square(size: int | Iterable[int], name: str) -> int:
-    sides = {size} if isinstance(size, int) else set(size)
-    if len(sides) != 1:
-        raise ValueError(f"{name} must be square; got {size}")
-    return sides.pop()
-
-
-def config_from_timm(model: nn.Module) -> ViTConfig:
-    """The `ViTConfig` of a timm `VisionTransformer`, whose weights may be on the meta device.
-
-    Raises:
-        TypeError, ValueError: as in `vit_from`.
-    """
-    from timm.layers import PatchEmbed
-    from timm.models.vision_transformer import VisionTransformer
-
-    if type(model) is not VisionTransformer:
-        raise TypeError(
-            f"of timm's models, vit_from takes VisionTransformer; got {type(model).__name__}. {_USE_TOWER}"
-        )
-    if type(model.patch_embed) is not PatchEmbed or not isinstance(model.patch_embed.proj, nn.Conv2d):
-        raise ValueError(f"the patch embedding must be timm's plain PatchEmbed. {_USE_TOWER}")
-    first, embed = model.blocks[0], model.patch_embed
-    norms = [model.norm_pre, *(n for block in model.blocks for n in (block.norm1, block.norm2)), model.norm]
-    norms = [norm for norm in norms if not isinstance(norm, nn.Identity)]
-    if not all(isinstance(norm, nn.LayerNorm) for norm in norms) or len({norm.eps for norm in norms}) != 1:
-        raise ValueError(f"all norms must be LayerNorm with one eps; got {norms}. {_USE_TOWER}")
-    image_hw, patch = embed.img_size, _square(embed.patch_size, "patch_size")
-    activation, mlp_width = _timm_mlp(model.blocks)
-    prefix = model.pos_embed is not None and not model.no_embed_class
-    return ViTConfig(
-        image_size=image_hw[0] if image_hw[0] == image_hw[1] else None,
-        patch_size=patch,
-        channels=embed.proj.in_channels,
-        width=model.embed_dim,
-        depth=len(model.blocks),
-        heads=first.attn.num_heads,
-        mlp_width=mlp_width,
-        activation=activation,
-        eps=first.norm1.eps,
-        class_token=model.cls_token is not None,
-        num_registers=model.num_reg_tokens,
-        patch_bias=embed.proj.bias is not None,
-        qkv_bias=first.attn.qkv.bias is not None,
-        layer_scale=float(getattr(first.ls1, "init_values", 1.0)) if hasattr(first.ls1, "gamma") else None,
-        pre_norm=isinstance(model.norm_pre, nn.LayerNorm),
-        final_norm=isinstance(model.norm, nn.LayerNorm),
-        position_grid_hw=tuple(embed.grid_size) if model.pos_embed is not None else None,
-        position_prefix=model.num_prefix_tokens if prefix else 0,
-        antialias=True,
-    )
-
-
-def _timm_mlp(blocks: Iterable[nn.Module]) -> tuple[str, int]:
-    """Activation and MLP width of timm's blocks, all of which must be the plain pre-norm kind.
-
-    Variants that carry other parameters are found by their names; these checks are for those that carry none.
-    """
-    from timm.layers import GluMlp, Mlp
-    from timm.layers.activations import GELUTanh, QuickGELU
-    from timm.models.vision_transformer import Attention, Block
-
-    names = {QuickGELU: "quick_gelu", GELUTanh: "gelu_tanh"}
-    kinds = set()
-    for block in blocks:
-        if type(block) is not Block or type(block.attn) is not Attention:
-            raise ValueError(f"the blocks must be timm's Block with its Attention; got {block}. {_USE_TOWER}")
-        act = block.mlp.act
-        if type(block.mlp) is GluMlp and isinstance(act, nn.SiLU) and not block.mlp.gate_last:
-            kinds.add(("swiglu", block.mlp.fc2.in_features))
-        elif type(block.mlp) is Mlp and (isinstance(act, nn.GELU) or type(act) in names):
-            tanh = getattr(act, "approximate", "none") == "tanh"
-            kinds.add((names.get(type(act), "gelu_tanh" if tanh else "gelu"), block.mlp.fc2.in_features))
-        else:
-            raise ValueError(f"the MLP must be timm's Mlp with a GELU, or SwiGLUPacked; got {block.mlp}. {_USE_TOWER}")
-    if len(kinds) != 1:
-        raise ValueError(f"all blocks must have the same MLP; got {sorted(kinds)}. {_USE_TOWER}")
-    return kinds.pop()
-
-
-def _override(config: ViTConfig, overrides: Mapping[str, Any]) -> ViTConfig:
-    """`config` with the values that are not None; an earlier layer drops the final norm unless that was asked for."""
-    given = {name: value for name, value in overrides.items() if value is not None}
-    if given.get("interpolation", config.interpolation) == "nearest":
-        given.setdefault("antialias", False)
-    result = replace(config, **given)
-    if "final_norm" not in given and result.num_blocks < result.depth:
-        result = replace(result, final_norm=False)
-    return result
-
-
 def _hf_family(config: Any, names: Iterable[str]) -> str:
     """The rename table for a transformers configuration; DINOv2's names in files are not those of its modules."""
-    family = _HF_FAMILIES[getattr(config, "vision_config", config).model_type]
+    family = HF_FAMILIES[getattr(config, "vision_config", config).model_type]
     in_file = family == "dinov2" and any(".attention.attention.query." in name for name in names)
     return "dinov2-checkpoint" if in_file else family
 
@@ -482,7 +309,7 @@ def build_vit(config: ViTConfig, names: Iterable[str], read: Callable[[str], Ten
     if missing or left:
         raise ValueError(
             f"the weights do not fit a {family} encoder. Missing: {', '.join(missing) or 'none'}. "
-            f"Left over: {', '.join(left) or 'none'}. {_USE_TOWER}"
+            f"Left over: {', '.join(left) or 'none'}. {USE_TOWER}"
         )
     ours = {}
     for name, target in targets.items():

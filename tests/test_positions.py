@@ -1,4 +1,4 @@
-"""Interpolated tables and bucket ids against the goldens, and what must hold for any grid."""
+"""Interpolated tables, bucket ids and sines against the goldens, and what must hold for any grid."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uhd.vision import bucket_position_ids, interpolate_pos_embed
+from uhd.positions import bucket_position_ids, interpolate_pos_embed, sincos_2d
 
-GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "pos_embed.npz")
+GOLDEN = np.load(Path(__file__).parent / "golden" / "pos_embed.npz")
 
 # key prefix -> (table, side, antialias, rows before the grid's)
 TABLES = {
@@ -123,6 +123,25 @@ def test_nearest_is_the_integer_bucket(source: int, target: tuple[int, int]) -> 
     assert ids.long().tolist() == bucket_position_ids(target, source).tolist()
 
 
+@pytest.mark.parametrize("mode, antialias", [("bicubic", False), ("bicubic", True), ("bilinear", False)])
+@given(source=st.tuples(sides, sides), target=st.tuples(sides, sides.filter(lambda n: n > 1)))
+@settings(max_examples=25)
+def test_resized_tables_equal_torch(mode: str, antialias: bool, source: tuple, target: tuple) -> None:
+    table = torch.randn(source[0] * source[1], 3, dtype=torch.float64)
+    image = table.T.unflatten(1, source)[None]
+    theirs = F.interpolate(image, target, mode=mode, antialias=antialias).flatten(2)[0].T
+    torch.testing.assert_close(interpolate_pos_embed(table, source, target, mode, antialias), theirs)
+    exact = interpolate_pos_embed(table.float(), source, target, mode, antialias)
+    torch.testing.assert_close(exact, theirs.float(), atol=1e-4, rtol=0)
+
+
+def test_autocast_leaves_tables_exact() -> None:
+    table = torch.randn(16, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = interpolate_pos_embed(table, (4, 4), (3, 7))
+    assert torch.equal(mixed, interpolate_pos_embed(table, (4, 4), (3, 7)))
+
+
 def test_half_precision_is_computed_in_float32() -> None:
     table = torch.randn(24 * 24, 8).bfloat16()
     ours = interpolate_pos_embed(table, (24, 24), (19, 29))
@@ -160,3 +179,47 @@ def test_bad_tables_raise(arguments: tuple, error: type[Exception], words: str) 
 def test_bad_buckets_raise(arguments: tuple, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         bucket_position_ids(*arguments)
+
+
+# --- sines and cosines
+
+
+@pytest.mark.parametrize(("dim", "grid_hw"), [(4, (1, 1)), (16, (5, 7)), (24, (70, 3)), (32, (1, 48)), (64, (8, 8))])
+def test_sines_equal_the_float64_formula(dim, grid_hw):
+    rows, columns = grid_hw
+    table = sincos_2d(dim, grid_hw)
+    assert table.dtype == torch.float32
+    want = np.empty((rows * columns, dim))
+    quarter = dim // 4
+    for y in range(rows):
+        for x in range(columns):
+            for k in range(quarter):
+                omega = 10000.0 ** (-k / quarter)
+                want[y * columns + x, k::quarter] = [
+                    np.sin(x * omega),
+                    np.cos(x * omega),
+                    np.sin(y * omega),
+                    np.cos(y * omega),
+                ]
+    np.testing.assert_allclose(table.numpy(), want, atol=1e-5)
+
+
+def test_first_half_is_x_and_rows_are_row_major():
+    """Row 9 of MAE's 8 x 8 table of width 16, that is y = 1, x = 1, and row 2: numbers of the reference."""
+    table = sincos_2d(16, (8, 8))
+    one = [0.84147102, 0.09983342, 0.00999983, 0.001, 0.54030228, 0.99500418, 0.99995, 0.9999995]
+    two = [0.90929741, 0.19866933, 0.01999867, 0.002, -0.41614684, 0.98006660, 0.9998, 0.999998]
+    zero = [0, 0, 0, 0, 1, 1, 1, 1]
+    torch.testing.assert_close(table[9], torch.tensor(one + one), atol=1e-6, rtol=0)
+    torch.testing.assert_close(table[2], torch.tensor(two + zero, dtype=torch.float32), atol=1e-6, rtol=0)
+
+
+def test_the_sines_of_a_smaller_grid_are_a_crop_of_a_larger():
+    large = sincos_2d(24, (70, 70)).reshape(70, 70, 24)
+    assert torch.equal(sincos_2d(24, (5, 17)).reshape(5, 17, 24), large[:5, :17])
+
+
+@pytest.mark.parametrize(("dim", "grid_hw"), [(18, (4, 4)), (0, (4, 4)), (-4, (4, 4)), (16, (0, 3)), (16, (3, -1))])
+def test_bad_sines_raise(dim, grid_hw):
+    with pytest.raises(ValueError, match=r"multiple of 4|at least 1 patch"):
+        sincos_2d(dim, grid_hw)

@@ -1,4 +1,4 @@
-"""Compression inside the ViT: after chosen blocks every 2 x 2 patches of a view become one, so later blocks see fewer.
+"""Merging inside the ViT: after chosen blocks every 2 x 2 patches of a view become one, so later blocks see fewer.
 
 Source: LLaVA-UHD v4 (arXiv 2605.08985, section 3) and MiniCPM-V 4.6 (transformers, models/minicpmv4_6); the two
 poolings are those of LLaVA-UHD v3 (its class `WTC`).
@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
-from uhd.inference import float_parameter, in_fastest_dtype
-from uhd.packed import check_grids
+from uhd.grids import join_blocks, shrink_grids
+from uhd.shortcuts import float_parameter, in_fastest_dtype
 
 from .blocks import MLP, Attention, Block
-from .vit import ViT, ViTConfig, _Groups
+from .config import ViTConfig
+from .groups import ViewGroups
+from .vit import ViT
 
 COMPRESSORS = ("window", "average", "adaptive")
 
@@ -92,20 +93,17 @@ class CompressedViT(ViT):
         Raises:
             ValueError: a side that cannot be halved as often as there are compressors.
         """
-        grids, factor = check_grids(grids), self._factor
-        for view, (rows, columns) in enumerate(grids):
-            if rows % factor or columns % factor:
-                raise ValueError(
-                    f"grids[{view}] is {(rows, columns)}; both sides must be multiples of {factor} to be halved after "
-                    f"the blocks {self.config.compress_after}: plan with merge={factor}, times what the compressor "
-                    "behind the ViT joins"
-                )
-        return tuple((rows // factor, columns // factor) for rows, columns in grids)
+        factor = self._factor
+        advice = (
+            f"the ViT halves them after the blocks {self.config.compress_after}, so plan with merge={factor}, times "
+            "what the compressor behind it joins"
+        )
+        return shrink_grids(grids, factor, advice)
 
     def forward(
         self, patches: Tensor, grids: Sequence[tuple[int, int]], *, hidden_states: bool = False, **how: Any
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
-        """Encode packed views; as `ViT.forward`, but for N.
+        """Encode packed views like `ViT.forward`, into fewer rows.
 
         Returns:
             (N', D) features, view by view, row-major over `output_grids(grids)`; with `hidden_states` also those after
@@ -118,20 +116,20 @@ class CompressedViT(ViT):
         self.output_grids(grids)  # refuse them before anything runs
         return super().forward(patches, grids, hidden_states=hidden_states, **how)
 
-    def _after_block(self, number: int, x: Tensor, groups: _Groups) -> tuple[Tensor, _Groups]:
+    def _after_block(self, number: int, x: Tensor, groups: ViewGroups) -> tuple[Tensor, ViewGroups]:
         if str(number) not in self.compressors:
             return x, groups
         compressor = self.compressors[str(number)]
         compressor = in_fastest_dtype(compressor, x) if self.compiled else compressor
         dtype = float_parameter(compressor, x).dtype
-        tokens = compressor(groups.unpack(x).to(dtype), groups.grids).to(x.dtype)
+        tokens = compressor(groups.restore(x).to(dtype), groups.grids).to(x.dtype)
         prefix = groups.prefixes(x) if groups.prefix else None
-        smaller = _Groups.of(tuple((rows // 2, columns // 2) for rows, columns in groups.grids), groups.prefix)
-        return smaller.pack(tokens, prefix), smaller
+        smaller = ViewGroups.of(tuple((rows // 2, columns // 2) for rows, columns in groups.grids), groups.prefix)
+        return smaller.arrange(tokens, prefix), smaller
 
 
 class WindowCompressor(nn.Module):
-    """Attention inside every 2 x 2 window, then the four patches become one.
+    """Lets the four patches of every 2 x 2 window attend to each other, then joins them to one.
 
         y = x + attn(norm1(x))    out = mlp(norm2([y_1 | y_2 | y_3 | y_4])) + mean of the y
 
@@ -159,7 +157,7 @@ class WindowCompressor(nn.Module):
 
     def forward(self, x: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
         """(N, D) packed, patches row-major -> (N / 4, D)."""
-        x = windows_2x2(x, grids)  # (N / 4, 4, D)
+        x = join_blocks(x, grids, 2)  # (N / 4, 4, D)
         tokens = x.flatten(0, 1)
         y = tokens + self.attn(self.norm1(tokens), [(len(x), 4)] if len(x) else [])
         y = y.unflatten(0, (-1, 4)) if len(x) else x
@@ -196,7 +194,7 @@ class WindowCompressor(nn.Module):
                 layer.bias.mul_(scale)
 
     def load_source_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Weights under the names of transformers' `vit_merger`, without that prefix; copied.
+        """Copy weights that have the names of transformers' `vit_merger`, without that prefix.
 
         Raises:
             ValueError: names are missing or left over (listed), or shapes disagree.
@@ -214,7 +212,7 @@ class WindowCompressor(nn.Module):
         self.load_state_dict(ours)
 
     def to_source_state_dict(self) -> dict[str, Tensor]:
-        """The inverse of `load_source_state_dict`; tensors are detached and share memory."""
+        """Give the weights under the names that `load_source_state_dict` reads; the tensors share memory."""
         state = {}
         for name, tensor in self.state_dict().items():
             sources = _source_names(name)
@@ -223,15 +221,15 @@ class WindowCompressor(nn.Module):
 
 
 class AverageCompressor(nn.Module):
-    """The mean of every 2 x 2 window; nothing to learn."""
+    """Replaces every 2 x 2 window by its mean; nothing is learned."""
 
     def forward(self, x: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
         """(N, D) packed, patches row-major -> (N / 4, D)."""
-        return windows_2x2(x, grids).mean(1)
+        return join_blocks(x, grids, 2).mean(1)
 
 
 class AdaptiveCompressor(nn.Module):
-    """A weighted mean of every 2 x 2 window, with weights for each channel from the patch and the window's mean.
+    """Replaces every 2 x 2 window by a weighted mean, weighted by channel from the patch and the window's mean.
 
         weights = softmax over the four of down(gelu(up([x_i | mean])))
 
@@ -251,24 +249,14 @@ class AdaptiveCompressor(nn.Module):
 
     def forward(self, x: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
         """(N, D) packed, patches row-major -> (N / 4, D)."""
-        x = windows_2x2(x, grids)
+        x = join_blocks(x, grids, 2)
         seen = torch.cat([x, x.mean(1, keepdim=True).expand_as(x)], dim=-1)
         weights = self.down(nn.functional.gelu(self.up(seen))).softmax(1)
         return (x * weights).sum(1)
 
 
-def windows_2x2(x: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
-    """(N, D) packed -> (N / 4, 4, D): views in order, windows row-major, row-major inside; sides must be even."""
-    views = x.split([rows * columns for rows, columns in grids]) if grids else ()
-    parts = [
-        rearrange(view, "(h a w b) d -> (h w) (a b) d", h=rows // 2, a=2, b=2)
-        for view, (rows, _) in zip(views, grids, strict=True)
-    ]
-    return torch.cat(parts) if parts else x.reshape(0, 4, x.shape[1])
-
-
 def make_compressor(config: CompressedViTConfig) -> nn.Module:
-    """A new compressor of the config's kind and sizes."""
+    """Make a new compressor of the kind and sizes that the config asks for."""
     if config.compressor == "average":
         return AverageCompressor()
     if config.compressor == "adaptive":
@@ -290,7 +278,7 @@ def compress_vit(
     compressor: str = "window",
     weights: Mapping[str, Tensor] | None = None,
 ) -> CompressedViT:
-    """Give any plain ViT compressors: those of kind "window" start from the weights of the block before them.
+    """Give a plain ViT compressors; those of kind "window" start from the weights of the block before them.
 
     Args:
         vit: as `vit_from` and `load_vit` make them, or your own.

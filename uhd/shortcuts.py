@@ -1,4 +1,4 @@
-"""What decides whether a call may take a faster way than its layers as they are written, and in which dtype."""
+"""Whether a call may take a faster way than its layers as they are written, in which dtype, and if weights changed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _UNITS = {torch.bfloat16: "_is_amx_tile_supported", torch.float16: "_is_amx_fp16
 
 
 def fastest_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """``dtype``, or float32 where it is a half type and ``device`` is a CPU that has no matrix unit (AMX) for it.
+    """Choose the dtype to multiply in: float32 for a half type on a CPU without a matrix unit (AMX) for it.
 
     Without one, oneDNN's products in bfloat16 run at half of float32's rate or below.
     """
@@ -22,12 +22,12 @@ def fastest_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def float_parameter(module: nn.Module, default: Tensor) -> Tensor:
-    """The parameter whose dtype and device inputs get; quantised ones, which are integers, do not count."""
+    """First floating-point parameter, else `default`: inputs are cast to its dtype and device."""
     return next((parameter for parameter in module.parameters() if parameter.is_floating_point()), default)
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Exactly of this class, with nothing that runs at its call but its own forward."""
+    """Whether a module is exactly of this class, and runs nothing at its call but its own forward."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return type(module) is kind and "forward" not in vars(module) and not any(hooks)
 
@@ -47,10 +47,10 @@ def wants_gradients(tensors: Iterable[Tensor]) -> bool:
 
 
 def in_fastest_dtype(module: nn.Module, x: Tensor) -> nn.Module:
-    """``module``, or for one call on tensors like ``x`` a copy with weights in the dtype that is multiplied fastest.
+    """Copy a module for one call on tensors like ``x``, its weights in the dtype that is multiplied fastest.
 
-    The module itself where that is its own dtype, where gradients are wanted, under autocast and transforms, and where
-    anything has hooks, wrappers, or tensors of other classes, dtypes or devices than the others.
+    Returns the module itself where that is its own dtype, where gradients are wanted, under autocast and transforms,
+    and where anything has hooks, wrappers, or tensors of other classes, dtypes or devices than the others.
     """
     tensors = [*module.parameters(), *module.buffers()]
     floats = [tensor for tensor in tensors if tensor.is_floating_point()]
@@ -68,3 +68,27 @@ def in_fastest_dtype(module: nn.Module, x: Tensor) -> nn.Module:
         if id(each) in cast:
             cast[id(each)] = nn.Parameter(cast[id(each)], requires_grad=False)
     return copy.deepcopy(module, {**{id(each): each for each in tensors}, **cast})
+
+
+def contents_of(sources: Iterable[Tensor]) -> Tensor:
+    """Sum all bits of each tensor, and sample an entry of every row and column: equal for equal contents.
+
+    Fused optimizers and writes through ``tensor.data`` leave no trace in a tensor's version; this sees them.
+    """
+    parts: list[Tensor] = []
+    for source in sources:
+        bits = _bits(source.detach())
+        parts.append(bits.sum(dtype=torch.int64)[None])
+        if source.dim() == 2:
+            along = torch.arange(max(source.shape), device=source.device)
+            picked = source.detach()[along % source.shape[0], along % source.shape[1]]
+            parts.append(_bits(picked).to(torch.int64))
+    return torch.cat(parts)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """View the numbers as integers, in words as long as they fill: long words are summed faster."""
+    flat = tensor.contiguous().flatten()
+    size, start, own = flat.nbytes, flat.storage_offset() * flat.itemsize, flat.itemsize
+    words = (torch.int64, torch.int32, torch.int16)
+    return flat.view(next(w for w in words if own <= w.itemsize and not (size % w.itemsize or start % w.itemsize)))

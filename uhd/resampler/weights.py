@@ -1,45 +1,18 @@
-"""Settings that become JSON, and weights that must fit by name and shape: what every resampler with weights shares."""
+"""Weights that must fit a resampler by name and shape."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-_Settings = TypeVar("_Settings", bound="Settings")
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
-class Settings:
-    """Base of the frozen dataclasses that describe a compressor."""
-
-    def to_dict(self) -> dict[str, object]:
-        """Plain values, ready for JSON; `from_dict` is the inverse."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls: type[_Settings], values: Mapping[str, object]) -> _Settings:
-        """Raises a ValueError on a name that is not a field."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"{cls.__name__} has no {unknown}; its fields are {sorted(known)}")
-        return cls(**values)
-
-
-def check_sizes(settings: Settings, names: tuple[str, ...]) -> None:
-    """Raises a ValueError unless the named fields are at least 1 and the heads divide the width."""
-    for name in names:
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name}={getattr(settings, name)}: must be at least 1")
-    if settings.width % settings.num_heads:
-        raise ValueError(f"width={settings.width} cannot be divided among num_heads={settings.num_heads}")
-
-
 def shape_of(state: Mapping[str, Tensor], name: str, axes: int) -> tuple[int, ...]:
-    """Shape of one tensor among weights, where sizes are read off it.
+    """Read the shape of one tensor among weights.
 
     Raises:
         ValueError: it is not there, or has another number of axes.
@@ -49,8 +22,13 @@ def shape_of(state: Mapping[str, Tensor], name: str, axes: int) -> tuple[int, ..
     return tuple(state[name].shape)
 
 
+def vision_width_of(state: Mapping[str, Tensor], width: int) -> int:
+    """Read the features' width off `kv_proj`, which is there only where it is not the latents' width."""
+    return state["kv_proj.weight"].shape[-1] if "kv_proj.weight" in state else width
+
+
 def load_exactly(make: Callable[[], _Module], state: Mapping[str, Tensor], what: str, *, like: str) -> _Module:
-    """A new module with these weights, all of them and no others.
+    """Make a module with these weights, all of them and no others.
 
     Args:
         make: builds the module; called under the meta device, since at the width of a language model an

@@ -9,64 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tests.vision.parts import CONFIG, assert_near, compressed, lengths, make, random_patches
+from uhd.grids import join_blocks
 from uhd.resampler import MergeProjector
-from uhd.vision import CompressedViT, CompressedViTConfig, ViT, ViTConfig, compress_vit, patchify, vit_from
-from uhd.vision.compressor import AdaptiveCompressor, AverageCompressor, WindowCompressor, windows_2x2
+from uhd.vision import CompressedViT, ViT, compress_vit, patchify, vit_from
+from uhd.vision.merging import AdaptiveCompressor, AverageCompressor, WindowCompressor
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "v4_compressor.npz"
-CONFIG = ViTConfig(
-    patch_size=2,
-    width=16,
-    depth=4,
-    heads=2,
-    mlp_width=24,
-    image_size=16,
-    class_token=True,
-    num_registers=2,
-    layer_scale=0.5,
-    position_grid_hw=(8, 8),
-    position_prefix=1,
-)
 GRIDS = [(4, 8), (8, 4), (4, 4), (2, 16), (4, 8), (12, 2)]
-KINDS = ("window", "average", "adaptive")
-
-
-def make(config: ViTConfig = CONFIG) -> ViT:
-    torch.manual_seed(0)
-    vit = ViT(config)
-    with torch.no_grad():
-        for parameter in vit.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return vit.eval()
-
-
-def compressed(after=2, compressor="window", config: ViTConfig = CONFIG) -> CompressedViT:
-    """No parameter at a special value, compressors included."""
-    vit = compress_vit(make(config), after, compressor=compressor)
-    with torch.no_grad():
-        for parameter in vit.compressors.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return vit
-
-
-def random_patches(grids, config: ViTConfig = CONFIG) -> torch.Tensor:
-    return torch.randn(sum(h * w for h, w in grids), config.patch_dim, generator=torch.Generator().manual_seed(1))
-
-
-def lengths(grids) -> list[int]:
-    return [h * w for h, w in grids]
-
-
-def assert_near(ours, theirs) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-
-
-# --- equality with the source
 
 
 def golden():
@@ -176,7 +128,7 @@ def test_reuse_of_a_block_is_its_attention_in_windows_and_the_mean_of_its_mlp(ac
     block, module = vit.blocks[1], compress_vit(vit, 2).compressors["2"]
     x = torch.randn(24, 16, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        windows = windows_2x2(x, [(4, 6)])
+        windows = join_blocks(x, [(4, 6)], 2)
         attended = block.attn(block.norm1(windows.flatten(0, 1)), [(6, 4)])
         y = windows + (attended if block.scale1 is None else attended * block.scale1).unflatten(0, (6, 4))
         # the norm is over all four patches, with the block's weights repeated
@@ -198,7 +150,7 @@ def test_the_pooling_kinds_start_as_the_mean():
         module.down.weight.normal_()
     out = module(x, [(4, 6)])
     assert (out - mean).abs().max() > 1e-2
-    windows = windows_2x2(x, [(4, 6)])
+    windows = join_blocks(x, [(4, 6)], 2)
     assert (out <= windows.amax(1) + 1e-6).all()
     assert (out >= windows.amin(1) - 1e-6).all()
 
@@ -241,59 +193,6 @@ def test_a_stem_of_ones_own_is_copied():
         assert_near(model(patches, GRIDS, hidden_states=True)[1][4], states[4])
 
 
-# --- what always holds
-
-even = st.tuples(st.integers(1, 4), st.integers(1, 4)).map(lambda pair: (4 * pair[0], 4 * pair[1]))
-
-
-@given(grids=st.lists(even, min_size=1, max_size=5), kind=st.sampled_from(KINDS), prefix=st.booleans())
-@settings(max_examples=20)
-def test_packed_equals_one_view_at_a_time(grids, kind, prefix):
-    plain = dataclasses.replace(CONFIG, class_token=False, num_registers=0, position_prefix=0)
-    vit = compressed((1, 3), kind, CONFIG if prefix else plain)
-    patches, out_grids = random_patches(grids), vit.output_grids(grids)
-    assert out_grids == tuple((h // 4, w // 4) for h, w in grids)
-    with torch.no_grad():
-        together = vit(patches, grids).split(lengths(out_grids))
-        for part, grid, ours in zip(patches.split(lengths(grids)), grids, together, strict=True):
-            assert_near(ours, vit(part, [grid]))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_views_do_not_mix(kind):
-    vit, patches = compressed(compressor=kind), random_patches(GRIDS)
-    changed = patches.clone()
-    changed[:32] += 1
-    with torch.no_grad():
-        difference = (vit(patches, GRIDS) - vit(changed, GRIDS)).abs().amax(dim=1)
-    assert (difference[:8] > 1e-3).all()
-    assert difference[8:].max() < 1e-5
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_equal_lengths_of_other_shapes_are_told_apart(kind):
-    config = dataclasses.replace(CONFIG, position_grid_hw=None, position_prefix=0)
-    vit, patches = compressed(compressor=kind, config=config), random_patches([(4, 8)])
-    with torch.no_grad():
-        assert (vit(patches, [(4, 8)]) - vit(patches, [(8, 4)])).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("recompute", [False, True])
-def test_gradients_reach_every_parameter(kind, recompute):
-    vit = compressed((1, 4), kind).train()
-    vit.gradient_checkpointing = recompute
-    grids = [(4, 8), (8, 4), (4, 4)]
-    patches = random_patches(grids).requires_grad_()
-    vit(patches, grids).square().mean().backward()
-    assert (patches.grad.abs().amax(1) > 0).all()
-    blind = [name for name, _ in vit.named_parameters() if name.endswith("down.bias")]
-    assert len(blind) == (2 if kind == "adaptive" else 0)
-    for name, parameter in vit.named_parameters():
-        largest = parameter.grad.abs().max()  # softmax over a window does not see what is added to all of it
-        assert largest < 1e-6 if name in blind else largest > 1e-6, name
-
-
 def test_hidden_states_are_those_of_the_plain_vit_up_to_the_compressor():
     vit, model, patches = make(), compressed(2), random_patches(GRIDS)
     with torch.no_grad():
@@ -313,7 +212,7 @@ def test_class_and_register_tokens_pass_by():
         for number, block in enumerate(model.blocks, 1):
             x = block(x, [(1, len(x))])
             if number == 2:
-                x = torch.cat([x[:3], windows_2x2(x[3:], [(4, 6)]).mean(1)])
+                x = torch.cat([x[:3], join_blocks(x[3:], [(4, 6)], 2).mean(1)])
         assert_near(model(patches, [(4, 6)]), model.norm(x[3:]))
 
 
@@ -324,29 +223,11 @@ def test_after_the_last_block_the_features_are_the_compressors():
         assert_near(features, model.norm(model.compressors["4"](states[-1], GRIDS)))
 
 
-def test_no_views_give_no_features():
-    for kind in KINDS:
-        assert compressed(compressor=kind)(random_patches([]), []).shape == (0, 16)
-
-
 def test_what_an_encoder_asks_of_it():
     model = compressed((1, 3))
     assert (model.patch_size, model.stride, model.image_size, model.out_dim) == (2, 8, 16, 16)
-    with pytest.raises(ValueError, match=r"grids\[1\] is \(4, 6\); both sides must be multiples of 4 .* merge=4"):
+    with pytest.raises(ValueError, match=r"grids\[1\] is \(4, 6\); both sides must be multiples of 4: .* merge=4"):
         model(random_patches([(4, 4), (4, 6)]), [(4, 4), (4, 6)])
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_saved_and_loaded(tmp_path, kind):
-    model, patches = compressed((2, 3), kind), random_patches([(4, 8), (8, 4)])
-    save_file(model.state_dict(), tmp_path / "vit.safetensors")
-    (tmp_path / "vit.json").write_text(json.dumps(model.config.to_dict()))
-    config = CompressedViTConfig.from_dict(json.loads((tmp_path / "vit.json").read_text()))
-    assert config == model.config
-    again = CompressedViT(config).eval()
-    again.load_state_dict(load_file(tmp_path / "vit.safetensors"))
-    with torch.no_grad():
-        assert torch.equal(again(patches, [(4, 8), (8, 4)]), model(patches, [(4, 8), (8, 4)]))
 
 
 def test_bad_input_raises():

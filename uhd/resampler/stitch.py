@@ -1,4 +1,4 @@
-"""Feature maps of a plan's views to the tokens its strategy defines: pooled, stitched, un-padded, with newlines."""
+"""Stitching the feature maps of a plan's views to the tokens of its strategy: pooled, un-padded, with newlines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Size = tuple[int, int]
 
 
 class PackedPlan(Protocol):
-    """What is read of a :class:`uhd.slicing.SlicePlan`."""
+    """The part of a :class:`uhd.slicing.SlicePlan` that is read here."""
 
     views: Sequence[Any]  # of kind, row, col
     packing: Any  # a uhd.slicing.Packing, or None
@@ -26,12 +26,12 @@ class PackedPlan(Protocol):
 
 
 def feature_hw(packing: Any, kind: str) -> Size:
-    """(rows, columns) of the feature map that a packing expects of a view of this kind, before it pools anything."""
+    """Tell (rows, columns) of the feature map that a packing expects of a view of this kind, before any pooling."""
     return packing.overview_view_hw if kind == "overview" and packing.overview_view_hw else packing.view_hw
 
 
 def feature_lengths(plan: PackedPlan) -> list[int]:
-    """Features that every view must bring to :func:`pack_features`, in the order of ``plan.views``."""
+    """Count the features that every view must bring to :func:`pack_features`, in the order of ``plan.views``."""
     if plan.packing is None:
         return [view.num_tokens for view in plan.views]
     return [prod(feature_hw(plan.packing, view.kind)) for view in plan.views]
@@ -44,7 +44,7 @@ def pack_features(
     newline: Tensor | None = None,
     separator: Tensor | None = None,
 ) -> Tensor:
-    """One image's features to its tokens, by the steps of ``plan.packing`` in their order.
+    """Turn one image's features into its tokens, by the steps of ``plan.packing`` in their order.
 
     Every view's map is resized to ``pooled_hw``; the slices' maps are put together (less the ``overlap``), cut to
     ``kept``, resized to ``resized_hw`` and pooled by ``merge``; then come the learned embeddings. The overview and the
@@ -97,7 +97,7 @@ def pack_features(
 
 
 def _split(features: Tensor | Sequence[Tensor], plan: PackedPlan) -> list[Tensor]:
-    """V tensors (n, D), their lengths checked."""
+    """Split into V tensors (n, D), and check their lengths."""
     wanted = feature_lengths(plan)
     if isinstance(features, Tensor) and features.ndim == 2:
         if len(features) != sum(wanted):
@@ -128,7 +128,7 @@ def _check_vector(name: str, vector: Tensor | None, needs: bool, like: Tensor, p
 
 
 def _runs(plan: PackedPlan, maps: list[Tensor]) -> list[tuple[str, list[Tensor]]]:
-    """The maps of consecutive views of one kind, (rows, columns, D) each, in the plan's order."""
+    """Collect the maps of consecutive views of one kind, (rows, columns, D) each, in the plan's order."""
     runs: list[tuple[str, list[Tensor]]] = []
     for view, part in zip(plan.views, maps, strict=True):
         if not runs or runs[-1][0] != view.kind:
@@ -144,7 +144,7 @@ def _pooled(part: Tensor, kind: str, packing: Any) -> Tensor:
 
 
 def _detail(parts: list[Tensor], plan: PackedPlan) -> Tensor:
-    """The slices' maps as one: stitched, un-padded, resized, merged."""
+    """Make one map of the slices': stitched, un-padded, resized, merged."""
     packing = plan.packing
     stitched = _stitched(parts, plan.grid, packing.overlap)
     if stitched.shape[:2] != packing.map_hw:
@@ -161,7 +161,7 @@ def _detail(parts: list[Tensor], plan: PackedPlan) -> Tensor:
 
 
 def _stitched(parts: list[Tensor], grid: Size, overlap: Size) -> Tensor:
-    """(rows, columns, D) from row-major maps, without the features on edges that face another map."""
+    """Join row-major maps to one (rows, columns, D), without the features on edges that face another map."""
     rows, cols = grid
     leading, trailing = overlap
     if not (leading or trailing):
@@ -179,7 +179,7 @@ def _stitched(parts: list[Tensor], grid: Size, overlap: Size) -> Tensor:
 
 
 def resize_map(part: Tensor, size_hw: Size) -> Tensor:
-    """(rows, columns, D) resized to ``size_hw``: bilinear, corners not aligned, not antialiased."""
+    """Resize a map (rows, columns, D) to ``size_hw``: bilinear, corners not aligned, not antialiased."""
     if tuple(part.shape[:2]) == tuple(size_hw):
         return part
     if not part.numel() or not prod(size_hw):
@@ -189,7 +189,7 @@ def resize_map(part: Tensor, size_hw: Size) -> Tensor:
 
 
 def _merged(part: Tensor, merge: int) -> Tensor:
-    """The mean of ``merge`` x ``merge`` blocks; a rest at the bottom or right is a block of its own."""
+    """Take the mean of ``merge`` x ``merge`` blocks; a rest at the bottom or right is a block of its own."""
     if not part.numel():
         return part.new_zeros(-(-part.shape[0] // merge), -(-part.shape[1] // merge), part.shape[2])
     channels = rearrange(part, "h w d -> 1 d h w")
@@ -198,7 +198,7 @@ def _merged(part: Tensor, merge: int) -> Tensor:
 
 
 def _rows(part: Tensor, newline: Tensor | None) -> Tensor:
-    """(rows * columns, D), each row followed by the newline where there is one."""
+    """Flatten to (rows * columns, D), each row followed by the newline where there is one."""
     if newline is not None:
         end = newline.to(part).expand(part.shape[0], 1, -1)
         part = torch.cat([part, end], dim=1)
@@ -206,7 +206,7 @@ def _rows(part: Tensor, newline: Tensor | None) -> Tensor:
 
 
 class FeaturePacker(nn.Module):
-    """The learned embeddings of a strategy's packing, and :func:`pack_features` with them.
+    """Holds the learned embeddings of a strategy's packing, and applies :func:`pack_features` with them.
 
     Args:
         width: D of the tokens.
@@ -224,7 +224,7 @@ class FeaturePacker(nn.Module):
         self.separator = nn.Parameter(torch.randn(width) * width**-0.5) if separator else None
 
     def to_dict(self) -> dict[str, Any]:
-        """The constructor's arguments, ready for JSON."""
+        """Give the constructor's arguments in values that JSON takes."""
         return {
             "width": self.width,
             "newline": self.newline is not None,
@@ -232,6 +232,6 @@ class FeaturePacker(nn.Module):
         }
 
     def forward(self, features: Tensor | Sequence[Tensor], plan: PackedPlan) -> Tensor:
-        """As :func:`pack_features`."""
+        """Turn features into tokens like :func:`pack_features`, with the embeddings held here."""
         separator = self.newline if self.separator is None else self.separator
         return pack_features(features, plan, newline=self.newline, separator=separator)

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn import functional as F
 
 import uhd
-from uhd.resampler import FeaturePacker, PoolProjector, pack_features
-from uhd.resampler.packing import feature_lengths
+from uhd.resampler import FeaturePacker, pack_features
+from uhd.resampler.stitch import feature_lengths
 from uhd.slicing import find
 from uhd.slicing.plan import Box, Packing
 from uhd.slicing.strategies import STRATEGIES, anyres
@@ -324,34 +324,3 @@ def test_wrong_input_is_named():
     broken.grid = (1, 1)
     with pytest.raises(ValueError, match="make a map of"):
         pack_features(views, SimpleNamespace(**{**vars(broken), "grid": (2, 1)}), newline=newline)
-
-
-@pytest.mark.parametrize("mode", ["average", "bilinear"])
-def test_pooling_of_non_square_views(mode):
-    """Views of several grids in one call equal each by itself and PyTorch's own pooling, sides rounded up."""
-    torch.manual_seed(0)
-    pool = PoolProjector(5, 8, factor=2, mode=mode)
-    grids = [(5, 3), (4, 6), (5, 3), (1, 1), (27, 27)]
-    parts = [torch.randn(h * w, 5) for h, w in grids]
-    got = pool(torch.cat(parts), grids).split(pool.output_lengths(grids))
-    assert pool.output_lengths(grids) == [6, 6, 6, 1, 196]
-    for (h, w), part, tokens in zip(grids, parts, got, strict=True):
-        maps = pool.mlp(part).T.reshape(1, 8, h, w)
-        if mode == "average":
-            want = F.avg_pool2d(maps, 2, ceil_mode=True, count_include_pad=False)
-        else:
-            want = F.interpolate(maps, ((h + 1) // 2, (w + 1) // 2), mode="bilinear")
-        assert torch.allclose(tokens, want[0].flatten(1).T, atol=1e-6)
-    assert pool(torch.empty(0, 5), []).shape == (0, 8)
-    (got[0].sum() + got[4].sum()).backward()
-    assert all(parameter.grad.any() for parameter in pool.parameters())
-    again = PoolProjector(**pool.to_dict())
-    again.load_state_dict(pool.state_dict())
-    assert torch.equal(again(parts[0], grids[:1]), pool(parts[0], grids[:1]))
-
-
-def test_pooling_settings_are_checked():
-    with pytest.raises(ValueError, match="factor=0"):
-        PoolProjector(4, 4, factor=0)
-    with pytest.raises(ValueError, match="'average' or 'bilinear'"):
-        PoolProjector(4, 4, mode="max")

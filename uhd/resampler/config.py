@@ -1,0 +1,133 @@
+"""What a resampler is made of: the settings that all share, and those of the perceiver."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import TypeVar
+
+_Settings = TypeVar("_Settings", bound="Settings")
+
+
+class Settings:
+    """Base of the frozen dataclasses that describe a compressor."""
+
+    def to_dict(self) -> dict[str, object]:
+        """Give every field in values that JSON takes."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls: type[_Settings], values: Mapping[str, object]) -> _Settings:
+        """Read what `to_dict` gave.
+
+        Raises:
+            ValueError: a name is no field.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"{cls.__name__} has no {unknown}; its fields are {sorted(known)}")
+        return cls(**values)
+
+    @property
+    def side(self) -> int:
+        """Latents along each side of their square grid."""
+        return math.isqrt(self.num_latents)
+
+
+def check_sizes(
+    settings: Settings, names: tuple[str, ...], *, positions: bool = True, square: str | None = "take 64 or 144, say"
+) -> None:
+    """Check what every resampler asks of its sizes.
+
+    Args:
+        settings: with `width`, `num_heads` and `num_latents`.
+        names: fields that must be at least 1.
+        positions: the width is that of a sine-cosine table, and so a multiple of 4.
+        square: the latents are a square grid; this advice ends the message where they are not. None: any number.
+
+    Raises:
+        ValueError: a size that does not fit.
+    """
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name}={getattr(settings, name)}: must be at least 1")
+    if settings.width % settings.num_heads:
+        raise ValueError(f"width={settings.width} cannot be divided among num_heads={settings.num_heads}")
+    if positions and settings.width % 4:
+        raise ValueError(f"width={settings.width}: 2D sincos positions need a multiple of 4")
+    if square is not None and settings.side**2 != settings.num_latents:
+        raise ValueError(f"num_latents={settings.num_latents} is not a square: {square}")
+
+
+def default_heads(width: int) -> int:
+    """Choose how many attention heads a width gets: heads of 128 as released, or wider ones that divide it.
+
+    >>> default_heads(4096), default_heads(576), default_heads(100)
+    (32, 4, 1)
+    """
+    return next(heads for heads in range(max(width // 128, 1), 0, -1) if width % heads == 0)
+
+
+KEY_POSITIONS = ("interpolated", "direct", "none")
+
+# What sets the published layers apart. Sizes are not part of a variant; "minicpm-v-2.6" also reads 2.5 (96 latents).
+VARIANTS: dict[str, dict[str, object]] = {
+    "paper": {"query_position": True, "key_position": "interpolated"},
+    "minicpm-v-2.0": {"query_position": True, "key_position": "direct"},
+    "minicpm-v-2.6": {"query_position": False, "key_position": "direct"},
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PerceiverConfig(Settings):
+    """Shape and flags of a `PerceiverResampler`. The defaults are the paper's layer.
+
+    Raises:
+        ValueError: a size does not fit another; the message says which.
+    """
+
+    width: int  # of the latents and of the output: the language model's
+    vision_width: int  # of the features
+    num_heads: int  # divides the width
+    num_latents: int = 64  # tokens per view; a square where the latents have positions
+    query_position: bool = True  # latents get the sincos table of their own square grid
+    key_position: str = "interpolated"  # that table resized to the view's grid; "direct": the view's own; "none"
+    depth: int = 1  # cross-attention layers; the published ones have 1
+    ffn_ratio: float = 0.0  # hidden width of an FFN after each layer, as a multiple of the width; 0 for none
+    eps: float = 1e-6  # of every LayerNorm
+
+    def __post_init__(self) -> None:
+        positions = self.query_position or self.key_position != "none"
+        square = (
+            "the latents' positions are a square grid, so take 64 or 144, say, or query_position=False with "
+            "key_position='direct' or 'none'"
+        )
+        names = ("width", "vision_width", "num_heads", "num_latents", "depth")
+        check_sizes(self, names, positions=positions, square=square if self.has_latent_table else None)
+        if self.key_position not in KEY_POSITIONS:
+            raise ValueError(f"key_position={self.key_position!r}: choose one of {list(KEY_POSITIONS)}")
+        if self.ffn_ratio < 0 or (self.ffn_ratio and self.ffn_width < 1):
+            raise ValueError(
+                f"ffn_ratio={self.ffn_ratio}: must be 0 for no FFN, or leave a hidden width of at least 1"
+            )
+
+    @classmethod
+    def preset(cls, variant: str, **fields: object) -> PerceiverConfig:
+        """Take the flags of a published layer, "paper", "minicpm-v-2.0" or "minicpm-v-2.6"; sizes are keywords.
+
+        Raises:
+            ValueError: no such variant.
+        """
+        if variant not in VARIANTS:
+            raise ValueError(f"variant={variant!r} is unknown; choose one of {list(VARIANTS)}")
+        return cls(**{**VARIANTS[variant], **fields})
+
+    @property
+    def has_latent_table(self) -> bool:
+        """Whether a table over the latents' own grid is used, and so saved as `pos_embed`."""
+        return self.query_position or self.key_position == "interpolated"
+
+    @property
+    def ffn_width(self) -> int:
+        return round(self.ffn_ratio * self.width)
