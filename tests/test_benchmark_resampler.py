@@ -1,20 +1,15 @@
 """The resampler's benchmark runs, and says nothing where a contender is wrong."""
 
-import importlib.util
 import json
-import pathlib
 
 import pytest
 
-FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
+from tests.scripts import FOLDER, load_script
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark_resampler", FOLDER / "resampler.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("resampler")
 
 
 SMALL = ["--widths", "128", "256", "--repeats", "1"]

@@ -4,26 +4,18 @@ import copy
 import json
 import mmap
 import pathlib
-import sys
 
 import pytest
 
-FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
+from tests.scripts import FOLDER, load_script
+
 SMALL = ["--width", "64", "--depth", "1", "--points", "3", "--repeats", "1"]
 needs_linux = pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    sys.path.insert(0, str(FOLDER))
-    try:
-        import scaling
-
-        yield scaling
-    finally:
-        sys.path.remove(str(FOLDER))
-        for name in ("scaling", "preprocess", "resampler"):
-            sys.modules.pop(name, None)
+    return load_script("scaling")
 
 
 @needs_linux
