@@ -58,7 +58,7 @@ def test_peaks_are_those_of_the_call(benchmark):
 def test_wrong_tokens_silence_it(benchmark, tmp_path, capsys, monkeypatch):
     def off(encoder):
         other = copy.deepcopy(encoder)
-        other.compressor.query.mul_(1.01)
+        other.compressor.proj.mul_(1.01)
         return other
 
     monkeypatch.setitem(benchmark.VARIANTS, ", off", off)
