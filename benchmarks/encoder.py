@@ -5,9 +5,9 @@
 ViT-B/16 of native size 384, equal weights, equal patches: four images of different shapes, cut by LLaVA-UHD's rule.
 The peer gets all views as one batch, padded, with a mask; also a batch for each image, eager and compiled. Blocks cost
 the same, so the first four of the twelve are run.
-Nothing is timed before every contender is right: in float32 within 1e-4 of the peer, in bfloat16 no further from
-float32 than the peer in bfloat16; int8 is further away, and the table says how far. Times are process CPU time,
-contenders interleaved, medians.
+Nothing is timed before every contender is right: in float32 equal to the peer but for rounding, in bfloat16 at most
+twice as far from float32 as the peer in bfloat16; int8 is further away, and the table says how far. Times are process
+CPU time, contenders interleaved, medians.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import transformers
 from einops import rearrange
-from resampler import DTYPES, cpu_times, device, gemm_rate, relative
+from resampler import DTYPES, ROUNDING, SLACK, cpu_times, device, gemm_rate, relative
 from torch import Tensor, nn
 from transformers import Siglip2VisionConfig, Siglip2VisionModel
 
@@ -41,7 +41,6 @@ SIDE, PATCH = 384, 16
 PEER, BY_IMAGE = "transformers, a batch", "transformers, by image"
 COMPILED_PEER = "transformers, by image, compiled"
 TARGETS = {"fp32": ("uhd", 1.15), "bf16": ("uhd, compiled", 1.5)}
-TOLERANCE = 1e-4  # of float32, relative
 
 
 def build_peer(depth: int, width: int = 768) -> Siglip2VisionModel:
@@ -148,7 +147,7 @@ def errors(calls: dict[str, Callable[[], Tensor]], truth: Tensor, dtype: str) ->
         RuntimeError: One of ours that is not int8 is wrong.
     """
     found = {name: relative(call(), truth) for name, call in calls.items()}
-    bound = TOLERANCE if dtype == "fp32" else found[PEER]
+    bound = ROUNDING if dtype == "fp32" else SLACK * found[PEER]
     wrong = {name: off for name, off in found.items() if "uhd" in name and "int8" not in name and not off <= bound}
     if wrong:
         raise RuntimeError(f"errors above {bound:.1e}: {wrong}")

@@ -4,9 +4,9 @@
 
 Each peer is a model of transformers in its released geometry (sides of views, grids, patches of 14 px) with random
 weights and a small ViT; `uhd.pretrained.load` reads the same folder. So both have one rule, one set of weights and as
-many patches, and nothing is timed before the tokens are equal: in float32 to 2e-5 where the pixels are the same, to
-2e-2 where they were resized otherwise (transformers' two processors are as far from each other); in bfloat16 to 1.25
-times transformers' own distance from float32. A peer can be given a JPEG in three ways, by its processor on
+many patches, and nothing is timed before the tokens are equal: in float32 but for rounding where the pixels are the
+same, to 2e-2 where they were resized otherwise (transformers' two processors are as far from each other); in bfloat16
+to twice transformers' own distance from float32. A peer can be given a JPEG in three ways, by its processor on
 torchvision or on Pillow, and by who decodes: the fastest on that input counts. "llava-uhd" is our own rule with a
 perceiver behind LLaVA-NeXT's ViT: another number of patches, so it is also compared per patch.
 
@@ -40,7 +40,7 @@ import torch
 import transformers
 from end_to_end_peers import EXACT_WAY, HEAD_DIM, LM_WIDTH, MAKERS, Peer, make_peer, scatter
 from PIL import Image
-from resampler import DTYPES, cpu_times, device, gemm_rate, relative
+from resampler import DTYPES, ROUNDING, SLACK, cpu_times, device, gemm_rate, relative
 from torch import Tensor
 
 import uhd
@@ -49,7 +49,7 @@ from uhd.resampler import PerceiverConfig, PerceiverResampler
 from uhd.vision import vit_from
 
 AIMS = {"fp32": 1.3, "bf16": 1.5}
-EXACT, RESIZED, BF16_SLACK = 2e-5, 2e-2, 1.25
+RESIZED = 2e-2
 SHORT = ("made 672x1008", "4 images")  # inputs, without --all
 OWN_RULE, OWN_PEER = "llava-uhd", "LLaVA-NeXT"
 
@@ -123,7 +123,7 @@ def our_contenders(encoder: uhd.VisualEncoder, peer: str, rule: str) -> list[Con
                 rule,
                 lambda images, ours=ours: [item.tokens for item in ours(images)],
                 lambda images, ours=ours: len(ours.prepare(images).patches),
-                EXACT if exact else RESIZED,
+                ROUNDING if exact else RESIZED,
             )
         )
     return found
@@ -182,7 +182,7 @@ def errors(entries: Sequence[Contender], given: Input, dtype: str) -> list[tuple
             theirs[entry.rule] = off
         bound = entry.bound
         if dtype != "fp32":
-            bound = BF16_SLACK * theirs.get(entry.rule, max(theirs.values()))
+            bound = SLACK * theirs.get(entry.rule, max(theirs.values()))
         if not off <= bound:
             raise RuntimeError(f"{entry.name}, {entry.rule}, {dtype}: tokens are off by {off:.1e}, above {bound:.1e}")
         found.append((sum(lengths), off))

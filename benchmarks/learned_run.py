@@ -19,7 +19,7 @@ import numpy as np
 import PIL
 import torch
 import transformers
-from torch.utils.flop_counter import FlopCounterMode
+from flop_counter import count_flops
 
 import uhd
 from uhd import SlicePlan, SpatialSchema, UHDForConditionalGeneration, VisualEncoder
@@ -494,10 +494,13 @@ def cost(encoder: VisualEncoder, images: Sequence[Any], *, batch_size: int = 64)
 
     FLOPs are counted while it runs: matrix products of ViT and compressor, two for each multiply-add.
     """
-    counter, plans = FlopCounterMode(display=False), []
-    with torch.no_grad(), counter:
+    plans: list[SlicePlan] = []
+
+    def encode() -> None:
         for start in range(0, len(images), batch_size):
-            plans += [item.plan for item in encoder(list(images[start : start + batch_size]))]
+            plans.extend(item.plan for item in encoder(list(images[start : start + batch_size])))
+
+    flops = count_flops(encode)
     told = {
         "visual_tokens": [plan.num_visual_tokens for plan in plans],
         "tokens": [plan.num_tokens for plan in plans],
@@ -506,7 +509,7 @@ def cost(encoder: VisualEncoder, images: Sequence[Any], *, batch_size: int = 64)
     }
     means = {name: round(float(np.mean(values)), 2) for name, values in told.items()}
     most = {"most_visual_tokens": max(told["visual_tokens"])}
-    return {**means, **most, "encoder_flops": round(counter.get_total_flops() / len(images))}
+    return {**means, **most, "encoder_flops": round(flops / len(images))}
 
 
 def read_progress(folder: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ size is planned once a round, and whole plans are forgotten between rounds.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import platform
 import statistics
@@ -41,14 +42,16 @@ def peer_planner() -> Callable[[tuple[int, int]], Numbers]:
     from transformers.models.minicpmv4_6.image_processing_minicpmv4_6 import MiniCPMV4_6ImageProcessor
 
     peer = MiniCPMV4_6ImageProcessor()
-    most, side, patch, mode = peer.max_slice_nums, peer.scale_resolution, peer.patch_size, peer.downsample_mode
+    most, side, sizes = peer.max_slice_nums, peer.scale_resolution, [peer.scale_resolution, peer.patch_size]
+    if "downsample_mode" in inspect.signature(peer.find_best_resize).parameters:  # else always that of this preset
+        sizes.append(peer.downsample_mode)
 
     def planned(image_hw: tuple[int, int]) -> Numbers:
         grid = peer.get_sliced_grid(image_hw, most, side)
-        overview = peer.find_best_resize(image_hw, side, patch, mode, allow_upscale=grid is None)
+        overview = peer.find_best_resize(image_hw, *sizes, allow_upscale=grid is None)
         if grid is None:
             return None, overview, None
-        height, width = peer.get_refine_size(image_hw, grid, side, patch, mode, allow_upscale=True)
+        height, width = peer.get_refine_size(image_hw, grid, *sizes, allow_upscale=True)
         return (grid[0], grid[1]), overview, (height // grid[0], width // grid[1])
 
     return planned

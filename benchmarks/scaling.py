@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from preprocess import jpeg, made_picture, versions
-from resampler import device, relative
+from resampler import ROUNDING, device, relative
 
 import uhd
 from uhd.charts import curves, log_axis
@@ -48,7 +48,6 @@ MEGAPIXELS = (0.1, 0.3, 1, 3, 10, 25, 50)
 GRIDS = ((1, 1), (1, 2), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8))
 BATCHES = (1, 2, 4, 8, 16, 32)
 SIDE, PATCH, HEAD_DIM, LM_WIDTH = 336, 14, 64, 512
-TOLERANCE = 1e-5  # relative, of tokens
 OVER = {("megapixels", "prepare"): ("patches", "megapixels")}
 """What a fit is over, where not over patches alone."""
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -188,7 +187,7 @@ def check(encoder: uhd.VisualEncoder, images: list[bytes]) -> None:
     alone = torch.cat([item.tokens for image in images for item in encoder([image])])
     for name, change in {"": lambda encoder: encoder, **VARIANTS}.items():
         off = relative(torch.cat([item.tokens for item in change(encoder)(images)]), alone)
-        if not off <= TOLERANCE:
+        if not off <= ROUNDING:
             raise RuntimeError(f"tokens of {len(images)} images together{name}: off by {off:.1e} from each alone")
 
 

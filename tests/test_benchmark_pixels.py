@@ -1,31 +1,20 @@
 """Benchmarks of planner and pixels run small, are silent when a check fails, and their stored results are whole."""
 
-import importlib.util
 import json
-import pathlib
-import sys
 
 import pytest
 
-FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+from tests.scripts import FOLDER, load_script
 
 
 @pytest.fixture(scope="module")
 def planner():
-    return load("planner")
+    return load_script("planner")
 
 
 @pytest.fixture(scope="module")
 def preprocess():
-    return load("preprocess")
+    return load_script("preprocess")
 
 
 def test_planner_small_run(planner, tmp_path, capsys):

@@ -1,20 +1,15 @@
 """The resampler's benchmark runs, and says nothing where a contender is wrong."""
 
-import importlib.util
 import json
-import pathlib
 
 import pytest
 
-FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
+from tests.scripts import FOLDER, load_script
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark_resampler", FOLDER / "resampler.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("resampler")
 
 
 SMALL = ["--widths", "128", "256", "--repeats", "1"]
@@ -28,7 +23,7 @@ def test_small_run(benchmark, tmp_path, capsys, monkeypatch):
     result = json.loads((tmp_path / "resampler.json").read_text())
     assert len(result["rows"]) == 2 * 2 * 7
     assert all(row["cpu_ms"] > 0 for row in result["rows"])
-    assert all(row["relative_error"] <= 1e-5 for row in result["rows"] if row["dtype"] == "fp32")
+    assert all(row["relative_error"] <= benchmark.ROUNDING for row in result["rows"] if row["dtype"] == "fp32")
     assert not result["targets"][0]["ok"]
     assert "NOT reached" in capsys.readouterr().out
     assert (tmp_path / "resampler.svg").read_text().count("<polyline") == 6

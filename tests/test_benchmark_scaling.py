@@ -4,26 +4,18 @@ import copy
 import json
 import mmap
 import pathlib
-import sys
 
 import pytest
 
-FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
+from tests.scripts import FOLDER, load_script
+
 SMALL = ["--width", "64", "--depth", "1", "--points", "3", "--repeats", "1"]
 needs_linux = pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    sys.path.insert(0, str(FOLDER))
-    try:
-        import scaling
-
-        yield scaling
-    finally:
-        sys.path.remove(str(FOLDER))
-        for name in ("scaling", "preprocess", "resampler"):
-            sys.modules.pop(name, None)
+    return load_script("scaling")
 
 
 @needs_linux
@@ -66,7 +58,7 @@ def test_peaks_are_those_of_the_call(benchmark):
 def test_wrong_tokens_silence_it(benchmark, tmp_path, capsys, monkeypatch):
     def off(encoder):
         other = copy.deepcopy(encoder)
-        other.compressor.query.mul_(1.01)
+        other.compressor.proj.mul_(1.01)
         return other
 
     monkeypatch.setitem(benchmark.VARIANTS, ", off", off)

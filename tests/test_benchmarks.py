@@ -1,28 +1,14 @@
 """Benchmarks run, agree with the results that are checked in, and refuse to speak when their own checks fail."""
 
-import importlib.util
 import json
 import math
-import pathlib
 
 import pytest
 
 import uhd
+from tests.scripts import FOLDER, load_script
 
-FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    import sys
-
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-strategies, claims = load("strategies"), load("paper_claims")
+strategies, claims = load_script("strategies"), load_script("paper_claims")
 
 
 def test_sizes_are_seeded_and_in_their_shares():

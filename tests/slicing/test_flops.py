@@ -1,12 +1,12 @@
-"""Formulas of the family's compressors against torch's own counter; ViT, perceiver and LM: test_metrics.py."""
+"""Formulas of the family's compressors against what they multiply; ViT, perceiver and LM: test_metrics.py."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import uhd
+from benchmarks.flop_counter import count_flops
 from uhd.resampler import (
     MergeProjector,
     PyramidConfig,
@@ -37,10 +37,7 @@ SIZES = {"width": 16, "vision_width": 10, "num_heads": 2, "num_latents": 9}
 
 
 def counted(module, *inputs) -> int:
-    module.eval().requires_grad_(False)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(*inputs)
-    return counter.get_total_flops()
+    return count_flops(lambda: module.eval()(*inputs))
 
 
 def features(grid) -> torch.Tensor:
@@ -60,7 +57,6 @@ def test_windows_on_one_level_and_on_several(grid):
 @pytest.mark.parametrize("grid", GRIDS)
 def test_the_rewrite(grid):
     module = RewriteResampler(RewriteConfig(**SIZES))
-    module.attention_impl = "reference"
     patches = grid[0] * grid[1]
     # here positions are projected apart, once for each distinct grid; the formula has them in the keys
     found = counted(module, features(grid), [grid]) - 2 * patches * 16**2

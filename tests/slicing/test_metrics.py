@@ -586,49 +586,41 @@ def test_refused_sizes_are_counted_not_hidden():
 # --- FLOPs
 
 
-def counted(forward):
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        forward()
-    return counter.get_total_flops()
-
-
-def test_vit_and_projector_formulas_equal_torchs_counter():
+def test_vit_and_projector_formulas_equal_what_is_multiplied():
     import torch
     from torch import nn
 
+    from benchmarks.flop_counter import count_flops
     from uhd.vision import ViT, ViTConfig
 
     vit = ViT(ViTConfig(patch_size=4, width=32, depth=3, heads=4, mlp_width=48, image_size=32, class_token=True))
-    vit.requires_grad_(False)
     shape, grids = ViTShape(3, 32, 48, prefix=1), [(5, 7), (3, 4)]
-    assert counted(lambda: vit(torch.randn(47, 48), grids)) == sum(
+    assert count_flops(lambda: vit(torch.randn(47, 48), grids)) == sum(
         vit_flops(h * w, shape, patch_size=4) for h, w in grids
     )
-    projector = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 64)).requires_grad_(False)
-    assert counted(lambda: projector(torch.randn(35, 32))) == mlp_flops(35, 32, width=64)
+    projector = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 64))
+    assert count_flops(lambda: projector(torch.randn(35, 32))) == mlp_flops(35, 32, width=64)
 
 
-def test_resampler_formula_equals_torchs_counter():
+def test_resampler_formula_equals_what_is_multiplied():
     import torch
     from torch import nn
+
+    from benchmarks.flop_counter import count_flops
 
     into, attend, out = (
         nn.Linear(32, 64, bias=False),
         nn.MultiheadAttention(64, 4, batch_first=True),
         nn.Linear(64, 64),
     )
-    for module in (into, attend, out):
-        module.eval().requires_grad_(False)
 
     def forward():
         keys = into(torch.randn(1, 35, 32))
         out(attend(torch.randn(1, 9, 64), keys, keys, need_weights=False)[0])
 
-    assert counted(forward) == resampler_flops(35, 32, ResamplerShape(9), width=64)
-    assert resampler_flops(35, 32, ResamplerShape(9, width=64), width=7) == counted(forward)
+    counted = count_flops(forward)
+    assert counted == resampler_flops(35, 32, ResamplerShape(9), width=64)
+    assert counted == resampler_flops(35, 32, ResamplerShape(9, width=64), width=7)
 
 
 def test_a_plans_flops_are_its_parts():

@@ -68,6 +68,15 @@ def ran(vit: ViT, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return taken
 
 
+def pretend_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Say that this CPU has a matrix unit for bfloat16; skip where it cannot even pack weights as for one."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    try:
+        torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=torch.bfloat16), 4)
+    except RuntimeError as reason:
+        pytest.skip(f"oneDNN packs no bfloat16 weights here: {reason}")
+
+
 @pytest.mark.parametrize("backend", ["none", "eager"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_compiled_layers_give_what_the_modules_give(activation: str, backend: str) -> None:
@@ -107,13 +116,13 @@ def test_inductor_compiles_them(activation: str) -> None:
 def test_half_weights_on_a_plain_cpu_compute_in_float32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     for unit in ("_is_amx_tile_supported", "_is_amx_fp16_supported"):
         monkeypatch.setattr(torch.cpu, unit, lambda: False, raising=False)
-    vit, x = make(dtype), patches(dtype)
+    vit, x = make(dtype, depth=24), patches(dtype)
     exact = copy.deepcopy(vit).double()(x.double(), GRIDS)
-    eager = vit(x, GRIDS)
     vit.compile_blocks("none")
     got = vit(x, GRIDS)
     assert got.dtype == dtype
-    assert error(got, exact) < 0.8 * error(eager, exact)
+    # what is rounded before and after the blocks is half of that; rounded inside so many blocks too it is twice that
+    assert error(got, exact) < torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -121,7 +130,7 @@ def test_half_weights_on_a_plain_cpu_compute_in_float32(dtype: torch.dtype, monk
 def test_packed_weights_on_a_matrix_unit(
     activation: str, scale: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    pretend_unit(monkeypatch)
     vit, x = make(torch.bfloat16, activation=activation, layer_scale=scale), patches(torch.bfloat16)
     exact = copy.deepcopy(vit).double()(x.double(), GRIDS)
     eager = vit(x, GRIDS)
@@ -129,7 +138,7 @@ def test_packed_weights_on_a_matrix_unit(
     vit.compile_blocks("none")
     got = vit(x, GRIDS)
     assert taken == ["packed"] * CONFIG.depth
-    assert error(got, exact) < 1.2 * error(eager, exact)
+    assert error(got, exact) <= 2 * error(eager, exact)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -146,7 +155,7 @@ def test_packed_layers_are_exact_where_numbers_are(activation: str, scale: float
 
 @pytest.mark.parametrize("change", ["in place", "data", "one entry", "load", "replaced"])
 def test_packed_weights_are_never_stale(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    pretend_unit(monkeypatch)
     vit, x = make(torch.bfloat16), patches(torch.bfloat16)
     vit.compile_blocks("none")
     before = vit(x, GRIDS)
@@ -232,7 +241,8 @@ def test_the_modules_run_where_they_must(why: str, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("how", ["float32", "packed", "int8"])
 def test_gradients_of_what_runs_between_the_blocks(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    if how == "packed":
+        pretend_unit(monkeypatch)
     torch.manual_seed(0)
     fields = {f.name: getattr(CONFIG, f.name) for f in dataclasses.fields(CONFIG)}
     vit = CompressedViT(CompressedViTConfig(**fields, compress_after=(1,))).eval().requires_grad_(False)
