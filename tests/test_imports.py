@@ -31,6 +31,7 @@ ALLOWED = {
     "uhd.positions": {"uhd.grids"},
     "uhd.vision": {"uhd.vision", "uhd.grids", "uhd.positions", "uhd.shortcuts", "uhd.pixels", "uhd.checkpoint"},
     "uhd.resampler": {"uhd.resampler", "uhd.grids", "uhd.positions", "uhd.shortcuts", "uhd_kernels"},
+    "uhd.environment": {"uhd.pixels", "uhd.resampler"},
     "uhd.merge": {"uhd.schema"},
     "uhd.draw": {"uhd.slicing", "uhd.schema", "uhd.pixels"},
     "uhd.charts": set(),
@@ -63,6 +64,7 @@ ALLOWED = {
     },
     "uhd.hf": {
         "uhd.hf",
+        "uhd.environment",
         "uhd.slicing",
         "uhd.schema",
         "uhd.pixels",
@@ -98,6 +100,7 @@ ALLOWED = {
     },
     "uhd.cli": {
         "uhd",
+        "uhd.environment",
         "uhd.slicing",
         "uhd.schema",
         "uhd.pixels",
