@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from uhd.files import read_json
+from uhd.settings import Settings, check_choice
 
 MAX_PIXELS = 178_956_970
 """Default limit on the pixels of one file: where an unchanged Pillow refuses too (it warns from half of that on)."""
@@ -31,7 +32,7 @@ BACKENDS = ("pillow", "fast")
 
 
 @dataclass(frozen=True)
-class PixelSettings:
+class PixelSettings(Settings):
     """How pixels are made; saved with a model, because features depend on it.
 
     Attributes:
@@ -84,8 +85,7 @@ class PixelSettings:
         object.__setattr__(self, "background", background)
         if type(self.max_pixels) is not int or self.max_pixels < 1:
             raise ValueError(f"max_pixels must be a positive int, got {self.max_pixels!r}")
-        if self.backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
+        check_choice("backend", self.backend, BACKENDS)
         if not isinstance(self.draft, bool) or (self.draft and self.backend != "fast"):
             raise ValueError(f"draft is True or False, and True needs backend='fast'; got {self.draft!r}")
 
@@ -151,26 +151,13 @@ class PixelSettings:
             )
         return cls(mean=config["mean"], std=config["std"], **changes)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types; :meth:`from_dict` is the inverse."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> PixelSettings:
-        """Undo :meth:`to_dict`, also after JSON text; an unknown key raises ``ValueError``."""
-        unknown = sorted(set(data) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(f"unknown pixel settings {unknown}; known are {[f.name for f in fields(cls)]}")
-        return cls(**data)
-
 
 DEFAULT = PixelSettings()
 
 
 def check_filter(name: Any) -> None:
     """Raise a ``ValueError`` where no filter has this name."""
-    if name not in RESAMPLE:
-        raise ValueError(f"resample must be one of {', '.join(RESAMPLE)}, got {name!r}")
+    check_choice("resample", name, RESAMPLE)
 
 
 def _three(name: str, values: Any) -> tuple[float, float, float]:
