@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-import uhd.encoder as encoder_module
+import uhd.packed_encoder as encoder_module
 from tests.tiny import IMAGES, noise, tiny_encoder
-from uhd.encoder import split_steps
+from uhd.packed_encoder import split_steps
 from uhd.resampler import (
     MergeProjector,
     MLPProjector,

@@ -18,7 +18,7 @@ from tests import tiny
 from tests.tiny import PIXELS, noise, perceiver
 from uhd.cli import main
 from uhd.demo import untrained_encoder
-from uhd.encoder import EncodedVideo
+from uhd.encoded import EncodedVideo
 from uhd.merge import assemble, merge_samples
 from uhd.resampler import (
     FeaturePacker,

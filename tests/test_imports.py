@@ -1,6 +1,5 @@
 """What loads what: the planner is free of tensor libraries, and imports point down only."""
 
-import ast
 import graphlib
 import importlib
 import pathlib
@@ -12,106 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 HEAVY = ("torch", "transformers", "timm", "PIL")
 
-EVERYWHERE = {"uhd.moved", "uhd.settings"}
-"""The ground floor: they import nothing of this project, and every part may import them."""
-
-# what each part may import of this project
-ALLOWED = {
-    **{part: set() for part in EVERYWHERE},
-    "uhd_kernels": {"uhd_kernels"},
-    "uhd.slicing": {"uhd.slicing"},
-    "uhd.schema": {"uhd.schema", "uhd.slicing"},
-    "uhd.files": set(),
-    "uhd.pixels": {"uhd.pixels", "uhd.slicing", "uhd.files"},
-    "uhd.checkpoint": {"uhd.files", "uhd.pixels"},
-    "uhd.batch": {"uhd.slicing", "uhd.pixels"},
-    "uhd.loading": {"uhd.slicing", "uhd.schema", "uhd.pixels", "uhd.batch"},
-    "uhd.grids": set(),
-    "uhd.shortcuts": set(),
-    "uhd.positions": {"uhd.grids"},
-    "uhd.vision": {"uhd.vision", "uhd.grids", "uhd.positions", "uhd.shortcuts", "uhd.pixels", "uhd.checkpoint"},
-    "uhd.resampler": {"uhd.resampler", "uhd.grids", "uhd.positions", "uhd.shortcuts", "uhd_kernels"},
-    "uhd.environment": {"uhd.pixels", "uhd.resampler"},
-    "uhd.merge": {"uhd.schema"},
-    "uhd.draw": {"uhd.slicing", "uhd.schema", "uhd.pixels"},
-    "uhd.charts": set(),
-    "uhd.compare": {"uhd.compare", "uhd", "uhd.slicing", "uhd.pixels", "uhd.charts"},
-    "uhd.testing": {"uhd.slicing"},
-    "uhd.parts": {"uhd.pixels", "uhd.vision", "uhd.resampler"},
-    "uhd.token_files": {"uhd.slicing", "uhd.schema", "uhd.encoder", "uhd.files"},
-    "uhd.encoder": {
-        "uhd.files",
-        "uhd.shortcuts",
-        "uhd.parts",
-        "uhd.slicing",
-        "uhd.schema",
-        "uhd.pixels",
-        "uhd.batch",
-        "uhd.loading",
-        "uhd.grids",
-        "uhd.vision",
-        "uhd.resampler",
-    },
-    "uhd.pretrained": {
-        "uhd.checkpoint",
-        "uhd.pretrained",
-        "uhd.slicing",
-        "uhd.schema",
-        "uhd.pixels",
-        "uhd.vision",
-        "uhd.resampler",
-        "uhd.encoder",
-    },
-    "uhd.hf": {
-        "uhd.hf",
-        "uhd.environment",
-        "uhd.slicing",
-        "uhd.schema",
-        "uhd.pixels",
-        "uhd.batch",
-        "uhd.loading",
-        "uhd.vision",
-        "uhd.resampler",
-        "uhd.encoder",
-        "uhd.parts",
-        "uhd.merge",
-    },
-    "uhd.nano": {
-        "uhd.nano",
-        "uhd.slicing",
-        "uhd.schema",
-        "uhd.pixels",
-        "uhd.batch",
-        "uhd.vision",
-        "uhd.resampler",
-        "uhd.encoder",
-        "uhd.hf",
-    },
-    "uhd.demo": {
-        "uhd.slicing",
-        "uhd.schema",
-        "uhd.pixels",
-        "uhd.batch",
-        "uhd.vision",
-        "uhd.resampler",
-        "uhd.encoder",
-        "uhd.hf",
-        "uhd.nano",
-    },
-    "uhd.cli": {
-        "uhd",
-        "uhd.environment",
-        "uhd.slicing",
-        "uhd.schema",
-        "uhd.pixels",
-        "uhd.draw",
-        "uhd.compare",
-        "uhd.encoder",
-        "uhd.token_files",
-        "uhd.demo",
-        "uhd.hf",
-    },
-}
+architecture = load_script("docs/architecture")
 
 
 def run(code, cwd):
@@ -140,65 +40,26 @@ def test_transformers_imports_from_the_repository_root():
     assert found.returncode == 0, found.stderr
 
 
-def modules():
-    for folder, package in (("uhd", "uhd"), ("kernels/uhd_kernels", "uhd_kernels")):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            dotted = ".".join((package, *path.relative_to(ROOT / folder).with_suffix("").parts))
-            yield dotted.removesuffix(".__init__"), path
-
-
-def imports(path, module):
-    """(module, name) of every import from this project anywhere in a file, relative ones resolved."""
-    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            pairs = [(alias.name, "") for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
-            pairs = [(".".join(filter(None, (base, node.module or ""))), alias.name) for alias in node.names]
-        else:
-            continue
-        yield from (pair for pair in pairs if pair[0].split(".")[0] in ("uhd", "uhd_kernels"))
-
-
-def imported(path, module):
-    """Project modules named by import statements anywhere in a file."""
-    for base, name in imports(path, module):
-        yield base
-        if base == "uhd" and name:
-            yield f"uhd.{name}"
-
-
-def part_of(module):
-    return max((part for part in ALLOWED if module == part or module.startswith(part + ".")), key=len, default="uhd")
-
-
-def test_imports_point_down():
-    checked = 0
-    for module, path in modules():
-        if module == "uhd":
-            continue  # names its parts for type checkers only, and loads them on first use
-        for name in imported(path, module):
-            checked += 1
-            assert part_of(name) in ALLOWED[part_of(module)] | EVERYWHERE, f"{module} imports {name}"
-    assert checked > 40
-
-
-@pytest.mark.parametrize("room", ["uhd.slicing", "uhd.schema", "uhd.pixels", "uhd.compare"])
-def test_files_import_in_no_circle(room):
+def test_files_import_in_no_circle():
     """Lazy imports and those for type checkers count, and so do those through a package's own names."""
-    files = {module: path for module, path in modules() if module == room or module.startswith(f"{room}.")}
-    graph = {module: set(named_files(path, module, files)) - {module} for module, path in files.items()}
-    assert any(graph.values())
+    graph = architecture.graph()
+    assert sum(map(len, graph.values())) > 300
     list(graphlib.TopologicalSorter(graph).static_order())  # raises, naming the circle
 
 
-def named_files(path, module, files):
-    """Those of the files that a file's imports name; a package stands for its ``__init__``."""
-    for base, name in imports(path, module):
-        target = f"{base}.{name}" if f"{base}.{name}" in files else base
-        if target in files:
-            yield target
+def test_a_circle_would_be_seen(tmp_path):
+    (tmp_path / "one.py").write_text("def f():\n    from uhd.two import g\n")
+    (tmp_path / "two.py").write_text("from . import one\n")
+    known = {"uhd.one": tmp_path / "one.py", "uhd.two": tmp_path / "two.py"}
+    graph = {module: set(architecture.imports(module, known)) for module in known}
+    assert graph == {"uhd.one": {"uhd.two"}, "uhd.two": {"uhd.one"}}
+
+
+def test_rooms_stand_on_floors_as_the_page_draws_them():
+    """A new import that lifts a room shows here: run docs/architecture.py, and look whether it should."""
+    text = architecture.PAGE.read_text()
+    assert architecture.page(text) == text
+    assert architecture.floors()[-1] == ["uhd.cli"]
 
 
 def test_moved_names_load_from_their_old_path_and_say_so():
@@ -230,7 +91,9 @@ def test_old_import_paths_work_with_a_warning(path):
 
 
 def test_only_one_module_imports_the_kernels():
-    users = {module for module, path in modules() for name in imported(path, module) if name.startswith("uhd_kernels")}
+    users = {
+        module for module, names in architecture.graph().items() if any(n.startswith("uhd_kernels") for n in names)
+    }
     assert {user for user in users if user.startswith("uhd.")} == {"uhd.resampler.attention"}
 
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from uhd import hf, pretrained, resampler, schema, slicing, vision
     from uhd.batch import SliceBatch
-    from uhd.encoder import EncodedImage, EncodedVideo, VisualEncoder
+    from uhd.encoded import EncodedImage, EncodedVideo
+    from uhd.encoder import VisualEncoder
     from uhd.hf import (
         UHDConfig,
         UHDForConditionalGeneration,
@@ -64,8 +65,8 @@ _HOMES = {
     "resolve_schema": "uhd.schema",
     "PixelSettings": "uhd.pixels",
     "SliceBatch": "uhd.batch",
-    "EncodedImage": "uhd.encoder",
-    "EncodedVideo": "uhd.encoder",
+    "EncodedImage": "uhd.encoded",
+    "EncodedVideo": "uhd.encoded",
     "VisualEncoder": "uhd.encoder",
     "Preparation": "uhd.loading",
     "TokenBudgetSampler": "uhd.loading",

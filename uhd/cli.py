@@ -396,7 +396,8 @@ def _encoder(folder: Path | None, strategy: str | None = None) -> VisualEncoder:
         from uhd import demo
 
         return demo.untrained_encoder(strategy=strategy)
-    from uhd.encoder import CONFIG_FILE, VisualEncoder
+    from uhd.encoder import VisualEncoder
+    from uhd.saving import CONFIG_FILE
 
     if not (folder / CONFIG_FILE).is_file():
         raise ValueError(f"{folder} holds no {CONFIG_FILE}: give a folder that VisualEncoder.save_pretrained wrote")

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from uhd.encoder import EncodedImage, EncodedVideo
+from uhd.encoded import EncodedImage, EncodedVideo
 from uhd.files import damage_named
 from uhd.schema import SpatialSchema, TokenLayout
 from uhd.schema.counted import layout_of, video_layout

@@ -20,7 +20,7 @@ from transformers.image_utils import load_image as fetch_image
 from transformers.processing_utils import ImagesKwargs
 
 from uhd.batch import SliceBatch
-from uhd.encoder import EncodedImage
+from uhd.encoded import EncodedImage
 from uhd.hf.plans import write_plans
 from uhd.pixels import RESAMPLE, PixelSettings, load_image
 from uhd.schema.counted import own_function, slicing_from_dict

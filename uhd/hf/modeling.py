@@ -20,7 +20,8 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import PROCESSOR_NAME, can_return_tuple
 
-from uhd.encoder import EncodedImage, EncodedVideo, VisualEncoder
+from uhd.encoded import EncodedImage, EncodedVideo
+from uhd.encoder import VisualEncoder
 from uhd.hf.attach import attach, native_side
 from uhd.hf.configuration import UHDConfig
 from uhd.hf.image_processing import refuse_own_function

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from uhd.encoder import EncodedImage, EncodedVideo, num_rows
+from uhd.encoded import EncodedImage, EncodedVideo, num_rows
 from uhd.schema import Entry, SpatialSchema, TokenLayout
 from uhd.schema.counted import layout_of, video_layout
 from uhd.schema.layout import OVERVIEW

@@ -15,7 +15,7 @@ import torch
 from transformers.processing_utils import BatchFeature, MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from uhd.encoder import EncodedImage, EncodedVideo
+from uhd.encoded import EncodedImage, EncodedVideo
 from uhd.hf.image_processing import (
     Made,
     PlannedImage,

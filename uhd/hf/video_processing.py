@@ -16,7 +16,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import VideosKwargs
 from transformers.video_utils import VideoMetadata, default_sample_indices_fn
 
-from uhd.encoder import EncodedVideo
+from uhd.encoded import EncodedVideo
 from uhd.hf.image_processing import Planning, as_slicing
 from uhd.hf.plans import write_plans
 from uhd.hf.versions import VideoProcessorBase

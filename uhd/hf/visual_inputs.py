@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from uhd.batch import SliceBatch
-from uhd.encoder import VisualEncoder, num_rows
+from uhd.encoded import num_rows
+from uhd.encoder import VisualEncoder
 from uhd.hf.placing import GridItem, Media, PlannedItem, check_schemas, group
 from uhd.hf.plans import read_plans
 from uhd.hf.processing import pack_encoded, pack_encoded_videos

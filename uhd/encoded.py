@@ -1,0 +1,60 @@
+"""What an encoder gives: visual tokens of an image or a video, with their plan and layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from uhd.schema import TokenLayout
+from uhd.slicing import SlicePlan, VideoPlan
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """One image's visual tokens, with the plan and the layout that say what they are.
+
+    Attributes:
+        tokens: (plan.num_visual_tokens, D), views in the order of ``plan.views``; no separators among them. Where the
+            plan has a packing (LLaVA-NeXT's stitched maps, say) (plan.num_tokens, D), its learned newlines included.
+        plan: Where the image was cut.
+        layout: Where its views, "," and "\\n" go in the language model's sequence; one entry ``"image"`` where the
+            plan has a packing. :func:`uhd.merge.assemble` takes tokens and layout of either kind.
+    """
+
+    tokens: Tensor
+    plan: SlicePlan
+    layout: TokenLayout
+
+    @property
+    def views(self) -> tuple[Tensor, ...]:
+        """(q, D) for every view of ``plan.views``.
+
+        Raises:
+            ValueError: The plan has a packing: tokens belong to the image, not to its views.
+        """
+        if self.plan.packing is not None:
+            raise ValueError(
+                f"the {len(self.tokens)} tokens of {self.plan.strategy!r} are packed, not one view's each"
+            )
+        return self.tokens.split([view.num_tokens for view in self.plan.views])
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedVideo:
+    """A video's visual tokens.
+
+    Attributes:
+        tokens: (n, D): those of its frames, as in :class:`EncodedImage`, and the newline where ``plan`` has one.
+        plan: How its frames were cut.
+        layout: The frames' layouts one after the other, the newline as entry ``"newline"``.
+    """
+
+    tokens: Tensor
+    plan: VideoPlan
+    layout: TokenLayout
+
+
+def num_rows(plan: SlicePlan) -> int:
+    """Rows of an image's :attr:`EncodedImage.tokens`."""
+    return plan.num_visual_tokens if plan.packing is None else plan.num_tokens

@@ -1,0 +1,207 @@
+"""Packed patches to packed tokens: a vision encoder and a compressor, which know views by their grids alone."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from uhd.grids import check_grids
+from uhd.pixels import PixelSettings, reorder
+from uhd.pixels.normalize import normalize
+from uhd.resampler import MergeProjector, MLPProjector, PixelShuffleProjector, PoolProjector
+from uhd.shortcuts import float_parameter, in_fastest_dtype, transformed
+from uhd.vision import ViT, ViTConfig
+from uhd.vision.int8 import quantize_linears
+
+STEP_NUMBERS = 4 << 20
+"""Numbers in the widest activation that a CPU thread makes at once unless told otherwise, 16 MiB in float32: more
+leaves the caches and, from 32 MiB on, comes as fresh pages from the system each time."""
+
+STEP_PATCHES = 1024
+"""The same in patches, for vision encoders that do not tell their width."""
+
+PROJECTORS = (MergeProjector, MLPProjector, PixelShuffleProjector, PoolProjector)
+
+
+def split_steps(sizes: Sequence[int], bound: int | None) -> list[slice]:
+    """Neighbouring items of these sizes in groups of at most ``bound`` in all; a larger item is a group of its own."""
+    starts, filled = [0], 0
+    for number, size in enumerate(sizes):
+        if number > starts[-1] and bound is not None and filled + size > bound:
+            starts.append(number)
+            filled = 0
+        filled += size
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(sizes)], strict=True)]
+
+
+class PackedEncoder(nn.Module):
+    """The half of :class:`uhd.VisualEncoder` that no plan enters; arguments and errors as there."""
+
+    def __init__(
+        self,
+        vision: nn.Module,
+        compressor: nn.Module,
+        *,
+        pixels: PixelSettings,
+        max_patches_per_step: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not hasattr(vision, "patch_size"):
+            raise TypeError(f"a vision encoder needs a patch_size, {type(vision).__name__} has none: see VisionTower")
+        widths = getattr(vision, "out_dim", None), getattr(compressor, "in_dim", None)
+        if None not in widths and widths[0] != widths[1]:
+            raise ValueError(
+                f"the vision encoder gives features of width {widths[0]}, the compressor takes {widths[1]}"
+            )
+        self.vision, self.compressor = vision, compressor
+        self.pixels = pixels
+        self.max_patches_per_step = max_patches_per_step
+
+    @property
+    def pixels(self) -> PixelSettings:
+        """Mean, std and filter; others may be set, and are what is saved."""
+        return self._pixels
+
+    @pixels.setter
+    def pixels(self, pixels: PixelSettings) -> None:
+        if not isinstance(pixels, PixelSettings):
+            raise TypeError(f"pixels must be PixelSettings with a mean and std, got {type(pixels).__name__}")
+        pixels.mean_std()  # raises here rather than at the first image
+        self._pixels = pixels
+
+    @property
+    def out_dim(self) -> int | None:
+        """Width of the tokens, where the compressor tells it."""
+        return getattr(self.compressor, "out_dim", None)
+
+    def encode_packed(
+        self, patches: Tensor, grids: Sequence[tuple[int, int]], *, inner: str = "chw"
+    ) -> tuple[Tensor, list[int]]:
+        """Packed patches (N, P), raw uint8 or normalised, of V views -> packed tokens (M, D) and V numbers of them.
+
+        ``inner`` is the order inside the patches, see :class:`uhd.batch.SliceBatch`.
+
+        Raises:
+            ValueError: A part returned another number of features or tokens than the grids hold.
+        """
+        grids = check_grids(grids)
+        if len(patches) != (total := sum(h * w for h, w in grids)):
+            raise ValueError(f"{len(grids)} grids hold {total} patches in all; got {len(patches)} patches")
+        steps = split_steps([h * w for h, w in grids], self._step_bound(patches))
+        if len(steps) < 2:
+            return self._encode_step(patches, grids, inner)
+        tokens, lengths, first = [], [], 0
+        for views in steps:
+            last = first + sum(h * w for h, w in grids[views])
+            part, counts = self._encode_step(patches[first:last], grids[views], inner)
+            tokens.append(part)
+            lengths += counts
+            first = last
+        return torch.cat(tokens), lengths
+
+    def _step_bound(self, patches: Tensor) -> int | None:
+        """Patches of a step at most, ``None`` without a bound."""
+        bound = self.max_patches_per_step
+        if bound is not None:
+            if isinstance(bound, bool) or not hasattr(bound, "__index__") or bound < 1:
+                raise ValueError(f"max_patches_per_step must be a positive integer or None, got {bound!r}")
+            return operator.index(bound)
+        device = float_parameter(self.vision, patches).device
+        if self.training or device.type != "cpu" or transformed():
+            return None
+        config = getattr(self.vision, "config", None)
+        patches = max(STEP_NUMBERS // config.mlp_width, 1) if isinstance(config, ViTConfig) else STEP_PATCHES
+        return patches * torch.get_num_threads()
+
+    def _encode_step(
+        self, patches: Tensor, grids: tuple[tuple[int, int], ...], inner: str
+    ) -> tuple[Tensor, list[int]]:
+        """As :meth:`encode_packed`, all at once."""
+        anchor = float_parameter(self.vision, torch.zeros(()))
+        # offloaded weights are on no device: whoever loads them moves what they are called on
+        patches = patches.to(patches.device if anchor.is_meta else anchor.device)
+        features = self._see(patches, grids, anchor.dtype, inner)
+        grids = self._output_grids(grids)
+        if len(features) != sum(h * w for h, w in grids):
+            raise ValueError(
+                f"vision returned {len(features)} features for {sum(h * w for h, w in grids)} patches: "
+                "a vision encoder of another stride needs output_grids(grids)"
+            )
+        weight = float_parameter(self.compressor, features)
+        features = features.to(features.device if weight.is_meta else weight.device, weight.dtype)
+        tokens = self._compress(features, grids)
+        dense = tokens.dim() == 3
+        lengths = [tokens.shape[1]] * len(tokens) if dense else list(self.compressor.output_lengths(grids))
+        tokens = tokens.flatten(0, 1) if dense else tokens
+        if len(tokens) != sum(lengths):
+            raise ValueError(
+                f"the compressor returned {len(tokens)} packed tokens, its output_lengths add up to {sum(lengths)}"
+            )
+        return tokens, lengths
+
+    def _compress(self, features: Tensor, grids: tuple[tuple[int, int], ...]) -> Tensor:
+        """The compressor's tokens; a projector of a compiled encoder in the dtype that is fastest here."""
+        if not (getattr(self.vision, "compiled", False) and isinstance(self.compressor, PROJECTORS)):
+            return self.compressor(features, grids)
+        compressor = in_fastest_dtype(self.compressor, features)
+        weight = float_parameter(compressor, features)
+        return compressor(features.to(weight.dtype), grids).to(features.dtype)
+
+    def compile(self, *, backend: str | None = "inductor") -> PackedEncoder:
+        """Run the ViT by compiled layers wherever no gradients are wanted, from now on; returns the encoder.
+
+        The layers are compiled at the first call, once for all blocks and all image sizes. A ViT in bfloat16 or
+        float16 on a CPU without a matrix unit for these computes in float32, and so does a projector behind it; with
+        one the ViT's weights are kept packed. See :mod:`uhd.vision.compiled`. Resamplers have their own faster
+        inference, compiled or not.
+
+        Args:
+            backend: Of ``torch.compile``; ``"none"`` leaves the layers uncompiled, in the faster dtype still; ``None``
+                undoes. Where compiling fails, a ``RuntimeWarning`` says why and the layers run uncompiled.
+
+        Raises:
+            TypeError: The vision encoder is not :class:`uhd.vision.ViT`: compile the backbone itself.
+            ValueError: There is no such backend.
+        """
+        self._packed_vit("compile").compile_blocks(backend)
+        return self
+
+    def quantize(self) -> PackedEncoder:
+        """Make the linear layers of the ViT's blocks int8, in place and for good, for inference on a CPU.
+
+        See :mod:`uhd.vision.int8`. Save before: a quantised encoder cannot be saved or trained. Returns the encoder.
+
+        Raises:
+            TypeError: The vision encoder is not :class:`uhd.vision.ViT`.
+            ValueError: There is no linear layer left that could be quantised: those that LoRA or others have wrapped
+                stay as they are.
+        """
+        if not quantize_linears(self._packed_vit("quantize").blocks):
+            raise ValueError("the ViT's blocks have no nn.Linear: they are quantised, wrapped or offloaded already")
+        return self
+
+    def _packed_vit(self, verb: str) -> ViT:
+        if not isinstance(self.vision, ViT):
+            raise TypeError(
+                f"only uhd.vision.ViT can be {verb}d here, the vision encoder is {type(self.vision).__name__}: "
+                f"{verb} its backbone before it is wrapped"
+            )
+        return self.vision
+
+    def _see(self, patches: Tensor, grids: tuple[tuple[int, int], ...], dtype: torch.dtype, inner: str) -> Tensor:
+        """The vision encoder's features, by the shortest way from raw pixels that it knows."""
+        if inner != "chw" and not getattr(self.vision, "folds_pixels", False):
+            patches, inner = reorder(patches, inner, "chw"), "chw"
+        how = {} if inner == "chw" else {"inner": inner}
+        if not patches.is_floating_point() and how and dtype == torch.float32:
+            return self.vision(patches, grids, mean_std=self.pixels.mean_std(), **how)
+        if not patches.is_floating_point():
+            patches = normalize(patches, self.pixels, inner=inner)
+        return self.vision(patches.to(dtype), grids, **how)
+
+    def _output_grids(self, grids: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+        change = getattr(self.vision, "output_grids", None)
+        return grids if change is None else tuple(change(grids))

@@ -1,0 +1,162 @@
+"""An encoder on disk: its description, which is JSON, and its weights, in two files of one folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from uhd.files import damage_named
+from uhd.parts import describe_part, rebuild_part
+from uhd.pixels import PixelSettings
+from uhd.resampler import FeaturePacker
+from uhd.schema import SpatialSchema
+from uhd.schema.counted import slicing_from_dict
+from uhd.slicing import SlicingLike, find
+from uhd.slicing.adaptive import RULES
+from uhd.vision.int8 import refuse_int8
+
+CONFIG_FILE = "uhd_encoder.json"
+WEIGHTS_FILE = "model.safetensors"
+FORMAT = 1
+"""Version of what is written to ``uhd_encoder.json``; another one is refused, never guessed at."""
+
+LEARNED = ("newline", "separator")
+_Encoder = TypeVar("_Encoder", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class EncoderDescription:
+    """All that makes a :class:`uhd.VisualEncoder` but its weights, in plain JSON types.
+
+    Every file that describes an encoder is made of this: ``uhd_encoder.json``, and a model's ``config.json``.
+
+    Attributes:
+        vision, compressor: ``{"kind": ..., "config": ...}`` of a part; kind ``"custom"`` where only its maker can
+            build it again.
+        slicing: ``to_dict()`` of any slicing; of a function of the caller's own only its name.
+        schema, pixels: ``to_dict()`` of a :class:`uhd.SpatialSchema` and of :class:`uhd.PixelSettings`.
+        packer: ``to_dict()`` of the :class:`uhd.resampler.FeaturePacker`, where there is one.
+        check_image_size, note: As in :class:`uhd.VisualEncoder`.
+    """
+
+    vision: dict[str, Any]
+    compressor: dict[str, Any]
+    slicing: dict[str, Any]
+    schema: dict[str, Any]
+    pixels: dict[str, Any]
+    packer: dict[str, Any] | None = None
+    check_image_size: bool = True
+    note: str = ""
+
+    @classmethod
+    def of(cls, encoder: Any) -> EncoderDescription:
+        """Describe an encoder as it is now."""
+        return cls(
+            vision=describe_part(encoder.vision),
+            compressor=describe_part(encoder.compressor),
+            slicing=encoder.slicing.to_dict(),
+            schema=encoder.schema.to_dict(),
+            pixels=encoder.pixels.to_dict(),
+            packer=encoder.packer and encoder.packer.to_dict(),
+            check_image_size=encoder.check_image_size,
+            note=encoder.note,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``uhd_encoder.json`` holds."""
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> EncoderDescription:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: Another format than this version's.
+            KeyError, TypeError: A field is missing, or one too many.
+        """
+        data = dict(data)
+        if (found := data.pop("format")) != FORMAT:
+            raise ValueError(f"it has format {found!r}; this version reads format {FORMAT}")
+        return cls(**data)
+
+    def arguments(
+        self,
+        *,
+        vision: nn.Module | None = None,
+        compressor: nn.Module | None = None,
+        slicing: SlicingLike | None = None,
+        schema: SpatialSchema | str | None = None,
+        pixels: PixelSettings | None = None,
+    ) -> dict[str, Any]:
+        """Arguments of :class:`uhd.VisualEncoder`, but for the packer; what is given replaces what is described.
+
+        Raises:
+            ValueError: A part or the slicing is the caller's own and was not given.
+        """
+        if schema is None and (slicing is None or find(slicing).uses_schema == (self.slicing.get("rule") in RULES)):
+            schema = SpatialSchema.from_dict(self.schema)
+        return {
+            "vision": rebuild_part(self.vision, "vision") if vision is None else vision,
+            "compressor": rebuild_part(self.compressor, "compressor") if compressor is None else compressor,
+            "slicing": slicing_from_dict(self.slicing) if slicing is None else slicing,
+            "schema": schema,
+            "pixels": PixelSettings.from_dict(self.pixels) if pixels is None else pixels,
+            "check_image_size": self.check_image_size,
+            "note": self.note,
+        }
+
+
+def save(encoder: Any, folder: str | os.PathLike) -> None:
+    """Write an encoder's two files; errors as in :meth:`uhd.VisualEncoder.save_pretrained`."""
+    refuse_int8(encoder)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    description = json.dumps(EncoderDescription.of(encoder).to_dict(), indent=2)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    try:
+        save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    except RuntimeError as problem:  # before the description is written, so that an older save stays whole
+        raise ValueError(f"weights that share memory cannot be saved: untie them first. {problem}") from None
+    (folder / CONFIG_FILE).write_text(description + "\n")
+
+
+def load(kind: type[_Encoder], folder: Path, **given: Any) -> _Encoder:
+    """Read what :func:`save` wrote as an encoder of this class, in eval mode.
+
+    Args:
+        kind: :class:`uhd.VisualEncoder`.
+        folder: Holds the two files.
+        given: As in :meth:`EncoderDescription.arguments`.
+
+    Raises:
+        ValueError: A file is damaged; the message names it.
+    """
+    with damage_named(folder / CONFIG_FILE):
+        description = EncoderDescription.from_dict(json.loads((folder / CONFIG_FILE).read_text()))
+        encoder = kind(**description.arguments(**given))
+    new = _take_packer(encoder, description.packer)
+    with damage_named(folder / WEIGHTS_FILE):
+        # assigned, not copied: every tensor keeps the dtype it was saved in
+        found = encoder.load_state_dict(load_file(folder / WEIGHTS_FILE), strict=False, assign=True)
+        missing = [name for name in found.missing_keys if name not in new]
+        if missing or found.unexpected_keys:
+            raise ValueError(f"missing {missing}, unexpected {found.unexpected_keys}")
+    if new:
+        note = f"{', '.join(new)}: new, UNTRAINED weights, since the saved encoder had another slicing"
+        encoder.note = "; ".join(filter(None, (encoder.note, note)))
+    return encoder.eval()
+
+
+def _take_packer(encoder: Any, saved: dict[str, Any] | None) -> list[str]:
+    """Make room for a saved packer's embeddings; return the names of those that are needed and were not saved."""
+    saved = saved or dict.fromkeys(LEARNED, False)
+    own = {kind: getattr(encoder.packer, kind, None) is not None for kind in LEARNED}
+    if any(saved[kind] and not own[kind] for kind in LEARNED):
+        encoder.packer = FeaturePacker(saved["width"], **{kind: saved[kind] or own[kind] for kind in LEARNED})
+    return [f"packer.{kind}" for kind in LEARNED if own[kind] and not saved[kind]]
