@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping
-from typing import TypeVar
+from dataclasses import dataclass
 
-_Settings = TypeVar("_Settings", bound="Settings")
+from uhd.settings import Settings
 
 
-class Settings:
-    """Base of the frozen dataclasses that describe a compressor."""
-
-    def to_dict(self) -> dict[str, object]:
-        """Give every field in values that JSON takes."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls: type[_Settings], values: Mapping[str, object]) -> _Settings:
-        """Read what `to_dict` gave.
-
-        Raises:
-            ValueError: a name is no field.
-        """
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"{cls.__name__} has no {unknown}; its fields are {sorted(known)}")
-        return cls(**values)
+class ResamplerConfig(Settings):
+    """What the settings of all resamplers have in common."""
 
     @property
     def side(self) -> int:
@@ -36,7 +18,11 @@ class Settings:
 
 
 def check_sizes(
-    settings: Settings, names: tuple[str, ...], *, positions: bool = True, square: str | None = "take 64 or 144, say"
+    settings: ResamplerConfig,
+    names: tuple[str, ...],
+    *,
+    positions: bool = True,
+    square: str | None = "take 64 or 144, say",
 ) -> None:
     """Check what every resampler asks of its sizes.
 
@@ -79,8 +65,8 @@ VARIANTS: dict[str, dict[str, object]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PerceiverConfig(Settings):
+@dataclass(frozen=True, kw_only=True)
+class PerceiverConfig(ResamplerConfig):
     """Shape and flags of a `PerceiverResampler`. The defaults are the paper's layer.
 
     Raises:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from uhd.grids import Grid, check_grids, map_by_grid, split_views
 from uhd.positions import interpolate_pos_embed
 from uhd.resampler.attention import LatentAttention
-from uhd.resampler.config import Settings, check_sizes
+from uhd.resampler.config import ResamplerConfig, check_sizes
 from uhd.resampler.protocol import LatentResampler, check_features
 from uhd.resampler.weights import load_exactly, shape_of
 from uhd.resampler.windows import attend_windows, pool_windows
@@ -26,7 +26,7 @@ SCALES = (1, 2, 4, 8)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PyramidConfig(Settings):
+class PyramidConfig(ResamplerConfig):
     """Shape and flags of a `PyramidResampler`.
 
     Raises:

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from uhd.grids import check_grids
 from uhd.positions import interpolate_pos_embed, sincos_2d
 from uhd.resampler.attention import LatentAttention, join_tables
-from uhd.resampler.config import Settings, check_sizes
+from uhd.resampler.config import ResamplerConfig, check_sizes
 from uhd.resampler.protocol import LatentResampler, check_features
 from uhd.resampler.weights import load_exactly, shape_of, vision_width_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RewriteConfig(Settings):
+class RewriteConfig(ResamplerConfig):
     """Shape of a `RewriteResampler`.
 
     Raises:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 from uhd.grids import as_grid
 from uhd.positions import BUCKET_RULES, MODES
+from uhd.settings import Settings
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "swiglu")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ViTConfig:
+class ViTConfig(Settings):
     """What a packed ViT is made of. Frozen and comparable; `to_dict` gives JSON-able values, `from_dict` reads them.
 
     Raises:
@@ -90,19 +90,3 @@ class ViTConfig:
     def num_blocks(self) -> int:
         """Blocks that are built and run for the selected layer."""
         return self.select_layer if self.select_layer >= 0 else self.depth + 1 + self.select_layer
-
-    def to_dict(self) -> dict:
-        """Give every field in values that JSON takes."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict) -> ViTConfig:
-        """Read what `to_dict` gave.
-
-        Raises:
-            ValueError: a name is no field.
-        """
-        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
-        if unknown:
-            raise ValueError(f"unknown ViTConfig fields: {', '.join(unknown)}")
-        return cls(**values)
