@@ -2,6 +2,7 @@
 
 import graphlib
 import importlib
+import importlib.util
 import pathlib
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 HEAVY = ("torch", "transformers", "timm", "PIL")
 
-architecture = load_script("docs/architecture")
+_spec = importlib.util.spec_from_file_location("architecture", ROOT / "docs" / "architecture.py")
+architecture = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(architecture)
 
 
 def run(code, cwd):
