@@ -77,7 +77,10 @@ class VisualEncoder(PackedEncoder):
         self.check_image_size = check_image_size
         self.note = note
         self.packer = packer
-        self._fit(self._default_slicing() if slicing is None else find(slicing), schema)
+        if slicing is None:
+            side = getattr(vision, "image_size", None)
+            slicing = find(None).for_vision(image_size=side, patch_size=vision.patch_size)
+        self._fit(find(slicing), schema)
 
     @property
     def slicing(self) -> Slicing:
@@ -110,11 +113,6 @@ class VisualEncoder(PackedEncoder):
         slicing = counted(rule, getattr(self.compressor, "tokens_per_view", None), schema)
         self.packer = _fitted_packer(self.packer, slicing, self.compressor)
         self._slicing, self._schema = slicing, schema
-
-    def _default_slicing(self) -> Slicing:
-        return find(None).for_vision(
-            image_size=getattr(self.vision, "image_size", None), patch_size=self.vision.patch_size
-        )
 
     def plan(self, image_hw: tuple[int, int]) -> SlicePlan:
         """The plan this encoder makes for an image of this (height, width), px."""

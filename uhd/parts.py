@@ -64,7 +64,8 @@ def describe_part(part: nn.Module) -> dict[str, Any]:
     for kind, entry in _PARTS.items():
         if type(part) is entry.cls and not foreign_stem:
             return {"kind": kind, "config": entry.describe(part)}
-    return {"kind": "custom", "class": f"{type(part).__module__}.{type(part).__qualname__}"}
+    custom: dict[str, Any] = {"kind": "custom", "class": f"{type(part).__module__}.{type(part).__qualname__}"}
+    return {**custom, "config": {"patch_size": part.patch_size}} if hasattr(part, "patch_size") else custom
 
 
 def rebuild_part(described: dict[str, Any], role: str) -> nn.Module:

@@ -13,9 +13,10 @@ from transformers import (
 )
 
 from uhd.hf.configuration import UHDConfig, UHDResamplerConfig, UHDVisionConfig
+from uhd.hf.features import UHDPreTrainedModel
 from uhd.hf.image_processing import UHDImageProcessor, UHDImageProcessorPil
 from uhd.hf.injection import choose_injection, explain_injection, inject
-from uhd.hf.modeling import UHDForConditionalGeneration, UHDModel, UHDPreTrainedModel
+from uhd.hf.modeling import UHDForConditionalGeneration, UHDModel
 from uhd.hf.processing import UHDProcessor
 from uhd.hf.video_processing import UHDVideoProcessor
 

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from uhd.encoder import VisualEncoder
-from uhd.hf.configuration import INJECTION_MODES, UHDConfig, UHDResamplerConfig, UHDVisionConfig
+from uhd.hf.configuration import INJECTION_MODES, UHDConfig, encoder_fields
 from uhd.hf.image_processing import UHDImageProcessor
 from uhd.hf.injection import choose_injection
 from uhd.hf.processing import IMAGE_TOKEN, PLAIN_CHAT_TEMPLATE, VIDEO_TOKEN, UHDProcessor, placeholder_id
-from uhd.parts import describe_part
+from uhd.saving import EncoderDescription
 from uhd.schema import resolve_schema
 
 OTHER_IMAGE_TOKEN, OTHER_VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
@@ -69,7 +69,7 @@ def attach(
             )
     implementations = lm.config._attn_implementation, lm.config._experts_implementation
     config = UHDConfig(
-        **_describe(encoder),
+        **encoder_fields(EncoderDescription.of(encoder)),
         text_config=lm.config,
         image_token=image_token,
         image_token_id=placeholder_id(tokenizer, image_token),
@@ -88,24 +88,6 @@ def attach(
     images = UHDImageProcessor.from_settings(encoder.slicing, encoder.pixels)
     tokens = {"image_token": image_token, "video_token": video_token}
     return config, UHDProcessor(images, tokenizer, chat_template=template, **tokens)
-
-
-def _describe(encoder: VisualEncoder) -> dict[str, Any]:
-    vision, compressor = describe_part(encoder.vision), describe_part(encoder.compressor)
-    if vision["kind"] in ("vit", "compressed_vit"):
-        vision_config = UHDVisionConfig.from_vit(encoder.vision.config)
-    else:
-        vision_config = UHDVisionConfig(kind="custom", patch_size=encoder.vision.patch_size)
-    return {
-        "vision_config": vision_config,
-        "resampler_config": UHDResamplerConfig(kind=compressor["kind"], settings=compressor.get("config", {})),
-        "packer_config": encoder.packer and encoder.packer.to_dict(),
-        "slicing_config": encoder.slicing.to_dict(),
-        "schema_config": encoder.schema.to_dict(),
-        "pixel_config": encoder.pixels.to_dict(),
-        "check_image_size": encoder.check_image_size,
-        "encoder_note": encoder.note,
-    }
 
 
 def _check_parts(encoder: VisualEncoder, lm: PreTrainedModel) -> None:

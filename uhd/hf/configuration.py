@@ -12,6 +12,7 @@ from uhd.hf.versions import CACHE_NAMES
 from uhd.pixels import PixelSettings
 from uhd.resampler import PerceiverConfig
 from uhd.resampler.config import default_heads
+from uhd.saving import EncoderDescription
 from uhd.schema import SeparatorIds, SpatialSchema
 from uhd.schema.counted import own_function, slicing_from_dict
 from uhd.slicing import Slicing, find
@@ -188,6 +189,30 @@ class UHDConfig(PreTrainedConfig):
             default = PerceiverConfig(**sizes)
             self.resampler_config.settings = default.to_dict()
 
+    def describe(self, encoder: EncoderDescription) -> None:
+        """Take an encoder's description, part by part."""
+        for name, value in encoder_fields(encoder).items():
+            setattr(self, name, value)
+
+    @property
+    def encoder(self) -> EncoderDescription:
+        """The encoder's description.
+
+        Raises:
+            ValueError: The vision encoder is the caller's own.
+        """
+        vision = self.vision_config
+        return EncoderDescription(
+            vision={"kind": vision.kind, "config": vision.to_vit().to_dict()},
+            compressor={"kind": self.resampler_config.kind, "config": self.resampler_config.settings},
+            slicing=self.slicing_config,
+            schema=self.schema_config,
+            pixels=self.pixel_config,
+            packer=self.packer_config,
+            check_image_size=self.check_image_size,
+            note=self.encoder_note,
+        )
+
     @property
     def slicing(self) -> Slicing:
         """How images are cut."""
@@ -226,6 +251,24 @@ class UHDConfig(PreTrainedConfig):
     def max_positions(self) -> int | None:
         """The language model's longest sequence, ``None`` where its config tells none."""
         return max_positions(self.text_config)
+
+
+def encoder_fields(encoder: EncoderDescription) -> dict[str, Any]:
+    """The fields of a :class:`UHDConfig` that describe an encoder."""
+    kind, settings = encoder.vision["kind"], encoder.vision.get("config", {})
+    own = kind in _VIT_CONFIGS
+    return {
+        "vision_config": UHDVisionConfig(kind=kind if own else "custom", **settings),
+        "resampler_config": UHDResamplerConfig(
+            kind=encoder.compressor["kind"], settings=encoder.compressor.get("config", {})
+        ),
+        "slicing_config": encoder.slicing,
+        "schema_config": encoder.schema,
+        "pixel_config": encoder.pixels,
+        "packer_config": encoder.packer,
+        "check_image_size": encoder.check_image_size,
+        "encoder_note": encoder.note,
+    }
 
 
 def _built(config_class: type, given: dict[str, Any] | PreTrainedConfig | None) -> PreTrainedConfig:

@@ -10,9 +10,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
@@ -21,7 +21,7 @@ from transformers.processing_utils import ImagesKwargs
 
 from uhd.batch import SliceBatch
 from uhd.encoded import EncodedImage
-from uhd.hf.plans import write_plans
+from uhd.hf.visual_inputs import describe_plans, pairs
 from uhd.pixels import RESAMPLE, PixelSettings, load_image
 from uhd.schema.counted import own_function, slicing_from_dict
 from uhd.slicing import SlicePlan, Slicing, SlicingLike, find
@@ -29,6 +29,9 @@ from uhd.slicing.config import positive_int
 from uhd.slicing.sample import plan_sample
 
 _FILTER_NAMES = {int(value): name for name, value in RESAMPLE.items()}
+_NOT_APPLYING = ("do_resize", "do_center_crop", "do_pad", "size", "crop_size", "pad_size", "input_data_format")
+"""Keywords of transformers' image processors that nothing here could heed."""
+
 _REMOTE = ("http://", "https://", "data:")
 
 
@@ -90,17 +93,12 @@ class Planning:
     @classmethod
     def from_settings(cls, slicing: SlicingLike, pixels: PixelSettings, **changes: Any) -> "Planning":
         """The processor of an encoder with this slicing and these pixels."""
-        mean, std = pixels.mean_std()
-        return cls(
-            slicing=slicing if own_function(slicing) else find(slicing).to_dict(),
-            image_mean=mean,
-            image_std=std,
-            resample=None if pixels.resample is None else int(RESAMPLE[pixels.resample]),
-            background=pixels.background,
-            max_pixels=pixels.max_pixels,
-            pixel_backend=pixels.backend,
-            **changes,
-        )
+        return cls(**_settings(slicing, pixels), **changes)
+
+    def follow(self, slicing: SlicingLike, pixels: PixelSettings) -> None:
+        """Plan and cut from now on as an encoder with this slicing and these pixels."""
+        for name, value in _settings(slicing, pixels).items():
+            setattr(self, name, value)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; of a slicing function of the caller's own only the name."""
@@ -142,20 +140,21 @@ class Planning:
         """A call's keyword, or the processor's own where it was not given."""
         return kwargs[name] if kwargs.get(name) is not None else getattr(self, name)
 
-    def picture(self, source: Any) -> Image.Image:
+    def picture(self, source: Any, kwargs: Mapping[str, Any]) -> Image.Image:
         """What :func:`uhd.pixels.load_image` takes, or an address, as an upright RGB Pillow image."""
         if isinstance(source, str) and source.startswith(_REMOTE):
             source = fetch_image(source)
-        return load_image(source, settings=self._pixels(self.background, self.max_pixels))
+        return load_image(source, settings=self._pixels(kwargs))
 
-    def _pixels(self, background: Any, max_pixels: int, **changes: Any) -> PixelSettings:
+    def _pixels(self, kwargs: Mapping[str, Any], **changes: Any) -> PixelSettings:
+        """The pixel settings of a call; ``changes`` are those that only cutting needs."""
+        background, max_pixels = self.setting("background", kwargs), self.setting("max_pixels", kwargs)
         return PixelSettings(background=tuple(background), max_pixels=max_pixels, **changes)
 
     def _patches(self, pictures: list[Image.Image], plans: list[SlicePlan], kwargs: Mapping[str, Any]) -> SliceBatch:
         """All views, raw or normalised as the keywords say."""
         settings = self._pixels(
-            kwargs["background"],
-            kwargs["max_pixels"],
+            kwargs,
             mean=kwargs["image_mean"],
             std=kwargs["image_std"],
             resample=None if kwargs["resample"] is None else _FILTER_NAMES[int(kwargs["resample"])],
@@ -175,9 +174,30 @@ class Planning:
             raise ValueError(f"pixels are rescaled by 1/255, got rescale_factor={kwargs.get('rescale_factor')}")
         if kwargs["resample"] is not None and int(kwargs["resample"]) not in _FILTER_NAMES:
             raise ValueError(f"resample must be one of {_FILTER_NAMES} (Pillow's numbers), got {kwargs['resample']!r}")
-        for name in ("do_resize", "do_center_crop", "do_pad"):
-            if kwargs.get(name):
-                raise ValueError(f"{name} does not apply: the plan decides every size. Leave it out")
+        given = [name for name in _NOT_APPLYING if kwargs.get(name)]
+        if given:
+            raise ValueError(f"{given[0]} does not apply: the plan decides every size. Leave it out")
+        if kwargs.get("do_convert_rgb") is False or kwargs.get("data_format") in ("channels_last", "none"):
+            raise ValueError("patches are RGB, channels first: leave do_convert_rgb and data_format out")
+
+    def _batch(self, data: dict[str, Any], kwargs: Mapping[str, Any]) -> BatchFeature:
+        """The tensors of a call, on the device that it asks for."""
+        batch = BatchFeature(data, tensor_type=kwargs.get("return_tensors") or self.default_return_tensors)
+        return batch if kwargs.get("device") is None else batch.to(kwargs["device"])
+
+
+def _settings(slicing: SlicingLike, pixels: PixelSettings) -> dict[str, Any]:
+    """A processor's settings for an encoder's slicing and pixels."""
+    mean, std = pixels.mean_std()
+    return {
+        "slicing": slicing if own_function(slicing) else find(slicing).to_dict(),
+        "image_mean": mean,
+        "image_std": std,
+        "resample": None if pixels.resample is None else int(RESAMPLE[pixels.resample]),
+        "background": pixels.background,
+        "max_pixels": pixels.max_pixels,
+        "pixel_backend": pixels.backend,
+    }
 
 
 class UHDImageProcessorPil(Planning, PilBackend):
@@ -189,11 +209,9 @@ class UHDImageProcessorPil(Planning, PilBackend):
       uint8 with ``do_rescale=False, do_normalize=False`` (a quarter of the memory; the model normalises it).
     * ``grids`` (V, 2) int64: (rows, columns) of each view in patches.
     * ``num_patches`` (I,) int64: views of each image, at least 1.
-    * ``slice_grids`` (I, 2) int64: (rows, columns) of slices, (0, 0) for an uncut image.
     * ``image_sizes`` (I, 2) int64: (height, width), px.
     * ``num_image_tokens`` (I,) int64: positions in the language model's sequence, separators included.
-    * ``image_plans`` (I, L) uint8: the plans, where the slicing is not the adaptive planner's; see
-      :func:`uhd.hf.plans.write_plans`.
+    * ``image_plans`` (I, L) uint8: the plans, see :func:`uhd.hf.plans.write_plans`.
 
     A nested list of images is one list a sample; in a flat one every image is a sample.
 
@@ -216,19 +234,18 @@ class UHDImageProcessorPil(Planning, PilBackend):
         "pixel_values",
         "grids",
         "num_patches",
-        "slice_grids",
         "image_sizes",
         "image_plans",
     ]
 
     multi_image = False
 
-    def fetch_images(self, image_url_or_urls: Any) -> Any:
+    def fetch_images(self, image_url_or_urls: Any, kwargs: Mapping[str, Any] = MappingProxyType({})) -> Any:
         """What :func:`uhd.pixels.load_image` takes, or an address, as upright RGB Pillow images; nesting is kept."""
         if isinstance(image_url_or_urls, (list, tuple)):
-            return [self.fetch_images(item) for item in image_url_or_urls]
+            return [self.fetch_images(item, kwargs) for item in image_url_or_urls]
         ready = isinstance(image_url_or_urls, (PlannedImage, EncodedImage, Made))
-        return image_url_or_urls if ready else self.picture(image_url_or_urls)
+        return image_url_or_urls if ready else self.picture(image_url_or_urls, kwargs)
 
     def plan(self, image_hw: tuple[int, int], **kwargs: Any) -> SlicePlan:
         """The plan for an image of this (height, width), px, under a call's keywords."""
@@ -250,7 +267,7 @@ class UHDImageProcessorPil(Planning, PilBackend):
 
     def _preprocess_image_like_inputs(self, images: Any, **kwargs: Any) -> BatchFeature:
         pictures, plans = [], []
-        for sample in _samples(self.fetch_images(images)):
+        for sample in _samples(self.fetch_images(images, kwargs)):
             if all(isinstance(item, PlannedImage) for item in sample):
                 pictures += [item.picture for item in sample]
                 plans += [item.plan for item in sample]
@@ -258,30 +275,14 @@ class UHDImageProcessorPil(Planning, PilBackend):
                 pictures += sample
                 plans += self.plan_images([(picture.height, picture.width) for picture in sample], **kwargs)
         batch = self._patches(pictures, plans, kwargs)
-        data = {"pixel_values": batch.patches.numpy(), "grids": _pairs(batch.grids), **describe_plans(plans)}
-        if not self.planner(kwargs).uses_schema:
-            data["image_plans"] = write_plans(plans)
-        return BatchFeature(data, tensor_type=kwargs.get("return_tensors") or self.default_return_tensors)
+        data = {"pixel_values": batch.patches.numpy(), "grids": pairs(batch.grids), **describe_plans(plans)}
+        return self._batch(data, kwargs)
 
 
 class UHDImageProcessor(UHDImageProcessorPil):
     """The default: :class:`UHDImageProcessorPil` returning torch tensors."""
 
     default_return_tensors = "pt"
-
-
-def describe_plans(plans: list[SlicePlan]) -> dict[str, np.ndarray]:
-    """The per-image keys of a batch: ``num_patches``, ``slice_grids``, ``image_sizes`` and ``num_image_tokens``."""
-    return {
-        "num_patches": np.array([item.num_views for item in plans], np.int64),
-        "slice_grids": _pairs([item.grid or (0, 0) for item in plans]),
-        "image_sizes": _pairs([item.image_hw for item in plans]),
-        "num_image_tokens": np.array([item.num_tokens for item in plans], np.int64),
-    }
-
-
-def _pairs(pairs: Any) -> np.ndarray:
-    return np.array(list(pairs), np.int64).reshape(-1, 2)
 
 
 def as_slicing(given: Any) -> Slicing:

@@ -10,8 +10,6 @@ from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
-import torch
 from transformers.processing_utils import BatchFeature, MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -21,10 +19,8 @@ from uhd.hf.image_processing import (
     PlannedImage,
     UHDImagesKwargs,
     check_backbone,
-    describe_plans,
     refuse_own_function,
 )
-from uhd.hf.plans import write_plans
 from uhd.hf.versions import processor_defaults, without_marked_text
 from uhd.hf.video_processing import (
     PlannedVideo,
@@ -33,8 +29,10 @@ from uhd.hf.video_processing import (
     arrange_videos,
     same_slicing,
 )
+from uhd.hf.visual_inputs import pack_encoded, pack_encoded_videos
 from uhd.loading import named
-from uhd.schema.layout import OVERVIEW
+from uhd.pixels import PixelSettings
+from uhd.slicing import SlicingLike
 from uhd.slicing.sample import plan_sample
 
 IMAGE_TOKEN = "<image>"
@@ -126,13 +124,18 @@ class UHDProcessor(ProcessorMixin):
             )
         super().__init__(image_processor, tokenizer, video_processor, chat_template=chat_template, **kwargs)
 
+    def follow(self, slicing: SlicingLike, pixels: PixelSettings) -> None:
+        """Plan and cut from now on as an encoder with this slicing and these pixels; budgets and the rest stay."""
+        self.image_processor.follow(slicing, pixels)
+        self.video_processor.follow(slicing, pixels)
+
     @property
     def unused_input_names(self) -> list[str]:
         return ["num_image_tokens", "num_video_tokens"]
 
     @property
     def model_input_names(self) -> list[str]:
-        return [*super().model_input_names, "image_tokens", "view_tokens", "video_tokens"]
+        return [*super().model_input_names, "image_tokens", "video_tokens"]
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers.
@@ -233,7 +236,7 @@ class UHDProcessor(ProcessorMixin):
         pictures = []
         for number, item in enumerate([] if encoded[0] else images):
             with named("image", number, item):
-                pictures.append(self.image_processor.fetch_images(item))
+                pictures.append(self.image_processor.fetch_images(item, for_images))
         loaded = [] if encoded[1] else [self.video_processor.load(v, n, for_videos) for n, v in enumerate(videos)]
         settings = {
             "slicing": self.image_processor.planner(for_images),
@@ -377,55 +380,6 @@ def placeholder_id(tokenizer: Any, token: str, kind: str = "image") -> int:
 
 def _knows(tokenizer: Any, token: str) -> bool:
     return tokenizer.convert_tokens_to_ids(token) not in (None, getattr(tokenizer, "unk_token_id", None))
-
-
-def pack_encoded(images: Sequence[EncodedImage]) -> dict[str, Any]:
-    """Encoded images as the model's tensors, and the per-image keys of :class:`uhd.hf.UHDImageProcessor`.
-
-    ``image_tokens`` (M, D): visual tokens of each image. Where all plans are of slices on one canvas and an overview,
-    its slices row-major and then its overview, whatever order they were encoded in, with ``view_tokens`` (V,) int64:
-    the tokens of each view. Otherwise as they were encoded, with ``image_plans``.
-    """
-    described = describe_plans([image.plan for image in images])
-    described["num_image_tokens"] = np.array([image.layout.num_tokens for image in images], np.int64)
-    if all(map(_is_grid_and_overview, images)):
-        views = [
-            (tokens, view.num_tokens)
-            for image in images
-            for view, tokens in sorted(
-                zip(image.plan.views, image.views, strict=True), key=lambda pair: pair[0].kind == OVERVIEW
-            )
-        ]
-        tokens = torch.cat([tokens for tokens, _ in views])
-        found = {"view_tokens": torch.tensor([count for _, count in views], dtype=torch.long)}
-    else:
-        tokens = torch.cat([image.tokens for image in images])
-        found = {"image_plans": torch.from_numpy(write_plans([image.plan for image in images]))}
-    return {
-        "image_tokens": tokens,
-        **found,
-        **{name: torch.from_numpy(values) for name, values in described.items()},
-    }
-
-
-def pack_encoded_videos(videos: Sequence[EncodedVideo]) -> dict[str, Any]:
-    """Encoded videos as the model's tensors: ``video_tokens`` (M, D), ``video_plans`` and ``num_video_tokens``."""
-    return {
-        "video_tokens": torch.cat([video.tokens for video in videos]),
-        "video_plans": torch.from_numpy(write_plans([video.plan for video in videos])),
-        "num_video_tokens": torch.tensor([video.layout.num_tokens for video in videos], dtype=torch.long),
-    }
-
-
-def _is_grid_and_overview(image: EncodedImage) -> bool:
-    """Whether the grid of slices alone says how the image is laid out."""
-    rows, cols = image.plan.grid or (0, 0)
-    canvases = [canvas.kind for canvas in image.plan.canvases]
-    return (
-        image.plan.packing is None
-        and image.plan.num_views == rows * cols + 1
-        and sorted(canvases) == ["overview", "slice"][: len(canvases)]
-    )
 
 
 def _all_encoded(items: list[Any], kind: type, name: str) -> bool:

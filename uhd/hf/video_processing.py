@@ -20,6 +20,7 @@ from uhd.encoded import EncodedVideo
 from uhd.hf.image_processing import Planning, as_slicing
 from uhd.hf.plans import write_plans
 from uhd.hf.versions import VideoProcessorBase
+from uhd.hf.visual_inputs import pairs
 from uhd.slicing import VideoPlan
 from uhd.slicing.sample import plan_sample
 
@@ -122,7 +123,7 @@ class UHDVideoProcessor(Planning, VideoProcessorBase, PilBackend):
             )
         elif num_frames is not None and len(video):
             video = [video[place] for place in _evenly(len(video), num_frames, number)]
-        found = tuple(self.picture(frame) for frame in video)
+        found = tuple(self.picture(frame, kwargs) for frame in video)
         sizes = sorted({(frame.height, frame.width) for frame in found})
         if len(sizes) != 1:
             raise ValueError(
@@ -142,11 +143,11 @@ class UHDVideoProcessor(Planning, VideoProcessorBase, PilBackend):
         batch = self._patches(frames, [frame for plan in plans for frame in plan.plans], kwargs)
         data = {
             "pixel_values_videos": batch.patches.numpy(),
-            "video_grids": np.array(batch.grids, np.int64).reshape(-1, 2),
+            "video_grids": pairs(batch.grids),
             "video_plans": write_plans(plans),
             "num_video_tokens": np.array([plan.num_tokens for plan in plans], np.int64),
         }
-        return BatchFeature(data, tensor_type=kwargs.get("return_tensors") or self.default_return_tensors)
+        return self._batch(data, kwargs)
 
     def _planned(self, videos: Any, kwargs: Mapping[str, Any]) -> list[PlannedVideo]:
         flat, counts = arrange_videos(videos)

@@ -1,151 +1,180 @@
-"""The tensors that a processor gives, and that a model's ``forward`` takes beside text, turned into visual tokens."""
+"""What travels from a processor to a model beside text, and how a model turns it into visual tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from uhd.batch import SliceBatch
-from uhd.encoded import num_rows
+from uhd.encoded import EncodedImage, EncodedVideo, num_rows
 from uhd.encoder import VisualEncoder
-from uhd.hf.placing import GridItem, Media, PlannedItem, check_schemas, group
-from uhd.hf.plans import read_plans
-from uhd.hf.processing import pack_encoded, pack_encoded_videos
-from uhd.slicing import SlicePlan, VideoPlan, plan
+from uhd.hf.placing import Media, check_schemas
+from uhd.hf.plans import read_plans, write_plans
+from uhd.slicing import SlicePlan, VideoPlan
 
-VISUAL_INPUTS = (
-    "pixel_values",
-    "grids",
-    "num_patches",
-    "slice_grids",
-    "image_sizes",
-    "image_tokens",
-    "view_tokens",
-    "image_plans",
-    "pixel_values_videos",
-    "video_grids",
-    "video_plans",
-    "video_tokens",
-)
-"""What a processor gives beside text."""
+MISSING = "pass everything that the processor returned"
 
 
-def by_name(*values: Any) -> dict[str, Any]:
-    """The first of :data:`VISUAL_INPUTS` by name."""
-    return dict(zip(VISUAL_INPUTS, values, strict=False))
+@dataclass(frozen=True, eq=False)
+class VisualInputs:
+    """Images and videos of a batch, for I images with V views and N patches in all; each may be ``None``.
+
+    Attributes:
+        pixel_values: (N, P) uint8 raw or floating normalised patches of all views.
+        grids: (V, 2) (rows, columns) of each view in patches.
+        num_patches: (I,) views of each image.
+        image_sizes: (I, 2) (height, width) in px.
+        image_plans: (I, L) uint8, see :func:`uhd.hf.plans.write_plans`; ``None`` plans ``image_sizes`` anew.
+        image_tokens: Instead of pixels: encoded images, or their packed tokens (M, D) with ``image_plans``.
+        pixel_values_videos, video_grids, video_plans, video_tokens: The same for videos, whose frames have the views.
+    """
+
+    pixel_values: Tensor | None = None
+    grids: Tensor | None = None
+    num_patches: Tensor | None = None
+    image_sizes: Tensor | None = None
+    image_plans: Tensor | None = None
+    image_tokens: Tensor | Sequence[EncodedImage] | None = None
+    pixel_values_videos: Tensor | None = None
+    video_grids: Tensor | None = None
+    video_plans: Tensor | None = None
+    video_tokens: Tensor | Sequence[EncodedVideo] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("image_tokens", "video_tokens"):
+            if isinstance(getattr(self, name), (list, tuple)) and not getattr(self, name):
+                object.__setattr__(self, name, None)  # no encoded images are none
+        for kind, pixels in (("image", self.pixel_values), ("video", self.pixel_values_videos)):
+            if pixels is not None and getattr(self, f"{kind}_tokens") is not None:
+                name = "pixel_values" if kind == "image" else "pixel_values_videos"
+                raise ValueError(
+                    f"{kind}s come as pixels or as visual tokens, got {name}, {kind}_tokens: leave one of them out"
+                )
+
+    @classmethod
+    def take(cls, kwargs: dict[str, Any]) -> VisualInputs:
+        """Remove from ``kwargs`` what is an image's or a video's."""
+        return cls(**{field.name: kwargs.pop(field.name) for field in fields(cls) if field.name in kwargs})
+
+    @property
+    def any(self) -> bool:
+        """Whether anything was given at all."""
+        return any(getattr(self, field.name) is not None for field in fields(self))
+
+    @property
+    def kinds(self) -> set[str]:
+        """Which of ``"image"`` and ``"video"`` there are."""
+        given = {
+            "image": (self.pixel_values, self.image_tokens),
+            "video": (self.pixel_values_videos, self.video_tokens),
+        }
+        return {kind for kind, values in given.items() if any(value is not None for value in values)}
+
+    @property
+    def have_pixels(self) -> bool:
+        """Whether the encoder has to run."""
+        return self.pixel_values is not None or self.pixel_values_videos is not None
 
 
-def kinds_given(visual: Mapping[str, Any]) -> set[str]:
-    """Which of images and videos there are; an empty list of encoded ones is none."""
-    kinds = {"image": ("pixel_values", "image_tokens"), "video": ("pixel_values_videos", "video_tokens")}
-    return {kind for kind, names in kinds.items() if any(_given(visual[name]) for name in names)}
+def describe_plans(plans: Sequence[SlicePlan]) -> dict[str, np.ndarray]:
+    """The per-image keys of a batch; ``num_image_tokens`` are (I,) positions in the language model's sequence."""
+    return {
+        "num_patches": np.array([plan.num_views for plan in plans], np.int64),
+        "image_sizes": pairs([plan.image_hw for plan in plans]),
+        "image_plans": write_plans(plans),
+        "num_image_tokens": np.array([plan.num_tokens for plan in plans], np.int64),
+    }
 
 
-def _given(value: Any) -> bool:
-    return value is not None and not (isinstance(value, (list, tuple)) and not value)
+def pairs(items: Any) -> np.ndarray:
+    """Pairs of integers as (n, 2) int64, also where there are none."""
+    return np.array(list(items), np.int64).reshape(-1, 2)
 
 
-def _one_form(visual: Mapping[str, Any], kind: str, pixels: str, tokens: Sequence[str]) -> dict[str, Any]:
-    """The inputs, no encoded images as ``None``; pixels beside visual tokens are refused: one would be ignored."""
-    visual = {name: value if _given(value) else None for name, value in visual.items()}
-    both = [name for name in (pixels, *tokens) if visual[name] is not None]
-    if visual[pixels] is not None and len(both) > 1:
-        raise ValueError(f"{kind}s come as pixels or as visual tokens, got {', '.join(both)}: leave one of them out")
-    return visual
+def pack_encoded(images: Sequence[EncodedImage]) -> dict[str, Tensor]:
+    """Encoded images as a batch's tensors: ``image_tokens`` (M, D), as they were encoded, and the per-image keys."""
+    described = describe_plans([image.plan for image in images])
+    described["num_image_tokens"] = np.array([image.layout.num_tokens for image in images], np.int64)
+    tokens = torch.cat([image.tokens for image in images])
+    return {"image_tokens": tokens, **{name: torch.from_numpy(values) for name, values in described.items()}}
 
 
-def read_images(encoder: VisualEncoder, visual: Mapping[str, Any]) -> Media:
+def pack_encoded_videos(videos: Sequence[EncodedVideo]) -> dict[str, Tensor]:
+    """Encoded videos as a batch's tensors: ``video_tokens`` (M, D), ``video_plans`` and ``num_video_tokens``."""
+    return {
+        "video_tokens": torch.cat([video.tokens for video in videos]),
+        "video_plans": torch.from_numpy(write_plans([video.plan for video in videos])),
+        "num_video_tokens": torch.tensor([video.layout.num_tokens for video in videos], dtype=torch.long),
+    }
+
+
+def read_images(encoder: VisualEncoder, visual: VisualInputs) -> Media:
     """Encode images, or take what is encoded; they are counted, not laid out yet.
 
     Args:
         encoder: Whose strategy and schema the inputs must fit.
-        visual: :data:`VISUAL_INPUTS` by name, at least the first eight, which are those of images.
+        visual: Images among it, as pixels or tokens.
 
     Raises:
-        ValueError: Inputs are missing, or do not agree with each other or with the encoder's strategy; pixels and
-            visual tokens are both given.
+        ValueError: Inputs are missing, or do not agree with each other or with the encoder's strategy.
     """
-    visual, schema = _one_form(visual, "image", "pixel_values", ("image_tokens", "view_tokens")), encoder.schema
-    tokens = visual["image_tokens"]
-    if isinstance(tokens, (list, tuple)):
-        check_schemas(tokens, schema)
-        visual.update(pack_encoded(tokens))
-        tokens = visual["image_tokens"]
-    by_plans = visual["image_plans"] is not None
-    needed = ("pixel_values", "grids") if tokens is None else () if by_plans else ("view_tokens",)
-    missing = [name for name in (*needed, "num_patches") if visual[name] is None]
-    if missing or (visual["slice_grids"] is None and visual["image_sizes"] is None and not by_plans):
-        missing += [] if missing else ["slice_grids (or image_sizes)"]
-        raise ValueError(f"images need {', '.join(missing)}: pass everything that the processor returned")
-    plans = _given_plans(encoder, visual)
-    if plans is not None:
-        if tokens is None:
-            tokens = _encode(encoder, visual["pixel_values"], visual["grids"], plans, "image")
-        return _media(encoder, tokens, plans, "image_tokens")
-    first = False
-    if tokens is None:
-        tokens, lengths = encoder.encode_packed(visual["pixel_values"], visual["grids"].tolist())
-        first = encoder.slicing.overview_first
+    if isinstance(visual.image_tokens, (list, tuple)):
+        check_schemas(visual.image_tokens, encoder.schema)
+        packed = pack_encoded(visual.image_tokens)
+        packed.pop("num_image_tokens")
+        visual = replace(visual, **packed)
+    needed = ("num_patches",) if visual.image_tokens is not None else ("grids", "num_patches")
+    _require("images", {name: getattr(visual, name) for name in needed})
+    if visual.image_plans is None and visual.image_sizes is None:
+        raise ValueError(f"images need image_plans (or image_sizes): {MISSING}")
+    if visual.image_plans is None:
+        plans = tuple(encoder.plan(tuple(hw)) for hw in visual.image_sizes.tolist())
     else:
-        lengths = visual["view_tokens"].tolist()
-    if visual["slice_grids"] is None:
-        slices = [plan(tuple(hw), encoder.slicing).grid for hw in visual["image_sizes"].tolist()]
-    else:
-        slices = [tuple(grid) if all(grid) else None for grid in visual["slice_grids"].tolist()]
-    images = group(lengths, visual["num_patches"].tolist(), slices)
-    if len(tokens) != sum(lengths):
-        raise ValueError(f"got {len(tokens)} image tokens, view_tokens add up to {sum(lengths)}")
-    items = tuple(GridItem(counts, grid, first, schema) for counts, grid in images)
-    return Media(tokens, items)
-
-
-def _given_plans(encoder: VisualEncoder, visual: Mapping[str, Any]) -> tuple[SlicePlan, ...] | None:
-    """The images' plans; ``None`` where their grids of slices say all."""
-    if visual["image_plans"] is not None:
-        plans = read_plans(visual["image_plans"])
-        if not all(isinstance(item, SlicePlan) for item in plans):
+        plans = read_plans(visual.image_plans)
+        if not all(isinstance(plan, SlicePlan) for plan in plans):
             raise ValueError("image_plans hold the plan of a video: pass those as video_plans")
-    elif visual["view_tokens"] is not None or encoder.slicing.uses_schema:
-        return None
-    elif visual["image_sizes"] is None:
-        raise ValueError("images need image_plans (or image_sizes): pass everything that the processor returned")
-    else:
-        plans = tuple(encoder.plan(tuple(hw)) for hw in visual["image_sizes"].tolist())
-    counts, given = [item.num_views for item in plans], visual["num_patches"].tolist()
+    counts, given = [plan.num_views for plan in plans], visual.num_patches.tolist()
     if counts != given:
         raise ValueError(
             f"the images' plans have {counts} views, num_patches says {given}: their processor plans otherwise "
             "than this model"
         )
-    return plans
+    tokens = visual.image_tokens
+    if tokens is None:
+        tokens = _encode(encoder, visual.pixel_values, visual.grids, plans, "image")
+    return _media(encoder, tokens, plans, "image_tokens")
 
 
-def read_videos(encoder: VisualEncoder, visual: Mapping[str, Any]) -> Media:
+def read_videos(encoder: VisualEncoder, visual: VisualInputs) -> Media:
     """Encode videos, or take what is encoded; arguments and errors as for :func:`read_images`."""
-    visual = _one_form(visual, "video", "pixel_values_videos", ("video_tokens",))
-    tokens, plans = visual["video_tokens"], visual["video_plans"]
-    if isinstance(tokens, (list, tuple)):
-        check_schemas(tokens, encoder.schema)
-        packed = pack_encoded_videos(tokens)
-        tokens, plans = packed["video_tokens"], packed["video_plans"]
-    needed = {"video_plans": plans}
-    if tokens is None:
-        needed |= {name: visual[name] for name in ("pixel_values_videos", "video_grids")}
-    missing = [name for name, value in needed.items() if value is None]
-    if missing:
-        raise ValueError(f"videos need {', '.join(missing)}: pass everything that the processor returned")
-    plans = read_plans(plans)
-    if not all(isinstance(item, VideoPlan) for item in plans):
+    if isinstance(visual.video_tokens, (list, tuple)):
+        check_schemas(visual.video_tokens, encoder.schema)
+        packed = pack_encoded_videos(visual.video_tokens)
+        packed.pop("num_video_tokens")
+        visual = replace(visual, **packed)
+    needed = ("video_plans",) if visual.video_tokens is not None else ("video_plans", "video_grids")
+    _require("videos", {name: getattr(visual, name) for name in needed})
+    plans = read_plans(visual.video_plans)
+    if not all(isinstance(plan, VideoPlan) for plan in plans):
         raise ValueError("video_plans hold the plan of an image: pass those as image_plans")
+    tokens = visual.video_tokens
     if tokens is None:
-        frames = [frame for item in plans for frame in item.plans]
-        rows = _encode(encoder, visual["pixel_values_videos"], visual["video_grids"], frames, "frame")
-        parts = rows.split([sum(map(num_rows, item.plans)) for item in plans])
-        tokens = torch.cat([_ended(encoder, part, item) for part, item in zip(parts, plans, strict=True)])
+        frames = [frame for video in plans for frame in video.plans]
+        rows = _encode(encoder, visual.pixel_values_videos, visual.video_grids, frames, "frame")
+        parts = rows.split([sum(map(num_rows, video.plans)) for video in plans])
+        tokens = torch.cat([_ended(encoder, part, video) for part, video in zip(parts, plans, strict=True)])
     return _media(encoder, tokens, plans, "video_tokens")
+
+
+def _require(what: str, given: Mapping[str, Any]) -> None:
+    missing = [name for name, value in given.items() if value is None]
+    if missing:
+        raise ValueError(f"{what} need {', '.join(missing)}: {MISSING}")
 
 
 def _ended(encoder: VisualEncoder, tokens: Tensor, video: VideoPlan) -> Tensor:
@@ -163,17 +192,17 @@ def _ended(encoder: VisualEncoder, tokens: Tensor, video: VideoPlan) -> Tensor:
 
 def _encode(encoder: VisualEncoder, patches: Tensor, grids: Tensor, plans: Sequence[SlicePlan], kind: str) -> Tensor:
     """The tokens of planned images or frames; their views' grids are compared first."""
-    wanted = [list(view.patches_hw) for item in plans for view in item.views]
+    wanted = [list(view.patches_hw) for plan in plans for view in plan.views]
     if grids.tolist() != wanted:
         raise ValueError(
             f"the {len(plans)} {kind}s' plans have {len(wanted)} views, there are {len(grids)} grids, or their "
-            "rows and columns differ: pass everything that the processor returned"
+            f"rows and columns differ: {MISSING}"
         )
     return encoder.encode(SliceBatch.from_patches(patches, plans))
 
 
 def _media(encoder: VisualEncoder, tokens: Tensor, plans: Sequence[SlicePlan | VideoPlan], name: str) -> Media:
-    items = tuple(PlannedItem(item, encoder.schema) for item in plans)
-    if len(tokens) != sum(item.rows for item in items):
-        raise ValueError(f"got {len(tokens)} {name}, their plans count {sum(item.rows for item in items)}")
-    return Media(tokens, items)
+    media = Media(tokens, tuple(plans), encoder.schema)
+    if len(tokens) != sum(media.rows):
+        raise ValueError(f"got {len(tokens)} {name}, their plans count {sum(media.rows)}")
+    return media

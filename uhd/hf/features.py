@@ -1,0 +1,200 @@
+"""The vision side inside a model of transformers: built, initialised, and its images as they stand in a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import can_return_tuple
+
+from uhd.encoder import VisualEncoder
+from uhd.hf.attach import native_side
+from uhd.hf.configuration import UHDConfig
+from uhd.hf.placing import Media
+from uhd.hf.versions import CACHE_NAMES
+from uhd.hf.visual_inputs import VisualInputs, read_images, read_videos
+from uhd.merge import assemble, separator_embeddings
+from uhd.resampler import (
+    FeaturePacker,
+    PerceiverResampler,
+    PyramidResampler,
+    RewriteResampler,
+    SpatialResampler,
+)
+from uhd.resampler.attention import LatentAttention
+from uhd.schema.counted import layout_of
+from uhd.slicing import plan
+from uhd.vision import ViT
+
+RESAMPLERS = (PerceiverResampler, PyramidResampler, RewriteResampler, SpatialResampler)
+"""Compressors with parameters of their own beside those of their layers."""
+
+
+class UHDPreTrainedModel(PreTrainedModel):
+    config_class = UHDConfig
+    input_modalities = ("image", "video", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ViT", "CompressedViT", *(module.__name__ for module in RESAMPLERS)]  # noqa: RUF012
+    _skip_keys_device_placement = list(CACHE_NAMES)  # noqa: RUF012
+    # the language model has its own word on these; the vision side runs one attention, its own
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (ViT, *RESAMPLERS, LatentAttention)):
+            module.reset_parameters()
+        if isinstance(module, FeaturePacker):
+            for embedding in module.parameters():
+                nn.init.normal_(embedding, std=module.width**-0.5)
+        if isinstance(module, UHDVisualModel) and module.learned_separators is not None:
+            nn.init.normal_(module.learned_separators, std=0.02)
+
+    @classmethod
+    def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> UHDPreTrainedModel:
+        """As in transformers. Both sides keep the dtypes they were saved in, unless ``dtype`` says otherwise."""
+        if kwargs.get("dtype", "auto") not in ("auto", None) and kwargs.get("config") is None:
+            kwargs.setdefault("visual_dtype", None)
+        return super().from_pretrained(source, *args, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_output_embeddings(value)
+
+
+class UHDVisualModel(UHDPreTrainedModel):
+    """The vision side and the language model, with images and videos on their way from one to the other.
+
+    Arguments and attributes as in :class:`UHDModel`.
+    """
+
+    def __init__(
+        self,
+        config: UHDConfig,
+        *,
+        visual: VisualEncoder | None = None,
+        language_model: PreTrainedModel | None = None,
+    ) -> None:
+        super().__init__(config)
+        if language_model is None:
+            language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.language_model = language_model  # first: a model's dtype and device are those of its first parameter
+        self.visual = _built_encoder(config) if visual is None else visual
+        config.text_config = language_model.config  # one object, so that resizing the vocabulary is seen here too
+        self.supports_gradient_checkpointing = language_model.supports_gradient_checkpointing
+        learned = self.visual.schema.learned
+        width = self.visual.out_dim or language_model.config.get_text_config().hidden_size
+        self.learned_separators = nn.Parameter(0.02 * torch.randn(len(learned), width)) if learned else None
+        self.encode_without_images: bool | None = None
+        self.post_init()
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: Tensor | None = None,
+        *,
+        image_indices: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Each image as it stands in the language model's sequence, separators included.
+
+        Args:
+            pixel_values: (N, P) uint8 raw or floating normalised patches of all views.
+            image_indices: (I,) number of each image in its sample, for schemas that write it; ``None``: all 0.
+            kwargs: The other fields of :class:`uhd.hf.visual_inputs.VisualInputs` that are of images.
+
+        Returns:
+            ``pooler_output``: I tensors (T_i, D) in the dtype and on the device of the language model's embeddings;
+            ``last_hidden_state``: (M, D) visual tokens of all views, packed, without separators.
+
+        Raises:
+            ValueError: Inputs are missing, or do not agree with each other or with the model's strategy.
+        """
+        media = read_images(self.visual, VisualInputs.take({"pixel_values": pixel_values, **kwargs}))
+        return self._features(media, [0] * len(media.plans) if image_indices is None else image_indices)
+
+    @can_return_tuple
+    def get_video_features(
+        self, pixel_values_videos: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """Each video as it stands in the language model's sequence; as :meth:`get_image_features`."""
+        media = read_videos(self.visual, VisualInputs.take({"pixel_values_videos": pixel_values_videos, **kwargs}))
+        return self._features(media, [0] * len(media.plans))
+
+    def num_image_tokens(self, image_sizes: Sequence[Sequence[int]]) -> list[int]:
+        """Positions that images of these (height, width), px, take in the language model's sequence."""
+        plans = [plan((int(h), int(w)), self.visual.slicing) for h, w in image_sizes]
+        return [layout_of(item, self.visual.schema).num_tokens for item in plans]
+
+    def _features(self, media: Media, indices: Sequence[int]) -> BaseModelOutputWithPooling:
+        separators = self._separators()
+        fill = torch.tensor([[self.config.fill_token_id]], device=self._embedding_device())
+        like = self.get_input_embeddings()(fill)
+        tokens = media.tokens * self.config.visual_scale
+        parts = tokens.to(like.device, like.dtype).split(media.rows)
+        laid = zip(parts, media.layouts(indices), strict=True)
+        features = [assemble(part, layout, separators) for part, layout in laid]
+        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=features)
+
+    def _separators(self) -> dict[str, Tensor]:
+        """Symbol -> (D,), with gradients to the language model's embeddings or to the learned ones."""
+        embed = self.get_input_embeddings()
+        found = separator_embeddings(embed, self.config.separators, device=self._embedding_device())
+        if self.learned_separators is not None:
+            like = next(iter(found.values()), self.learned_separators)
+            learned = self.learned_separators.to(like.device, like.dtype)
+            found.update(zip(self.visual.schema.learned, learned, strict=True))
+        return found
+
+    def _embedding_device(self) -> torch.device:
+        """Where ids go; offloaded embeddings are on no device and move their ids themselves."""
+        found = next((p.device for p in self.get_input_embeddings().parameters()), self.device)
+        return torch.device("cpu") if found.type == "meta" else found
+
+    def _idle(self, encoded: bool) -> Tensor | None:
+        """0 with a gradient to every visual parameter that may have none in this batch, where that is wanted."""
+        wanted = self.encode_without_images
+        if wanted is None:
+            wanted = dist.is_available() and dist.is_initialized()
+        if not (wanted and self.training and torch.is_grad_enabled()):
+            return None
+        learned = [] if self.visual.packer is None else list(self.visual.packer.parameters())
+        learned += [] if self.learned_separators is None else [self.learned_separators]
+        parts = [embedding.sum() for embedding in learned if embedding.requires_grad]
+        if not encoded and any(p.requires_grad for p in self.visual.parameters()):
+            parts.append(self._encoded_blank().sum())
+        return 0 * sum(part.to(parts[-1]) for part in parts) if parts else None
+
+    def _encoded_blank(self) -> Tensor:
+        """The tokens of the smallest blank view that every part takes."""
+        vision, slicing = self.visual.vision, self.visual.slicing
+        grid = slicing.least_view if isinstance(vision, ViT) else None
+        if grid is None:
+            side = native_side(self.visual)
+            grid = self.visual.plan((side, side)).views[0].patches_hw
+        patches = torch.zeros(grid[0] * grid[1], getattr(vision, "in_channels", 3) * vision.patch_size**2)
+        return self.visual.encode_packed(patches, [grid])[0]
+
+
+def _built_encoder(config: UHDConfig) -> VisualEncoder:
+    """The encoder that a config describes, with new weights."""
+    packer = config.packer_config and FeaturePacker(**config.packer_config)
+    visual = VisualEncoder(**config.encoder.arguments(), packer=packer)
+    dtype = torch.get_default_dtype() if config.visual_dtype is None else getattr(torch, config.visual_dtype)
+    return visual.to(dtype)  # tables too, which are computed in float32
