@@ -376,22 +376,6 @@ def test_gradients_that_are_wanted_of_anything():
     assert module.inference_path(GRIDS, features.detach()) == "plain"
 
 
-def test_optimizer_steps_between_evaluations_converge():
-    module = made()
-    features = features_for(module)
-    optimizer = torch.optim.SGD(module.parameters(), lr=1e-3)
-    losses = []
-    for _ in range(4):
-        module.train()
-        optimizer.zero_grad()
-        module(features, GRIDS).square().mean().backward()
-        optimizer.step()
-        module.eval()
-        losses.append(by("narrow", module, features).square().mean().item())
-        assert losses[-1] == pytest.approx(by("plain", module, features).square().mean().item(), rel=1e-5)
-    assert losses == sorted(losses, reverse=True)
-
-
 class Doubled(nn.Module):
     def forward(self, x):
         return 2 * x
@@ -607,7 +591,7 @@ def test_copies_pickles_and_files_hold_nothing_of_it():
     features = features_for(module)
     wanted = by("narrow", module, features)
     assert list(module.state_dict()) == names
-    assert len(pickle.dumps(module)) <= size + 100 + 2000 * len(set(GRIDS))  # key tables were not kept before
+    assert len(pickle.dumps(module)) <= size + 100
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert other.inference == "narrow"
         assert torch.equal(by("narrow", other, features), wanted)

@@ -209,7 +209,8 @@ def test_class_and_register_tokens_pass_by():
     """The blocks by hand on one view: patches are pooled on the way, the three tokens before them are not."""
     model, patches = compressed(2, "average"), random_patches([(4, 6)])
     with torch.no_grad():
-        x = torch.cat([model._prefix(), model.stem(patches) + model.position_embedding((4, 6))])
+        prefix = torch.cat([model.class_token + model.positions[:1], model.registers])
+        x = torch.cat([prefix, model.stem(patches) + model.position_embedding((4, 6))])
         for number, block in enumerate(model.blocks, 1):
             x = block(x, [(1, len(x))])
             if number == 2:

@@ -213,11 +213,8 @@ class PerceiverResampler(LatentResampler):
         if path == "narrow":
             names += ["ln_kv.weight", "ln_kv.bias"]
             names += ["kv_proj.weight"] if isinstance(self.kv_proj, nn.Linear) else []
-        weights = {}
-        for name in names:
-            module, _, own = name.rpartition(".")
-            part = self.get_submodule(module)
-            weights[name] = part._buffers.get(own) if own == "pos_embed" else part._parameters.get(own)
+        held = dict(self.named_parameters()) | dict(self.named_buffers())
+        weights = {name: held.get(name) for name in names}
         return folded.Layer(self.config, weights, self.ln_q.eps, getattr(self.ln_kv, "eps", None))
 
     def train(self, mode: bool = True) -> PerceiverResampler:

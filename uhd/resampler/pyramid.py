@@ -231,12 +231,12 @@ def upsampled(features: Tensor, grids: Sequence[tuple[int, int]], levels: Sequen
     if sum(lengths) != len(features):
         raise ValueError(f"features have {len(features)} rows, but the {len(grids)} grids add up to {sum(lengths)}")
     parts = split_views(features, grids)
-    pyramid = []
-    for scale in levels:
-        finer = []
-        for part, (h, w) in zip(parts, grids, strict=True):
-            image = rearrange(part, "(h w) d -> 1 d h w", h=h)
-            image = F.interpolate(image, size=(h * scale, w * scale), mode="bilinear", align_corners=False)
-            finer.append(rearrange(image, "1 d h w -> (h w) d"))
-        pyramid.append(torch.cat(finer) if finer else features)
-    return pyramid
+
+    def finer(scale: int) -> Tensor:
+        views = [
+            interpolate_pos_embed(part, (h, w), (h * scale, w * scale), mode="bilinear")
+            for part, (h, w) in zip(parts, grids, strict=True)
+        ]
+        return torch.cat(views) if views else features
+
+    return [finer(scale) for scale in levels]

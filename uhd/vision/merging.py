@@ -76,16 +76,9 @@ class CompressedViT(ViT):
 
     def __init__(self, config: CompressedViTConfig, *, stem: nn.Module | None = None) -> None:
         super().__init__(config, stem=stem)
+        self._factor = 2 ** len(config.compress_after)
+        self.stride = config.patch_size * self._factor
         self.compressors = nn.ModuleDict({str(place): make_compressor(config) for place in config.compress_after})
-
-    @property
-    def stride(self) -> int:
-        """px between neighbouring features."""
-        return self.config.patch_size * self._factor
-
-    @property
-    def _factor(self) -> int:
-        return 2 ** len(self.config.compress_after)
 
     def output_grids(self, grids: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
         """(rows, columns) of every view's features.

@@ -36,6 +36,9 @@ class ViT(nn.Module):
             flattened, or the config's `WindowStem`.
 
     Attributes:
+        patch_size, image_size: side in px of a patch, and of the native square; None where the native size is none.
+        stride: px between neighbouring features.
+        in_channels, out_dim: C of the patches, and D of the features.
         gradient_checkpointing: recompute every block in the backward pass while training.
 
     >>> vit = ViT(ViTConfig(patch_size=4, width=16, depth=2, heads=2, mlp_width=32, position_grid_hw=(6, 6)))
@@ -47,6 +50,8 @@ class ViT(nn.Module):
     def __init__(self, config: ViTConfig, *, stem: nn.Module | None = None) -> None:
         super().__init__()
         self.config = config
+        self.patch_size = self.stride = config.patch_size
+        self.image_size, self.in_channels, self.out_dim = config.image_size, config.channels, config.width
         self.gradient_checkpointing = False
         width = config.width
         self.own_stem = stem is None
@@ -74,31 +79,6 @@ class ViT(nn.Module):
         for parameter in (self.class_token, self.registers, self.positions):
             if parameter is not None:
                 nn.init.trunc_normal_(parameter, std=0.02)
-
-    @property
-    def patch_size(self) -> int:
-        """Side of a patch in px."""
-        return self.config.patch_size
-
-    @property
-    def stride(self) -> int:
-        """px between neighbouring features: the patch size."""
-        return self.config.patch_size
-
-    @property
-    def image_size(self) -> int | None:
-        """Native square side in px, None if the native size is not square."""
-        return self.config.image_size
-
-    @property
-    def in_channels(self) -> int:
-        """C of the patches."""
-        return self.config.channels
-
-    @property
-    def out_dim(self) -> int:
-        """D of the features."""
-        return self.config.width
 
     def output_grids(self, grids: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
         """(rows, columns) of every view's features: here the grids themselves."""
