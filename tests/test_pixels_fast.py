@@ -328,9 +328,9 @@ def test_orders_of_a_batch():
     normal = turned.normalized(PixelSettings(**COATED))
     expected = plain.normalized(PixelSettings(**COATED)).patches
     torch.testing.assert_close(normal.ordered("chw").patches, expected, rtol=0, atol=2e-6)
-    with pytest.raises(ValueError, match="inner must be one of chw, hwc"):
+    with pytest.raises(ValueError, match="inner must be 'chw' or 'hwc'"):
         plain.ordered("cwh")
-    with pytest.raises(ValueError, match="inner must be one of chw, hwc"):
+    with pytest.raises(ValueError, match="inner must be 'chw' or 'hwc'"):
         normalize(plain.patches, PixelSettings(**COATED), inner="whc")
 
 
@@ -406,7 +406,7 @@ def test_wrong_dtypes_and_orders_raise():
         vit(turned.patches.float(), turned.grids, **RAW)
     with pytest.raises(TypeError, match="floating point and normalised"):
         vit(turned.patches, turned.grids, inner="hwc")
-    with pytest.raises(ValueError, match="inner must be one of chw, hwc"):
+    with pytest.raises(ValueError, match="inner must be 'chw' or 'hwc'"):
         fold_pixels(vit.stem.weight, None, "whc", None)
 
 

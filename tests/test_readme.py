@@ -64,10 +64,11 @@ def test_the_eyes_of_a_release_are_loaded_and_written_back(tmp_path, monkeypatch
     import torch
 
     from tests.pretrained import released
+    from tests.tiny import picture
 
     monkeypatch.chdir(tmp_path)
     model, images = released.make("llava_next")
-    photo = released.picture((90, 135))
+    photo = picture(90, 135)
     photo.save("photo.png")
     names = {"released_folder": released.save(model, images, tmp_path / "release")}
     exec(compile(python_blocks(README)[3], "README.md", "exec"), names)
@@ -102,11 +103,12 @@ def test_the_ways_to_be_faster_are_taken():
 
 def test_the_code_of_the_family_page_runs(tmp_path, monkeypatch):
     from tests.pretrained import released
+    from tests.tiny import picture
     from uhd.pretrained import FAMILIES
 
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs/family.md").read_text()
-    photo = released.picture((90, 135))
+    photo = picture(90, 135)
     photo.save("photo.png")
     model, images = released.make("llava_onevision")
     names = {"released_folder": released.save(model, images, tmp_path / "release"), "photo": photo}

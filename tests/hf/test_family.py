@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText
 import uhd
 from tests.hf.tiny import IMAGES, TEXTS, WIDTH, language_model, tokenizer
 from tests.pretrained import released
+from tests.tiny import picture
 from uhd.hf import UHDForConditionalGeneration, UHDVisionConfig
 from uhd.pixels import PixelSettings
 from uhd.resampler import (
@@ -130,7 +131,7 @@ def test_a_loaded_release_becomes_a_model_of_its_own(kind, tmp_path):
     found.save_pretrained(tmp_path / "ours")
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "ours").eval()
     token = found.config.image_token
-    pictures = [released.picture(size) for size in released.SIZES[:2]]
+    pictures = [picture(*size) for size in released.SIZES[:2]]
     assert_same(found, again, [f"a{token}b", f"c{token}"], pictures)
     again.visual.save_pretrained(tmp_path / "encoder")
     alone = uhd.VisualEncoder.from_pretrained(tmp_path / "encoder")

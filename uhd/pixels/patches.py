@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
+from uhd.settings import check_choice
+
 INNER = {"chw": "c py px", "hwc": "py px c"}
 """The axes inside a patch by the name of their order: ``"chw"`` is that of vision encoders' weights, ``"hwc"`` that of
 pixels in memory."""
@@ -21,8 +23,7 @@ def inner_axes(inner: str) -> str:
     >>> inner_axes("hwc")
     'py px c'
     """
-    if inner not in INNER:
-        raise ValueError(f"inner must be one of {', '.join(INNER)}, got {inner!r}")
+    check_choice("inner", inner, INNER)
     return INNER[inner]
 
 
