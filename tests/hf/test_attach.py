@@ -17,7 +17,7 @@ from transformers import (
 
 import uhd
 from tests.hf.tiny import IMAGES, TEXTS, WIDTH, encoder, language_model, model, picture, tokenizer
-from uhd.hf import UHDConfig, UHDForConditionalGeneration, UHDVisionConfig
+from uhd.hf import UHDConfig, UHDForConditionalGeneration, UHDProcessor, UHDVisionConfig
 from uhd.pixels import PixelSettings
 from uhd.resampler import MLPProjector, PixelShuffleProjector
 from uhd.slicing import SlicingConfig
@@ -197,7 +197,7 @@ class TestRefused:
             (lambda b: b.pop("pixel_values"), "sample 0 has 24 image positions and there are 0 images"),
             (lambda b: b.pop("grids"), "images need grids: pass everything"),
             (lambda b: b.pop("num_patches"), "images need num_patches"),
-            (lambda b: [b.pop("slice_grids"), b.pop("image_sizes")], r"images need slice_grids \(or image_sizes\)"),
+            (lambda b: [b.pop("image_plans"), b.pop("image_sizes")], r"images need image_plans \(or image_sizes\)"),
             (
                 lambda b: b.update(input_ids=b["input_ids"].masked_fill(b["input_ids"] > 259, 5)),
                 "the batch has 3 images, its samples' image positions .* take 0 of them",
@@ -206,11 +206,11 @@ class TestRefused:
                 lambda b: b.update(input_ids=b["input_ids"][:, :-2]),
                 "sample 0 has 22 image positions, its 1 images take 24",
             ),
-            (lambda b: b.update(num_patches=b["num_patches"] + 1), "num_patches counts 11 views of 3 images"),
             (
-                lambda b: b.update(slice_grids=torch.tensor([[0, 0], [1, 1], [2, 2]])),
-                "image 0 has 3 views, a grid of no slices and an overview are 1",
+                lambda b: b.update(num_patches=b["num_patches"] + 1),
+                "plans have .* views, num_patches says",
             ),
+            (lambda b: b.update(grids=b["grids"].flip(0)), "or their rows and columns differ"),
         ],
     )
     def test_images_and_prompts_that_do_not_match(self, change, message):
@@ -273,3 +273,56 @@ class TestConfig:
             again.set_attn_implementation({"text_config": "sdpa"})
             assert again.language_model.config._attn_implementation == "sdpa"
             assert torch.equal(again(**batch).logits, want)
+
+
+class TestLiveEncoder:
+    """What is set on the encoder inside a model is what is planned with and saved."""
+
+    def fresh(self):
+        return UHDForConditionalGeneration.from_vision_and_lm(encoder(), language_model("llama"), tokenizer())
+
+    def test_a_slicing_pixels_and_a_note_set_later_are_saved(self, tmp_path):
+        found = self.fresh()
+        before = found.processor(text="<image>", images=IMAGES[1])["num_patches"].tolist()
+        found.visual.slicing = found.visual.slicing.replace(max_slices=2)
+        found.visual.pixels = found.visual.pixels.replace(backend="fast", background=(0, 9, 0))
+        found.visual.note = "set later"
+        batch = found.processor(text="<image>", images=IMAGES[1])
+        assert batch["num_patches"].tolist() < before
+        assert len(found.get_image_features(**batch).pooler_output[0]) == batch["input_ids"].shape[1]
+        found.save_pretrained(tmp_path)
+        again = UHDForConditionalGeneration.from_pretrained(tmp_path)
+        assert again.visual.slicing == found.visual.slicing
+        assert again.visual.pixels == found.visual.pixels
+        assert again.visual.note == "set later"
+        for processor in (again.processor, UHDProcessor.from_pretrained(tmp_path)):
+            assert processor.image_processor.pixel_backend == "fast"
+            assert tuple(processor.image_processor.background) == (0, 9, 0)
+            for name, value in processor(text="<image>", images=IMAGES[1]).items():
+                assert torch.equal(value, batch[name]), name
+
+    def test_a_schema_set_later_moves_the_counts(self, tmp_path):
+        found = self.fresh().visual
+        plain = found.plan((100, 60)).num_tokens
+        found.schema = "llava-uhd-paper"
+        assert found.plan((100, 60)).num_tokens < plain
+        assert found.forward([IMAGES[0]])[0].layout.num_tokens == found.plan((100, 60)).num_tokens
+        found.save_pretrained(tmp_path)
+        assert uhd.VisualEncoder.from_pretrained(tmp_path).schema == found.schema
+
+    def test_what_does_not_fit_is_refused_and_changes_nothing(self):
+        found = self.fresh().visual
+        before = found.slicing, found.schema, found.pixels
+        with pytest.raises(ValueError, match="plans for image_size=336"):
+            found.slicing = "llava-uhd-safe"
+        with pytest.raises(TypeError, match="pixels must be PixelSettings"):
+            found.pixels = {"mean": 0.5}
+        assert (found.slicing, found.schema, found.pixels) == before
+
+    def test_another_strategy_brings_its_own_layout(self):
+        found = self.fresh().visual
+        found.slicing = uhd.strategy("internvl").for_vision(image_size=56, patch_size=14)
+        assert not found.slicing.uses_schema
+        assert found.schema.separators == ()
+        [encoded] = found([IMAGES[0]])
+        assert len(encoded.tokens) == found.plan((100, 60)).num_tokens

@@ -237,4 +237,7 @@ def test_the_floor_is_the_one_that_pyproject_declares():
     assert set(environment.NEWEST) <= {name for name, _ in declared}
     oldest = dict(declared)
     words = " ".join((root / "README.md").read_text().split())
+    page = (root / "docs" / "versions.md").read_text()
+    for name, newest in environment.NEWEST.items():
+        assert f"| {name} | {oldest[name]} | {newest} |" in page
     assert f"torch from {oldest['torch']} and transformers from {oldest['transformers']} to the newest" in words

@@ -180,7 +180,9 @@ class TestGeneration:
         found = model("llama")
         calls = []
         encode = found.visual.encode_packed
-        monkeypatch.setattr(found.visual, "encode_packed", lambda *args: calls.append(1) or encode(*args))
+        monkeypatch.setattr(
+            found.visual, "encode_packed", lambda *args, **how: calls.append(1) or encode(*args, **how)
+        )
         found.generate(**found.processor(text=TEXTS, images=IMAGES), max_new_tokens=6, num_beams=2)
         assert len(calls) == 1
 
@@ -299,12 +301,12 @@ class TestPrecomputed:
             both = r"images come as pixels or as visual tokens, got pixel_values, {}: leave one of them out"
             with pytest.raises(ValueError, match=both.format("image_tokens")):
                 found(**pixels, image_tokens=encoded)
-            with pytest.raises(ValueError, match=both.format("view_tokens")):
-                found(**pixels, view_tokens=tokens["view_tokens"])
+            with pytest.raises(ValueError, match=both.format("image_tokens")):
+                found(**pixels, image_tokens=tokens["image_tokens"])
             with pytest.raises(
                 ValueError, match="videos come as pixels or as visual tokens, got pixel_values_videos,"
             ):
-                found.get_video_features(pixels["pixel_values"], pixels["grids"], None, torch.zeros(1, 1))
+                found.get_video_features(pixels["pixel_values"], video_tokens=torch.zeros(1, 1))
             assert torch.equal(found(**pixels, image_tokens=[]).logits, found(**pixels).logits)
             text = found.processor(text="a b")
             want = found(**text).logits

@@ -13,6 +13,7 @@ import uhd
 from tests.hf.tiny import IMAGES, TEXTS, encoder, language_model, model, picture, tokenizer
 from uhd.batch import SliceBatch
 from uhd.hf import UHDForConditionalGeneration, UHDImageProcessor, UHDImageProcessorPil, UHDProcessor
+from uhd.hf.plans import read_plans
 from uhd.pixels import PixelSettings
 from uhd.resampler import PerceiverConfig, PerceiverResampler, PixelShuffleProjector
 from uhd.schema import layout
@@ -64,7 +65,7 @@ class TestImageProcessor:
         assert found["pixel_values"].shape == (sum(item.num_patches for item in plans), 588)
         assert found["grids"].tolist() == [list(view.patches_hw) for item in plans for view in item.views]
         assert found["num_patches"].tolist() == [item.num_views for item in plans]
-        assert found["slice_grids"].tolist() == [list(item.grid or (0, 0)) for item in plans]
+        assert read_plans(found["image_plans"]) == tuple(plans)
         assert found["image_sizes"].tolist() == [[100, 60], [30, 200], [20, 11]]
         assert found["num_image_tokens"].tolist() == [item.num_tokens for item in plans]
 
@@ -79,7 +80,7 @@ class TestImageProcessor:
         assert tight["num_patches"].tolist() == [1]
         assert tight["input_ids"].shape[1] <= 9
         assert whole["num_patches"].tolist() == [1]
-        assert whole["slice_grids"].tolist() == [[0, 0]]
+        assert read_plans(whole["image_plans"])[0].grid is None
         assert plain["num_patches"].tolist() == [3]
         for batch in (small, tight, whole, plain):
             assert found(**batch).logits.shape[1] == batch["input_ids"].shape[1]
@@ -159,7 +160,8 @@ def test_token_counts_agree_everywhere(name):
         batch = found.processor(text=found.config.image_token, images=picture(height, width))
         [count] = found.num_image_tokens([(height, width)])
         assert batch["input_ids"].shape == (1, count)
-        assert len(found.get_image_features(**{k: v for k, v in batch.items() if "i" not in k[:1]}).pooler_output[0])
+        [features] = found.get_image_features(**batch).pooler_output
+        assert len(features) == count
 
 
 class TestProcessor:
@@ -180,7 +182,7 @@ class TestProcessor:
             "pixel_values",
             "grids",
             "num_patches",
-            "slice_grids",
+            "image_plans",
             "image_sizes",
         }
         assert set(flat) <= set(processor.model_input_names) | {"num_image_tokens"}
@@ -257,3 +259,47 @@ class TestProcessor:
         again = UHDProcessor.from_pretrained(tmp_path)
         assert (again.image_token, again.image_token_id) == ("<image>", processor.image_token_id)
         assert again.chat_template == processor.chat_template
+
+
+class TestKeywordsOfACall:
+    """Each is heeded, or refused with a sentence."""
+
+    def test_background(self):
+        clear = Image.fromarray(np.zeros((60, 100, 4), np.uint8))
+        processor = model("llama").processor
+        for of in (processor.image_processor, lambda image, **how: processor(images=image, **how)):
+            white, black = of(clear)["pixel_values"], of(clear, background=[0, 0, 0])["pixel_values"]
+            assert white.min() > black.max()
+        clip = processor(videos=[[clear, clear]], background=[0, 0, 0])["pixel_values_videos"]
+        assert torch.equal(clip.amax(), black.amax())
+
+    def test_max_pixels(self):
+        processor = model("llama").processor
+        for call in (processor.image_processor, lambda image, **how: processor(images=image, **how)):
+            with pytest.raises(ValueError, match="max_pixels"):
+                call(IMAGES[0], max_pixels=100)
+
+    @pytest.mark.parametrize(
+        "given",
+        [
+            {"do_resize": True},
+            {"size": {"height": 30, "width": 20}},
+            {"crop_size": {"height": 30, "width": 20}},
+            {"do_pad": True},
+            {"pad_size": {"height": 30, "width": 20}},
+            {"input_data_format": "channels_last"},
+        ],
+    )
+    def test_sizes_are_the_plans(self, given):
+        [name] = given
+        with pytest.raises(ValueError, match=f"{name} does not apply"):
+            model("llama").processor.image_processor(IMAGES[0], **given)
+
+    @pytest.mark.parametrize("given", [{"do_convert_rgb": False}, {"data_format": "channels_last"}])
+    def test_patches_are_rgb_and_channels_first(self, given):
+        with pytest.raises(ValueError, match="patches are RGB, channels first"):
+            model("llama").processor.image_processor(IMAGES[0], **given)
+
+    def test_device(self):
+        made = model("llama").processor.image_processor(IMAGES[0], device="meta")
+        assert made["pixel_values"].device.type == "meta"

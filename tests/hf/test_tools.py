@@ -105,7 +105,7 @@ def test_the_whole_model_does_not_export_because_counts_are_read_from_tensors():
     """
     found = model("llama")
     batch = dict(found.processor(text=TEXTS[:1], images=IMAGES[:1]))
-    with torch.no_grad(), pytest.raises(Exception, match="data-dependent"):
+    with torch.no_grad(), pytest.raises(Exception, match=r"data-dependent|not supported for tensor subclasses"):
         torch.export.export(found, (), batch)
 
 
