@@ -655,7 +655,14 @@ def test_trainer_takes_its_batches_and_goes_on_with_them(tmp_path):
         arguments = TrainingArguments(
             tmp_path, remove_unused_columns=False, num_train_epochs=3, save_steps=6, report_to="none", use_cpu=True
         )
-        trainer = Watched(model, arguments, train_dataset=samples, data_collator=collate, optimizers=(optimizer, None))
+        trainer = Watched(
+            model,
+            arguments,
+            train_dataset=samples,
+            data_collator=collate,
+            optimizers=(optimizer, None),
+            callbacks=[names["NextEpoch"]],
+        )
         trainer.train(**settings)
         return list(trained)
 

@@ -126,6 +126,7 @@ def test_every_python_block_of_the_readme_is_run_by_a_test():
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.pin_memory. argument is set as true:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning")  # PEFT, of a model from no hub
 def test_the_training_page_runs_from_top_to_bottom(tmp_path, monkeypatch):
     import torch
 

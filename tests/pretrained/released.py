@@ -2,7 +2,9 @@
 
 import functools
 import importlib
+import inspect
 
+import pytest
 import torch
 import transformers
 from tokenizers import AddedToken
@@ -167,11 +169,34 @@ def features(model, images, pixels, **how):
     """What the model makes of a processor's output: its tokens of every image."""
     with torch.no_grad():
         if "target_sizes" in pixels:
-            views = model.model.get_image_features(pixels.pixel_values, pixels.target_sizes, **how).pooler_output
+            views = view_by_view(model.model.get_image_features, pixels.pixel_values, pixels.target_sizes, **how)
             counts = pixels.num_patches_per_image
             return [torch.cat(part) for part in split_list(views, counts)]
         sizes = {"image_sizes": pixels.image_sizes} if "image_sizes" in pixels else {}
         return list(model.model.get_image_features(pixel_values=pixels.pixel_values, **sizes, **how).pooler_output)
+
+
+def view_by_view(encode, strip, sizes, **how):
+    """MiniCPM's features of every view of a strip, one by one: some releases pack views of one shape only."""
+    widths = (sizes.prod(1) * strip.shape[2]).tolist()  # of square patches, one after another
+    views = zip(strip.split(widths, dim=3), sizes, strict=True)
+    return [encode(view, size[None], **how).pooler_output[0] for view, size in views]
+
+
+def skip_unless_packed(model):
+    """Where MiniCPM's whole forward is asked, with views of several shapes in one call."""
+    try:
+        model.model.get_image_features(torch.zeros(1, 3, 4, 4 * 48), torch.tensor([[4, 4], [4, 8]]))
+    except RuntimeError:
+        pytest.skip("the MiniCPM-V 4.6 of this transformers takes views of one shape only")
+
+
+def skip_unless_sized_for(mode):
+    """Where the sizes that MiniCPM's processor chooses are compared."""
+    module = importlib.import_module("transformers.models.minicpmv4_6.image_processing_minicpmv4_6")
+    known = inspect.signature(module.MiniCPMV4_6ImageProcessor.find_best_resize).parameters
+    if mode == "4x" and "downsample_mode" not in known:
+        pytest.skip("the MiniCPM-V 4.6 processor of this transformers sizes views for 16x, whatever the mode")
 
 
 def split_list(items, counts):

@@ -51,6 +51,7 @@ def assert_near(ours, theirs):
 @pytest.mark.parametrize("case", CASES)
 def test_the_same_pixels_give_the_same_tokens(saved, case):
     """A batch of eight aspect ratios, and every image alone; some single entries of tokens differ between images."""
+    released.skip_unless_sized_for(CASES[case].get("downsample_mode"))
     model, images, folder = saved(case)
     encoder = uhd.pretrained.load(folder)
     pictures = [picture(*size) for size in SIZES]
@@ -137,6 +138,7 @@ def test_every_way_of_llava_to_a_square(do_pad, size, saved, tmp_path):
 @pytest.mark.parametrize("mode", ["16x", "4x"])
 def test_minicpm_takes_another_mode_than_its_config(saved, mode, tmp_path):
     """4x leaves the compressor out; its weights stay in the files."""
+    released.skip_unless_sized_for(mode)
     model, images, folder = saved("minicpmv4_6" if mode == "4x" else "minicpmv4_6, 4x")
     encoder = uhd.pretrained.load(folder, downsample=mode)
     assert isinstance(encoder.vision, CompressedViT) == (mode == "16x")
@@ -190,8 +192,10 @@ def test_onevision_videos(saved, size):
     with torch.no_grad():
         theirs = model.model.get_video_features(views.unflatten(0, (2, 3))).pooler_output
         ours = encoder.encode_videos(videos)
-    assert_near([video.tokens for video in ours], list(theirs))
-    assert len(ours[0].tokens) == 3 * 4 + 1
+    assert all(len(video.tokens) == 3 * 4 + 1 for video in ours)
+    # some releases add the newline behind that function
+    assert_near([video.tokens[:-1] for video in ours], [video[: 3 * 4] for video in theirs])
+    assert_near([video.tokens[-1] for video in ours], [model.model.image_newline] * 2)
 
 
 @pytest.mark.parametrize("frames, slices", [("rule", 9), ("video", 1)])
@@ -205,10 +209,12 @@ def test_minicpm_videos(saved, frames, slices):
     video = [np.kron(noise(20, 40, step), np.ones((3, 3, 1), np.uint8)) for step in range(3)]
     pixels = processor([np.stack(video)], return_tensors="pt")
     with torch.no_grad():
-        theirs = model.model.get_video_features(pixels.pixel_values_videos, pixels.target_sizes_videos).pooler_output
+        theirs = released.view_by_view(
+            model.model.get_video_features, pixels.pixel_values_videos, pixels.target_sizes_videos
+        )
         (ours,) = uhd.pretrained.load(folder).encode_videos([video], frames=frames)
     assert len(theirs) == (9 if slices == 9 else 3)
-    torch.testing.assert_close(ours.tokens, torch.cat(list(theirs)), atol=5e-3, rtol=5e-3)
+    torch.testing.assert_close(ours.tokens, torch.cat(theirs), atol=5e-3, rtol=5e-3)
 
 
 def unpatched(batch):
@@ -258,7 +264,10 @@ def their_batch(model, images, ours, texts, pictures):
 
 @pytest.mark.parametrize("case", ["llava", "llava_next", "llava_onevision", "minicpmv4_6", "minicpmv4_6, 4x"])
 def test_embeddings_logits_and_greedy_tokens(saved, case):
+    released.skip_unless_sized_for(CASES[case].get("downsample_mode"))
     model, images, folder = saved(case)
+    if case == "minicpmv4_6":
+        released.skip_unless_packed(model)
     ours = ours_around(model, folder)
     token = ours.config.image_token
     pictures = [picture(*size) for size in (SIZES[0], SIZES[2], SIZES[5])]

@@ -22,17 +22,22 @@ def square(side):
     return {"height": side, "width": side}
 
 
+def class_of(model, cls, *, pillow=False):
+    """A processor's class by its model; on Pillow, or on torchvision."""
+    name = f"transformers.models.{model}.image_processing_{'pil_' * pillow}{model}"
+    try:
+        return getattr(importlib.import_module(name), cls + "Pil" * pillow)
+    except ModuleNotFoundError:
+        pytest.skip(f"this transformers has no {name}")
+
+
 SWITCHES = {"pillow": False, "normalize": False}
 
 
 def process(model, cls, images, **settings):
     """What the processor returns for uint8 pixels; neither rescaled nor normalised unless the switch says so."""
     pillow, normalize = SWITCHES["pillow"], SWITCHES["normalize"]
-    try:
-        module = importlib.import_module(f"transformers.models.{model}.image_processing_{'pil_' * pillow}{model}")
-    except ImportError:
-        pytest.skip(f"{model} has no processor on Pillow")
-    processor = getattr(module, cls + "Pil" * pillow)(do_normalize=normalize, do_rescale=normalize, **settings)
+    processor = class_of(model, cls, pillow=pillow)(do_normalize=normalize, do_rescale=normalize, **settings)
     found = processor(images, return_tensors="pt")
     if not normalize:
         return found
@@ -202,6 +207,11 @@ def differences(name, image_hw):
 @pytest.mark.parametrize("image_hw", SIZES)
 def test_views_equal_the_processors(name, image_hw):
     """Up to rounding, and the order of two passes, of PyTorch's kernels; any other filter is tens of levels off."""
+    if plan(image_hw, name).resample == "lanczos":
+        try:
+            torch.nn.functional.interpolate(torch.zeros(1, 3, 4, 4), (2, 2), mode="lanczos", antialias=True)
+        except (NotImplementedError, ValueError):
+            pytest.skip("this PyTorch has no lanczos, so its processors take another filter")
     for number, off in enumerate(differences(name, image_hw)):
         assert off.mean() < 1, number
 
@@ -286,6 +296,5 @@ FILTERS = {
 @pytest.mark.parametrize("name", FILTERS)
 def test_every_rule_has_the_filter_of_its_processor(name):
     model, cls = FILTERS[name]
-    module = importlib.import_module(f"transformers.models.{model}.image_processing_{model}")
-    wanted = Image.Resampling(int(getattr(module, cls).resample)).name.lower()
+    wanted = Image.Resampling(int(class_of(model, cls).resample)).name.lower()
     assert find(name).resample == wanted == plan((300, 500), name).resample

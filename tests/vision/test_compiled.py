@@ -286,7 +286,7 @@ def counting(compiled: list[int]):
 
 def test_each_vit_compiles_its_own() -> None:
     compiled = []
-    with torch._dynamo.config.patch(recompile_limit=1):  # variants of a code, of all who share it
+    with torch.compiler.config.patch(recompile_limit=1):  # variants of a code, of all who share it
         for eps in (1e-6, 1e-5, 1e-4):
             vit = make(eps=eps, depth=1)
             vit.compile_blocks(counting(compiled))

@@ -112,8 +112,11 @@ def source_features(model: nn.Module, view: Tensor, layer: int) -> Tensor:
     """(h*w, D) of one image through the source's own code and its own position resizing; -1 is its final output."""
     grid = (view.shape[2] // P, view.shape[3] // P)
     if isinstance(model, VisionTransformer):
+        whole = model.forward_features(view)[0]
+        if len(whole) != grid[0] * grid[1] + model.num_prefix_tokens:
+            pytest.skip("this timm forgets the class token of a model without positions")
         if layer == -1:
-            return model.forward_features(view)[0, model.num_prefix_tokens :]
+            return whole[model.num_prefix_tokens :]
         (features,) = model.forward_intermediates(
             view, indices=[len(model.blocks) + layer], intermediates_only=True, norm=False
         )
@@ -203,8 +206,11 @@ def test_the_default_layer_of_every_family() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_full_depth_goes_back_to_the_exact_state_dict(name: str, tmp_path: Path) -> None:
     model = randomised(MODELS[name])
+    family = family_of(name)
+    if any(key.endswith("attention.attention.query.weight") for key in model.state_dict()):
+        family = "dinov2-checkpoint"  # whose names earlier transformers keep
     norm = None if name == "timm pooled norm" else True
-    back = to_source_state_dict(vit_from(model, select_layer=-1, final_norm=norm), family_of(name))
+    back = to_source_state_dict(vit_from(model, select_layer=-1, final_norm=norm), family)
     source = {k: v for k, v in model.state_dict().items() if not k.startswith(HEADS[family_of(name)])}
     assert back.keys() == source.keys()
     assert all(torch.equal(back[key], source[key]) for key in source)
