@@ -7,11 +7,16 @@ convention, but which attention it counts depends on the release: before torch 2
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode  # as torch's notes on extending it import it
+
+from uhd.positions import interpolate_pos_embed
 
 LEFT = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}
 """Products of matrices: the place of the left one among the arguments. Linear layers and ``einsum`` become these."""
@@ -30,14 +35,35 @@ def count_flops(forward: Callable[[], object]) -> int:
     """Run ``forward`` without gradients and count its matrix products, 2 for each multiply-add.
 
     Attention is counted over all pairs, whatever its mask. Tensors on ``torch.device("meta")`` are counted as others.
+    The small products that resize position tables are left out: they are no part of any formula.
 
     Raises:
         NotImplementedError: An operator that this counter does not know may have multiplied matrices.
     """
     counter = _Counter()
-    with torch.no_grad(), counter:
+    with torch.no_grad(), _tables_left_out(counter), counter:
         forward()
     return counter.total
+
+
+@contextmanager
+def _tables_left_out(counter: _Counter) -> Iterator[None]:
+    """Stop counting inside ``interpolate_pos_embed``, wherever it was imported to."""
+
+    def uncounted(*args: Any, **how: Any) -> torch.Tensor:
+        before = counter.total
+        try:
+            return interpolate_pos_embed(*args, **how)
+        finally:
+            counter.total = before
+
+    name = interpolate_pos_embed.__name__
+    others = [module for module in list(sys.modules.values()) if getattr(module, "__dict__", None) is not globals()]
+    users = [module for module in others if getattr(module, "__dict__", {}).get(name) is interpolate_pos_embed]
+    with ExitStack() as stack:
+        for module in users:
+            stack.enter_context(patch.object(module, name, uncounted))
+        yield
 
 
 class _Counter(TorchDispatchMode):
