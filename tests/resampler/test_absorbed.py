@@ -106,7 +106,7 @@ def test_half_precision_is_no_worse_than_the_released_layers_own(variant, dtype)
 
 @pytest.mark.parametrize("units", [False, True])
 def test_half_precision_where_the_cpu_has_units_for_it(units, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: units, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_tile": units})
     module = made(width=64, num_heads=4, vision_width=48, num_latents=16, dtype=torch.bfloat16)
     features = features_for(module)
     truth = by("plain", copy.deepcopy(module).double(), features.double())
