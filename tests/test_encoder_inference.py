@@ -116,7 +116,7 @@ PROJECTORS = {
 
 @pytest.mark.parametrize("name", PROJECTORS)
 def test_projectors_of_a_compiled_encoder_compute_in_float32(name, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_tile": False})
     build, changes = PROJECTORS[name]
     slicing = SlicingConfig(image_size=56, patch_size=14, tokens_per_view=None, **changes)
     exact = tiny_encoder(compressor=build(), slicing=slicing).requires_grad_(False)
@@ -144,7 +144,7 @@ def test_projectors_of_a_compiled_encoder_compute_in_float32(name, monkeypatch):
 
 @pytest.mark.parametrize("why", ["gradients", "hook", "autocast", "float32", "frozen float input with gradient"])
 def test_a_module_stays_itself_where_it_must(why, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_tile": False})
     module = MLPProjector(32, 24).to(torch.float32 if why == "float32" else torch.bfloat16)
     module.requires_grad_(why == "gradients")
     x = torch.zeros(2, 32, dtype=torch.bfloat16, requires_grad="input" in why)

@@ -8,7 +8,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-_UNITS = {torch.bfloat16: "_is_amx_tile_supported", torch.float16: "_is_amx_fp16_supported"}
+from uhd.torch_private import has_hooks, in_functorch
+
+_UNITS = {torch.bfloat16: "amx_tile", torch.float16: "amx_fp16"}
 
 
 def fastest_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -18,7 +20,7 @@ def fastest_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """
     if device.type != "cpu" or dtype not in _UNITS:
         return dtype
-    return dtype if getattr(torch.cpu, _UNITS[dtype], bool)() else torch.float32
+    return dtype if torch.cpu.get_capabilities().get(_UNITS[dtype], False) else torch.float32
 
 
 def float_parameter(module: nn.Module, default: Tensor) -> Tensor:
@@ -28,17 +30,12 @@ def float_parameter(module: nn.Module, default: Tensor) -> Tensor:
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module is exactly of this class, and runs nothing at its call but its own forward."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return type(module) is kind and "forward" not in vars(module) and not any(hooks)
+    return type(module) is kind and "forward" not in vars(module) and not has_hooks(module)
 
 
 def transformed() -> bool:
     """Whether compilation, tracing or a functorch transform is going on, rather than plain execution."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or in_functorch()
 
 
 def wants_gradients(tensors: Iterable[Tensor]) -> bool:

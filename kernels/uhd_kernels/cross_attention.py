@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
+from importlib.metadata import version
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import InterpreterError
 
 from uhd_kernels.configs import backward_config, forward_config, padded_dim, split_keys
 
@@ -357,7 +360,25 @@ def table_gradient_kernel(
 
 
 # What runs here, as Triton decided when it decorated the kernels: real code for a GPU, or its interpreter on the CPU.
+@triton.jit
+def _loop_kernel(steps):
+    for _ in range(steps):
+        pass
+
+
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
+
+
+@functools.cache
+def interpreter_problem() -> str | None:
+    """Why Triton's interpreter cannot run a kernel with a loop; None if it can. Ask only where Triton interprets."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # numpy's, of what it refuses in later releases
+            _loop_kernel[(1,)](1)
+    except InterpreterError as problem:
+        return f"Triton {version('triton')}'s interpreter fails beside numpy {version('numpy')}: {problem}"
+    return None
 
 
 @functools.lru_cache

@@ -7,12 +7,12 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor
 from torch.autograd.forward_ad import unpack_dual
 
 from uhd_kernels.checks import check_packed, check_views, host_views
 from uhd_kernels.configs import MAX_HEAD_DIM, MAX_LATENTS
 from uhd_kernels.op import attention_op, refuse_vmap, run_portable
+from uhd_kernels.torch_private import mapped
 
 IMPLEMENTATIONS = ("auto", "triton", "sdpa", "reference")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -61,10 +61,10 @@ def varlen_cross_attention(
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r} is unknown; choose one of {list(IMPLEMENTATIONS)}")
     given = [x for x in (q, k, v, cu_seqlens, key_positions, position_offsets) if x is not None]
-    if not torch.compiler.is_compiling() and any(is_batchedtensor(x) for x in given):
+    if not torch.compiler.is_compiling() and mapped(given):
         refuse_vmap()
     kind = q.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if _has_autocast(kind) and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         q, k, v, key_positions = (_autocast(x, dtype) for x in (q, k, v, key_positions))
         with torch.autocast(kind, enabled=False):
@@ -100,6 +100,12 @@ def varlen_cross_attention(
     return run_portable(impl, q, k, v, bounds, key_positions, offsets, scale)
 
 
+def _has_autocast(kind: str) -> bool:
+    if torch.compiler.is_compiling():  # torch 2.11 cannot trace the question
+        return kind != "meta"
+    return torch.amp.is_autocast_available(kind)
+
+
 def _autocast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x
 
@@ -118,6 +124,8 @@ def _triton_problem(q: Tensor) -> str | None:
         return (
             "the tensors are on the CPU, where only Triton's interpreter runs (TRITON_INTERPRET=1 before the import)"
         )
+    elif reason := _interpreter_problem():
+        return reason
     if q.dtype not in TRITON_DTYPES:
         return f"the dtype is {q.dtype}, and the kernels take float32, float16 and bfloat16"
     if not 1 <= dim <= MAX_HEAD_DIM or not 1 <= latents <= MAX_LATENTS or not heads:
@@ -126,6 +134,14 @@ def _triton_problem(q: Tensor) -> str | None:
             f"to {MAX_HEAD_DIM}"
         )
     return None
+
+
+def _interpreter_problem() -> str | None:
+    if torch.compiler.is_compiling():  # which cannot trace a launch of Triton's interpreter
+        return None
+    from uhd_kernels import cross_attention
+
+    return cross_attention.interpreter_problem()
 
 
 def _device_problem(device: torch.device) -> str | None:

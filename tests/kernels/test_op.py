@@ -63,6 +63,17 @@ def test_compiles_to_one_graph(impl, table):
         torch.testing.assert_close(a, b)
 
 
+def test_compiled_code_follows_autocast_and_runs_where_there_is_none():
+    inputs = leaves(torch.float32)
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(compiled(*inputs), attend(*inputs))
+    cu_seqlens = torch.tensor(BOUNDS, dtype=torch.int32, device="meta")
+    q, k, v, _ = (x.detach().to("meta") for x in inputs)
+    compiled = torch.compile(varlen_cross_attention, fullgraph=True, backend="aot_eager")
+    assert compiled(q, k, v, cu_seqlens, LONGEST).shape == (4, 3, 2, 6)
+
+
 def test_bad_values_raise_from_compiled_code_too():
     """What can only be seen in the numbers is checked where they are read, which is inside the operator."""
     q, k, v, _ = leaves()

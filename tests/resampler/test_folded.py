@@ -108,7 +108,7 @@ def test_half_precision_where_the_cpu_has_units_for_it(monkeypatch):
     """There products stay in bfloat16, elsewhere they run in float32, which is nearer to the truth."""
     off = []
     for units in (False, True):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda units=units: units, raising=False)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda units=units: {"amx_tile": units})
         module = made(width=64, num_heads=4, vision_width=48, num_latents=16, dtype=torch.bfloat16)
         features = features_for(module)
         truth = by("plain", copy.deepcopy(module).double(), features.double())

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from uhd.torch_private import packed_products
 from uhd.vision import CompressedViT, CompressedViTConfig, ViT, ViTConfig
 from uhd.vision import compiled as compiled_module
 from uhd.vision.blocks import Block
@@ -70,7 +71,7 @@ def ran(vit: ViT, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def pretend_unit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Say that this CPU has a matrix unit for bfloat16; skip where it cannot even pack weights as for one."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_tile": True})
     try:
         torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=torch.bfloat16), 4)
     except RuntimeError as reason:
@@ -114,8 +115,7 @@ def test_inductor_compiles_them(activation: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_weights_on_a_plain_cpu_compute_in_float32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    for unit in ("_is_amx_tile_supported", "_is_amx_fp16_supported"):
-        monkeypatch.setattr(torch.cpu, unit, lambda: False, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     vit, x = make(dtype, depth=24), patches(dtype)
     exact = copy.deepcopy(vit).double()(x.double(), GRIDS)
     vit.compile_blocks("none")
@@ -147,7 +147,7 @@ def test_packed_layers_are_exact_where_numbers_are(activation: str, scale: float
     vit = make(activation=activation, layer_scale=scale)
     halves, x = compiled_module.Halves.of(vit.blocks[0]), torch.randn(12, 32)
     layers = {name: getattr(halves, name).weight for name in ("qkv", "proj", "fc1", "fc2")}
-    packed = {name: torch.ops.mkldnn._reorder_linear_weight(weight, len(x)) for name, weight in layers.items()}
+    packed = {name: packed_products().pack(weight, len(x)) for name, weight in layers.items()}
     mix = vit.blocks[0].attn.mix
     got = compiled_module.packed_block(halves, packed, x, lambda qkv: mix(qkv, [(2, 6)]))
     torch.testing.assert_close(got, vit.blocks[0](x, [(2, 6)]), rtol=1e-5, atol=1e-5)
@@ -177,18 +177,8 @@ def test_packed_weights_are_never_stale(change: str, monkeypatch: pytest.MonkeyP
     assert not torch.equal(before, after)
 
 
-def test_a_torch_without_the_operators_packs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
-    monkeypatch.setattr(compiled_module, "_can_pack", lambda: False)
-    vit, x = make(torch.bfloat16), patches(torch.bfloat16)
-    wanted = vit(x, GRIDS)
-    vit.compile_blocks("none")
-    assert error(vit(x, GRIDS), wanted) < 0.02
-    assert vit._compiled_blocks._packed._kept is None
-
-
 def test_a_watched_compressor_runs_as_it_is_between_compiled_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_tile": False})
     torch.manual_seed(0)
     fields = {f.name: getattr(CONFIG, f.name) for f in dataclasses.fields(CONFIG)}
     vit = CompressedViT(CompressedViTConfig(**fields, compress_after=(1,))).eval().requires_grad_(False)

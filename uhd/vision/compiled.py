@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uhd.shortcuts import contents_of, fastest_dtype, is_plain, transformed, wants_gradients
+from uhd.torch_private import packed_products
 
 from .blocks import MLP, Attention, Block, activate
 from .int8 import Int8Linear, int8_linear
@@ -211,11 +212,7 @@ def _known(block: Block) -> bool:
 
 
 class PackedWeights:
-    """Weights of linear layers in oneDNN's own order, for a CPU's bfloat16 matrix unit.
-
-    They are used through the operators that `torch.compile` itself emits for frozen weights (`torch.ops.mkldnn`, see
-    torch/_inductor/mkldnn_lowerings.py); a torch without these has none.
-    """
+    """Weights of linear layers in oneDNN's own order, for a CPU's bfloat16 matrix unit."""
 
     def __init__(self) -> None:
         self._kept: tuple[Tensor, list[dict[str, Tensor]]] | None = None
@@ -227,24 +224,21 @@ class PackedWeights:
         """
         weights = [{name: getattr(each, name).weight for name in ("qkv", "proj", "fc1", "fc2")} for each in halves]
         flat = [weight for each in weights for weight in each.values()]
-        if x.device.type != "cpu" or any(weight.dtype != torch.bfloat16 for weight in flat) or not _can_pack():
+        operators = packed_products()
+        if x.device.type != "cpu" or any(weight.dtype != torch.bfloat16 for weight in flat) or operators is None:
             return None
         contents = contents_of(flat)
         kept = self._kept
         if kept is None or not torch.equal(contents, kept[0]):
-            pack = torch.ops.mkldnn._reorder_linear_weight
+            pack = operators.pack
             packed = [{name: pack(weight.detach(), len(x)) for name, weight in each.items()} for each in weights]
             kept = self._kept = (contents, packed)
         return kept[1]
 
 
-def _can_pack() -> bool:
-    return all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight"))
-
-
 def packed_block(halves: Halves, packed: dict[str, Tensor], x: Tensor, mix: Callable[[Tensor], Tensor]) -> Tensor:
     """A block by oneDNN's products over packed weights, GELU and residual sums inside them where they can be."""
-    product = torch.ops.mkldnn._linear_pointwise
+    product = packed_products().product
 
     def residual(x: Tensor, update: Tensor, name: str, scale: Tensor | None) -> Tensor:
         weight, bias = packed[name], getattr(halves, name).bias

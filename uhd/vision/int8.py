@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from uhd.shortcuts import is_plain
+from uhd.torch_private import int8_product
 
 from .blocks import MLP, Attention
 
@@ -77,7 +78,7 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -
     """Multiply x (tokens, in) by int8 weights (out, in) with scales (out,): (tokens, out) in the dtype of `x`."""
     step = (x.abs().amax(dim=-1, keepdim=True).float() / LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
     rounded = (x / step).round().to(torch.int8)
-    total = torch._int_mm(rounded, weight.t()).float() * step * scale
+    total = int8_product(rounded, weight.t()).float() * step * scale
     return (total if bias is None else total + bias.float()).to(x.dtype)
 
 
