@@ -19,7 +19,7 @@ from uhd.vision.compiled import CompiledBlocks
 ROOT = Path(__file__).parent.parent
 KNOW = {
     "torch": ("uhd/torch_private.py", "kernels/uhd_kernels/torch_private.py"),
-    "transformers": ("uhd/hf/versions.py", "uhd/hf/processing.py"),
+    "transformers": ("uhd/hf/versions.py",),
 }
 GRIDS = [(2, 3), (4, 2)]
 

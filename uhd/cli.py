@@ -42,7 +42,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="uhd", description="Native-resolution eyes for any causal language model.")
     parser.add_argument("--version", action="version", version=f"uhd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_planning(commands)
+    _add_encoding(commands)
+    return parser
 
+
+def _add_planning(commands: Any) -> None:
+    """The commands that load no model."""
     command = commands.add_parser("plan", help="where images are cut, and what that costs")
     command.add_argument("inputs", nargs="*", metavar="IMAGE|WxH", help="an image file, or WIDTHxHEIGHT in px")
     command.add_argument("--sizes", type=Path, metavar="FILE", help="a JSON list of [width, height]")
@@ -73,6 +79,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(f"--{part}", metavar="NAME", help=f"what FLOPs are counted for (default {default})")
     command.set_defaults(run=_compare)
 
+
+def _add_encoding(commands: Any) -> None:
+    """The commands that load an encoder or a language model."""
     command = commands.add_parser("encode", help="images to visual tokens, in a safetensors file")
     command.add_argument("images", nargs="+")
     command.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.safetensors")
@@ -106,7 +115,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--schema", metavar="NAME", default="llava-uhd", help="a token layout (default llava-uhd)")
     command.add_argument("--json", action="store_true", help="one JSON object")
     command.set_defaults(run=_doctor)
-    return parser
 
 
 _ADAPTIVE_ONLY = ("max_slices", "max_tokens", "schema", "candidates")

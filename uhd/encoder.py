@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from uhd import saving
@@ -181,14 +182,10 @@ class VisualEncoder(PackedEncoder):
         """
         prepare = Preparation.of(self)
         loaded = [prepare.load(_frames_of(video, number)) for number, video in enumerate(videos)]
-        plans = []
-        for number, video in enumerate(loaded):
-            sizes = sorted({(frame.height, frame.width) for frame in video})
-            if len(sizes) != 1:
-                raise ValueError(
-                    f"video {number} has {len(video)} frames of the sizes {sizes} (height, width): need one size"
-                )
-            plans.append(self.plan_video(sizes[0], len(video), frames=frames, max_tokens=max_tokens))
+        plans = [
+            self.plan_video(_one_size(video, number), len(video), frames=frames, max_tokens=max_tokens)
+            for number, video in enumerate(loaded)
+        ]
         flat = [frame for video in loaded for frame in video]
         tokens = self.encode(prepare.cut(flat, [p for video in plans for p in video.plans]))
         parts = tokens.split([sum(map(num_rows, video.plans)) for video in plans]) if plans else ()
@@ -378,3 +375,11 @@ def _frames_of(video: Any, number: int) -> list[Any]:
         f"video {number} is a {type(video).__name__}{shape}: expected a list of frames, or an array (T, h, w, c) or "
         "(T, c, h, w). Videos come as a list of them: put the frames of one video into a list of their own"
     )
+
+
+def _one_size(video: Sequence[Image.Image], number: int) -> tuple[int, int]:
+    """(height, width) of all frames of a loaded video."""
+    sizes = sorted({(frame.height, frame.width) for frame in video})
+    if len(sizes) != 1:
+        raise ValueError(f"video {number} has {len(video)} frames of the sizes {sizes} (height, width): need one size")
+    return sizes[0]

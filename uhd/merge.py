@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -167,17 +168,10 @@ def merge_samples(
         raise ValueError(f"pad_token_id and image_token_id are both {pad_token_id}: the placeholder is never embedded")
     if padding_side not in ("right", "left"):
         raise ValueError(f"padding_side must be 'right' or 'left', got {padding_side!r}")
-    if not len(input_ids) or len(images) != len(input_ids):
-        raise ValueError(
-            f"got {len(input_ids)} rows of ids and images for {len(images)}: need as many, and at least one"
-        )
-    rows = [_as_list(row) for row in input_ids]
-    targets = rows if labels is None else [_as_list(row) for row in labels]
-    if len(targets) != len(rows):
-        raise ValueError(f"got {len(rows)} rows of ids and {len(targets)} rows of labels")
+    rows = _matched(input_ids, input_ids if labels is None else labels, images)
     spread = [
         _spread_row(row, ids, target, pictures, image_token_id, pad_token_id)
-        for row, (ids, target, pictures) in enumerate(zip(rows, targets, images, strict=True))
+        for row, (ids, target, pictures) in enumerate(rows)
     ]
     flat = [picture for pictures in images for picture in pictures]
     if device is None:
@@ -198,6 +192,19 @@ def merge_samples(
         input_ids=ids,
         visual_mask=mask.to(ids.device),
     )
+
+
+def _matched(
+    input_ids: Sequence[Any], labels: Sequence[Any], images: Sequence[Sequence[Tensor]]
+) -> Iterator[tuple[list[int], list[int], Sequence[Tensor]]]:
+    """Ids, labels and images of every row, as many of each."""
+    if not len(input_ids) or len(images) != len(input_ids):
+        raise ValueError(
+            f"got {len(input_ids)} rows of ids and images for {len(images)}: need as many, and at least one"
+        )
+    if len(labels) != len(input_ids):
+        raise ValueError(f"got {len(input_ids)} rows of ids and {len(labels)} rows of labels")
+    return zip(map(_as_list, input_ids), map(_as_list, labels), images, strict=True)
 
 
 def _padded(rows: Sequence[list[int]], fill: int, side: str) -> Tensor:

@@ -66,8 +66,11 @@ def interpolate_pos_embed(
             f"table must have shape (h*w, D) with h*w = {src_hw[0]}*{src_hw[1]} = {src_hw[0] * src_hw[1]} rows; "
             f"got {tuple(table.shape)}. Class and register rows must be split off first"
         )
-    if src_hw == dst_hw:
-        return table
+    return table if src_hw == dst_hw else _resized(table, src_hw, dst_hw, mode, antialias)
+
+
+def _resized(table: Tensor, src_hw: tuple[int, int], dst_hw: tuple[int, int], mode: str, antialias: bool) -> Tensor:
+    """As `interpolate_pos_embed`, of checked arguments and between grids that differ."""
     if mode == "nearest":
         rows, columns = (_integer_buckets(d, s, table.device) for d, s in zip(dst_hw, src_hw, strict=True))
         return table[_flat_ids(rows, columns, src_hw[1])]

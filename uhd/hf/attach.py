@@ -18,7 +18,7 @@ from uhd.hf.image_processing import UHDImageProcessor
 from uhd.hf.injection import choose_injection
 from uhd.hf.processing import IMAGE_TOKEN, PLAIN_CHAT_TEMPLATE, VIDEO_TOKEN, UHDProcessor, placeholder_id
 from uhd.saving import EncoderDescription
-from uhd.schema import resolve_schema
+from uhd.schema import SeparatorIds, resolve_schema
 
 OTHER_IMAGE_TOKEN, OTHER_VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
 """The placeholders where a schema has a marker of the usual name."""
@@ -61,12 +61,7 @@ def attach(
     separators = resolve_schema(
         tokenizer, encoder.schema, image_token=image_token, num_images=numbered_images, given=separator_ids
     )
-    for symbol, found in separators.items():
-        if max(found.ids) >= text.vocab_size:
-            raise ValueError(
-                f"the separator {symbol!r} has the ids {found.ids}, the language model embeds {text.vocab_size}: "
-                f"choose with separator_ids={{{symbol!r}: id}}, or resize its embeddings"
-            )
+    _check_separators(separators, text.vocab_size)
     implementations = lm.config._attn_implementation, lm.config._experts_implementation
     config = UHDConfig(
         **encoder_fields(EncoderDescription.of(encoder)),
@@ -88,6 +83,15 @@ def attach(
     images = UHDImageProcessor.from_settings(encoder.slicing, encoder.pixels)
     tokens = {"image_token": image_token, "video_token": video_token}
     return config, UHDProcessor(images, tokenizer, chat_template=template, **tokens)
+
+
+def _check_separators(separators: Mapping[str, SeparatorIds], vocab_size: int) -> None:
+    for symbol, separator in separators.items():
+        if max(separator.ids) >= vocab_size:
+            raise ValueError(
+                f"the separator {symbol!r} has the ids {separator.ids}, the language model embeds {vocab_size}: "
+                f"choose with separator_ids={{{symbol!r}: id}}, or resize its embeddings"
+            )
 
 
 def _check_parts(encoder: VisualEncoder, lm: PreTrainedModel) -> None:
