@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
+from urllib.request import urlopen
 
 from PIL import Image
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import load_image as fetch_image
 from transformers.processing_utils import ImagesKwargs
 
 from uhd.batch import SliceBatch
@@ -32,7 +32,20 @@ _FILTER_NAMES = {int(value): name for name, value in RESAMPLE.items()}
 _NOT_APPLYING = ("do_resize", "do_center_crop", "do_pad", "size", "crop_size", "pad_size", "input_data_format")
 """Keywords of transformers' image processors that nothing here could heed."""
 
-_REMOTE = ("http://", "https://", "data:")
+_REMOTE = ("http://", "https://")
+
+
+def fetch_bytes(address: str) -> bytes:
+    """The bytes behind an http address.
+
+    Raises:
+        ValueError: It cannot be fetched.
+    """
+    try:
+        with urlopen(address, timeout=30) as answer:
+            return answer.read()
+    except OSError as problem:
+        raise ValueError(f"{address[:100]!r} cannot be fetched: {str(problem)[:100]}") from problem
 
 
 class UHDImagesKwargs(ImagesKwargs, total=False):
@@ -143,7 +156,7 @@ class Planning:
     def picture(self, source: Any, kwargs: Mapping[str, Any]) -> Image.Image:
         """What :func:`uhd.pixels.load_image` takes, or an address, as an upright RGB Pillow image."""
         if isinstance(source, str) and source.startswith(_REMOTE):
-            source = fetch_image(source)
+            source = fetch_bytes(source)
         return load_image(source, settings=self._pixels(kwargs))
 
     def _pixels(self, kwargs: Mapping[str, Any], **changes: Any) -> PixelSettings:

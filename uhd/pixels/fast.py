@@ -23,15 +23,15 @@ from PIL import Image
 from torch import Tensor
 
 from .load import (
-    ORIENTATION,
-    UPRIGHT,
     as_array,
     channels_last,
     check_pixels,
     load_image,
     name_of,
     opened,
+    orientation_of,
     pillow_errors,
+    plain_source,
 )
 from .pillow import check_canvas, check_planned, cut_canvas, is_long_crop
 from .settings import RESAMPLE, PixelSettings, check_filter
@@ -69,6 +69,7 @@ def read_picture(source: Any, settings: PixelSettings) -> Picture:
     """:func:`uhd.pixels.render.load_picture` by this backend."""
     if isinstance(source, Picture):
         return source
+    source = plain_source(source)
     array = as_array(source)
     if array is None:
         return _read_jpeg(source, settings) or _picture(np.array(load_image(source, settings=settings)))
@@ -104,22 +105,30 @@ def _read_jpeg(source: Any, settings: PixelSettings) -> Picture | None:
     if isinstance(source, Image.Image):
         return None
     name = name_of(source)
+    try:
+        picture = _plain_jpeg(source, name, settings)
+    except ValueError:
+        return None
+    if picture is None or settings.draft:
+        return picture
+    try:
+        pixels = jpeg_decoder()(picture.file)
+    except RuntimeError:
+        return None
+    return Picture(picture.size_hw, pixels) if pixels.shape[:2] == picture.size_hw else None
+
+
+def _plain_jpeg(source: Any, name: str, settings: PixelSettings) -> Picture | None:
+    """The undecoded file of an upright RGB JPEG that can be decoded here."""
     with opened(source, name) as image:
         check_pixels(image, settings, name)
         with pillow_errors(name):
-            plain = image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(ORIENTATION) not in UPRIGHT
+            plain = image.format == "JPEG" and image.mode == "RGB" and orientation_of(image) == 1
             if not plain or not (settings.draft or jpeg_decoder()):
                 return None
             image.fp.seek(0)
             file = image.fp.read()
-        size_hw = (image.height, image.width)
-    if settings.draft:
-        return Picture(size_hw, None, file, name)
-    try:
-        pixels = jpeg_decoder()(file)
-    except RuntimeError:
-        return None
-    return Picture(size_hw, pixels) if pixels.shape[:2] == size_hw else None
+        return Picture((image.height, image.width), None, file, name)
 
 
 def _decoded(picture: Picture, plan: SlicePlan, settings: PixelSettings) -> np.ndarray:

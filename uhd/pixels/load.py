@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import struct
 import sys
-from collections.abc import Iterator
+import warnings
+from base64 import b64decode
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, BinaryIO
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from .metadata import without_metadata
 from .settings import DEFAULT, PixelSettings
+
+Result = TypeVar("Result")
 
 ORIENTATION = 0x0112
 UPRIGHT = {
@@ -26,6 +35,7 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _CHANNELS = (1, 3, 4)
+_XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:=[\"']|>)([1-8])")
 
 
 def load_image(source: Any, *, settings: PixelSettings = DEFAULT, frame: int | None = None) -> Image.Image:
@@ -45,7 +55,8 @@ def load_image(source: Any, *, settings: PixelSettings = DEFAULT, frame: int | N
     Loading the result again changes nothing. A Pillow image that is upright RGB already is returned itself.
 
     Args:
-        source: Pillow image, path, ``bytes``, NumPy array or torch tensor.
+        source: Pillow image, path, ``bytes``, file object, ``data:`` URI, base64 text, a dataset's row
+            ``{"bytes": ..., "path": ...}``, NumPy array or torch tensor.
         settings: Background and pixel limit.
         frame: Of an animation or a multi-page file, from 0. ``None``: the first, or where a Pillow image stands.
 
@@ -55,10 +66,16 @@ def load_image(source: Any, *, settings: PixelSettings = DEFAULT, frame: int | N
             stated above.
         TypeError: ``source`` is none of the accepted types.
     """
+    source = plain_source(source)
     array = as_array(source)
     if array is not None:
         check_frame(frame, 1, "an array")
         return rgb(_image_from_array(array), settings)
+    return _despite_metadata(partial(_loaded, settings=settings, frame=frame), source)
+
+
+def _loaded(source: Any, settings: PixelSettings, frame: int | None) -> Image.Image:
+    """As :func:`load_image`, of a file, its bytes or a Pillow image."""
     name = name_of(source)
     with opened(source, name) as image:
         check_pixels(image, settings, name)
@@ -75,33 +92,115 @@ def image_size_hw(source: Any) -> tuple[int, int]:
     >>> image_size_hw(np.zeros((480, 640, 3), dtype=np.uint8))
     (480, 640)
     """
+    source = plain_source(source)
     array = as_array(source)
     if array is not None:
         return channels_last(array).shape[:2]
+    return _despite_metadata(_size_hw, source)
+
+
+def _size_hw(source: Any) -> tuple[int, int]:
+    """As :func:`image_size_hw`, of a file, its bytes or a Pillow image."""
     name = name_of(source)
     with opened(source, name) as image, pillow_errors(name):
         if image is source:
             image.load()  # it will be decoded anyway, and only then do all formats agree on size and orientation
-            (width, height), exif = image.size, image.getexif()
+            (width, height), orientation = image.size, orientation_of(image)
         elif image.format == "TIFF":
             # newer Pillow turns a TIFF's size on opening, older on loading: the tags are what the file says
-            width, height, exif = image.tag_v2[256], image.tag_v2[257], image.tag_v2
+            width, height, orientation = image.tag_v2[256], image.tag_v2[257], image.tag_v2.get(ORIENTATION, 1)
         else:
-            (width, height), exif = image.size, _header_exif(image)
-        orientation = exif.get(ORIENTATION, 1)
+            (width, height), orientation = image.size, orientation_of(image, header_only=True)
     return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
+
+
+def _despite_metadata(read: Callable[[Any], Result], source: Any) -> Result:
+    """Read a picture; where that fails, and it may be for damaged metadata, read it without any."""
+    try:
+        return read(source)
+    except ValueError as problem:
+        if isinstance(source, Image.Image) or problem.__cause__ is None:  # no file, or not Pillow's complaint
+            raise
+        file = Path(source).read_bytes() if isinstance(source, (str, os.PathLike)) else bytes(source)
+        clean = without_metadata(file)
+        if clean is None or clean == file:
+            raise
+        try:
+            return read(clean)
+        except ValueError:
+            raise problem from None
+
+
+def orientation_of(image: Image.Image, *, header_only: bool = False) -> int:
+    """How a picture has to be turned: 1 to 8 by EXIF, the TIFF tag or XMP; anything else is upright.
+
+    Damaged metadata says nothing, and is passed over.
+
+    Args:
+        image: Decoded, unless ``header_only``.
+        header_only: Do not decode the pixels, but where a PNG has metadata behind them (exiftool writes it there).
+    """
+    late = header_only and image.format == "PNG" and _png_late_metadata(image.fp)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, about damaged tags
+        try:
+            if header_only and image.format == "PNG" and not late:
+                exif = Image.Image.getexif(image)  # PNG's own getexif decodes the pixels first
+            else:
+                exif = image.getexif()
+            found = exif.get(ORIENTATION)
+        except Exception:
+            found = None
+    if found is None:
+        xmp = image.info.get("xmp") or image.info.get("XML:com.adobe.xmp") or b""
+        match = _XMP_ORIENTATION.search(xmp if isinstance(xmp, bytes) else str(xmp).encode())
+        found = int(match[1]) if match else 1
+    return found if found in UPRIGHT else 1
+
+
+def plain_source(source: Any) -> Any:
+    """Take the picture out of what datasets and web services wrap it in; anything else comes back as it is.
+
+    A file object gives its bytes and stays where it stands; a ``data:`` URI and bare base64 text are decoded; of a
+    dataset's row ``{"bytes": ..., "path": ...}`` the bytes are taken, else the path.
+
+    >>> plain_source("data:image/png;base64,iVBORw0KGgo=")
+    b'\\x89PNG\\r\\n\\x1a\\n'
+    """
+    if isinstance(source, Mapping) and source.keys() & {"bytes", "path"}:
+        inner = source.get("bytes") if source.get("bytes") is not None else source.get("path")
+        if inner is None:
+            raise ValueError("this row of a dataset has neither bytes nor a path: leave it out, or give it a picture")
+        return inner
+    if hasattr(source, "read") and not isinstance(source, os.PathLike):
+        position = source.tell() if source.seekable() else None
+        file = source.read()
+        if position is not None:
+            source.seek(position)
+        return file
+    if not isinstance(source, str):
+        return source
+    try:
+        if source.startswith("data:"):
+            head, _, data = source.partition(",")
+            return b64decode(data) if head.endswith(";base64") else unquote_to_bytes(data)
+        if len(source) >= 64 and not os.path.exists(source):
+            return b64decode(source, validate=True)
+    except ValueError:
+        return source
+    return source
 
 
 def name_of(source: Any) -> str:
     """Say what to call this picture in an error."""
     if isinstance(source, Image.Image):
         filename = getattr(source, "filename", "")
-        return repr(filename) if filename else "this Pillow image"
+        return f"{str(filename)!r:.200}" if filename else "this Pillow image"
     if isinstance(source, (str, os.PathLike)):
         name = str(source)
         if name.startswith(("http://", "https://", "data:")):
             raise ValueError(f"{name[:60]!r} is not a path, and nothing is downloaded: fetch it and pass its bytes")
-        return repr(name)
+        return f"{name!r:.200}"
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"these {len(source)} bytes"
     raise TypeError(
@@ -161,7 +260,7 @@ def check_frame(frame: int | None, frames: int, name: str) -> None:
 def upright_frame(image: Image.Image, frame: int | None, name: str) -> Image.Image:
     """Decode the asked frame and apply its EXIF orientation. A caller's image is left at its own frame."""
     with pillow_errors(name):
-        stands = image.tell()
+        stands = _stands(image)
         frames = 1 if frame is None else getattr(image, "n_frames", 1)
     check_frame(frame, frames, name)
     with pillow_errors(name):
@@ -174,7 +273,7 @@ def upright_frame(image: Image.Image, frame: int | None, name: str) -> Image.Ima
                 picture = image.copy()
             finally:
                 image.seek(stands)
-        method = UPRIGHT.get(picture.getexif().get(ORIENTATION, 1))
+        method = UPRIGHT.get(orientation_of(picture))
         if method is None:
             return picture
         turned = picture.transpose(method)
@@ -183,11 +282,12 @@ def upright_frame(image: Image.Image, frame: int | None, name: str) -> Image.Ima
     return turned
 
 
-def _header_exif(image: Image.Image) -> Image.Exif:
-    """Read EXIF without decoding, unless a PNG has metadata behind its pixels (exiftool writes it there)."""
-    if image.format != "PNG" or _png_late_metadata(image.fp):
-        return image.getexif()
-    return Image.Image.getexif(image)  # PNG's own getexif decodes the pixels first
+def _stands(image: Image.Image) -> int:
+    """The frame at which a picture stands; one that was copied or unpickled has its pixels, but no file any more."""
+    try:
+        return image.tell()
+    except AttributeError:
+        return 0
 
 
 def _png_late_metadata(file: BinaryIO) -> bool:
