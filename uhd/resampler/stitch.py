@@ -31,7 +31,12 @@ def feature_hw(packing: Any, kind: str) -> Size:
 
 
 def feature_lengths(plan: PackedPlan) -> list[int]:
-    """Count the features that every view must bring to :func:`pack_features`, in the order of ``plan.views``."""
+    """Count the features that every view must bring to :func:`pack_features`, in the order of ``plan.views``.
+
+    >>> from uhd.slicing import plan
+    >>> feature_lengths(plan((336, 672), "llava-next"))
+    [576, 576, 576]
+    """
     if plan.packing is None:
         return [view.num_tokens for view in plan.views]
     return [prod(feature_hw(plan.packing, view.kind)) for view in plan.views]
@@ -49,6 +54,12 @@ def pack_features(
     Every view's map is resized to ``pooled_hw``; the slices' maps are put together (less the ``overlap``), cut to
     ``kept``, resized to ``resized_hw`` and pooled by ``merge``; then come the learned embeddings. The overview and the
     slices keep the plan's order. Resizing is bilinear, corners not aligned, not antialiased; pooling is the mean.
+
+    >>> from uhd.slicing import plan
+    >>> cut = plan((336, 672), "llava-next")
+    >>> features = [torch.zeros(count, 1) for count in feature_lengths(cut)]
+    >>> len(pack_features(features, cut, newline=torch.ones(1))) == cut.num_tokens
+    True
 
     Args:
         features: For every view of ``plan.views`` its (n, D), row-major; or (V, n, D); or packed (sum of n, D).
