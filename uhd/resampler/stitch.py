@@ -1,4 +1,11 @@
-"""Stitching the feature maps of a plan's views to the tokens of its strategy: pooled, un-padded, with newlines."""
+"""Stitching the feature maps of a plan's views to the tokens of its strategy: pooled, un-padded, with newlines.
+
+>>> from uhd.slicing import plan
+>>> cut = plan((336, 672), "llava-next")
+>>> features = [torch.zeros(count, 1) for count in feature_lengths(cut)]
+>>> len(pack_features(features, cut, newline=torch.ones(1))) == cut.num_tokens
+True
+"""
 
 from __future__ import annotations
 
@@ -54,12 +61,6 @@ def pack_features(
     Every view's map is resized to ``pooled_hw``; the slices' maps are put together (less the ``overlap``), cut to
     ``kept``, resized to ``resized_hw`` and pooled by ``merge``; then come the learned embeddings. The overview and the
     slices keep the plan's order. Resizing is bilinear, corners not aligned, not antialiased; pooling is the mean.
-
-    >>> from uhd.slicing import plan
-    >>> cut = plan((336, 672), "llava-next")
-    >>> features = [torch.zeros(count, 1) for count in feature_lengths(cut)]
-    >>> len(pack_features(features, cut, newline=torch.ones(1))) == cut.num_tokens
-    True
 
     Args:
         features: For every view of ``plan.views`` its (n, D), row-major; or (V, n, D); or packed (sum of n, D).
