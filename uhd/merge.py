@@ -1,4 +1,10 @@
-"""Visual tokens into a language model's embeddings: pure, differentiable, and counted before anything is written."""
+"""Visual tokens into a language model's embeddings: pure, differentiable, and counted before anything is written.
+
+>>> rows, images = [[5, 8, 6], [7]], [[torch.ones(2, 4)], []]
+>>> batch = merge_samples(rows, images, embed=nn.Embedding(9, 4), image_token_id=8, pad_token_id=0)
+>>> batch.labels.tolist()
+[[5, -100, -100, 6], [7, -100, -100, -100]]
+"""
 
 from __future__ import annotations
 
@@ -161,11 +167,6 @@ def merge_samples(
     device: torch.device | str | None = None,
 ) -> MergedBatch:
     """Build a padded batch from rows of text in which one placeholder stands for each image. Nothing is truncated.
-
-    >>> rows, images = [[5, 8, 6], [7]], [[torch.ones(2, 4)], []]
-    >>> batch = merge_samples(rows, images, embed=nn.Embedding(9, 4), image_token_id=8, pad_token_id=0)
-    >>> batch.labels.tolist()
-    [[5, -100, -100, 6], [7, -100, -100, -100]]
 
     Args:
         input_ids: B rows of ids; a row without placeholders is text alone and takes no image.
