@@ -64,10 +64,19 @@ def floors() -> list[list[str]]:
     return [sorted(name for name in height if height[name] == floor) for floor in range(max(height.values()) + 1)]
 
 
+def purpose(module: str) -> str:
+    """The first sentence of a room's docstring."""
+    text = ast.get_docstring(ast.parse(files()[module].read_text())).split("\n\n")[0]
+    return " ".join(text.replace("`", "").split()).split(". ")[0].rstrip(".")
+
+
 def drawing() -> str:
-    """The floors as Markdown, the highest first."""
-    rows = [f"{number:>2}  {'  '.join(names)}" for number, names in enumerate(floors())]
-    return "```\n" + "\n".join(reversed(rows)) + "\n```\n"
+    """The floors as Markdown, the highest first, each room with what it holds."""
+    rows = []
+    for number, rooms in reversed(list(enumerate(floors()))):
+        heads = [f"{number:>2}", *["  "] * (len(rooms) - 1)]
+        rows += [f"{head}  {name:<19} {purpose(name)}" for head, name in zip(heads, rooms, strict=True)]
+    return "```\n" + "\n".join(rows) + "\n```\n"
 
 
 def page(text: str) -> str:

@@ -4,6 +4,7 @@ import graphlib
 import importlib
 import importlib.util
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -63,6 +64,15 @@ def test_rooms_stand_on_floors_as_the_page_draws_them():
     text = architecture.PAGE.read_text()
     assert architecture.page(text) == text
     assert architecture.floors()[-1] == ["uhd.cli"]
+
+
+def test_the_page_names_files_and_what_is_in_them():
+    named = re.findall(r"`(uhd/[\w/]+(?:\.py)?)(?:: (\w+))?`", architecture.PAGE.read_text())
+    assert len(named) > 30
+    for path, name in named:
+        assert (ROOT / path).exists(), path
+        if name:
+            assert re.search(rf"^ *(?:def|class) {name}\b", (ROOT / path).read_text(), re.MULTILINE), (path, name)
 
 
 def test_moved_names_load_from_their_old_path_and_say_so():

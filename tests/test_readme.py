@@ -1,8 +1,9 @@
-"""The README's code runs as it stands, and so do the examples."""
+"""The code of the README and of the pages under docs/ runs as it stands, and so do the examples."""
 
 import copy
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 
@@ -60,23 +61,6 @@ def test_eyes_are_attached_in_ten_lines_saved_and_loaded(tmp_path, monkeypatch):
     assert torch.equal(again["input_ids"], batch["input_ids"])
 
 
-def test_the_eyes_of_a_release_are_loaded_and_written_back(tmp_path, monkeypatch):
-    import torch
-
-    from tests.pretrained import released
-    from tests.tiny import picture
-
-    monkeypatch.chdir(tmp_path)
-    model, images = released.make("llava_next")
-    photo = picture(90, 135)
-    photo.save("photo.png")
-    names = {"released_folder": released.save(model, images, tmp_path / "release")}
-    exec(compile(python_blocks(README)[3], "README.md", "exec"), names)
-    (theirs,) = released.features(model, images, images([photo], return_tensors="pt"))
-    torch.testing.assert_close(names["tokens"], theirs, atol=1e-4, rtol=1e-4)
-    assert (tmp_path / "trained" / "model.safetensors").exists()
-
-
 def test_the_ways_to_be_faster_are_taken():
     import torch
 
@@ -92,7 +76,8 @@ def test_the_ways_to_be_faster_are_taken():
     pixels = uhd.PixelSettings(mean=mean, std=std)
     plain = uhd.VisualEncoder(copy.deepcopy(vision), compressor, pixels=pixels).eval()
     names = {"uhd": uhd, "mean": mean, "std": std, "vision": vision, "compressor": compressor}
-    exec(compile(python_blocks(README)[4], "README.md", "exec"), names)
+    block = python_blocks((ROOT / "docs/performance.md").read_text())[0]
+    exec(compile(block, "docs/performance.md", "exec"), names)
     encoder, picture = names["encoder"].eval(), page_image()
     assert encoder.pixels.backend == "fast"
     assert encoder.max_patches_per_step == 4096
@@ -101,7 +86,9 @@ def test_the_ways_to_be_faster_are_taken():
     assert 0 < (got - wanted).norm() < 0.05 * wanted.norm()
 
 
-def test_the_code_of_the_family_page_runs(tmp_path, monkeypatch):
+def test_the_code_of_the_family_page_gives_a_releases_tokens_and_writes_it_back(tmp_path, monkeypatch):
+    import torch
+
     from tests.pretrained import released
     from tests.tiny import picture
     from uhd.pretrained import FAMILIES
@@ -114,13 +101,17 @@ def test_the_code_of_the_family_page_runs(tmp_path, monkeypatch):
     names = {"released_folder": released.save(model, images, tmp_path / "release"), "photo": photo}
     (block,) = python_blocks(page)
     exec(compile(block, "docs/family.md", "exec"), names)
+    (theirs,) = released.features(model, images, images([photo], return_tensors="pt"))
+    for image in names["images"]:
+        torch.testing.assert_close(image.tokens, theirs, atol=1e-4, rtol=1e-4)
     assert [len(item.tokens) for item in names["sample"]] == [17, 17]
+    assert (tmp_path / "trained" / "model.safetensors").exists()
     assert names["other"].plan((90, 135)).grid != names["encoder"].plan((90, 135)).grid
     assert set(re.findall(r"^\| [^|]+ \| `([\w.-]+)` \|", page, re.M)) - {"family"} == set(FAMILIES)
 
 
 def test_every_python_block_of_the_readme_is_run_by_a_test():
-    assert len(python_blocks(README)) == 5
+    assert len(python_blocks(README)) == 3
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -155,15 +146,41 @@ def test_the_training_page_runs_from_top_to_bottom(tmp_path, monkeypatch):
         assert torch.equal(tokens, trained.visual([samples[0]["image"]])[0].tokens)
 
 
-def test_linked_files_exist():
+def test_the_commands_of_the_page_run(tmp_path, monkeypatch, capsys):
+    from uhd import cli, demo
+
+    monkeypatch.chdir(tmp_path)
+    tiny_folders(tmp_path)["lm_folder"].rename("LM_DIR")
+    demo.untrained_encoder(out_dim=16).save_pretrained("DIR")
+    demo.page_image(300, 200).save("photo.jpg")
+    pathlib.Path("sizes.json").write_text("[[672, 1008], [30, 20]]")
+    block = re.search(r"```\n(uhd plan .*?)```", (ROOT / "docs/command_line.md").read_text(), re.S)[1]
+    commands = [shlex.split(line, comments=True)[1:] for line in block.splitlines()]
+    assert {words[0] for words in commands} == {"plan", "layout", "show", "encode", "compare", "doctor"}
+    for words in commands:
+        assert cli.main(words) == 0, words
+        assert capsys.readouterr().out, words
+    assert all(pathlib.Path(name).stat().st_size > 1000 for name in ("cut.png", "tokens.safetensors", "compare.html"))
+
+
+def test_linked_files_and_headings_exist():
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), (page.name, target)
+        for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", page.read_text()):
+            aim = page.parent / target if target else page
+            assert aim.exists(), (page.name, target)
+            if heading:
+                titles = re.findall(r"^#+ (.*)", aim.read_text(), re.M)
+                assert heading in [re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles], heading
+
+
+def test_the_readme_leads_to_every_page():
+    linked = set(re.findall(r"\]\((docs/[\w.]+)", README))
+    assert {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} <= linked
 
 
 def test_linked_tests_exist():
     """Every difference from paper and release names the test that shows it."""
-    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", README)
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs/family.md").read_text())
     assert len(named) >= 8
     for path, name in named:
         assert f"def {name}(" in (ROOT / path).read_text(), (path, name)

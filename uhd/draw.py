@@ -37,6 +37,10 @@ def draw_plan(
     Left: the image with every slice outlined and named in feeding order. Right: the views as the encoder sees them, in
     their grid. Above: sizes, score and counts. Below: the token string. Sizes read width x height.
 
+    >>> from uhd.slicing import plan
+    >>> draw_plan(np.zeros((336, 672, 3), np.uint8), plan((336, 672))).width >= 1080
+    True
+
     Args:
         image: Anything :func:`uhd.pixels.load_image` takes.
         plan: The image's plan.

@@ -56,5 +56,10 @@ class EncodedVideo:
 
 
 def num_rows(plan: SlicePlan) -> int:
-    """Rows of an image's :attr:`EncodedImage.tokens`."""
+    """Rows of an image's :attr:`EncodedImage.tokens`.
+
+    >>> from uhd.slicing import plan
+    >>> num_rows(plan((1008, 672), "llava-uhd")), num_rows(plan((1008, 672), "llava-next"))
+    (448, 2160)
+    """
     return plan.num_visual_tokens if plan.packing is None else plan.num_tokens

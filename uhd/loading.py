@@ -52,6 +52,10 @@ class Preparation:
     Small, picklable if ``slicing`` is, and safe in threads, so it goes to the workers of a ``DataLoader`` whatever
     their start method; where a sample is an image it is the ``collate_fn`` itself.
 
+    >>> prepare = Preparation("llava-uhd", PixelSettings(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)), patch_size=14)
+    >>> prepare([np.zeros((336, 672, 3), np.uint8)]).grids
+    ((24, 24), (24, 24), (16, 33))
+
     Attributes:
         slicing: How images are cut: an encoder's ``slicing``, or what :func:`uhd.plan` takes.
         pixels: How pixels are made.
@@ -124,6 +128,9 @@ class Preparation:
 def image_sizes_hw(images: Iterable[Any], *, threads: int = 1) -> np.ndarray:
     """The sizes of many images as :func:`uhd.pixels.load_image` gives them, upright; of files the headers are read.
 
+    >>> image_sizes_hw([np.zeros((30, 50, 3), np.uint8), Image.new("L", (8, 4))]).tolist()
+    [[30, 50], [4, 8]]
+
     Args:
         images: Paths, bytes, arrays, tensors or Pillow images: a list, a dataset of them, a generator. A Pillow image
             is decoded, and keeps its pixels.
@@ -158,6 +165,11 @@ def _size_hw(item: tuple[int, Any]) -> tuple[int, int]:
 
 def image_costs(sizes_hw: np.ndarray | Sequence[Sequence[int]], slicing: Any, *, unit: str = "patches") -> np.ndarray:
     """What images of these sizes cost, each planned by itself.
+
+    >>> image_costs([(336, 336), (1008, 672)], "llava-uhd").tolist()
+    [576, 4007]
+    >>> image_costs([(336, 336), (1008, 672)], "llava-uhd", unit="tokens").tolist()
+    [64, 454]
 
     Args:
         sizes_hw: (M, 2) ints, (height, width) in px; see :func:`image_sizes_hw`.
@@ -205,6 +217,10 @@ class TokenBudgetSampler(Sampler[list[int]]):
     For R ranks the number of batches is raised to a multiple of R. They are sorted by cost and dealt R at a time, so
     the batches of one step cost nearly the same; then the steps are shuffled, and which rank takes which. All ranks
     compute this alike from the seed and the epoch, and do not communicate.
+
+    >>> sampler = TokenBudgetSampler([5, 1, 4, 2, 3], budget=8, shuffle=False)
+    >>> list(sampler)
+    [[0, 1, 3], [2, 4]]
 
     Args:
         costs: One positive int an item, such as :func:`image_costs` gives.

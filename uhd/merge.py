@@ -1,4 +1,10 @@
-"""Visual tokens into a language model's embeddings: pure, differentiable, and counted before anything is written."""
+"""Visual tokens into a language model's embeddings: pure, differentiable, and counted before anything is written.
+
+>>> rows, images = [[5, 8, 6], [7]], [[torch.ones(2, 4)], []]
+>>> batch = merge_samples(rows, images, embed=nn.Embedding(9, 4), image_token_id=8, pad_token_id=0)
+>>> batch.labels.tolist()
+[[5, -100, -100, 6], [7, -100, -100, -100]]
+"""
 
 from __future__ import annotations
 
@@ -18,6 +24,10 @@ IGNORE = -100
 
 def merge_visual(embeds: Tensor, mask: Tensor, visual: Tensor, *, counts: Sequence[int] | None = None) -> Tensor:
     """Write visual rows, in order, to the masked positions of a copy of ``embeds``.
+
+    >>> embeds, mask = torch.zeros(1, 3, 2), torch.tensor([[False, True, False]])
+    >>> merge_visual(embeds, mask, torch.ones(1, 2)).tolist()
+    [[[0.0, 0.0], [1.0, 1.0], [0.0, 0.0]]]
 
     Args:
         embeds: (B, T, D), any float dtype.
@@ -62,6 +72,13 @@ def assemble(
 ) -> Tensor:
     """One image's rows of the language model's sequence: its views and separators, as the layout orders them.
 
+    >>> from uhd.schema import layout
+    >>> from uhd.slicing import SlicingConfig, plan
+    >>> laid = layout(plan((336, 672), SlicingConfig.preset("llava-uhd", tokens_per_view=1)))
+    >>> separators = {symbol: torch.zeros(1) for symbol in laid.schema.separators}
+    >>> assemble(torch.tensor([[1.0], [2.0], [3.0]]), laid, separators).flatten().tolist()  # two slices, the overview
+    [1.0, 0.0, 2.0, 0.0, 3.0]
+
     Args:
         view_tokens: In the order of ``plan.views``: (V, Q, D), or packed (sum of tokens, D), or V tensors (tokens, D).
         layout: The image's layout.
@@ -95,6 +112,10 @@ def separator_embeddings(
     """Embed resolved separators with the language model's own input embedding.
 
     The module is called, its weight never indexed: scaled embeddings (Gemma) do their scaling in the call.
+
+    >>> embed = nn.Embedding.from_pretrained(torch.tensor([[0.0, 0.0], [1.0, 2.0]]))
+    >>> separator_embeddings(embed, {",": SeparatorIds((1,), "given")})[","].tolist()
+    [1.0, 2.0]
 
     Args:
         embed: ``lm.get_input_embeddings()``, or any function (1, N) int64 -> (1, N, D).

@@ -5,7 +5,14 @@
     def test_my_rule():
         check_strategy(my_rule, max_tokens=2000)
 
-Hypothesis is needed for :func:`image_sizes`, :func:`plans` and :func:`slicing_configs` only.
+Hypothesis is needed for :func:`image_sizes`, :func:`plans` and :func:`slicing_configs` only:
+
+>>> from hypothesis import given, settings
+>>> @settings(max_examples=10, derandomize=True, database=None, deadline=None)
+... @given(plans(slicing_configs(), sizes_hw=image_sizes(min_side=100, max_aspect=6)))
+... def test_every_view_has_patches(plan):
+...     assert all(min(view.patches_hw) >= 1 for view in plan.views)
+>>> test_every_view_has_patches()
 """
 
 from __future__ import annotations
@@ -120,6 +127,9 @@ def check_strategy(rule: SlicingLike, **options: Any) -> StrategyReport:
     extremes       1 px strips, an aspect of 200 and more, huge images: planned or refused, never another exception
     ============== ==============================================================================================
 
+    >>> print(check_strategy("llava-uhd-safe", skip=["transposition"], max_tokens=1000))
+    llava-uhd-safe: 20 sizes planned, 0 refused, every law holds
+
     Args:
         rule: A function from (height, width) to a :class:`SlicePlan`, a config, or a name.
         options: Keywords of :func:`inspect_strategy`.
@@ -146,6 +156,10 @@ def inspect_strategy(
     skip: Iterable[str] = (),
 ) -> StrategyReport:
     """Test a rule as :func:`check_strategy` does, and report instead of asserting.
+
+    >>> report = inspect_strategy("clip")
+    >>> report.ok, [failure.check for failure in report.failures]
+    (False, ['coverage'])
 
     Args:
         rule: A function from (height, width) to a :class:`SlicePlan`, a config, or a name.

@@ -36,6 +36,12 @@ def varlen_cross_attention(
 
     Under autocast q, k, v and the table are cast to its dtype first. `uhd_kernels.calls` counts who computed.
 
+    >>> q, k = torch.zeros(1, 1, 16), torch.zeros(3, 1, 16)  # equal logits: every view gives the mean of its values
+    >>> v = torch.tensor([1.0, 3.0, 5.0]).view(3, 1, 1).expand(3, 1, 16)
+    >>> cu_seqlens = torch.tensor([0, 2, 3], dtype=torch.int32)  # two views, of two keys and of one
+    >>> varlen_cross_attention(q, k, v, cu_seqlens, max_seqlen=2)[:, 0, 0, 0].tolist()
+    [2.0, 5.0]
+
     Args:
         q: (Q, H, d) latents, shared by every view.
         k: (N, H, d) keys of all views, packed without padding. Same dtype and device as `q`.

@@ -28,6 +28,10 @@ def html_page(comparisons: Sequence[Comparison]) -> str:
 
     Pictures are data URIs and inline SVG, there is no script, and the page's own policy forbids any request.
 
+    >>> from uhd.compare import compare
+    >>> html_page([compare((672, 1008), ["llava-uhd", "siglip"])]).splitlines()[0]
+    '<!doctype html>'
+
     Raises:
         ValueError: Nothing to show.
     """

@@ -49,7 +49,11 @@ class Comparison:
 
 
 def all_rules() -> list[str]:
-    """List every rule by its full name, aliases left out."""
+    """List every rule by its full name, aliases left out.
+
+    >>> all_rules()[:3]
+    ['llava-uhd', 'llava-uhd-safe', 'llava-uhd-paper']
+    """
     return [*PRESETS, *STRATEGIES]
 
 
@@ -131,7 +135,11 @@ def _record(entry: Entry) -> dict[str, Any]:
 
 
 def pareto(entries: Sequence[Entry]) -> set[str]:
-    """Name the rules that no other one beats: none keeps more resolution for as few tokens, or as much for fewer."""
+    """Name the rules that no other one beats: none keeps more resolution for as few tokens, or as much for fewer.
+
+    >>> pareto(compare((672, 1008), ["llava-uhd", "siglip"]).entries)
+    {'llava-uhd'}
+    """
     points = [(e.metrics.tokens, e.metrics.resolution_kept, e.name) for e in entries if e.metrics]
     best, front = -1.0, set()
     for _, kept, name in sorted(points, key=lambda point: (point[0], -point[1])):
@@ -145,7 +153,13 @@ _COLUMNS = ("strategy", "grid", "views", "tokens", "kept", "stretch", "padding",
 
 
 def table(comparison: Comparison) -> str:
-    """Lay the comparison out as text for a terminal; rules that refused the size come last, with their reason."""
+    """Lay the comparison out as text for a terminal; rules that refused the size come last, with their reason.
+
+    >>> print("\\n".join(table(compare((672, 1008), ["llava-uhd", "siglip"])).splitlines()[:3]))
+    1008x672: 1008x672 px (width x height)
+    strategy     grid  views  tokens  kept  stretch  padding  seen  seam  patches  TFLOPs
+    * llava-uhd   2x3      7     454  100%     1.00       0%  1.00   2.9     4007    14.3
+    """
     budget = any(e.metrics.budget_error is not None for e in comparison.planned)
     rows = [(*_COLUMNS, "budget") if budget else _COLUMNS]
     front = pareto(comparison.planned)
@@ -226,12 +240,21 @@ def _tokens(rule: Any, sizes_hw: Sequence[tuple[int, int]], xs: Sequence[float])
 
 
 def picture_of(item: Any) -> tuple[Image.Image, tuple[int, int]]:
-    """Load an image upright and RGB, with its (height, width)."""
+    """Load an image upright and RGB, with its (height, width).
+
+    >>> image, size_hw = picture_of(Image.new("L", (8, 4)))
+    >>> image.mode, size_hw
+    ('RGB', (4, 8))
+    """
     image = load_image(item)
     return image, (image.height, image.width)
 
 
 def system_of(vit: str | None, resampler: str | None, lm: str | None) -> dict[str, Any]:
-    """Look up keywords of :func:`uhd.slicing.metrics.measure` by name; unknown names raise ``ValueError``."""
+    """Look up keywords of :func:`uhd.slicing.metrics.measure` by name; unknown names raise ``ValueError``.
+
+    >>> system_of("clip-l", None, None)["vit"] is VITS["clip-l"]
+    True
+    """
     systems = {"vit": (vit, VITS), "resampler": (resampler, RESAMPLERS), "lm": (lm, LMS)}
     return {key: named(name, known) for key, (name, known) in systems.items() if name is not None}

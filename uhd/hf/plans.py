@@ -17,6 +17,11 @@ def write_plans(plans: Sequence[SlicePlan | VideoPlan]) -> np.ndarray:
     """(I, L) uint8: a row is the JSON text of a plan in UTF-8, zeros behind it. :func:`read_plans` is the inverse.
 
     Equal frames of a video are written once.
+
+    >>> from uhd.slicing import plan
+    >>> plans = plan((1008, 672)), plan((30, 20))
+    >>> read_plans(write_plans(plans)) == plans
+    True
     """
     rows = [_written(plan) for plan in plans]
     found = np.zeros((len(rows), max(map(len, rows), default=0)), np.uint8)

@@ -93,7 +93,13 @@ def reorder(patches: Any, source: str, target: str, *, channels: int = 3) -> Any
 
 
 def fold_into(out: np.ndarray, view: np.ndarray, patch_size: int, inner: str) -> None:
-    """:func:`patchify` of a (h, w, 3) array, written in one pass to ``out`` (rows * cols, 3 * p * p)."""
+    """:func:`patchify` of a (h, w, 3) array, written in one pass to ``out`` (rows * cols, 3 * p * p).
+
+    >>> out, view = np.empty((2, 12), dtype=int), np.arange(24).reshape(2, 4, 3)
+    >>> fold_into(out, view, 2, "chw")
+    >>> np.array_equal(out, patchify(view, 2))
+    True
+    """
     p = patch_size
     rows, cols = view.shape[0] // p, view.shape[1] // p
     seen = view[: rows * p, : cols * p]

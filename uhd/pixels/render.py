@@ -47,7 +47,13 @@ def render(image: Any, plan: SlicePlan, *, settings: PixelSettings = DEFAULT) ->
 
 
 def cut(image: Any, plan: SlicePlan, *, settings: PixelSettings = DEFAULT) -> list[np.ndarray]:
-    """Render views that are only read: as :func:`render`, but they may share memory with each other or the image."""
+    """Render views that are only read: as :func:`render`, but they may share memory with each other or the image.
+
+    >>> from uhd.slicing import plan
+    >>> image = np.zeros((672, 1008, 3), dtype=np.uint8)
+    >>> [view.shape for view in cut(image, plan((672, 1008), "llava-1.5"))]
+    [(336, 336, 3)]
+    """
     if settings.backend == "fast":
         from .fast import cut_fast  # it imports torch
 

@@ -1,4 +1,11 @@
-"""Stitching the feature maps of a plan's views to the tokens of its strategy: pooled, un-padded, with newlines."""
+"""Stitching the feature maps of a plan's views to the tokens of its strategy: pooled, un-padded, with newlines.
+
+>>> from uhd.slicing import plan
+>>> cut = plan((336, 672), "llava-next")
+>>> features = [torch.zeros(count, 1) for count in feature_lengths(cut)]
+>>> len(pack_features(features, cut, newline=torch.ones(1))) == cut.num_tokens
+True
+"""
 
 from __future__ import annotations
 
@@ -31,7 +38,12 @@ def feature_hw(packing: Any, kind: str) -> Size:
 
 
 def feature_lengths(plan: PackedPlan) -> list[int]:
-    """Count the features that every view must bring to :func:`pack_features`, in the order of ``plan.views``."""
+    """Count the features that every view must bring to :func:`pack_features`, in the order of ``plan.views``.
+
+    >>> from uhd.slicing import plan
+    >>> feature_lengths(plan((336, 672), "llava-next"))
+    [576, 576, 576]
+    """
     if plan.packing is None:
         return [view.num_tokens for view in plan.views]
     return [prod(feature_hw(plan.packing, view.kind)) for view in plan.views]

@@ -25,6 +25,10 @@ def layout_of(plan: SlicePlan, schema: SpatialSchema, *, image_index: int = 0) -
 
     A plan with a packing is one entry ``"image"`` of ``plan.num_tokens`` positions: its newlines are among the tokens,
     and the schema has no part in it. Under :data:`PLAIN`, the overview is where the plan has it.
+
+    >>> from uhd.slicing import plan
+    >>> layout_of(plan((336, 672), "llava-next"), PLAIN).symbols
+    ('image',)
     """
     if plan.packing is not None:
         return TokenLayout((Entry(IMAGE, 0, 0, plan.num_tokens),), PLAIN)
@@ -34,7 +38,13 @@ def layout_of(plan: SlicePlan, schema: SpatialSchema, *, image_index: int = 0) -
 
 
 def video_layout(plan: VideoPlan, schema: SpatialSchema) -> TokenLayout:
-    """The frames' layouts one after the other, and the newline; view indices go on from frame to frame."""
+    """The frames' layouts one after the other, and the newline; view indices go on from frame to frame.
+
+    >>> from uhd.slicing import plan_video
+    >>> laid = video_layout(plan_video((336, 336), 2, "llava-onevision"), PLAIN)
+    >>> laid.symbols, laid.num_tokens
+    (('image', 'image', 'newline'), 393)
+    """
     entries: list[Entry] = []
     start = views = 0
     for number, frame in enumerate(plan.plans):
@@ -81,6 +91,10 @@ class Counted(Recounted):
 def counted(slicing: Slicing, tokens_per_view: int | None, schema: SpatialSchema) -> Slicing:
     """A slicing that counts what a compressor gives and a schema adds; the rule itself where both leave its counts.
 
+    >>> rule = find("internvl")
+    >>> rule.plan((448, 448)).num_tokens, counted(rule, 64, PLAIN).plan((448, 448)).num_tokens
+    (256, 64)
+
     Args:
         slicing: Any.
         tokens_per_view: The compressor's, the same for every view; ``None`` where it depends on the view.
@@ -113,6 +127,10 @@ def _fit(found: SlicePlan, tokens_per_view: int | None, schema: SpatialSchema | 
 def slicing_from_dict(data: Mapping[str, Any]) -> Slicing:
     """The inverse of ``to_dict`` of any slicing that an encoder holds.
 
+    >>> rule = counted(find("internvl"), 64, PLAIN)
+    >>> slicing_from_dict(rule.to_dict()) == rule
+    True
+
     Raises:
         ValueError: An unknown rule or setting, or a function of the caller's own.
     """
@@ -123,7 +141,11 @@ def slicing_from_dict(data: Mapping[str, Any]) -> Slicing:
 
 
 def own_function(slicing: SlicingLike | Mapping[str, Any]) -> str | None:
-    """The name of the caller's own function in a slicing or its dictionary; ``None`` where it has none."""
+    """The name of the caller's own function in a slicing or its dictionary; ``None`` where it has none.
+
+    >>> own_function("llava-uhd") is None
+    True
+    """
     data = slicing if isinstance(slicing, Mapping) else find(slicing).to_dict()
     data = data.get("base", data)
     return data["name"] if data.get("rule") == OWN else None

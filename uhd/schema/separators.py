@@ -42,6 +42,10 @@ def resolve_separator(tokenizer: Any, symbol: str, *, image_token: str | None = 
     pieces the tokenizer writes it with. Pieces are accepted for markers too: their mean is a usable vector and
     ``how`` tells; a checkpoint trained with markers has them as added tokens.
 
+    >>> from uhd.nano.build import character_tokenizer
+    >>> resolve_separator(character_tokenizer(), ",")
+    SeparatorIds(ids=(77,), how='probe')
+
     Args:
         tokenizer: Anything with transformers' ``encode``, ``decode`` and ``convert_tokens_to_ids``. It is not changed.
         symbol: Text such as ``","`` or ``"<image>"``.
@@ -84,6 +88,11 @@ def resolve_schema(
     given: Mapping[str, int | Sequence[int]] | None = None,
 ) -> dict[str, SeparatorIds]:
     """Ids of every symbol of a schema that is no view and not learned.
+
+    >>> from uhd.nano.build import character_tokenizer
+    >>> ids = resolve_schema(character_tokenizer(), SpatialSchema.preset("llava-uhd"), given={",": [3, 5]})
+    >>> [(found.ids, found.how) for found in ids.values()]
+    [((3, 5), 'given'), ((99,), 'probe')]
 
     Args:
         tokenizer, image_token: As in :func:`resolve_separator`.

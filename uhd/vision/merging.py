@@ -273,6 +273,12 @@ def compress_vit(
 ) -> CompressedViT:
     """Give a plain ViT compressors; those of kind "window" start from the weights of the block before them.
 
+    >>> sizes = {"image_size": 56, "patch_size": 14, "width": 8, "depth": 3, "heads": 2, "mlp_width": 16}
+    >>> vit = ViT(ViTConfig(**sizes, position_grid_hw=(4, 4)))
+    >>> compressed = compress_vit(vit, after=2)
+    >>> compressed(torch.zeros(16, 3 * 14 * 14), [(4, 4)]).shape  # a quarter of the patches
+    torch.Size([4, 8])
+
     Args:
         vit: as `vit_from` and `load_vit` make them, or your own.
         after: number of blocks to run before each, from 1. LLaVA-UHD v4 puts one after layer 6; `insert_layer_id` 6 of

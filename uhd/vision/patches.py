@@ -12,6 +12,11 @@ from uhd.pixels import unpatchify as unfold
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """Cut equal-sized images into patches.
 
+    >>> import torch
+    >>> images = torch.arange(8).reshape(1, 1, 2, 4)  # one view of one channel, 2 x 4 px
+    >>> patchify(images, 2).tolist()
+    [[0, 1, 4, 5], [2, 3, 6, 7]]
+
     Args:
         images: (V, C, H, W), any dtype; H and W in px, multiples of `patch_size`.
         patch_size: p, the side of a patch in px.
@@ -32,6 +37,10 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 
 def unpatchify(patches: Tensor, grid_hw: tuple[int, int], patch_size: int, *, channels: int = 3) -> Tensor:
     """The inverse of `patchify`, for views of one grid.
+
+    >>> import torch
+    >>> unpatchify(torch.tensor([[0, 1, 4, 5], [2, 3, 6, 7]]), (1, 2), 2, channels=1).tolist()
+    [[[[0, 1, 2, 3], [4, 5, 6, 7]]]]
 
     Args:
         patches: (V*h*w, P), P = channels*p*p, inner order (c, py, px).
