@@ -1,5 +1,7 @@
 """The processor and the image processors: shapes, counts that agree everywhere, chat templates, and clear refusals."""
 
+import copy
+import inspect
 import io
 import re
 
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, ProcessorMixin
 
 import uhd
 from tests.hf.tiny import IMAGES, TEXTS, encoder, language_model, model, picture, tokenizer
@@ -303,3 +305,50 @@ class TestKeywordsOfACall:
     def test_device(self):
         made = model("llama").processor.image_processor(IMAGES[0], device="meta")
         assert made["pixel_values"].device.type == "meta"
+
+
+class TestTokenizersSide:
+    def test_it_is_left_until_it_is_set(self, tmp_path):
+        processor = UHDProcessor(images(), copy.deepcopy(model("llama").processor.tokenizer))
+        assert processor(text=["aaaa", "b"])["attention_mask"].tolist()[1] == [0, 0, 0, 1]
+        processor.tokenizer.padding_side = "right"
+        assert processor(text=["aaaa", "b"])["attention_mask"].tolist()[1] == [1, 0, 0, 0]
+        assert processor(text=["aaaa", "b"], padding_side="left")["attention_mask"].tolist()[1] == [0, 0, 0, 1]
+        processor.save_pretrained(tmp_path)
+        again = UHDProcessor.from_pretrained(tmp_path)
+        assert again(text=["aaaa", "b"])["attention_mask"].tolist()[1] == [1, 0, 0, 0]
+
+
+TEXT_ONLY = "{% for m in messages %}[{{m.role}}]{{m.content}}{% endfor %}"
+
+
+class TestWordsOfTheUser:
+    """ "<image>" in a user's own text is text, where transformers can mark it; our places for images never are."""
+
+    CHAT = (
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": IMAGES[0]}, {"type": "text", "text": "what is the <image> tag?"}],
+        },
+    )
+
+    @pytest.mark.skipif(
+        "sanitize_control_tokens" not in inspect.signature(ProcessorMixin.apply_chat_template).parameters,
+        reason="this transformers marks no words of the user",
+    )
+    @pytest.mark.parametrize("template", [None, TEXT_ONLY])
+    def test_words_stay_words(self, template):
+        processor = model("llama").processor
+        batch = processor.apply_chat_template(
+            list(self.CHAT), template, tokenize=True, return_dict=True, sanitize_control_tokens=True
+        )
+        [wanted] = model("llama").num_image_tokens([IMAGES[0].shape[:2]])
+        ids = torch.as_tensor(batch["input_ids"])
+        assert (ids == processor.image_token_id).sum() == wanted
+        assert "what is the <image> tag?" in processor.decode(ids[0][ids[0] != processor.image_token_id])
+
+    def test_a_template_of_text_only_shows_the_token(self):
+        chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}]
+        processor = model("llama").processor
+        assert processor.apply_chat_template(chat, TEXT_ONLY) == "[user]<image>\na"
+        assert processor.apply_chat_template([chat, chat], TEXT_ONLY) == ["[user]<image>\na"] * 2

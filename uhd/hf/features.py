@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
@@ -168,16 +169,21 @@ class UHDVisualModel(UHDPreTrainedModel):
         return torch.device("cpu") if found.type == "meta" else found
 
     def _idle(self, encoded: bool) -> Tensor | None:
-        """0 with a gradient to every visual parameter that may have none in this batch, where that is wanted."""
+        """0 with a gradient to every visual parameter that may have none in this batch, where that is wanted.
+
+        All ranks gather sharded parameters together, so there the encoder runs on every rank, in evaluation too.
+        """
         wanted = self.encode_without_images
         if wanted is None:
             wanted = dist.is_available() and dist.is_initialized()
-        if not (wanted and self.training and torch.is_grad_enabled()):
+        trains = self.training and torch.is_grad_enabled()
+        sharded = wanted and any(isinstance(p, DTensor) for p in self.visual.parameters())
+        if not (wanted and (trains or sharded)):
             return None
         learned = [] if self.visual.packer is None else list(self.visual.packer.parameters())
         learned += [] if self.learned_separators is None else [self.learned_separators]
-        parts = [embedding.sum() for embedding in learned if embedding.requires_grad]
-        if not encoded and any(p.requires_grad for p in self.visual.parameters()):
+        parts = [embedding.sum() for embedding in learned if trains and embedding.requires_grad]
+        if not encoded and (sharded or any(p.requires_grad for p in self.visual.parameters())):
             parts.append(self._encoded_blank().sum())
         return 0 * sum(part.to(parts[-1]) for part in parts) if parts else None
 

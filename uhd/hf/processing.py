@@ -70,7 +70,7 @@ class UHDProcessorKwargs(ProcessingKwargs, total=False):
 
 @processor_defaults(
     {
-        "text_kwargs": {"padding": True, "padding_side": "left", "return_tensors": "pt"},
+        "text_kwargs": {"padding": True, "return_tensors": "pt"},
         "images_kwargs": {"return_tensors": "pt"},
         "videos_kwargs": {"return_tensors": "pt"},
     }
@@ -79,9 +79,10 @@ class UHDProcessor(ProcessorMixin):
     """A tokenizer, an image processor and a video processor.
 
     Every image token in the text stands for one image, every video token for one video, in order; each becomes as many
-    such tokens as the plan counts, separators included. Text is padded on the left, as generation needs; pass
-    ``padding_side="right"`` for training. Truncation that would cut an image or a video raises. ``max_tokens`` is one
-    budget for all images and videos of a sample that are not encoded yet.
+    such tokens as the plan counts, separators included. Text is padded where ``tokenizer.padding_side`` says: on the
+    left, as generation needs, unless the tokenizer came with a side of its own or another was set; a call may be given
+    ``padding_side="right"``. Truncation that would cut an image or a video raises. ``max_tokens`` is one budget for
+    all images and videos of a sample that are not encoded yet.
 
     Chat templates that know images (and videos, where a conversation has some) are used as they are. With others each
     message becomes a string, with the token and a line break where an image or a video was.
@@ -111,6 +112,8 @@ class UHDProcessor(ProcessorMixin):
         video_token: str | None = VIDEO_TOKEN,
         **kwargs: Any,
     ) -> None:
+        if "padding_side" not in getattr(tokenizer, "init_kwargs", {"padding_side": None}):
+            tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
         self.image_token = image_token
         self.image_token_id = placeholder_id(tokenizer, image_token)
         self.video_token, self.video_token_id = None, None
@@ -203,6 +206,7 @@ class UHDProcessor(ProcessorMixin):
                 f"tokenizer.add_special_tokens({{'extra_special_tokens': [{VIDEO_TOKEN!r}]}}, "
                 "replace_extra_special_tokens=False) and build the processor again, or let from_vision_and_lm do it"
             )
+        text = None if text is None else list(map(self._with_tokens, text))
         unmarked = _unmarked(text, kwargs)
         flat, counts = _arrange_images(images)
         clips, clip_counts = ([], None) if videos is None else arrange_videos(videos)
@@ -291,7 +295,7 @@ class UHDProcessor(ProcessorMixin):
     def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
         tokens = {"image": (self.image_token, self.image_token_id), "video": (self.video_token, self.video_token_id)}
         for sample, (line, ids) in enumerate(zip(text, text_inputs["input_ids"], strict=True)):
-            ids = list(map(int, ids))
+            ids, [line] = list(map(int, ids)), without_marked_text([line])
             for kind, (token, token_id) in tokens.items():
                 wanted, got = (0, 0) if token is None else (line.count(token), ids.count(token_id))
                 if wanted != got:
@@ -319,9 +323,26 @@ class UHDProcessor(ProcessorMixin):
         ]
         told = _MEDIA_OF_CHAT.set((images if any(images) else None, videos if any(videos) else None))
         try:
-            return super().apply_chat_template(texts if batched else texts[0], template, **kwargs)
+            found = super().apply_chat_template(texts if batched else texts[0], template, **kwargs)
         finally:
             _MEDIA_OF_CHAT.reset(told)
+        if isinstance(found, str):
+            return self._with_tokens(found)
+        return list(map(self._with_tokens, found)) if batched and not kwargs.get("tokenize") else found
+
+    def _stand_ins(self) -> dict[str, str]:
+        """What stands for the image and video token in a message, so that no one takes it for the user's words.
+
+        As long as the token, so that places in the text stay the same.
+        """
+        tokens = {"\ue0f0": self.image_token, "\ue0f1": self.video_token}
+        return {letter * len(token): token for letter, token in tokens.items() if token is not None}
+
+    def _with_tokens(self, text: str) -> str:
+        """A rendered text with the tokens in place of their stand-ins."""
+        for stand_in, token in self._stand_ins().items():
+            text = text.replace(stand_in, token)
+        return text
 
     def _template(self, chat_template: str | None) -> str:
         """A template's text, given it, its name, or nothing."""
@@ -340,16 +361,17 @@ class UHDProcessor(ProcessorMixin):
         content = message.get("content")
         if content is None or isinstance(content, str):
             return message
+        image_place, *video_place = self._stand_ins()
         parts: list[str] = []
         for part in content:
             kind = {"image_url": "image"}.get(part["type"], part["type"])
             if kind == "text":
                 parts.append(part["text"])
             elif kind == "image":
-                parts.append(self.image_token + "\n")
+                parts.append(image_place + "\n")
                 images += _sources(part, "image", "url", "path", "base64", "image_url")
-            elif kind == "video" and self.video_token is not None:
-                parts.append(self.video_token + "\n")
+            elif kind == "video" and video_place:
+                parts.append(video_place[0] + "\n")
                 videos += _sources(part, "video", "url", "path")
             else:
                 raise ValueError(f"a message's content is of images, videos and text, got type {kind!r}")

@@ -1,0 +1,139 @@
+"""Every way in gives the same pixels, whatever carried the picture and whatever damage its metadata has."""
+
+import base64
+import copy
+import http.server
+import io
+import pickle
+import struct
+import threading
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.tiny import picture
+from uhd.hf.image_processing import fetch_bytes
+from uhd.pixels import image_size_hw, load_image
+
+PICTURES = {
+    "transparent": Image.new("RGBA", (30, 20), (9, 0, 0, 40)),
+    "16-bit gray": Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 100),
+    "gray with alpha": Image.merge("LA", [Image.new("L", (30, 20), 30), Image.new("L", (30, 20), 100)]),
+}
+
+
+def saved(image, kind="PNG", **how):
+    file = io.BytesIO()
+    image.save(file, kind, **how)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_one_file_in_every_wrapping(name, tmp_path):
+    file = saved(PICTURES[name])
+    (tmp_path / "a.png").write_bytes(file)
+    code = base64.b64encode(file).decode()
+    stream = io.BytesIO(file)
+    stream.seek(5)
+    ways = [
+        tmp_path / "a.png",
+        stream,
+        f"data:image/png;base64,{code}",
+        code,
+        {"bytes": file, "path": None},
+        {"bytes": None, "path": str(tmp_path / "a.png")},
+        Image.open(io.BytesIO(file)),
+    ]
+    stream.seek(0)
+    for way in ways:
+        assert np.array_equal(np.asarray(load_image(way)), np.asarray(load_image(file)))
+        assert image_size_hw(way) == (20, 30)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "TIFF", "MPO", "JPEG", "WEBP"])
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda image: pickle.loads(pickle.dumps(image))])
+def test_a_picture_that_lost_its_file(kind, again):
+    many = {"save_all": True, "append_images": [picture(20, 30, 1)]} if kind in ("MPO", "GIF") else {}
+    image = Image.open(io.BytesIO(saved(picture(20, 30), kind, **many)))
+    image.load()
+    found = again(image)
+    assert np.array_equal(np.asarray(load_image(found)), np.asarray(load_image(image)))
+    assert image_size_hw(found) == (20, 30)
+
+
+def chunk(kind, data, checksum=None):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum or zlib.crc32(kind + data))
+
+
+def damaged():
+    image = picture(20, 30)
+    png, jpeg = saved(image), saved(image, "JPEG")
+    chunks = {
+        "profile": chunk(b"iCCP", b"x\0\5garbage"),
+        "text": chunk(b"zTXt", b"k\0\7abc"),
+        "bomb": chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(5_000_000))),
+        "checksum": chunk(b"tEXt", b"a\0b", 1),
+        "gamma": chunk(b"gAMA", b"1"),
+        "exif": chunk(b"eXIf", b"garbage"),
+    }
+    for name, extra in chunks.items():
+        yield f"png {name}", png[:33] + extra + png[33:], png
+        yield f"png late {name}", png[:-12] + extra + png[-12:], png
+    for name, marker, data in (("exif", 0xE1, b"Exif\0\0junk"), ("adobe", 0xEE, b"Adobe"), ("jfif", 0xE0, b"JFIF\0")):
+        segment = b"\xff" + bytes([marker]) + struct.pack(">H", len(data) + 2) + data
+        yield f"jpeg {name}", jpeg[:2] + segment + jpeg[2:], jpeg
+    for kind in ("PNG", "WEBP", "JPEG"):
+        for exif in (b"Exif\0\0" + bytes(40), b"Exif\0\0XX\0*\0\0\0\x08" + bytes(20)):
+            yield f"{kind} exif", saved(image, kind, exif=exif), saved(image, kind)
+
+
+@pytest.mark.parametrize("file, whole", [pytest.param(file, whole, id=name) for name, file, whole in damaged()])
+def test_damaged_metadata_refuses_no_picture(file, whole):
+    assert np.array_equal(np.asarray(load_image(file)), np.asarray(load_image(whole)))
+    assert image_size_hw(file) == (20, 30)
+
+
+def test_a_truncated_picture_is_still_refused():
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        load_image(saved(picture(200, 300))[:-3000])
+
+
+def test_xmp_turns_a_picture():
+    upright = picture(20, 30)
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6"/></x:xmpmeta>'
+    file = saved(upright, "WEBP", lossless=True, xmp=xmp)
+    assert np.array_equal(np.asarray(load_image(file)), np.rot90(np.asarray(upright), -1))
+    assert image_size_hw(file) == (30, 20)
+
+
+def test_errors_are_short():
+    with pytest.raises(FileNotFoundError):
+        load_image("no/such/file.png")
+    with pytest.raises(ValueError) as caught:
+        load_image("data:image/png;base64," + "A" * 10_000)
+    assert len(str(caught.value)) < 400
+    with pytest.raises(ValueError, match="neither bytes nor a path"):
+        load_image({"bytes": None, "path": None})
+
+
+def test_an_address_gives_the_file_or_a_sentence():
+    file = saved(PICTURES["transparent"])
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.path == "/a.png" else 404)
+            self.end_headers()
+            self.wfile.write(file)
+
+        def log_message(self, *_):
+            return
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert fetch_bytes(f"{address}/a.png") == file
+        with pytest.raises(ValueError, match="cannot be fetched"):
+            fetch_bytes(f"{address}/b.png")
+        server.shutdown()
