@@ -8,10 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from uhd_kernels import varlen_cross_attention
 from uhd_kernels.op import attention_op
 
+from uhd import torch_private
+from uhd.hf import versions
 from uhd.torch_private import has_hooks, in_functorch, int8_product
 from uhd.vision import ViT, ViTConfig, compiled
 from uhd.vision.compiled import CompiledBlocks
@@ -88,6 +91,52 @@ def private_uses(source: str, library: str) -> list[str]:
     uses = Uses(library)
     uses.visit(ast.parse(source))
     return uses.found
+
+
+BASES = {
+    "torch": (nn.Module, torch.Tensor),
+    "transformers": (
+        transformers.PreTrainedModel,
+        transformers.PreTrainedConfig,
+        transformers.ProcessorMixin,
+        transformers.GenerationMixin,
+        transformers.PreTrainedTokenizerBase,
+        versions.PilBackend,
+        versions.VideoProcessorBase,
+    ),
+}
+"""Classes whose private names a subclass, or who holds an instance, may reach without an import."""
+LISTED = {
+    "torch": {*torch_private.OVERRIDDEN, *torch_private.MODULE_STATE},
+    "transformers": {name for names in versions.HOOKS.values() for name in names},
+}
+
+
+def reached(source: str, bases: tuple[type, ...]) -> set[str]:
+    """Private names of these classes that a file reads, calls or defines anew."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            names.add(node.attr)
+        elif isinstance(node, ast.ClassDef):
+            for item in node.body:
+                targets = item.targets if isinstance(item, ast.Assign) else [getattr(item, "target", None)]
+                names |= {target.id for target in targets if isinstance(target, ast.Name)}
+                names |= {item.name} if isinstance(item, ast.FunctionDef) else set()
+    return {name for name in names if is_private(name) and any(hasattr(base, name) for base in bases)}
+
+
+@pytest.mark.parametrize("library", BASES)
+def test_private_names_of_classes_are_listed(library: str) -> None:
+    sources = [path for path in (ROOT / "uhd").rglob("*.py") if path.relative_to(ROOT).as_posix() not in KNOW[library]]
+    known = LISTED[library] | {name for other in set(BASES) - {library} for name in LISTED[other]}
+    torchs = set() if library == "torch" else {name for base in BASES["torch"] for name in dir(base)}
+    unlisted = {path.name: reached(path.read_text(), BASES[library]) - known - torchs for path in sources}
+    assert {name: names for name, names in unlisted.items() if names} == {}
+    assert reached("class A(Module):\n    def _apply(self, f): return t._version", BASES["torch"]) == {
+        "_apply",
+        "_version",
+    }
 
 
 @pytest.mark.parametrize("library", KNOW)

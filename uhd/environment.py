@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.metadata
 import platform
 import re
 import shutil
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -66,8 +68,11 @@ class Environment:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """One sentence for each package that is outside the supported range or missing."""
-        return tuple(f"{package.name}: {package.advice}" for package in self.packages if package.advice)
+        """One sentence for each package that is outside the supported range, missing, or does not import."""
+        found = [f"{package.name}: {package.advice}" for package in self.packages if package.advice]
+        if not oldest_supported():
+            found.append("uhd: not installed, so its oldest supported releases are not known here: pip install .")
+        return tuple(found)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -82,10 +87,18 @@ def look() -> Environment:
         python=platform.python_version(),
         machine=f"{platform.system()} {platform.machine()}",
         packages=tuple(_package(name, oldest.get(name)) for name in names),
-        attention=": ".join(attention()),
-        pixels=_pixels(),
+        attention=_told(lambda: ": ".join(attention())),
+        pixels=_told(_pixels),
         compiler=_compiler(),
     )
+
+
+def _told(look_up: Callable[[], str]) -> str:
+    """What was found, or why nothing could be."""
+    try:
+        return look_up()
+    except Exception as problem:
+        return f"cannot be told: {type(problem).__name__}: {str(problem)[:120]}"
 
 
 def oldest_supported() -> dict[str, str]:
@@ -136,7 +149,7 @@ def _package(name: str, oldest: str | None) -> Package:
         installed = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return Package(name, None, oldest, newest, f"not installed: {WITHOUT.get(name, f'pip install {name}')}")
-    advice = None
+    advice = _import_problem(name)
     if oldest and _numbers(installed) < _numbers(oldest):
         advice = f"{installed} is older than {oldest}, the oldest supported: pip install '{name}>={oldest}'"
     elif newest and _numbers(installed) > _numbers(newest):
@@ -144,6 +157,18 @@ def _package(name: str, oldest: str | None) -> Package:
             f"{installed} is newer than {newest}, the newest tested; should it fail, pip install '{name}<={newest}'"
         )
     return Package(name, installed, oldest, newest, advice)
+
+
+def _import_problem(name: str) -> str | None:
+    """What keeps an installed package that is made for one release of torch from loading."""
+    if name not in ("torchvision", "triton"):
+        return None
+    try:
+        importlib.import_module(name)
+    except Exception as problem:
+        reason = f"{type(problem).__name__}: {str(problem)[:100]}"
+        return f"installed, but it cannot be imported ({reason}): pip install the release that goes with torch"
+    return None
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -157,7 +182,7 @@ def _pixels() -> str:
 
     if jpeg_decoder():
         return "pillow by Pillow; fast by torchvision's JPEG decoder and PyTorch's resize"
-    why = "is not installed" if find_spec("torchvision") is None else "decodes other bytes than Pillow here"
+    why = "is not installed" if find_spec("torchvision") is None else "does not decode as Pillow does here"
     return f"pillow by Pillow; fast by Pillow's decoder, since torchvision {why}, and PyTorch's resize"
 
 

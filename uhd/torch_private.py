@@ -1,12 +1,53 @@
-"""The only file of uhd that uses names which torch does not publish, with what happens where one has vanished."""
+"""The file that knows which unpublished names of torch uhd uses, with what happens where one has vanished.
+
+Methods that torch calls and uhd overrides stand in :data:`OVERRIDDEN`; all else is used here only.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+_NEW_VERSIONS = itertools.count(-1, -1)
+
+
+OVERRIDDEN = {
+    "_apply": "what folded weights and int8 weights are dropped or kept by when a module moves; under another name "
+    "they are compared at the next call, or int8 weights are cast with the module",
+    "_load_from_state_dict": "int8 layers refuse plain weights here; under another name loading them raises on shapes",
+}
+"""Methods of ``nn.Module`` that uhd overrides, and what follows where torch no longer calls them."""
+
+MODULE_STATE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training")
+"""Where a module keeps what it is made of."""
+
+
+def shared_view(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """Make a module of class ``kind`` with the very parts and attributes of ``module``, but without its hooks.
+
+    Raises:
+        RuntimeError: torch keeps a module's parts under other names than today.
+    """
+    view = object.__new__(kind)
+    nn.Module.__init__(view)
+    missing = [name for name in MODULE_STATE if name not in vars(view)]
+    if missing:
+        raise RuntimeError(f"this torch keeps no {missing[0]} in a module: `uhd doctor` says what is supported")
+    own = {"forward", *vars(view)} - set(MODULE_STATE)
+    vars(view).update({name: value for name, value in vars(module).items() if name not in own})
+    return view
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """How often a tensor was changed in place; a new number each time where torch does not count, or for inference."""
+    try:
+        return tensor._version
+    except (AttributeError, RuntimeError):
+        return next(_NEW_VERSIONS)
 
 
 class PackedProducts(NamedTuple):

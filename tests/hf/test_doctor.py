@@ -219,6 +219,22 @@ class TestEnvironment:
         [warning] = [line for line in out.splitlines() if "warning: transformers" in line]
         assert advice in warning
 
+    def test_what_is_broken_or_not_installed_is_told_and_crashes_nothing(self, monkeypatch, capsys):
+        def broken(name, *_):
+            raise RuntimeError(f"operator {name}::nms does not exist")
+
+        def missing():
+            raise ModuleNotFoundError("No module named 'torch'")
+
+        monkeypatch.setattr(environment.importlib, "import_module", broken)
+        monkeypatch.setattr(environment, "attention", missing)
+        monkeypatch.setattr(environment, "oldest_supported", dict)
+        status, out, _ = run(capsys=capsys)
+        assert status == 0
+        assert "warning: torchvision: installed, but it cannot be imported (RuntimeError: operator" in out
+        assert "cannot be told: ModuleNotFoundError: No module named 'torch'" in out
+        assert "warning: uhd: not installed" in out
+
     def test_without_torchvision_and_a_compiler(self, monkeypatch, capsys):
         monkeypatch.setattr(fast, "jpeg_decoder", lambda: None)
         monkeypatch.setattr(environment, "find_spec", lambda name: None)

@@ -245,7 +245,7 @@ class UHDConfig(PreTrainedConfig):
     def keys_to_ignore_at_inference(self) -> list[str]:
         """Fields of the output that are no predictions: the language model's, and images and videos."""
         text = self.text_config.get_text_config()
-        return [*getattr(text, "keys_to_ignore_at_inference", []), *CACHE_NAMES, *MEDIA]
+        return list(dict.fromkeys([*getattr(text, "keys_to_ignore_at_inference", []), *CACHE_NAMES, *MEDIA]))
 
     @property
     def max_positions(self) -> int | None:

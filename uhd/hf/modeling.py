@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import ModelOutput
@@ -32,6 +32,7 @@ from uhd.hf.versions import cache_name, take_cache
 from uhd.hf.visual_inputs import VisualInputs, read_images, read_videos
 from uhd.merge import IGNORE, merge_visual
 from uhd.saving import EncoderDescription
+from uhd.torch_private import shared_view
 from uhd.vision.int8 import refuse_int8
 
 
@@ -342,12 +343,7 @@ class UHDForConditionalGeneration(UHDModel, GenerationMixin):
 
         Hooks and wrappers of this model's own ``forward`` stay with it.
         """
-        trunk = object.__new__(UHDModel)
-        nn.Module.__init__(trunk)
-        state = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"}
-        own = {"forward", *vars(trunk)} - state
-        vars(trunk).update({name: value for name, value in vars(self).items() if name not in own})
-        return trunk
+        return shared_view(self, UHDModel)
 
     @property
     def _runs(self) -> PreTrainedModel:

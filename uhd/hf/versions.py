@@ -21,14 +21,27 @@ VideoProcessorBase: type = getattr(
 )
 """Loads and saves a video processor; before 5.19 the class also brings tensor transforms, which are not used here."""
 
-CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")
 """What releases and model types call the key-value cache, or the state, in inputs and outputs."""
 
 
 HOOKS = {
-    "ProcessorMixin": ("_merge_kwargs", "_process_images", "_process_videos", "_check_special_mm_tokens"),
+    "ProcessorMixin": (
+        "_merge_kwargs",
+        "_process_images",
+        "_process_videos",
+        "_check_special_mm_tokens",
+    ),
     "PilBackend": ("_preprocess_image_like_inputs", "_validate_preprocess_kwargs"),
-    "PreTrainedModel": ("_init_weights", "_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn"),
+    "PreTrainedModel": (
+        "_init_weights",
+        "_no_split_modules",
+        "_skip_keys_device_placement",
+        "_supports_attention_backend",
+        "_supports_flash_attn",
+        "_supports_flex_attn",
+        "_supports_sdpa",
+    ),
     "PreTrainedConfig": ("_attn_implementation", "_experts_implementation"),
 }
 """Private methods and fields of transformers that uhd overrides or reads, by class.

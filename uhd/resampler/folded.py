@@ -55,6 +55,7 @@ from uhd.grids import Grid, map_by_grid, split_views
 from uhd.positions import interpolate_pos_embed, sines
 from uhd.resampler.config import PerceiverConfig
 from uhd.shortcuts import contents_of, fastest_dtype
+from uhd.torch_private import version_of
 
 PATHS = ("plain", "absorbed", "narrow")
 CHOICES = ("auto", *PATHS)
@@ -94,7 +95,8 @@ def flops(path: str, config: PerceiverConfig, grids: Sequence[Grid]) -> int:
 
 def cheapest(config: PerceiverConfig, grids: Sequence[Grid], among: Sequence[str] = PATHS) -> str:
     """Choose the path of `among` with the fewest FLOPs for these views; the first of equals."""
-    return min(among, key=lambda path: flops(path, config, grids))
+    counts = [flops(path, config, grids) for path in among]
+    return among[counts.index(min(counts))]
 
 
 class Layer(NamedTuple):
@@ -254,4 +256,4 @@ def _values(heads: int, tensors: Mapping[str, Tensor], sums: Tensor) -> Tensor:
 
 
 def _stamp(source: Tensor) -> tuple:
-    return source.data_ptr(), source._version, source.device, source.dtype, source.shape, source.stride()
+    return source.data_ptr(), version_of(source), source.device, source.dtype, source.shape, source.stride()
