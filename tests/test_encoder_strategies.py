@@ -174,29 +174,6 @@ def test_next_tokens_are_the_packed_projections():
         image.views  # noqa: B018
 
 
-@pytest.mark.parametrize("name", ["llava-next", "llava-onevision", "internvl", "deepseek-vl2", "molmo2", "ovis2"])
-def test_a_batch_equals_its_images_alone(name):
-    config = small(name)
-    merge = getattr(config, "merge", 1) if name != "molmo2" else 1
-    encoder = tiny_encoder(PoolProjector(32, 24, factor=merge), config)
-    with torch.no_grad():
-        together = encoder(IMAGES)
-        prepared = encoder(encoder.prepare(IMAGES))
-        alone = [encoder([image])[0] for image in IMAGES]
-    for a, b, c in zip(together, alone, prepared, strict=True):
-        assert torch.allclose(a.tokens, b.tokens, atol=1e-5)
-        assert torch.equal(a.tokens, c.tokens)
-        assert a.layout.num_tokens == a.plan.num_tokens
-
-
-def test_gradients_reach_every_part():
-    encoder = tiny_encoder(slicing="llava-next").train()
-    sum(image.tokens.square().sum() for image in encoder(IMAGES[:2])).backward()
-    silent = [name for name, p in encoder.named_parameters() if p.grad is None or not p.grad.any()]
-    assert [name for name in silent if "bias" not in name] == []
-    assert "packer.newline" in dict(encoder.named_parameters())
-
-
 def test_packed_tokens_merge_into_a_batch():
     """Counted by the merging of samples, as any image's."""
     encoder = tiny_encoder()
@@ -210,29 +187,6 @@ def test_packed_tokens_merge_into_a_batch():
     ]
     with pytest.raises(ValueError, match="packed rows"):
         assemble(rows[0][:-1], encoder(IMAGES[:1])[0].layout, {})
-
-
-@pytest.mark.parametrize(
-    ("name", "compressor"),
-    [
-        ("llava-next", MLPProjector(32, 24)),
-        ("llava-onevision", MLPProjector(32, 24)),
-        ("deepseek-vl2", PoolProjector(32, 24, factor=2)),
-        ("internvl", PixelShuffleProjector(32, 24, factor=2)),
-        ("llava-next", None),
-    ],
-    ids=["next", "onevision", "deepseek", "internvl", "perceiver"],
-)
-def test_save_and_load(name, compressor, tmp_path):
-    encoder = tiny_encoder(compressor or perceiver(), name)
-    encoder.save_pretrained(tmp_path)
-    again = uhd.VisualEncoder.from_pretrained(tmp_path)
-    assert (again.slicing, again.schema, again.note) == (encoder.slicing, encoder.schema, "")
-    assert set(again.state_dict()) == set(encoder.state_dict())
-    with torch.no_grad():
-        for a, b in zip(encoder(IMAGES), again(IMAGES), strict=True):
-            assert torch.equal(a.tokens, b.tokens)
-            assert (a.plan, a.layout) == (b.plan, b.layout)
 
 
 def test_a_saved_encoder_takes_another_strategy(tmp_path):
