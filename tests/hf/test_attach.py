@@ -16,7 +16,8 @@ from transformers import (
 )
 
 import uhd
-from tests.hf.tiny import IMAGES, TEXTS, WIDTH, encoder, language_model, model, picture, tokenizer
+from tests.hf.tiny import IMAGES, TEXTS, WIDTH, encoder, language_model, model, tokenizer
+from tests.tiny import noise
 from uhd.hf import UHDConfig, UHDForConditionalGeneration, UHDProcessor, UHDVisionConfig
 from uhd.pixels import PixelSettings
 from uhd.resampler import MLPProjector, PixelShuffleProjector
@@ -66,7 +67,7 @@ class TestParts:
         found = model("gemma2")
         comma, newline = (found.processor.tokenizer.convert_tokens_to_ids(piece) for piece in (",", "Ċ"))
         assert found.config.separator_ids == {",": [comma], "\n": [newline]}
-        batch = found.processor(text="<image>", images=picture(56, 112))
+        batch = found.processor(text="<image>", images=noise(56, 112))
         [rows] = found(**batch).image_hidden_states
         embedded = found.get_input_embeddings()(torch.tensor([comma, newline]))
         assert torch.equal(rows[4], embedded[0])  # "," after the first slice of 4 tokens
@@ -279,7 +280,7 @@ class TestLiveEncoder:
     """What is set on the encoder inside a model is what is planned with and saved."""
 
     def fresh(self):
-        return UHDForConditionalGeneration.from_vision_and_lm(encoder(), language_model("llama"), tokenizer())
+        return attach(encoder(), language_model("llama"), tokenizer())
 
     def test_a_slicing_pixels_and_a_note_set_later_are_saved(self, tmp_path):
         found = self.fresh()

@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 import uhd
-from tests.hf.tiny import IMAGES, TEXTS, WIDTH, language_model, tokenizer
+from tests.hf.tiny import IMAGES, TEXTS, WIDTH, attach, language_model
 from tests.pretrained import released
-from tests.tiny import picture
+from tests.tiny import noise
 from uhd.hf import UHDForConditionalGeneration, UHDVisionConfig
 from uhd.pixels import PixelSettings
 from uhd.resampler import (
@@ -54,7 +54,7 @@ def eyes(kind, compressor, after):
 
 def attached(encoder):
     lm = language_model("llama", max_position_embeddings=2048)
-    return UHDForConditionalGeneration.from_vision_and_lm(encoder, lm, tokenizer())
+    return attach(encoder, lm)
 
 
 def assert_same(found, again, texts, images):
@@ -131,7 +131,7 @@ def test_a_loaded_release_becomes_a_model_of_its_own(kind, tmp_path):
     found.save_pretrained(tmp_path / "ours")
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "ours").eval()
     token = found.config.image_token
-    pictures = [picture(*size) for size in released.SIZES[:2]]
+    pictures = [noise(*size) for size in released.SIZES[:2]]
     assert_same(found, again, [f"a{token}b", f"c{token}"], pictures)
     again.visual.save_pretrained(tmp_path / "encoder")
     alone = uhd.VisualEncoder.from_pretrained(tmp_path / "encoder")

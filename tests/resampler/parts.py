@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tests.tiny import stirred
 from uhd.resampler import (
     MergeProjector,
     MLPProjector,
@@ -74,11 +75,8 @@ def randomised(what, *, dtype=torch.float64, seed=0):
     """A compressor by name or config, gates, biases and LayerNorms moved off their special values too."""
     torch.manual_seed(seed)
     config = LATENTS.get(what) if isinstance(what, str) else what
-    module = (PROJECTORS[what]() if config is None else MODULES[type(config)](config)).to(dtype)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return module
+    module = PROJECTORS[what]() if config is None else MODULES[type(config)](config)
+    return stirred(module.to(dtype), 0.3).train()
 
 
 def grids_for(name, grids=GRIDS):
