@@ -10,12 +10,12 @@ from transformers import AutoModelForImageTextToText
 import uhd
 from tests.hf.tiny import IMAGES, TEXTS, WIDTH, attach, language_model
 from tests.pretrained import released
-from tests.tiny import noise
+from tests.tiny import PIXELS, noise, stirred
 from uhd.hf import UHDForConditionalGeneration, UHDVisionConfig
-from uhd.pixels import PixelSettings
 from uhd.resampler import (
     MergeProjector,
     MLPProjector,
+    PixelShuffleProjector,
     PyramidConfig,
     PyramidResampler,
     RewriteConfig,
@@ -32,6 +32,7 @@ COMPRESSORS = {
     "pyramid": lambda: PyramidResampler(PyramidConfig(**SIZES, levels=(1, 2), upsample=True)),
     "merge": lambda: MergeProjector(32, WIDTH),
     "mlp": lambda: MLPProjector(32, WIDTH, bias=False, activation="gelu_tanh"),
+    "pixel_shuffle": lambda: PixelShuffleProjector(32, WIDTH, factor=2),
 }
 VIT = {"image_size": 56, "patch_size": 14, "width": 32, "depth": 2, "heads": 2, "mlp_width": 64}
 VIT |= {"position_grid_hw": (4, 4)}
@@ -43,13 +44,9 @@ def eyes(kind, compressor, after):
     if after:
         vision = CompressedViT(CompressedViTConfig(**VIT, compress_after=after, compressor=kind))
     part = COMPRESSORS[compressor]()
-    merge = 2 ** (len(after) + getattr(part, "rounds", 0))
+    merge = 2 ** (len(after) + getattr(part, "rounds", 0)) * getattr(part, "factor", 1)
     slicing = uhd.SlicingConfig.preset("llava-uhd", image_size=56, tokens_per_view=None, merge=merge)
-    encoder = uhd.VisualEncoder(vision, part, slicing=slicing, pixels=PixelSettings(mean=(0.5,) * 3, std=(0.5,) * 3))
-    with torch.no_grad():
-        for parameter in encoder.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return encoder.eval()
+    return stirred(uhd.VisualEncoder(vision, part, slicing=slicing, pixels=PIXELS), 0.1)
 
 
 def attached(encoder):
@@ -75,13 +72,14 @@ PAIRS += [("window", "merge", (1,)), ("average", "spatial", (2,)), ("adaptive", 
 def test_attached_saved_and_loaded(kind, compressor, after, tmp_path):
     encoder = eyes(kind, compressor, after)
     found = attached(encoder)
+    encoder.note = "untrained"
     found.save_pretrained(tmp_path)
     again = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
     assert type(again.visual.vision) is type(encoder.vision)
     assert again.visual.vision.config == encoder.vision.config
     assert again.config.resampler_config.kind == compressor
     assert type(again.visual.compressor) is type(encoder.compressor)
-    assert again.visual.slicing == encoder.slicing
+    assert (again.visual.slicing, again.visual.note) == (encoder.slicing, "untrained")
     assert_same(found, again, TEXTS, IMAGES)
 
 

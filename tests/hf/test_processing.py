@@ -13,17 +13,15 @@ from transformers import AutoImageProcessor, ProcessorMixin
 
 import uhd
 from tests.hf.tiny import IMAGES, TEXTS, attach, encoder, language_model, model, tokenizer
-from tests.tiny import noise
+from tests.tiny import PIXELS, noise
 from uhd.batch import SliceBatch
 from uhd.hf import UHDForConditionalGeneration, UHDImageProcessor, UHDImageProcessorPil, UHDProcessor
 from uhd.hf.plans import read_plans
-from uhd.pixels import PixelSettings
 from uhd.resampler import PerceiverConfig, PerceiverResampler, PixelShuffleProjector
 from uhd.schema import layout
 from uhd.slicing import PRESETS
 from uhd.vision import ViT, ViTConfig
 
-PIXELS = PixelSettings(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 SLICING = uhd.SlicingConfig.preset("llava-uhd-safe").for_vision(image_size=56, patch_size=14)
 CHAT = [
     {"role": "system", "content": "Be brief."},
