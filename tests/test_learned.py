@@ -1,5 +1,6 @@
 """The learned comparison: arms and their supervision by hand, runs that resume, statistics that know the truth."""
 
+import importlib
 import json
 import pathlib
 import re
@@ -36,31 +37,13 @@ SMALL = NanoConfig(
 @pytest.fixture(scope="module")
 def parts():
     """The scripts as modules, and the example's ``data``."""
-    folders = [str(ROOT / "benchmarks"), str(ROOT / "examples" / "nano")]
-    sys.path[:0] = folders
-    try:
-        import data
-        import learned
-        import learned_cuts
-        import learned_folder
-        import learned_report
-        import learned_run
-
-        yield SimpleNamespace(
-            data=data,
-            main=learned,
-            run=learned_run,
-            report=learned_report,
-            folder=learned_folder,
-            cuts=learned_cuts,
-        )
-    finally:
-        for folder in folders:
-            while folder in sys.path:
-                sys.path.remove(folder)
-        scripts = ("learned", "learned_cuts", "learned_folder", "learned_report", "learned_run")
-        for name in ("data", "stages", "train", *scripts):
-            sys.modules.pop(name, None)
+    names = {"data": "data", "main": "learned"}
+    names |= {part: f"learned_{part}" for part in ("cuts", "folder", "report", "run")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [str(ROOT / "benchmarks"), str(ROOT / "examples" / "nano"), *sys.path])
+        yield SimpleNamespace(**{part: importlib.import_module(name) for part, name in names.items()})
+    for name in ("stages", "train", *names.values()):
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")
@@ -175,27 +158,26 @@ def test_few_glyphs_share_a_part_as_the_page_says(parts):
 K, SEVEN, COARSE = GLYPHS.index("K"), GLYPHS.index("7"), len(GLYPHS)
 
 
-def test_codes_of_a_stretched_view(parts):
-    plan = parts.run.all_arms(SMALL)["stretch"].build(0).visual.plan((40, 80))
-    # shares (0.25, 0.625) of the image: latent cells 1.5 and 3.75, patches 2 and 5
-    found = told(parts, plan, ((10.0, 50.0), "K"))
-    assert found == ({(0, (1, 3), (1, 2), K)}, {(0, (2, 5), K)})
-
-
-def test_codes_of_a_padded_view(parts):
-    plan = parts.run.all_arms(SMALL)["pad"].build(0).visual.plan((40, 80))
-    # 20 px above and below: shares (0.375, 0.625) of the square
-    found = told(parts, plan, ((10.0, 50.0), "K"))
-    assert found == ({(0, (2, 3), (0, 2), K)}, {(0, (3, 5), K)})
-
-
-def test_codes_of_fitted_tiles_and_a_base_view(parts):
-    plan = parts.run.all_arms(SMALL)["next"].build(0).visual.plan((24, 80))
-    assert plan.grid == (1, 3)
-    # fitted to 29 x 96 px, 1 px from the top: (15.5, 60) on the canvas, (15.5, 28) in the second tile
-    found = told(parts, plan, ((12.0, 50.0), "K"))
-    assert found[0] == {(2, (1, 2), (0, 1), K), (0, (1, 1), (1, 2), COARSE)}
-    assert found[1] == {(2, (1, 3), K), (0, (2, 2), COARSE)}
+@pytest.mark.parametrize(
+    "arm, image_hw, centre_hw, latents, patches",
+    [
+        # shares (0.25, 0.625) of the image: latent cells 1.5 and 3.75, patches 2 and 5
+        ("stretch", (40, 80), (10.0, 50.0), {(0, (1, 3), (1, 2), K)}, {(0, (2, 5), K)}),
+        # 20 px above and below: shares (0.375, 0.625) of the square
+        ("pad", (40, 80), (10.0, 50.0), {(0, (2, 3), (0, 2), K)}, {(0, (3, 5), K)}),
+        # three tiles, fitted to 29 x 96 px, 1 px from the top: (15.5, 60) on the canvas, (15.5, 28) in the second tile
+        (
+            "next",
+            (24, 80),
+            (12.0, 50.0),
+            {(2, (1, 2), (0, 1), K), (0, (1, 1), (1, 2), COARSE)},
+            {(2, (1, 3), K), (0, (2, 2), COARSE)},
+        ),
+    ],
+)
+def test_codes_name_the_part_under_a_glyph(parts, arm, image_hw, centre_hw, latents, patches):
+    plan = parts.run.all_arms(SMALL)[arm].build(0).visual.plan(image_hw)
+    assert told(parts, plan, (centre_hw, "K")) == (latents, patches)
 
 
 def test_codes_where_views_overlap(parts):
@@ -349,10 +331,12 @@ def test_cuts_are_held_against_an_arm_that_does_not_cut(parts, tmp_path):
         for seed in (0, 1, 2):
             cut = "".join(map(str, (rng.random(200) < share).astype(int)))
             told["runs"][f"{arm}-seed{seed}-lr1"] = {"by": by, "whole": "1" * 200, "cut": cut}
-    rows = {
-        row["arm"]: row
-        for row in parts.report.cut_pairs(told, parts.report.Comparison(parts.run.read_runs(tmp_path / "long")))
-    }
+
+    def by_arm():
+        compared = parts.report.Comparison(parts.run.read_runs(tmp_path / "long"))
+        return {row["arm"]: row for row in parts.report.cut_pairs(told, compared)}
+
+    rows = by_arm()
     assert rows["stretch"]["to_uncut"] is rows["next"]["to_uncut"] is None
     apart = rows["uhd"]["to_uncut"]
     assert apart["difference"][0] == pytest.approx(
@@ -363,14 +347,9 @@ def test_cuts_are_held_against_an_arm_that_does_not_cut(parts, tmp_path):
         run = fake_run(parts, "stretch", seed, np.ones(400), factor=0.5, validation=0.9)
         (tmp_path / "long" / f"half-{seed}.json").write_text(json.dumps(run))
         told["runs"][f"stretch-seed{seed}-lr0.5"] = told["runs"].pop(f"stretch-seed{seed}-lr1")
-    compared = parts.report.Comparison(parts.run.read_runs(tmp_path / "long"))
-    assert {row["arm"]: row["to_uncut"] for row in parts.report.cut_pairs(told, compared)}["uhd"] == apart
+    assert by_arm()["uhd"]["to_uncut"] == apart
     del told["runs"]["stretch-seed2-lr0.5"]
-    rows = {
-        row["arm"]: row
-        for row in parts.report.cut_pairs(told, parts.report.Comparison(parts.run.read_runs(tmp_path / "long")))
-    }
-    assert rows["uhd"]["to_uncut"]["verdict"] == "2 seeds: not judged"
+    assert by_arm()["uhd"]["to_uncut"]["verdict"] == "2 seeds: not judged"
 
 
 # runs

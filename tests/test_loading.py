@@ -23,6 +23,7 @@ from transformers import Trainer, TrainingArguments
 import uhd
 from tests.hf import tiny
 from tests.hf.test_training import fresh
+from tests.tiny import noise
 from uhd.hf import processing, training
 from uhd.loading import Preparation, TokenBudgetSampler, image_costs, image_sizes_hw
 from uhd.pixels import PixelSettings, load_image
@@ -308,12 +309,12 @@ def jpeg(folder, name, size_hw, orientation=None):
     exif = Image.Exif()
     if orientation:
         exif[0x0112] = orientation
-    Image.fromarray(tiny.picture(*size_hw)).save(folder / name, exif=exif)
+    Image.fromarray(noise(*size_hw)).save(folder / name, exif=exif)
     return folder / name
 
 
 def palette_png(folder, name, size_hw):
-    Image.fromarray(tiny.picture(*size_hw)).convert("P").save(folder / name, transparency=3)
+    Image.fromarray(noise(*size_hw)).convert("P").save(folder / name, transparency=3)
     return folder / name
 
 
@@ -330,7 +331,7 @@ class TestSizes:
     @pytest.mark.parametrize("threads", [1, 3])
     def test_sizes_are_those_of_loaded_images(self, files, threads):
         photo = Image.open(files[3])
-        images = [*files, str(files[3]), files[3].read_bytes(), photo, tiny.picture(20, 33), np.zeros((3, 21, 34))]
+        images = [*files, str(files[3]), files[3].read_bytes(), photo, noise(20, 33), np.zeros((3, 21, 34))]
         images += [torch.zeros(22, 35), Image.new("L", (36, 23))]
         found = image_sizes_hw(images, threads=threads)
         loaded = [load_image(image) for image in images]
@@ -427,7 +428,7 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-PICTURES = [tiny.picture(20 + 9 * number, 90 - 7 * number, number) for number in range(8)]
+PICTURES = [noise(20 + 9 * number, 90 - 7 * number, number) for number in range(8)]
 
 
 class TestPreparation:
@@ -438,7 +439,7 @@ class TestPreparation:
         prepare = Preparation.of(encoder)
         assert same(prepare(PICTURES), encoder.prepare(PICTURES))
         assert prepare.inner == ("hwc" if backend == "fast" else "chw")
-        large = [tiny.picture(120, 170), tiny.picture(150, 90)]
+        large = [noise(120, 170), noise(150, 90)]
         few = sum(encoder.plan(image.shape[:2]).num_tokens for image in large) - 1
         assert same(prepare(large, max_tokens=few), encoder.prepare(large, max_tokens=few))
         assert not same(prepare(large, max_tokens=few), prepare(large))
@@ -629,7 +630,7 @@ class TestWorkers:
 
 @forks
 def test_trainer_takes_its_batches_and_goes_on_with_them(tmp_path):
-    samples = [{"image": tiny.picture(20 + number, 30 + number, number)} for number in range(12)]
+    samples = [{"image": noise(20 + number, 30 + number, number)} for number in range(12)]
     model = fresh()
 
     def collate(samples):

@@ -18,13 +18,19 @@ def good(size):
     return plan(size, "llava-uhd")
 
 
-def canvas(found, **changes):
-    """The plan with its first canvas changed."""
-    return replace(found, canvases=(replace(found.canvases[0], **changes), *found.canvases[1:]))
+def planning(rule="llava-1.5", **changes):
+    """A rule that plans as this one, but for these fields of the plan."""
+    return lambda size: replace(plan(size, rule), **changes)
 
 
-def whole(size, **changes):
-    return canvas(plan(size, "llava-1.5"), **changes)
+def drawing(**changes):
+    """A rule that plans one view, but for these fields of its canvas."""
+
+    def rule(size):
+        found = plan(size, "llava-1.5")
+        return replace(found, canvases=(replace(found.canvases[0], **changes),))
+
+    return rule
 
 
 calls = []
@@ -39,90 +45,16 @@ def lists(size):
     return replace(good(size), image_hw=size, grid=[1, 2])
 
 
-def outside(size):
-    return whole(size, tiles=(Box(0, 0, 10**7, 10),))
-
-
-def no_fill(size):
-    return whole(size, fill=None)
-
-
-def wrong_source(size):
-    return whole(size, source=Box(0, 0, size[0] + 1, size[1]))
-
-
-def wrong_grid(size):
-    return replace(plan(size, "monkey"), grid=(3, 3))
-
-
-def wrong_count(size):
-    return replace(plan(size, "llava-1.5"), num_visual_tokens=7)
-
-
-def wrong_kind(size):
-    return whole(size, kind="crop")
-
-
-def no_view(size):
-    return replace(plan(size, "llava-1.5"), canvases=())
-
-
-def ragged(size):
-    return whole(size, view_hw=(330, 336))
-
-
-def float_sides(size):
-    return whole(size, view_hw=(336.0, 336.0))
-
-
-def unknown_filter(size):
-    return replace(whole(size), resample="sharpest")
-
-
-def no_colour(size):
-    return whole(size, fill=(0, 0, 700))
-
-
-def short_colour(size):
-    return whole(size, fill=(0,))
-
-
-def no_tiles(size):
-    return whole(size, tiles=())
-
-
-def wrong_tiles(size):
-    return whole(size, grid=(2, 2))
-
-
-def empty_source(size):
-    return whole(size, source=Box(0, 0, 0, 0))
-
-
-def no_patch(size):
-    return replace(whole(size), patch_size=0)
-
-
-def no_grid(size):
-    return replace(plan(size, "monkey"), grid=None)
-
-
-def grid_of_nothing(size):
-    return replace(plan(size, "llava-1.5"), grid=(2, 3))
-
-
-def negative(size):
-    return replace(plan(size, "llava-1.5"), num_visual_tokens=-9)
+def source_beyond(size):
+    return drawing(source=Box(0, 0, size[0] + 1, size[1]))(size)
 
 
 def half(size):
-    return whole(size, source=Box(0, 0, max(size[0] // 2, 1), size[1]))
+    return drawing(source=Box(0, 0, max(size[0] // 2, 1), size[1]))(size)
 
 
 def free(size):
-    return (
-        whole(size, tokens_per_view=0) if size[0] < 0 else replace(whole(size, tokens_per_view=0), num_visual_tokens=0)
-    )
+    return replace(drawing(tokens_per_view=0)(size), num_visual_tokens=0)
 
 
 def by_height(size):
@@ -137,39 +69,35 @@ def refuses_everything(size):
     raise ValueError("no")
 
 
-def returns_nothing(size):
-    return None
-
-
 @pytest.mark.parametrize(
     "rule, check, words",
     [
         (stateful, "purity", "and then"),
         (lists, "purity", "use tuples"),
-        (outside, "geometry", "is not on the"),
-        (no_fill, "geometry", "give an RGB fill"),
-        (wrong_source, "geometry", "is not in the image"),
-        (wrong_grid, "geometry", "but 4 slices"),
-        (wrong_count, "geometry", "num_visual_tokens is 7"),
-        (wrong_kind, "geometry", "kind is 'crop'"),
-        (float_sides, "geometry", "view_hw is (336.0, 336.0), not 2 whole numbers"),
-        (unknown_filter, "geometry", "resample is 'sharpest': take one of bicubic"),
-        (no_colour, "geometry", "(0, 0, 700) is no RGB colour"),
-        (short_colour, "geometry", "fill is (0,), not 3 whole numbers"),
-        (no_tiles, "geometry", "its grid is (1, 1) (rows, columns), its tiles are 0"),
-        (wrong_tiles, "geometry", "its grid is (2, 2) (rows, columns), its tiles are 1"),
-        (empty_source, "geometry", "source (0, 0, 0, 0) is not in the image"),
-        (no_patch, "geometry", "patch_size is 0"),
-        (no_grid, "geometry", "4 slices and no grid"),
-        (grid_of_nothing, "geometry", "grid (2, 3) (rows, columns) but 0 slices"),
-        (negative, "budget", "-9 tokens"),
-        (ragged, "divisibility", "a view of 330x336 px with patches of 14 px"),
+        (drawing(tiles=(Box(0, 0, 10**7, 10),)), "geometry", "is not on the"),
+        (drawing(fill=None), "geometry", "give an RGB fill"),
+        (source_beyond, "geometry", "is not in the image"),
+        (planning("monkey", grid=(3, 3)), "geometry", "but 4 slices"),
+        (planning(num_visual_tokens=7), "geometry", "num_visual_tokens is 7"),
+        (drawing(kind="crop"), "geometry", "kind is 'crop'"),
+        (drawing(view_hw=(336.0, 336.0)), "geometry", "view_hw is (336.0, 336.0), not 2 whole numbers"),
+        (planning(resample="sharpest"), "geometry", "resample is 'sharpest': take one of bicubic"),
+        (drawing(fill=(0, 0, 700)), "geometry", "(0, 0, 700) is no RGB colour"),
+        (drawing(fill=(0,)), "geometry", "fill is (0,), not 3 whole numbers"),
+        (drawing(tiles=()), "geometry", "its grid is (1, 1) (rows, columns), its tiles are 0"),
+        (drawing(grid=(2, 2)), "geometry", "its grid is (2, 2) (rows, columns), its tiles are 1"),
+        (drawing(source=Box(0, 0, 0, 0)), "geometry", "source (0, 0, 0, 0) is not in the image"),
+        (planning(patch_size=0), "geometry", "patch_size is 0"),
+        (planning("monkey", grid=None), "geometry", "4 slices and no grid"),
+        (planning(grid=(2, 3)), "geometry", "grid (2, 3) (rows, columns) but 0 slices"),
+        (planning(num_visual_tokens=-9), "budget", "-9 tokens"),
+        (drawing(view_hw=(330, 336)), "divisibility", "a view of 330x336 px with patches of 14 px"),
         (half, "coverage", "50.0% of the image"),
         (free, "budget", "0 tokens"),
         (by_height, "transposition", "when turned"),
         (crashes_on_strips, "extremes", "ZeroDivisionError"),
         (refuses_everything, "returns", "ValueError: no"),
-        (returns_nothing, "returns", "must return a SlicePlan"),
+        (lambda size: None, "returns", "must return a SlicePlan"),
     ],
 )
 def test_a_broken_rule_is_explained(rule, check, words):
@@ -184,7 +112,7 @@ def test_a_broken_rule_is_explained(rule, check, words):
 
 
 def test_a_plan_without_views_is_reported():
-    assert "geometry: the plan's parts contradict" in str(inspect_strategy(no_view))
+    assert "geometry: the plan's parts contradict" in str(inspect_strategy(planning(canvases=())))
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

@@ -44,6 +44,13 @@ def tiny_encoder(compressor=None, *, vision=None, pixels=PIXELS, **parts):
     return uhd.VisualEncoder(vision, compressor or perceiver(), pixels=pixels, **parts).eval()
 
 
+def silent(module):
+    """Parameters without a gradient, but biases: softmax removes that of the keys, which shifts all logits alike."""
+    return [
+        name for name, p in module.named_parameters() if "bias" not in name and (p.grad is None or not p.grad.any())
+    ]
+
+
 def stirred(module, amount=0.2):
     """The module with noise in every parameter, so that none is at the value it starts with."""
     torch.manual_seed(0)

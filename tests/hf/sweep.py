@@ -19,7 +19,7 @@ import transformers
 
 from tests.hf.shrink import shrink
 from tests.hf.test_models import by_hand
-from tests.hf.tiny import IMAGES, TEXTS, encoder, tokenizer
+from tests.hf.tiny import IMAGES, TEXTS, attach, encoder
 from uhd.hf import UHDForConditionalGeneration, explain_injection
 
 NEW = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
@@ -65,7 +65,7 @@ def examine(kind: str) -> dict[str, Any]:
 
 def _attach(lm: torch.nn.Module) -> UHDForConditionalGeneration:
     width = lm.get_input_embeddings()(torch.tensor([[1]])).shape[-1]
-    return UHDForConditionalGeneration.from_vision_and_lm(encoder(width), lm, tokenizer())
+    return attach(encoder(width), lm)
 
 
 def _text(found: UHDForConditionalGeneration) -> None:

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForMaskedLM, T5Config, T5ForConditionalGeneration
 
 import uhd
-from tests.hf.tiny import encoder, language_model, model, tokenizer
+from tests.hf.tiny import attach, encoder, language_model, model, tokenizer
 from uhd import cli, environment
 from uhd.hf.doctor import COMMON_SIZES_HW, diagnose, table
 from uhd.pixels import fast
@@ -175,7 +175,7 @@ class TestRefused:
         self.check(tmp_path, "saved as BertForMaskedLM, which is no causal language model", capsys)
 
     def test_a_model_that_has_eyes(self, tmp_path, capsys):
-        found = uhd.UHDForConditionalGeneration.from_vision_and_lm(encoder(), language_model("llama"), tokenizer())
+        found = attach(encoder())
         found.save_pretrained(tmp_path)
         self.check(tmp_path, "has eyes already", capsys)
 

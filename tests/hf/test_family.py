@@ -8,14 +8,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 import uhd
-from tests.hf.tiny import IMAGES, TEXTS, WIDTH, language_model, tokenizer
+from tests.hf.tiny import IMAGES, TEXTS, WIDTH, attach, language_model
 from tests.pretrained import released
-from tests.tiny import picture
+from tests.tiny import PIXELS, noise, stirred
 from uhd.hf import UHDForConditionalGeneration, UHDVisionConfig
-from uhd.pixels import PixelSettings
 from uhd.resampler import (
     MergeProjector,
     MLPProjector,
+    PixelShuffleProjector,
     PyramidConfig,
     PyramidResampler,
     RewriteConfig,
@@ -32,6 +32,7 @@ COMPRESSORS = {
     "pyramid": lambda: PyramidResampler(PyramidConfig(**SIZES, levels=(1, 2), upsample=True)),
     "merge": lambda: MergeProjector(32, WIDTH),
     "mlp": lambda: MLPProjector(32, WIDTH, bias=False, activation="gelu_tanh"),
+    "pixel_shuffle": lambda: PixelShuffleProjector(32, WIDTH, factor=2),
 }
 VIT = {"image_size": 56, "patch_size": 14, "width": 32, "depth": 2, "heads": 2, "mlp_width": 64}
 VIT |= {"position_grid_hw": (4, 4)}
@@ -43,18 +44,14 @@ def eyes(kind, compressor, after):
     if after:
         vision = CompressedViT(CompressedViTConfig(**VIT, compress_after=after, compressor=kind))
     part = COMPRESSORS[compressor]()
-    merge = 2 ** (len(after) + getattr(part, "rounds", 0))
+    merge = 2 ** (len(after) + getattr(part, "rounds", 0)) * getattr(part, "factor", 1)
     slicing = uhd.SlicingConfig.preset("llava-uhd", image_size=56, tokens_per_view=None, merge=merge)
-    encoder = uhd.VisualEncoder(vision, part, slicing=slicing, pixels=PixelSettings(mean=(0.5,) * 3, std=(0.5,) * 3))
-    with torch.no_grad():
-        for parameter in encoder.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return encoder.eval()
+    return stirred(uhd.VisualEncoder(vision, part, slicing=slicing, pixels=PIXELS), 0.1)
 
 
 def attached(encoder):
     lm = language_model("llama", max_position_embeddings=2048)
-    return UHDForConditionalGeneration.from_vision_and_lm(encoder, lm, tokenizer())
+    return attach(encoder, lm)
 
 
 def assert_same(found, again, texts, images):
@@ -75,13 +72,14 @@ PAIRS += [("window", "merge", (1,)), ("average", "spatial", (2,)), ("adaptive", 
 def test_attached_saved_and_loaded(kind, compressor, after, tmp_path):
     encoder = eyes(kind, compressor, after)
     found = attached(encoder)
+    encoder.note = "untrained"
     found.save_pretrained(tmp_path)
     again = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
     assert type(again.visual.vision) is type(encoder.vision)
     assert again.visual.vision.config == encoder.vision.config
     assert again.config.resampler_config.kind == compressor
     assert type(again.visual.compressor) is type(encoder.compressor)
-    assert again.visual.slicing == encoder.slicing
+    assert (again.visual.slicing, again.visual.note) == (encoder.slicing, "untrained")
     assert_same(found, again, TEXTS, IMAGES)
 
 
@@ -131,7 +129,7 @@ def test_a_loaded_release_becomes_a_model_of_its_own(kind, tmp_path):
     found.save_pretrained(tmp_path / "ours")
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "ours").eval()
     token = found.config.image_token
-    pictures = [picture(*size) for size in released.SIZES[:2]]
+    pictures = [noise(*size) for size in released.SIZES[:2]]
     assert_same(found, again, [f"a{token}b", f"c{token}"], pictures)
     again.visual.save_pretrained(tmp_path / "encoder")
     alone = uhd.VisualEncoder.from_pretrained(tmp_path / "encoder")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.hf.tiny import EMBEDS, HOOK, encoder, language_model, tokenizer
+from tests.hf.tiny import EMBEDS, HOOK, attach, encoder, language_model
 from uhd.hf import UHDForConditionalGeneration, choose_injection, inject
 
 IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
@@ -131,17 +131,13 @@ class TestChoice:
 
     @pytest.mark.parametrize("mode", ["embeds", "hook"])
     def test_the_choice_can_be_made_by_hand_and_is_saved(self, mode, tmp_path):
-        found = UHDForConditionalGeneration.from_vision_and_lm(
-            encoder(), language_model("llama"), tokenizer(), mode=mode
-        )
+        found = attach(encoder(), mode=mode)
         found.save_pretrained(tmp_path)
         assert UHDForConditionalGeneration.from_pretrained(tmp_path).config.injection_mode == mode
 
     def test_unknown_modes(self):
         with pytest.raises(ValueError, match="mode must be 'auto' or one of"):
-            UHDForConditionalGeneration.from_vision_and_lm(
-                encoder(), language_model("llama"), tokenizer(), mode="magic"
-            )
+            attach(encoder(), mode="magic")
 
     def test_most_kinds_take_embeddings(self):
         assert {kind: choose_injection(language_model(kind)) for kind in EMBEDS} == dict.fromkeys(EMBEDS, "embeds")

@@ -5,7 +5,8 @@ import torch
 from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
 import uhd
-from tests.hf.tiny import EMBEDS, HOOK, IMAGES, TEXTS, encoder, language_model, model, picture, tokenizer
+from tests.hf.tiny import EMBEDS, HOOK, IMAGES, TEXTS, attach, encoder, language_model, model
+from tests.tiny import noise
 from uhd.hf import UHDForConditionalGeneration, UHDModel, UHDProcessor
 from uhd.merge import assemble, merge_samples, separator_embeddings
 from uhd.schema import layout, resolve_schema
@@ -166,7 +167,7 @@ def test_auto_classes(tmp_path):
 def test_hook_and_embeds_agree_on_a_model_that_takes_both():
     torch.manual_seed(3)
     lm = language_model("gemma2")
-    by_hook = UHDForConditionalGeneration.from_vision_and_lm(encoder(), lm, tokenizer(), mode="hook")
+    by_hook = attach(encoder(), lm, mode="hook")
     by_embeds = model("gemma2")
     batch = by_embeds.processor(text=TEXTS, images=IMAGES)
     with torch.no_grad():
@@ -270,9 +271,7 @@ class TestPrecomputed:
         assert torch.equal(found.generate(**batch, **settings), found.generate(**pixels, **settings))
 
     def test_the_overview_may_have_been_encoded_first(self):
-        first = UHDForConditionalGeneration.from_vision_and_lm(
-            encoder(schema=uhd.SpatialSchema(overview="first")), language_model("llama"), tokenizer()
-        )
+        first = attach(encoder(schema=uhd.SpatialSchema(overview="first")))
         assert first.visual.slicing.overview_first
         pixels = first.processor(text=TEXTS, images=IMAGES)
         with torch.no_grad():
@@ -318,9 +317,7 @@ class TestPrecomputed:
 class TestSchemas:
     @pytest.mark.parametrize("schema", ["minicpm-v-2.6", "llava-uhd-better", "llava-uhd-paper"])
     def test_numbered_images_markers_and_learned_separators(self, schema, tmp_path):
-        found = UHDForConditionalGeneration.from_vision_and_lm(
-            encoder(schema=schema), language_model("llama"), tokenizer()
-        )
+        found = attach(encoder(schema=schema))
         token = found.config.image_token
         batch = found.processor(text=[f"{token}and{token}"], images=IMAGES[:2])
         if schema == "minicpm-v-2.6":
@@ -339,10 +336,8 @@ class TestSchemas:
             assert torch.equal(again(**batch).logits, found(**batch).logits)
 
     def test_more_images_than_numbers(self):
-        found = UHDForConditionalGeneration.from_vision_and_lm(
-            encoder(schema="minicpm-v-2.6"), language_model("llama"), tokenizer(), numbered_images=1
-        )
+        found = attach(encoder(schema="minicpm-v-2.6"), numbered_images=1)
         token = found.config.image_token
-        batch = found.processor(text=token * 2, images=[picture(20, 20), picture(20, 20)])
+        batch = found.processor(text=token * 2, images=[noise(20, 20), noise(20, 20)])
         with pytest.raises(ValueError, match="no embedding for the symbol '1'"):
             found(**batch)

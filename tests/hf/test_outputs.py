@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from tests.hf.tiny import IMAGES, TEXTS, encoder, language_model, model, tokenizer
-from uhd.hf import UHDForConditionalGeneration
+from tests.hf.tiny import IMAGES, TEXTS, attach, encoder, language_model, model
 from uhd.hf.versions import CACHE_NAMES
 
 MEDIA = ["image_hidden_states", "video_hidden_states"]
@@ -27,7 +26,7 @@ def names(output):
 
 @pytest.mark.parametrize("kind", ASKED)
 def test_no_field_of_the_language_model_is_lost(kind):
-    eyes = UHDForConditionalGeneration.from_vision_and_lm(encoder(), language_model(kind), tokenizer())
+    eyes = attach(encoder(), kind)
     lm = eyes.language_model
     if "output_attentions" in ASKED[kind]:
         lm.set_attn_implementation("eager")

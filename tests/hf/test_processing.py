@@ -12,17 +12,16 @@ from PIL import Image
 from transformers import AutoImageProcessor, ProcessorMixin
 
 import uhd
-from tests.hf.tiny import IMAGES, TEXTS, encoder, language_model, model, picture, tokenizer
+from tests.hf.tiny import IMAGES, TEXTS, attach, encoder, language_model, model, tokenizer
+from tests.tiny import PIXELS, noise
 from uhd.batch import SliceBatch
 from uhd.hf import UHDForConditionalGeneration, UHDImageProcessor, UHDImageProcessorPil, UHDProcessor
 from uhd.hf.plans import read_plans
-from uhd.pixels import PixelSettings
 from uhd.resampler import PerceiverConfig, PerceiverResampler, PixelShuffleProjector
 from uhd.schema import layout
 from uhd.slicing import PRESETS
 from uhd.vision import ViT, ViTConfig
 
-PIXELS = PixelSettings(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 SLICING = uhd.SlicingConfig.preset("llava-uhd-safe").for_vision(image_size=56, patch_size=14)
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -135,9 +134,7 @@ def preset_model(name):
     else:
         compressor = PerceiverResampler(PerceiverConfig(width=32, vision_width=8, num_heads=1))
     parts = {"slicing": slicing, "schema": name, "pixels": PIXELS}
-    return UHDForConditionalGeneration.from_vision_and_lm(
-        uhd.VisualEncoder(vision, compressor, **parts), language_model("llama"), tokenizer(), match_scale=False
-    )
+    return attach(uhd.VisualEncoder(vision, compressor, **parts), match_scale=False)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -159,7 +156,7 @@ def test_token_counts_agree_everywhere(name):
         found.processor.image_processor.get_number_of_image_patches(h, w, {}) for h, w in sizes[:9].tolist()
     ]
     for height, width in [(30, 700), (640, 640), (900, 500)]:
-        batch = found.processor(text=found.config.image_token, images=picture(height, width))
+        batch = found.processor(text=found.config.image_token, images=noise(height, width))
         [count] = found.num_image_tokens([(height, width)])
         assert batch["input_ids"].shape == (1, count)
         [features] = found.get_image_features(**batch).pooler_output

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tests.hf.test_training import batch_of, fresh
-from tests.hf.tiny import checkpoint_activations, encoder, language_model, tokenizer
+from tests.hf.tiny import attach, checkpoint_activations, encoder, language_model
 from uhd.hf import UHDForConditionalGeneration, training
 from uhd.resampler.stitch import FeaturePacker
 
@@ -19,7 +19,7 @@ STAGES = {
 def with_learned_separators():
     lm = language_model("llama", tie_word_embeddings=True)
     eyes = encoder(schema="llava-uhd-better")
-    return UHDForConditionalGeneration.from_vision_and_lm(eyes, lm, tokenizer()).train()
+    return attach(eyes, lm).train()
 
 
 @pytest.mark.parametrize("build", [fresh, lambda: fresh("gpt2"), with_learned_separators])
@@ -165,7 +165,7 @@ def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(tmp_path):
 
 def test_the_encoders_note_is_saved_as_it_is_now(tmp_path):
     eyes = encoder(note="untrained")
-    found = UHDForConditionalGeneration.from_vision_and_lm(eyes, language_model("llama"), tokenizer())
+    found = attach(eyes)
     for note in ("untrained", ""):
         found.visual.note = note
         found.save_pretrained(tmp_path)

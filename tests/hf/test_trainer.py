@@ -6,7 +6,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from tests.hf.test_training import fresh
-from tests.hf.tiny import IMAGES, encoder, language_model, tokenizer
+from tests.hf.tiny import IMAGES, attach, encoder
 from uhd.hf import UHDForConditionalGeneration, training
 
 # Trainer and PEFT ask transformers for a name that it renamed; neither is ours to change
@@ -175,7 +175,7 @@ def test_lora_where_ids_flow_and_a_hook_injects():
 def test_learned_separators_beside_lora(tmp_path):
     """They are a parameter, not a module, so PEFT freezes them: thaw them, merge, and save the whole model."""
     eyes = encoder(schema="llava-uhd-better")
-    found = UHDForConditionalGeneration.from_vision_and_lm(eyes, language_model("llama"), tokenizer()).train()
+    found = attach(eyes).train()
     before = found.learned_separators.detach().clone()
     wrapped = lora(found)
     assert not found.learned_separators.requires_grad

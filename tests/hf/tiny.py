@@ -2,23 +2,15 @@
 
 import functools
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-import uhd
+from tests import tiny
+from tests.tiny import perceiver, tiny_encoder, vit
 from uhd.hf import UHDForConditionalGeneration
-from uhd.pixels import PixelSettings
-from uhd.resampler import (
-    MLPProjector,
-    PerceiverConfig,
-    PerceiverResampler,
-    PixelShuffleProjector,
-    PoolProjector,
-)
+from uhd.resampler import MLPProjector, PixelShuffleProjector, PoolProjector
 from uhd.slicing import find
-from uhd.vision import ViT, ViTConfig
 
 WIDTH = 32
 COMMON = {
@@ -126,12 +118,7 @@ def tokenizer():
 
 def encoder(width=WIDTH, **parts):
     torch.manual_seed(1)
-    vision = ViT(
-        ViTConfig(image_size=56, patch_size=14, width=32, depth=2, heads=2, mlp_width=64, position_grid_hw=(4, 4))
-    )
-    compressor = PerceiverResampler(PerceiverConfig(width=width, vision_width=32, num_heads=2, num_latents=4))
-    pixels = PixelSettings(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
-    return uhd.VisualEncoder(vision, compressor, pixels=pixels, **parts).eval()
+    return tiny_encoder(vision=vit(), compressor=perceiver(width=width), **parts)
 
 
 def language_model(kind, **changes):
@@ -148,7 +135,13 @@ def language_model(kind, **changes):
 @functools.cache
 def model(kind):
     """Shared by tests that do not change it."""
-    return UHDForConditionalGeneration.from_vision_and_lm(encoder(), language_model(kind), tokenizer())
+    return attach(encoder(), kind)
+
+
+def attach(eyes, lm="llama", **how):
+    """A fresh model of these parts; a language model by its kind."""
+    lm = language_model(lm) if isinstance(lm, str) else lm
+    return UHDForConditionalGeneration.from_vision_and_lm(eyes, lm, tokenizer(), **how)
 
 
 def checkpoint_activations(eyes):
@@ -157,23 +150,15 @@ def checkpoint_activations(eyes):
     getattr(eyes, f"{named}_checkpointing_enable")()
 
 
-def picture(height, width, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-IMAGES = [picture(100, 60), picture(30, 200, 1), picture(20, 11, 2)]
+IMAGES = tiny.IMAGES[:3]
 TEXTS = ["a<image>b", "hello", "x<image>yz<image>?"]
 
 
 def packed_encoder(name, compressor=None, **parts):
     """An encoder of any strategy, for views of 56 px and patches of 14, with one feature a token unless told."""
     torch.manual_seed(3)
-    vision = ViT(
-        ViTConfig(image_size=56, patch_size=14, width=32, depth=1, heads=2, mlp_width=64, position_grid_hw=(4, 4))
-    )
     slicing = find(name).for_vision(image_size=56, patch_size=14) if isinstance(name, str) else name
-    parts.setdefault("pixels", PixelSettings(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4)))
-    return uhd.VisualEncoder(vision, compressor or MLPProjector(32, WIDTH), slicing=slicing, **parts).eval()
+    return tiny_encoder(compressor or MLPProjector(32, WIDTH), vision=vit(depth=1), slicing=slicing, **parts)
 
 
 COMPRESSORS = {
@@ -183,10 +168,8 @@ COMPRESSORS = {
     "internvl": lambda: PixelShuffleProjector(32, WIDTH, factor=2),
     "qwen2-vl": lambda: PoolProjector(32, WIDTH, factor=2),
     "deepseek-vl2": lambda: PoolProjector(32, WIDTH, factor=2),
-    "openai-high-detail": lambda: PerceiverResampler(
-        PerceiverConfig(width=WIDTH, vision_width=32, num_heads=2, num_latents=4)
-    ),
-    "smolvlm": lambda: PerceiverResampler(PerceiverConfig(width=WIDTH, vision_width=32, num_heads=2, num_latents=1)),
+    "openai-high-detail": lambda: perceiver(width=WIDTH),
+    "smolvlm": lambda: perceiver(width=WIDTH, num_latents=1),
 }
 """Strategies of every kind (one view, stitched and un-padded, apart, native, several canvases) and what fits them."""
 
@@ -194,8 +177,7 @@ COMPRESSORS = {
 def attached(name, kind="llama", **changes):
     """A fresh model of a strategy of COMPRESSORS, or around a ready encoder."""
     eyes = packed_encoder(name, COMPRESSORS[name]()) if isinstance(name, str) else name
-    lm = language_model(kind, **{"max_position_embeddings": 1024, **changes})
-    return UHDForConditionalGeneration.from_vision_and_lm(eyes, lm, tokenizer())
+    return attach(eyes, language_model(kind, **{"max_position_embeddings": 1024, **changes}))
 
 
 @functools.cache

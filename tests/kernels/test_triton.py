@@ -12,43 +12,24 @@ from pathlib import Path
 import pytest
 from uhd_kernels.resources import main
 
+from tests.scripts import interpreted
+
 ROOT = Path(__file__).parents[2]
 PATHS = os.pathsep.join([str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
 ENVIRONMENT = {**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
+CHECKS = ROOT / "tests" / "kernels" / "interpreted_checks.py"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 pytest.importorskip("triton")
 
 
-def interpreted(*selection, at_least):
-    """Run the checks in a process that has Triton interpret; the number that passed."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-rs",
-        "-p",
-        "no:cacheprovider",
-        str(ROOT / "tests/kernels/interpreted_checks.py"),
-    ]
-    found = subprocess.run(
-        [*command, *selection], env={**ENVIRONMENT, "TRITON_INTERPRET": "1"}, cwd=ROOT, capture_output=True, text=True
-    )
-    if found.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
-        pytest.skip(re.search(r"SKIPPED .*?: (Triton .*)", found.stdout)[1])
-    assert found.returncode == 0, found.stdout[-6000:] + found.stderr[-2000:]
-    assert "skipped" not in found.stdout
-    assert int(re.search(r"(\d+) passed", found.stdout)[1]) >= at_least
-
-
 def test_interpreted():
-    interpreted("-m", "not slow", at_least=40)
+    assert interpreted(CHECKS, "-m", "not slow") >= 40
 
 
 @pytest.mark.slow
 def test_interpreted_every_configuration():
-    interpreted("-m", "slow", at_least=108)
+    assert interpreted(CHECKS, "-m", "slow") >= 108
 
 
 def resources(*options):

@@ -1,9 +1,7 @@
 """LLaVA-UHD's two first releases: folders with the released names, CLIP inside or beside them."""
 
 import json
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,12 +10,12 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 import uhd
 from tests.pretrained.released import SIZES
 from tests.pretrained.test_transformers import assert_equal_files
+from tests.resampler.parts import cases, recorded, released
 from tests.tiny import picture
 from uhd.pretrained import llava_uhd
 from uhd.resampler import PerceiverResampler, SpatialResampler
 from uhd.vision import unpatchify
 
-GOLDENS = Path(__file__).parent.parent / "golden"
 CLIP = {
     "hidden_size": 24,
     "intermediate_size": 40,
@@ -26,20 +24,7 @@ CLIP = {
     "image_size": 56,
     "patch_size": 14,
 }
-KINDS = {
-    "llava-uhd-2024-03": ("resampler.npz", "march2024_perceiver_g8"),
-    "llava-uhd": ("resampler_family.npz", "v1_spatial_g12"),
-}
-
-
-def recorded(kind):
-    """A recorded compressor's weights, its heads, and (features, grid, tokens) of one map."""
-    file_name, tag = KINDS[kind]
-    with np.load(GOLDENS / file_name) as file:
-        state = {name.split("/w/")[1]: torch.tensor(file[name]) for name in file.files if name.startswith(f"{tag}/w/")}
-        heads = json.loads(str(file["info_json"]))[tag]["num_heads"]
-        x, y = (torch.tensor(file[f"{tag}/{name}_29x19"]) for name in "xy")
-    return state, heads, (x.flatten(0, 1), (29, 19), y)
+KINDS = {"llava-uhd-2024-03": "march2024_perceiver_g8", "llava-uhd": "v1_spatial_g12"}
 
 
 def clip():
@@ -53,7 +38,7 @@ def clip():
 
 def folder_of(kind, folder, *, inside=True, **config):
     """A release whose CLIP is inside the checkpoint or in the folder "clip" beside it; the latter is always there."""
-    model, (state, _, _) = clip(), recorded(kind)
+    model, (state, _, _) = clip(), recorded(KINDS[kind])
     model.save_pretrained(folder / "clip")
     tensors = {f"model.mm_projector.{name}": tensor for name, tensor in state.items()}
     if inside:
@@ -70,9 +55,9 @@ def folder_of(kind, folder, *, inside=True, **config):
 @pytest.fixture
 def heads(monkeypatch):
     """The recorded compressors have other heads than the released ones."""
-    monkeypatch.setattr(llava_uhd, "HEADS", recorded("llava-uhd-2024-03")[1])
-    state, spatial, _ = recorded("llava-uhd")
-    monkeypatch.setattr(llava_uhd, "HEAD_WIDTH", state["query"].shape[1] // spatial)
+    monkeypatch.setattr(llava_uhd, "HEADS", recorded(KINDS["llava-uhd-2024-03"])[1]["num_heads"])
+    state, info, _ = recorded(KINDS["llava-uhd"])
+    monkeypatch.setattr(llava_uhd, "HEAD_WIDTH", state["query"].shape[1] // info["num_heads"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -81,11 +66,7 @@ def test_views_equal_their_parts(kind, inside, heads, tmp_path):
     """Every view through CLIP with interpolated positions, then through the compressor at its own grid."""
     model = folder_of(kind, tmp_path, inside=inside)
     encoder = uhd.pretrained.load(tmp_path)
-    state, num_heads, _ = recorded(kind)
-    if kind == "llava-uhd":
-        compressor = SpatialResampler.from_state_dict(state, num_heads=num_heads)
-    else:
-        compressor = PerceiverResampler.from_state_dict(state, variant="paper", num_heads=num_heads)
+    compressor = released(KINDS[kind])
     batch = encoder.prepare([picture(*size) for size in SIZES[:6]])
     theirs = []
     with torch.no_grad():
@@ -102,9 +83,9 @@ def test_views_equal_their_parts(kind, inside, heads, tmp_path):
 def test_the_recorded_compressor_comes_out_of_a_folder(kind, heads, tmp_path):
     folder_of(kind, tmp_path)
     module = uhd.pretrained.load(tmp_path).compressor
-    x, grid, y = recorded(kind)[2]
     with torch.no_grad():
-        torch.testing.assert_close(module(x, [grid] * len(y)), y, atol=1e-5, rtol=0)
+        for x, grids, y in cases(KINDS[kind]):
+            torch.testing.assert_close(module(x, grids), y, atol=1e-5, rtol=0)
 
 
 def test_what_a_release_says_of_itself(heads, tmp_path):

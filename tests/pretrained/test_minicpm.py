@@ -1,9 +1,7 @@
 """MiniCPM-V 2.0, 2.5 and 2.6: folders with the released names, against timm, SigLIP and recorded resamplers."""
 
 import json
-from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -13,21 +11,19 @@ from safetensors.torch import save_file
 import uhd
 from tests.pretrained.released import SIZES
 from tests.pretrained.test_transformers import assert_equal_files
+from tests.resampler.parts import cases, recorded
 from tests.tiny import picture
 from uhd.pretrained import minicpm
 from uhd.vision import bucket_position_ids, patchify, unpatchify
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "resampler.npz"
 TAGS = {"2.0": "minicpmv20_g8", "2.5": "minicpmv26_q16", "2.6": "minicpmv26_q16"}
 VISION_WIDTH = 24  # of the recorded resamplers
 
 
 def resampler_state(version):
     """A recorded resampler's weights, and its heads."""
-    with np.load(GOLDEN) as file:
-        prefix = f"{TAGS[version]}/w/"
-        state = {name.removeprefix(prefix): torch.tensor(file[name]) for name in file.files if name.startswith(prefix)}
-        return state, json.loads(str(file["info_json"]))[TAGS[version]]["num_heads"]
+    state, info, _ = recorded(TAGS[version])
+    return state, info["num_heads"]
 
 
 @timm.models.register_model
@@ -127,17 +123,9 @@ def test_views_equal_their_parts(version, heads, tmp_path):
 def test_the_recorded_resampler_comes_out_of_a_folder(version, heads, tmp_path):
     folder_of(version, tmp_path)
     module = uhd.pretrained.load(tmp_path).compressor
-    with np.load(GOLDEN) as file:
-        tag = TAGS[version]
-        if version == "2.0":
-            x, y, grids = torch.tensor(file[f"{tag}/x_19x29"]), torch.tensor(file[f"{tag}/y_19x29"]), [(19, 29)]
-            packed = x.flatten(0, 1)
-        else:
-            grids = [(int(h), int(w)) for h, w in file[f"{tag}/tgt_sizes"]]
-            rows = [x[: h * w] for x, (h, w) in zip(file[f"{tag}/x"], grids, strict=True)]
-            packed, y = torch.tensor(np.concatenate(rows)), torch.tensor(file[f"{tag}/y"])
     with torch.no_grad():
-        torch.testing.assert_close(module(packed, grids), y, atol=1e-5, rtol=0)
+        for x, grids, y in cases(TAGS[version]):
+            torch.testing.assert_close(module(x, grids), y, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("version", TAGS)

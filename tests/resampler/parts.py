@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from tests.tiny import stirred
 from uhd.resampler import (
     MergeProjector,
     MLPProjector,
@@ -24,9 +27,17 @@ from uhd.resampler import (
     SpatialResampler,
 )
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "resampler.npz"
+GOLDEN = Path(__file__).parent.parent / "golden"
 TAGS = {"march2024_perceiver_g8": "paper", "minicpmv20_g8": "minicpm-v-2.0", "minicpmv26_q16": "minicpm-v-2.6"}
 """Recorded perceivers, and their variants."""
+
+RELEASED = {
+    **{tag: partial(PerceiverResampler.from_state_dict, variant=variant) for tag, variant in TAGS.items()},
+    **dict.fromkeys(("v1_spatial_g4", "v1_spatial_g12", "v1_spatial_g8_nokvproj"), SpatialResampler.from_state_dict),
+    "better_q16": RewriteResampler.from_state_dict,
+    "v2_hiwin_g4": PyramidResampler.from_state_dict,
+}
+"""How recorded weights become a module."""
 
 GRIDS = [(3, 5), (4, 2), (1, 7), (3, 5), (6, 6)]
 SIZES = {"width": 24, "vision_width": 10, "num_heads": 3, "num_latents": 9}
@@ -74,11 +85,8 @@ def randomised(what, *, dtype=torch.float64, seed=0):
     """A compressor by name or config, gates, biases and LayerNorms moved off their special values too."""
     torch.manual_seed(seed)
     config = LATENTS.get(what) if isinstance(what, str) else what
-    module = (PROJECTORS[what]() if config is None else MODULES[type(config)](config)).to(dtype)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return module
+    module = PROJECTORS[what]() if config is None else MODULES[type(config)](config)
+    return stirred(module.to(dtype), 0.3).train()
 
 
 def grids_for(name, grids=GRIDS):
@@ -98,21 +106,33 @@ def per_view(features, grids):
     return zip(features.split([h * w for h, w in grids]), grids, strict=True)
 
 
-def golden(tag):
-    """The tag's weights, number of heads, and cases: (packed features, grids, output)."""
-    with np.load(GOLDEN) as file:
-        data = {name: file[name] for name in file.files if name.startswith(tag)}
-        heads = json.loads(str(file["info_json"]))[tag]["num_heads"]
-    state = {name.split("/w/")[1]: torch.tensor(x) for name, x in data.items() if "/w/" in name}
-    cases = []
+@functools.cache
+def recorded(tag):
+    """What a release's code gave: its weights, its settings, and the arrays of the tag by name."""
+    for name in ("resampler.npz", "resampler_family.npz"):
+        with np.load(GOLDEN / name) as file:
+            if tag in (info := json.loads(str(file["info_json"]))):
+                data = {key.split("/", 1)[1]: file[key] for key in file.files if key.startswith(f"{tag}/")}
+                return {key[2:]: torch.tensor(x) for key, x in data.items() if key.startswith("w/")}, info[tag], data
+    raise ValueError(f"nothing is recorded of {tag}")
+
+
+def cases(tag):
+    """What was recorded, as (packed features, grids, output)."""
+    data, found = recorded(tag)[2], []
     for name, x in data.items():
-        if match := re.fullmatch(rf"{tag}/x_(\d+)x(\d+)", name):
-            cases.append(
-                (x.reshape(-1, x.shape[-1]), [(int(match[1]), int(match[2]))] * len(x), f"y_{name.split('_')[-1]}")
-            )
+        if match := re.fullmatch(r"x_(\d+)x(\d+)", name):
+            grids = [(int(match[1]), int(match[2]))] * len(x)
+            found.append((x.reshape(-1, x.shape[-1]), grids, data[name.replace("x_", "y_", 1)]))
     for x, sizes, y in (("x", "tgt_sizes", "y"), ("x_grow", "tgt_grow", "y_grow")):
-        if f"{tag}/{x}" in data:
-            grids = [(int(h), int(w)) for h, w in data[f"{tag}/{sizes}"]]
-            rows = [row[: h * w] for row, (h, w) in zip(data[f"{tag}/{x}"], grids, strict=True)]
-            cases.append((np.concatenate(rows), grids, y))
-    return state, heads, [(torch.tensor(x), grids, torch.tensor(data[f"{tag}/{y}"])) for x, grids, y in cases]
+        if x in data:
+            grids = [(int(h), int(w)) for h, w in data[sizes]]
+            rows = [row[: h * w] for row, (h, w) in zip(data[x], grids, strict=True)]
+            found.append((np.concatenate(rows), grids, data[y]))
+    return [(torch.tensor(x), grids, torch.tensor(y)) for x, grids, y in found]
+
+
+def released(tag):
+    """The module of recorded weights."""
+    state, info, _ = recorded(tag)
+    return RELEASED[tag](state, num_heads=info["num_heads"])

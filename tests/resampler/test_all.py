@@ -1,4 +1,4 @@
-"""What holds for every compressor, whatever it does with the features."""
+"""What holds for every compressor, whatever it does with the features, and outputs that were recorded."""
 
 from __future__ import annotations
 
@@ -10,9 +10,42 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.resampler.parts import ALL, LATENTS, MODULES, features_for, grids_for, per_view, randomised
+from tests.resampler.parts import (
+    ALL,
+    LATENTS,
+    MODULES,
+    RELEASED,
+    cases,
+    features_for,
+    grids_for,
+    per_view,
+    randomised,
+    recorded,
+    released,
+)
 
 every_part = pytest.mark.parametrize("name", ALL)
+
+
+@pytest.mark.parametrize("tag", [tag for tag in RELEASED if tag != "v2_hiwin_g4"])  # whose features are of levels
+def test_equals_the_release(tag):
+    module = released(tag)
+    tall = {h > w for _, grids, _ in cases(tag) for h, w in grids if h != w}
+    assert tall == {True, False} or tag == "v1_spatial_g12"  # of which only tall maps are kept
+    with torch.no_grad():
+        for x, grids, y in cases(tag):
+            torch.testing.assert_close(module(x, grids), y, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("tag", RELEASED)
+def test_state_dict_round_trip(tag):
+    state, module = recorded(tag)[0], released(tag)
+    saved = module.state_dict()
+    assert len(saved) == len(state) - (5 if tag == "v2_hiwin_g4" else 0)  # its dead `query`, `kv_proj` and level 8
+    assert all(torch.equal(saved[name], state[name]) for name in saved)
+    with torch.no_grad():
+        next(module.parameters()).zero_()
+    assert all(tensor.any() for tensor in state.values()), "the module must own its weights"
 
 
 def by_view(module, features, grids):

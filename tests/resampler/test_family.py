@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import re
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from tests.resampler.parts import GRIDS, LATENTS, SIZES, features_for, randomised
+from tests.resampler.parts import GRIDS, LATENTS, SIZES, cases, features_for, randomised, recorded, released
 from uhd.resampler import (
     PyramidConfig,
     PyramidResampler,
@@ -24,54 +19,25 @@ from uhd.resampler import (
 from uhd.resampler.pyramid import upsampled
 from uhd.resampler.windows import pool_hw
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "resampler_family.npz"
-
-
-def golden(tag):
-    with np.load(GOLDEN) as file:
-        data = {name.split("/", 1)[1]: file[name] for name in file.files if name.startswith(f"{tag}/")}
-        info = json.loads(str(file["info_json"]))[tag]
-    return {name[2:]: torch.tensor(x) for name, x in data.items() if name.startswith("w/")}, info, data
-
-
 # --- recorded outputs
 
 
 @pytest.mark.parametrize("tag", ["v1_spatial_g4", "v1_spatial_g12", "v1_spatial_g8_nokvproj"])
-def test_spatial_equals_the_release(tag):
-    state, info, data = golden(tag)
-    module = SpatialResampler.from_state_dict(state, num_heads=info["num_heads"])
-    assert module.tokens_per_view == info["grid_size"] ** 2
-    tried = []
-    for name, x in data.items():
-        if match := re.fullmatch(r"x_(\d+)x(\d+)", name):
-            grid = (int(match[1]), int(match[2]))
-            y = torch.tensor(data[name.replace("x_", "y_", 1)])
-            packed, grids = torch.tensor(x).flatten(0, 1), [grid] * len(x)
-            assert list(pool_hw(grid)) == data[name.replace("x_", "pool_", 1)].tolist()
-            with torch.no_grad():
-                torch.testing.assert_close(module(packed, grids), y, atol=1e-5, rtol=0)
-                corrected = SpatialResampler.from_state_dict(state, num_heads=info["num_heads"], aligned=True)
-                assert (corrected(packed, grids) - y).abs().max() > 1e-3
-            tried.append(grid)
+def test_spatial_pools_as_the_release_and_can_be_corrected(tag):
+    state, info, data = recorded(tag)
+    assert released(tag).tokens_per_view == info["grid_size"] ** 2
+    corrected = SpatialResampler.from_state_dict(state, num_heads=info["num_heads"], aligned=True)
+    tried = [grids[0] for _, grids, _ in cases(tag)]
     assert (7, 5) in tried, "the map that is thinner than its windows"
     assert len(tried) > 1
-
-
-def test_rewrite_equals_its_source():
-    state, info, data = golden("better_q16")
-    module = RewriteResampler.from_state_dict(state, num_heads=info["num_heads"])
-    grids = [(int(h), int(w)) for h, w in data["tgt_sizes"]]
-    assert any(h > w for h, w in grids)
-    assert any(h < w for h, w in grids)
-    packed = np.concatenate([x[: h * w] for x, (h, w) in zip(data["x"], grids, strict=True)])
-    with torch.no_grad():
-        torch.testing.assert_close(module(torch.tensor(packed), grids), torch.tensor(data["y"]), atol=1e-5, rtol=0)
+    for x, grids, y in cases(tag):
+        assert list(pool_hw(grids[0])) == data["pool_{}x{}".format(*grids[0])].tolist()
+        with torch.no_grad():
+            assert (corrected(x, grids) - y).abs().max() > 1e-3
 
 
 def test_pyramid_equals_the_release():
-    state, info, data = golden("v2_hiwin_g4")
-    module = PyramidResampler.from_state_dict(state, num_heads=info["num_heads"])
+    module, data = released("v2_hiwin_g4"), recorded("v2_hiwin_g4")[2]
     grids = [(int(h), int(w)) for h, w in data["tgt_sizes"]]
     assert grids == [(6, 8), (8, 6)]
     levels = []
@@ -83,30 +49,9 @@ def test_pyramid_equals_the_release():
         torch.testing.assert_close(module(levels, grids), torch.tensor(data["y"]), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "tag, cls, dropped",
-    [
-        ("v1_spatial_g4", SpatialResampler, 0),
-        ("v1_spatial_g8_nokvproj", SpatialResampler, 0),
-        ("better_q16", RewriteResampler, 0),
-        ("v2_hiwin_g4", PyramidResampler, 5),  # the release's dead `query`, `kv_proj` and level 8
-    ],
-)
-def test_state_dict_round_trip(tag, cls, dropped):
-    state, info, _ = golden(tag)
-    module = cls.from_state_dict(state, num_heads=info["num_heads"])
-    saved = module.state_dict()
-    assert len(saved) == len(state) - dropped
-    assert all(torch.equal(saved[name], state[name]) for name in saved)
-    first = next(module.parameters())
-    with torch.no_grad():
-        first.zero_()
-    assert all(tensor.any() for tensor in state.values()), "the module must own its weights"
-
-
 @pytest.mark.parametrize("tag, cls", [("v1_spatial_g4", SpatialResampler), ("better_q16", RewriteResampler)])
 def test_bad_weights_are_listed(tag, cls):
-    state, _, _ = golden(tag)
+    state, _, _ = recorded(tag)
     fewer = {name: x for name, x in state.items() if name != "ln_kv.bias"}
     with pytest.raises(ValueError, match=r"missing \['ln_kv.bias'\], unexpected \['resampler.proj'\]"):
         cls.from_state_dict({**fewer, "resampler.proj": state["query"]}, num_heads=4)

@@ -16,6 +16,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from benchmarks.flop_counter import count_flops
+from tests.resampler import parts
+from tests.tiny import stirred
 from uhd.resampler import PerceiverConfig, PerceiverResampler, folded, sincos_2d
 
 VARIANTS = ("paper", "minicpm-v-2.0", "minicpm-v-2.6")
@@ -27,17 +29,12 @@ def made(variant="paper", *, vision_width=10, dtype=torch.float32, **sizes):
     """In eval mode, with no parameter at a special value."""
     torch.manual_seed(0)
     sizes = {"width": 24, "num_heads": 3, "num_latents": 9, **sizes}
-    module = PerceiverResampler(PerceiverConfig.preset(variant, vision_width=vision_width, **sizes)).to(dtype)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return module.eval()
+    config = PerceiverConfig.preset(variant, vision_width=vision_width, **sizes)
+    return stirred(PerceiverResampler(config).to(dtype))
 
 
 def features_for(module, grids=GRIDS, *, seed=1):
-    rows = sum(h * w for h, w in grids)
-    x = torch.randn(rows, module.in_dim, generator=torch.Generator().manual_seed(seed))
-    return x.to(module.query.dtype)
+    return parts.features_for(module, grids, seed=seed)
 
 
 @torch.no_grad()

@@ -7,19 +7,15 @@ once more in a process of its own, where "triton" is one of the implementations.
 from __future__ import annotations
 
 import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from uhd_kernels import calls
 
-from tests.resampler.parts import TAGS, golden
+from tests.resampler.parts import TAGS, cases, released
+from tests.scripts import interpreted
 from uhd.resampler import PerceiverConfig, PerceiverResampler
 
-ROOT = Path(__file__).parents[2]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     from uhd_kernels.cross_attention import interpreter_problem
@@ -60,10 +56,9 @@ def same(got, wanted):
 
 
 def check_golden(tag, impl, rows):
-    state, heads, cases = golden(tag)
-    module = PerceiverResampler.from_state_dict(state, variant=TAGS[tag], num_heads=heads)
+    module = released(tag)
     assert module.config.width // module.attn.num_heads in (4, 8)
-    chosen = [case for case in cases if len(case[0]) in rows]
+    chosen = [case for case in cases(tag) if len(case[0]) in rows]
     assert chosen
     for features, grids, y in chosen:
         got = run(module, features, grids, impl)
@@ -102,24 +97,12 @@ def test_no_views():
         assert module(torch.zeros(0, 24), []).shape == (0, 16, 128)
 
 
-def interpreted(marks):
-    """Run what has "triton" for its parameter where Triton interprets; the number that passed."""
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", __file__, "-k", "triton"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    found = subprocess.run([*command, "-m", marks], env=environment, cwd=ROOT, capture_output=True, text=True)
-    if found.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
-        pytest.skip(re.search(r"SKIPPED .*?: (Triton .*)", found.stdout)[1])
-    assert found.returncode == 0, found.stdout[-6000:] + found.stderr[-2000:]
-    return int(re.search(r"(\d+) passed", found.stdout)[1])
-
-
 @pytest.mark.skipif(INTERPRETED, reason="it starts that process")
 def test_interpreted():
-    assert interpreted("not slow") == len(TAGS) + len(CONFIGS)
+    assert interpreted(__file__, "-k", "triton", "-m", "not slow") == len(TAGS) + len(CONFIGS)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="it starts that process")
 def test_interpreted_large():
-    assert interpreted("slow") == len(TAGS)
+    assert interpreted(__file__, "-k", "triton", "-m", "slow") == len(TAGS)

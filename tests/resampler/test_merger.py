@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.resampler.parts import features_for, randomised
 from uhd.resampler import MergeProjector
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "v4_compressor.npz"
@@ -15,18 +16,11 @@ GRIDS = [(4, 8), (8, 4), (4, 4)]
 
 
 def make(rounds=1):
-    torch.manual_seed(0)
-    projector = MergeProjector(6, 10, rounds=rounds).double()
-    with torch.no_grad():
-        for parameter in projector.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return projector
+    return randomised("merger" if rounds == 1 else "merger, twice")
 
 
 def features(grids=GRIDS):
-    return torch.randn(
-        sum(h * w for h, w in grids), 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
-    )
+    return features_for(make(), grids)
 
 
 def test_equals_transformers():
@@ -43,7 +37,7 @@ def test_equals_transformers():
 
 def test_two_rounds_are_one_after_the_other():
     twice = make(2)
-    first, second = MergeProjector(6, 6).double(), MergeProjector(6, 10).double()
+    first, second = MergeProjector(10, 10).double(), MergeProjector(10, 24).double()
     first.mlp[0].load_state_dict(twice.mlp[0].state_dict())
     second.mlp[0].load_state_dict(twice.mlp[1].state_dict())
     x = features()

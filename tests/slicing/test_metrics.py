@@ -34,280 +34,11 @@ from uhd.slicing.metrics import (
 )
 from uhd.slicing.strategies import STRATEGIES
 
-GOLDEN = json.loads((pathlib.Path(__file__).parent.parent / "golden" / "strategies.json").read_text())
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
+TABLES = json.loads((GOLDEN / "metrics.json").read_text())
+"""Computed elsewhere from the executed references; the file says what its columns are."""
 
-# tokens / D / P % / R % at the sizes below; computed elsewhere from the executed references
-SIZES_HW = ((336, 336), (1008, 672), (1920, 1080), (3000, 4000), (1568, 224))
-TABLE = {
-    "clip_center_crop_336": [
-        "576 / 1.00 / 0 / 100",
-        "576 / 1.00 / 0 / 17",
-        "576 / 1.00 / 0 / 5",
-        "576 / 1.00 / 0 / 1",
-        "576 / 1.00 / 0 / 14",
-    ],
-    "square_stretch_384": [
-        "729 / 1.00 / 0 / 100",
-        "729 / 1.50 / 0 / 22",
-        "729 / 1.78 / 0 / 7",
-        "729 / 1.33 / 0 / 1",
-        "729 / 7.00 / 0 / 24",
-    ],
-    "llava15_pad_336": [
-        "576 / 1.00 / 0 / 100",
-        "576 / 1.00 / 33 / 11",
-        "576 / 1.00 / 44 / 3",
-        "576 / 1.00 / 25 / 1",
-        "576 / 1.00 / 86 / 5",
-    ],
-    "llava_next_anyres_336": [
-        "1176 / 1.00 / 33 / 100",
-        "2160 / 1.00 / 27 / 44",
-        "1968 / 1.00 / 35 / 12",
-        "2340 / 1.00 / 20 / 3",
-        "1368 / 1.00 / 43 / 41",
-    ],
-    "llava_onevision_anyres_max_9": [
-        "1485 / 1.00 / 0 / 100",
-        "5184 / 1.00 / 0 / 100",
-        "7317 / 1.00 / 6 / 100",
-        "7309 / 1.00 / 10 / 33",
-        "3429 / 1.00 / 24 / 100",
-    ],
-    "granite4_vision_anyres_384": [
-        "300 / 1.00 / 0 / 100",
-        "1044 / 1.00 / 0 / 100",
-        "1194 / 1.00 / 10 / 51",
-        "1180 / 1.00 / 22 / 8",
-        "684 / 1.00 / 24 / 100",
-    ],
-    "openai_high_detail": [
-        "255 / 1.00 / 57 / 100",
-        "765 / 1.00 / 35 / 100",
-        "1105 / 1.00 / 33 / 51",
-        "765 / 1.00 / 25 / 7",
-        "765 / 1.00 / 67 / 100",
-    ],
-    "internvl_dynamic_448_max12": [
-        "258 / 1.00 / 0 / 100",
-        "1794 / 1.00 / 0 / 100",
-        "2306 / 1.12 / 0 / 77",
-        "3330 / 1.00 / 0 / 20",
-        "2050 / 1.00 / 0 / 100",
-    ],
-    "cohere2_vision_512_max12": [
-        "259 / 1.00 / 0 / 100",
-        "1287 / 1.50 / 0 / 100",
-        "3343 / 1.33 / 0 / 100",
-        "3343 / 1.00 / 0 / 26",
-        "1287 / 1.75 / 0 / 100",
-    ],
-    "idefics3_364": [
-        "2908 / 1.00 / 0 / 100",
-        "2224 / 1.12 / 0 / 100",
-        "2224 / 1.33 / 0 / 76",
-        "2224 / 1.00 / 0 / 13",
-        "856 / 1.75 / 0 / 93",
-    ],
-    "idefics2_split": [
-        "320 / 1.00 / 0 / 100",
-        "320 / 1.12 / 0 / 100",
-        "320 / 1.00 / 0 / 100",
-        "320 / 1.00 / 0 / 24",
-        "320 / 3.38 / 0 / 100",
-    ],
-    "monkey_896": [
-        "1280 / 1.00 / 0 / 100",
-        "1280 / 1.50 / 0 / 89",
-        "1280 / 1.78 / 0 / 39",
-        "1280 / 1.33 / 0 / 7",
-        "1280 / 7.00 / 0 / 57",
-    ],
-    "docowl15_grid9_448": [
-        "514 / 1.00 / 0 / 100",
-        "1799 / 1.00 / 0 / 100",
-        "2313 / 1.12 / 0 / 77",
-        "1799 / 1.12 / 0 / 10",
-        "2056 / 1.00 / 0 / 100",
-    ],
-    "llama4_336_max16": [
-        "147 / 1.00 / 0 / 100",
-        "1017 / 1.00 / 0 / 100",
-        "2322 / 1.00 / 6 / 77",
-        "1887 / 1.00 / 0 / 11",
-        "872 / 1.00 / 31 / 100",
-    ],
-    "mllama_560_max4": [
-        "1601 / 1.00 / 0 / 100",
-        "6404 / 1.00 / 46 / 100",
-        "6404 / 1.00 / 44 / 34",
-        "6404 / 1.00 / 25 / 8",
-        "4803 / 1.00 / 63 / 100",
-    ],
-    "phi4_multimodal_448_hd36": [
-        "545 / 1.00 / 0 / 100",
-        "1857 / 1.00 / 0 / 100",
-        "3953 / 1.00 / 6 / 100",
-        "3393 / 1.00 / 0 / 20",
-        "977 / 1.00 / 43 / 100",
-    ],
-    "deepseek_vl2_384": [
-        "421 / 1.00 / 0 / 100",
-        "1429 / 1.00 / 5 / 100",
-        "1835 / 1.00 / 15 / 51",
-        "2017 / 1.00 / 25 / 8",
-        "1261 / 1.00 / 38 / 100",
-    ],
-    "unlimited_ocr": [
-        "273 / 1.00 / 0 / 100",
-        "903 / 1.00 / 10 / 100",
-        "3143 / 1.02 / 4 / 100",
-        "1503 / 1.00 / 4 / 41",
-        "1043 / 1.00 / 23 / 100",
-    ],
-    "ovis2_original_448_max9": [
-        "259 / 1.00 / 0 / 100",
-        "1800 / 1.00 / 5 / 100",
-        "2314 / 1.00 / 15 / 69",
-        "2571 / 1.00 / 25 / 11",
-        "1286 / 1.00 / 51 / 100",
-    ],
-    "ovis2_448_max9_covering": [
-        "259 / 1.00 / 0 / 100",
-        "1800 / 2.25 / 0 / 89",
-        "2314 / 3.56 / 0 / 47",
-        "2571 / 1.33 / 0 / 15",
-        "1286 / 28.00 / 0 / 29",
-    ],
-    "lfm2_vl_512": [
-        "102 / 1.00 / 0 / 91",
-        "1792 / 1.00 / 0 / 100",
-        "2311 / 1.12 / 0 / 95",
-        "1779 / 1.12 / 0 / 13",
-        "254 / 1.00 / 0 / 73",
-    ],
-    "molmo2_378_max8": [
-        "424 / 1.00 / 0 / 100",
-        "1222 / 1.22 / 0 / 96",
-        "1222 / 1.03 / 0 / 37",
-        "996 / 1.06 / 0 / 5",
-        "1129 / 1.55 / 0 / 100",
-    ],
-    "aria_980": [
-        "256 / 1.00 / 0 / 100",
-        "256 / 1.00 / 33 / 94",
-        "256 / 1.00 / 44 / 26",
-        "256 / 1.00 / 25 / 6",
-        "256 / 2.40 / 66 / 62",
-    ],
-    "aria_original_490_split": [
-        "640 / 1.00 / 0 / 100",
-        "896 / 1.00 / 4 / 100",
-        "1152 / 1.12 / 3 / 91",
-        "896 / 1.12 / 4 / 12",
-        "1024 / 1.00 / 4 / 100",
-    ],
-    "gemma3_896_pas": [
-        "258 / 1.00 / 0 / 100",
-        "774 / 1.33 / 0 / 100",
-        "774 / 1.12 / 0 / 77",
-        "774 / 1.50 / 0 / 13",
-        "258 / 7.00 / 0 / 57",
-    ],
-    "step3p7_728_504": [
-        "171 / 1.00 / 0 / 100",
-        "504 / 1.50 / 0 / 100",
-        "838 / 1.12 / 0 / 93",
-        "2665 / 1.11 / 0 / 64",
-        "758 / 1.00 / 0 / 100",
-    ],
-    "perception_lm_448_max36": [
-        "9472 / 1.00 / 0 / 100",
-        "9216 / 1.07 / 0 / 100",
-        "8448 / 1.12 / 0 / 100",
-        "3328 / 1.00 / 0 / 20",
-        "7424 / 1.00 / 0 / 100",
-    ],
-    "qwen2_5_vl_ckpt": [
-        "146 / 1.00 / 0 / 100",
-        "866 / 1.00 / 0 / 100",
-        "2693 / 1.00 / 0 / 100",
-        "15303 / 1.00 / 0 / 100",
-        "450 / 1.00 / 0 / 100",
-    ],
-    "siglip2_naflex_256": [
-        "256 / 1.00 / 0 / 58",
-        "247 / 1.03 / 4 / 9",
-        "252 / 1.02 / 2 / 3",
-        "252 / 1.04 / 2 / 1",
-        "252 / 1.00 / 2 / 18",
-    ],
-    "pixtral_1024_p16": [
-        "462 / 1.00 / 0 / 100",
-        "2709 / 1.00 / 0 / 100",
-        "2368 / 1.00 / 0 / 28",
-        "3120 / 1.00 / 0 / 7",
-        "704 / 1.09 / 0 / 47",
-    ],
-    "fuyu_1080x1920": [
-        "156 / 1.00 / 13 / 100",
-        "816 / 1.00 / 4 / 100",
-        "792 / 1.00 / 4 / 32",
-        "1764 / 1.00 / 0 / 13",
-        "252 / 1.00 / 14 / 47",
-    ],
-    "gemma4_1120": [
-        "1091 / 1.00 / 0 / 100",
-        "1082 / 1.01 / 0 / 100",
-        "1102 / 1.01 / 0 / 100",
-        "1066 / 1.02 / 0 / 20",
-        "1058 / 1.05 / 0 / 100",
-    ],
-    "kimi_k25": [
-        "144 / 1.00 / 0 / 100",
-        "864 / 1.00 / 0 / 100",
-        "2691 / 1.00 / 2 / 100",
-        "4200 / 1.00 / 2 / 27",
-        "448 / 1.00 / 0 / 100",
-    ],
-}
-# D median, D 95th percentile, mean P %, mean R % over the golden sizes of at least 64 px a side and an aspect up to 8
-AGGREGATE = {
-    "clip_center_crop_336": (1.00, 1.00, 0, 20),
-    "square_stretch_384": (1.79, 6.14, 0, 28),
-    "llava15_pad_336": (1.00, 1.00, 43, 18),
-    "llava_next_anyres_336": (1.00, 1.00, 20, 42),
-    "llava_onevision_anyres_max_9": (1.00, 1.00, 12, 88),
-    "granite4_vision_anyres_384": (1.00, 1.00, 13, 70),
-    "openai_high_detail": (1.00, 1.00, 44, 67),
-    "internvl_dynamic_448_max12": (1.00, 1.13, 0, 77),
-    "cohere2_vision_512_max12": (1.18, 2.20, 0, 88),
-    "idefics3_364": (1.14, 1.67, 0, 72),
-    "idefics2_split": (1.00, 3.69, 0, 82),
-    "monkey_896": (1.79, 6.14, 0, 57),
-    "docowl15_grid9_448": (1.04, 1.20, 0, 71),
-    "llama4_336_max16": (1.00, 1.00, 24, 75),
-    "mllama_560_max4": (1.00, 1.00, 33, 64),
-    "phi4_multimodal_448_hd36": (1.00, 1.00, 15, 96),
-    "deepseek_vl2_384": (1.00, 1.00, 20, 68),
-    "unlimited_ocr": (1.00, 1.06, 15, 95),
-    "ovis2_original_448_max9": (1.00, 1.00, 23, 74),
-    "ovis2_448_max9_covering": (3.25, 30.01, 0, 56),
-    "lfm2_vl_512": (1.01, 1.20, 0, 74),
-    "molmo2_378_max8": (1.13, 1.82, 0, 59),
-    "aria_980": (1.00, 2.10, 40, 53),
-    "aria_original_490_split": (1.04, 1.20, 4, 73),
-    "gemma3_896_pas": (1.20, 5.31, 0, 76),
-    "step3p7_728_504": (1.09, 1.35, 0, 95),
-    "perception_lm_448_max36": (1.06, 1.31, 0, 96),
-    "qwen2_5_vl_ckpt": (1.00, 1.06, 0, 99),
-    "siglip2_naflex_256": (1.02, 1.08, 3, 18),
-    "pixtral_1024_p16": (1.01, 1.06, 0, 53),
-    "fuyu_1080x1920": (1.00, 1.00, 4, 66),
-    "gemma4_1120": (1.01, 1.06, 0, 86),
-    "kimi_k25": (1.00, 1.00, 3, 90),
-}
-# where the table's definition is another one, and which columns it concerns
+# where the tables' definition is another one, and which columns it concerns
 OTHER_TOKENS = {  # the table adds start and end tokens, tile markers or row breaks that are text
     "internvl_dynamic_448_max12",
     "cohere2_vision_512_max12",
@@ -337,14 +68,17 @@ OTHER_KEPT = {
     "idefics3_364",  # the table forgets the first of two resizes, to a longer side of 1456 px
 }
 
-
-SIZES = [(h, w) for w, h in GOLDEN["sizes_wh"] if min(w, h) >= 64 and max(w, h) <= 8 * min(w, h)]
+SIZES = [
+    (h, w)
+    for w, h in json.loads((GOLDEN / "strategies.json").read_text())["sizes_wh"]
+    if min(w, h) >= 64 and max(w, h) <= 8 * min(w, h)
+]
 everyday = st.tuples(st.integers(30, 2500), st.integers(30, 2500))
 
 
-@pytest.mark.parametrize("name", sorted(TABLE))
+@pytest.mark.parametrize("name", sorted(TABLES["at_five_sizes"]))
 def test_equals_the_table_at_five_sizes(name):
-    for size, cell in zip(SIZES_HW, TABLE[name], strict=True):
+    for size, cell in zip(TABLES["sizes_hw"], TABLES["at_five_sizes"][name], strict=True):
         found = measure(plan(size, name))
         tokens, distortion, padding, kept = cell.split(" / ")
         if name not in OTHER_TOKENS:
@@ -358,16 +92,16 @@ def test_equals_the_table_at_five_sizes(name):
 
 def test_where_the_table_counts_text_too_the_difference_is_positive_and_small():
     for name in OTHER_TOKENS:
-        for size, cell in zip(SIZES_HW, TABLE[name], strict=True):
+        for size, cell in zip(TABLES["sizes_hw"], TABLES["at_five_sizes"][name], strict=True):
             more = int(cell.split(" / ")[0]) - plan(size, name).num_tokens
             assert 0 < more <= 80, (name, size)
 
 
-@pytest.mark.parametrize("name", sorted(AGGREGATE))
+@pytest.mark.parametrize("name", sorted(TABLES["over_198_sizes"]))
 def test_equals_the_aggregate_over_198_sizes(name):
     assert len(SIZES) == 198
     found = summarize(name, SIZES)
-    median, high, padding, kept = AGGREGATE[name]
+    median, high, padding, kept = TABLES["over_198_sizes"][name]
     if name not in OTHER_DISTORTION:
         assert round(found.distortion_median, 2) == median
         assert round(found.distortion_p95, 2) == high

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 
 import torch
 
+from tests.tiny import stirred
 from uhd.vision import CompressedViT, ViT, ViTConfig, compress_vit
 
 CONFIG = ViTConfig(
@@ -21,14 +22,14 @@ CONFIG = ViTConfig(
     position_grid_hw=(8, 8),
     position_prefix=1,
 )
-NO_PREFIX = dataclasses.replace(CONFIG, class_token=False, num_registers=0, position_prefix=0)
+NO_PREFIX = replace(CONFIG, class_token=False, num_registers=0, position_prefix=0)
 GRIDS = [(2, 4), (4, 2), (4, 4), (1, 8), (2, 4), (5, 1)]
 MODELS = {
     "plain": lambda: make(),
-    "plain, normed before": lambda: make(dataclasses.replace(CONFIG, pre_norm=True, activation="swiglu")),
-    "plain, no prefix": lambda: make(NO_PREFIX),
+    "plain, normed before": lambda: make(replace(CONFIG, pre_norm=True, activation="swiglu")),
+    "plain, no prefix": lambda: make(replace(NO_PREFIX, activation="quick_gelu")),
     "window": lambda: compressed(),
-    "window, twice, no prefix": lambda: compressed((1, 3), config=NO_PREFIX),
+    "window, twice, no prefix": lambda: compressed((1, 3), config=replace(NO_PREFIX, activation="gelu_tanh")),
     "average": lambda: compressed(compressor="average"),
     "adaptive, twice": lambda: compressed((1, 4), "adaptive"),
 }
@@ -38,19 +39,13 @@ DIVISORS = {"window": 2, "average": 2, "window, twice, no prefix": 4, "adaptive,
 
 def make(config: ViTConfig = CONFIG, **kwargs) -> ViT:
     torch.manual_seed(0)
-    vit = ViT(config, **kwargs)
-    with torch.no_grad():
-        for parameter in vit.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return vit.eval()
+    return stirred(ViT(config, **kwargs), 0.3)
 
 
 def compressed(after=2, compressor="window", config: ViTConfig = CONFIG) -> CompressedViT:
     """Its compressors are moved off their special values too."""
     vit = compress_vit(make(config), after, compressor=compressor)
-    with torch.no_grad():
-        for parameter in vit.compressors.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
+    stirred(vit.compressors, 0.3)
     return vit
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.tiny import stirred
 from uhd.torch_private import packed_products
 from uhd.vision import CompressedViT, CompressedViTConfig, ViT, ViTConfig
 from uhd.vision import compiled as compiled_module
@@ -36,11 +37,13 @@ ACTIVATIONS = ["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
 
 def make(dtype: torch.dtype = torch.float32, **changes) -> ViT:
     torch.manual_seed(0)
-    vit = ViT(dataclasses.replace(CONFIG, **changes))
-    with torch.no_grad():
-        for parameter in vit.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return vit.eval().requires_grad_(False).to(dtype)
+    return stirred(ViT(dataclasses.replace(CONFIG, **changes))).requires_grad_(False).to(dtype)
+
+
+def make_compressed(dtype: torch.dtype = torch.float32) -> CompressedViT:
+    torch.manual_seed(0)
+    fields = {f.name: getattr(CONFIG, f.name) for f in dataclasses.fields(CONFIG)}
+    return CompressedViT(CompressedViTConfig(**fields, compress_after=(1,))).eval().requires_grad_(False).to(dtype)
 
 
 def patches(dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -179,10 +182,7 @@ def test_packed_weights_are_never_stale(change: str, monkeypatch: pytest.MonkeyP
 
 def test_a_watched_compressor_runs_as_it_is_between_compiled_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_tile": False})
-    torch.manual_seed(0)
-    fields = {f.name: getattr(CONFIG, f.name) for f in dataclasses.fields(CONFIG)}
-    vit = CompressedViT(CompressedViTConfig(**fields, compress_after=(1,))).eval().requires_grad_(False)
-    vit = vit.to(torch.bfloat16)
+    vit = make_compressed(torch.bfloat16)
     grids, x = [(2, 4), (4, 2)], torch.randn(16, CONFIG.patch_dim, dtype=torch.bfloat16)
     wanted, seen = vit(x, grids), []
     vit.compile_blocks("none")
@@ -192,9 +192,7 @@ def test_a_watched_compressor_runs_as_it_is_between_compiled_blocks(monkeypatch:
 
 
 def test_the_compressors_inside_a_vit_keep_their_dtype() -> None:
-    torch.manual_seed(0)
-    fields = {f.name: getattr(CONFIG, f.name) for f in dataclasses.fields(CONFIG)}
-    vit = CompressedViT(CompressedViTConfig(**fields, compress_after=(1,))).eval().requires_grad_(False)
+    vit = make_compressed()
     grids, x = [(2, 4), (4, 2), (4, 6)], torch.randn(40, CONFIG.patch_dim)
     wanted = vit(x, grids)
     half = copy.deepcopy(vit).to(torch.bfloat16)
@@ -233,12 +231,9 @@ def test_the_modules_run_where_they_must(why: str, monkeypatch: pytest.MonkeyPat
 def test_gradients_of_what_runs_between_the_blocks(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if how == "packed":
         pretend_unit(monkeypatch)
-    torch.manual_seed(0)
-    fields = {f.name: getattr(CONFIG, f.name) for f in dataclasses.fields(CONFIG)}
-    vit = CompressedViT(CompressedViTConfig(**fields, compress_after=(1,))).eval().requires_grad_(False)
-    vit.compressors.requires_grad_(True)
     dtype = torch.bfloat16 if how == "packed" else torch.float32
-    vit, x = vit.to(dtype), torch.randn(40, CONFIG.patch_dim, dtype=dtype)
+    vit, x = make_compressed(dtype), torch.randn(40, CONFIG.patch_dim, dtype=dtype)
+    vit.compressors.requires_grad_(True)
     weights = torch.randn(10, CONFIG.width)
 
     def gradients() -> list[torch.Tensor]:
