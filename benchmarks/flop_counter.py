@@ -7,11 +7,9 @@ convention, but which attention it counts depends on the release: before torch 2
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from traceback import walk_stack
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode  # as torch's notes on extending it import it
@@ -41,29 +39,9 @@ def count_flops(forward: Callable[[], object]) -> int:
         NotImplementedError: An operator that this counter does not know may have multiplied matrices.
     """
     counter = _Counter()
-    with torch.no_grad(), _tables_left_out(counter), counter:
+    with torch.no_grad(), counter:
         forward()
     return counter.total
-
-
-@contextmanager
-def _tables_left_out(counter: _Counter) -> Iterator[None]:
-    """Stop counting inside ``interpolate_pos_embed``, wherever it was imported to."""
-
-    def uncounted(*args: Any, **how: Any) -> torch.Tensor:
-        before = counter.total
-        try:
-            return interpolate_pos_embed(*args, **how)
-        finally:
-            counter.total = before
-
-    name = interpolate_pos_embed.__name__
-    others = [module for module in list(sys.modules.values()) if getattr(module, "__dict__", None) is not globals()]
-    users = [module for module in others if getattr(module, "__dict__", {}).get(name) is interpolate_pos_embed]
-    with ExitStack() as stack:
-        for module in users:
-            stack.enter_context(patch.object(module, name, uncounted))
-        yield
 
 
 class _Counter(TorchDispatchMode):
@@ -73,7 +51,9 @@ class _Counter(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.total += _flops(str(func), args, out)
+        count = _flops(str(func), args, out)
+        if count and not any(frame.f_code is interpolate_pos_embed.__code__ for frame, _ in walk_stack(None)):
+            self.total += count
         return out
 
 

@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from uhd_kernels.op import attention_op
 
 from benchmarks.flop_counter import count_flops
+from uhd.positions import interpolate_pos_embed
 
 
 def ones(*shape, **keywords):
@@ -61,6 +62,11 @@ def test_a_layer_of_torch(weights):
     layer, queries, keys = nn.MultiheadAttention(8, 2, batch_first=True).eval(), ones(3, 5, 8), ones(3, 9, 8)
     wanted = 2 * 3 * 8 * 8 * (5 + 9 + 9 + 5) + 4 * 3 * 5 * 9 * 8
     assert count_flops(lambda: layer(queries, keys, keys, need_weights=weights)) == wanted
+
+
+def test_resizing_of_position_tables_is_left_out():
+    table, x = ones(4, 3), ones(6, 3)
+    assert count_flops(lambda: F.linear(x + interpolate_pos_embed(table, (2, 2), (2, 3)), ones(5, 3))) == 2 * 6 * 3 * 5
 
 
 def test_our_own_operator():
