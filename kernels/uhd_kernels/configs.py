@@ -1,7 +1,7 @@
 """Which tiles, warps and stages each kernel gets: a fixed table, so that nothing is timed at the first call.
 
-Made by compiling ahead of time (`python -m uhd_kernels.resources`) with Triton 3.8 and 3.9: the largest blocks without
-register spills under both. No entry has been chosen by its speed; `benchmarks/tune_kernels.py` times the alternatives
+Made by compiling ahead of time (`python -m uhd_kernels.resources`) with Triton 3.6 to 3.9: the largest blocks without
+register spills under each. No entry has been chosen by its speed; `benchmarks/tune_kernels.py` times the alternatives
 where there is a GPU.
 """
 
@@ -70,15 +70,22 @@ BACKWARD_16 = {
     ("hip", True, False): Config((16, 0), 32, 8, 1),
     ("hip", True, True): Config((16, 0), 32, 8, 1),
 }
-# Triton 3.8 spills with the blocks above; smaller ones cost the matrix units part of their work.
-BACKWARD_16_BEFORE_3_9 = {
-    ("80", True, False): Config((64, 0), 16, 8, 2),
-    ("90", True, False): Config((64, 0), 32, 8, 2),
-}
 # IEEE products in float32 run on the plain units, which hold their operands in registers: small tiles everywhere.
 FORWARD_32 = {"80": Config((64, 0), 32, 8, 1), "90": Config((64, 0), 32, 8, 1)}
 FORWARD_32_ELSEWHERE = Config((32, 32), 16, 8, 1)
 BACKWARD_32 = Config((16, 0), 32, 8, 1)
+
+# Where an older Triton spills with the entries above: the first that does not, and what takes less room until then.
+# Smaller blocks cost the matrix units part of their work, fewer stages hide less of the memory's delay.
+OLDER = {
+    ("forward", 16, "80", True, False): ((3, 7), Config((64, 0), 32, 4, 2)),
+    ("backward", 16, "80", True, False): ((3, 9), Config((64, 0), 16, 8, 2)),
+    ("backward", 16, "90", True, False): ((3, 9), Config((64, 0), 32, 8, 2)),
+    ("forward", 32, "90", True): ((3, 8), Config((32, 32), 16, 8, 1)),
+    ("forward", 32, "100", False): ((3, 9), Config((64, 0), 32, 8, 1)),
+    ("backward", 32, "80", True): ((3, 7), Config((16, 0), 16, 8, 1)),
+    ("backward", 32, "90", False): ((3, 9), Config((16, 0), 16, 8, 1)),
+}
 
 
 def family(arch: int | str) -> str:
@@ -93,17 +100,26 @@ def family(arch: int | str) -> str:
 
 def forward_config(arch: int | str, head_dim: int, dtype: torch.dtype, latents: int) -> Config:
     """Latents past the tiles take another launch, which reads the keys again."""
+    row = family(arch), head_dim > 64
     if dtype.itemsize == 4:
-        return FORWARD_32.get(family(arch), FORWARD_32_ELSEWHERE)
-    return FORWARD_16[family(arch), head_dim > 64, latents > FEW_LATENTS]
+        return _older("forward", 32, *row) or FORWARD_32.get(row[0], FORWARD_32_ELSEWHERE)
+    row = *row, latents > FEW_LATENTS
+    return _older("forward", 16, *row) or FORWARD_16[row]
 
 
 def backward_config(arch: int | str, head_dim: int, dtype: torch.dtype, latents: int) -> Config:
     """Latents past the first tile go round in `backward_many_kernel`, which still reads the keys once."""
+    row = family(arch), head_dim > 64
     if dtype.itemsize == 4:
-        return BACKWARD_32
-    key = (family(arch), head_dim > 64, latents > FEW_LATENTS)
-    return (BACKWARD_16_BEFORE_3_9 if triton_version() < (3, 9) else {}).get(key, BACKWARD_16[key])
+        return _older("backward", 32, *row) or BACKWARD_32
+    row = *row, latents > FEW_LATENTS
+    return _older("backward", 16, *row) or BACKWARD_16[row]
+
+
+def _older(*key: str | int | bool) -> Config | None:
+    """The entry for an older Triton, where the installed one needs it."""
+    first_without, config = OLDER.get(key, ((0, 0), None))
+    return config if triton_version() < first_without else None
 
 
 @functools.cache

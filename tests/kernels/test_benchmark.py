@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from uhd_kernels import configs
 from uhd_kernels.configs import backward_config, forward_config
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
@@ -71,12 +72,30 @@ def test_a_contender_that_cannot_run_is_a_finding(benchmark):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("latents", [64, 144])
-def test_the_tuner_also_tries_what_is_in_the_table(benchmark, latents, dtype):
+@pytest.mark.parametrize("installed", [(3, 6), (3, 9)])
+def test_the_tuner_also_tries_what_is_in_the_table(benchmark, monkeypatch, installed, latents, dtype):
+    monkeypatch.setattr(configs, "triton_version", lambda: installed)
     tuner = load("tune_kernels")
     for arch in (80, 90, 100, "hip"):
         for dim in (64, 128):
             for direction, choose in (("forward", forward_config), ("backward", backward_config)):
                 assert choose(arch, dim, dtype, latents) in tuner.candidates(direction, latents, dtype)
+
+
+def test_older_tritons_get_entries_of_their_own_until_they_need_none(monkeypatch):
+    found = {}
+    for installed in ((3, 6), (3, 8), (3, 9), (4, 0)):
+        monkeypatch.setattr(configs, "triton_version", lambda installed=installed: installed)
+        found[installed] = [
+            forward_config(80, 128, torch.float16, 64),
+            backward_config(90, 128, torch.bfloat16, 64),
+            forward_config(103, 64, torch.float32, 144),
+            backward_config(90, 64, torch.float32, 144),
+            forward_config(90, 64, torch.bfloat16, 64),
+        ]
+    assert found[4, 0] == found[3, 9]
+    changed = {at: [a != b for a, b in zip(found[at], found[3, 9], strict=True)] for at in ((3, 6), (3, 8))}
+    assert changed == {(3, 6): [True, True, True, True, False], (3, 8): [False, True, True, True, False]}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to time")
