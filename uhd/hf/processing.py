@@ -307,7 +307,7 @@ class UHDProcessor(ProcessorMixin):
 
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
         """As in transformers; see the class for templates that take text only."""
-        template = self._template(chat_template)
+        template = _chosen_template(self.chat_template, chat_template)
         batched = not _is_message(conversation[0])
         conversations = list(conversation) if batched else [conversation]
         special = json.dumps(self.tokenizer.special_tokens_map)
@@ -344,17 +344,6 @@ class UHDProcessor(ProcessorMixin):
             text = text.replace(stand_in, token)
         return text
 
-    def _template(self, chat_template: str | None) -> str:
-        """A template's text, given it, its name, or nothing."""
-        own = self.chat_template
-        if chat_template is not None:
-            return own.get(chat_template, chat_template) if isinstance(own, dict) else chat_template
-        template = own.get("default") if isinstance(own, dict) else own
-        if template is None:
-            names = f"; it has those named {', '.join(own)}" if isinstance(own, dict) else ""
-            raise ValueError(f"this processor has no default chat template{names}: pass chat_template")
-        return template
-
     def _as_text(self, message: Any, images: list[Any], videos: list[Any]) -> dict[str, Any]:
         """A message with its content as one string; its images and videos are appended to the lists."""
         message = message if isinstance(message, dict) else vars(message)
@@ -376,6 +365,17 @@ class UHDProcessor(ProcessorMixin):
             else:
                 raise ValueError(f"a message's content is of images, videos and text, got type {kind!r}")
         return {**message, "content": "".join(parts)}
+
+
+def _chosen_template(own: str | dict[str, str] | None, chat_template: str | None) -> str:
+    """A template's text, given it, its name, or nothing."""
+    if chat_template is not None:
+        return own.get(chat_template, chat_template) if isinstance(own, dict) else chat_template
+    template = own.get("default") if isinstance(own, dict) else own
+    if template is None:
+        names = f"; it has those named {', '.join(own)}" if isinstance(own, dict) else ""
+        raise ValueError(f"this processor has no default chat template{names}: pass chat_template")
+    return template
 
 
 def _sources(part: dict[str, Any], *keys: str) -> list[Any]:
