@@ -226,6 +226,14 @@ def test_without_int8_products_the_sums_are_as_exact(monkeypatch: pytest.MonkeyP
     assert torch.equal(int8_product(a, b), wanted)
 
 
+def test_int8_products_that_saturate_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As oneDNN's do on a CPU without VNNI."""
+    a, b = torch.full((20, 64), 127, dtype=torch.int8), torch.full((64, 8), -127, dtype=torch.int8)
+    monkeypatch.setattr(torch_private, "_INT8_IS_EXACT", {})
+    monkeypatch.setattr(torch, "_int_mm", lambda x, y: (x.int() @ y.int()).clamp(-(2**15), 2**15 - 1))
+    assert (int8_product(a, b) == -64 * 127**2).all()
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 def test_without_word_of_vmap_only_the_operator_refuses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, bounds = torch.randn(2, 3, 2, 6), torch.randn(5, 2, 6), torch.tensor([0, 2, 5], dtype=torch.int32)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+_INT8_IS_EXACT: dict[str, bool] = {}
 _NEW_VERSIONS = itertools.count(-1, -1)
 
 
@@ -71,11 +72,25 @@ def packed_products() -> PackedProducts | None:
 def int8_product(a: Tensor, b: Tensor) -> Tensor:
     """a (n, k) int8, b (k, m) int8 -> (n, m) int32, exact.
 
-    Where torch lacks `torch._int_mm` the product is taken in float64: as exact, but slower.
+    Where torch lacks `torch._int_mm`, or it saturates, the product is taken in float64: as exact, but slower.
     """
-    if hasattr(torch, "_int_mm"):
+    if int8_is_exact(a.device.type):
         return torch._int_mm(a, b)
     return (a.double() @ b.double()).to(torch.int32)
+
+
+def int8_is_exact(device_type: str) -> bool:
+    """Whether `torch._int_mm` is there and right, tried once a kind of device with the largest numbers.
+
+    On a CPU without VNNI oneDNN adds pairs of products in 16 bits, which saturate.
+    """
+    if not hasattr(torch, "_int_mm"):
+        return False
+    if device_type not in _INT8_IS_EXACT:
+        largest = torch.full((32, 64), 127, dtype=torch.int8, device=device_type)
+        total = torch._int_mm(largest, largest.t())
+        _INT8_IS_EXACT[device_type] = bool((total == 64 * 127**2).all())
+    return _INT8_IS_EXACT[device_type]
 
 
 def in_functorch() -> bool:

@@ -288,6 +288,13 @@ class TestLiveEncoder:
             for name, value in processor(text="<image>", images=IMAGES[1]).items():
                 assert torch.equal(value, batch[name]), name
 
+    def test_what_is_set_on_the_processor_stays_until_the_encoder_changes(self):
+        found = self.fresh()
+        found.processor.image_processor.background = (0, 0, 0)
+        assert tuple(found.processor.image_processor.background) == (0, 0, 0)
+        found.visual.pixels = found.visual.pixels.replace(background=(1, 2, 3))
+        assert tuple(found.processor.image_processor.background) == (1, 2, 3)
+
     def test_a_schema_set_later_moves_the_counts(self, tmp_path):
         found = self.fresh().visual
         plain = found.plan((100, 60)).num_tokens

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
@@ -177,7 +176,7 @@ class UHDVisualModel(UHDPreTrainedModel):
         if wanted is None:
             wanted = dist.is_available() and dist.is_initialized()
         trains = self.training and torch.is_grad_enabled()
-        sharded = wanted and any(isinstance(p, DTensor) for p in self.visual.parameters())
+        sharded = wanted and _is_sharded(self.visual)
         if not (wanted and (trains or sharded)):
             return None
         learned = [] if self.visual.packer is None else list(self.visual.packer.parameters())
@@ -196,6 +195,15 @@ class UHDVisualModel(UHDPreTrainedModel):
             grid = self.visual.plan((side, side)).views[0].patches_hw
         patches = torch.zeros(grid[0] * grid[1], getattr(vision, "in_channels", 3) * vision.patch_size**2)
         return self.visual.encode_packed(patches, [grid])[0]
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether parameters are spread over ranks, as FSDP2 does; never where torch was built without ranks."""
+    if not dist.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def _built_encoder(config: UHDConfig) -> VisualEncoder:

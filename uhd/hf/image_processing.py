@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from http.client import HTTPException
 from types import MappingProxyType
 from typing import Any
 from urllib.request import urlopen
@@ -44,7 +45,7 @@ def fetch_bytes(address: str) -> bytes:
     try:
         with urlopen(address, timeout=30) as answer:
             return answer.read()
-    except OSError as problem:
+    except (OSError, HTTPException) as problem:
         raise ValueError(f"{address[:100]!r} cannot be fetched: {str(problem)[:100]}") from problem
 
 

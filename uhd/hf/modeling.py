@@ -264,6 +264,7 @@ class UHDForConditionalGeneration(UHDModel, GenerationMixin):
     ) -> None:
         super().__init__(config, visual=visual, language_model=language_model)
         self._processor: UHDProcessor | None = None
+        self._followed = self.visual.slicing, self.visual.pixels  # what the processor plans and cuts by
 
     @classmethod
     def from_vision_and_lm(
@@ -325,7 +326,8 @@ class UHDForConditionalGeneration(UHDModel, GenerationMixin):
     def processor(self) -> UHDProcessor:
         """Of the tokenizer it was attached with, or from the folder it was loaded from.
 
-        It plans and cuts as ``visual`` does now, also where another slicing or other pixels were set there.
+        Where another slicing or other pixels are set on ``visual``, it plans and cuts by those; what is set on the
+        processor itself stays until then.
 
         Raises:
             ValueError: There is none.
@@ -334,7 +336,9 @@ class UHDForConditionalGeneration(UHDModel, GenerationMixin):
             if not self.config.name_or_path:
                 raise ValueError("this model has no processor: load one with AutoProcessor.from_pretrained(folder)")
             self._processor = UHDProcessor.from_pretrained(self.config.name_or_path)
-        self._processor.follow(self.visual.slicing, self.visual.pixels)
+        if self._followed != (self.visual.slicing, self.visual.pixels):
+            self._followed = self.visual.slicing, self.visual.pixels
+            self._processor.follow(*self._followed)
         return self._processor
 
     @property

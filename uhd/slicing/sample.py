@@ -256,7 +256,11 @@ def _fewer_slices(slicing: Slicing, own: SlicePlan) -> Iterator[SlicePlan]:
         lower = slicing.capped(cap)
         if lower is None:
             break
-        yield lower.plan(own.image_hw)
+        try:
+            plan = lower.plan(own.image_hw)
+        except ValueError:  # the rule takes this image with more slices, not with so few
+            continue
+        yield plan
     if slices > 0:
         alone = slicing.overview_of(own)
         if alone is not None:

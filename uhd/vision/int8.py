@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from uhd.shortcuts import is_plain
-from uhd.torch_private import int8_product
+from uhd.torch_private import int8_is_exact, int8_product
 
 from .blocks import MLP, Attention
 
@@ -93,6 +93,7 @@ def quantize_linears(blocks: nn.Module) -> int:
             continue
         for name, child in list(module.named_children()):
             if is_plain(child, nn.Linear) and not child.weight.is_meta:
+                int8_is_exact(child.weight.device.type)  # tried here, since compiled code could not
                 setattr(module, name, Int8Linear(child))
                 count += 1
     return count
