@@ -283,7 +283,7 @@ def test_a_model_that_disagrees():
     for name in ("video_plans", "video_grids"):
         with pytest.raises(ValueError, match=f"videos need {name}: pass everything"):
             found(**{key: value for key, value in batch.items() if key != name})
-    with pytest.raises(ValueError, match="the 3 frames' plans have 3 views, there are 2 grids"):
+    with pytest.raises(ValueError, match="the 1 videos' plans have 3 views, there are 2 grids"):
         found(**{**batch, "video_grids": batch["video_grids"][1:]})
     image = found.processor(text="<image>", images=STILLS[0])
     with pytest.raises(ValueError, match="video_plans hold the plan of an image"):

@@ -126,7 +126,7 @@ class UHDVisualModel(UHDPreTrainedModel):
         Raises:
             ValueError: Inputs are missing, or do not agree with each other or with the model's strategy.
         """
-        media = read_images(self.visual, VisualInputs.take({"pixel_values": pixel_values, **kwargs}))
+        media = read_images(self.visual, VisualInputs.take({"pixel_values": pixel_values, **kwargs})).media()
         return self._features(media, [0] * len(media.plans) if image_indices is None else image_indices)
 
     @can_return_tuple
@@ -134,7 +134,8 @@ class UHDVisualModel(UHDPreTrainedModel):
         self, pixel_values_videos: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
         """Each video as it stands in the language model's sequence; as :meth:`get_image_features`."""
-        media = read_videos(self.visual, VisualInputs.take({"pixel_values_videos": pixel_values_videos, **kwargs}))
+        visual = VisualInputs.take({"pixel_values_videos": pixel_values_videos, **kwargs})
+        media = read_videos(self.visual, visual).media()
         return self._features(media, [0] * len(media.plans))
 
     def num_image_tokens(self, image_sizes: Sequence[Sequence[int]]) -> list[int]:
