@@ -13,7 +13,7 @@ import torch
 from uhd.hf import UHDForConditionalGeneration
 from uhd.nano.build import BEGIN, END, IMAGE, PAD
 from uhd.nano.images import as_learned, image_doubts
-from uhd.nano.task import GLYPHS, LEARNED
+from uhd.nano.task import GLYPHS
 from uhd.pixels import load_image
 
 MAX_ANSWER = 48
@@ -24,28 +24,19 @@ LEAST_CONFIDENCE, LEAST_READING = 0.8, 0.9
 says how many that are, on scenes of the task and on others."""
 
 EXAMPLES = {"all": "all?", "line": "line 2?", "right": "right K?", "count": "count?"}
-_FORMS = {
-    "all": r"all\?",
-    "line": r"line [1-9]\?",
-    "right": rf"right [{GLYPHS}]\?",
-    "count": r"count\?",
-}
+_FORMS = rf"(all|line [1-9]|right [{GLYPHS}]|count)\?"
 
 
 @dataclass(frozen=True)
 class Answer:
     """What the model says.
 
-    Attributes:
-        text: Its answer, greedy; cut off after :data:`MAX_ANSWER` characters, which is then a doubt.
-        confidence: Geometric mean of the probabilities of its characters.
-        doubts: Why the answer should not be trusted: image or question unlike those it learned from, a low
-            confidence, or question and answer do not fit what it reads when asked for everything. Empty where
-            there is no reason.
+    Doubts are reasons not to trust it: image or question unlike those it learned from, a low confidence, or question
+    and answer do not fit what it reads when asked for everything.
     """
 
-    text: str
-    confidence: float
+    text: str  # greedy; cut off after MAX_ANSWER characters, which is then a doubt
+    confidence: float  # geometric mean of the probabilities of its characters
     doubts: tuple[str, ...]
 
 
@@ -93,10 +84,7 @@ def ask(model: UHDForConditionalGeneration, image: Any, questions: Sequence[str]
     doubts = image_doubts(shown)
     if sure < LEAST_READING:
         doubts += (f"asked for everything it is unsure: {sure:.0%} a character",)
-    return [
-        Answer(text, confidence, (*doubts, *_doubts(question, text, confidence, reading)))
-        for question, (text, confidence) in ((question, found[question]) for question in questions)
-    ]
+    return [Answer(*found[each], (*doubts, *_doubts(each, *found[each], reading))) for each in questions]
 
 
 def check_questions(questions: Sequence[str]) -> None:
@@ -132,16 +120,10 @@ def answer_many(
 
 def _generate(model: UHDForConditionalGeneration, pairs: Sequence[tuple[Any, str]]) -> list[tuple[str, float]]:
     processor = model.processor
-    inputs = processor(
-        text=[f"{BEGIN}{IMAGE}{question}" for _, question in pairs], images=[[item] for item, _ in pairs]
-    )
-    out = model.generate(
-        **inputs.to(model.device),
-        do_sample=False,
-        max_new_tokens=MAX_ANSWER,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
+    texts, images = [f"{BEGIN}{IMAGE}{question}" for _, question in pairs], [[item] for item, _ in pairs]
+    inputs = processor(text=texts, images=images).to(model.device)
+    told = {"output_logits": True, "return_dict_in_generate": True}
+    out = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_ANSWER, **told)
     new = out.sequences[:, inputs["input_ids"].shape[1] :]
     logits = torch.stack(out.logits, dim=1).float().log_softmax(-1)  # (B, T, vocabulary)
     chosen = logits.gather(-1, new[..., None])[..., 0]
@@ -154,20 +136,14 @@ def _generate(model: UHDForConditionalGeneration, pairs: Sequence[tuple[Any, str
 
 def question_doubts(question: str) -> tuple[str, ...]:
     """Whether the model knows this form of question."""
-    if any(re.fullmatch(_FORMS[kind], question) for kind in LEARNED):
+    if re.fullmatch(_FORMS, question):
         return ()
-    forms = ", ".join(EXAMPLES[kind] for kind in LEARNED)
+    forms = ", ".join(EXAMPLES.values())
     return (f"the question {question!r} has none of the forms it learned ({forms}; glyphs {GLYPHS})",)
 
 
 def reading_doubts(question: str, answer: str, reading: str) -> tuple[str, ...]:
-    """Whether question and answer fit what the model reads when it is asked for everything; one is wrong if not.
-
-    Args:
-        question: As it was asked.
-        answer: What the model said.
-        reading: Its answer to "all?".
-    """
+    """Whether question and answer fit ``reading``, the model's answer to "all?"; one is wrong if not."""
     if question_doubts(question):
         return ()
     kind, _, what = question.rstrip("?").partition(" ")
