@@ -12,7 +12,7 @@ from tests.pretrained.released import SIZES
 from tests.pretrained.test_transformers import assert_equal_files
 from tests.resampler.parts import cases, recorded, released
 from tests.tiny import picture
-from uhd.pretrained import llava_uhd
+from uhd.pretrained import llava_uhd, recipe
 from uhd.resampler import PerceiverResampler, SpatialResampler
 from uhd.vision import unpatchify
 
@@ -57,7 +57,7 @@ def heads(monkeypatch):
     """The recorded compressors have other heads than the released ones."""
     monkeypatch.setattr(llava_uhd, "HEADS", recorded(KINDS["llava-uhd-2024-03"])[1]["num_heads"])
     state, info, _ = recorded(KINDS["llava-uhd"])
-    monkeypatch.setattr(llava_uhd, "HEAD_WIDTH", state["query"].shape[1] // info["num_heads"])
+    monkeypatch.setattr(recipe, "HEAD_WIDTH", state["query"].shape[1] // info["num_heads"])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,7 +13,7 @@ from tests.pretrained.released import SIZES
 from tests.pretrained.test_transformers import assert_equal_files
 from tests.resampler.parts import cases, recorded
 from tests.tiny import picture
-from uhd.pretrained import minicpm
+from uhd.pretrained import minicpm, recipe
 from uhd.vision import bucket_position_ids, patchify, unpatchify
 
 TAGS = {"2.0": "minicpmv20_g8", "2.5": "minicpmv26_q16", "2.6": "minicpmv26_q16"}
@@ -77,7 +77,7 @@ def folder_of(version, folder, *, preprocessor=None, drop=False):
 @pytest.fixture
 def heads(monkeypatch):
     """The recorded resamplers have narrower heads than the released ones."""
-    monkeypatch.setattr(minicpm, "HEAD_WIDTH", 32 // resampler_state("2.0")[1])
+    monkeypatch.setattr(recipe, "HEAD_WIDTH", 32 // resampler_state("2.0")[1])
     assert {resampler_state(version)[1] for version in TAGS} == {resampler_state("2.0")[1]}
 
 
@@ -188,7 +188,7 @@ def test_a_dropped_last_block(heads, tmp_path):
 
 def test_the_real_backbone_of_2_0_is_known_by_name():
     """timm's model, built without weights: 27 blocks of width 1152, the last one dropped by the release."""
-    names = uhd.pretrained.recipe.Names({f"blocks.{n}.norm1.weight": "" for n in range(26)}, {}, {}, None)
+    names = recipe.Names({f"blocks.{n}.norm1.weight": "" for n in range(26)}, {}, {}, None)
     config = minicpm._timm_vit({"vision_encoder": "vit_so400m_patch14_siglip_384.webli"}, names)
     assert (config.depth, config.width, config.heads, config.mlp_width) == (26, 1152, 16, 4304)
     assert (config.position_grid_hw, config.antialias, config.final_norm) == ((27, 27), True, True)
