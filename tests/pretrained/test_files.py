@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import uhd
 from tests.pretrained import released
-from tests.pretrained.test_transformers import assert_equal_files
+from tests.pretrained.released import assert_equal_files, assert_same, change_json
 from tests.tiny import picture
 from uhd import checkpoint
 
@@ -48,6 +48,12 @@ def shard(folder, tensors):
     for file in set(weight_map.values()):
         save_file({name: x for name, x in tensors.items() if weight_map[name] == file}, folder / file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def move_newline(folder, file):
+    """Let the index say that the newline is in another file."""
+    index = folder / "model.safetensors.index.json"
+    change_json(index, weight_map={**json.loads(index.read_text())["weight_map"], "image_newline": file})
 
 
 class Recording:
@@ -99,10 +105,8 @@ def test_no_byte_of_the_language_model_is_read(own, monkeypatch):
 def test_a_shard_of_the_language_model_may_be_absent(own, folder):
     path, tensors = own
     shard(path, tensors)
-    expected = uhd.pretrained.load(folder).state_dict()
     (path / "model-00003-of-00003.safetensors").unlink()
-    encoder = uhd.pretrained.load(path)
-    assert all(torch.equal(x, expected[name]) for name, x in encoder.state_dict().items())
+    assert_same(uhd.pretrained.load(path), uhd.pretrained.load(folder))
     (path / "model-00002-of-00003.safetensors").unlink()
     (path / "model-00001-of-00003.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"incomplete.*model-00001-of-00003.*model-00002-of-00003") as told:
@@ -124,8 +128,7 @@ def test_round_trip_of_a_whole_checkpoint(own, sharded, tmp_path):
         for parameter in encoder.parameters():
             parameter.add_(0.1)
     uhd.pretrained.save(encoder, tmp_path / "trained", like=path)
-    again = uhd.pretrained.load(tmp_path / "trained")
-    assert all(torch.equal(x, again.state_dict()[name]) for name, x in encoder.state_dict().items())
+    assert_same(encoder, uhd.pretrained.load(tmp_path / "trained"))
     first, second = (checkpoint.Checkpoint(folder) for folder in (path, tmp_path / "trained"))
     changed = dict(second.read(second.files))
     kept = {name for name, x in first.read(first.files) if torch.equal(x, changed[name])}
@@ -160,19 +163,17 @@ def test_files_may_be_overwritten_while_the_encoder_lives(own):
 def test_pickled_files_are_read_only_if_asked(own, folder, sharded, tmp_path):
     path, tensors = own
     (path / "model.safetensors").unlink()
-    torch.save(tensors, path / "pytorch_model.bin")
     if sharded:
-        first = {name: x for name, x in tensors.items() if "vision" in name}
-        rest = {name: x for name, x in tensors.items() if "vision" not in name}
-        (path / "pytorch_model.bin").unlink()
-        torch.save(first, path / "pytorch_model-00001-of-00002.bin")
-        torch.save(rest, path / "pytorch_model-00002-of-00002.bin")
-        weight_map = {name: f"pytorch_model-0000{1 + (name in rest)}-of-00002.bin" for name in tensors}
-        (path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        files = {name: f"pytorch_model-0000{1 + ('vision' in name)}-of-00002.bin" for name in tensors}
+        (path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    else:
+        files = dict.fromkeys(tensors, "pytorch_model.bin")
+    for file in set(files.values()):
+        torch.save({name: x for name, x in tensors.items() if files[name] == file}, path / file)
     with pytest.raises(ValueError, match="pickled weights only.*pickled=True.*weights_only"):
         uhd.pretrained.load(path)
-    encoder, expected = uhd.pretrained.load(path, pickled=True), uhd.pretrained.load(folder).state_dict()
-    assert all(torch.equal(x, expected[name]) for name, x in encoder.state_dict().items())
+    encoder = uhd.pretrained.load(path, pickled=True)
+    assert_same(encoder, uhd.pretrained.load(folder))
     uhd.pretrained.save(encoder, tmp_path / "safe", like=path, pickled=True)
     assert_equal_files(folder, tmp_path / "safe")
 
@@ -193,7 +194,6 @@ def test_a_pickle_runs_no_code(own, tmp_path):
 def test_old_names_are_read(own, folder):
     """As releases before transformers 5 have them, or as the modules are called now."""
     path, tensors = own
-    expected = uhd.pretrained.load(folder).state_dict()
     older = {name.replace("vision_tower.", "vision_tower.vision_model."): x for name, x in tensors.items()} | {
         "vision_tower.vision_model.embeddings.position_ids": torch.arange(17)[None]
     }
@@ -201,8 +201,7 @@ def test_old_names_are_read(own, folder):
     newer |= {"model.language_model.norm.weight": torch.ones(3), "lm_head.weight": torch.ones(3)}
     for state in (older, newer):
         save_file(state, path / "model.safetensors")
-        found = uhd.pretrained.load(path).state_dict()
-        assert all(torch.equal(x, expected[name]) for name, x in found.items())
+        assert_same(uhd.pretrained.load(path), uhd.pretrained.load(folder))
 
 
 def test_names_that_are_missing_or_left_over_are_listed(own):
@@ -255,9 +254,7 @@ def test_an_index_names_files_of_its_folder(own, other):
     path, tensors = own
     shard(path, tensors)
     (path.parent / "weights.safetensors").write_bytes((path / "model-00002-of-00003.safetensors").read_bytes())
-    index = json.loads((path / "model.safetensors.index.json").read_text())
-    index["weight_map"]["image_newline"] = other
-    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    move_newline(path, other)
     with pytest.raises(ValueError, match=r"index.json must name files beside it, got "):
         uhd.pretrained.load(path)
 
@@ -287,9 +284,7 @@ def test_damaged_files_are_named(own):
         uhd.pretrained.load(path)
     (path / "model.safetensors").write_bytes(content)
     shard(path, tensors)
-    index = json.loads((path / "model.safetensors.index.json").read_text())
-    index["weight_map"]["image_newline"] = "model-00001-of-00003.safetensors"
-    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    move_newline(path, "model-00001-of-00003.safetensors")
     with pytest.raises(ValueError, match=r"model-00001-of-00003.safetensors does not fit .* image_newline"):
         uhd.pretrained.load(path)
     (path / "config.json").write_text("{")
@@ -320,8 +315,7 @@ def test_damaged_files_are_named(own):
 )  # fmt: skip
 def test_settings_without_a_counterpart_are_refused(kind, file, changes, match, tmp_path):
     path = released.save(*released.make(kind), tmp_path)
-    settings = json.loads((path / f"{file}.json").read_text())
-    (path / f"{file}.json").write_text(json.dumps({**settings, **changes}))
+    change_json(path / f"{file}.json", **changes)
     with pytest.raises(ValueError, match=match) as told:
         uhd.pretrained.load(path)
     assert str(path) in str(told.value)
@@ -344,16 +338,14 @@ def test_what_cannot_be_written_is_refused(folder, tmp_path):
         uhd.pretrained.save(encoder, folder, like=folder)
     with pytest.raises(TypeError, match="expected a VisualEncoder, got a MLPProjector"):
         uhd.pretrained.save(encoder.compressor, tmp_path / "new", like=folder)
+    parts = {"slicing": encoder.slicing, "packer": encoder.packer, "pixels": encoder.pixels}
     other = uhd.VisualEncoder(
-        encoder.vision, encoder.compressor, slicing=encoder.slicing.replace(max_tiles=2), packer=encoder.packer,
-        pixels=encoder.pixels,
-    )  # fmt: skip
+        encoder.vision, encoder.compressor, **{**parts, "slicing": encoder.slicing.replace(max_tiles=2)}
+    )
     with pytest.raises(ValueError, match="slicing is not what the format's settings say, so it would be lost"):
         uhd.pretrained.save(other, tmp_path / "new", like=folder)
     narrow = uhd.resampler.MLPProjector(24, 32, hidden_dim=16)
-    changed = uhd.VisualEncoder(
-        encoder.vision, narrow, slicing=encoder.slicing, packer=encoder.packer, pixels=encoder.pixels
-    )
+    changed = uhd.VisualEncoder(encoder.vision, narrow, **parts)
     with pytest.raises(ValueError, match=r"other shapes.*linear_1.weight': \(\(16, 24\), \(32, 24\)\)"):
         uhd.pretrained.save(changed, tmp_path / "new", like=folder)
     encoder.vision = uhd.vision.compress_vit(encoder.vision, 1)
