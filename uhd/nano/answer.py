@@ -62,19 +62,16 @@ def load_nano(**kwargs: Any) -> UHDForConditionalGeneration:
 def ask(model: UHDForConditionalGeneration, image: Any, questions: Sequence[str]) -> list[Answer]:
     """Questions about one image, which is encoded once and also read whole, to know what to doubt.
 
-    The model learned from dark text on light ground; text of another colour on another plain ground is repainted for
-    it (:func:`uhd.nano.images.as_learned`).
+    Text of another colour than dark on light is repainted for the model (:func:`uhd.nano.images.as_learned`).
 
     Args:
         model: From :func:`load_nano`.
-        image: What :func:`uhd.pixels.load_image` takes: PIL, path, bytes, array, tensor; of an animation its first
-            frame.
+        image: What :func:`uhd.pixels.load_image` takes, with its errors.
         questions: See :func:`uhd.nano.task.questions`; it knows those of :data:`uhd.nano.task.LEARNED`.
 
     Raises:
-        ValueError: A question is empty, or holds one of the model's special tokens; this is no image, see there.
-        TypeError: ``questions`` is no list of strings; an image can not be of that type.
-        OSError: A path names no file that can be read.
+        ValueError: A question is empty, or holds one of the model's special tokens.
+        TypeError: ``questions`` is no list of strings.
     """
     check_questions(questions)
     shown = as_learned(load_image(image, settings=model.visual.pixels))
@@ -110,12 +107,11 @@ def answer_many(
     encoded = [item for part in batches(images, batch_size) for item in model.visual(part)]
     flat = [(item, question) for item, asked in zip(encoded, questions, strict=True) for question in asked]
     order = sorted(range(len(flat)), key=lambda n: (flat[n][1], flat[n][0].layout.num_tokens))
-    answers: list[Any] = [None] * len(flat)
+    answers = {}
     for part in batches(order, batch_size):
-        for place, answer in zip(part, _generate(model, [flat[n] for n in part]), strict=True):
-            answers[place] = answer
-    found = iter(answers)
-    return [[next(found) for _ in asked] for asked in questions]
+        answers.update(zip(part, _generate(model, [flat[n] for n in part]), strict=True))
+    places = iter(range(len(flat)))
+    return [[answers[next(places)] for _ in asked] for asked in questions]
 
 
 def _generate(model: UHDForConditionalGeneration, pairs: Sequence[tuple[Any, str]]) -> list[tuple[str, float]]:

@@ -70,9 +70,8 @@ def read_picture(source: Any, settings: PixelSettings) -> Picture:
     pixels = None if array is None else channels_last(array)
     if pixels is None or pixels.shape[2:] != (3,) or pixels.dtype != np.uint8:
         pixels = np.array(load_image(source, settings=settings))
-    return Picture(
-        *pixels.shape[:2], np.require(pixels, requirements=["C", "W"])
-    )  # torch wants to be allowed to write
+    pixels = np.require(pixels, requirements=["C", "W"])  # torch wants to be allowed to write
+    return Picture(*pixels.shape[:2], pixels)
 
 
 def cut_fast(image: Any, plan: SlicePlan, settings: PixelSettings) -> list[np.ndarray]:
@@ -116,12 +115,9 @@ def _decoded(picture: Picture, plan: SlicePlan, settings: PixelSettings) -> np.n
     if picture.pixels is not None:
         return picture.pixels
     height, width = picture.height, picture.width
-    least_h, least_w = (max(sides) for sides in zip(*(canvas.content_hw for canvas in plan.canvases), strict=True))
-    fits = (
-        n for n in (8, 4, 2) if not height % n and not width % n and height >= n * least_h and width >= n * least_w
-    )
     whole = all(c.source is None and _in_one_step((height, width), c, plan, settings) for c in plan.canvases)
-    scale = next(fits, 1) if whole else 1
+    most = min(min(height / c.content_hw[0], width / c.content_hw[1]) for c in plan.canvases) if whole else 1
+    scale = next((n for n in (8, 4, 2) if n <= most and not height % n and not width % n), 1)
     with opened(picture.file, picture.name) as image, pillow_errors(picture.name):
         if scale > 1:
             image.draft("RGB", (width // scale, height // scale))
@@ -146,7 +142,7 @@ def _size_hw(box: tuple[int, int, int, int]) -> tuple[int, int]:
 
 
 def _resized(pixels: np.ndarray, size_hw: tuple[int, int], name: str, antialias: bool) -> np.ndarray:
-    """Resize; ``antialias`` is true, as :func:`_in_one_step` saw to."""
+    """Resize with antialiasing, which :func:`_in_one_step` sees to."""
     if pixels.shape[:2] == tuple(size_hw):
         return pixels
     tensor = torch.from_numpy(np.ascontiguousarray(pixels)).unsqueeze(0).permute(0, 3, 1, 2)
@@ -210,9 +206,8 @@ def jpeg_decoder() -> Callable[[bytes], np.ndarray] | None:
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "JPEG", quality=80, **options)
         try:
-            same = np.array_equal(decode(file.getvalue()), np.asarray(Image.open(file)))
+            if not np.array_equal(decode(file.getvalue()), np.asarray(Image.open(file))):
+                return None
         except RuntimeError:
-            same = False
-        if not same:
             return None
     return decode

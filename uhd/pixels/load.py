@@ -10,7 +10,7 @@ import sys
 import warnings
 from base64 import b64decode
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import unquote_to_bytes
@@ -135,15 +135,12 @@ def orientation_of(image: Image.Image, *, header_only: bool = False) -> int:
 
     ``header_only`` does not decode the pixels, but where a PNG has metadata behind them (exiftool writes it there).
     """
-    late = header_only and image.format == "PNG" and _png_late_metadata(image.fp)
+    # PNG's own getexif decodes the pixels first
+    early = header_only and image.format == "PNG" and not _png_late_metadata(image.fp)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about damaged tags
         try:
-            if header_only and image.format == "PNG" and not late:
-                exif = Image.Image.getexif(image)  # PNG's own getexif decodes the pixels first
-            else:
-                exif = image.getexif()
-            found = exif.get(ORIENTATION)
+            found = (Image.Image.getexif(image) if early else image.getexif()).get(ORIENTATION)
         except Exception:
             found = None
     if found is None:
@@ -156,8 +153,7 @@ def orientation_of(image: Image.Image, *, header_only: bool = False) -> int:
 def plain_source(source: Any) -> Any:
     """Take the picture out of what datasets and web services wrap it in; anything else comes back as it is.
 
-    A file object gives its bytes and stays where it stands; a ``data:`` URI and bare base64 text are decoded; of a
-    dataset's row ``{"bytes": ..., "path": ...}`` the bytes are taken, else the path.
+    A file object gives its bytes and stays where it stands; of a dataset's row the bytes are taken, else the path.
 
     >>> plain_source("data:image/png;base64,iVBORw0KGgo=")
     b'\\x89PNG\\r\\n\\x1a\\n'
@@ -175,14 +171,12 @@ def plain_source(source: Any) -> Any:
         return file
     if not isinstance(source, str):
         return source
-    try:
+    with suppress(ValueError):
         if source.startswith("data:"):
             head, _, data = source.partition(",")
             return b64decode(data) if head.endswith(";base64") else unquote_to_bytes(data)
         if len(source) >= 64 and not os.path.exists(source):
             return b64decode(source, validate=True)
-    except ValueError:
-        return source
     return source
 
 

@@ -1,4 +1,4 @@
-"""The canvases of a plan, and the backend that equals the reference's bytes: Pillow resizes, then a canvas is cut."""
+"""From a canvas of a plan to its views, and the resize that equals the reference's bytes: Pillow's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from .load import load_image
 from .settings import RESAMPLE, PixelSettings, check_filter
 
 if TYPE_CHECKING:
@@ -24,13 +23,6 @@ _TAPS: dict[str, tuple[int, Callable[[np.ndarray], np.ndarray]]] = {
 
 MOST_RESIZED = 1 << 26
 """Pixels up to which an image is resized whole, as the releases do, even if one view of it is kept: 200 MB of RGB."""
-
-
-def cut_pillow(image: Any, plan: SlicePlan, settings: PixelSettings) -> list[np.ndarray]:
-    """:func:`uhd.pixels.cut` by this backend."""
-    image = load_image(image, settings=settings)
-    check_plan(plan, (image.height, image.width))
-    return [view for canvas in plan.canvases for view in cut_canvas(image, canvas, plan, settings)]
 
 
 def resize(
