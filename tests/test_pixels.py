@@ -670,7 +670,7 @@ def test_a_preprocessor_without_mean_and_std_raises(config):
 
 @pytest.mark.parametrize("changes", [{"rescale_factor": 1 / 127.5}, {"do_rescale": False}])
 def test_a_preprocessor_that_rescales_otherwise_raises(changes):
-    with pytest.raises(ValueError, match="not 1/255"):
+    with pytest.raises(ValueError, match="not by 1/255"):
         PixelSettings.from_preprocessor({"image_mean": MEAN, "image_std": STD, **changes})
 
 

@@ -305,7 +305,7 @@ def test_damaged_files_are_named(own):
         ("llava_next", "preprocessor_config", {"size": {"shortest_edge": 70}}, r"views of \[56, 70\] px, the vision"),
         ("llava_next", "preprocessor_config", {"resample": 0}, "resample must be one of"),
         ("llava_next", "preprocessor_config", {"size": {"longest_edge": 56}}, "must have a shortest_edge, or height"),
-        ("llava_next", "preprocessor_config", {"rescale_factor": 1.0}, "rescales pixels by 1.0"),
+        ("llava_next", "preprocessor_config", {"rescale_factor": 1.0}, "rescaled by 1.0 here"),
         ("llava", "config", {"vision_feature_select_strategy": "cls"}, "expected one of .'default', 'full'"),
         ("llava", "preprocessor_config", {"do_resize": False}, "takes squares of 56 px"),
         ("llava", "preprocessor_config", {"do_center_crop": False}, "neither pads nor crops"),

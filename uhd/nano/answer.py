@@ -16,8 +16,7 @@ from uhd.nano.images import as_learned, image_doubts
 from uhd.nano.task import GLYPHS
 from uhd.pixels import load_image
 
-MAX_ANSWER = 48
-"""Characters of the longest answer: 8 words of 3 glyphs and what separates them, and some room."""
+MAX_ANSWER = 48  # characters: 8 words of 3 glyphs and what separates them, and some room
 
 LEAST_CONFIDENCE, LEAST_READING = 0.8, 0.9
 """Answers below the first are marked, and all about an image where its "all?" is below the second; the model's card

@@ -88,8 +88,7 @@ def build_nano(
 
     Args:
         config: Its sizes.
-        slicing: How images are cut, in place of the config's own; see :class:`uhd.VisualEncoder`.
-        schema: Where "," and "\\n" go.
+        slicing, schema: As of :class:`uhd.VisualEncoder`; ``None`` is the config's own slicing.
         seed: Of the weights.
     """
     config = config or NanoConfig()

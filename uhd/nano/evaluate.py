@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from uhd.hf import UHDForConditionalGeneration
-from uhd.nano.answer import answer_many
+from uhd.nano.answer import answer_many, batches
 from uhd.nano.task import BUCKETS, LEARNED, QUESTIONS, Question, TaskSettings, bucket, questions, scene
 
 EVALUATION_SEED = 1_000_003
@@ -52,8 +52,7 @@ def evaluate(
     if len(set(kinds)) < len(kinds) or not set(kinds) <= set(QUESTIONS):
         raise ValueError(f"kinds must be different ones of {', '.join(QUESTIONS)}, got {', '.join(kinds)}")
     items: list[Item] = []
-    for start in range(0, images, 8 * batch_size):
-        indices = range(start, min(start + 8 * batch_size, images))
+    for indices in batches(range(images), 8 * batch_size):
         scenes = [scene(seed, index, settings) for index in indices]
         asked = [choose(questions(item), kinds, (seed, index)) for item, index in zip(scenes, indices, strict=True)]
         texts = [[question.text for question in some] for some in asked]

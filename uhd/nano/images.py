@@ -7,23 +7,12 @@ from PIL import Image, ImageFilter
 
 from uhd.nano.task import TaskSettings
 
-GROUND, TEXT = 222.0, 35.0
-"""Grey levels of 255 in the middle of what it learned from."""
-
-LEAST_CONTRAST = 40.0
-"""Between text and ground, grey levels: less may be noise."""
-
-MOST_COLOUR = 16.0
-"""How far pixels of text may lie from the line between the colours of ground and text, root mean square, levels."""
-
-INK = (0.003, 0.4)
-"""Share of an image's pixels that text can cover."""
-
-MOST_THICK = 0.05
-"""Share of the dark pixels with nothing but dark pixels around them; at most 0.012 in 1,500 scenes of the task."""
-
-LOOKED_AT = 256
-"""Larger images are looked at in so many px a side, and never repainted."""
+GROUND, TEXT = 222.0, 35.0  # grey levels of 255 in the middle of what it learned from
+LEAST_CONTRAST = 40.0  # between text and ground, grey levels: less may be noise
+MOST_COLOUR = 16.0  # distance of text from the line between both colours, root mean square, grey levels
+INK = (0.003, 0.4)  # share of an image's pixels that text can cover
+MOST_THICK = 0.05  # of the dark pixels inside dark areas; at most 0.012 in 1,500 scenes of the task
+LOOKED_AT = 256  # larger images are looked at in so many px a side, and never repainted
 
 
 def as_learned(image: Image.Image) -> Image.Image:
@@ -62,8 +51,7 @@ def _levels(apart: np.ndarray) -> np.ndarray:
 def image_doubts(image: Image.Image) -> tuple[str, ...]:
     """How an image differs from those the model learned from: size, aspect, colour, ground, amount of ink, strokes.
 
-    Cheap and on purpose coarse: a strip, a photo, an empty page, a screenshot. Looks at no more than 256 x 256 px of
-    a large image.
+    Cheap and on purpose coarse: a strip, a photo, an empty page, a screenshot.
     """
     (least, most), max_aspect = TaskSettings().area, TaskSettings().max_aspect
     width, height = image.size

@@ -15,20 +15,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 GLYPHS = "0123456789ACEFHKLPTX"
-QUESTIONS = ("all", "line", "right", "where", "count")
-"""Kinds of questions: see :func:`questions`."""
-
-LEARNED = ("all", "line", "right", "count")
-"""Those that the shipped model answers; ``where`` stayed near chance and counts as unknown."""
-
-BUCKETS = (1.5, 2.5, 4.0)
-"""Borders of the aspect buckets, longer side / shorter side."""
-
-PLACING_TRIES = 16
-"""Random places that are tried for a word before it is left out."""
-
-_ROOM, _RIM = 2, 3
-"""Px around a glyph's cell that its ink may cover, and around the image, where a jitter of 1 px adds to it."""
+QUESTIONS = ("all", "line", "right", "where", "count")  # kinds of questions, see `questions`
+LEARNED = ("all", "line", "right", "count")  # the shipped model's; "where" stayed near chance and counts as unknown
+BUCKETS = (1.5, 2.5, 4.0)  # borders of the aspect buckets, longer side / shorter side
+PLACING_TRIES = 16  # random places that are tried for a word before it is left out
+_ROOM, _RIM = 2, 3  # px around a glyph's cell that its ink may cover; and around the image, with a jitter of 1 px
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +83,7 @@ class Question:
 def scene(seed: int, index: int, settings: TaskSettings | None = None) -> Scene:
     """The scene number ``index`` of a seed: the same pixels and words in every process.
 
-    Raises:
-        ValueError: settings under which not one glyph fits; a negative seed or index.
+    A ``ValueError`` tells of settings under which not one glyph fits, and of a negative seed or index.
     """
     if seed < 0 or index < 0:
         raise ValueError(f"seed and index must be at least 0, got seed {seed} and index {index}")

@@ -124,10 +124,9 @@ def _despite_metadata(read: Callable[..., Result], source: Any, *how: Any) -> Re
         clean = without_metadata(file)
         if clean is None or clean == file:
             raise
-        try:
+        with suppress(ValueError):
             return read(clean, *how)
-        except ValueError:
-            raise problem from None
+        raise
 
 
 def orientation_of(image: Image.Image, *, header_only: bool = False) -> int:

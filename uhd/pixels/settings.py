@@ -121,9 +121,7 @@ class PixelSettings(Settings):
             )
         factor = config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1
         if not math.isclose(factor, 1 / 255, rel_tol=1e-3):
-            raise ValueError(
-                f"this preprocessor rescales pixels by {factor}, not 1/255: give PixelSettings(mean=, std=)"
-            )
+            raise ValueError(f"pixels are rescaled by {factor} here, not by 1/255: give PixelSettings(mean=, std=)")
         if not config.get("do_normalize", True):
             return cls(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), **changes)
         return cls(mean=config["image_mean"], std=config["image_std"], **changes)
@@ -132,10 +130,7 @@ class PixelSettings(Settings):
     def from_timm(cls, model_or_cfg: Any, **changes: Any) -> PixelSettings:
         """Take mean and std from a timm model, from its ``pretrained_cfg``, or from a config with one.
 
-        ``changes`` set the other fields.
-
-        Raises:
-            ValueError: No mean and std there.
+        ``changes`` set the other fields. A ``ValueError`` tells where there is no mean and std.
         """
 
         def read(holder: Any, name: str) -> Any:

@@ -51,8 +51,7 @@ def load(
     """Load the encoder that reproduces a released model's visual tokens, from image to embedding.
 
     Its slicing, schema, pixels and learned newlines are the model's; ``encoder(images)`` gives what the model's own
-    ``get_image_features`` does. LLaVA-OneVision takes several images of a sample by ``multi_image=True`` and videos by
-    ``encode_videos``, as any encoder does.
+    ``get_image_features`` does.
 
     Args:
         folder: With ``config.json``, weights, and for transformers' models the image processor's file.
@@ -68,8 +67,7 @@ def load(
         An encoder in eval mode. ``encoder.note`` is set where the released code cannot be meant.
 
     Raises:
-        FileNotFoundError: Something is missing in the folder; the message names it. So does a shard that is not there,
-            unless it holds no visual tensor.
+        FileNotFoundError: Something is missing in the folder, such as a shard with a visual tensor.
         ValueError: Another kind of model; a setting that has no counterpart; tensors that are missing or left over,
             listed; quantised ones; only pickled weights; a damaged file.
         TypeError: ``dtype`` is no floating ``torch.dtype``.

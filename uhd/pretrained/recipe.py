@@ -43,11 +43,7 @@ class Prefixes:
     renamed: Mapping[str, str] = field(default_factory=dict)  # modules of our compressor -> theirs, where they differ
 
     def sort(self, checkpoint: Checkpoint, family: str) -> Names:
-        """Sort a checkpoint's names into parts: the name without its prefix -> in full.
-
-        Raises:
-            ValueError: Names that no part has, or two for one tensor; the message lists them.
-        """
+        """Sort a checkpoint's names into parts; refuse names that no part has, and two for one tensor."""
         what = f"{checkpoint.folder} ({family})"
         parts = ("vision", "compressor", "window", "newline", "other")
         prefixes = [(prefix, part) for part in parts for prefix in getattr(self, part)]
@@ -159,9 +155,13 @@ def build(recipe: Recipe, device: str | torch.device) -> VisualEncoder:
     if recipe.compress_after:
         vit = compress_vit(vit, recipe.compress_after, weights=read(names.window))
     compressor = recipe.compressor(read(names.compressor))
-    packer = None
+    packer, width = None, compressor.out_dim
     if names.newline is not None:
-        packer = _packer(read({"newline": names.newline})["newline"], names.newline, compressor.out_dim)
+        newline = read({"newline": names.newline})["newline"]
+        if newline.shape != (width,):
+            raise ValueError(f"{names.newline} has the shape {tuple(newline.shape)}, expected {(width,)}: one token")
+        packer = FeaturePacker(width).to(newline.device, newline.dtype)
+        packer.load_state_dict({"newline": newline})
     return recipe.encoder(vit, compressor, packer).eval()
 
 
@@ -177,11 +177,3 @@ def _one_dtype(tensors: dict[str, Tensor], names: Mapping[str, str]) -> dict[str
         return tensors
     widest = functools.reduce(torch.promote_types, dtypes)
     return {name: tensor.to(widest) for name, tensor in tensors.items()}
-
-
-def _packer(newline: Tensor, name: str, width: int) -> FeaturePacker:
-    if newline.shape != (width,):
-        raise ValueError(f"{name} has the shape {tuple(newline.shape)}, expected {(width,)}: one token")
-    packer = FeaturePacker(width).to(newline.device, newline.dtype)
-    packer.load_state_dict({"newline": newline})
-    return packer

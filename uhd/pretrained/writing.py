@@ -33,22 +33,19 @@ def write(encoder: VisualEncoder, folder: str | os.PathLike, recipe: Recipe, *, 
     wrong = {name: (tuple(x.shape), shapes[name]) for name, x in tensors.items() if tuple(x.shape) != shapes[name]}
     if wrong:
         raise ValueError(f"weights of other shapes than those of {like.folder}, as name: (got, expected): {wrong}")
-    _check_empty(folder, {_safe_name(like.files[name].name) for name in wanted})
+    by_file: dict[str, list[str]] = {}
+    for name in wanted:
+        file = like.files[name].with_suffix(".safetensors").name.replace("pytorch_model", "model")
+        by_file.setdefault(file, []).append(name)
+    _check_empty(folder, set(by_file))
     folder.mkdir(parents=True, exist_ok=True)
     for file in sorted(like.folder.iterdir()):
         if file.is_file() and file.suffix not in (".safetensors", ".bin") and file.name not in (SAFE[1], PICKLED[1]):
             shutil.copy2(file, folder / file.name)
-    _write_weights(tensors, wanted, folder, like)
-
-
-def _write_weights(tensors: Mapping[str, Tensor], wanted: list[str], folder: Path, like: Checkpoint) -> None:
-    by_file: dict[str, list[str]] = {}
-    for name in wanted:
-        by_file.setdefault(_safe_name(like.files[name].name), []).append(name)
     sizes = 0
     for file, inside in by_file.items():
-        rest = dict(like.read([name for name in inside if name not in tensors]))
-        content = {name: tensors[name] if name in tensors else rest[name] for name in inside}
+        content = dict(like.read([name for name in inside if name not in tensors]))
+        content |= {name: tensors[name] for name in inside if name in tensors}
         sizes += sum(tensor.nbytes for tensor in content.values())
         save_file({name: x.cpu().contiguous() for name, x in content.items()}, folder / file, {"format": "pt"})
     if list(by_file) != [SAFE[0]]:
@@ -64,11 +61,6 @@ def _check_empty(folder: Path, written: set[str]) -> None:
     others = sorted(file.name for file in weights if file.name not in kept)
     if others:
         raise ValueError(f"{folder} holds other weights, {', '.join(others)}: write to a new folder")
-
-
-def _safe_name(name: str) -> str:
-    """Return the name of a weights file as safetensors."""
-    return name.replace("pytorch_model", "model").removesuffix(".bin").removesuffix(".safetensors") + ".safetensors"
 
 
 def _check_settings(encoder: VisualEncoder, recipe: Recipe) -> None:
