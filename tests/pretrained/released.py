@@ -11,6 +11,7 @@ import transformers
 from tokenizers import AddedToken
 from transformers import CLIPVisionConfig, LlamaConfig, Qwen2Config, Qwen3Config, SiglipVisionConfig
 
+import uhd
 from tests.hf import tiny
 from uhd.batch import SliceBatch
 from uhd.checkpoint import Checkpoint
@@ -151,6 +152,13 @@ def save(model, images, folder):
 
 def change_json(file, **changes):
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def refused(folder, match, error=ValueError, **how):
+    """The error of a folder that cannot be loaded."""
+    with pytest.raises(error, match=match) as told:
+        uhd.pretrained.load(folder, **how)
+    return str(told.value)
 
 
 def assert_same(module, other):
