@@ -42,20 +42,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """An upright RGB image in the layout that is resized.
+    """An upright RGB image in the layout that is resized."""
 
-    Attributes:
-        height, width: px.
-        pixels: (h, w, 3) uint8; ``None`` for a JPEG whose decoding waits for the plan.
-        file: That JPEG.
-        name: What to call it in an error.
-    """
-
-    height: int
+    height: int  # px
     width: int
-    pixels: np.ndarray | None
-    file: bytes = b""
-    name: str = "this image"
+    pixels: np.ndarray | None  # (h, w, 3) uint8; None for a JPEG whose decoding waits for the plan
+    file: bytes = b""  # that JPEG
+    name: str = "this image"  # in an error
 
 
 def read_picture(source: Any, settings: PixelSettings) -> Picture:

@@ -191,9 +191,7 @@ def name_of(source: Any) -> str:
         return f"{name!r:.200}"
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"these {len(source)} bytes"
-    raise TypeError(
-        f"an image is a Pillow image, a path, bytes, a NumPy array or a torch tensor, got {type(source).__name__}"
-    )
+    raise TypeError(f"an image is a Pillow image, path, bytes, NumPy array or tensor, got {type(source).__name__}")
 
 
 @contextmanager
@@ -310,9 +308,7 @@ def _eight_bit_gray(image: Image.Image) -> Image.Image:
     key = image.info.get("transparency")
     if image.mode == "I":
         if array.min() < 0 or array.max() > 65535:
-            raise ValueError(
-                f"a gray image of mode I is read as 0..65535, got {array.min()}..{array.max()}: scale it first"
-            )
+            raise ValueError(f"a gray image of mode I is 0..65535, got {array.min()}..{array.max()}: scale it first")
         array = array.astype(np.uint16)
     gray = Image.fromarray(_eight_bit(array))
     if isinstance(key, int):

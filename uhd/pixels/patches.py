@@ -51,10 +51,8 @@ def patchify(view: Any, patch_size: int, *, inner: str = "chw") -> Any:
         ValueError: Not three axes, a side is shorter than one patch, or there is no such order.
     """
     if len(view.shape) != 3 or min(view.shape[:2]) < patch_size:
-        raise ValueError(
-            f"a view is (height, width, channels) with sides of at least one patch of {patch_size} px, "
-            f"got {tuple(view.shape)}"
-        )
+        shape = tuple(view.shape)
+        raise ValueError(f"a view is (height, width, channels), at least one patch of {patch_size} px, got {shape}")
     seen = view[: view.shape[0] // patch_size * patch_size, : view.shape[1] // patch_size * patch_size]
     return rearrange(seen, f"(h py) (w px) c -> (h w) ({inner_axes(inner)})", py=patch_size, px=patch_size)
 

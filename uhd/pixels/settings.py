@@ -71,10 +71,8 @@ class PixelSettings(Settings):
             object.__setattr__(self, "mean", _three("mean", self.mean))
             object.__setattr__(self, "std", _three("std", self.std))
             if not all(0 <= value <= 1 for value in self.mean) or not all(value > 0 for value in self.std):
-                raise ValueError(
-                    f"mean must lie in 0..1 and std above 0, got mean={self.mean}, std={self.std}: "
-                    "divide both by 255 where they are in 0..255 units"
-                )
+                got = f"mean={self.mean}, std={self.std}"
+                raise ValueError(f"mean must lie in 0..1 and std above 0, got {got}: divide both by 255, say")
         if self.resample is not None:
             check_filter(self.resample)
         background = tuple(self.background)
@@ -139,10 +137,8 @@ class PixelSettings(Settings):
         config = read(model_or_cfg, "pretrained_cfg") or model_or_cfg
         mean, std = read(config, "mean"), read(config, "std")
         if mean is None or std is None:
-            raise ValueError(
-                f"no mean and std in {short_name(model_or_cfg)}: expected a timm model or its pretrained_cfg; "
-                "else give PixelSettings(mean=, std=)"
-            )
+            what = short_name(model_or_cfg)
+            raise ValueError(f"no mean and std in {what}, expected those of timm: give PixelSettings(mean=, std=)")
         return cls(mean=mean, std=std, **changes)
 
 

@@ -63,19 +63,16 @@ def recipe(checkpoint: Checkpoint, family: str) -> Recipe:
 
 def _vit(config: Any) -> ViTConfig:
     layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
-    if config.vision_config.model_type not in ("clip_vision_model", "siglip_vision_model"):
-        raise ValueError(
-            f"the vision encoder is of type {config.vision_config.model_type!r}, expected CLIP or SigLIP: put another "
-            "one into a uhd.vision.VisionTower"
-        )
+    kind = config.vision_config.model_type
+    if kind not in ("clip_vision_model", "siglip_vision_model"):
+        raise ValueError(f"the vision encoder is {kind!r}, expected CLIP or SigLIP: try uhd.vision.VisionTower")
     if not isinstance(layer, int):
         raise ValueError(f"vision_feature_layer is {layer}: joined features of several layers are not supported")
     vit = config_from_hf(config.vision_config, select_layer=layer, final_norm=False)
     if (strategy == "default") != vit.class_token:
         raise ValueError(
             f"vision_feature_select_strategy={strategy!r} with a vision encoder that has "
-            f"{'a' if vit.class_token else 'no'} class token: 'default' drops one token of a view, 'full' none, and "
-            "only patches can be laid out"
+            f"{'a' if vit.class_token else 'no'} class token: only patches can be laid out"
         )
     return vit
 
@@ -100,10 +97,8 @@ def _one_view(preprocessor: Mapping[str, Any], vit: ViTConfig) -> StrategyConfig
     crops = preprocessor.get("do_center_crop", False)
     cropped = _sides(preprocessor, "crop_size") if crops else size
     if not preprocessor.get("do_resize", True) or set(size.values()) != {side} or set(cropped.values()) != {side}:
-        raise ValueError(
-            f"the image processor resizes to {size} and crops to {cropped if crops else 'nothing'}; the vision "
-            f"encoder takes squares of {side} px"
-        )
+        made = f"{size}, cropped to {cropped}"
+        raise ValueError(f"the image processor makes {made}; the vision encoder takes squares of {side} px")
     if preprocessor.get("do_pad"):
         mean = PixelSettings.from_preprocessor(preprocessor).mean
         return SquarePadConfig("llava-1.5-pad", fill=tuple(int(255 * value) for value in mean), **common)

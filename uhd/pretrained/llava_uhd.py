@@ -46,10 +46,7 @@ def kind_of(checkpoint: Checkpoint) -> str:
     """Tell the releases apart, which use the same names: by ``mm_projector_type``, else by 144 latents."""
     query = "model.mm_projector.query"
     if query not in checkpoint.files:
-        raise ValueError(
-            f"{checkpoint.folder} is in the layout of LLaVA's own code and has no {query}, so it is no LLaVA-UHD: "
-            "convert LLaVA-1.5 and its descendants to transformers"
-        )
+        raise ValueError(f"it has no {query}, so it is no LLaVA-UHD: convert other LLaVAs to transformers")
     checkpoint.check([query])
     latents = checkpoint.shapes([query])[query][0]
     spatial = checkpoint.config.get("mm_projector_type") in SPATIAL or latents == 144

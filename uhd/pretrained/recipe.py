@@ -169,9 +169,8 @@ def _one_dtype(tensors: dict[str, Tensor], names: Mapping[str, str]) -> dict[str
     """Cast a part to the one dtype that holds all its values: a release may keep its norms in float32."""
     integers = [names[name] for name, tensor in tensors.items() if not tensor.is_floating_point()]
     if integers:
-        raise ValueError(
-            f"quantised tensors cannot be read: {', '.join(integers)} hold integers. Take the release in bfloat16, say"
-        )
+        listed = ", ".join(integers)
+        raise ValueError(f"quantised tensors cannot be read, {listed} hold integers: take the release in bfloat16")
     dtypes = {tensor.dtype for tensor in tensors.values()}
     if len(dtypes) < 2:
         return tensors

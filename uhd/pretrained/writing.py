@@ -68,11 +68,9 @@ def _check_settings(encoder: VisualEncoder, recipe: Recipe) -> None:
     if not isinstance(encoder.vision, ViT) or not encoder.vision.own_stem:
         raise ValueError(f"the vision encoder is a {type(encoder.vision).__name__}, the format holds a ViT")
     after = getattr(encoder.vision.config, "compress_after", ())
-    if (_plain(encoder.vision).config, after) != (recipe.vit, recipe.compress_after):
-        raise ValueError(
-            f"the vision encoder has other settings than the format says: got {encoder.vision.config}, expected "
-            f"{recipe.vit} with compress_after={recipe.compress_after}"
-        )
+    got, expected = (_plain(encoder.vision).config, after), (recipe.vit, recipe.compress_after)
+    if got != expected:
+        raise ValueError(f"the vision encoder has other settings: got {got}, expected {expected} as the format says")
     meant = recipe.encoder(encoder.vision, encoder.compressor, encoder.packer)
     for setting in ("slicing", "schema", "pixels"):
         got, expected = getattr(encoder, setting), getattr(meant, setting)
