@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.tiny import picture
+from tests.tiny import encoded, picture, png_chunk
 from uhd.hf.image_processing import fetch_bytes
 from uhd.pixels import image_size_hw, load_image
 
@@ -24,15 +24,9 @@ PICTURES = {
 }
 
 
-def saved(image, kind="PNG", **how):
-    file = io.BytesIO()
-    image.save(file, kind, **how)
-    return file.getvalue()
-
-
 @pytest.mark.parametrize("name", PICTURES)
 def test_one_file_in_every_wrapping(name, tmp_path):
-    file = saved(PICTURES[name])
+    file = encoded(PICTURES[name])
     (tmp_path / "a.png").write_bytes(file)
     code = base64.b64encode(file).decode()
     stream = io.BytesIO(file)
@@ -56,27 +50,23 @@ def test_one_file_in_every_wrapping(name, tmp_path):
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda image: pickle.loads(pickle.dumps(image))])
 def test_a_picture_that_lost_its_file(kind, again):
     many = {"save_all": True, "append_images": [picture(20, 30, 1)]} if kind in ("MPO", "GIF") else {}
-    image = Image.open(io.BytesIO(saved(picture(20, 30), kind, **many)))
+    image = Image.open(io.BytesIO(encoded(picture(20, 30), kind, **many)))
     image.load()
     found = again(image)
     assert np.array_equal(np.asarray(load_image(found)), np.asarray(load_image(image)))
     assert image_size_hw(found) == (20, 30)
 
 
-def chunk(kind, data, checksum=None):
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum or zlib.crc32(kind + data))
-
-
 def damaged():
     image = picture(20, 30)
-    png, jpeg = saved(image), saved(image, "JPEG")
+    png, jpeg = encoded(image), encoded(image, "JPEG")
     chunks = {
-        "profile": chunk(b"iCCP", b"x\0\5garbage"),
-        "text": chunk(b"zTXt", b"k\0\7abc"),
-        "bomb": chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(5_000_000))),
-        "checksum": chunk(b"tEXt", b"a\0b", 1),
-        "gamma": chunk(b"gAMA", b"1"),
-        "exif": chunk(b"eXIf", b"garbage"),
+        "profile": png_chunk(b"iCCP", b"x\0\5garbage"),
+        "text": png_chunk(b"zTXt", b"k\0\7abc"),
+        "bomb": png_chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(5_000_000))),
+        "checksum": png_chunk(b"tEXt", b"a\0b", 1),
+        "gamma": png_chunk(b"gAMA", b"1"),
+        "exif": png_chunk(b"eXIf", b"garbage"),
     }
     for name, extra in chunks.items():
         yield f"png {name}", png[:33] + extra + png[33:], png
@@ -86,7 +76,7 @@ def damaged():
         yield f"jpeg {name}", jpeg[:2] + segment + jpeg[2:], jpeg
     for kind in ("PNG", "WEBP", "JPEG"):
         for exif in (b"Exif\0\0" + bytes(40), b"Exif\0\0XX\0*\0\0\0\x08" + bytes(20)):
-            yield f"{kind} exif", saved(image, kind, exif=exif), saved(image, kind)
+            yield f"{kind} exif", encoded(image, kind, exif=exif), encoded(image, kind)
 
 
 @pytest.mark.parametrize("file, whole", [pytest.param(file, whole, id=name) for name, file, whole in damaged()])
@@ -97,13 +87,13 @@ def test_damaged_metadata_refuses_no_picture(file, whole):
 
 def test_a_truncated_picture_is_still_refused():
     with pytest.raises(ValueError, match="truncated or damaged"):
-        load_image(saved(picture(200, 300))[:-3000])
+        load_image(encoded(picture(200, 300))[:-3000])
 
 
 def test_xmp_turns_a_picture():
     upright = picture(20, 30)
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6"/></x:xmpmeta>'
-    file = saved(upright, "WEBP", lossless=True, xmp=xmp)
+    file = encoded(upright, "WEBP", lossless=True, xmp=xmp)
     assert np.array_equal(np.asarray(load_image(file)), np.rot90(np.asarray(upright), -1))
     assert image_size_hw(file) == (30, 20)
 
@@ -119,7 +109,7 @@ def test_errors_are_short():
 
 
 def test_an_address_gives_the_file_or_a_sentence():
-    file = saved(PICTURES["transparent"])
+    file = encoded(PICTURES["transparent"])
 
     class Answer(http.server.BaseHTTPRequestHandler):
         def do_GET(self):

@@ -21,6 +21,7 @@ import skimage.data
 import torch
 from PIL import Image
 
+from tests.tiny import encoded, exif, noise, png_chunk
 from uhd.pixels import PixelSettings, image_size_hw, load_image, patchify, render, unpatchify
 from uhd.slicing import plan
 from uhd.slicing.plan import Box, Canvas, SlicePlan
@@ -30,18 +31,8 @@ RNG = np.random.default_rng(7)
 COLOURS = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)  # rectangular, every pixel its own
 
 
-def encoded(image: Image.Image, kind: str, **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
 def pixels(source, **options) -> np.ndarray:
     return np.asarray(load_image(source, **options))
-
-
-def png_chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def png(header: tuple, rows: list[bytes], *extra: tuple[bytes, bytes], late: tuple = ()) -> bytes:
@@ -392,16 +383,8 @@ def test_a_plain_rgb_image_is_not_copied():
 
 def stored_as(orientation: int, upright: np.ndarray) -> np.ndarray:
     """What a camera stores. EXIF says which visual side the first stored row and the first stored column are."""
-    row0, col0 = {
-        1: ("top", "left"),
-        2: ("top", "right"),
-        3: ("bottom", "right"),
-        4: ("bottom", "left"),
-        5: ("left", "top"),
-        6: ("right", "top"),
-        7: ("right", "bottom"),
-        8: ("left", "bottom"),
-    }[orientation]
+    row0 = ("top", "top", "bottom", "bottom", "left", "right", "right", "left")[orientation - 1]
+    col0 = ("left", "right", "right", "left", "top", "top", "bottom", "bottom")[orientation - 1]
     stored = upright if row0 in ("top", "bottom") else upright.swapaxes(0, 1)
     stored = stored[::-1] if row0 in ("bottom", "right") else stored
     return stored[:, ::-1] if col0 in ("bottom", "right") else stored
@@ -411,13 +394,12 @@ def stored_as(orientation: int, upright: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP", "late PNG"])
 def test_exif_orientation(kind, orientation):
     stored = Image.fromarray(np.ascontiguousarray(stored_as(orientation, COLOURS)))
-    exif = Image.Exif()
-    exif[0x0112] = orientation
+    tag = exif(orientation)
     if kind == "late PNG":
         rows = [row.tobytes() for row in np.asarray(stored)]
-        data = png((stored.width, stored.height, 8, 2), rows, late=((b"eXIf", exif.tobytes()[6:]),))
+        data = png((stored.width, stored.height, 8, 2), rows, late=((b"eXIf", tag.tobytes()[6:]),))
     else:
-        data = encoded(stored, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+        data = encoded(stored, kind, exif=tag, **({"lossless": True} if kind == "WEBP" else {}))
     assert image_size_hw(data) == (6, 9)
     once = load_image(data)
     assert (np.asarray(once) == COLOURS).all()
@@ -430,19 +412,14 @@ def test_exif_orientation(kind, orientation):
 
 @pytest.mark.parametrize("orientation", [0, 9])
 def test_an_unknown_orientation_is_upright(orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    data = encoded(Image.fromarray(COLOURS), "PNG", exif=exif)
+    data = encoded(COLOURS, exif=exif(orientation))
     assert image_size_hw(data) == (6, 9)
     assert (pixels(data) == COLOURS).all()
 
 
 def test_size_is_read_without_decoding(monkeypatch):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    noise = Image.fromarray(RNG.integers(0, 256, (60, 90, 3), dtype=np.uint8))
     for kind in ("PNG", "JPEG", "WEBP", "TIFF"):
-        data = encoded(noise, kind, exif=exif)
+        data = encoded(noise(60, 90), kind, exif=exif(6))
         with monkeypatch.context() as patch:
             patch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
             assert image_size_hw(data) == (90, 60)
@@ -450,8 +427,7 @@ def test_size_is_read_without_decoding(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP"])
 def test_truncated_files_raise(kind, tmp_path):
-    noise = Image.fromarray(RNG.integers(0, 256, (64, 96, 3), dtype=np.uint8))
-    data = encoded(noise, kind)
+    data = encoded(noise(64, 96), kind)
     path = tmp_path / f"cut.{kind.lower()}"
     path.write_bytes(data[: len(data) * 2 // 3])
     with pytest.raises(ValueError, match=r"cut\..* (truncated or damaged|not an image)"):
@@ -621,9 +597,7 @@ def test_transparent_level_of_deep_pngs():
 def test_rotated_transparent_palette():
     """Turning keeps the transparency of a palette image and drops the tag."""
     palette = Image.fromarray(np.arange(54, dtype=np.uint8).reshape(6, 9)).convert("P")
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    data = encoded(palette, "PNG", transparency=0, exif=exif)
+    data = encoded(palette, transparency=0, exif=exif(6))
     result = load_image(data)
     assert result.size == (6, 9)
     assert result.getpixel((5, 0)) == (255, 255, 255)  # the first stored pixel, now top right
@@ -696,7 +670,7 @@ def test_a_preprocessor_without_mean_and_std_raises(config):
 
 @pytest.mark.parametrize("changes", [{"rescale_factor": 1 / 127.5}, {"do_rescale": False}])
 def test_a_preprocessor_that_rescales_otherwise_raises(changes):
-    with pytest.raises(ValueError, match="not 1/255"):
+    with pytest.raises(ValueError, match="not by 1/255"):
         PixelSettings.from_preprocessor({"image_mean": MEAN, "image_std": STD, **changes})
 
 
@@ -717,12 +691,12 @@ def test_settings_from_timm():
 @pytest.mark.parametrize("image_hw", [(777, 31), (31, 777), (2000, 60)])
 def test_a_crop_of_a_long_image_is_that_of_the_whole_resized_image(image_hw):
     """As the release makes it: enlarged or shrunk whole, then cut, whatever the order of Pillow's passes."""
-    noise = np.random.default_rng(0).integers(0, 256, (*image_hw, 3), dtype=np.uint8)
+    pixels = noise(*image_hw)
     cut = plan(image_hw, "clip-center-crop-336")
     (canvas,) = cut.canvases
     height, width = canvas.content_hw
     assert height * width > 16 * 336 * 336
-    whole = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+    whole = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
     top, left = (-start for start in canvas.offset)
-    (view,) = render(noise, cut)
+    (view,) = render(pixels, cut)
     assert np.array_equal(view, np.asarray(whole)[top : top + 336, left : left + 336])

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 import uhd
+from tests.tiny import encoded, exif
 from uhd.batch import SliceBatch
 from uhd.pixels import PixelSettings, fast, fold_into, load_image, patchify, render, unpatchify
 from uhd.pixels.fast import Picture
@@ -32,9 +33,7 @@ RULES += ["monkey", "phi-4-multimodal", "openai-high-detail-overlap", "ovis2", "
 
 
 def jpeg(pixels: np.ndarray, **options) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", **{"quality": 90, **options})
-    return file.getvalue()
+    return encoded(pixels, "JPEG", **{"quality": 90, **options})
 
 
 def farthest(source, planned: SlicePlan, **changes) -> int:
@@ -84,6 +83,8 @@ def test_every_rule_on_every_photo(name):
     assert refused < len(photos)
 
 
+EXTREME = [((2000, 3), (10, 300)), ((3, 2000), (300, 10)), ((900, 700), (14, 1000)), ((700, 900), (660, 40))]
+EXTREME += [((1, 1), (56, 70))]
 sides = st.integers(1, 90)
 
 
@@ -96,20 +97,12 @@ def test_noise_keeps_within_two_levels(height, width, new_height, new_width, nam
 
 
 @pytest.mark.parametrize("name", ["bicubic", "bilinear", "lanczos"])
-@pytest.mark.parametrize(
-    "size_hw, new_hw",
-    [
-        ((2000, 3), (10, 300)),
-        ((3, 2000), (300, 10)),
-        ((900, 700), (14, 1000)),
-        ((700, 900), (660, 40)),
-        ((1, 1), (56, 70)),
-    ],
-)
-def test_extreme_shapes_keep_within_two_levels(size_hw, new_hw, name):
-    assert farthest(Image.fromarray(stripes(size_hw, 1)), one_canvas(size_hw, new_hw), resample=name) <= 2
+def test_extreme_shapes_keep_within_two_levels(name):
+    for size_hw, new_hw in EXTREME:
+        assert farthest(Image.fromarray(stripes(size_hw, 1)), one_canvas(size_hw, new_hw), resample=name) <= 2
 
 
+WHOLE = {"content_hw": (80, 90), "size_hw": (80, 90)}
 CANVASES = {
     "letterbox": {"size_hw": (60, 50), "offset": (7, 5), "fill": (9, 80, 200), "view_hw": (60, 50)},
     "crop": {"size_hw": (20, 30), "offset": (-11, -4), "view_hw": (20, 30)},
@@ -120,12 +113,7 @@ CANVASES = {
     "tiles resized": {"tiles": (Box(0, 0, 20, 30), Box(20, 10, 40, 40)), "grid": (2, 1), "view_hw": (33, 27)},
     "another filter for tiles": {"view_hw": (33, 27), "view_filter": ("bilinear", True)},
     "tiles sampled": {"view_hw": (33, 27), "view_filter": ("bicubic", False)},
-    "tiles of the image itself": {
-        "content_hw": (80, 90),
-        "size_hw": (80, 90),
-        "tiles": (Box(3, 2, 50, 77),),
-        "view_hw": (22, 31),
-    },
+    "tiles of the image itself": {"tiles": (Box(3, 2, 50, 77),), "view_hw": (22, 31), **WHOLE},
     "sampled": {"antialias": False},
 }
 
@@ -187,9 +175,7 @@ def test_jpegs_decode_to_pillows_bytes(options, tmp_path):
 
 @pytest.mark.parametrize("orientation", range(10))
 def test_orientation(orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    data = jpeg(skimage.data.chelsea()[:80, :120], exif=exif)
+    data = jpeg(skimage.data.chelsea()[:80, :120], exif=exif(orientation))
     assert np.array_equal(loaded(data), exactly(data))
     assert loaded(data).shape == ((120, 80, 3) if orientation in (5, 6, 7, 8) else (80, 120, 3))
 
@@ -199,23 +185,10 @@ def test_modes_and_arrays():
     alpha = photo.copy()
     alpha.putalpha(Image.linear_gradient("L").resize(alpha.size))
     deep = Image.fromarray(np.arange(40 * 60, dtype=np.uint16).reshape(40, 60) * 27)
-    for image, kind in ((photo, "PNG"), (photo.convert("L"), "JPEG"), (photo.convert("CMYK"), "JPEG"), (alpha, "PNG")):
-        file = io.BytesIO()
-        image.save(file, kind)
-        assert np.array_equal(loaded(file.getvalue()), exactly(file.getvalue()))
-    file = io.BytesIO()
-    deep.save(file, "PNG")
-    palette = photo.quantize(17)
     array = np.asarray(photo)
-    sources = [
-        file.getvalue(),
-        deep,
-        palette,
-        array,
-        array[:, :, 0],
-        array / 255,
-        torch.tensor(array).permute(2, 0, 1),
-    ]
+    sources = [encoded(photo), encoded(alpha), encoded(deep), deep, photo.quantize(17)]
+    sources += [encoded(photo.convert(mode), "JPEG") for mode in ("L", "CMYK")]
+    sources += [array, array[:, :, 0], array / 255, torch.tensor(array).permute(2, 0, 1)]
     for source in sources:
         assert np.array_equal(loaded(source), exactly(source))
     blue = {"background": (0, 0, 255)}

@@ -1,5 +1,9 @@
 """Small pictures, parts and encoders that many test files share."""
 
+import io
+import struct
+import zlib
+
 import numpy as np
 import torch
 from PIL import Image
@@ -20,6 +24,23 @@ def noise(height, width, seed=0):
 def picture(height, width, seed=0):
     """The same as a Pillow image, which no size makes ambiguous."""
     return Image.fromarray(noise(height, width, seed))
+
+
+def encoded(image, kind="PNG", **options):
+    """A Pillow image or an array as the bytes of a file."""
+    file = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, kind, **options)
+    return file.getvalue()
+
+
+def png_chunk(kind, data, checksum=None):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum or zlib.crc32(kind + data))
+
+
+def exif(orientation):
+    found = Image.Exif()
+    found[0x0112] = orientation
+    return found
 
 
 IMAGES = [noise(100, 60), noise(30, 200, 1), noise(20, 11, 2), noise(168, 112, 3)]

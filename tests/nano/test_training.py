@@ -71,10 +71,9 @@ def test_a_question_among_others_is_answered_as_if_alone(parts, model):
     hidden = torch.zeros(batch.seen.shape).masked_fill(~batch.seen, torch.finfo(torch.float32).min)
     encoded = model.visual(batch.images)
     model.eval()
+    how = {"attention_mask": hidden, "position_ids": batch.position_ids, "image_tokens": encoded}
     with torch.no_grad():
-        together = model(
-            input_ids=batch.input_ids, attention_mask=hidden, position_ids=batch.position_ids, image_tokens=encoded
-        ).logits
+        together = model(input_ids=batch.input_ids, **how).logits
     ids = model.processor.tokenizer.get_vocab()
     checked = 0
     for row, image in enumerate(encoded):
@@ -128,6 +127,10 @@ def test_data_is_the_same_from_any_number_of_processes_and_any_start(parts, mode
         assert torch.equal(one.latent_codes, other.latent_codes)
 
 
+def steps_of(log):
+    return [json.loads(line)["step"] for line in log.read_text().splitlines()]
+
+
 @pytest.mark.parametrize("name", ["vision", "text", "joint", "polish"])
 def test_a_stage_that_was_interrupted_goes_on_as_if_it_was_not(parts, name, tmp_path):
     _, stages = parts
@@ -139,15 +142,13 @@ def test_a_stage_that_was_interrupted_goes_on_as_if_it_was_not(parts, name, tmp_
             model, supervision = build_nano(SMALL, seed=1), stages.Supervision(32, 9)
             stages.train(model, supervision, stage, folder, seed=0, stop=stop, every=2, keep=2)
         ends.append(model.state_dict())
-    changed = [
-        n for n, tensor in build_nano(SMALL, seed=1).state_dict().items() if not torch.equal(tensor, ends[0][n])
-    ]
+    begun = build_nano(SMALL, seed=1).state_dict()
+    changed = [name for name, tensor in begun.items() if not torch.equal(tensor, ends[0][name])]
     assert all(n.startswith(stage.modules) for n in changed)
     assert len(changed) > 5
     for weight, tensor in ends[0].items():
         torch.testing.assert_close(tensor, ends[1][weight], msg=weight)
-    lines = [json.loads(line) for line in (tmp_path / "twice" / f"{name}.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [2, 4]
+    assert steps_of(tmp_path / "twice" / f"{name}.jsonl") == [2, 4]
 
 
 def checkpoint(stages, path, seed):
@@ -161,9 +162,8 @@ def checkpoint(stages, path, seed):
 
 def test_the_joint_stage_has_the_eyes_of_one_stage_and_the_language_of_the_other(parts, tmp_path):
     _, stages = parts
-    (eyes, heads), (language, _) = (
-        checkpoint(stages, tmp_path / f"{name}.pt", seed) for name, seed in (("vision", 5), ("text", 6))
-    )
+    eyes, heads = checkpoint(stages, tmp_path / "vision.pt", 5)
+    language, _ = checkpoint(stages, tmp_path / "text.pt", 6)
     model, supervision = build_nano(SMALL, seed=7), stages.Supervision(32, 9)
     stages.start_joint(tmp_path, model, supervision)
     for name, tensor in model.state_dict().items():
@@ -251,10 +251,7 @@ def test_a_folder_is_trained_to_its_end_and_is_of_one_run(train, tmp_path, capsy
     folder = tmp_path / "runs" / "a"
     train.main([str(folder), "text", "vision", *SHORT])  # in any order, and in pieces
     train.main([str(folder), *SHORT])
-    steps = {
-        name: [json.loads(line)["step"] for line in (folder / f"{name}.jsonl").read_text().splitlines()]
-        for name in train.RECIPE
-    }
+    steps = {name: steps_of(folder / f"{name}.jsonl") for name in train.RECIPE}
     assert steps == {"vision": [2], "text": [2], "joint": [4], "polish": [1]}
     assert set(json.loads((folder / "evaluation.json").read_text())) >= {"all", "line", "count"}
     assert "<svg" in (folder / "curves.svg").read_text()
@@ -268,9 +265,8 @@ def test_a_folder_is_trained_to_its_end_and_is_of_one_run(train, tmp_path, capsy
 
 def test_a_stage_begins_after_those_that_it_needs(train, tmp_path, capsys):
     train.main([str(tmp_path), "vision", *SHORT])
-    assert "stage text is needed first: it has 0 of 2 steps" in refused(
-        train.main, [tmp_path, "joint", *SHORT], capsys
-    )
+    told = refused(train.main, [tmp_path, "joint", *SHORT], capsys)
+    assert "stage text is needed first: it has 0 of 2 steps" in told
     state = torch.load(tmp_path / "vision.pt", weights_only=True)
     torch.save({**state, "step": 1}, tmp_path / "vision.pt")
     assert "stage vision is needed first: it has 1 of 2" in refused(train.main, [tmp_path, "joint", *SHORT], capsys)

@@ -3,27 +3,18 @@
 import functools
 import importlib
 import inspect
+import json
 
 import pytest
 import torch
 import transformers
 from tokenizers import AddedToken
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
-    Qwen2Config,
-    Qwen3Config,
-    SiglipVisionConfig,
-)
+from transformers import CLIPVisionConfig, LlamaConfig, Qwen2Config, Qwen3Config, SiglipVisionConfig
 
+import uhd
 from tests.hf import tiny
 from uhd.batch import SliceBatch
+from uhd.checkpoint import Checkpoint
 from uhd.vision import patchify
 
 TILE, PATCH, WIDTH = 56, 14, 32
@@ -83,68 +74,68 @@ def randomise(model):
     return model.eval()
 
 
+LLAVA = {"llava": "Llava", "llava_next": "LlavaNext", "llava_onevision": "LlavaOnevision"}
+"""Kinds of transformers' LLaVA, and what the names of their classes begin with."""
+
+
 def make(kind, **changes):
     """(model, image processor on Pillow) of a kind, with changed settings of the model."""
     torch.manual_seed(0)
+    if kind not in LLAVA:
+        return make_4_6(**changes)
     square = {"height": TILE, "width": TILE}
-    clip, siglip = CLIPVisionConfig(**VISION), SiglipVisionConfig(**VISION, vision_use_head=False)
-    ids = {"image_token_index": 310}
-    if kind == "llava":
-        config = LlavaConfig(**{"vision_config": clip, "text_config": LlamaConfig(**TEXT), **ids, **changes})
-        settings = {"size": {"shortest_edge": TILE}, "crop_size": square}
-        return randomise(LlavaForConditionalGeneration(config)), processor("llava", "Llava", **settings)
-    if kind == "llava_next":
-        points = {"image_grid_pinpoints": NEXT_POINTS}
-        parts = {"vision_config": clip, "text_config": LlamaConfig(**TEXT)}
-        config = LlavaNextConfig(**{**parts, **ids, **points, **changes})
-        settings = {"size": {"shortest_edge": TILE}, "crop_size": square, **points}
-        return randomise(LlavaNextForConditionalGeneration(config)), processor("llava_next", "LlavaNext", **settings)
+    points = {"llava_next": NEXT_POINTS, "llava_onevision": ONEVISION_POINTS}
+    points = {"image_grid_pinpoints": points[kind]} if kind in points else {}
+    settings = {"size": {"shortest_edge": TILE}, "crop_size": square, **points}
+    parts = {"vision_config": CLIPVisionConfig(**VISION), "text_config": LlamaConfig(**TEXT)}
     if kind == "llava_onevision":
-        points, parts = {"image_grid_pinpoints": ONEVISION_POINTS}, {"vision_config": siglip}
-        parts |= {"text_config": Qwen2Config(**TEXT), "vision_aspect_ratio": "anyres_max_3", "video_token_index": 311}
-        config = LlavaOnevisionConfig(**{**parts, **ids, **points, **changes})
         settings = {"size": square, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.6, 0.5], **points}
-        found = processor("llava_onevision", "LlavaOnevision", **settings)
-        return randomise(LlavaOnevisionForConditionalGeneration(config)), found
-    return make_4_6(**changes)
+        parts = {
+            "vision_config": SiglipVisionConfig(**VISION, vision_use_head=False),
+            "text_config": Qwen2Config(**TEXT),
+        }
+        parts |= {"vision_aspect_ratio": "anyres_max_3", "video_token_index": 311}
+    config = getattr(transformers, f"{LLAVA[kind]}Config")(**{**parts, "image_token_index": 310, **points, **changes})
+    model = getattr(transformers, f"{LLAVA[kind]}ForConditionalGeneration")(config)
+    return randomise(model), processor(kind, LLAVA[kind], **settings)
 
 
 def make_4_6(**changes):
     from transformers.models.minicpmv4_6 import MiniCPMV4_6Config, MiniCPMV4_6ForConditionalGeneration
 
-    vision = {**VISION, "patch_size": 4, "image_size": 24}
-    text = Qwen3Config(**TEXT, head_dim=12).to_dict()
     names = {name.replace("token", "token_id"): tokenizer().convert_tokens_to_ids(EXTRA[name]) for name in EXTRA}
-    ids = {name: names[name] for name in ("image_token_id", "video_token_id")}
-    config = MiniCPMV4_6Config(
-        **{"text_config": text, "vision_config": vision, "insert_layer_id": 1, "patch_size": 4, **ids, **changes}
-    )
-    mode = {"downsample_mode": config.downsample_mode}
-    settings = {"scale_resolution": 64, "patch_size": 4, "max_slice_nums": 9, **mode}
+    parts = {"text_config": Qwen3Config(**TEXT, head_dim=12).to_dict(), "insert_layer_id": 1, "patch_size": 4}
+    parts |= {"vision_config": {**VISION, "patch_size": 4, "image_size": 24}}
+    parts |= {name: names[name] for name in ("image_token_id", "video_token_id")}
+    config = MiniCPMV4_6Config(**{**parts, **changes})
+    settings = {
+        "scale_resolution": 64,
+        "patch_size": 4,
+        "max_slice_nums": 9,
+        "downsample_mode": config.downsample_mode,
+    }
     return randomise(MiniCPMV4_6ForConditionalGeneration(config)), processor("minicpmv4_6", "MiniCPMV4_6", **settings)
 
 
 def make_full(kind):
     """The released geometry (sides of views, patches, grids, bounds, buckets) around a narrow model."""
     small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sides = {"llava": 336, "llava_next": 336, "llava_onevision": 384}
-    if kind not in sides:
+    if kind not in LLAVA:
         vision = {**small, "image_size": 980, "patch_size": 14}
         model = make(kind, vision_config=vision, insert_layer_id=0, patch_size=14)[0]
         return model, processor("minicpmv4_6", "MiniCPMV4_6")
-    side, family = (
-        sides[kind],
-        {"llava": "Llava", "llava_next": "LlavaNext", "llava_onevision": "LlavaOnevision"}[kind],
-    )
+    side = 384 if kind == "llava_onevision" else 336
     vision = {**small, "image_size": side, "patch_size": 14}
+    changes = {"vision_config": CLIPVisionConfig(**vision)}
+    settings = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     if kind == "llava_onevision":
-        points = LlavaOnevisionConfig().image_grid_pinpoints
-        parts = {"vision_config": SiglipVisionConfig(**vision, vision_use_head=False)}
-        model = make(kind, **parts, image_grid_pinpoints=points, vision_aspect_ratio="anyres_max_9")[0]
-        return model, processor(kind, family, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    points = {} if kind == "llava" else {"image_grid_pinpoints": LlavaNextConfig().image_grid_pinpoints}
-    square = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-    return make(kind, vision_config=CLIPVisionConfig(**vision), **points)[0], processor(kind, family, **square)
+        changes = {"vision_config": SiglipVisionConfig(**vision, vision_use_head=False)}
+        changes["vision_aspect_ratio"] = "anyres_max_9"
+        settings = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    if kind != "llava":
+        points = getattr(transformers, f"{LLAVA[kind]}Config")().image_grid_pinpoints
+        changes["image_grid_pinpoints"] = points
+    return make(kind, **changes)[0], processor(kind, LLAVA[kind], **settings)
 
 
 def processor(module, name, *, pillow=True, **settings):
@@ -153,10 +144,36 @@ def processor(module, name, *, pillow=True, **settings):
     return getattr(found, f"{name}ImageProcessor{'Pil' * pillow}")(**settings)
 
 
-def save(model, images, folder, **how):
-    model.save_pretrained(folder, **how)
+def save(model, images, folder):
+    model.save_pretrained(folder)
     images.save_pretrained(folder)
     return folder
+
+
+def change_json(file, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def refused(folder, match, error=ValueError, **how):
+    """The error of a folder that cannot be loaded."""
+    with pytest.raises(error, match=match) as told:
+        uhd.pretrained.load(folder, **how)
+    return str(told.value)
+
+
+def assert_same(module, other):
+    """The same tensors under the same names."""
+    found, expected = module.state_dict(), other.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(x, expected[name]) for name, x in found.items())
+
+
+def assert_equal_files(folder, other):
+    """The same tensors, and the same settings."""
+    first, second = (dict(part.read(part.files)) for part in (Checkpoint(folder), Checkpoint(other)))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(x, second[name]) for name, x in first.items())
+    assert json.loads((folder / "config.json").read_text()) == json.loads((other / "config.json").read_text())
 
 
 def batch_of(views, plans):

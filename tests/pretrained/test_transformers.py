@@ -1,17 +1,13 @@
 """Models of transformers, saved and loaded: the same pixels give the same tokens, embeddings, logits and answers."""
 
-import json
-from contextlib import contextmanager
-
 import numpy as np
 import pytest
 import torch
 
 import uhd
 from tests.pretrained import released
-from tests.pretrained.released import SIZES
+from tests.pretrained.released import SIZES, assert_equal_files, assert_same
 from tests.tiny import noise, picture
-from uhd.checkpoint import Checkpoint
 from uhd.hf import UHDForConditionalGeneration
 from uhd.pixels.normalize import normalize
 from uhd.vision import CompressedViT, unpatchify
@@ -43,9 +39,12 @@ def saved(tmp_path_factory):
 
 
 def assert_near(ours, theirs):
-    assert len(ours) == len(theirs)
-    for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(list(ours), list(theirs), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def tokens(encoder, *inputs, **how):
+    return [item.tokens for item in encoder(*inputs, **how)]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -60,11 +59,9 @@ def test_the_same_pixels_give_the_same_tokens(saved, case):
     plans = [encoder.plan(size) for size in SIZES]
     with torch.no_grad():
         batch = encoder(released.our_views(pixels, plans, encoder.vision.patch_size))
-        files = encoder(pictures)
-        alone = [encoder([image])[0] for image in pictures]
     assert_near([item.tokens for item in batch], theirs)
-    assert_near([item.tokens for item in files], theirs)  # its own pixels are those of the processor on Pillow
-    assert_near([item.tokens for item in alone], theirs)
+    assert_near(tokens(encoder, pictures), theirs)  # its own pixels are those of the processor on Pillow
+    assert_near([tokens(encoder, [image])[0] for image in pictures], theirs)
     assert all(item.layout.num_visual_tokens == len(item.tokens) for item in batch)
     assert torch.equal(torch.stack([part.std() for part in theirs]) > 0.1, torch.ones(len(SIZES), dtype=torch.bool))
 
@@ -97,9 +94,7 @@ def test_another_filter(saved, case, resample, tmp_path):
     images = type(images)(**{**images.to_dict(), "resample": resample})
     encoder = uhd.pretrained.load(released.save(model, images, tmp_path))
     pictures = [picture(*size) for size in SIZES[:3]]
-    with torch.no_grad():
-        ours = [item.tokens for item in encoder(pictures)]
-    assert_near(ours, released.features(model, images, images(pictures, return_tensors="pt")))
+    assert_near(tokens(encoder, pictures), released.features(model, images, images(pictures, return_tensors="pt")))
 
 
 @pytest.mark.slow
@@ -110,16 +105,13 @@ def test_the_released_geometry(kind, tmp_path):
     encoder = uhd.pretrained.load(released.save(model, images, tmp_path))
     rng = np.random.default_rng(0)
     sizes = [(336, 336), (1008, 672), (384, 768), (2000, 2000)]
-    for side, aspect in zip(rng.integers(60, 2000, 12), np.exp(rng.uniform(-2, 2, 12)), strict=True):
-        sizes.append(
-            (int(side), max(int(side / aspect), 1)) if aspect > 1 else (max(int(side * aspect), 1), int(side))
-        )
+    for side, aspect in zip(rng.integers(60, 2000, 12).tolist(), np.exp(rng.uniform(-2, 2, 12)), strict=True):
+        shorter = max(int(side / max(aspect, 1 / aspect)), 1)
+        sizes.append((side, shorter) if aspect > 1 else (shorter, side))
     for size in sizes:
-        pixels = images([picture(*size)], return_tensors="pt")
-        with torch.no_grad():
-            (ours,) = encoder([picture(*size)])
-        assert_near([ours.tokens], released.features(model, images, pixels))
-        assert len(ours.tokens) == ours.layout.num_visual_tokens
+        pixels, ours = images([picture(*size)], return_tensors="pt"), tokens(encoder, [picture(*size)])
+        assert_near(ours, released.features(model, images, pixels))
+        assert len(ours[0]) == encoder.plan(size).num_visual_tokens
 
 
 @pytest.mark.parametrize("do_pad", [True, False])
@@ -131,8 +123,7 @@ def test_every_way_of_llava_to_a_square(do_pad, size, saved, tmp_path):
     encoder = uhd.pretrained.load(released.save(model, images, tmp_path))
     pictures = [picture(*size) for size in SIZES]
     theirs = released.features(model, images, images(pictures, return_tensors="pt"))
-    with torch.no_grad():
-        assert_near([item.tokens for item in encoder(pictures)], theirs)
+    assert_near(tokens(encoder, pictures), theirs)
 
 
 @pytest.mark.parametrize("mode", ["16x", "4x"])
@@ -144,12 +135,9 @@ def test_minicpm_takes_another_mode_than_its_config(saved, mode, tmp_path):
     assert isinstance(encoder.vision, CompressedViT) == (mode == "16x")
     pictures = [picture(*size) for size in SIZES]
     pixels = images(pictures, return_tensors="pt", downsample_mode=mode)
-    with torch.no_grad():
-        ours = [item.tokens for item in encoder(pictures)]
-    assert_near(ours, released.features(model, images, pixels, downsample_mode=mode))
+    assert_near(tokens(encoder, pictures), released.features(model, images, pixels, downsample_mode=mode))
     uhd.pretrained.save(encoder, tmp_path, like=folder)
-    again = uhd.pretrained.load(tmp_path, downsample=mode)
-    assert all(torch.equal(x, again.state_dict()[name]) for name, x in encoder.state_dict().items())
+    assert_same(encoder, uhd.pretrained.load(tmp_path, downsample=mode))
     assert_equal_files(folder, tmp_path)
 
 
@@ -159,8 +147,7 @@ def test_two_rounds_of_the_merger(tmp_path):
     encoder = uhd.pretrained.load(released.save(model, images, tmp_path))
     assert encoder.slicing.merge == 4
     pixels = images([picture(60, 120)], return_tensors="pt", downsample_mode="16x")
-    with torch.no_grad():
-        assert_near([encoder([picture(60, 120)])[0].tokens], released.features(model, images, pixels))
+    assert_near(tokens(encoder, [picture(60, 120)]), released.features(model, images, pixels))
 
 
 @pytest.mark.parametrize("mean", [[0.5] * 3, [0.5, 0.4, 0.3]])
@@ -173,10 +160,9 @@ def test_onevision_several_images(saved, mean, tmp_path):
     sample, single = [picture(*size) for size in SIZES[2:6]], [picture(*SIZES[6])]
     pixels = images([sample, single], return_tensors="pt")
     theirs = released.features(model, images, pixels, batch_num_images=torch.tensor([4, 1]))
-    with torch.no_grad():
-        ours = encoder(sample, multi_image=True) + encoder(single, multi_image=True)
-    assert_near([item.tokens for item in ours], theirs)
-    assert [len(item.tokens) for item in ours[:4]] == [17] * 4
+    ours = tokens(encoder, sample, multi_image=True) + tokens(encoder, single, multi_image=True)
+    assert_near(ours, theirs)
+    assert [len(part) for part in ours[:4]] == [17] * 4
 
 
 @pytest.mark.parametrize("size", [(56, 56), (60, 120), (171, 57)])
@@ -225,18 +211,22 @@ def unpatched(batch):
 # --- with the language model
 
 
-@contextmanager
-def embeddings_of(trunk, found):
-    """What a language model is given as inputs_embeds."""
+@torch.no_grad()
+def run(model, trunk, inputs):
+    """(what the language model inside is given as inputs_embeds, logits)."""
+    found = []
+    handle = trunk.register_forward_pre_hook(
+        lambda module, args, kwargs: found.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    logits = model(**inputs).logits
+    handle.remove()
+    return found[0], logits
 
-    def keep(module, args, kwargs):
-        found.append(kwargs["inputs_embeds"].detach())
 
-    handle = trunk.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+def assert_equal_runs(ours, batch, model, other):
+    mine = run(ours, ours.language_model.model, batch)
+    assert_near(mine, run(model, model.model.language_model, other))
+    assert mine[1].std() > 0.1
 
 
 def ours_around(model, folder):
@@ -275,16 +265,7 @@ def test_embeddings_logits_and_greedy_tokens(saved, case):
     pictures = pictures[: sum(text.count(token) for text in texts)]
     for text, some in ((texts[0], pictures[:1]), (texts[1], pictures[1:])):
         batch, other = their_batch(model, images, ours, [text], some)
-        mine, theirs = [], []
-        with (
-            torch.no_grad(),
-            embeddings_of(ours.language_model.model, mine),
-            embeddings_of(model.model.language_model, theirs),
-        ):
-            logits, expected = ours(**batch).logits, model(**other).logits
-        torch.testing.assert_close(mine[0], theirs[0], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
-        assert logits.std() > 0.1
+        assert_equal_runs(ours, batch, model, other)
     batch, other = their_batch(model, images, ours, texts, pictures)
     length = batch["input_ids"].shape[1]
     settings = {"max_new_tokens": 6, "do_sample": False}
@@ -296,38 +277,13 @@ def test_onevision_several_images_and_a_video_in_one_prompt(saved):
     model, images, folder = saved("llava_onevision")
     ours = ours_around(model, folder)
     model.config.image_token_id, model.config.video_token_id = ours.config.image_token_id, ours.config.video_token_id
-    pictures, frames = (
-        [picture(*size) for size in SIZES[2:4]],
-        [noise(60, 120, step) for step in range(3)],
-    )
+    pictures, frames = [picture(*size) for size in SIZES[2:4]], [noise(60, 120, step) for step in range(3)]
     text = f"a{ours.config.image_token}b{ours.config.image_token}c{ours.config.video_token}d"
     batch = ours.processor(text=[text], images=pictures, videos=[frames], images_kwargs={"multi_image": True})
     pixels = images([pictures], return_tensors="pt")
     plans = [uhd.pretrained.load(folder).plan_video((60, 120), 1).plans[0]] * 3
     settings = ours.visual.pixels
     moving = uhd.SliceBatch.from_images(frames, plans, settings=settings, patch_size=14).normalized(settings)
-    theirs, mine = [], []
-    with (
-        torch.no_grad(),
-        embeddings_of(ours.language_model.model, mine),
-        embeddings_of(model.model.language_model, theirs),
-    ):
-        expected = model(
-            input_ids=batch["input_ids"],
-            pixel_values=pixels.pixel_values,
-            image_sizes=pixels.image_sizes,
-            batch_num_images=torch.tensor([2]),
-            pixel_values_videos=unpatched(moving)[None],
-        ).logits
-        logits = ours(**batch).logits
-    torch.testing.assert_close(mine[0], theirs[0], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
-
-
-def assert_equal_files(folder, other):
-    """The same tensors, and the same settings."""
-    first, second = (Checkpoint(path) for path in (folder, other))
-    assert set(first.files) == set(second.files)
-    theirs = dict(second.read(second.files))
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in first.read(first.files))
-    assert json.loads((folder / "config.json").read_text()) == json.loads((other / "config.json").read_text())
+    other = {name: pixels[name] for name in ("pixel_values", "image_sizes")} | {"input_ids": batch["input_ids"]}
+    other |= {"batch_num_images": torch.tensor([2]), "pixel_values_videos": unpatched(moving)[None]}
+    assert_equal_runs(ours, batch, model, other)

@@ -1,4 +1,4 @@
-"""``python -m uhd.nano``: read fresh images with the shipped model, or with one in a folder, and print how well."""
+"""``python -m uhd.nano``: Read fresh images with the shipped model, or with one in a folder, and print how well."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from transformers.utils import logging
@@ -18,10 +19,7 @@ from uhd.nano.task import LEARNED, QUESTIONS
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m uhd.nano",
-        description="Read fresh images with the shipped model, or with one in a folder, and print how well.",
-    )
+    parser = argparse.ArgumentParser(prog="python -m uhd.nano", description=__doc__.partition(": ")[2])
     parser.add_argument("--images", type=int, default=2000, metavar="N")
     parser.add_argument("--seed", type=int, default=EVALUATION_SEED, help=f"default {EVALUATION_SEED}")
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="default: the shipped model")
@@ -44,7 +42,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(args: argparse.Namespace) -> int:
-    """Read, print, write."""
     logging.disable_progress_bar()
     model = load_nano() if args.model is None else UHDForConditionalGeneration.from_pretrained(args.model).eval()
     start = time.perf_counter()
@@ -55,7 +52,7 @@ def measure(args: argparse.Namespace) -> int:
     if args.seed < EVALUATION_SEED:
         print(f"seeds below {EVALUATION_SEED} are for training: the model may have seen these images")
     if args.json:
-        args.json.write_text(json.dumps({"summary": found, "items": [item.to_dict() for item in items]}) + "\n")
+        args.json.write_text(json.dumps({"summary": found, "items": [asdict(item) for item in items]}) + "\n")
     return 0
 
 

@@ -13,39 +13,29 @@ import torch
 from uhd.hf import UHDForConditionalGeneration
 from uhd.nano.build import BEGIN, END, IMAGE, PAD
 from uhd.nano.images import as_learned, image_doubts
-from uhd.nano.task import GLYPHS, LEARNED
+from uhd.nano.task import GLYPHS
 from uhd.pixels import load_image
 
-MAX_ANSWER = 48
-"""Characters of the longest answer: 8 words of 3 glyphs and what separates them, and some room."""
+MAX_ANSWER = 48  # characters: 8 words of 3 glyphs and what separates them, and some room
 
 LEAST_CONFIDENCE, LEAST_READING = 0.8, 0.9
 """Answers below the first are marked, and all about an image where its "all?" is below the second; the model's card
 says how many that are, on scenes of the task and on others."""
 
 EXAMPLES = {"all": "all?", "line": "line 2?", "right": "right K?", "count": "count?"}
-_FORMS = {
-    "all": r"all\?",
-    "line": r"line [1-9]\?",
-    "right": rf"right [{GLYPHS}]\?",
-    "count": r"count\?",
-}
+_FORMS = rf"(all|line [1-9]|right [{GLYPHS}]|count)\?"
 
 
 @dataclass(frozen=True)
 class Answer:
     """What the model says.
 
-    Attributes:
-        text: Its answer, greedy; cut off after :data:`MAX_ANSWER` characters, which is then a doubt.
-        confidence: Geometric mean of the probabilities of its characters.
-        doubts: Why the answer should not be trusted: image or question unlike those it learned from, a low
-            confidence, or question and answer do not fit what it reads when asked for everything. Empty where
-            there is no reason.
+    Doubts are reasons not to trust it: image or question unlike those it learned from, a low confidence, or question
+    and answer do not fit what it reads when asked for everything.
     """
 
-    text: str
-    confidence: float
+    text: str  # greedy; cut off after MAX_ANSWER characters, which is then a doubt
+    confidence: float  # geometric mean of the probabilities of its characters
     doubts: tuple[str, ...]
 
 
@@ -71,19 +61,16 @@ def load_nano(**kwargs: Any) -> UHDForConditionalGeneration:
 def ask(model: UHDForConditionalGeneration, image: Any, questions: Sequence[str]) -> list[Answer]:
     """Questions about one image, which is encoded once and also read whole, to know what to doubt.
 
-    The model learned from dark text on light ground; text of another colour on another plain ground is repainted for
-    it (:func:`uhd.nano.images.as_learned`).
+    Text of another colour than dark on light is repainted for the model (:func:`uhd.nano.images.as_learned`).
 
     Args:
         model: From :func:`load_nano`.
-        image: What :func:`uhd.pixels.load_image` takes: PIL, path, bytes, array, tensor; of an animation its first
-            frame.
+        image: What :func:`uhd.pixels.load_image` takes, with its errors.
         questions: See :func:`uhd.nano.task.questions`; it knows those of :data:`uhd.nano.task.LEARNED`.
 
     Raises:
-        ValueError: A question is empty, or holds one of the model's special tokens; this is no image, see there.
-        TypeError: ``questions`` is no list of strings; an image can not be of that type.
-        OSError: A path names no file that can be read.
+        ValueError: A question is empty, or holds one of the model's special tokens.
+        TypeError: ``questions`` is no list of strings.
     """
     check_questions(questions)
     shown = as_learned(load_image(image, settings=model.visual.pixels))
@@ -93,10 +80,7 @@ def ask(model: UHDForConditionalGeneration, image: Any, questions: Sequence[str]
     doubts = image_doubts(shown)
     if sure < LEAST_READING:
         doubts += (f"asked for everything it is unsure: {sure:.0%} a character",)
-    return [
-        Answer(text, confidence, (*doubts, *_doubts(question, text, confidence, reading)))
-        for question, (text, confidence) in ((question, found[question]) for question in questions)
-    ]
+    return [Answer(*found[each], (*doubts, *_doubts(each, *found[each], reading))) for each in questions]
 
 
 def check_questions(questions: Sequence[str]) -> None:
@@ -122,26 +106,19 @@ def answer_many(
     encoded = [item for part in batches(images, batch_size) for item in model.visual(part)]
     flat = [(item, question) for item, asked in zip(encoded, questions, strict=True) for question in asked]
     order = sorted(range(len(flat)), key=lambda n: (flat[n][1], flat[n][0].layout.num_tokens))
-    answers: list[Any] = [None] * len(flat)
+    answers = {}
     for part in batches(order, batch_size):
-        for place, answer in zip(part, _generate(model, [flat[n] for n in part]), strict=True):
-            answers[place] = answer
-    found = iter(answers)
-    return [[next(found) for _ in asked] for asked in questions]
+        answers.update(zip(part, _generate(model, [flat[n] for n in part]), strict=True))
+    places = iter(range(len(flat)))
+    return [[answers[next(places)] for _ in asked] for asked in questions]
 
 
 def _generate(model: UHDForConditionalGeneration, pairs: Sequence[tuple[Any, str]]) -> list[tuple[str, float]]:
     processor = model.processor
-    inputs = processor(
-        text=[f"{BEGIN}{IMAGE}{question}" for _, question in pairs], images=[[item] for item, _ in pairs]
-    )
-    out = model.generate(
-        **inputs.to(model.device),
-        do_sample=False,
-        max_new_tokens=MAX_ANSWER,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
+    texts, images = [f"{BEGIN}{IMAGE}{question}" for _, question in pairs], [[item] for item, _ in pairs]
+    inputs = processor(text=texts, images=images).to(model.device)
+    told = {"output_logits": True, "return_dict_in_generate": True}
+    out = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_ANSWER, **told)
     new = out.sequences[:, inputs["input_ids"].shape[1] :]
     logits = torch.stack(out.logits, dim=1).float().log_softmax(-1)  # (B, T, vocabulary)
     chosen = logits.gather(-1, new[..., None])[..., 0]
@@ -154,20 +131,14 @@ def _generate(model: UHDForConditionalGeneration, pairs: Sequence[tuple[Any, str
 
 def question_doubts(question: str) -> tuple[str, ...]:
     """Whether the model knows this form of question."""
-    if any(re.fullmatch(_FORMS[kind], question) for kind in LEARNED):
+    if re.fullmatch(_FORMS, question):
         return ()
-    forms = ", ".join(EXAMPLES[kind] for kind in LEARNED)
+    forms = ", ".join(EXAMPLES.values())
     return (f"the question {question!r} has none of the forms it learned ({forms}; glyphs {GLYPHS})",)
 
 
 def reading_doubts(question: str, answer: str, reading: str) -> tuple[str, ...]:
-    """Whether question and answer fit what the model reads when it is asked for everything; one is wrong if not.
-
-    Args:
-        question: As it was asked.
-        answer: What the model said.
-        reading: Its answer to "all?".
-    """
+    """Whether question and answer fit ``reading``, the model's answer to "all?"; one is wrong if not."""
     if question_doubts(question):
         return ()
     kind, _, what = question.rstrip("?").partition(" ")

@@ -30,27 +30,16 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, kw_only=True)
 class NanoConfig:
-    """Sizes of a nano model. The defaults are those of the shipped one: 1.56 M parameters.
+    """Sizes of a nano model. The defaults are those of the shipped one: 1.56 M parameters."""
 
-    Attributes:
-        side: Side of the square a view's pixel budget is, px.
-        patch_size: px.
-        max_slices: Cap on slices.
-        latents: Tokens per view, a square.
-        width: Of the ViT, the resampler and the language model.
-        vision_depth, text_depth: Blocks.
-        vision_heads, text_heads, latent_heads: Attention heads.
-        vision_mlp, text_mlp: Hidden widths.
-    """
-
-    side: int = 32
-    patch_size: int = 8
+    side: int = 32  # of the square that a view has as many pixels as, px
+    patch_size: int = 8  # px
     max_slices: int = 4
-    latents: int = 9
-    width: int = 128
-    vision_depth: int = 3
+    latents: int = 9  # tokens per view, a square number
+    width: int = 128  # of the ViT, the resampler and the language model
+    vision_depth: int = 3  # blocks
     vision_heads: int = 4
-    vision_mlp: int = 384
+    vision_mlp: int = 384  # hidden width
     latent_heads: int = 4
     text_depth: int = 4
     text_heads: int = 4
@@ -99,38 +88,26 @@ def build_nano(
 
     Args:
         config: Its sizes.
-        slicing: How images are cut, in place of the config's own; see :class:`uhd.VisualEncoder`.
-        schema: Where "," and "\\n" go.
+        slicing, schema: As of :class:`uhd.VisualEncoder`; ``None`` is the config's own slicing.
         seed: Of the weights.
     """
     config = config or NanoConfig()
     tokenizer = character_tokenizer()
+    latents = {"num_heads": config.latent_heads, "num_latents": config.latents}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = VisualEncoder(
             _vision(config),
-            PerceiverResampler(
-                PerceiverConfig(
-                    width=config.width,
-                    vision_width=config.width,
-                    num_heads=config.latent_heads,
-                    num_latents=config.latents,
-                )
-            ),
+            PerceiverResampler(PerceiverConfig(width=config.width, vision_width=config.width, **latents)),
             slicing=config.slicing if slicing is None else slicing,
             schema=schema,
             pixels=PixelSettings(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
             check_image_size=False,
         )
-        lm = _language_model(config, len(tokenizer), tokenizer)
+        lm = _language_model(config, tokenizer)
+        said = {"image_token": IMAGE, "chat_template": CHAT_TEMPLATE}
         return UHDForConditionalGeneration.from_vision_and_lm(
-            encoder,
-            lm,
-            tokenizer,
-            mode="embeds",
-            match_scale=False,
-            image_token=IMAGE,
-            chat_template=CHAT_TEMPLATE,
+            encoder, lm, tokenizer, mode="embeds", match_scale=False, **said
         )
 
 
@@ -151,10 +128,11 @@ def _vision(config: NanoConfig) -> ViT:
     )
 
 
-def _language_model(config: NanoConfig, vocabulary: int, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def _language_model(config: NanoConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     lm = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=vocabulary,
+            vocab_size=len(tokenizer),
             hidden_size=config.width,
             intermediate_size=config.text_mlp,
             num_hidden_layers=config.text_depth,
@@ -162,9 +140,7 @@ def _language_model(config: NanoConfig, vocabulary: int, tokenizer: PreTrainedTo
             num_key_value_heads=config.text_heads,
             max_position_embeddings=512,
             tie_word_embeddings=False,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            **special,
         )
     )
     # visual tokens leave a LayerNorm with an RMS near 1; characters begin at the same scale

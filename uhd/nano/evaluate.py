@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from uhd.hf import UHDForConditionalGeneration
-from uhd.nano.answer import answer_many
+from uhd.nano.answer import answer_many, batches
 from uhd.nano.task import BUCKETS, LEARNED, QUESTIONS, Question, TaskSettings, bucket, questions, scene
 
 EVALUATION_SEED = 1_000_003
@@ -34,10 +34,6 @@ class Item:
     def exact(self) -> bool:
         return self.answer == self.truth
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return asdict(self)
-
 
 def evaluate(
     model: UHDForConditionalGeneration,
@@ -56,16 +52,11 @@ def evaluate(
     if len(set(kinds)) < len(kinds) or not set(kinds) <= set(QUESTIONS):
         raise ValueError(f"kinds must be different ones of {', '.join(QUESTIONS)}, got {', '.join(kinds)}")
     items: list[Item] = []
-    for start in range(0, images, 8 * batch_size):
-        indices = range(start, min(start + 8 * batch_size, images))
+    for indices in batches(range(images), 8 * batch_size):
         scenes = [scene(seed, index, settings) for index in indices]
         asked = [choose(questions(item), kinds, (seed, index)) for item, index in zip(scenes, indices, strict=True)]
-        answers = answer_many(
-            model,
-            [item.image for item in scenes],
-            [[question.text for question in some] for some in asked],
-            batch_size=batch_size,
-        )
+        texts = [[question.text for question in some] for some in asked]
+        answers = answer_many(model, [item.image for item in scenes], texts, batch_size=batch_size)
         for index, drawn, some, found in zip(indices, scenes, asked, answers, strict=True):
             items += [
                 Item(index, bucket(drawn.aspect), question.kind, question.text, question.answer, text, confidence)
@@ -121,9 +112,8 @@ def summary(items: Sequence[Item]) -> dict[str, dict[str, Any]]:
 def table(found: dict[str, dict[str, Any]]) -> str:
     """The summary as text."""
     borders = [f"<{BUCKETS[0]}", *(f"{a}-{b}" for a, b in itertools.pairwise(BUCKETS)), f">={BUCKETS[-1]}"]
-    lines = [
-        f"{'question':10}{'n':>6}{'exact':>8}  {'95 % interval':16}{'characters':>11}   exact at {', '.join(borders)}"
-    ]
+    head = f"{'question':10}{'n':>6}{'exact':>8}  {'95 % interval':16}{'characters':>11}"
+    lines = [f"{head}   exact at {', '.join(borders)}"]
     for kind, row in found.items():
         low, high = row["interval"]
         parts = "  ".join("  -  " if share is None else f"{share:.3f}" for share in row["buckets"])

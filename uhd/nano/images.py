@@ -7,23 +7,12 @@ from PIL import Image, ImageFilter
 
 from uhd.nano.task import TaskSettings
 
-GROUND, TEXT = 222.0, 35.0
-"""Grey levels of 255 in the middle of what it learned from."""
-
-LEAST_CONTRAST = 40.0
-"""Between text and ground, grey levels: less may be noise."""
-
-MOST_COLOUR = 16.0
-"""How far pixels of text may lie from the line between the colours of ground and text, root mean square, levels."""
-
-INK = (0.003, 0.4)
-"""Share of an image's pixels that text can cover."""
-
-MOST_THICK = 0.05
-"""Share of the dark pixels with nothing but dark pixels around them; at most 0.012 in 1,500 scenes of the task."""
-
-LOOKED_AT = 256
-"""Larger images are looked at in so many px a side, and never repainted."""
+GROUND, TEXT = 222.0, 35.0  # grey levels of 255 in the middle of what it learned from
+LEAST_CONTRAST = 40.0  # between text and ground, grey levels: less may be noise
+MOST_COLOUR = 16.0  # distance of text from the line between both colours, root mean square, grey levels
+INK = (0.003, 0.4)  # share of an image's pixels that text can cover
+MOST_THICK = 0.05  # of the dark pixels inside dark areas; at most 0.012 in 1,500 scenes of the task
+LOOKED_AT = 256  # larger images are looked at in so many px a side, and never repainted
 
 
 def as_learned(image: Image.Image) -> Image.Image:
@@ -55,32 +44,23 @@ def as_learned(image: Image.Image) -> Image.Image:
 
 
 def _levels(apart: np.ndarray) -> np.ndarray:
-    """Length of RGB differences (..., 3), so that a difference of greys has its own number of levels."""
+    """Length of RGB differences (..., 3); a difference of greys has its own number of levels."""
     return np.linalg.norm(apart, axis=-1) / np.sqrt(3)
-
-
-def _thick(dark: np.ndarray) -> float:
-    """Share of dark pixels (H, W) whose eight neighbours are dark too."""
-    inner = Image.fromarray(dark.astype(np.uint8)).filter(ImageFilter.MinFilter(3))
-    return float(np.asarray(inner).sum() / dark.sum())
 
 
 def image_doubts(image: Image.Image) -> tuple[str, ...]:
     """How an image differs from those the model learned from: size, aspect, colour, ground, amount of ink, strokes.
 
-    Cheap and on purpose coarse: a strip, a photo, an empty page, a screenshot. Looks at no more than 256 x 256 px of
-    a large image.
+    Cheap and on purpose coarse: a strip, a photo, an empty page, a screenshot.
     """
-    known = TaskSettings()
+    (least, most), max_aspect = TaskSettings().area, TaskSettings().max_aspect
     width, height = image.size
     aspect = max(width, height) / min(width, height)
     doubts = []
-    if not 0.7 * known.area[0] <= width * height <= 1.25 * known.area[1]:
-        doubts.append(
-            f"{width}x{height} px are {width * height} in all, it learned from {known.area[0]} to {known.area[1]}"
-        )
-    if aspect > known.max_aspect * 1.2:
-        doubts.append(f"an aspect ratio of {aspect:.1f}, it learned up to {known.max_aspect:.0f}")
+    if not 0.7 * least <= width * height <= 1.25 * most:
+        doubts.append(f"{width}x{height} px are {width * height} in all, it learned from {least} to {most}")
+    if aspect > max_aspect * 1.2:
+        doubts.append(f"an aspect ratio of {aspect:.1f}, it learned up to {max_aspect:.0f}")
     return (*doubts, *level_doubts(image))
 
 
@@ -102,7 +82,9 @@ def level_doubts(image: Image.Image) -> tuple[str, ...]:
     dark = grey < ground - 70
     ink = float(dark.mean())
     if not INK[0] <= ink <= INK[1]:
-        doubts.append(f"{ink:.1%} of dark px: no text that it could read")
-    elif (thick := _thick(dark)) > MOST_THICK:
+        return (*doubts, f"{ink:.1%} of dark px: no text that it could read")
+    inner = Image.fromarray(dark.astype(np.uint8)).filter(ImageFilter.MinFilter(3))
+    thick = float(np.asarray(inner).sum() / dark.sum())
+    if thick > MOST_THICK:
         doubts.append(f"{thick:.0%} of the dark px inside areas thicker than its strokes")
     return tuple(doubts)

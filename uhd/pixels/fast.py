@@ -33,7 +33,7 @@ from .load import (
     pillow_errors,
     plain_source,
 )
-from .pillow import check_canvas, check_planned, cut_canvas, is_long_crop
+from .pillow import check_plan, cut_canvas, is_long_crop
 from .settings import RESAMPLE, PixelSettings, check_filter
 
 if TYPE_CHECKING:
@@ -42,27 +42,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """An upright RGB image in the layout that is resized.
+    """An upright RGB image in the layout that is resized."""
 
-    Attributes:
-        size_hw: (height, width), px.
-        pixels: (h, w, 3) uint8; ``None`` for a JPEG whose decoding waits for the plan.
-        file: That JPEG.
-        name: What to call it in an error.
-    """
-
-    size_hw: tuple[int, int]
-    pixels: np.ndarray | None
-    file: bytes = b""
-    name: str = "this image"
-
-    @property
-    def height(self) -> int:
-        return self.size_hw[0]
-
-    @property
-    def width(self) -> int:
-        return self.size_hw[1]
+    height: int  # px
+    width: int
+    pixels: np.ndarray | None  # (h, w, 3) uint8; None for a JPEG whose decoding waits for the plan
+    file: bytes = b""  # that JPEG
+    name: str = "this image"  # in an error
 
 
 def read_picture(source: Any, settings: PixelSettings) -> Picture:
@@ -71,33 +57,29 @@ def read_picture(source: Any, settings: PixelSettings) -> Picture:
         return source
     source = plain_source(source)
     array = as_array(source)
-    if array is None:
-        return _read_jpeg(source, settings) or _picture(np.array(load_image(source, settings=settings)))
-    pixels = channels_last(array)
-    if pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.dtype == np.uint8:
-        return _picture(np.require(pixels, requirements=["C", "W"]))  # torch wants to be allowed to write
-    return _picture(np.array(load_image(array, settings=settings)))
+    picture = _read_jpeg(source, settings) if array is None else None
+    if picture is not None:
+        return picture
+    pixels = None if array is None else channels_last(array)
+    if pixels is None or pixels.shape[2:] != (3,) or pixels.dtype != np.uint8:
+        pixels = np.array(load_image(source, settings=settings))
+    pixels = np.require(pixels, requirements=["C", "W"])  # torch wants to be allowed to write
+    return Picture(*pixels.shape[:2], pixels)
 
 
 def cut_fast(image: Any, plan: SlicePlan, settings: PixelSettings) -> list[np.ndarray]:
     """:func:`uhd.pixels.cut` by this backend."""
     picture = read_picture(image, settings)
-    check_planned(picture.size_hw, plan)
-    for canvas in plan.canvases:
-        check_canvas(canvas, picture.size_hw)
+    check_plan(plan, (picture.height, picture.width))
     pixels, exact = _decoded(picture, plan, settings), None
     views = []
     for canvas in plan.canvases:
         if _in_one_step(pixels.shape[:2], canvas, plan, settings):
-            views.extend(_cut_canvas(pixels, canvas, plan, settings))
+            views += cut_canvas(pixels, canvas, plan, settings, _resized)
         else:
             exact = Image.fromarray(pixels) if exact is None else exact
-            views.extend(cut_canvas(exact, canvas, plan, settings))
+            views += cut_canvas(exact, canvas, plan, settings)
     return views
-
-
-def _picture(pixels: np.ndarray) -> Picture:
-    return Picture(pixels.shape[:2], pixels)
 
 
 def _read_jpeg(source: Any, settings: PixelSettings) -> Picture | None:
@@ -106,44 +88,32 @@ def _read_jpeg(source: Any, settings: PixelSettings) -> Picture | None:
         return None
     name = name_of(source)
     try:
-        picture = _plain_jpeg(source, name, settings)
-    except ValueError:
-        return None
-    if picture is None or settings.draft:
-        return picture
-    try:
-        pixels = jpeg_decoder()(picture.file)
-    except RuntimeError:
-        return None
-    return Picture(picture.size_hw, pixels) if pixels.shape[:2] == picture.size_hw else None
-
-
-def _plain_jpeg(source: Any, name: str, settings: PixelSettings) -> Picture | None:
-    """The undecoded file of an upright RGB JPEG that can be decoded here."""
-    with opened(source, name) as image:
-        check_pixels(image, settings, name)
-        with pillow_errors(name):
+        with opened(source, name) as image, pillow_errors(name):
             plain = image.format == "JPEG" and image.mode == "RGB" and orientation_of(image) == 1
             if not plain or not (settings.draft or jpeg_decoder()):
                 return None
+            check_pixels(image, settings, name)
             image.fp.seek(0)
-            file = image.fp.read()
-        return Picture((image.height, image.width), None, file, name)
+            picture = Picture(image.height, image.width, None, image.fp.read(), name)
+        if settings.draft:
+            return picture
+        pixels = jpeg_decoder()(picture.file)
+    except (ValueError, RuntimeError):
+        return None
+    return Picture(*pixels.shape[:2], pixels) if pixels.shape[:2] == (picture.height, picture.width) else None
 
 
 def _decoded(picture: Picture, plan: SlicePlan, settings: PixelSettings) -> np.ndarray:
     """Decode; with ``draft``, at the smallest of 1/2, 1/4 and 1/8 that covers the plan and divides the sides."""
     if picture.pixels is not None:
         return picture.pixels
-    (height, width), sides = picture.size_hw, [canvas.content_hw for canvas in plan.canvases]
-    least = max(h for h, _ in sides), max(w for _, w in sides)
-    fits = [
-        n for n in (8, 4, 2) if not height % n and not width % n and height >= n * least[0] and width >= n * least[1]
-    ]
+    height, width = picture.height, picture.width
+    whole = all(c.source is None and _in_one_step((height, width), c, plan, settings) for c in plan.canvases)
+    most = min(min(height / c.content_hw[0], width / c.content_hw[1]) for c in plan.canvases) if whole else 1
+    scale = next((n for n in (8, 4, 2) if n <= most and not height % n and not width % n), 1)
     with opened(picture.file, picture.name) as image, pillow_errors(picture.name):
-        whole = all(c.source is None and _in_one_step(picture.size_hw, c, plan, settings) for c in plan.canvases)
-        if fits and whole:
-            image.draft("RGB", (width // fits[0], height // fits[0]))
+        if scale > 1:
+            image.draft("RGB", (width // scale, height // scale))
         return np.array(image)
 
 
@@ -164,34 +134,10 @@ def _size_hw(box: tuple[int, int, int, int]) -> tuple[int, int]:
     return box[2] - box[0], box[3] - box[1]
 
 
-def _cut_canvas(pixels: np.ndarray, canvas: Canvas, plan: SlicePlan, settings: PixelSettings) -> list[np.ndarray]:
-    whole = _whole(pixels, canvas, settings.resample or plan.resample)
-    name = settings.resample or (canvas.view_filter or (plan.resample,))[0]
-    tiles = [whole[top:bottom, left:right] for top, left, bottom, right in canvas.tiles]
-    return [_resized(tile, canvas.view_hw, name) for tile in tiles]
-
-
-def _whole(pixels: np.ndarray, canvas: Canvas, name: str) -> np.ndarray:
-    """Make a whole canvas, (h, w, 3) uint8."""
-    if canvas.source is not None:
-        top, left, bottom, right = canvas.source
-        pixels = pixels[top:bottom, left:right]
-    content = _resized(pixels, canvas.content_hw, name)
-    if canvas.offset == (0, 0) and canvas.size_hw == canvas.content_hw:
-        return content
-    (top, left), (height, width) = canvas.offset, canvas.size_hw
-    whole = np.empty((height, width, 3), np.uint8)
-    whole[...] = canvas.fill or (0, 0, 0)
-    seen = content[max(-top, 0) : height - top, max(-left, 0) : width - left]
-    top, left = max(top, 0), max(left, 0)
-    whole[top : top + seen.shape[0], left : left + seen.shape[1]] = seen
-    return whole
-
-
-def _resized(pixels: np.ndarray, size_hw: tuple[int, int], name: str) -> np.ndarray:
+def _resized(pixels: np.ndarray, size_hw: tuple[int, int], name: str, antialias: bool) -> np.ndarray:
+    """Resize with antialiasing, which :func:`_in_one_step` sees to."""
     if pixels.shape[:2] == tuple(size_hw):
         return pixels
-    check_filter(name)
     tensor = torch.from_numpy(np.ascontiguousarray(pixels)).unsqueeze(0).permute(0, 3, 1, 2)
     if _pass_orders(name) == "by shrinkage" and _rows_shrink_more(pixels.shape[:2], size_hw):
         tensor = _interpolated(tensor, (size_hw[0], pixels.shape[1]), name)
@@ -215,6 +161,7 @@ _PROBES = (((40, 40), (11, 37)), ((40, 40), (20, 31)), ((40, 40), (20, 29)), ((4
 @cache
 def _pass_orders(name: str) -> str | None:
     """Find how Pillow orders this filter's passes: ``"fixed"``, ``"by shrinkage"``, or ``None`` if PyTorch cannot."""
+    check_filter(name)
     noise = np.random.default_rng(0)
     errors: dict[str, list[np.ndarray]] = {"fixed": [], "by shrinkage": []}
     for old, new in _PROBES:
@@ -252,9 +199,8 @@ def jpeg_decoder() -> Callable[[bytes], np.ndarray] | None:
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "JPEG", quality=80, **options)
         try:
-            same = np.array_equal(decode(file.getvalue()), np.asarray(Image.open(file)))
+            if not np.array_equal(decode(file.getvalue()), np.asarray(Image.open(file))):
+                return None
         except RuntimeError:
-            same = False
-        if not same:
             return None
     return decode

@@ -10,8 +10,7 @@ import sys
 import warnings
 from base64 import b64decode
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import unquote_to_bytes
@@ -34,6 +33,7 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = (5, 6, 7, 8)
 _CHANNELS = (1, 3, 4)
 _XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:=[\"']|>)([1-8])")
 
@@ -70,12 +70,13 @@ def load_image(source: Any, *, settings: PixelSettings = DEFAULT, frame: int | N
     array = as_array(source)
     if array is not None:
         check_frame(frame, 1, "an array")
-        return rgb(_image_from_array(array), settings)
-    return _despite_metadata(partial(_loaded, settings=settings, frame=frame), source)
+        pixels = _eight_bit(channels_last(array))
+        pixels = pixels[:, :, 0] if pixels.shape[2:] == (1,) else pixels
+        return rgb(Image.fromarray(np.ascontiguousarray(pixels)), settings)
+    return _despite_metadata(_loaded, source, settings, frame)
 
 
 def _loaded(source: Any, settings: PixelSettings, frame: int | None) -> Image.Image:
-    """As :func:`load_image`, of a file, its bytes or a Pillow image."""
     name = name_of(source)
     with opened(source, name) as image:
         check_pixels(image, settings, name)
@@ -87,7 +88,7 @@ def _loaded(source: Any, settings: PixelSettings, frame: int | None) -> Image.Im
 def image_size_hw(source: Any) -> tuple[int, int]:
     """Return (height, width) in px of what :func:`load_image` would return, without decoding a file's pixels.
 
-    Of an animation or a multi-page file, the first frame counts. Arguments and errors are those of :func:`load_image`.
+    Arguments and errors are those of :func:`load_image`.
 
     >>> image_size_hw(np.zeros((480, 640, 3), dtype=np.uint8))
     (480, 640)
@@ -100,24 +101,22 @@ def image_size_hw(source: Any) -> tuple[int, int]:
 
 
 def _size_hw(source: Any) -> tuple[int, int]:
-    """As :func:`image_size_hw`, of a file, its bytes or a Pillow image."""
     name = name_of(source)
     with opened(source, name) as image, pillow_errors(name):
         if image is source:
             image.load()  # it will be decoded anyway, and only then do all formats agree on size and orientation
-            (width, height), orientation = image.size, orientation_of(image)
-        elif image.format == "TIFF":
+        if image is not source and image.format == "TIFF":
             # newer Pillow turns a TIFF's size on opening, older on loading: the tags are what the file says
             width, height, orientation = image.tag_v2[256], image.tag_v2[257], image.tag_v2.get(ORIENTATION, 1)
         else:
-            (width, height), orientation = image.size, orientation_of(image, header_only=True)
-    return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
+            (width, height), orientation = image.size, orientation_of(image, header_only=image is not source)
+    return (width, height) if orientation in _SIDEWAYS else (height, width)
 
 
-def _despite_metadata(read: Callable[[Any], Result], source: Any) -> Result:
+def _despite_metadata(read: Callable[..., Result], source: Any, *how: Any) -> Result:
     """Read a picture; where that fails, and it may be for damaged metadata, read it without any."""
     try:
-        return read(source)
+        return read(source, *how)
     except ValueError as problem:
         if isinstance(source, Image.Image) or problem.__cause__ is None:  # no file, or not Pillow's complaint
             raise
@@ -125,30 +124,22 @@ def _despite_metadata(read: Callable[[Any], Result], source: Any) -> Result:
         clean = without_metadata(file)
         if clean is None or clean == file:
             raise
-        try:
-            return read(clean)
-        except ValueError:
-            raise problem from None
+        with suppress(ValueError):
+            return read(clean, *how)
+        raise
 
 
 def orientation_of(image: Image.Image, *, header_only: bool = False) -> int:
-    """How a picture has to be turned: 1 to 8 by EXIF, the TIFF tag or XMP; anything else is upright.
+    """How a picture has to be turned: 1 to 8 by EXIF, the TIFF tag or XMP; anything else, or damaged, is upright.
 
-    Damaged metadata says nothing, and is passed over.
-
-    Args:
-        image: Decoded, unless ``header_only``.
-        header_only: Do not decode the pixels, but where a PNG has metadata behind them (exiftool writes it there).
+    ``header_only`` does not decode the pixels, but where a PNG has metadata behind them (exiftool writes it there).
     """
-    late = header_only and image.format == "PNG" and _png_late_metadata(image.fp)
+    # PNG's own getexif decodes the pixels first
+    early = header_only and image.format == "PNG" and not _png_late_metadata(image.fp)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about damaged tags
         try:
-            if header_only and image.format == "PNG" and not late:
-                exif = Image.Image.getexif(image)  # PNG's own getexif decodes the pixels first
-            else:
-                exif = image.getexif()
-            found = exif.get(ORIENTATION)
+            found = (Image.Image.getexif(image) if early else image.getexif()).get(ORIENTATION)
         except Exception:
             found = None
     if found is None:
@@ -161,8 +152,7 @@ def orientation_of(image: Image.Image, *, header_only: bool = False) -> int:
 def plain_source(source: Any) -> Any:
     """Take the picture out of what datasets and web services wrap it in; anything else comes back as it is.
 
-    A file object gives its bytes and stays where it stands; a ``data:`` URI and bare base64 text are decoded; of a
-    dataset's row ``{"bytes": ..., "path": ...}`` the bytes are taken, else the path.
+    A file object gives its bytes and stays where it stands; of a dataset's row the bytes are taken, else the path.
 
     >>> plain_source("data:image/png;base64,iVBORw0KGgo=")
     b'\\x89PNG\\r\\n\\x1a\\n'
@@ -180,14 +170,12 @@ def plain_source(source: Any) -> Any:
         return file
     if not isinstance(source, str):
         return source
-    try:
+    with suppress(ValueError):
         if source.startswith("data:"):
             head, _, data = source.partition(",")
             return b64decode(data) if head.endswith(";base64") else unquote_to_bytes(data)
         if len(source) >= 64 and not os.path.exists(source):
             return b64decode(source, validate=True)
-    except ValueError:
-        return source
     return source
 
 
@@ -203,9 +191,7 @@ def name_of(source: Any) -> str:
         return f"{name!r:.200}"
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"these {len(source)} bytes"
-    raise TypeError(
-        f"an image is a Pillow image, a path, bytes, a NumPy array or a torch tensor, got {type(source).__name__}"
-    )
+    raise TypeError(f"an image is a Pillow image, path, bytes, NumPy array or tensor, got {type(source).__name__}")
 
 
 @contextmanager
@@ -260,7 +246,10 @@ def check_frame(frame: int | None, frames: int, name: str) -> None:
 def upright_frame(image: Image.Image, frame: int | None, name: str) -> Image.Image:
     """Decode the asked frame and apply its EXIF orientation. A caller's image is left at its own frame."""
     with pillow_errors(name):
-        stands = _stands(image)
+        try:
+            stands = image.tell()
+        except AttributeError:  # it was copied or unpickled: it has its pixels, but no file any more
+            stands = 0
         frames = 1 if frame is None else getattr(image, "n_frames", 1)
     check_frame(frame, frames, name)
     with pillow_errors(name):
@@ -280,14 +269,6 @@ def upright_frame(image: Image.Image, frame: int | None, name: str) -> Image.Ima
     # the copied tag would turn it a second time
     turned.info = {key: value for key, value in turned.info.items() if key == "transparency"}
     return turned
-
-
-def _stands(image: Image.Image) -> int:
-    """The frame at which a picture stands; one that was copied or unpickled has its pixels, but no file any more."""
-    try:
-        return image.tell()
-    except AttributeError:
-        return 0
 
 
 def _png_late_metadata(file: BinaryIO) -> bool:
@@ -327,9 +308,7 @@ def _eight_bit_gray(image: Image.Image) -> Image.Image:
     key = image.info.get("transparency")
     if image.mode == "I":
         if array.min() < 0 or array.max() > 65535:
-            raise ValueError(
-                f"a gray image of mode I is read as 0..65535, got {array.min()}..{array.max()}: scale it first"
-            )
+            raise ValueError(f"a gray image of mode I is 0..65535, got {array.min()}..{array.max()}: scale it first")
         array = array.astype(np.uint16)
     gray = Image.fromarray(_eight_bit(array))
     if isinstance(key, int):
@@ -343,7 +322,7 @@ def _eight_bit(array: np.ndarray) -> np.ndarray:
         return array
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * np.uint8(255)
-    if array.dtype.kind == "u" and array.dtype.itemsize == 2:
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # in either byte order
         return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if array.dtype.kind == "f":
         if not (array.min() >= 0 and array.max() <= 1):  # also catches NaN
@@ -383,10 +362,3 @@ def channels_last(array: np.ndarray) -> np.ndarray:
     if not first and not last:
         raise ValueError(f"an image array has 1, 3 or 4 channels first or last, got {shape}")
     return array if last else array.transpose(1, 2, 0)
-
-
-def _image_from_array(array: np.ndarray) -> Image.Image:
-    pixels = _eight_bit(channels_last(array))
-    if pixels.ndim == 3 and pixels.shape[2] == 1:
-        pixels = pixels[:, :, 0]
-    return Image.fromarray(np.ascontiguousarray(pixels))

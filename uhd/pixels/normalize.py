@@ -10,7 +10,7 @@ from .settings import PixelSettings
 
 
 def normalize(patches: Tensor, settings: PixelSettings, *, inner: str = "chw") -> Tensor:
-    """Turn raw patches into what the encoder was trained on: ``(x / 255 - mean) / std`` for each channel.
+    """Turn raw patches into ``(x / 255 - mean) / std``, channel by channel.
 
     >>> half = PixelSettings(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     >>> normalize(torch.tensor([[0, 255, 51]], dtype=torch.uint8), half)
@@ -22,7 +22,7 @@ def normalize(patches: Tensor, settings: PixelSettings, *, inner: str = "chw") -
         inner: Order inside the patches, as :attr:`uhd.SliceBatch.inner`; it stays.
 
     Returns:
-        (N, P) float32 on the same device.
+        (N, P) float32.
 
     Raises:
         ValueError: The settings have no mean and std, P is not three channels, or there is no such order.
@@ -42,10 +42,7 @@ def normalize(patches: Tensor, settings: PixelSettings, *, inner: str = "chw") -
 
 
 def fold_pixels(
-    weight: Tensor,
-    bias: Tensor | None,
-    inner: str,
-    mean_std: tuple[tuple[float, ...], tuple[float, ...]] | None,
+    weight: Tensor, bias: Tensor | None, inner: str, mean_std: tuple[tuple[float, ...], tuple[float, ...]] | None
 ) -> tuple[Tensor, Tensor | None]:
     """Make a patch embedding take patches of another inner order, and raw pixels; differentiable.
 
@@ -58,9 +55,6 @@ def fold_pixels(
         bias: (D,) or ``None``.
         inner: Order inside the patches that it will take.
         mean_std: C means and C standard deviations in 0..1 units; ``None`` for patches that are normalised already.
-
-    Raises:
-        ValueError: There is no such order.
     """
     channels = 3 if mean_std is None else len(mean_std[0])
     if mean_std is not None:

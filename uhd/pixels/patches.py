@@ -42,8 +42,7 @@ def patchify(view: Any, patch_size: int, *, inner: str = "chw") -> Any:
     Args:
         view: (h, w, C) array or tensor.
         patch_size: p, px.
-        inner: ``"chw"`` as above, or ``"hwc"``: the order inside a patch is (py, px, channel), as pixels lie in
-            memory.
+        inner: ``"chw"`` as above, or ``"hwc"``: (py, px, channel) inside a patch, as pixels lie in memory.
 
     Returns:
         ((h // p) * (w // p), C * p * p), same type and dtype. :func:`unpatchify` is the inverse.
@@ -52,12 +51,9 @@ def patchify(view: Any, patch_size: int, *, inner: str = "chw") -> Any:
         ValueError: Not three axes, a side is shorter than one patch, or there is no such order.
     """
     if len(view.shape) != 3 or min(view.shape[:2]) < patch_size:
-        raise ValueError(
-            f"a view is (height, width, channels) with sides of at least one patch of {patch_size} px, "
-            f"got {tuple(view.shape)}"
-        )
-    rows, cols = view.shape[0] // patch_size, view.shape[1] // patch_size
-    seen = view[: rows * patch_size, : cols * patch_size]
+        shape = tuple(view.shape)
+        raise ValueError(f"a view is (height, width, channels), at least one patch of {patch_size} px, got {shape}")
+    seen = view[: view.shape[0] // patch_size * patch_size, : view.shape[1] // patch_size * patch_size]
     return rearrange(seen, f"(h py) (w px) c -> (h w) ({inner_axes(inner)})", py=patch_size, px=patch_size)
 
 
@@ -69,8 +65,7 @@ def unpatchify(patches: Any, grid_hw: tuple[int, int], patch_size: int, *, inner
            [4, 5, 6, 7]])
 
     Raises:
-        ValueError: The number of patches is not rows * cols, their width not a multiple of p * p, or there is no such
-            order.
+        ValueError: Not rows * cols patches, their width is no multiple of p * p, or there is no such order.
     """
     rows, cols = grid_hw
     if len(patches.shape) != 2 or patches.shape[0] != rows * cols or patches.shape[1] % patch_size**2:

@@ -1,4 +1,4 @@
-"""The backend that equals the reference's bytes: Pillow resizes every canvas as a whole, then it is cut."""
+"""From a canvas of a plan to its views, and the resize that equals the reference's bytes: Pillow's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from .load import load_image
 from .settings import RESAMPLE, PixelSettings, check_filter
 
 if TYPE_CHECKING:
@@ -26,91 +25,80 @@ MOST_RESIZED = 1 << 26
 """Pixels up to which an image is resized whole, as the releases do, even if one view of it is kept: 200 MB of RGB."""
 
 
-def cut_pillow(image: Any, plan: SlicePlan, settings: PixelSettings) -> list[np.ndarray]:
-    """:func:`uhd.pixels.cut` by this backend."""
-    image = load_image(image, settings=settings)
-    check_planned((image.height, image.width), plan)
-    return [view for canvas in plan.canvases for view in cut_canvas(image, canvas, plan, settings)]
+def resize(
+    image: Any,
+    size_hw: tuple[int, int],
+    name: str,
+    antialias: bool,
+    box: tuple[float, float, float, float] | None = None,
+) -> Image.Image:
+    """Resize 8-bit RGB, an image or an array; the filter widens where it shrinks unless told not to.
+
+    ``box`` is the (left, top, right, bottom) of the part that is resized, px; ``None`` is all of it.
+    """
+    check_filter(name)
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(np.ascontiguousarray(image))
+    if antialias:
+        return image.resize(size_hw[::-1], RESAMPLE[name], box=box)
+    left, top, right, bottom = box or (0, 0, image.width, image.height)
+    rows = _sampled(np.asarray(image), name, 0, (top, bottom), size_hw[0])
+    resized = _sampled(rows, name, 1, (left, right), size_hw[1])
+    return Image.fromarray(np.rint(resized).clip(0, 255).astype(np.uint8))
 
 
-def check_planned(image_hw: tuple[int, int], plan: SlicePlan) -> None:
-    """Refuse an image of another size than the plan's."""
-    if image_hw != tuple(plan.image_hw):
-        raise ValueError(
-            f"the plan is for an image of {plan.image_hw[0]}x{plan.image_hw[1]} px (height x width), this one has "
-            f"{image_hw[0]}x{image_hw[1]} px: plan it by image_size_hw(image), which knows the EXIF orientation"
-        )
+def _sampled(array: np.ndarray, name: str, axis: int, span: tuple[float, float], length: int) -> np.ndarray:
+    """Sample one axis at the middles of ``length`` equal parts of ``span``; the result is float32."""
+    reach, weight = _TAPS[name]
+    places = span[0] + (np.arange(length) + 0.5) * (span[1] - span[0]) / length - 0.5
+    first = np.floor(places).astype(np.int64)
+    taps = range(1 - reach, reach + 1)
+    weights = np.stack([weight(np.abs(places - first - tap)) for tap in taps])
+    weights /= weights.sum(axis=0)
+    shape = [-1 if place == axis else 1 for place in range(3)]
+    return sum(
+        array.take(np.clip(first + tap, 0, array.shape[axis] - 1), axis) * part.astype(np.float32).reshape(shape)
+        for tap, part in zip(taps, weights, strict=True)
+    )
 
 
-def cut_canvas(image: Image.Image, canvas: Canvas, plan: SlicePlan, settings: PixelSettings) -> list[np.ndarray]:
-    """Make the views of one canvas of an upright RGB image; they may share memory."""
-    check_canvas(canvas, (image.height, image.width))
-    whole = render_canvas(image, canvas, Resize(settings.resample or plan.resample, plan.antialias))
-    name, antialias = canvas.view_filter or (plan.resample, plan.antialias)
-    resize_view = Resize(settings.resample or name, antialias)
-    views = []
-    for top, left, bottom, right in canvas.tiles:
-        tile = whole[top:bottom, left:right]
-        if tile.shape[:2] != tuple(canvas.view_hw):
-            tile = np.asarray(resize_view(Image.fromarray(np.ascontiguousarray(tile)), canvas.view_hw))
-        views.append(tile)
-    return views
-
-
-def _wh(size_hw: tuple[int, int]) -> tuple[int, int]:
-    """Pillow's (width, height)."""
-    return size_hw[1], size_hw[0]
-
-
-class Resize:
-    """``resize(image, size_hw)``: 8-bit RGB by one filter, which widens where it shrinks unless told not to."""
-
-    def __init__(self, name: str, antialias: bool) -> None:
-        check_filter(name)
-        self.name, self.antialias = name, antialias
-
-    def __call__(
-        self, image: Image.Image, size_hw: tuple[int, int], *, box: tuple[float, float, float, float] | None = None
-    ) -> Image.Image:
-        """``box``: (left, top, right, bottom) of the part that is resized, px; ``None`` is all of it."""
-        left, top, right, bottom = box or (0, 0, image.width, image.height)
-        if self.antialias:
-            return image.resize(_wh(size_hw), RESAMPLE[self.name], box=box)
-        rows = self._sampled(np.asarray(image), 0, (top, bottom), size_hw[0])
-        resized = self._sampled(rows, 1, (left, right), size_hw[1])
-        return Image.fromarray(np.rint(resized).clip(0, 255).astype(np.uint8))
-
-    def _sampled(self, array: np.ndarray, axis: int, span: tuple[float, float], length: int) -> np.ndarray:
-        """Sample one axis at the middles of ``length`` equal parts of ``span``; the result is float32."""
-        reach, weight = _TAPS[self.name]
-        places = span[0] + (np.arange(length) + 0.5) * (span[1] - span[0]) / length - 0.5
-        first = np.floor(places).astype(np.int64)
-        taps = range(1 - reach, reach + 1)
-        weights = np.stack([weight(np.abs(places - first - tap)) for tap in taps])
-        weights /= weights.sum(axis=0)
-        shape = [-1 if place == axis else 1 for place in range(3)]
-        return sum(
-            array.take(np.clip(first + tap, 0, array.shape[axis] - 1), axis) * part.astype(np.float32).reshape(shape)
-            for tap, part in zip(taps, weights, strict=True)
-        )
-
-
-def render_canvas(image: Image.Image, canvas: Canvas, resize: Resize) -> np.ndarray:
-    """Make a whole canvas, (h, w, 3) uint8."""
-    if canvas.source is not None:
+def cut_canvas(
+    image: Any, canvas: Canvas, plan: SlicePlan, settings: PixelSettings, resize: Callable[..., Any] = resize
+) -> list[np.ndarray]:
+    """Make the views of one canvas of an upright RGB image, or of an array of one; they may share memory."""
+    name, antialias = settings.resample or plan.resample, plan.antialias
+    if canvas.source is not None:  # first, so that the filter sees nothing outside
         top, left, bottom, right = canvas.source
-        image = image.crop((left, top, right, bottom))  # first, so that the filter sees nothing outside
+        array = isinstance(image, np.ndarray)
+        image = image[top:bottom, left:right] if array else image.crop((left, top, right, bottom))
     if canvas.first_hw is not None:
-        image = resize(image, canvas.first_hw)
+        image = resize(image, canvas.first_hw, name, antialias)
     if is_long_crop(canvas):
         # an elongated image would be resized to gigabytes of which one view is kept: make only what is seen; Pillow
         # may then take its two passes in another order, which moves single pixels by up to 22 levels on noise
-        return np.asarray(resize(image, canvas.size_hw, box=_seen(image, canvas)))
-    whole = resize(image, canvas.content_hw)
-    if canvas.offset != (0, 0) or canvas.size_hw != canvas.content_hw:
-        content, whole = whole, Image.new("RGB", _wh(canvas.size_hw), canvas.fill or (0, 0, 0))
-        whole.paste(content, _wh(canvas.offset))
-    return np.asarray(whole)
+        whole = np.asarray(resize(image, canvas.size_hw, name, antialias, box=_seen(image, canvas)))
+    else:
+        whole = _placed(np.asarray(resize(image, canvas.content_hw, name, antialias)), canvas)
+    if canvas.view_filter is not None:
+        name, antialias = settings.resample or canvas.view_filter[0], canvas.view_filter[1]
+    tiles = [whole[top:bottom, left:right] for top, left, bottom, right in canvas.tiles]
+    view_hw = tuple(canvas.view_hw)
+    return [
+        tile if tile.shape[:2] == view_hw else np.asarray(resize(tile, view_hw, name, antialias)) for tile in tiles
+    ]
+
+
+def _placed(content: np.ndarray, canvas: Canvas) -> np.ndarray:
+    """Put resized content in its place on a filled canvas, (h, w, 3) uint8."""
+    if canvas.offset == (0, 0) and canvas.size_hw == canvas.content_hw:
+        return content
+    (top, left), (height, width) = canvas.offset, canvas.size_hw
+    whole = np.empty((height, width, 3), np.uint8)
+    whole[...] = canvas.fill or (0, 0, 0)
+    seen = content[max(-top, 0) : max(height - top, 0), max(-left, 0) : max(width - left, 0)]
+    top, left = max(top, 0), max(left, 0)
+    whole[top : top + seen.shape[0], left : left + seen.shape[1]] = seen
+    return whole
 
 
 def is_long_crop(canvas: Canvas) -> bool:
@@ -119,7 +107,6 @@ def is_long_crop(canvas: Canvas) -> bool:
 
 
 def _covers(canvas: Canvas) -> bool:
-    """Return whether the content reaches every edge of its canvas."""
     sides = zip(canvas.offset, canvas.content_hw, canvas.size_hw, strict=True)
     return all(start <= 0 and start + content >= side for start, content, side in sides)
 
@@ -132,22 +119,28 @@ def _seen(image: Image.Image, canvas: Canvas) -> tuple[float, float, float, floa
     return -left * scale_w, -top * scale_h, right, bottom
 
 
-def check_canvas(canvas: Canvas, image_hw: tuple[int, int]) -> None:
-    """Refuse a canvas that is not whole: Pillow would paint black what is missing."""
-
-    def inside(box: tuple[int, int, int, int], size_hw: tuple[int, int]) -> bool:
-        top, left, bottom, right = box
-        return 0 <= top < bottom <= size_hw[0] and 0 <= left < right <= size_hw[1]
-
-    if min(*canvas.content_hw, *canvas.size_hw, *canvas.view_hw, *(canvas.first_hw or ())) < 1:
-        raise ValueError(f"every side of a canvas must be at least 1 px, got {canvas}")
-    if canvas.source is not None and not inside(canvas.source, image_hw):
-        raise ValueError(f"the source {tuple(canvas.source)} of a canvas lies outside the image of {image_hw} px")
-    for box in canvas.tiles:
-        if not inside(box, canvas.size_hw):
-            raise ValueError(f"the tile {tuple(box)} lies outside its canvas of {canvas.size_hw} px")
-    if not _covers(canvas) and canvas.fill is None:
+def check_plan(plan: SlicePlan, image_hw: tuple[int, int]) -> None:
+    """Refuse a plan for another size, and canvases that are not whole: Pillow would paint black what is missing."""
+    if image_hw != tuple(plan.image_hw):
         raise ValueError(
-            f"content of {canvas.content_hw} px at {canvas.offset} does not cover its canvas of {canvas.size_hw} px: "
-            "give the canvas a fill"
+            f"the plan is for an image of {plan.image_hw[0]}x{plan.image_hw[1]} px (height x width), this one has "
+            f"{image_hw[0]}x{image_hw[1]} px: plan it by image_size_hw(image), which knows the EXIF orientation"
         )
+    for canvas in plan.canvases:
+        if min(*canvas.content_hw, *canvas.size_hw, *canvas.view_hw, *(canvas.first_hw or ())) < 1:
+            raise ValueError(f"every side of a canvas must be at least 1 px, got {canvas}")
+        if canvas.source is not None and not _inside(canvas.source, image_hw):
+            raise ValueError(f"the source {tuple(canvas.source)} of a canvas lies outside the image of {image_hw} px")
+        for box in canvas.tiles:
+            if not _inside(box, canvas.size_hw):
+                raise ValueError(f"the tile {tuple(box)} lies outside its canvas of {canvas.size_hw} px")
+        if not _covers(canvas) and canvas.fill is None:
+            raise ValueError(
+                f"content of {canvas.content_hw} px at {canvas.offset} does not cover its canvas of {canvas.size_hw} "
+                "px: give the canvas a fill"
+            )
+
+
+def _inside(box: tuple[int, int, int, int], size_hw: tuple[int, int]) -> bool:
+    top, left, bottom, right = box
+    return 0 <= top < bottom <= size_hw[0] and 0 <= left < right <= size_hw[1]

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from .load import load_image
-from .pillow import cut_pillow
+from .pillow import check_plan, cut_canvas
 from .settings import DEFAULT, PixelSettings
 
 if TYPE_CHECKING:
@@ -25,8 +25,7 @@ def render(image: Any, plan: SlicePlan, *, settings: PixelSettings = DEFAULT) ->
     is not ``view_hw`` is resized once more.
 
     >>> from uhd.slicing import plan
-    >>> image = np.zeros((672, 1008, 3), dtype=np.uint8)
-    >>> [view.shape for view in render(image, plan((672, 1008), "llava-1.5"))]
+    >>> [view.shape for view in render(np.zeros((672, 1008, 3), np.uint8), plan((672, 1008), "llava-1.5"))]
     [(336, 336, 3)]
 
     Args:
@@ -50,24 +49,22 @@ def cut(image: Any, plan: SlicePlan, *, settings: PixelSettings = DEFAULT) -> li
     """Render views that are only read: as :func:`render`, but they may share memory with each other or the image.
 
     >>> from uhd.slicing import plan
-    >>> image = np.zeros((672, 1008, 3), dtype=np.uint8)
-    >>> [view.shape for view in cut(image, plan((672, 1008), "llava-1.5"))]
+    >>> [view.shape for view in cut(np.zeros((672, 1008, 3), np.uint8), plan((672, 1008), "llava-1.5"))]
     [(336, 336, 3)]
     """
     if settings.backend == "fast":
         from .fast import cut_fast  # it imports torch
 
         return cut_fast(image, plan, settings)
-    return cut_pillow(image, plan, settings)
+    image = load_image(image, settings=settings)
+    check_plan(plan, (image.height, image.width))
+    return [view for canvas in plan.canvases for view in cut_canvas(image, canvas, plan, settings)]
 
 
 def load_picture(source: Any, *, settings: PixelSettings = DEFAULT) -> Image.Image | Picture:
-    """Load an image in the form that :func:`cut` takes quickest, once for several plans or to know its size first.
+    """Load an image in the form that :func:`cut` takes quickest; it has a height and a width.
 
     Args and errors as of :func:`load_image`; with ``settings.draft``, damage to a JPEG's pixels shows when it is cut.
-
-    Returns:
-        A Pillow image, or a :class:`uhd.pixels.fast.Picture` for the fast backend; both have a height and a width.
     """
     if settings.backend == "fast":
         from .fast import read_picture

@@ -17,7 +17,6 @@ from uhd.settings import Settings, check_choice
 MAX_PIXELS = 178_956_970
 """Default limit on the pixels of one file: where an unchanged Pillow refuses too (it warns from half of that on)."""
 
-
 RESAMPLE = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
@@ -47,9 +46,8 @@ class PixelSettings(Settings):
             ``"fast"``: within 2 of 255 levels of that at every pixel, several times faster; see
             :mod:`uhd.pixels.fast`.
         draft: Decode a JPEG at 1/2, 1/4 or 1/8 of its size where that divides its sides and still covers every canvas;
-            only the fast backend does so, for paths and bytes. Not within 2 levels: photographs enlarged to 12
-            megapixels came out 0.2 to 0.5 levels off on average and at most 8, pictures with detail down to the pixel
-            2 and 41.
+            only the fast backend does so, for paths and bytes. Not within 2 levels: photographs come out at most 8
+            off, pictures with detail down to the pixel 41.
 
     Raises:
         ValueError: A setting is out of range; the message names it.
@@ -73,10 +71,8 @@ class PixelSettings(Settings):
             object.__setattr__(self, "mean", _three("mean", self.mean))
             object.__setattr__(self, "std", _three("std", self.std))
             if not all(0 <= value <= 1 for value in self.mean) or not all(value > 0 for value in self.std):
-                raise ValueError(
-                    f"mean must lie in 0..1 and std above 0, got mean={self.mean}, std={self.std}: "
-                    "divide both by 255 where they are in 0..255 units"
-                )
+                got = f"mean={self.mean}, std={self.std}"
+                raise ValueError(f"mean must lie in 0..1 and std above 0, got {got}: divide both by 255, say")
         if self.resample is not None:
             check_filter(self.resample)
         background = tuple(self.background)
@@ -123,9 +119,7 @@ class PixelSettings(Settings):
             )
         factor = config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1
         if not math.isclose(factor, 1 / 255, rel_tol=1e-3):
-            raise ValueError(
-                f"this preprocessor rescales pixels by {factor}, not 1/255: give PixelSettings(mean=, std=)"
-            )
+            raise ValueError(f"pixels are rescaled by {factor} here, not by 1/255: give PixelSettings(mean=, std=)")
         if not config.get("do_normalize", True):
             return cls(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), **changes)
         return cls(mean=config["image_mean"], std=config["image_std"], **changes)
@@ -134,29 +128,24 @@ class PixelSettings(Settings):
     def from_timm(cls, model_or_cfg: Any, **changes: Any) -> PixelSettings:
         """Take mean and std from a timm model, from its ``pretrained_cfg``, or from a config with one.
 
-        ``changes`` set the other fields.
-
-        Raises:
-            ValueError: No mean and std there.
+        ``changes`` set the other fields. A ``ValueError`` tells where there is no mean and std.
         """
-        config = getattr(model_or_cfg, "pretrained_cfg", model_or_cfg)
-        if isinstance(config, Mapping):
-            config = config.get("pretrained_cfg", config)
-        if not isinstance(config, Mapping):
-            config = {key: getattr(config, key, None) for key in ("mean", "std")}
-        if config.get("mean") is None or config.get("std") is None:
-            raise ValueError(
-                f"no mean and std in {short_name(model_or_cfg)}: expected a timm model or its pretrained_cfg; "
-                "else give PixelSettings(mean=, std=)"
-            )
-        return cls(mean=config["mean"], std=config["std"], **changes)
+
+        def read(holder: Any, name: str) -> Any:
+            return holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
+
+        config = read(model_or_cfg, "pretrained_cfg") or model_or_cfg
+        mean, std = read(config, "mean"), read(config, "std")
+        if mean is None or std is None:
+            what = short_name(model_or_cfg)
+            raise ValueError(f"no mean and std in {what}, expected those of timm: give PixelSettings(mean=, std=)")
+        return cls(mean=mean, std=std, **changes)
 
 
 DEFAULT = PixelSettings()
 
 
 def check_filter(name: Any) -> None:
-    """Raise a ``ValueError`` where no filter has this name."""
     check_choice("resample", name, RESAMPLE)
 
 
@@ -171,18 +160,13 @@ def _three(name: str, values: Any) -> tuple[float, float, float]:
 
 
 def short_name(source: Any) -> str:
-    """Say what to call a source in an error."""
     return repr(str(source)) if isinstance(source, (str, os.PathLike)) else f"this {type(source).__name__}"
 
 
 def image_processors(source: Any) -> Iterator[Mapping[str, Any]]:
     """Yield the settings of every image processor that ``source`` means, those inside a processor's included.
 
-    Args:
-        source: As of :meth:`PixelSettings.from_preprocessor`.
-
-    Raises:
-        ValueError: A file holds no JSON object; the message names it.
+    ``source`` is as of :meth:`PixelSettings.from_preprocessor`; a ``ValueError`` names a file without a JSON object.
     """
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)

@@ -19,7 +19,7 @@ from huggingface_hub.errors import StrictDataclassError
 from uhd.checkpoint import Checkpoint
 from uhd.encoder import VisualEncoder
 from uhd.pretrained import llava, llava_uhd, minicpm
-from uhd.pretrained.recipe import Names, Prefixes, Recipe, build
+from uhd.pretrained.recipe import Recipe, build
 from uhd.pretrained.writing import write
 from uhd.resampler import MergeProjector
 from uhd.vision import CompressedViT
@@ -37,17 +37,6 @@ FAMILIES: dict[str, str] = {
 }
 """Every family by name, and one line about it."""
 
-_TRANSFORMERS = {"llava-1.5": "llava", "llava-next": "llava_next", "llava-onevision": "llava_onevision"}
-_PREFIXES: dict[str, Prefixes] = {
-    "llava-uhd-2024-03": llava_uhd.PREFIXES,
-    "llava-uhd": llava_uhd.PREFIXES,
-    "minicpm-v-2.0": minicpm.PREFIXES,
-    "minicpm-v-2.5": minicpm.PREFIXES,
-    "minicpm-v-2.6": minicpm.PREFIXES,
-    "minicpm-v-4.6": minicpm.PREFIXES_4_6,
-    **dict.fromkeys(_TRANSFORMERS, llava.PREFIXES),
-}
-
 
 def load(
     folder: str | os.PathLike,
@@ -62,8 +51,7 @@ def load(
     """Load the encoder that reproduces a released model's visual tokens, from image to embedding.
 
     Its slicing, schema, pixels and learned newlines are the model's; ``encoder(images)`` gives what the model's own
-    ``get_image_features`` does. LLaVA-OneVision takes several images of a sample by ``multi_image=True`` and videos by
-    ``encode_videos``, as any encoder does.
+    ``get_image_features`` does.
 
     Args:
         folder: With ``config.json``, weights, and for transformers' models the image processor's file.
@@ -79,8 +67,7 @@ def load(
         An encoder in eval mode. ``encoder.note`` is set where the released code cannot be meant.
 
     Raises:
-        FileNotFoundError: Something is missing in the folder; the message names it. So does a shard that is not there,
-            unless it holds no visual tensor.
+        FileNotFoundError: Something is missing in the folder, such as a shard with a visual tensor.
         ValueError: Another kind of model; a setting that has no counterpart; tensors that are missing or left over,
             listed; quantised ones; only pickled weights; a damaged file.
         TypeError: ``dtype`` is no floating ``torch.dtype``.
@@ -89,8 +76,7 @@ def load(
         raise TypeError(f"dtype must be a floating torch.dtype, such as torch.bfloat16, or None; got {dtype!r}")
     checkpoint = Checkpoint(folder, pickled=pickled)
     with _folder_named(checkpoint):
-        recipe, names = _recipe(checkpoint, family, downsample, vision_tower, pickled)
-        encoder = build(recipe, names, checkpoint, device)
+        encoder = build(_recipe(checkpoint, family, downsample, vision_tower, pickled), device)
     return encoder if dtype is None else encoder.to(dtype)
 
 
@@ -129,8 +115,8 @@ def save(
     if isinstance(encoder.compressor, MergeProjector):
         mode = "16x" if isinstance(encoder.vision, CompressedViT) else "4x"
     with _folder_named(checkpoint):
-        recipe, names = _recipe(checkpoint, family, mode, vision_tower, pickled)
-    write(encoder, folder, checkpoint, recipe, names, visual_only=visual_only)
+        recipe = _recipe(checkpoint, family, mode, vision_tower, pickled)
+    write(encoder, folder, recipe, visual_only=visual_only)
 
 
 @contextmanager
@@ -150,8 +136,8 @@ def _recipe(
     downsample: str | None,
     vision_tower: str | os.PathLike | None,
     pickled: bool,
-) -> tuple[Recipe, Names]:
-    """Read a folder's recipe by its family, and the names of its visual tensors."""
+) -> Recipe:
+    """Read a folder's recipe by its family."""
     if family is not None and family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}; got {family!r}")
     family = _family_of(checkpoint) if family is None else family
@@ -159,41 +145,32 @@ def _recipe(
         raise ValueError(f"downsample is a mode of minicpm-v-4.6, this is {family}")
     if vision_tower is not None and not family.startswith("llava-uhd"):
         raise ValueError(f"vision_tower is for llava-uhd, whose CLIP is a folder of its own; this is {family}")
-    names = _PREFIXES[family].sort(checkpoint.files, f"{checkpoint.folder} ({family})")
-    if family in _TRANSFORMERS:
-        return llava.recipe(checkpoint, names, _TRANSFORMERS[family]), names
+    if family in llava.KINDS:
+        return llava.recipe(checkpoint, family)
     if family == "minicpm-v-4.6":
-        return minicpm.recipe_4_6(checkpoint, names, downsample=downsample), names
+        return minicpm.recipe_4_6(checkpoint, family, downsample)
     if family.startswith("minicpm"):
-        return minicpm.recipe_2(checkpoint, names, family.rpartition("-")[2]), names
-    return llava_uhd.recipe(checkpoint, names, family, vision_tower=vision_tower, pickled=pickled), names
+        return minicpm.recipe_2(checkpoint, family)
+    return llava_uhd.recipe(checkpoint, family, vision_tower, pickled)
 
 
 def _family_of(checkpoint: Checkpoint) -> str:
-    config = checkpoint.config
-    kind = config.get("model_type")
-    if "mm_vision_tower" in config:
+    kind, version = checkpoint.config.get("model_type"), checkpoint.config.get("version")
+    if "mm_vision_tower" in checkpoint.config:
         return llava_uhd.kind_of(checkpoint)
-    family = {
-        **{theirs: ours for ours, theirs in _TRANSFORMERS.items()},
-        "minicpmv4_6": "minicpm-v-4.6",
-        "minicpmv": f"minicpm-v-{_minicpm_version(checkpoint)}",
-    }.get(kind)
+    families = {theirs: ours for ours, theirs in llava.KINDS.items()} | {"minicpmv4_6": "minicpm-v-4.6"}
+    family = families.get(kind, "")
+    if kind == "minicpmv":
+        # 2.0 and 2.5 do not say their version; 2.0's vision encoder is timm's
+        unsaid = "2.0" if any(name.startswith("vpm.blocks.") for name in checkpoint.files) else "2.5"
+        family = f"minicpm-v-{unsaid if version is None else version}"
     if family not in FAMILIES:
         raise ValueError(
-            f"{checkpoint.folder} holds a model of type {kind!r} (version {config.get('version')!r}); known are "
+            f"{checkpoint.folder} holds a model of type {kind!r} (version {version!r}); known are "
             f"{', '.join(FAMILIES)}: name one with family= where it is of that kind. VisualEncoder.from_pretrained "
             "takes its vision encoder alone"
         )
     return family
-
-
-def _minicpm_version(checkpoint: Checkpoint) -> str:
-    """Tell the version, which 2.0 and 2.5 do not say: 2.0's vision encoder is timm's."""
-    version = checkpoint.config.get("version")
-    if version is not None:
-        return str(version)
-    return "2.0" if any(name.startswith("vpm.blocks.") for name in checkpoint.files) else "2.5"
 
 
 __all__ = ["FAMILIES", "load", "save"]

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from uhd.checkpoint import Checkpoint
 from uhd.pixels import PixelSettings
-from uhd.pixels.settings import PREPROCESSORS
-from uhd.pretrained.recipe import FILTERS, Names, Prefixes, Recipe
+from uhd.pretrained.recipe import Prefixes, Recipe, filter_of, preprocessor_of
 from uhd.resampler import MLPProjector
 from uhd.resampler.weights import load_exactly, shape_of
 from uhd.slicing.strategies.anyres import AnyResConfig
@@ -24,13 +23,12 @@ from uhd.slicing.strategies.base import StrategyConfig
 from uhd.slicing.strategies.fixed import CenterCropConfig, SquarePadConfig, StretchConfig
 from uhd.vision import ViTConfig, config_from_hf
 
+KINDS = {"llava-1.5": "llava", "llava-next": "llava_next", "llava-onevision": "llava_onevision"}
+"""Families, and what transformers calls them."""
+
+_TOWERS = ("vision_tower.", "model.vision_tower.")
 PREFIXES = Prefixes(
-    vision=(
-        "vision_tower.",
-        "vision_tower.vision_model.",
-        "model.vision_tower.",
-        "model.vision_tower.vision_model.",
-    ),
+    vision=(*_TOWERS, *(f"{tower}vision_model." for tower in _TOWERS)),
     compressor=("multi_modal_projector.", "model.multi_modal_projector."),
     newline=("image_newline", "model.image_newline"),
     other=("language_model.", "model.language_model.", "lm_head."),
@@ -40,25 +38,11 @@ PREFIXES = Prefixes(
 _ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 
 
-def recipe(checkpoint: Checkpoint, names: Names, kind: str) -> Recipe:
-    """Read the recipe from the settings in a folder.
-
-    Args:
-        checkpoint: The folder.
-        names: Its visual tensors.
-        kind: ``"llava"``, ``"llava_next"`` or ``"llava_onevision"``.
-
-    Raises:
-        FileNotFoundError: There is no file of the image processor.
-        ValueError: A setting that has no counterpart here; the message names it.
-    """
+def recipe(checkpoint: Checkpoint, family: str) -> Recipe:
+    """Read the recipe of a family of :data:`KINDS` from the settings in a folder."""
     from transformers import AutoConfig
 
-    if checkpoint.preprocessor is None:
-        raise FileNotFoundError(
-            f"{checkpoint.folder} has no settings of the image processor ({' or '.join(PREPROCESSORS)}): save the "
-            "processor beside the model"
-        )
+    names, kind, preprocessor = PREFIXES.sort(checkpoint, family), KINDS[family], preprocessor_of(checkpoint)
     config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
     if config.model_type != kind:
         raise ValueError(f"config.json is that of a {config.model_type} model, not of {kind}: leave family= out")
@@ -67,30 +51,28 @@ def recipe(checkpoint: Checkpoint, names: Names, kind: str) -> Recipe:
     if (names.newline is None) != single:
         raise ValueError(f"a {kind} model has {'no' if single else 'an'} image_newline, found {names.newline}")
     return Recipe(
+        checkpoint,
+        names,
         vit=vit,
         vit_names="siglip" if "siglip" in config.vision_config.model_type else "clip",
         compressor=partial(_projector, activation=config.projector_hidden_act),
-        slicing=_one_view(checkpoint.preprocessor, vit) if single else _anyres(config, checkpoint.preprocessor, vit),
-        schema=None,
-        pixels=PixelSettings.from_preprocessor(checkpoint.preprocessor),
+        slicing=_one_view(preprocessor, vit) if single else _anyres(config, preprocessor, vit),
+        pixels=PixelSettings.from_preprocessor(preprocessor),
     )
 
 
 def _vit(config: Any) -> ViTConfig:
     layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
-    if config.vision_config.model_type not in ("clip_vision_model", "siglip_vision_model"):
-        raise ValueError(
-            f"the vision encoder is of type {config.vision_config.model_type!r}, expected CLIP or SigLIP: put another "
-            "one into a uhd.vision.VisionTower"
-        )
+    kind = config.vision_config.model_type
+    if kind not in ("clip_vision_model", "siglip_vision_model"):
+        raise ValueError(f"the vision encoder is {kind!r}, expected CLIP or SigLIP: try uhd.vision.VisionTower")
     if not isinstance(layer, int):
         raise ValueError(f"vision_feature_layer is {layer}: joined features of several layers are not supported")
     vit = config_from_hf(config.vision_config, select_layer=layer, final_norm=False)
     if (strategy == "default") != vit.class_token:
         raise ValueError(
             f"vision_feature_select_strategy={strategy!r} with a vision encoder that has "
-            f"{'a' if vit.class_token else 'no'} class token: 'default' drops one token of a view, 'full' none, and "
-            "only patches can be laid out"
+            f"{'a' if vit.class_token else 'no'} class token: only patches can be laid out"
         )
     return vit
 
@@ -111,14 +93,12 @@ def _projector(state: Mapping[str, Tensor], *, activation: str) -> nn.Module:
 def _one_view(preprocessor: Mapping[str, Any], vit: ViTConfig) -> StrategyConfig:
     """Choose among LLaVA-1.5's ways to one square view: padded, cropped, or stretched."""
     side, size = vit.image_size, _sides(preprocessor, "size")
-    common = {"patch_size": vit.patch_size, "tile": side, "resample": _filter(preprocessor)}
+    common = {"patch_size": vit.patch_size, "tile": side, "resample": filter_of(preprocessor)}
     crops = preprocessor.get("do_center_crop", False)
     cropped = _sides(preprocessor, "crop_size") if crops else size
     if not preprocessor.get("do_resize", True) or set(size.values()) != {side} or set(cropped.values()) != {side}:
-        raise ValueError(
-            f"the image processor resizes to {size} and crops to {cropped if crops else 'nothing'}; the vision "
-            f"encoder takes squares of {side} px"
-        )
+        made = f"{size}, cropped to {cropped}"
+        raise ValueError(f"the image processor makes {made}; the vision encoder takes squares of {side} px")
     if preprocessor.get("do_pad"):
         mean = PixelSettings.from_preprocessor(preprocessor).mean
         return SquarePadConfig("llava-1.5-pad", fill=tuple(int(255 * value) for value in mean), **common)
@@ -141,26 +121,21 @@ def _anyres(config: Any, preprocessor: Mapping[str, Any], vit: ViTConfig) -> Any
         raise ValueError("image_grid_pinpoints of the model and of its image processor differ: they must be one list")
     if any(side % tile for point in points for side in point):
         raise ValueError(f"image_grid_pinpoints must be multiples of the view's {tile} px; got {points}")
-    mean = PixelSettings.from_preprocessor(preprocessor).mean
+    mean, max_tiles = PixelSettings.from_preprocessor(preprocessor).mean, None
+    if config.model_type == "llava_onevision":
+        bound = re.fullmatch(r"anyres_max_(\d+)", config.vision_aspect_ratio)
+        if bound is None:
+            raise ValueError(f"vision_aspect_ratio must be anyres_max_N, got {config.vision_aspect_ratio!r}")
+        max_tiles = int(bound[1])
     return AnyResConfig(
         config.model_type.replace("_", "-"),
         patch_size=vit.patch_size,
         tile=tile,
         grids=tuple((height // tile, width // tile) for height, width in points),
-        max_tiles=_max_tiles(config),
+        max_tiles=max_tiles,
         square_fill=tuple(int(255 * value) for value in mean),
-        resample=_filter(preprocessor),
+        resample=filter_of(preprocessor),
     )
-
-
-def _max_tiles(config: Any) -> int | None:
-    """Read LLaVA-OneVision's bound; LLaVA-NeXT has none."""
-    if config.model_type == "llava_next":
-        return None
-    bound = re.fullmatch(r"anyres_max_(\d+)", config.vision_aspect_ratio)
-    if bound is None:
-        raise ValueError(f"vision_aspect_ratio must be anyres_max_N, got {config.vision_aspect_ratio!r}")
-    return int(bound[1])
 
 
 def _sides(preprocessor: Mapping[str, Any], name: str) -> dict[str, int]:
@@ -172,10 +147,3 @@ def _sides(preprocessor: Mapping[str, Any], name: str) -> dict[str, int]:
     if set(sides) not in ({"shortest_edge"}, {"height", "width"}):
         raise ValueError(f"the image processor's {name} must have a shortest_edge, or height and width; got {size}")
     return sides
-
-
-def _filter(preprocessor: Mapping[str, Any]) -> str:
-    number = preprocessor.get("resample", 3)
-    if number not in FILTERS:
-        raise ValueError(f"the image processor's resample must be one of {FILTERS} (Pillow's numbers); got {number!r}")
-    return FILTERS[number]

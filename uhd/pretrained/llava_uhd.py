@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from uhd.checkpoint import Checkpoint
 from uhd.pixels import PixelSettings
 from uhd.pixels.settings import image_processors
-from uhd.pretrained.recipe import CLIP_MEAN, CLIP_STD, Names, Prefixes, Recipe
+from uhd.pretrained.recipe import Names, Prefixes, Recipe, heads_of
 from uhd.resampler import PerceiverResampler, SpatialResampler
-from uhd.resampler.weights import shape_of
 from uhd.schema import SpatialSchema
 from uhd.slicing import SlicingConfig
 from uhd.vision import config_from_hf
@@ -30,80 +29,55 @@ PREFIXES = Prefixes(
     other=("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head."),
 )
 
-HEADS, HEAD_WIDTH = 8, 128
-"""Of the resampler: so many in March 2024, so wide later."""
+HEADS = 8
+"""Of the resampler of March 2024."""
+
+CLIP = PixelSettings(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
+UNCHANGED = PixelSettings(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 SPATIAL = ("adapt_spatial_resampler_v1", "uhd_v1_query64")
 """What the code of the ECCV release, or its later versions, call its resampler."""
 
-_KNOWN_TOWERS = {
-    "clip-vit-large-patch14-336": {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": 336,
-        "patch_size": 14,
-    }
-}
+_KNOWN_TOWER = "clip-vit-large-patch14-336"
+_ITS_SIZES = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 
 
 def kind_of(checkpoint: Checkpoint) -> str:
-    """Tell the releases apart, which use the same names: by ``mm_projector_type``, else by 144 latents.
-
-    Raises:
-        ValueError: Another model in this layout.
-    """
+    """Tell the releases apart, which use the same names: by ``mm_projector_type``, else by 144 latents."""
     query = "model.mm_projector.query"
     if query not in checkpoint.files:
-        raise ValueError(
-            f"{checkpoint.folder} is in the layout of LLaVA's own code and has no {query}, so it is no LLaVA-UHD: "
-            "convert LLaVA-1.5 and its descendants to transformers"
-        )
+        raise ValueError(f"it has no {query}, so it is no LLaVA-UHD: convert other LLaVAs to transformers")
     checkpoint.check([query])
     latents = checkpoint.shapes([query])[query][0]
     spatial = checkpoint.config.get("mm_projector_type") in SPATIAL or latents == 144
     return "llava-uhd" if spatial else "llava-uhd-2024-03"
 
 
-def recipe(
-    checkpoint: Checkpoint, names: Names, kind: str, *, vision_tower: str | os.PathLike | None, pickled: bool
-) -> Recipe:
-    """Read the recipe from the settings in a folder.
-
-    Args:
-        checkpoint: The folder.
-        names: Its visual tensors.
-        kind: As :func:`kind_of` gives it.
-        vision_tower: CLIP's folder, where the caller names one.
-        pickled: Whether CLIP's weights may be.
-
-    Raises:
-        FileNotFoundError: CLIP is in another folder, which is not there.
-        ValueError: A setting that has no counterpart here; the message names it.
-    """
-    config = checkpoint.config
+def recipe(checkpoint: Checkpoint, family: str, vision_tower: str | os.PathLike | None, pickled: bool) -> Recipe:
+    """Read the recipe from the settings in a folder; CLIP may be in ``vision_tower``, and ``pickled``."""
+    config, names = checkpoint.config, PREFIXES.sort(checkpoint, family)
     settings, tower = _tower(checkpoint, names, vision_tower)
     feature = config.get("mm_vision_select_feature", "patch")
     if feature != "patch":
         raise ValueError(f"mm_vision_select_feature must be 'patch', the patches of one layer; got {feature!r}")
     layer = config.get("mm_vision_select_layer", -2)
     vit = config_from_hf(settings, select_layer=layer, final_norm=False)
-    first = kind == "llava-uhd-2024-03"
-    slicing = SlicingConfig.preset("llava-uhd-paper" if first else "llava-uhd")
-    pixels = PixelSettings(mean=CLIP_MEAN, std=CLIP_STD)
-    for preprocessor in (tower and next(image_processors(tower), None), checkpoint.preprocessor):
-        if preprocessor is not None:
-            pixels = PixelSettings.from_preprocessor(preprocessor)
-    if first:  # its training never normalised
-        pixels = replace(pixels, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    first = family == "llava-uhd-2024-03"
+    preset = "llava-uhd-paper" if first else "llava-uhd"
+    preprocessor = checkpoint.preprocessor
+    if preprocessor is None and tower is not None:
+        preprocessor = next(image_processors(tower), None)
+    pixels = CLIP if preprocessor is None else PixelSettings.from_preprocessor(preprocessor)
+    perceiver = partial(PerceiverResampler.from_state_dict, variant="paper", num_heads=HEADS)
     return Recipe(
+        checkpoint,
+        names,
         vit=vit,
         vit_names="clip",
-        compressor=_perceiver if first else _spatial,
-        slicing=slicing.for_vision(image_size=vit.image_size, patch_size=vit.patch_size),
-        schema=SpatialSchema.preset("llava-uhd-paper" if first else "llava-uhd"),
-        pixels=pixels,
+        compressor=perceiver if first else _spatial,
+        slicing=SlicingConfig.preset(preset).for_vision(image_size=vit.image_size, patch_size=vit.patch_size),
+        schema=SpatialSchema.preset(preset),
+        pixels=UNCHANGED if first else pixels,  # the training of the first never normalised
         tower=None if names.vision else Checkpoint(tower, pickled=pickled),
         note=_FIRST_NOTE if first else "",
     )
@@ -115,12 +89,8 @@ _FIRST_NOTE = (
 )
 
 
-def _perceiver(state: Mapping[str, Tensor]) -> nn.Module:
-    return PerceiverResampler.from_state_dict(state, variant="paper", num_heads=HEADS)
-
-
 def _spatial(state: Mapping[str, Tensor]) -> nn.Module:
-    return SpatialResampler.from_state_dict(state, num_heads=shape_of(state, "query", 2)[1] // HEAD_WIDTH)
+    return SpatialResampler.from_state_dict(state, num_heads=heads_of(state))
 
 
 def _tower(checkpoint: Checkpoint, names: Names, vision_tower: str | os.PathLike | None) -> tuple[Any, Path | None]:
@@ -135,9 +105,8 @@ def _tower(checkpoint: Checkpoint, names: Names, vision_tower: str | os.PathLike
         return AutoConfig.from_pretrained(tower, local_files_only=True), tower
     if vision_tower is not None:
         raise FileNotFoundError(f"vision_tower {vision_tower} is no folder with a config.json")
-    known = _KNOWN_TOWERS.get(Path(told).name)
-    if names.vision and known is not None:
-        return CLIPVisionConfig(**known), None
+    if names.vision and Path(told).name == _KNOWN_TOWER:
+        return CLIPVisionConfig(**_ITS_SIZES, image_size=336, patch_size=14), None
     raise FileNotFoundError(
         f"{checkpoint.folder} {'does not say what its CLIP is' if names.vision else 'has no CLIP in it'}, "
         f"mm_vision_tower is {told!r}: pass vision_tower=, the folder of that model"

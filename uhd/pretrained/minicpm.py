@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from uhd.checkpoint import Checkpoint
 from uhd.pixels import PixelSettings
 from uhd.pixels.settings import PREPROCESSORS
-from uhd.pretrained.recipe import FILTERS, Names, Prefixes, Recipe
+from uhd.pretrained.recipe import Names, Prefixes, Recipe, filter_of, heads_of, preprocessor_of
 from uhd.resampler import MergeProjector, PerceiverResampler
-from uhd.resampler.weights import shape_of
 from uhd.schema import SpatialSchema
 from uhd.slicing import SlicingConfig
 from uhd.vision import ViTConfig, config_from_hf, config_from_timm
@@ -32,51 +31,34 @@ PREFIXES_4_6 = Prefixes(
     other=("model.language_model.", "lm_head."),
 )
 
-HEAD_WIDTH = 128
-"""Width of a head of every released resampler."""
-
 _SLICING = {"scale_resolution": 448, "max_slice_nums": 9, "patch_size": 14}
 """What the released configs and image processors take where their files say nothing."""
 
 
-def recipe_2(checkpoint: Checkpoint, names: Names, version: str) -> Recipe:
-    """Read the recipe from the settings of 2.0, 2.5 or 2.6.
-
-    Raises:
-        ValueError: A setting is missing or has no counterpart here; the message names it.
-    """
+def recipe_2(checkpoint: Checkpoint, family: str) -> Recipe:
+    """Read the recipe from the settings of 2.0, 2.5 or 2.6."""
     config, preprocessor = checkpoint.config, checkpoint.preprocessor or {}
-    vit = _timm_vit(config, names) if version == "2.0" else _siglip_vit(_setting("vision_config", config), names)
-    vit_names = "timm" if version == "2.0" else "siglip"
-    variant = "minicpm-v-2.0" if version == "2.0" else "minicpm-v-2.6"
+    names, first = PREFIXES.sort(checkpoint, family), family == "minicpm-v-2.0"
+    vit = _timm_vit(config, names) if first else _siglip_vit(_setting("vision_config", config), names)
     settings = {**config, **config.get("slice_config", {}), **preprocessor}
-    schema = SpatialSchema.preset(f"minicpm-v-{version}")
-    if not settings.get("use_image_id", True) and schema.image_id is not None:
-        schema = schema.replace(image_id=None)
+    half = (0.5, 0.5, 0.5)  # where the release writes none
     return Recipe(
+        checkpoint,
+        names,
         vit=vit,
-        vit_names=vit_names,
-        compressor=partial(_resampler, variant=variant),
+        vit_names="timm" if first else "siglip",
+        compressor=partial(_resampler, variant="minicpm-v-2.0" if first else "minicpm-v-2.6"),
         slicing=_slicing("minicpm-v", settings, vit),
-        schema=schema,
-        pixels=_pixels(preprocessor),
+        schema=_schema(family, settings),
+        pixels=PixelSettings(mean=preprocessor.get("norm_mean", half), std=preprocessor.get("norm_std", half)),
         check_image_size=False,
     )
 
 
-def recipe_4_6(checkpoint: Checkpoint, names: Names, *, downsample: str | None) -> Recipe:
-    """Read the recipe from the settings of 4.6, with ``downsample`` ("16x" or "4x") in place of theirs.
-
-    Raises:
-        FileNotFoundError: There is no file of the image processor.
-        ValueError: As in :func:`recipe_2`.
-    """
-    config, preprocessor = checkpoint.config, checkpoint.preprocessor
-    if preprocessor is None:
-        raise FileNotFoundError(
-            f"{checkpoint.folder} has no settings of the image processor ({' or '.join(PREPROCESSORS)}): save the "
-            "processor beside the model"
-        )
+def recipe_4_6(checkpoint: Checkpoint, family: str, downsample: str | None) -> Recipe:
+    """Read the recipe from the settings of 4.6, with ``downsample`` ("16x" or "4x") in place of theirs."""
+    config, names = checkpoint.config, PREFIXES_4_6.sort(checkpoint, family)
+    preprocessor = preprocessor_of(checkpoint)
     mode = config.get("downsample_mode", "16x") if downsample is None else downsample
     kernels = [config.get("merge_kernel_size", [2, 2]), _setting("vision_config", config).get("window_kernel_size")]
     if mode not in ("16x", "4x") or any(kernel not in (None, [2, 2]) for kernel in kernels):
@@ -84,27 +66,28 @@ def recipe_4_6(checkpoint: Checkpoint, names: Names, *, downsample: str | None) 
     vit = replace(_siglip_vit(config["vision_config"], names), bucket_rule="transformers")
     after = (config.get("insert_layer_id", 6) + 1,) if mode == "16x" else ()  # theirs counts from 0
     merge = 2 ** (config.get("merger_times", 1) + len(after))
-    schema = SpatialSchema.preset("minicpm-v-4.6")
-    if not preprocessor.get("use_image_id", True):
-        schema = schema.replace(image_id=None)
-    pixels = PixelSettings.from_preprocessor(preprocessor)
-    if preprocessor.get("resample", 3) != 3:
-        pixels = replace(pixels, resample=FILTERS.get(preprocessor["resample"], preprocessor["resample"]))
+    resample = filter_of(preprocessor)
     return Recipe(
+        checkpoint,
+        names,
         vit=vit,
         vit_names="siglip",
         compressor=MergeProjector.from_state_dict,
-        slicing=_slicing("minicpm-v-4.6", preprocessor, vit).replace(merge=merge),
-        schema=schema,
-        pixels=pixels,
+        slicing=_slicing(family, preprocessor, vit).replace(merge=merge),
+        schema=_schema(family, preprocessor),
+        pixels=PixelSettings.from_preprocessor(preprocessor, resample=None if resample == "bicubic" else resample),
         compress_after=after,
         check_image_size=False,
     )
 
 
 def _resampler(state: Mapping[str, Tensor], *, variant: str) -> nn.Module:
-    heads = shape_of(state, "query", 2)[1] // HEAD_WIDTH
-    return PerceiverResampler.from_state_dict(state, variant=variant, num_heads=heads)
+    return PerceiverResampler.from_state_dict(state, variant=variant, num_heads=heads_of(state))
+
+
+def _schema(family: str, settings: Mapping[str, Any]) -> SpatialSchema:
+    schema = SpatialSchema.preset(family)
+    return schema if settings.get("use_image_id", True) else schema.replace(image_id=None)
 
 
 def _slicing(preset: str, settings: Mapping[str, Any], vit: ViTConfig) -> SlicingConfig:
@@ -114,12 +97,6 @@ def _slicing(preset: str, settings: Mapping[str, Any], vit: ViTConfig) -> Slicin
         raise ValueError(f"slices are planned for patches of {patch} px, the vision encoder has {vit.patch_size}")
     cap = slices if settings.get("slice_mode", True) else 1  # 1 never cuts
     return SlicingConfig.preset(preset, image_size=size, patch_size=patch, max_slices=cap)
-
-
-def _pixels(preprocessor: Mapping[str, Any]) -> PixelSettings:
-    """Read mean and std, which the release calls norm_mean and norm_std; both are 0.5 where it writes none."""
-    half = (0.5, 0.5, 0.5)
-    return PixelSettings(mean=preprocessor.get("norm_mean", half), std=preprocessor.get("norm_std", half))
 
 
 def _timm_vit(config: Mapping[str, Any], names: Names) -> ViTConfig:
@@ -138,7 +115,7 @@ def _siglip_vit(values: Mapping[str, Any], names: Names) -> ViTConfig:
     """Read SigLIP's config, or Idefics2's, which 2.5 says it has: the same ViT."""
     from transformers import SiglipVisionConfig
 
-    fields = (
+    dims = (
         "hidden_size",
         "intermediate_size",
         "num_hidden_layers",
@@ -146,9 +123,9 @@ def _siglip_vit(values: Mapping[str, Any], names: Names) -> ViTConfig:
         "image_size",
         "patch_size",
     )
-    defaults = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "num_channels": 3}
-    given = {name: _setting(name, values) for name in fields}
-    given |= {name: values.get(name, default) for name, default in defaults.items()}
+    others = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "num_channels": 3}
+    given = {name: _setting(name, values) for name in dims}
+    given |= {name: values.get(name, default) for name, default in others.items()}
     config = config_from_hf(SiglipVisionConfig(**given), interpolation="nearest", bucket_rule="remote")
     return _depth(config, names, "encoder.layers.")
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,50 +13,45 @@ from torch import Tensor, nn
 from uhd.checkpoint import Checkpoint
 from uhd.encoder import VisualEncoder
 from uhd.pixels import RESAMPLE, PixelSettings
+from uhd.pixels.settings import PREPROCESSORS
 from uhd.resampler import FeaturePacker
+from uhd.resampler.weights import shape_of
 from uhd.schema import SpatialSchema
 from uhd.slicing import SlicingLike
 from uhd.vision import ViTConfig, compress_vit
 from uhd.vision.weights import build_vit, needed_names, vision_names
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 FILTERS = {int(number): name for name, number in RESAMPLE.items()}
 """What image processors write for Pillow's filters."""
+
+HEAD_WIDTH = 128
+"""Of the released resamplers, but that of March 2024."""
 
 
 @dataclass(frozen=True)
 class Prefixes:
-    """Where the files of a family keep what. A name belongs to the longest prefix that it starts with.
+    """Where the files of a family keep what, by prefixes of names, those of older versions included.
 
-    Attributes:
-        vision: Prefixes of the vision encoder, those of older versions included.
-        compressor: The same for what follows it.
-        window: Prefixes of the compressor inside the vision encoder.
-        newline: Names of the learned newline.
-        other: Prefixes of what is no part of the visual side; never read.
-        renamed: Modules of our compressor -> theirs; others have the same name.
+    A name belongs to the longest prefix that it starts with.
     """
 
     vision: tuple[str, ...]
-    compressor: tuple[str, ...]
-    other: tuple[str, ...]
-    window: tuple[str, ...] = ()
-    newline: tuple[str, ...] = ()
-    renamed: Mapping[str, str] = field(default_factory=dict)
+    compressor: tuple[str, ...]  # what follows the vision encoder
+    other: tuple[str, ...]  # no part of the visual side; never read
+    window: tuple[str, ...] = ()  # the compressor inside the vision encoder
+    newline: tuple[str, ...] = ()  # whole names of the learned newline
+    renamed: Mapping[str, str] = field(default_factory=dict)  # modules of our compressor -> theirs, where they differ
 
-    def sort(self, names: Iterable[str], what: str) -> Names:
-        """Sort names into parts: the name without its prefix -> in full.
-
-        Raises:
-            ValueError: Names that no part has, or two for one tensor; the message lists them.
-        """
+    def sort(self, checkpoint: Checkpoint, family: str) -> Names:
+        """Sort a checkpoint's names into parts; refuse names that no part has, and two for one tensor."""
+        what = f"{checkpoint.folder} ({family})"
         parts = ("vision", "compressor", "window", "newline", "other")
         prefixes = [(prefix, part) for part in parts for prefix in getattr(self, part)]
         prefixes.sort(key=lambda pair: -len(pair[0]))
         back = {theirs: ours for ours, theirs in self.renamed.items()}
         by_part: dict[str, dict[str, str]] = {part: {} for part in parts}
         left, twice = [], []
-        for name in names:
+        for name in checkpoint.files:
             prefix, part = next(((p, part) for p, part in prefixes if name.startswith(p)), ("", ""))
             if not part or (part == "newline" and name != prefix):
                 left.append(name)
@@ -72,12 +68,10 @@ class Prefixes:
         if twice:
             raise ValueError(f"{what} has tensors under the names of two versions: {', '.join(sorted(twice))}")
         if not by_part["compressor"]:
-            raise ValueError(
-                f"{what} has no compressor: none of its tensors starts with {' or '.join(self.compressor)}"
-            )
-        return Names(
-            by_part["vision"], by_part["compressor"], by_part["window"], next(iter(by_part["newline"].values()), None)
-        )
+            known = " or ".join(self.compressor)
+            raise ValueError(f"{what} has no compressor: none of its tensors starts with {known}")
+        newline = next(iter(by_part["newline"].values()), None)
+        return Names(by_part["vision"], by_part["compressor"], by_part["window"], newline)
 
 
 @dataclass(frozen=True)
@@ -91,41 +85,60 @@ class Names:
 
     @property
     def all(self) -> list[str]:
-        """All names, as in the files."""
         return [*self.vision.values(), *self.compressor.values(), *self.window.values(), *filter(None, [self.newline])]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a family decides from a checkpoint's settings and names.
+    """What a family decides from a checkpoint's settings and names; the rest is as in :class:`uhd.VisualEncoder`."""
 
-    Attributes:
-        vit: The vision encoder's config, without compressors.
-        vit_names: Which names its weights have, a key of ``uhd.vision.weights.HEADS``.
-        compressor: Makes the compressor of its weights, which have our names.
-        slicing, schema, pixels, check_image_size, note: As in :class:`uhd.VisualEncoder`.
-        compress_after: Blocks before a compressor inside the ViT, as in ``uhd.vision.compress_vit``.
-        tower: Another checkpoint that holds the vision encoder.
-    """
-
-    vit: ViTConfig
-    vit_names: str
-    compressor: Callable[[Mapping[str, Tensor]], nn.Module]
+    checkpoint: Checkpoint
+    names: Names
+    vit: ViTConfig  # without compressors
+    vit_names: str  # which names its weights have, a key of uhd.vision.weights.HEADS
+    compressor: Callable[[Mapping[str, Tensor]], nn.Module]  # makes it of its weights, which have our names
     slicing: SlicingLike
-    schema: SpatialSchema | None
     pixels: PixelSettings
-    compress_after: tuple[int, ...] = ()
+    schema: SpatialSchema | None = None
+    compress_after: tuple[int, ...] = ()  # as in uhd.vision.compress_vit
     check_image_size: bool = True
     note: str = ""
-    tower: Checkpoint | None = None
+    tower: Checkpoint | None = None  # another one, that holds the vision encoder
+
+    def encoder(self, vision: nn.Module, compressor: nn.Module, packer: FeaturePacker | None) -> VisualEncoder:
+        """Put parts together with these settings."""
+        settings = ("slicing", "schema", "pixels", "check_image_size", "note")
+        return VisualEncoder(vision, compressor, packer=packer, **{name: getattr(self, name) for name in settings})
 
 
-def build(recipe: Recipe, names: Names, checkpoint: Checkpoint, device: str | torch.device) -> VisualEncoder:
-    """Build the encoder of a recipe with the tensors in the files.
+def preprocessor_of(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """Return the image processor's settings, or raise a ``FileNotFoundError`` where the folder has none."""
+    if checkpoint.preprocessor is None:
+        raise FileNotFoundError(
+            f"{checkpoint.folder} has no settings of the image processor ({' or '.join(PREPROCESSORS)}): save the "
+            "processor beside the model"
+        )
+    return checkpoint.preprocessor
 
-    Raises:
-        FileNotFoundError, ValueError: As in :func:`uhd.pretrained.load`.
-    """
+
+def filter_of(preprocessor: Mapping[str, Any]) -> str:
+    """Return the name of an image processor's filter; it writes Pillow's numbers."""
+    number = preprocessor.get("resample")
+    if number is None:
+        return "bicubic"  # as the classes of all these families have it
+    if number not in FILTERS:
+        raise ValueError(f"the image processor's resample must be one of {FILTERS} (Pillow's numbers); got {number!r}")
+    return FILTERS[number]
+
+
+def heads_of(resampler: Mapping[str, Tensor]) -> int:
+    """Return the number of heads of a released resampler, which its weights do not say."""
+    return shape_of(resampler, "query", 2)[1] // HEAD_WIDTH
+
+
+def build(recipe: Recipe, device: str | torch.device) -> VisualEncoder:
+    """Build the encoder of a recipe with the tensors in the files."""
+    checkpoint, names = recipe.checkpoint, recipe.names
     checkpoint.check(names.all)
 
     def read(part: Mapping[str, str], source: Checkpoint = checkpoint) -> dict[str, Tensor]:
@@ -142,43 +155,24 @@ def build(recipe: Recipe, names: Names, checkpoint: Checkpoint, device: str | to
     if recipe.compress_after:
         vit = compress_vit(vit, recipe.compress_after, weights=read(names.window))
     compressor = recipe.compressor(read(names.compressor))
-    packer = None
+    packer, width = None, compressor.out_dim
     if names.newline is not None:
-        packer = _packer(read({"newline": names.newline})["newline"], names.newline, compressor.out_dim)
-    return VisualEncoder(
-        vit,
-        compressor,
-        slicing=recipe.slicing,
-        schema=recipe.schema,
-        pixels=recipe.pixels,
-        packer=packer,
-        check_image_size=recipe.check_image_size,
-        note=recipe.note,
-    ).eval()
+        newline = read({"newline": names.newline})["newline"]
+        if newline.shape != (width,):
+            raise ValueError(f"{names.newline} has the shape {tuple(newline.shape)}, expected {(width,)}: one token")
+        packer = FeaturePacker(width).to(newline.device, newline.dtype)
+        packer.load_state_dict({"newline": newline})
+    return recipe.encoder(vit, compressor, packer).eval()
 
 
 def _one_dtype(tensors: dict[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Cast a part to the one dtype that holds all its values: a release may keep its norms in float32.
-
-    Raises:
-        ValueError: Quantised tensors.
-    """
+    """Cast a part to the one dtype that holds all its values: a release may keep its norms in float32."""
     integers = [names[name] for name, tensor in tensors.items() if not tensor.is_floating_point()]
     if integers:
-        raise ValueError(
-            f"quantised tensors cannot be read: {', '.join(integers)} hold integers. Take the release in bfloat16, say"
-        )
+        listed = ", ".join(integers)
+        raise ValueError(f"quantised tensors cannot be read, {listed} hold integers: take the release in bfloat16")
     dtypes = {tensor.dtype for tensor in tensors.values()}
     if len(dtypes) < 2:
         return tensors
     widest = functools.reduce(torch.promote_types, dtypes)
     return {name: tensor.to(widest) for name, tensor in tensors.items()}
-
-
-def _packer(newline: Tensor, name: str, width: int) -> FeaturePacker:
-    """Make a packer with this newline."""
-    if newline.shape != (width,):
-        raise ValueError(f"{name} has the shape {tuple(newline.shape)}, expected {(width,)}: one token")
-    packer = FeaturePacker(width).to(newline.device, newline.dtype)
-    packer.load_state_dict({"newline": newline})
-    return packer

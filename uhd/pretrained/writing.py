@@ -15,48 +15,37 @@ from torch import Tensor
 
 from uhd.checkpoint import PICKLED, SAFE, Checkpoint
 from uhd.encoder import VisualEncoder
-from uhd.pretrained.recipe import Names, Recipe
+from uhd.pretrained.recipe import Recipe
 from uhd.vision import CompressedViT, ViT, ViTConfig, to_source_state_dict
 from uhd.vision.weights import vision_names
 
 
-def write(
-    encoder: VisualEncoder,
-    folder: str | os.PathLike,
-    like: Checkpoint,
-    recipe: Recipe,
-    names: Names,
-    *,
-    visual_only: bool,
-) -> None:
+def write(encoder: VisualEncoder, folder: str | os.PathLike, recipe: Recipe, *, visual_only: bool) -> None:
     """See :func:`uhd.pretrained.save`."""
-    folder = Path(folder)
+    folder, like = Path(folder), recipe.checkpoint
     if folder.resolve() == like.folder.resolve():
         raise ValueError(f"{folder} is the folder to be like: write to another one")
     _check_settings(encoder, recipe)
-    tensors = released_tensors(encoder, recipe, names)
-    wanted = names.all if visual_only else list(like.files)
+    tensors = released_tensors(encoder, recipe)
+    wanted = recipe.names.all if visual_only else list(like.files)
     like.check(wanted)
     shapes = like.shapes(tensors)
     wrong = {name: (tuple(x.shape), shapes[name]) for name, x in tensors.items() if tuple(x.shape) != shapes[name]}
     if wrong:
         raise ValueError(f"weights of other shapes than those of {like.folder}, as name: (got, expected): {wrong}")
-    _check_empty(folder, {_safe_name(like.files[name].name) for name in wanted})
+    by_file: dict[str, list[str]] = {}
+    for name in wanted:
+        file = like.files[name].with_suffix(".safetensors").name.replace("pytorch_model", "model")
+        by_file.setdefault(file, []).append(name)
+    _check_empty(folder, set(by_file))
     folder.mkdir(parents=True, exist_ok=True)
     for file in sorted(like.folder.iterdir()):
         if file.is_file() and file.suffix not in (".safetensors", ".bin") and file.name not in (SAFE[1], PICKLED[1]):
             shutil.copy2(file, folder / file.name)
-    _write_weights(tensors, wanted, folder, like)
-
-
-def _write_weights(tensors: Mapping[str, Tensor], wanted: list[str], folder: Path, like: Checkpoint) -> None:
-    by_file: dict[str, list[str]] = {}
-    for name in wanted:
-        by_file.setdefault(_safe_name(like.files[name].name), []).append(name)
     sizes = 0
     for file, inside in by_file.items():
-        rest = dict(like.read([name for name in inside if name not in tensors]))
-        content = {name: tensors[name] if name in tensors else rest[name] for name in inside}
+        content = dict(like.read([name for name in inside if name not in tensors]))
+        content |= {name: tensors[name] for name in inside if name in tensors}
         sizes += sum(tensor.nbytes for tensor in content.values())
         save_file({name: x.cpu().contiguous() for name, x in content.items()}, folder / file, {"format": "pt"})
     if list(by_file) != [SAFE[0]]:
@@ -74,30 +63,15 @@ def _check_empty(folder: Path, written: set[str]) -> None:
         raise ValueError(f"{folder} holds other weights, {', '.join(others)}: write to a new folder")
 
 
-def _safe_name(name: str) -> str:
-    """Return the name of a weights file as safetensors."""
-    return name.replace("pytorch_model", "model").removesuffix(".bin").removesuffix(".safetensors") + ".safetensors"
-
-
 def _check_settings(encoder: VisualEncoder, recipe: Recipe) -> None:
     """Refuse an encoder whose settings differ from those in the files that are copied."""
     if not isinstance(encoder.vision, ViT) or not encoder.vision.own_stem:
         raise ValueError(f"the vision encoder is a {type(encoder.vision).__name__}, the format holds a ViT")
     after = getattr(encoder.vision.config, "compress_after", ())
-    if (_plain(encoder.vision.config), after) != (recipe.vit, recipe.compress_after):
-        raise ValueError(
-            f"the vision encoder has other settings than the format says: got {encoder.vision.config}, expected "
-            f"{recipe.vit} with compress_after={recipe.compress_after}"
-        )
-    meant = VisualEncoder(
-        encoder.vision,
-        encoder.compressor,
-        slicing=recipe.slicing,
-        schema=recipe.schema,
-        pixels=recipe.pixels,
-        packer=encoder.packer,
-        check_image_size=recipe.check_image_size,
-    )
+    got, expected = (_plain(encoder.vision).config, after), (recipe.vit, recipe.compress_after)
+    if got != expected:
+        raise ValueError(f"the vision encoder has other settings: got {got}, expected {expected} as the format says")
+    meant = recipe.encoder(encoder.vision, encoder.compressor, encoder.packer)
     for setting in ("slicing", "schema", "pixels"):
         got, expected = getattr(encoder, setting), getattr(meant, setting)
         if got != expected:
@@ -107,15 +81,11 @@ def _check_settings(encoder: VisualEncoder, recipe: Recipe) -> None:
             )
 
 
-def released_tensors(encoder: VisualEncoder, recipe: Recipe, names: Names) -> dict[str, Tensor]:
-    """Return the encoder's tensors under a checkpoint's names.
-
-    Raises:
-        ValueError: Names that the checkpoint does not have, or tensors that its files have no place for.
-    """
-    vit = encoder.vision
+def released_tensors(encoder: VisualEncoder, recipe: Recipe) -> dict[str, Tensor]:
+    """Return the encoder's tensors under the checkpoint's names, or raise where it has none for one."""
+    vit, names = encoder.vision, recipe.names
     parts = {
-        "vision": to_source_state_dict(_without_compressors(vit), recipe.vit_names),
+        "vision": to_source_state_dict(_plain(vit), recipe.vit_names),
         "compressor": encoder.compressor.state_dict(),
         "window": {},
     }
@@ -135,16 +105,11 @@ def released_tensors(encoder: VisualEncoder, recipe: Recipe, names: Names) -> di
     return released
 
 
-def _plain(config: ViTConfig) -> ViTConfig:
-    return ViTConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(ViTConfig)})
-
-
-def _without_compressors(vit: ViT) -> ViT:
-    """Return the same weights in a plain ViT."""
-    if not isinstance(vit, CompressedViT):
-        return vit
+def _plain(vit: ViT) -> ViT:
+    """Return the same weights in a ViT without compressors."""
+    fields = {field.name: getattr(vit.config, field.name) for field in dataclasses.fields(ViTConfig)}
     with torch.device("meta"):
-        plain = ViT(_plain(vit.config))
+        plain = ViT(ViTConfig(**fields))
     state = {name: x for name, x in vit.state_dict().items() if not name.startswith("compressors.")}
     plain.load_state_dict(state, assign=True)
     return plain
