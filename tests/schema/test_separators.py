@@ -124,10 +124,7 @@ def test_trap_merging_pieces():
         # the text after the image swallows the schema's last symbol
         wrong = naive(tokenizer, TRAILING, (1, 2), after="\n")
         assert wrong == [token(tokenizer, ","), token(tokenizer, double)]
-        assert ours(tokenizer, TRAILING, (1, 2)) == [
-            token(tokenizer, ","),
-            resolve_separator(tokenizer, "\n").ids[0],
-        ]
+        assert ours(tokenizer, TRAILING, (1, 2)) == [token(tokenizer, ","), resolve_separator(tokenizer, "\n").ids[0]]
         assert tokenizer.decode(ours(tokenizer, TRAILING, (1, 2))) == ",\n"
 
 

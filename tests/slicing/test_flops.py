@@ -104,8 +104,8 @@ def test_what_cannot_be_counted_is_refused():
         plan_flops(uhd.plan((1008, 672), "llava-uhd"), vit="siglip-so400m-v4")
     with pytest.raises(ValueError, match=r"this merger joins 4 x 4 features, a view has \(4, 6\)"):
         merge_flops((4, 6), 10, "merge-16", width=7)
-    with pytest.raises(ValueError, match=r"kind='spatial': choose one of \['perceiver', 'rewrite'\]"):
+    with pytest.raises(ValueError, match=r"kind must be 'perceiver' or 'rewrite', got 'spatial'"):
         resampler_flops(9, 10, "spatial-144", width=16)
-    with pytest.raises(ValueError, match="compressor='max': choose one of"):
+    with pytest.raises(ValueError, match="compressor must be 'window', 'adaptive' or 'average', got 'max'"):
         vit_flops(16, ViTShape(2, 8, 8, compress_after=(1,), compressor="max"))
     assert VITS["siglip-so400m-v4"].compress_after == (6,)

@@ -65,7 +65,7 @@ OTHER_DISTORTION = {
     "step3p7_728_504",  # windows beside an uncut image: the table's median is of other views
 }
 OTHER_KEPT = {
-    "idefics3_364",  # the table forgets the first of two resizes, to a longer side of 1456 px
+    "idefics3_364"  # the table forgets the first of two resizes, to a longer side of 1456 px
 }
 
 SIZES = [

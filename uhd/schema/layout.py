@@ -440,10 +440,7 @@ _MINICPM_2_5 = SpatialSchema(
     overview="first",
 )
 _MINICPM_2_6 = _MINICPM_2_5.replace(
-    name="minicpm-v-2.6",
-    around_slice=_SLICE,
-    around_slices=NO_MARKS,
-    image_id=("<image_id>", "</image_id>"),
+    name="minicpm-v-2.6", around_slice=_SLICE, around_slices=NO_MARKS, image_id=("<image_id>", "</image_id>")
 )
 
 PRESETS: dict[str, SpatialSchema] = {
@@ -469,11 +466,7 @@ PRESETS: dict[str, SpatialSchema] = {
 }
 """Schemas by name, as released."""
 
-_SCHEMA_OF_SLICING = {
-    "llava-uhd-safe": "llava-uhd",
-    "minicpm-v": "minicpm-v-2.6",
-    "minicpm-v-4.6-4x": "minicpm-v-4.6",
-}
+_SCHEMA_OF_SLICING = {"llava-uhd-safe": "llava-uhd", "minicpm-v": "minicpm-v-2.6", "minicpm-v-4.6-4x": "minicpm-v-4.6"}
 _SLICING_OF_SCHEMA = {
     "llava-uhd-better": "llava-uhd-paper",
     "minicpm-v-2.0": "minicpm-v",

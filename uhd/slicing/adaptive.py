@@ -171,12 +171,7 @@ class SlicingConfig(Slicing):
 
 _MARKERS = SeparatorCount(per_image=5, per_cut=-1, per_slice=2, per_row=1)  # MiniCPM-V 2.6: id, <image>, <slice>, "\n"
 _MINICPM = SlicingConfig(
-    name="minicpm-v",
-    image_size=448,
-    max_slices=9,
-    rounding="round",
-    overview_first=True,
-    separators=_MARKERS,
+    name="minicpm-v", image_size=448, max_slices=9, rounding="round", overview_first=True, separators=_MARKERS
 )
 
 PRESETS: dict[str, SlicingConfig] = {
@@ -185,10 +180,7 @@ PRESETS: dict[str, SlicingConfig] = {
         SlicingConfig(name="llava-uhd"),
         SlicingConfig(name="llava-uhd-safe", clamp=True),
         SlicingConfig(
-            name="llava-uhd-paper",
-            max_slices=6,
-            rule="march2024",
-            separators=SeparatorCount(per_slice=1, per_cut=-1),
+            name="llava-uhd-paper", max_slices=6, rule="march2024", separators=SeparatorCount(per_slice=1, per_cut=-1)
         ),
         _MINICPM,
         _MINICPM.replace(name="minicpm-v-4.6", merge=4, tokens_per_view=None),

@@ -7,11 +7,11 @@ of ``benchmarks/flop_counter.py``, against which the formulas are tested. Norms,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from uhd.settings import unknown_name
+from uhd.settings import check_choice, unknown_name
 from uhd.slicing.plan import SlicePlan
 
 
@@ -167,7 +167,8 @@ def window_flops(patches: int, vit: ViTShape | str) -> int:
     vit = named(vit, VITS)
     d, n = vit.width, patches
     known = {"window": 8 * n * d * d + 16 * n * d + 10 * n * d * vit.mlp, "adaptive": 6 * n * d * d, "average": 0}
-    return known[_known(vit.compressor, known, "compressor")]
+    check_choice("compressor", vit.compressor, known)
+    return known[vit.compressor]
 
 
 def resampler_flops(patches: int, vision_width: int, resampler: ResamplerShape | str, *, width: int) -> int:
@@ -183,7 +184,8 @@ def resampler_flops(patches: int, vision_width: int, resampler: ResamplerShape |
     '51 GFLOPs'
     """
     resampler = named(resampler, RESAMPLERS)
-    after = {"perceiver": 4, "rewrite": 10}[_known(resampler.kind, ("perceiver", "rewrite"), "kind")]
+    check_choice("kind", resampler.kind, ("perceiver", "rewrite"))
+    after = 4 if resampler.kind == "perceiver" else 10
     q, d, n = resampler.latents, resampler.width or width, patches
     return 2 * n * vision_width * d + 4 * n * d * d + 2 * q * d * d + 4 * q * n * d + after * q * d * d
 
@@ -265,12 +267,6 @@ def _divided(grid_hw: tuple[int, int], factor: int, what: str) -> tuple[int, int
             f"merge={factor}"
         )
     return rows // factor, columns // factor
-
-
-def _known(name: str, names: Iterable[str], what: str) -> str:
-    if name not in names:
-        raise ValueError(f"{what}={name!r}: choose one of {list(names)}")
-    return name
 
 
 def mlp_flops(features: int, vision_width: int, *, width: int) -> int:

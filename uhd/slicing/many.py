@@ -28,10 +28,7 @@ _BLOCK = 4096
 
 
 def plan_many(
-    sizes_hw: np.ndarray | Sequence[Sequence[int]],
-    config: SlicingLike | None = None,
-    *,
-    max_tokens: int | None = None,
+    sizes_hw: np.ndarray | Sequence[Sequence[int]], config: SlicingLike | None = None, *, max_tokens: int | None = None
 ) -> dict[str, np.ndarray]:
     """Plan M images at once, exactly as :func:`uhd.slicing.plan` does one by one.
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from uhd.slicing.plan import SlicePlan
-from uhd.slicing.strategies.base import BLACK, Size, StrategyConfig, by_name, ceil_div, finish, refuse, rule_of, single
+from uhd.slicing.strategies.base import BLACK, Size, StrategyConfig, by_name, ceil_div, rule_of, single
 from uhd.slicing.strategies.selectors import smart_resize
 
 
-def _view(
-    image_hw: Size, config: StrategyConfig, size_hw: Size, unit: int, *, content_hw: Size | None = None, fill=None
-) -> SlicePlan:
+def _view(image_hw: Size, config: StrategyConfig, size_hw: Size, unit: int, **canvas: Any) -> SlicePlan:
     """One view of this size, a token for every ``unit`` x ``unit`` px."""
     tokens = (size_hw[0] // unit) * (size_hw[1] // unit)
-    return finish(image_hw, config, (single("overview", size_hw, tokens, content_hw=content_hw, fill=fill),))
+    return config.finish(image_hw, (single("overview", size_hw, tokens, **canvas),))
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,6 @@ class SmartResizeConfig(StrategyConfig):
     """Qwen's native resolution and its descendants.
 
     Attributes:
-        merge: Patches joined per side.
         min_pixels, max_pixels: Range of the view's pixels.
         frames: An image counts as this many frames against the range.
         enlarge: Before anything else, sides below ``patch_size * merge`` are enlarged: ``"both"`` by one factor,
@@ -64,7 +61,7 @@ def native_smart_resize(image_hw: Size, config: SmartResizeConfig) -> SlicePlan:
     try:
         size_hw = smart_resize((height, width), unit, config.min_pixels, config.max_pixels, frames=config.frames)
     except ValueError as problem:
-        raise refuse(image_hw, config, str(problem)) from None
+        raise config.refuse(image_hw, str(problem)) from None
     return _view(image_hw, config, size_hw, unit)
 
 
@@ -102,7 +99,7 @@ def _naflex_size(image_hw: Size, scale: float, patch: int) -> Size:
 
 @dataclass(frozen=True)
 class PixtralConfig(StrategyConfig):
-    """Pixtral and Mistral-Small. ``longest``: longest side, px; ``merge``: patches joined per side."""
+    """Pixtral and Mistral-Small. ``longest``: longest side, px."""
 
     patch_size: int = 16
     longest: int = 1024
@@ -122,7 +119,7 @@ def pixtral(image_hw: Size, config: PixtralConfig) -> SlicePlan:
     unit = config.patch_size * config.merge
     shrunk = image_hw if ratio <= 1 else tuple(math.floor(length / ratio) for length in image_hw)
     if min(shrunk) < 1:
-        raise refuse(image_hw, config, f"shrunk it would be {shrunk[0]}x{shrunk[1]} px")
+        raise config.refuse(image_hw, f"shrunk it would be {shrunk[0]}x{shrunk[1]} px")
     return _view(image_hw, config, tuple(ceil_div(length, unit) * unit for length in shrunk), unit)
 
 
@@ -149,7 +146,7 @@ def fuyu(image_hw: Size, config: FuyuConfig) -> SlicePlan:
         scale = min(config.largest_hw[0] / image_hw[0], config.largest_hw[1] / image_hw[1])
         content_hw = (int(image_hw[0] * scale), int(image_hw[1] * scale))
     if min(content_hw) < 1:
-        raise refuse(image_hw, config, f"shrunk it would be {content_hw[0]}x{content_hw[1]} px")
+        raise config.refuse(image_hw, f"shrunk it would be {content_hw[0]}x{content_hw[1]} px")
     size_hw = tuple(ceil_div(length, config.patch_size) * config.patch_size for length in content_hw)
     return _view(image_hw, config, size_hw, config.patch_size, content_hw=content_hw, fill=(1, 1, 1))
 
@@ -173,23 +170,23 @@ def gemma4(image_hw: Size, config: Gemma4Config) -> SlicePlan:
     """
     height, width = image_hw
     unit = config.patch_size * config.pool
-    pixels = config.max_tokens * config.pool**2 * config.patch_size**2
+    pixels = config.max_tokens * unit**2
     scale = math.sqrt(pixels / (height * width))
     rows, cols = math.floor(scale * height / unit), math.floor(scale * width / unit)
     if rows == cols == 0:
-        raise refuse(image_hw, config, f"max_tokens={config.max_tokens} leaves it no patch")
+        raise config.refuse(image_hw, f"max_tokens={config.max_tokens} leaves it no patch")
     if rows == 0:
         rows, cols = 1, min(width // height, config.max_tokens)
     elif cols == 0:
         rows, cols = min(height // width, config.max_tokens), 1
-    if rows * cols * unit * unit > pixels:
-        raise refuse(image_hw, config, f"{rows}x{cols} tokens exceed max_tokens={config.max_tokens}")
+    if rows * cols > config.max_tokens:
+        raise config.refuse(image_hw, f"{rows}x{cols} tokens exceed max_tokens={config.max_tokens}")
     return _view(image_hw, config, (rows * unit, cols * unit), unit)
 
 
 @dataclass(frozen=True)
 class KimiConfig(StrategyConfig):
-    """Kimi-K2.5. ``merge``: patches joined per side; ``max_patches``: of an image; ``max_side``: patches per side."""
+    """Kimi-K2.5. ``max_patches``: of an image; ``max_side``: patches per side."""
 
     merge: int = 2
     max_patches: int = 16384
@@ -216,7 +213,7 @@ def kimi(image_hw: Size, config: KimiConfig) -> SlicePlan:
 
 @dataclass(frozen=True)
 class NemotronConfig(StrategyConfig):
-    """Nemotron-H-Omni. ``merge``: patches joined per side; ``min_patches``, ``max_patches``: range of a view."""
+    """Nemotron-H-Omni. ``min_patches``, ``max_patches``: range of a view."""
 
     patch_size: int = 16
     merge: int = 2
@@ -237,15 +234,14 @@ def nemotron(image_hw: Size, config: NemotronConfig) -> SlicePlan:
     scale = min(math.sqrt(config.max_patches / (rows * cols)), 1.0)
     rows, cols = math.floor(scale * rows), math.floor(scale * cols)
     if min(rows, cols) < 1:
-        raise refuse(image_hw, config, f"its grid would be {rows}x{cols} patches")
+        raise config.refuse(image_hw, f"its grid would be {rows}x{cols} patches")
     if config.max_patches > config.min_patches and rows * cols < config.min_patches:
         scale = math.sqrt(config.min_patches / (rows * cols))
         rows, cols = math.ceil(scale * rows), math.ceil(scale * cols)
     rows = _mergeable(rows, cols, config)
     cols = _mergeable(cols, rows, config)
-    return _view(
-        image_hw, config, (rows * config.patch_size, cols * config.patch_size), config.patch_size * config.merge
-    )
+    size_hw = (rows * config.patch_size, cols * config.patch_size)
+    return _view(image_hw, config, size_hw, config.patch_size * config.merge)
 
 
 def _mergeable(count: int, other: int, config: NemotronConfig) -> int:
@@ -259,7 +255,7 @@ def _mergeable(count: int, other: int, config: NemotronConfig) -> int:
 
 @dataclass(frozen=True)
 class MuseConfig(StrategyConfig):
-    """Muse-Glimmer. ``merge``: patches joined per side; ``max_tokens``: most tokens of an image."""
+    """Muse-Glimmer. ``max_tokens``: most tokens of an image."""
 
     merge: int = 2
     max_tokens: int = 4096
@@ -281,9 +277,8 @@ def muse(image_hw: Size, config: MuseConfig) -> SlicePlan:
         aspect = ideal_cols / ideal_rows
         ideal_rows = (config.max_tokens / aspect) ** 0.5
         ideal_cols = ideal_rows * aspect
-    pairs = itertools.product(
-        (math.floor(ideal_rows), math.ceil(ideal_rows)), (math.floor(ideal_cols), math.ceil(ideal_cols))
-    )
+    around = ((math.floor(ideal), math.ceil(ideal)) for ideal in (ideal_rows, ideal_cols))
+    pairs = itertools.product(*around)
     # a set, as in the release: its order decides ties, and is the same in every CPython
     grids = [pair for pair in set(pairs) if min(pair) >= 1 and math.prod(pair) <= config.max_tokens]
     if not grids:
