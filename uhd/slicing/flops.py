@@ -36,11 +36,7 @@ class ViTShape:
     compressor: str = "window"
 
     def output_hw(self, grid_hw: tuple[int, int]) -> tuple[int, int]:
-        """(rows, columns) of the features of a view of so many patches.
-
-        Raises:
-            ValueError: A side cannot be halved as often as the ViT does.
-        """
+        """(rows, columns) of the features of a view of so many patches; a ``ValueError`` where they leave a rest."""
         return _divided(grid_hw, 2 ** len(self.compress_after), "this ViT")
 
 
@@ -64,11 +60,9 @@ class ResamplerShape:
 
 @dataclass(frozen=True)
 class MergerShape:
-    """Blocks of 2 x 2 features become one through a two-layer MLP: ``uhd.resampler.MergeProjector``.
+    """2 x 2 features become one through a two-layer MLP, ``rounds`` times: ``uhd.resampler.MergeProjector``.
 
-    Attributes:
-        rounds: How often; each divides the features by 4.
-        width: Of the tokens; None takes it from the language model.
+    ``width``: of the tokens; None takes it from the language model.
     """
 
     rounds: int = 1
@@ -77,14 +71,9 @@ class MergerShape:
 
 @dataclass(frozen=True)
 class LMShape:
-    """A decoder-only language model with a gated MLP.
+    """A decoder-only language model of width D with a gated MLP.
 
-    Attributes:
-        depth: Blocks.
-        width: D.
-        mlp: Hidden width of a block's MLP.
-        kv_width: Key-value heads * head dimension; equal to ``width`` without grouped queries.
-        vocab: Rows of the output head.
+    ``kv_width``: key-value heads * head dimension, ``width`` without grouped queries; ``vocab``: rows of the head.
     """
 
     depth: int
@@ -123,11 +112,7 @@ _Shape = TypeVar("_Shape")
 
 
 def named(shape: str | _Shape, known: Mapping[str, _Shape]) -> _Shape:
-    """The shape of this name; a shape as it is.
-
-    Raises:
-        ValueError: No such name; the message lists those there are.
-    """
+    """The shape of this name; a shape as it is. An unknown name is a ``ValueError``."""
     if not isinstance(shape, str):
         return shape
     if shape not in known:
