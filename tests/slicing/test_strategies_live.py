@@ -120,6 +120,8 @@ def mllama(model, image):
 
 
 EDGE_336 = {"size": {"shortest_edge": 336}, "crop_size": square(336)}
+PAN_AND_SCAN = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 256, "pan_and_scan_max_num_crops": 4}
+PAN_AND_SCAN |= {"pan_and_scan_min_ratio_to_activate": 1.2}
 ORACLES = {
     "siglip": ("siglip", simple(size=square(384))),
     "clip": ("clip", simple(**EDGE_336)),
@@ -135,16 +137,7 @@ ORACLES = {
     "idefics2": ("idefics2", simple()),
     "idefics2-split": ("idefics2", simple(do_image_splitting=True)),
     "phi4": ("phi4_multimodal", phi4),
-    "gemma3-pan-and-scan": (
-        "gemma3",
-        simple(
-            size=square(896),
-            do_pan_and_scan=True,
-            pan_and_scan_min_crop_size=256,
-            pan_and_scan_max_num_crops=4,
-            pan_and_scan_min_ratio_to_activate=1.2,
-        ),
-    ),
+    "gemma3-pan-and-scan": ("gemma3", simple(size=square(896), **PAN_AND_SCAN)),
     "ovis2-448-max9-covering": ("ovis2", simple(size=square(448), crop_to_patches=True, max_patches=9)),
     "aria-980": ("aria", simple()),
     "aria-980-split": ("aria", simple(split_image=True)),
