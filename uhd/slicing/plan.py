@@ -118,6 +118,14 @@ class Packing(Settings):
         rows, cols = self.pooled_hw or self.overview_view_hw or self.view_hw
         return -(-rows // self.merge), -(-cols // self.merge)
 
+    def counts(self, overviews: int, slices: int) -> tuple[int, int]:
+        """(visual tokens, learned newlines and separators) of so many views."""
+        visual = overviews * math.prod(self.overview_hw)
+        learned = overviews * self.overview_hw[0] * self.overview_newline + (self.separator is not None)
+        if self.final_hw is None:
+            return visual + slices * math.prod(self.pooled_hw or self.view_hw), learned
+        return visual + math.prod(self.final_hw), learned + self.final_hw[0] * self.newline
+
 
 @dataclass(frozen=True, slots=True)
 class View:
@@ -231,8 +239,7 @@ class SlicePlan(Settings):
                 overview_newline=packing.overview_newline,
                 separator="end" if packing.separator == "end" else None,
             )
-            visual = math.prod(packing.overview_hw)
-            separators = packing.overview_newline * packing.overview_hw[0] + (packing.separator is not None)
+            visual, separators = packing.counts(1, 0)
             if packing == Packing(view_hw=packing.view_hw):
                 packing = None
         return self.replace(

@@ -89,15 +89,10 @@ def anyres(image_hw: Size, config: AnyResConfig) -> SlicePlan:
     map_hw = (rows * side, cols * side)
     kept = unpadded(image_hw, map_hw, config.unpad_rounding)
     resized_hw = _bounded(kept.size_hw, side, config.max_tiles)
-    final_hw = resized_hw or kept.size_hw
     base = side * side
-    return config.finish(
-        image_hw,
-        (config.whole(base), _fitted(image_hw, (rows, cols), config.tile, config, base)),
-        visual=base + math.prod(final_hw),
-        separators=final_hw[0],
-        packing=Packing(view_hw=(side, side), map_hw=map_hw, kept=kept, resized_hw=resized_hw, newline=True),
-    )
+    packing = Packing(view_hw=(side, side), map_hw=map_hw, kept=kept, resized_hw=resized_hw, newline=True)
+    slices = _fitted(image_hw, (rows, cols), config.tile, config, base)
+    return config.finish(image_hw, (config.whole(base), slices), packing=packing)
 
 
 def _fitted(image_hw: Size, grid: Size, cell: int, config: StrategyConfig, tokens: int) -> Canvas:
@@ -262,7 +257,7 @@ def deepseek_vl2(image_hw: Size, config: DeepSeekVL2Config) -> SlicePlan:
     overview = config.whole(side**2, **_letterbox(image_hw, config.tile_hw))
     slices = config.tiles(grid, side**2, **_letterbox(image_hw, canvas_hw))
     packing = Packing(view_hw=(side, side), map_hw=map_hw, newline=True, overview_newline=True, separator="between")
-    return config.finish(image_hw, (overview, slices), separators=side + 1 + map_hw[0], packing=packing)
+    return config.finish(image_hw, (overview, slices), packing=packing)
 
 
 def _contained(image_hw: Size, box_hw: Size) -> Size:

@@ -135,16 +135,16 @@ class StrategyConfig(Slicing):
         image_hw: Size,
         canvases: tuple[Canvas, ...],
         *,
-        visual: int | None = None,
-        separators: int = 0,
         packing: Packing | None = None,
         grid: Size | None = None,
     ) -> SlicePlan:
         """The plan of these canvases. ``grid`` is the slices', by default that of the only slice canvas."""
         if grid is None:
             grid = next((canvas.grid for canvas in canvases if canvas.kind == "slice"), None)
-        if visual is None:
-            visual = sum(len(canvas.tiles) * canvas.tokens_per_view for canvas in canvases)
+        visual, separators = sum(len(canvas.tiles) * canvas.tokens_per_view for canvas in canvases), 0
+        if packing is not None:
+            kinds = [canvas.kind for canvas in canvases for _ in canvas.tiles]
+            visual, separators = packing.counts(kinds.count("overview"), kinds.count("slice"))
         if visual < 1:
             raise ValueError(
                 f"{self.name!r} has views too small for a token: raise tile, or lower patch_size or merge"

@@ -115,8 +115,7 @@ def ocr(image_hw: Size, config: OcrConfig) -> SlicePlan:
         overview_newline=config.newline,
         separator="end",
     )
-    separators = 1 + (overview_side if config.newline else 0) + (map_hw[0] if map_hw else 0)
-    return config.finish(image_hw, canvases, separators=separators, packing=packing, grid=grid or config.uncut_grid)
+    return config.finish(image_hw, canvases, packing=packing, grid=grid or config.uncut_grid)
 
 
 @dataclass(frozen=True)
@@ -218,13 +217,7 @@ def phi4(image_hw: Size, config: Phi4Config) -> SlicePlan:
         overview_newline=True,
         separator="between",
     )
-    return config.finish(
-        image_hw,
-        (slices, overview),
-        visual=math.prod(kept_hw) + tokens,
-        separators=kept_hw[0] + 1 + side,
-        packing=packing,
-    )
+    return config.finish(image_hw, (slices, overview), packing=packing)
 
 
 @dataclass(frozen=True)

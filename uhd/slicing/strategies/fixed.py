@@ -89,7 +89,7 @@ def square_pad(image_hw: Size, config: SquarePadConfig) -> SlicePlan:
     side = config.token_side
     packing = Packing(view_hw=(side, side), separator="end") if config.newline else None
     canvas = padded_square(image_hw, config.tile, side * side, fill=config.fill)
-    return config.finish(image_hw, (canvas,), separators=int(config.newline), packing=packing)
+    return config.finish(image_hw, (canvas,), packing=packing)
 
 
 @dataclass(frozen=True)

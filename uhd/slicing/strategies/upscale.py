@@ -141,8 +141,7 @@ def molmo2(image_hw: Size, config: Molmo2Config) -> SlicePlan:
     slices = config.tiles(grid, side * side, stride_hw=(stride, stride))
     map_hw = (grid[0] * window + margin, grid[1] * window + margin)
     packing = Packing(view_hw=(side, side), map_hw=map_hw, overlap=config.margins, merge=config.merge)
-    visual = math.prod(packing.overview_hw) + math.prod(packing.final_hw)
-    return config.finish(image_hw, (overview, slices), visual=visual, packing=packing)
+    return config.finish(image_hw, (overview, slices), packing=packing)
 
 
 @dataclass(frozen=True)
