@@ -104,8 +104,8 @@ def measure(
     shown = _views(plan, {"slice" if "slice" in kinds else "overview"})
     sizes, cells = shown.sizes, _cells(shown)
     kept = float((cells.kept * cells.areas).sum()) / area
-    sides = np.maximum(shown.scale_h, shown.scale_w) / np.minimum(shown.scale_h, shown.scale_w)
-    enlarged = np.maximum(shown.scale_h, 1) * np.maximum(shown.scale_w, 1)
+    sides = shown.scales.max(axis=1) / shown.scales.min(axis=1)
+    enlarged = np.maximum(shown.scales, 1).prod(axis=1)
     per_view = [(len(c.tiles), math.prod(side // plan.patch_size for side in c.view_hw)) for c in plan.canvases]
     return PlanMetrics(
         distortion=float(sides.max(initial=1)),
@@ -127,11 +127,10 @@ def measure(
 
 
 class _Shown(NamedTuple):
-    """Detail views: ``boxes`` (V, 4) of the image, px, their scales (V,), and ``kept`` (V,), the share of px left."""
+    """Views: ``boxes`` (V, 4) of the image, px, their ``scales`` (V, 2), and ``kept`` (V,), the share of px left."""
 
     boxes: np.ndarray
-    scale_h: np.ndarray
-    scale_w: np.ndarray
+    scales: np.ndarray
     kept: np.ndarray
 
     @property
@@ -167,7 +166,7 @@ def _shown(canvas: Canvas, image_hw: tuple[int, int]) -> _Shown:
     scale = (resized / length) * (np.array(canvas.view_hw) / (tiles[:, 2:] - tiles[:, :2]))
     first = np.array(canvas.first_hw or canvas.content_hw) / length
     kept = np.minimum(np.minimum(scale, np.minimum(first, resized / length)), 1).prod(axis=1)
-    return _Shown(boxes, scale[:, 0], scale[:, 1], kept)
+    return _Shown(boxes, scale, kept)
 
 
 def share_seen(plan: SlicePlan) -> float:

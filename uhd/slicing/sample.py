@@ -73,7 +73,7 @@ def plan_images(
     >>> [found.num_tokens for found in plan_images([(1008, 672), (300, 400)], max_tokens=300)]
     [194, 64]
     """
-    slicing = _counted(find(config), count)
+    slicing = find(config) if count is None else _CountedBy(find(config), count)
     return plan_sample(list(sizes_hw), [], slicing, max_tokens=max_tokens, multi_image=multi_image)[0]
 
 
@@ -173,7 +173,7 @@ def plan_video(
     if frames not in FRAMES:
         raise ValueError(f"frames must be one of {', '.join(map(repr, FRAMES))}, got {frames!r}")
     size_hw = check_size(frame_hw)
-    slicing = _counted(find(config), count)
+    slicing = find(config) if count is None else _CountedBy(find(config), count)
     if frames == "rule":
         return plan_sample([], [(size_hw, num_frames)], slicing, frames=frames, max_tokens=max_tokens)[1][0]
     own = slicing.for_video() if frames == "video" else None
@@ -201,10 +201,6 @@ class _CountedBy(Recounted):
 
     def fit(self, plan: SlicePlan) -> SlicePlan:
         return self.count(plan)
-
-
-def _counted(slicing: Slicing, count: Count | None) -> Slicing:
-    return slicing if count is None else _CountedBy(slicing, count)
 
 
 def _ladder(image_hw: tuple[int, int], slicing: Slicing) -> Iterator[SlicePlan]:

@@ -278,16 +278,9 @@ def _letterbox(image_hw: Size, box_hw: Size) -> dict[str, Any]:
 
 
 ARIA_GRIDS = (
-    *((1, n) for n in range(2, 9)),
-    (2, 4),
-    (2, 3),
-    (2, 2),
-    (2, 1),
-    (3, 1),
-    (3, 2),
-    (4, 1),
-    (4, 2),
-    *((n, 1) for n in range(5, 9)),
+    *((1, cols) for cols in range(2, 9)),
+    *((2, 4), (2, 3), (2, 2), (2, 1), (3, 1), (3, 2), (4, 1), (4, 2)),
+    *((rows, 1) for rows in range(5, 9)),
 )
 """Aria's 19 split ratios in their order; (rows, columns) in transformers, (columns, rows) in the original."""
 

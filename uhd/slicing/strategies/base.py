@@ -324,8 +324,8 @@ def padded_square(
     image_hw: Size,
     side: int,
     tokens: int,
-    *,
     fill: tuple[int, int, int],
+    *,
     centre: bool = True,
     square: int = LARGEST_PAD,
 ) -> Canvas:
@@ -339,9 +339,8 @@ def padded_square(
     if pad < longest:
         content_hw = tuple(max(round(length * pad / longest), 1) for length in image_hw)
     offset = centred(content_hw, (pad, pad)) if centre else (0, 0)
-    return single(
-        "overview", (side, side), tokens, size_hw=(pad, pad), content_hw=content_hw, offset=offset, fill=fill
-    )
+    square_hw, view_hw = (pad, pad), (side, side)
+    return single("overview", view_hw, tokens, size_hw=square_hw, content_hw=content_hw, offset=offset, fill=fill)
 
 
 def ceil_div(count: int, step: int) -> int:

@@ -18,18 +18,14 @@ from uhd.slicing.strategies.base import (
     single,
     tiled,
 )
-from uhd.slicing.strategies.selectors import Grids, best_anchor, pairs_by_ratio
+from uhd.slicing.strategies.selectors import Grids, best_anchor, grids_up_to, pairs_by_ratio
 
 _LARGEST_IDEFICS3 = 4096  # px; its processor shrinks to this after the first resize
 
 
 @dataclass(frozen=True)
 class Idefics3Config(StrategyConfig):
-    """Idefics3 and SmolVLM.
-
-    Attributes:
-        longest: The longer side becomes this first, px, also where that enlarges.
-    """
+    """Idefics3 and SmolVLM. ``longest``: the longer side becomes this first, px, also where that enlarges."""
 
     tile: int = 364
     longest: int = 1456
@@ -203,7 +199,6 @@ class Step3p7Config(StrategyConfig):
     """Step-3.7.
 
     Attributes:
-        tile: Side of a slice as the encoder sees it, px.
         overview_side: Side of the overview, px.
         longest: Larger images are shrunk to this first, px.
         stride: Patches joined per side by the two downsampling convolutions; a rest is dropped.
@@ -236,7 +231,11 @@ def step3p7(image_hw: Size, config: Step3p7Config) -> SlicePlan:
         whole_hw = (int(whole_hw[0] * scale), int(whole_hw[1] * scale))
     if min(whole_hw) < 1:
         raise config.refuse(image_hw, f"shrunk it would be {whole_hw[0]}x{whole_hw[1]} px")
-    overview = _step_overview(image_hw, whole_hw, padded, config)
+    side = config.overview_side
+    if padded:
+        overview = padded_square(image_hw, side, _step_tokens(side, config), BLACK, centre=False, square=whole_hw[0])
+    else:
+        overview = single("overview", (side, side), _step_tokens(side, config), size_hw=whole_hw)
     window = _step_window(whole_hw, config)
     if window is None:
         return config.finish(image_hw, (overview,))
@@ -245,14 +244,6 @@ def step3p7(image_hw: Size, config: Step3p7Config) -> SlicePlan:
 
 def _step_tokens(side: int, config: Step3p7Config) -> int:
     return (side // config.patch_size // config.stride) ** 2
-
-
-def _step_overview(image_hw: Size, whole_hw: Size, padded: bool, config: Step3p7Config) -> Canvas:
-    side = config.overview_side
-    tokens = _step_tokens(side, config)
-    if padded:
-        return padded_square(image_hw, side, tokens, fill=BLACK, centre=False, square=whole_hw[0])
-    return single("overview", (side, side), tokens, size_hw=whole_hw)
 
 
 def _step_window(whole_hw: Size, config: Step3p7Config) -> int | None:
@@ -270,13 +261,12 @@ def _step_windows(image_hw: Size, whole_hw: Size, window: int, padded: bool, con
     )
     grid = tuple(max(1, length // window) for length in canvas_hw)
     tile_hw = (min(window, canvas_hw[0]), min(window, canvas_hw[1]))
-    padding = {}
+    content_hw, longest = None, max(image_hw)
     if padded:
-        content_hw = tuple(
-            max(round(length * side / max(image_hw)), 1) for length, side in zip(image_hw, canvas_hw, strict=True)
-        )
-        padding = {"content_hw": content_hw, "fill": BLACK}
-    return tiled(grid, tile_hw, _step_tokens(config.tile, config), view_hw=config.tile_hw, **padding)
+        sides = zip(image_hw, canvas_hw, strict=True)
+        content_hw = tuple(max(round(length * side / longest), 1) for length, side in sides)
+    more = {"view_hw": config.tile_hw, "content_hw": content_hw, "fill": BLACK if padded else None}
+    return tiled(grid, tile_hw, _step_tokens(config.tile, config), **more)
 
 
 @dataclass(frozen=True)
@@ -339,12 +329,8 @@ _UP_TO_9 = (
     *((1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (1, 4), (4, 1), (1, 5), (5, 1), (1, 6), (6, 1)),
     *((2, 3), (3, 2), (1, 7), (7, 1), (4, 2), (2, 4), (1, 8), (8, 1), (3, 3), (1, 9), (9, 1)),
 )
-_UP_TO_20 = (
-    *((1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (1, 4), (2, 2), (4, 1), (1, 5), (5, 1)),
-    *((1, 6), (2, 3), (3, 2), (6, 1), (1, 7), (7, 1), (1, 8), (2, 4), (4, 2), (8, 1)),
-    *((1, 9), (3, 3), (9, 1), (1, 10), (2, 5), (5, 2), (10, 1), (1, 11), (11, 1)),
-    *((2, 6), (3, 4), (4, 3), (6, 2), (2, 7), (7, 2), (3, 5), (5, 3), (2, 8), (4, 4), (8, 2)),
-    *((2, 9), (3, 6), (6, 3), (9, 2), (2, 10), (4, 5), (5, 4), (10, 2)),
+_UP_TO_20 = tuple(
+    sorted((grid for grid in grids_up_to(20) if max(grid) <= 11), key=lambda grid: (math.prod(grid), grid[0]))
 )
 
 STRATEGIES = by_name(

@@ -123,7 +123,6 @@ class Lfm2Config(StrategyConfig):
     """LFM2-VL.
 
     Attributes:
-        tile: Side of a slice, px.
         min_tokens, max_tokens: Range of an image that is not cut, and of the overview.
         tolerance: An image above ``tolerance * max_tokens`` is cut.
     """

@@ -88,7 +88,7 @@ def square_pad(image_hw: Size, config: SquarePadConfig) -> SlicePlan:
     """
     side = config.token_side
     packing = Packing(view_hw=(side, side), separator="end") if config.newline else None
-    canvas = padded_square(image_hw, config.tile, side * side, fill=config.fill)
+    canvas = padded_square(image_hw, config.tile, side * side, config.fill)
     return config.finish(image_hw, (canvas,), packing=packing)
 
 
