@@ -223,12 +223,8 @@ def test_plans_that_cannot_be_laid_out_say_why():
     slices = ("slice", (2, 2), 4)
     with pytest.raises(ValueError, match="counts 17 visual tokens for the whole image, its 4 views alone 20"):
         layout(foreign(slices, tokens=17, grid=(2, 2)))
-    assert layout(foreign(slices, tokens=17, grid=(2, 2)), tokens_per_view=[1, 2, 3, 4]).tokens_per_view == (
-        1,
-        2,
-        3,
-        4,
-    )
+    given = layout(foreign(slices, tokens=17, grid=(2, 2)), tokens_per_view=[1, 2, 3, 4])
+    assert given.tokens_per_view == (1, 2, 3, 4)
     with pytest.raises(ValueError, match="4 positive numbers"):
         layout(foreign(slices, tokens=20, grid=(2, 2)), tokens_per_view=[1, 2, 3])
     with pytest.raises(ValueError, match="cut 3 slices for a grid"):

@@ -192,11 +192,9 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """One image's part of the language model's sequence. Positions count from the image's first one.
+    """One image's part of the language model's sequence, as ``schema`` orders it. Positions count from its first one.
 
-    Attributes:
-        entries: Symbols in sequence order, with the positions they take: a view its visual tokens, any other one.
-        schema: The schema that ordered them.
+    ``entries`` are its symbols with the positions they take: a view as many as it has visual tokens, any other one.
     """
 
     entries: tuple[Entry, ...]
@@ -250,17 +248,11 @@ class TokenLayout:
     def text(self, view: str | Callable[[Entry], str] = "[{symbol}:{tokens}]") -> str:
         """The sequence as text, for people and for comparison; it is not meant to be tokenised.
 
-        Args:
-            view: What stands for a view: a format string that may use ``{symbol}``, ``{tokens}`` and ``{index}`` (in
-                ``plan.views``), or a function of its :class:`Entry`, e.g. ``lambda e: "<unk>" * e.num_tokens``.
+        ``view`` is what stands for a view: a format string that may use ``{symbol}``, ``{tokens}`` and ``{index}`` (in
+        ``plan.views``), or a function of its :class:`Entry`, e.g. ``lambda e: "<unk>" * e.num_tokens``.
         """
-        if isinstance(view, str):
-            template = view
-
-            def view(entry: Entry) -> str:
-                return template.format(symbol=entry.symbol, tokens=entry.num_tokens, index=entry.view)
-
-        return "".join(entry.symbol if entry.view is None else view(entry) for entry in self.entries)
+        write = view if callable(view) else lambda e: view.format(symbol=e.symbol, tokens=e.num_tokens, index=e.view)
+        return "".join(entry.symbol if entry.view is None else write(entry) for entry in self.entries)
 
     def __str__(self) -> str:
         return self.text()

@@ -114,7 +114,7 @@ def resolve_schema(
     symbols = [symbol for symbol in schema.separators if symbol not in schema.learned]
     if schema.image_id is not None:
         symbols += [str(index) for index in range(num_images)]
-    given = {} if given is None else given
+    given = given or {}
     unknown = [symbol for symbol in given if symbol not in symbols]
     if unknown:
         raise ValueError(f"ids given for {unknown}, but schema {schema.name!r} resolves {symbols}")

@@ -17,11 +17,10 @@ from uhd.slicing.plan import SlicePlan
 
 @dataclass(frozen=True)
 class ViTShape:
-    """A pre-norm vision transformer.
+    """A pre-norm vision transformer of width D.
 
     Attributes:
         depth: Blocks that are run; LLaVA reads the layer before the last, so 23 of CLIP-L's 24.
-        width: D.
         mlp: Hidden width of a block's MLP.
         prefix: Tokens that stand before a view's patches (a class token).
         compress_after: Blocks after which 2 x 2 patches become one, from 1; as in ``uhd.vision.CompressedViT``.
@@ -145,9 +144,6 @@ def window_flops(patches: int, vit: ViTShape | str) -> int:
 
     ``"window"``: ``8 n D^2 + 16 n D`` (attention inside windows) ``+ 10 n D * mlp``; ``"adaptive"``: ``6 n D^2``;
     ``"average"``: none.
-
-    Raises:
-        ValueError: No such compressor.
     """
     vit = named(vit, VITS)
     d, n = vit.width, patches
@@ -212,11 +208,7 @@ def pool_flops(grid_hw: tuple[int, int], side: int, width: int) -> int:
 
 
 def merge_flops(grid_hw: tuple[int, int], vision_width: int, merger: MergerShape | str, *, width: int) -> int:
-    """2 x 2 features become one, ``2 n / 4 * (16 D_v^2 + 4 D_v D_out)`` a round; only the last has another width.
-
-    Raises:
-        ValueError: A side of the grid cannot be halved so often.
-    """
+    """2 x 2 features become one, ``2 n / 4 * (16 D_v^2 + 4 D_v D_out)`` a round; only the last has another width."""
     merger = named(merger, RESAMPLERS)
     _divided(grid_hw, 2**merger.rounds, "this merger")
     total, n = 0, math.prod(grid_hw)

@@ -34,18 +34,15 @@ class PlanMetrics:
         padding: P = 1 - content px / encoder px, over all views, the overview included.
         resolution_kept: R = (1 / wh) * sum over the image of max over detail views there of min(1, m_x) * min(1, m_y):
             the share of image px that survive. A pooling of features is not in it; it is in the tokens.
-        tokens: T.
-        views: Encoder inputs.
-        patches: N = sum of N_v, ViT patches.
+        tokens, views, patches: T, encoder inputs, and N = sum of N_v ViT patches.
         attention_pairs: sum of N_v^2, what attention inside views is proportional to.
         tokens_per_megapixel: T / (wh / 10^6).
         pixels_per_token_edge: sqrt(w h R / T): side of the square of surviving px that one token describes.
-        upsampling: U = mean over detail views, weighted by |A_v|, of max(1, s_x) * max(1, s_y): encoder work spent on
-            invented px.
+        upsampling: U = mean over detail views, weighted by |A_v|, of max(1, s_x) * max(1, s_y).
         coverage: |union of A_v| / wh; below 1 part of the image is in no detail view.
         duplication: O = sum of |A_v| / wh; above ``coverage`` some px are in several detail views.
-        seam: K = length of the lines between detail views that none of them shows both sides of, over sqrt(wh): how
-            much content is cut. A cut into r x c has ((r - 1) w + (c - 1) h) / sqrt(wh); an overlap removes a seam.
+        seam: K = length of the lines between detail views that none of them shows both sides of, over sqrt(wh): a cut
+            into r x c has ((r - 1) w + (c - 1) h) / sqrt(wh).
         budget_error: B = T / budget; ``None`` without a budget.
         flops: Of the named ViT, compressor and LM, see :func:`uhd.slicing.flops.plan_flops`.
     """
