@@ -5,7 +5,6 @@ import pytest
 
 from uhd.slicing import PRESETS, SlicingConfig, plan, plan_many
 
-
 NAMES = ("grid", "slice_hw", "overview_hw", "num_views", "num_patches", "num_tokens")
 
 
