@@ -69,20 +69,15 @@ class Slicing(Settings):
     Frozen and hashable. Call one with (height, width) in px, or pass it wherever a strategy goes.
     """
 
-    name: str
-    """What its plans say that made them."""
-    patch_size: int | None = None
-    """Side of a ViT patch, px; ``None`` where only its plans tell."""
-    view_side: int | None = None
-    """Side of the square that its views are made for, px; ``None`` where it sets none."""
-    least_view: tuple[int, int] | None = None
-    """(rows, columns) of the smallest view that it may plan, in patches; ``None`` where its settings do not say."""
-    uses_schema: bool = False
-    """Whether a schema lays its views out, so that the grid of slices tells every position."""
-    learned: tuple[str, ...] = ()
-    """The learned embeddings that its plans' packings may need: ``"newline"``, ``"separator"``."""
-    nested: bool = False
-    """Whether its token counts are a resampler's: a view that it counts fewer for takes the first latents only."""
+    name: str  # what its plans say that made them
+    patch_size: int | None = None  # side of a ViT patch, px; None where only its plans tell
+    view_side: int | None = None  # side of the square that its views are made for, px; None where it sets none
+    least_view: tuple[int, int] | None = (
+        None  # (rows, columns) of the smallest view, in patches; None: it does not say
+    )
+    uses_schema: bool = False  # whether a schema lays its views out, so that the grid of slices tells every position
+    learned: tuple[str, ...] = ()  # embeddings that its plans' packings may need: "newline", "separator"
+    nested: bool = False  # whether a view that it counts fewer tokens for takes a resampler's first latents only
 
     def plan(self, image_hw: tuple[int, int]) -> SlicePlan:
         """Plan an image of this (height, width), px; a ``ValueError`` where it is no size, or the rule refuses it."""

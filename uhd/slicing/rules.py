@@ -131,7 +131,7 @@ def find(rule: SlicingLike | None) -> Slicing:
 
 
 def rule_name(rule: SlicingLike) -> str:
-    """What to call a rule: the name in its settings, or that of the function."""
+    """The name in a rule's settings, or that of the function."""
     return find(rule).name
 
 

@@ -26,8 +26,6 @@ _NEXT = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 _SIX_BY_SIX = tuple((rows, cols) for rows in range(1, 7) for cols in range(1, 7))
 _DEEPSEEK = grids_up_to(9)
 _UP_TO_TEN = tuple((rows, cols) for rows in range(1, 11) for cols in range(1, 11) if rows * cols <= 10)
-
-
 _NEXT_SWAPPED = tuple((cols, rows) for rows, cols in _NEXT)
 _SIX_SWAPPED = tuple((cols, rows) for rows, cols in _SIX_BY_SIX)
 
@@ -37,14 +35,13 @@ class AnyResConfig(StrategyConfig):
     """LLaVA-NeXT's AnyRes and its descendants.
 
     Attributes:
-        grids: (rows, columns) of the canvases, in the order that decides ties. The releases list (width, height) px in
-            LLaVA's own code and read the same list as (height, width) in transformers.
+        grids: Of canvases. LLaVA's own code reads the released lists as (width, height), transformers as
+            (height, width).
         max_tiles: k of ``anyres_max_k``: from 1.21 * k tiles of features on, the map is resized to k tiles'. ``None``:
             no bound.
         rate: (numerator, denominator): features per side of a tile after the model's downsampling.
         unpad_rounding: ``"transformers"`` rounds to 7 digits before truncating, ``"original"`` only truncates.
-        square_fill: RGB around an image that shares its sample with others, where the rule has such a mode
-            (LLaVA-OneVision: int(255 * mean)).
+        square_fill: RGB around one of several images, for LLaVA-OneVision: int(255 * mean).
     """
 
     tile: int = 336

@@ -52,14 +52,10 @@ class StrategyConfig(Slicing):
     resample: str = field(default="bicubic", kw_only=True)
     antialias: bool = field(default=True, kw_only=True)
 
-    function: ClassVar[Function]
-    """(height, width) and these settings -> plan; :func:`rule_of` sets it."""
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {}
-    """The values of a setting that has only some."""
-    grows: ClassVar[tuple[str, ...]] = ()
-    """Lengths, px, that keep their ratio to ``tile``."""
-    view_sides: ClassVar[tuple[str, ...]] = ()
-    """The same for sides of other views, which become whole patches."""
+    function: ClassVar[Function]  # (height, width) and these settings -> plan; rule_of sets it
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {}  # the values of a setting that has only some
+    grows: ClassVar[tuple[str, ...]] = ()  # lengths, px, that keep their ratio to tile
+    view_sides: ClassVar[tuple[str, ...]] = ()  # the same for sides of other views, which become whole patches
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -110,9 +106,8 @@ class StrategyConfig(Slicing):
     def for_vision(self, *, image_size: int | None, patch_size: int) -> StrategyConfig:
         """As every rule does.
 
-        ``tile`` becomes ``image_size``, and every length that the rule states beside it keeps its ratio to ``tile``
-        (:attr:`grows`, :attr:`view_sides`). A rule without ``tile`` keeps its bounds, in px or patches. Numbers of
-        tokens that a config states rather than derives are kept.
+        ``tile`` becomes ``image_size``, and every length that the rule states beside it keeps its ratio to ``tile``. A
+        rule without ``tile`` keeps its bounds, in px or patches. Numbers of tokens that a config states are kept.
 
         >>> from uhd.slicing import strategy
         >>> strategy("internvl").for_vision(image_size=384, patch_size=16).plan((600, 1000)).slice_hw
@@ -279,9 +274,9 @@ def tiled(
     content_hw: Size | None = None,
     **more: Any,
 ) -> Canvas:
-    """A canvas cut into ``grid`` slices of ``tile_hw``, overlapping by less ``stride_hw``; ``more`` are other fields.
+    """A canvas cut into ``grid`` slices of ``tile_hw``, which overlap where ``stride_hw`` is smaller.
 
-    Without ``content_hw`` the image is stretched over the canvas.
+    ``more`` are its other fields. Without ``content_hw`` the image is stretched over the canvas.
     """
     (rows, cols), (height, width) = grid, tile_hw
     check_views(rows * cols)
@@ -293,7 +288,6 @@ def tiled(
 
 
 def check_views(count: int) -> None:
-    """Raise a ``ValueError`` above :data:`MAX_VIEWS`."""
     if count > MAX_VIEWS:
         raise ValueError(f"{count} views of one image, at most {MAX_VIEWS} are planned: lower the cap on slices")
 

@@ -115,7 +115,7 @@ class Molmo2Config(StrategyConfig):
             raise ValueError(f"margins {self.margins} leave nothing of {self.tile // self.patch_size} patches")
 
     def for_vision(self, *, image_size: int | None, patch_size: int) -> Molmo2Config:
-        """As for other rules; ``margins`` keep their share of a crop's patches: 4 of 27, and also 4 of 24."""
+        # margins keep their share of a crop's patches: 4 of 27, and also 4 of 24
         image_size = image_size or self.tile
         share = (image_size // patch_size) / (self.tile // self.patch_size)
         margins = tuple(round(margin * share) for margin in self.margins)
