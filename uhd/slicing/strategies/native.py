@@ -287,32 +287,20 @@ def muse(image_hw: Size, config: MuseConfig) -> SlicePlan:
     return _view(image_hw, config, (rows * unit, cols * unit), unit)
 
 
+_SMART = (  # name, side of a patch, range of pixels, tokens, models, other settings
+    ("qwen2-vl-classdefault", 14, (56 * 56, 28 * 28 * 1280), "up to 1280", "Qwen2-VL's class default", {}),
+    ("qwen2-5-vl-ckpt", 14, (56 * 56, 28 * 28 * 16384), "up to 16384", "Qwen2-VL and Qwen2.5-VL checkpoints", {}),
+    ("qwen3-vl-ckpt", 16, (65536, 16777216), "64 to 16384", "Qwen3-VL", {}),
+    ("glm46v", 14, (112 * 112, 28 * 28 * 15000), "up to 7500", "GLM-4.6V", {"frames": 2, "enlarge": "both"}),
+    ("paddleocr-vl", 14, (384 * 384, 1536 * 1536), "188 to 3009", "PaddleOCR-VL", {"enlarge": "each"}),
+    ("hunyuan-vl", 16, (512 * 512, 2048 * 2048), "256 to 4096", "HunYuan-VL", {}),
+    ("minimax-m3-vl", 14, (56 * 56, 451584), "up to 576", "MiniMax-M3-VL", {}),
+    ("ernie4-5-vl-moe", 14, (56 * 56, 28 * 28 * 6177), "up to 6177", "ERNIE-4.5-VL", {}),
+)
 STRATEGIES = by_name(
-    (SmartResizeConfig("qwen2-vl-classdefault"), "multiples of 28 px, up to 1280 tokens; Qwen2-VL's class default"),
-    (
-        SmartResizeConfig("qwen2-5-vl-ckpt", max_pixels=28 * 28 * 16384),
-        "multiples of 28 px, up to 16384 tokens; Qwen2-VL and Qwen2.5-VL checkpoints",
-    ),
-    (
-        SmartResizeConfig("qwen3-vl-ckpt", 16, min_pixels=65536, max_pixels=16777216),
-        "multiples of 32 px, 64 to 16384 tokens; Qwen3-VL",
-    ),
-    (
-        SmartResizeConfig("glm46v", min_pixels=112 * 112, max_pixels=28 * 28 * 15000, frames=2, enlarge="both"),
-        "multiples of 28 px, up to 7500 tokens; GLM-4.6V",
-    ),
-    (
-        SmartResizeConfig("paddleocr-vl", min_pixels=384 * 384, max_pixels=1536 * 1536, enlarge="each"),
-        "multiples of 28 px, 188 to 3009 tokens; PaddleOCR-VL",
-    ),
-    (
-        SmartResizeConfig("hunyuan-vl", 16, min_pixels=512 * 512, max_pixels=2048 * 2048),
-        "multiples of 32 px, 256 to 4096 tokens; HunYuan-VL",
-    ),
-    (SmartResizeConfig("minimax-m3-vl", max_pixels=451584), "multiples of 28 px, up to 576 tokens; MiniMax-M3-VL"),
-    (
-        SmartResizeConfig("ernie4-5-vl-moe", max_pixels=28 * 28 * 6177),
-        "multiples of 28 px, up to 6177 tokens; ERNIE-4.5-VL",
+    *(
+        (SmartResizeConfig(name, patch, 2, *pixels, **more), f"multiples of {2 * patch} px, {tokens} tokens; {models}")
+        for name, patch, pixels, tokens, models, more in _SMART
     ),
     *(
         (NaFlexConfig(f"siglip2-naflex-{most}", max_patches=most), f"native aspect, {most} patches; SigLIP2 NaFlex")
