@@ -220,12 +220,7 @@ def video_tokens(num_frames: int, config: VideoFrameConfig | None = None) -> int
 
 @dataclass(frozen=True)
 class DeepSeekVL2Config(StrategyConfig):
-    """DeepSeek-VL2's tiles.
-
-    Attributes:
-        merge: Patches joined per side; a rest is padded.
-        cropping: ``False`` for prompts with more than two images: the tiles are then one.
-    """
+    """DeepSeek-VL2's tiles; ``merge`` pads a rest, ``cropping`` is ``False`` for more than two images."""
 
     tile: int = 384
     grids: Grids = _DEEPSEEK

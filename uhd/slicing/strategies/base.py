@@ -126,12 +126,7 @@ class StrategyConfig(Slicing):
         return self.replace(tile=image_size, patch_size=patch_size, **lengths, **sides)
 
     def finish(
-        self,
-        image_hw: Size,
-        canvases: tuple[Canvas, ...],
-        *,
-        packing: Packing | None = None,
-        grid: Size | None = None,
+        self, image_hw: Size, canvases: tuple[Canvas, ...], *, packing: Packing | None = None, grid: Size | None = None
     ) -> SlicePlan:
         """The plan of these canvases. ``grid`` is the slices', by default that of the only slice canvas."""
         if grid is None:
@@ -144,18 +139,8 @@ class StrategyConfig(Slicing):
             raise ValueError(
                 f"{self.name!r} has views too small for a token: raise tile, or lower patch_size or merge"
             )
-        return SlicePlan(
-            image_hw,
-            self.patch_size,
-            canvases,
-            grid,
-            visual,
-            separators,
-            self.name,
-            packing,
-            resample=self.resample,
-            antialias=self.antialias,
-        )
+        filters = {"resample": self.resample, "antialias": self.antialias}
+        return SlicePlan(image_hw, self.patch_size, canvases, grid, visual, separators, self.name, packing, **filters)
 
     def refuse(self, image_hw: Size, why: str) -> ValueError:
         """The error for an image that the rule cannot take."""

@@ -261,12 +261,12 @@ def _step_windows(image_hw: Size, whole_hw: Size, window: int, padded: bool, con
     )
     grid = tuple(max(1, length // window) for length in canvas_hw)
     tile_hw = (min(window, canvas_hw[0]), min(window, canvas_hw[1]))
-    content_hw, longest = None, max(image_hw)
+    padding = {}
     if padded:
-        sides = zip(image_hw, canvas_hw, strict=True)
+        longest, sides = max(image_hw), zip(image_hw, canvas_hw, strict=True)
         content_hw = tuple(max(round(length * side / longest), 1) for length, side in sides)
-    more = {"view_hw": config.tile_hw, "content_hw": content_hw, "fill": BLACK if padded else None}
-    return tiled(grid, tile_hw, _step_tokens(config.tile, config), **more)
+        padding = {"content_hw": content_hw, "fill": BLACK}
+    return tiled(grid, tile_hw, _step_tokens(config.tile, config), view_hw=config.tile_hw, **padding)
 
 
 @dataclass(frozen=True)
