@@ -120,11 +120,12 @@ class Packing(Settings):
 
     def counts(self, overviews: int, slices: int) -> tuple[int, int]:
         """(visual tokens, learned newlines and separators) of so many views."""
-        visual = overviews * math.prod(self.overview_hw)
-        learned = overviews * self.overview_hw[0] * self.overview_newline + (self.separator is not None)
-        if self.final_hw is None:
+        (rows, cols), final_hw = self.overview_hw, self.final_hw
+        visual = overviews * rows * cols
+        learned = overviews * rows * self.overview_newline + (self.separator is not None)
+        if final_hw is None:
             return visual + slices * math.prod(self.pooled_hw or self.view_hw), learned
-        return visual + math.prod(self.final_hw), learned + self.final_hw[0] * self.newline
+        return visual + final_hw[0] * final_hw[1], learned + final_hw[0] * self.newline
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,7 +96,7 @@ def _fitted(image_hw: Size, grid: Size, cell: int, config: StrategyConfig, token
     """The image fitted into a grid of cells, centred on black, and cut into tiles."""
     canvas_hw = (grid[0] * cell, grid[1] * cell)
     content_hw = fit(image_hw, canvas_hw, math.ceil)
-    tiles = tuple(ceil_div(length, config.tile) for length in canvas_hw)
+    tiles = (ceil_div(canvas_hw[0], config.tile), ceil_div(canvas_hw[1], config.tile))
     offset = centred(content_hw, canvas_hw)
     return config.tiles(tiles, tokens, content_hw=content_hw, offset=offset, fill=BLACK)
 
@@ -265,7 +265,7 @@ def _contained(image_hw: Size, box_hw: Size) -> Size:
 def _letterbox(image_hw: Size, box_hw: Size) -> dict[str, Any]:
     """Content, offset and fill as Pillow's ``ImageOps.pad`` has them: half the gap, rounded half to even."""
     content_hw = _contained(image_hw, box_hw)
-    offset = tuple(round((box - content) * 0.5) for box, content in zip(box_hw, content_hw, strict=True))
+    offset = (round((box_hw[0] - content_hw[0]) * 0.5), round((box_hw[1] - content_hw[1]) * 0.5))
     return {"content_hw": content_hw, "offset": offset, "fill": GRAY}
 
 

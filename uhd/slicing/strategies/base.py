@@ -131,10 +131,11 @@ class StrategyConfig(Slicing):
         """The plan of these canvases. ``grid`` is the slices', by default that of the only slice canvas."""
         if grid is None:
             grid = next((canvas.grid for canvas in canvases if canvas.kind == "slice"), None)
-        visual, separators = sum(len(canvas.tiles) * canvas.tokens_per_view for canvas in canvases), 0
+        visual, separators = sum([len(canvas.tiles) * canvas.tokens_per_view for canvas in canvases]), 0
         if packing is not None:
-            kinds = [canvas.kind for canvas in canvases for _ in canvas.tiles]
-            visual, separators = packing.counts(kinds.count("overview"), kinds.count("slice"))
+            overviews = sum([len(canvas.tiles) for canvas in canvases if canvas.kind == "overview"])
+            slices = sum([len(canvas.tiles) for canvas in canvases if canvas.kind == "slice"])
+            visual, separators = packing.counts(overviews, slices)
         if visual < 1:
             raise ValueError(
                 f"{self.name!r} has views too small for a token: raise tile, or lower patch_size or merge"
@@ -266,9 +267,9 @@ def tiled(
     (rows, cols), (height, width) = grid, tile_hw
     check_views(rows * cols)
     down, right = stride_hw or tile_hw
-    corners = [(row * down, col * right) for row in range(rows) for col in range(cols)]
-    tiles = tuple(Box(top, left, top + height, left + width) for top, left in corners)
-    size_hw = (tiles[-1].bottom, tiles[-1].right)
+    tops, lefts = range(0, rows * down, down), range(0, cols * right, right)
+    tiles = tuple([Box(top, left, top + height, left + width) for top in tops for left in lefts])
+    size_hw = tiles[-1][2:]
     return Canvas("slice", content_hw or size_hw, size_hw, grid, tiles, view_hw or tile_hw, tokens, **more)
 
 
