@@ -388,11 +388,11 @@ def test_videos_are_checked():
     with pytest.raises(ValueError, match="video 0 has 0 frames"):
         encoder.encode_videos([[]])
     assert encoder.encode_videos([]) == []
-    with pytest.raises(ValueError, match="at least 1 frame, got 0"):
+    with pytest.raises(ValueError, match="num_frames must be a positive int, got 0"):
         plan_video((20, 30), 0)
     with pytest.raises(ValueError, match="frames must be one of 'video', 'single', 'rule', got 'all'"):
         plan_video((20, 30), 2, frames="all")
-    with pytest.raises(ValueError, match="num_frames must be a whole number"):
+    with pytest.raises(ValueError, match="num_frames must be a positive int, got 2.5"):
         plan_video((20, 30), 2.5)
     with pytest.raises(ValueError, match="give at most 5 frames, or raise it"):
         plan_video((480, 640), 8, "llava-onevision", max_tokens=1000)

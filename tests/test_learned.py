@@ -25,7 +25,7 @@ from uhd.nano.task import GLYPHS, Glyph, Scene, bucket, scene
 from uhd.pixels import PixelSettings
 from uhd.resampler import MLPProjector
 from uhd.slicing.coordinates import view_box
-from uhd.slicing.strategies.base import finish, tiled
+from uhd.slicing.strategies.base import tiled
 from uhd.slicing.strategies.fixed import StretchConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -184,7 +184,7 @@ def test_codes_where_views_overlap(parts):
     config = StretchConfig("overlapping", 8, 32)
 
     def overlapping(image_hw):
-        return finish(image_hw, config, (tiled((1, 2), (32, 32), 9, stride_hw=(32, 16)),))
+        return config.finish(image_hw, (tiled((1, 2), (32, 32), 9, stride_hw=(32, 16)),))
 
     plan = build_nano(SMALL, slicing=overlapping).visual.plan((32, 48))
     found = told(parts, plan, ((10.0, 24.0), "K"), ((20.0, 8.0), "7"))

@@ -223,12 +223,8 @@ def test_plans_that_cannot_be_laid_out_say_why():
     slices = ("slice", (2, 2), 4)
     with pytest.raises(ValueError, match="counts 17 visual tokens for the whole image, its 4 views alone 20"):
         layout(foreign(slices, tokens=17, grid=(2, 2)))
-    assert layout(foreign(slices, tokens=17, grid=(2, 2)), tokens_per_view=[1, 2, 3, 4]).tokens_per_view == (
-        1,
-        2,
-        3,
-        4,
-    )
+    given = layout(foreign(slices, tokens=17, grid=(2, 2)), tokens_per_view=[1, 2, 3, 4])
+    assert given.tokens_per_view == (1, 2, 3, 4)
     with pytest.raises(ValueError, match="4 positive numbers"):
         layout(foreign(slices, tokens=20, grid=(2, 2)), tokens_per_view=[1, 2, 3])
     with pytest.raises(ValueError, match="cut 3 slices for a grid"):
@@ -260,16 +256,15 @@ def test_names_and_settings():
         SpatialSchema.preset("minicpm-v2.6")
     with pytest.raises(ValueError, match=r"SpatialSchema has no \['rows'\]"):
         SpatialSchema.from_dict({"rows": ","})
-    with pytest.raises(TypeError, match="around_slice must be a tuple of two strings"):
-        SpatialSchema(around_slice="<slice>")
-    with pytest.raises(TypeError, match="column must be a string"):
-        SpatialSchema(column=None)
-    with pytest.raises(ValueError, match="'s1' cannot be a separator"):
-        SpatialSchema(row="s1")
-    with pytest.raises(ValueError, match="overview must be"):
-        SpatialSchema(overview="middle")
-    with pytest.raises(ValueError, match="learned"):
-        SpatialSchema(learned=("sep0",))
+    for error, settings, message in [
+        (TypeError, {"around_slice": "<slice>"}, "around_slice must be a tuple of two strings"),
+        (TypeError, {"column": None}, "column must be a string"),
+        (ValueError, {"row": "s1"}, "'s1' cannot be a separator"),
+        (ValueError, {"overview": "middle"}, "overview must be"),
+        (ValueError, {"learned": ("sep0",)}, "learned"),
+    ]:
+        with pytest.raises(error, match=message):
+            SpatialSchema(**settings)
     for grid in [(0, 2), (2,), (1.5, 2), 4]:
         with pytest.raises(ValueError, match="a grid"):
             SpatialSchema().symbols(grid)

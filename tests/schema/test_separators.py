@@ -18,12 +18,16 @@ def wrapped(tokenizer, image=IMAGE, **specials):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **specials)
 
 
+def bpe(pieces, merges, **settings):
+    return Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, **settings))
+
+
 def byte_level(image=IMAGE):
     """Llama 3, Qwen: ",\\n", "\\n\\n" and ",b" are single pieces, there is no unknown token."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [(",", "Ċ"), ("Ċ", "Ċ"), (",", "b"), ("<", "s"), (">", ",")]
     pieces = letters + ["".join(pair) for pair in merges]
-    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
+    tokenizer = bpe(pieces, merges)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return wrapped(tokenizer, image)
@@ -33,9 +37,7 @@ def legacy_sentencepiece(image=IMAGE):
     """Llama 1 and 2, Mistral: a space piece opens every stretch of text, "\\n" exists as a byte alone."""
     pieces = ["<unk>", "<s>", "</s>", *BYTES, "▁", ",", "▁,", "a", "▁a", "0", "▁0", "1", "▁1"]
     merges = [("▁", ","), ("▁", "a"), ("▁", "0"), ("▁", "1")]
-    tokenizer = Tokenizer(
-        models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>", byte_fallback=True)
-    )
+    tokenizer = bpe(pieces, merges, unk_token="<unk>", byte_fallback=True)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -46,14 +48,7 @@ def legacy_sentencepiece(image=IMAGE):
 def metaspace(image=IMAGE):
     """Gemma: no prefix, "\\n" is a piece, and its byte token and byte-level letter are in the vocabulary too."""
     pieces = ["<unk>", "<s>", "</s>", "Ċ", *BYTES, "▁", ",", "\n", "\n\n", ",\n"]
-    tokenizer = Tokenizer(
-        models.BPE(
-            {piece: i for i, piece in enumerate(pieces)},
-            [("\n", "\n"), (",", "\n")],
-            unk_token="<unk>",
-            byte_fallback=True,
-        )
-    )
+    tokenizer = bpe(pieces, [("\n", "\n"), (",", "\n")], unk_token="<unk>", byte_fallback=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return wrapped(tokenizer, image, **SPECIALS)
@@ -124,10 +119,7 @@ def test_trap_merging_pieces():
         # the text after the image swallows the schema's last symbol
         wrong = naive(tokenizer, TRAILING, (1, 2), after="\n")
         assert wrong == [token(tokenizer, ","), token(tokenizer, double)]
-        assert ours(tokenizer, TRAILING, (1, 2)) == [
-            token(tokenizer, ","),
-            resolve_separator(tokenizer, "\n").ids[0],
-        ]
+        assert ours(tokenizer, TRAILING, (1, 2)) == [token(tokenizer, ","), resolve_separator(tokenizer, "\n").ids[0]]
         assert tokenizer.decode(ours(tokenizer, TRAILING, (1, 2))) == ",\n"
 
 

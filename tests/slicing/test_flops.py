@@ -7,15 +7,7 @@ import torch
 
 import uhd
 from benchmarks.flop_counter import count_flops
-from uhd.resampler import (
-    MergeProjector,
-    PyramidConfig,
-    PyramidResampler,
-    RewriteConfig,
-    RewriteResampler,
-    SpatialConfig,
-    SpatialResampler,
-)
+from uhd import resampler
 from uhd.resampler.windows import POOLS
 from uhd.slicing.flops import (
     RESAMPLERS,
@@ -46,17 +38,17 @@ def features(grid) -> torch.Tensor:
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_windows_on_one_level_and_on_several(grid):
-    spatial = SpatialResampler(SpatialConfig(**SIZES))
+    spatial = resampler.SpatialResampler(resampler.SpatialConfig(**SIZES))
     shape = ResamplerShape(9, kind="spatial")
     assert counted(spatial, features(grid), [grid]) == compressor_flops(grid, 10, shape, width=16)
-    pyramid = PyramidResampler(PyramidConfig(**SIZES, levels=(1, 4), upsample=True))
+    pyramid = resampler.PyramidResampler(resampler.PyramidConfig(**SIZES, levels=(1, 4), upsample=True))
     shape = ResamplerShape(9, width=16, kind="pyramid", levels=(1, 4))
     assert counted(pyramid, features(grid), [grid]) == compressor_flops(grid, 10, shape, width=7)
 
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_the_rewrite(grid):
-    module = RewriteResampler(RewriteConfig(**SIZES))
+    module = resampler.RewriteResampler(resampler.RewriteConfig(**SIZES))
     patches = grid[0] * grid[1]
     # here positions are projected apart, once for each distinct grid; the formula has them in the keys
     found = counted(module, features(grid), [grid]) - 2 * patches * 16**2
@@ -66,7 +58,7 @@ def test_the_rewrite(grid):
 @pytest.mark.parametrize("rounds", [1, 2])
 @pytest.mark.parametrize("grid", GRIDS)
 def test_the_merger(grid, rounds):
-    found = counted(MergeProjector(10, 16, rounds=rounds), features(grid), [grid])
+    found = counted(resampler.MergeProjector(10, 16, rounds=rounds), features(grid), [grid])
     assert found == merge_flops(grid, 10, MergerShape(rounds), width=16)
     assert found == compressor_flops(grid, 10, MergerShape(rounds, width=16), width=7)
 
@@ -104,8 +96,8 @@ def test_what_cannot_be_counted_is_refused():
         plan_flops(uhd.plan((1008, 672), "llava-uhd"), vit="siglip-so400m-v4")
     with pytest.raises(ValueError, match=r"this merger joins 4 x 4 features, a view has \(4, 6\)"):
         merge_flops((4, 6), 10, "merge-16", width=7)
-    with pytest.raises(ValueError, match=r"kind='spatial': choose one of \['perceiver', 'rewrite'\]"):
+    with pytest.raises(ValueError, match=r"kind must be 'perceiver' or 'rewrite', got 'spatial'"):
         resampler_flops(9, 10, "spatial-144", width=16)
-    with pytest.raises(ValueError, match="compressor='max': choose one of"):
+    with pytest.raises(ValueError, match="compressor must be 'window', 'adaptive' or 'average', got 'max'"):
         vit_flops(16, ViTShape(2, 8, 8, compress_after=(1,), compressor="max"))
     assert VITS["siglip-so400m-v4"].compress_after == (6,)

@@ -5,27 +5,18 @@ import pytest
 
 from uhd.slicing import PRESETS, SlicingConfig, plan, plan_many
 
-
-def row_of(found):
-    return (
-        *(found.grid or (0, 0)),
-        *(found.slice_hw or (0, 0)),
-        *found.overview_hw,
-        found.num_views,
-        found.num_patches,
-        found.num_tokens,
-    )
+NAMES = ("grid", "slice_hw", "overview_hw", "num_views", "num_patches", "num_tokens")
 
 
 def table(columns):
-    names = ("grid", "slice_hw", "overview_hw", "num_views", "num_patches", "num_tokens")
-    assert tuple(columns) == names
+    assert tuple(columns) == NAMES
     assert all(column.dtype == np.int64 for column in columns.values())
-    return np.column_stack([columns[name] for name in names])
+    return np.column_stack([columns[name] for name in NAMES])
 
 
 def check(sizes, config):
-    want = np.array([row_of(plan(size, config)) for size in map(tuple, sizes.tolist())])
+    plans = [plan(size, config) for size in map(tuple, sizes.tolist())]
+    want = np.array([np.hstack([getattr(found, name) or (0, 0) for name in NAMES]) for found in plans])
     wrong = np.flatnonzero((table(plan_many(sizes, config)) != want).any(axis=1))
     assert not len(wrong), (len(wrong), sizes[wrong[0]])
 

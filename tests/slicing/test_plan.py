@@ -5,6 +5,7 @@ import math
 import pathlib
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -122,15 +123,9 @@ def brute_force(image_hw, config):
         counts = {n for n in counts if 1 < n <= config.max_slices}
     elif ideal <= 2:
         counts = {ideal, ideal + 1}
-    best = None
-    for count in sorted(counts):
-        for cols in range(1, count + 1):
-            if count % cols:
-                continue
-            misfit = abs(math.log(width / height) - math.log(cols / (count // cols)))
-            if best is None or misfit < best[0]:
-                best = (misfit, (count // cols, cols))
-    return None if best[1] == (1, 1) else best[1]
+    grids = [(n // cols, cols) for n in sorted(counts) for cols in range(1, n + 1) if n % cols == 0]
+    best = min(grids, key=lambda grid: abs(math.log(width / height) - math.log(grid[1] / grid[0])))
+    return None if best == (1, 1) else best
 
 
 @given(sizes, presets, st.integers(1, 40))
@@ -257,14 +252,11 @@ def test_worst_case_without_a_clamp_knows_its_aspect(name):
         config.worst_case(max_aspect=0.5)
 
 
-def test_worst_case_follows_a_token_budget():
-    bound = SlicingConfig.preset("minicpm-v-4.6", max_tokens=400).worst_case()
-    assert (bound.num_tokens, bound.num_patches) == (400, 400 * 16)
-
-
-def test_worst_case_of_the_default():
+def test_worst_case_of_the_default_and_of_a_token_budget():
     assert tuple(SlicingConfig.preset("llava-uhd-safe").worst_case())[:4] == (8, 576, 8 * 576, 8 * 64 + 7)
     assert SlicingConfig.preset("llava-uhd-safe", max_tokens=200).worst_case().num_tokens <= 200
+    bound = SlicingConfig.preset("minicpm-v-4.6", max_tokens=400).worst_case()
+    assert (bound.num_tokens, bound.num_patches) == (400, 400 * 16)
 
 
 def cell_of(image_hw, grid):
@@ -320,19 +312,16 @@ def test_bad_sizes_say_what_to_do(size, message):
             ask(size)
 
 
-def test_scores_of_nothing_raise():
+def test_what_is_no_size_or_dictionary_raises():
     with pytest.raises(ValueError, match=r"positive, got image_hw=\(0, 3\)"):
         grid_score((0, 3), (1, 1))
-
-
-def test_dictionaries_of_something_else_raise():
     with pytest.raises(ValueError, match="not the dictionary of a SlicePlan: .*missing"):
         SlicePlan.from_dict({})
+    with pytest.raises(ValueError, match="SlicingConfig has no \\['slices'\\]"):
+        SlicingConfig.from_dict({"slices": 3})
 
 
 def test_numpy_integers_are_sizes_and_settings():
-    import numpy as np
-
     assert SlicingConfig(max_slices=np.int64(3)) == SlicingConfig(max_slices=3)
     assert plan((np.int32(1008), np.uint16(672))) is plan((1008, 672))
 
@@ -362,11 +351,6 @@ def test_unknown_presets_name_the_nearest():
 def test_bad_settings_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         SlicingConfig(**change)
-
-
-def test_config_rejects_unknown_keys():
-    with pytest.raises(ValueError, match="SlicingConfig has no \\['slices'\\]"):
-        SlicingConfig.from_dict({"slices": 3})
 
 
 def test_strategies_are_presets_by_name():

@@ -102,24 +102,14 @@ def patched(name, order, *, merge=1):
     return views
 
 
-def molmo2(model, image):
-    patches = process(model, image).pixel_values.float().numpy()
-    return list(patches.reshape(-1, 27, 27, 14, 14, 3).transpose(0, 1, 3, 2, 4, 5).reshape(-1, 378, 378, 3))
-
-
-def kimi(model, image):
-    found = process(model, image)
-    _, rows, cols = found.image_grid_thw[0].tolist()
-    patches = found.pixel_values.float().numpy().reshape(rows, cols, 3, 14, 14)
-    return [patches.transpose(0, 3, 1, 4, 2).reshape(rows * 14, cols * 14, 3)]
-
-
 def mllama(model, image):
     found = process(model, image, size=square(560), max_image_tiles=4)
     return channels_last(found.pixel_values)[: int(found.num_tiles[0][0])]
 
 
 EDGE_336 = {"size": {"shortest_edge": 336}, "crop_size": square(336)}
+PAN_AND_SCAN = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 256, "pan_and_scan_max_num_crops": 4}
+PAN_AND_SCAN |= {"pan_and_scan_min_ratio_to_activate": 1.2}
 ORACLES = {
     "siglip": ("siglip", simple(size=square(384))),
     "clip": ("clip", simple(**EDGE_336)),
@@ -135,28 +125,19 @@ ORACLES = {
     "idefics2": ("idefics2", simple()),
     "idefics2-split": ("idefics2", simple(do_image_splitting=True)),
     "phi4": ("phi4_multimodal", phi4),
-    "gemma3-pan-and-scan": (
-        "gemma3",
-        simple(
-            size=square(896),
-            do_pan_and_scan=True,
-            pan_and_scan_min_crop_size=256,
-            pan_and_scan_max_num_crops=4,
-            pan_and_scan_min_ratio_to_activate=1.2,
-        ),
-    ),
+    "gemma3-pan-and-scan": ("gemma3", simple(size=square(896), **PAN_AND_SCAN)),
     "ovis2-448-max9-covering": ("ovis2", simple(size=square(448), crop_to_patches=True, max_patches=9)),
     "aria-980": ("aria", simple()),
     "aria-980-split": ("aria", simple(split_image=True)),
     "aria-490-split": ("aria", simple(split_image=True, max_image_size=490)),
-    "molmo2": ("molmo2", molmo2),
+    "molmo2": ("molmo2", patched("molmo2", LAST)),
     "perception-lm": ("perception_lm", lambda model, image: channels_last(process(model, image).pixel_values[0])),
     "deepseek-ocr2": ("deepseek_ocr2", tiles_before_overview),
     "unlimited-ocr": ("unlimited_ocr", tiles_before_overview),
     "step3": ("step3p7", tiles_before_overview),
     "fuyu": ("fuyu", simple(key="images")),
     "pixtral": ("pixtral", simple()),
-    "kimi": ("kimi_k25", kimi),
+    "kimi": ("kimi_k25", patched("kimi", ROWS)),
     "gemma3": ("gemma3", simple(size=square(896))),
     "smolvlm": ("smolvlm", simple(size={"longest_edge": 2048}, max_image_size={"longest_edge": 512})),
     "qwen2-vl-classdefault": ("qwen2_vl", patched("qwen2-vl-classdefault", MERGED, merge=2)),

@@ -95,10 +95,8 @@ def counted(slicing: Slicing, tokens_per_view: int | None, schema: SpatialSchema
     >>> rule.plan((448, 448)).num_tokens, counted(rule, 64, PLAIN).plan((448, 448)).num_tokens
     (256, 64)
 
-    Args:
-        slicing: Any.
-        tokens_per_view: The compressor's, the same for every view; ``None`` where it depends on the view.
-        schema: :data:`PLAIN` leaves the separators of other rules than the adaptive planner's as they count them.
+    ``tokens_per_view``: ``None`` where it depends on the view. :data:`PLAIN` leaves the separators of other rules than
+    the adaptive planner's as they count them.
     """
     if slicing.uses_schema:
         return schema.slicing_config(slicing).replace(tokens_per_view=tokens_per_view)

@@ -32,19 +32,15 @@ class SpatialSchema(Settings):
     """The order of an image's views and the symbols around and between them. Frozen, hashable, JSON-able.
 
     An image is ``around_image(image id, overview, around_slices(slices))``, with the overview first or last; an uncut
-    image has no slices. ``column`` and ``row`` stand *between* slices only. A separator "after every slice" is the
-    same plus a closing mark of ``around_slices``. In every pair ``(before, after)`` the empty string is no symbol.
+    image has no slices. A separator "after every slice" is one between them plus a closing mark of ``around_slices``.
+    The empty string is no symbol.
 
     Attributes:
         name: The preset this came from.
-        column: Between two slices of a row; ``""`` for none.
-        row: Between two rows; ``""`` for none.
-        around_slice: Pair around each slice.
-        around_slices: Pair around all slices of a cut image.
-        around_overview: Pair around the overview.
-        around_image: Pair around everything.
-        image_id: Pair around the image's number in its sample, or ``None``: images are not numbered. The number is one
-            symbol, as are the marks.
+        column, row: Between two slices of a row, and between two rows.
+        around_slice, around_slices, around_overview, around_image: Pairs (before, after) around each slice, all slices
+            of a cut image, the overview, and everything.
+        image_id: Pair around the image's number in its sample, which is one symbol; ``None``: images have no numbers.
         overview: ``"first"`` or ``"last"``.
         learned: Those of the symbols that have an embedding of their own rather than the tokenizer's.
 
@@ -69,9 +65,8 @@ class SpatialSchema(Settings):
                 raise TypeError(f'{key} must be a string ("" for none), got {getattr(self, key)!r}')
         for key in ("around_slice", "around_slices", "around_overview", "around_image", "image_id"):
             marks = getattr(self, key)
-            if key == "image_id" and marks is None:
-                continue
-            if not (isinstance(marks, tuple) and len(marks) == 2 and all(isinstance(mark, str) for mark in marks)):
+            is_pair = isinstance(marks, tuple) and [type(mark) for mark in marks] == [str, str]
+            if not is_pair and not (key == "image_id" and marks is None):
                 raise TypeError(f'{key} must be a tuple of two strings ("" for none), got {marks!r}')
         check_choice("overview", self.overview, ("first", "last"))
         for symbol in self.separators:
@@ -85,9 +80,7 @@ class SpatialSchema(Settings):
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> SpatialSchema:
-        """A named preset, e.g. ``"minicpm-v-2.6"``; dashes and underscores are the same. ``changes`` override fields.
-
-        The name of a slicing preset gives the schema that goes with it, under that name.
+        """A named preset, or that of a slicing preset under its name, with other fields as in ``changes``.
 
         Raises:
             ValueError: No such preset; the message lists the nearest names and all of them.
@@ -108,11 +101,7 @@ class SpatialSchema(Settings):
 
     @property
     def slicing_preset(self) -> str:
-        """Name of the slicing preset that this schema was released with.
-
-        Raises:
-            ValueError: The schema is no preset.
-        """
+        """Name of the slicing preset that this schema was released with; a ``ValueError`` where it is no preset."""
         if self.name in _SLICING_OF_SCHEMA:
             return _SLICING_OF_SCHEMA[self.name]
         if self.name in SLICING_PRESETS:
@@ -124,10 +113,7 @@ class SpatialSchema(Settings):
 
         Args:
             base: Settings or a slicing preset's name to start from; ``None`` is what the schema was released with,
-                tokens per view included (MiniCPM-V 2.5 has 96).
-
-        Raises:
-            ValueError: ``base`` is ``None`` and the schema is no preset, or no slicing preset has that name.
+                tokens per view included. A ``ValueError`` where there is no such preset.
 
         >>> SpatialSchema.preset("minicpm-v-2.5").slicing_config().tokens_per_view
         96
@@ -206,11 +192,9 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """One image's part of the language model's sequence. Positions count from the image's first one.
+    """One image's part of the language model's sequence, as ``schema`` orders it. Positions count from its first one.
 
-    Attributes:
-        entries: Symbols in sequence order, with the positions they take: a view its visual tokens, any other one.
-        schema: The schema that ordered them.
+    ``entries`` are its symbols with the positions they take: a view as many as it has visual tokens, any other one.
     """
 
     entries: tuple[Entry, ...]
@@ -223,12 +207,10 @@ class TokenLayout:
 
     @property
     def num_tokens(self) -> int:
-        """Positions in the sequence, separators included."""
         return self.entries[-1].stop
 
     @property
     def num_visual_tokens(self) -> int:
-        """Positions that hold tokens of views."""
         return sum(self.tokens_per_view)
 
     @property
@@ -251,44 +233,26 @@ class TokenLayout:
         views = sorted((entry for entry in self.entries if entry.view is not None), key=lambda entry: entry.view)
         return tuple((entry.start, entry.stop) for entry in views)
 
-    @cached_property
-    def _starts(self) -> tuple[int, ...]:
-        return tuple(entry.start for entry in self.entries)
-
     def span(self, view_index: int) -> tuple[int, int]:
-        """(start, stop) of a view's positions, by its index in ``plan.views``; :meth:`view_at` is the inverse.
-
-        Raises:
-            IndexError: There is no such view.
-        """
+        """(start, stop) of a view's positions, by its index in ``plan.views``; :meth:`view_at` is the inverse."""
         if not 0 <= view_index < len(self._spans):
             raise IndexError(f"view index {view_index} is outside 0..{len(self._spans) - 1}")
         return self._spans[view_index]
 
     def view_at(self, position: int) -> int | None:
-        """Index in ``plan.views`` of the view at a position, ``None`` at a separator or mark.
-
-        Raises:
-            IndexError: The position lies outside the image.
-        """
+        """Index in ``plan.views`` of the view at a position, ``None`` at a separator or mark."""
         if not 0 <= position < self.num_tokens:
             raise IndexError(f"position {position} is outside 0..{self.num_tokens - 1}")
-        return self.entries[bisect_right(self._starts, position) - 1].view
+        return self.entries[bisect_right(self.entries, position, key=lambda entry: entry.start) - 1].view
 
     def text(self, view: str | Callable[[Entry], str] = "[{symbol}:{tokens}]") -> str:
         """The sequence as text, for people and for comparison; it is not meant to be tokenised.
 
-        Args:
-            view: What stands for a view: a format string that may use ``{symbol}``, ``{tokens}`` and ``{index}`` (in
-                ``plan.views``), or a function of its :class:`Entry`, e.g. ``lambda e: "<unk>" * e.num_tokens``.
+        ``view`` is what stands for a view: a format string that may use ``{symbol}``, ``{tokens}`` and ``{index}`` (in
+        ``plan.views``), or a function of its :class:`Entry`, e.g. ``lambda e: "<unk>" * e.num_tokens``.
         """
-        if isinstance(view, str):
-            template = view
-
-            def view(entry: Entry) -> str:
-                return template.format(symbol=entry.symbol, tokens=entry.num_tokens, index=entry.view)
-
-        return "".join(entry.symbol if entry.view is None else view(entry) for entry in self.entries)
+        write = view if callable(view) else lambda e: view.format(symbol=e.symbol, tokens=e.num_tokens, index=e.view)
+        return "".join(entry.symbol if entry.view is None else write(entry) for entry in self.entries)
 
     def __str__(self) -> str:
         return self.text()
@@ -303,22 +267,20 @@ def layout(
 ) -> TokenLayout:
     """Lay out one planned image.
 
-    The schema decides the order. Views are matched by kind, not by place: the plan's slices become ``s0``, ``s1``, ...
-    in their own order and its overview goes where the schema wants it, also when the plan feeds it elsewhere. A plan
-    without slices or without an overview has those symbols left out, several canvases of slices follow each other as
-    separate cut parts, and slices may overlap. Such plans need not agree with ``plan.num_separators``, which is the
-    plan's own strategy's count.
+    Views are matched by kind, not by place: the plan's slices become ``s0``, ``s1``, ... in their own order and its
+    overview goes where the schema wants it. A plan without slices or overview has those symbols left out, several
+    canvases of slices follow each other as separate cut parts. ``plan.num_separators`` is the strategy's own count.
 
     Args:
         plan: From any strategy.
         schema: Or a preset's name; ``None`` is ``"llava-uhd"``.
         image_index: The image's number in its sample, for schemas that write it.
         tokens_per_view: Visual tokens of every view, or one number for each in the order of ``plan.views``; ``None``
-            takes the plan's. A compressor that does not follow the plan's strategy gives its own.
+            takes the plan's.
 
     Raises:
-        ValueError: The plan has no views, its slices do not fill their grid, its tokens are not counted by view (an
-            un-padded AnyRes image, say) while ``tokens_per_view`` is ``None``, or the given numbers do not fit.
+        ValueError: The plan has no views, its slices do not fill their grid, its tokens are not counted by view (as
+            those of AnyRes) while ``tokens_per_view`` is ``None``, or the given numbers do not fit.
 
     >>> from uhd.slicing import plan
     >>> print(layout(plan((1008, 672)), "minicpm-v-2.6").text("{symbol} "))
@@ -378,7 +340,9 @@ def parse_symbols(symbols: Sequence[str], schema: SpatialSchema) -> tuple[int, i
         raise ValueError(
             f"schema {schema.name!r} writes the same symbols for the grids {found}: its grid is not in them"
         )
-    agreed = {grid: _common_length(symbols, option) for grid, option in options.items()}
+    agreed = {
+        grid: sum(itertools.takewhile(bool, map(operator.eq, symbols, option))) for grid, option in options.items()
+    }
     position = max(agreed.values())
     wanted = {options[grid][position : position + 1] for grid, length in agreed.items() if length == position}
     got = repr(symbols[position]) if position < len(symbols) else "the end"
@@ -424,10 +388,6 @@ def _joined(separator: str, parts: Sequence[list[str]]) -> list[str]:
     return first + [symbol for part in rest for symbol in (separator, *part)]
 
 
-def _common_length(a: Sequence[str], b: Sequence[str]) -> int:
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
-
-
 _IMAGE, _SLICE = ("<image>", "</image>"), ("<slice>", "</slice>")
 
 # MiniCPM-V 2.5: the slices are images themselves, <slice> is around all of them
@@ -440,10 +400,7 @@ _MINICPM_2_5 = SpatialSchema(
     overview="first",
 )
 _MINICPM_2_6 = _MINICPM_2_5.replace(
-    name="minicpm-v-2.6",
-    around_slice=_SLICE,
-    around_slices=NO_MARKS,
-    image_id=("<image_id>", "</image_id>"),
+    name="minicpm-v-2.6", around_slice=_SLICE, around_slices=NO_MARKS, image_id=("<image_id>", "</image_id>")
 )
 
 PRESETS: dict[str, SpatialSchema] = {
@@ -469,11 +426,7 @@ PRESETS: dict[str, SpatialSchema] = {
 }
 """Schemas by name, as released."""
 
-_SCHEMA_OF_SLICING = {
-    "llava-uhd-safe": "llava-uhd",
-    "minicpm-v": "minicpm-v-2.6",
-    "minicpm-v-4.6-4x": "minicpm-v-4.6",
-}
+_SCHEMA_OF_SLICING = {"llava-uhd-safe": "llava-uhd", "minicpm-v": "minicpm-v-2.6", "minicpm-v-4.6-4x": "minicpm-v-4.6"}
 _SLICING_OF_SCHEMA = {
     "llava-uhd-better": "llava-uhd-paper",
     "minicpm-v-2.0": "minicpm-v",

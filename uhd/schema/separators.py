@@ -39,8 +39,7 @@ def resolve_separator(tokenizer: Any, symbol: str, *, image_token: str | None = 
 
     In this order: an added token of that name; the one id that stands between two image tokens, space pieces left out;
     a vocabulary entry (the name itself, its byte, its byte-level letter, its word-start form) that decodes to it; the
-    pieces the tokenizer writes it with. Pieces are accepted for markers too: their mean is a usable vector and
-    ``how`` tells; a checkpoint trained with markers has them as added tokens.
+    pieces the tokenizer writes it with, whose mean is a usable vector.
 
     >>> from uhd.nano.build import character_tokenizer
     >>> resolve_separator(character_tokenizer(), ",")
@@ -56,7 +55,12 @@ def resolve_separator(tokenizer: Any, symbol: str, *, image_token: str | None = 
         TypeError: The tokenizer lacks one of the methods.
         ValueError: The symbol is empty or cannot be written, or ``image_token`` is not one token.
     """
-    _check_tokenizer(tokenizer)
+    missing = [name for name in ("encode", "decode", "convert_tokens_to_ids") if not hasattr(tokenizer, name)]
+    if missing:
+        raise TypeError(
+            f"{type(tokenizer).__name__} lacks {', '.join(missing)}: pass a transformers tokenizer, or wrap a "
+            "tokenizers.Tokenizer as PreTrainedTokenizerFast(tokenizer_object=...)"
+        )
     if not symbol:
         raise ValueError("a separator is a non-empty string")
     added = _added_tokens(tokenizer)
@@ -105,13 +109,12 @@ def resolve_schema(
 
     Raises:
         ValueError: As :func:`resolve_separator`; ``given`` names a symbol the schema lacks or an id that is no
-            non-negative int; or two symbols end up with the same vector, so that the model could not tell them apart
-            (the images' numbers 1 and 11, where digits are tokens of their own).
+            non-negative int; or two symbols end up with the same vector (1 and 11, where digits are tokens).
     """
     symbols = [symbol for symbol in schema.separators if symbol not in schema.learned]
     if schema.image_id is not None:
         symbols += [str(index) for index in range(num_images)]
-    given = {} if given is None else given
+    given = given or {}
     unknown = [symbol for symbol in given if symbol not in symbols]
     if unknown:
         raise ValueError(f"ids given for {unknown}, but schema {schema.name!r} resolves {symbols}")
@@ -134,15 +137,6 @@ def resolve_schema(
     return found
 
 
-def _check_tokenizer(tokenizer: Any) -> None:
-    missing = [name for name in ("encode", "decode", "convert_tokens_to_ids") if not hasattr(tokenizer, name)]
-    if missing:
-        raise TypeError(
-            f"{type(tokenizer).__name__} lacks {', '.join(missing)}: pass a transformers tokenizer, or wrap a "
-            "tokenizers.Tokenizer as PreTrainedTokenizerFast(tokenizer_object=...)"
-        )
-
-
 def _given_ids(symbol: str, ids: int | Sequence[int]) -> tuple[int, ...]:
     try:
         values = tuple(map(operator.index, [ids] if isinstance(ids, int) else ids))
@@ -160,7 +154,10 @@ def _added_tokens(tokenizer: Any) -> dict[str, int]:
 def _contexts(tokenizer: Any, image_token: str | None) -> Iterator[str]:
     """Tokens to stand around the symbol, best first; the empty one is the symbol alone."""
     if image_token is not None:
-        if len(_encode(tokenizer, image_token)) != 1 or _token_id(tokenizer, image_token) is None:
+        if (
+            len(tokenizer.encode(image_token, add_special_tokens=False)) != 1
+            or _token_id(tokenizer, image_token) is None
+        ):
             raise ValueError(
                 f"image_token {image_token!r} is not one token of this tokenizer: add it with "
                 f"tokenizer.add_special_tokens, or leave image_token out"
@@ -175,7 +172,7 @@ def _contexts(tokenizer: Any, image_token: str | None) -> Iterator[str]:
 
 def _between(tokenizer: Any, symbol: str, context: str) -> tuple[int, ...]:
     """Ids of the symbol between two context tokens, without space pieces; () if hidden, swallowed or unknown."""
-    ids = _encode(tokenizer, context + symbol + context)
+    ids = list(tokenizer.encode(context + symbol + context, add_special_tokens=False))
     if context:
         mark = _token_id(tokenizer, context)
         places = [place for place, value in enumerate(ids) if value == mark]
@@ -201,10 +198,6 @@ def _by_name(tokenizer: Any, symbol: str) -> int | None:
 def _reads(tokenizer: Any, value: int, symbol: str) -> bool:
     text = tokenizer.decode([value])
     return symbol in (text, text.strip(" "))
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer.encode(text, add_special_tokens=False))
 
 
 def _token_id(tokenizer: Any, name: str) -> int | None:

@@ -25,17 +25,16 @@ class SlicingConfig(Slicing):
         name: The preset this came from; carried into every plan.
         image_size: Side S of the square the vision encoder was trained on, px. S*S is a view's pixel budget.
         patch_size: Side of a ViT patch, px.
-        merge: Patches joined per side before the language model sees them; view sides are multiples of
-            ``patch_size * merge``. 1 where a resampler gives every view the same number of tokens.
-        max_slices: Cap on the number of slices, the overview not counted. Any number; 1 never cuts under the released
-            rule.
-        rounding: ``"floor"`` (LLaVA-UHD) or ``"round"`` (MiniCPM-V; half to even): how a side becomes a multiple.
+        merge: Patches joined per side before the language model sees them; 1 where a resampler gives every view the
+            same number of tokens.
+        max_slices: Cap on the number of slices, the overview not counted; 1 never cuts under the released rule.
+        rounding: How a side becomes a multiple of ``patch_size * merge``: ``"floor"`` (LLaVA-UHD) or ``"round"``
+            (MiniCPM-V; half to even).
         rule: ``"released"``: N - 1, N or N + 1 slices, never 1, never above the cap, no cut where N <= 1.
             ``"march2024"``: the first release; the cap limits N alone, so N + 1 = cap + 1 slices can be chosen, and an
             image of one view's area may be cut in two.
-        clamp: Bound every view by ``image_size**2 // (patch_size * merge)**2`` patches (or merged patches) by
-            shortening its longer side. With ``rounding="floor"`` that changes only views whose shorter side is below
-            one patch; with ``"round"`` also those that rounding made too large.
+        clamp: Shorten a view's longer side where it exceeds S*S px, which happens where the shorter side is below one
+            patch, and with ``"round"`` also by rounding.
         overview_first: The overview is fed and laid out before the slices.
         tokens_per_view: Tokens of every view, or ``None``: a view gives ``patches / merge**2`` tokens.
         separators: How many separator positions the layout adds.
@@ -89,7 +88,7 @@ class SlicingConfig(Slicing):
 
     @property
     def budget_cap(self) -> int:
-        """No plan within ``max_tokens`` has more slices: the cap, or fewer, as every view has at least one token."""
+        """Most slices of a plan within ``max_tokens``: every view has at least one token."""
         if self.max_tokens is None:
             return self.max_slices
         return min(self.max_slices, self.max_tokens // (self.tokens_per_view or 1))
@@ -101,10 +100,7 @@ class SlicingConfig(Slicing):
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> SlicingConfig:
-        """A named preset, e.g. ``"llava-uhd"``; dashes and underscores are the same. ``changes`` override its fields.
-
-        Raises:
-            ValueError: No such preset; the message lists the nearest names and all of them.
+        """A named preset with other fields as in ``changes``; an unknown name is a ``ValueError``.
 
         >>> SlicingConfig.preset("minicpm-v", max_slices=4).rounding
         'round'
@@ -137,7 +133,6 @@ class SlicingConfig(Slicing):
         return planner_of(self).plan(*check_size(image_hw))
 
     def candidates(self, image_hw: tuple[int, int]) -> tuple[Candidate, ...]:
-        """Every grid that was considered, best first; equal scores stay in the order in which the rule tries them."""
         image_hw = check_size(image_hw)
         best, cap = planner_of(self).within_budget(*image_hw)
         if best.grid is None:
@@ -165,18 +160,13 @@ class SlicingConfig(Slicing):
         return self.single_view(plan.image_hw)
 
     def worst_case(self, *, max_aspect: float = 200.0) -> WorstCase:
-        """Upper bounds over images of an aspect up to ``max_aspect``; see :func:`worst_case`."""
+        """See :func:`worst_case`."""
         return worst_case(self, max_aspect=max_aspect)
 
 
 _MARKERS = SeparatorCount(per_image=5, per_cut=-1, per_slice=2, per_row=1)  # MiniCPM-V 2.6: id, <image>, <slice>, "\n"
 _MINICPM = SlicingConfig(
-    name="minicpm-v",
-    image_size=448,
-    max_slices=9,
-    rounding="round",
-    overview_first=True,
-    separators=_MARKERS,
+    name="minicpm-v", image_size=448, max_slices=9, rounding="round", overview_first=True, separators=_MARKERS
 )
 
 PRESETS: dict[str, SlicingConfig] = {
@@ -185,10 +175,7 @@ PRESETS: dict[str, SlicingConfig] = {
         SlicingConfig(name="llava-uhd"),
         SlicingConfig(name="llava-uhd-safe", clamp=True),
         SlicingConfig(
-            name="llava-uhd-paper",
-            max_slices=6,
-            rule="march2024",
-            separators=SeparatorCount(per_slice=1, per_cut=-1),
+            name="llava-uhd-paper", max_slices=6, rule="march2024", separators=SeparatorCount(per_slice=1, per_cut=-1)
         ),
         _MINICPM,
         _MINICPM.replace(name="minicpm-v-4.6", merge=4, tokens_per_view=None),
@@ -318,13 +305,10 @@ def planner_of(config: SlicingConfig) -> Planner:
 
 
 def _view_fitter(config: SlicingConfig) -> Callable[[int, int], tuple[int, int]]:
-    """``fit(height, width)``: size of a view for content of this size, px.
+    """``fit(height, width)``: size of a view, px: the encoder's pixel budget at the content's aspect.
 
-    The encoder's pixel budget at the content's aspect, sides multiples of ``config.unit``. The order of operations
-    decides the last bits.
-
-    Source: thunlp/LLaVA-UHD, llava/slice_process.py ``find_best_resize`` with upscaling (released); the first
-    release's ``adapt_size`` (march2024).
+    The order of operations decides the last bits. Source: thunlp/LLaVA-UHD, llava/slice_process.py
+    ``find_best_resize`` with upscaling (released); the first release's ``adapt_size`` (march2024).
     """
     unit, side, budget, clamp = config.unit, config.image_size, config.view_budget, config.clamp
     floor, sqrt = config.rounding == "floor", math.sqrt
@@ -353,12 +337,10 @@ def _view_fitter(config: SlicingConfig) -> Callable[[int, int], tuple[int, int]]
 
 
 class WorstCase(NamedTuple):
-    """Upper bounds over images, and a costly image.
+    """Upper bounds: views an image, ViT patches a view and an image, tokens an image; and a costly image.
 
-    ``num_views`` views an image, ``view_patches`` ViT patches a view, ``num_patches`` and ``num_tokens`` an image;
     ``image_hw`` is the costliest of the images shaped like a grid of the largest slice count. With a fixed number of
-    tokens a view and no ``max_tokens`` it reaches ``num_views`` and ``num_tokens`` exactly; elsewhere it may stay well
-    below the bounds.
+    tokens a view and no ``max_tokens`` it reaches ``num_views`` and ``num_tokens``; elsewhere it may stay well below.
     """
 
     num_views: int
@@ -371,8 +353,8 @@ class WorstCase(NamedTuple):
 def worst_case(config: SlicingConfig, *, max_aspect: float = 200.0) -> WorstCase:
     """Bounds that no image of an aspect up to ``max_aspect`` (either way) exceeds.
 
-    With ``clamp``, or under the ``march2024`` rule, they hold for every image: a view never exceeds its budget.
-    Without it a view of a degenerate image (a side below one patch) grows with the aspect, hence ``max_aspect``.
+    With ``clamp`` or ``march2024`` they hold for every image; else a view of a side below one patch grows with the
+    aspect.
 
     Raises:
         ValueError: ``max_aspect`` < 1, or ``max_tokens`` lies below the overview's cost.

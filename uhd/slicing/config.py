@@ -40,9 +40,8 @@ def positive_int(key: str, value: Any) -> int | None:
 
 @dataclass(frozen=True)
 class SeparatorCount(Settings):
-    """How many separator and marker positions a layout adds, as a rule on the grid.
+    """How many separators and marks a layout adds, so that a plan counts tokens without ``uhd.schema``.
 
-    ``uhd.schema`` decides which symbols go where; this is only their number, so that a plan can count tokens alone.
     An uncut image has ``per_image`` of them, a cut one ``per_image + per_cut + per_slice * slices + per_row * rows``.
     """
 
@@ -70,27 +69,18 @@ class Slicing(Settings):
     Frozen and hashable. Call one with (height, width) in px, or pass it wherever a strategy goes.
     """
 
-    name: str
-    """What its plans say that made them."""
-    patch_size: int | None = None
-    """Side of a ViT patch, px; ``None`` where only its plans tell."""
-    view_side: int | None = None
-    """Side of the square that its views are made for, px; ``None`` where it sets none."""
-    least_view: tuple[int, int] | None = None
-    """(rows, columns) of the smallest view that it may plan, in patches; ``None`` where its settings do not say."""
-    uses_schema: bool = False
-    """Whether a schema lays its views out, so that the grid of slices tells every position."""
-    learned: tuple[str, ...] = ()
-    """The learned embeddings that its plans' packings may need: ``"newline"``, ``"separator"``."""
-    nested: bool = False
-    """Whether its token counts are a resampler's: a view that it counts fewer for takes the first latents only."""
+    name: str  # what its plans say that made them
+    patch_size: int | None = None  # side of a ViT patch, px; None where only its plans tell
+    view_side: int | None = None  # side of the square that its views are made for, px; None where it sets none
+    least_view: tuple[int, int] | None = (
+        None  # (rows, columns) of the smallest view, in patches; None: it does not say
+    )
+    uses_schema: bool = False  # whether a schema lays its views out, so that the grid of slices tells every position
+    learned: tuple[str, ...] = ()  # embeddings that its plans' packings may need: "newline", "separator"
+    nested: bool = False  # whether a view that it counts fewer tokens for takes a resampler's first latents only
 
     def plan(self, image_hw: tuple[int, int]) -> SlicePlan:
-        """Plan an image of this (height, width), px.
-
-        Raises:
-            ValueError: It is no size, or the rule refuses it.
-        """
+        """Plan an image of this (height, width), px; a ``ValueError`` where it is no size, or the rule refuses it."""
         raise NotImplementedError
 
     def __call__(self, image_hw: tuple[int, int]) -> SlicePlan:
@@ -101,11 +91,7 @@ class Slicing(Settings):
         return ()
 
     def within(self, max_tokens: int) -> Slicing:
-        """The same rule with a bound on ``plan.num_tokens``.
-
-        Raises:
-            ValueError: Only the adaptive planner has such a bound.
-        """
+        """The same rule with a bound on ``plan.num_tokens``, which only the adaptive planner has."""
         raise ValueError(
             f"max_tokens bounds the adaptive planner only, not {self.name!r}: change the strategy's own settings, "
             "e.g. its number of tiles"
@@ -120,10 +106,7 @@ class Slicing(Settings):
         return OwnRule(self.single_view)
 
     def for_vision(self, *, image_size: int | None, patch_size: int) -> Slicing:
-        """The same rule for another vision encoder, e.g. SigLIP's ``image_size=384, patch_size=14``.
-
-        ``None`` keeps the size of the views. A function of your own stays as it is.
-        """
+        """The same rule for another vision encoder; ``None`` keeps the size of the views. Your own function stays."""
         return self
 
     def for_images(self, num_images: int) -> Slicing:
@@ -135,11 +118,7 @@ class Slicing(Settings):
         return None
 
     def single_view(self, image_hw: tuple[int, int]) -> SlicePlan:
-        """The plan of its only view, else of its overview alone; learned newlines of the overview stay.
-
-        Raises:
-            ValueError: It cuts this image and has no overview.
-        """
+        """The plan of its only view, else of its overview alone; a ``ValueError`` where it has neither."""
         found = self.plan(image_hw)
         alone = found if found.num_views == 1 else self.overview_of(found)
         if alone is None:
@@ -166,12 +145,6 @@ class OwnRule(Slicing):
         return getattr(self.function, "name", None) or getattr(function, "__name__", type(self.function).__name__)
 
     def plan(self, image_hw: tuple[int, int]) -> SlicePlan:
-        """As every rule does.
-
-        Raises:
-            ValueError: The function planned another image.
-            TypeError: The function did not return a plan.
-        """
         image_hw = check_size(image_hw)
         found = self.function(image_hw)
         if not isinstance(found, SlicePlan):

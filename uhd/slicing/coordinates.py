@@ -33,9 +33,11 @@ from itertools import accumulate
 from numbers import Rational
 from typing import NamedTuple
 
-from uhd.slicing.plan import Canvas, SlicePlan, View
+from uhd.slicing.plan import Box, SlicePlan
 
 Coordinates = tuple[Fraction, ...]
+Axes = list[tuple[Fraction, Fraction]]
+"""Of y and of x: (scale, shift), which maps y to scale * y + shift."""
 
 
 class PatchHit(NamedTuple):
@@ -48,26 +50,22 @@ class PatchHit(NamedTuple):
 
 def image_to_canvas(plan: SlicePlan, canvas: int, place: Sequence[float | Rational]) -> Coordinates:
     """A point or box of the image, px -> the same on canvas number ``canvas``, px."""
-    found = _item(plan.canvases, canvas, "canvas")
-    return _map(place, *(_resize(found, plan.image_hw, axis) for axis in (0, 1)))
+    return _map(place, _resize(plan, canvas))
 
 
 def canvas_to_image(plan: SlicePlan, canvas: int, place: Sequence[float | Rational]) -> Coordinates:
     """The inverse of :func:`image_to_canvas`."""
-    found = _item(plan.canvases, canvas, "canvas")
-    return _map(place, *(_inverse(*_resize(found, plan.image_hw, axis)) for axis in (0, 1)))
+    return _map(place, _inverse(_resize(plan, canvas)))
 
 
 def canvas_to_view(plan: SlicePlan, view: int, place: Sequence[float | Rational]) -> Coordinates:
     """A point or box on the view's canvas, px -> the same in view number ``view``, px (outside of it too)."""
-    found = _item(plan.views, view, "view")
-    return _map(place, *(_cut(found, axis) for axis in (0, 1)))
+    return _map(place, _cut(plan, view))
 
 
 def view_to_canvas(plan: SlicePlan, view: int, place: Sequence[float | Rational]) -> Coordinates:
     """The inverse of :func:`canvas_to_view`."""
-    found = _item(plan.views, view, "view")
-    return _map(place, *(_inverse(*_cut(found, axis)) for axis in (0, 1)))
+    return _map(place, _inverse(_cut(plan, view)))
 
 
 def image_to_view(plan: SlicePlan, view: int, place: Sequence[float | Rational]) -> Coordinates:
@@ -88,10 +86,9 @@ def view_box(plan: SlicePlan, view: int) -> Coordinates:
 def patch_box(plan: SlicePlan, view: int, patch: tuple[int, int]) -> Coordinates:
     """The part of the image under patch (row, column) of a view, px."""
     rows, cols = _item(plan.views, view, "view").patches_hw
-    row, col = patch
+    (row, col), p = patch, plan.patch_size
     if not (0 <= row < rows and 0 <= col < cols):
         raise ValueError(f"view {view} has {rows}x{cols} patches (rows x columns), so no patch {patch}")
-    p = plan.patch_size
     return view_to_image(plan, view, (row * p, col * p, (row + 1) * p, (col + 1) * p))
 
 
@@ -165,30 +162,28 @@ def _item(items: Sequence, index: int, what: str):
     return items[index]
 
 
-# an axis map is (scale, shift): y -> scale * y + shift
+def _resize(plan: SlicePlan, canvas: int) -> Axes:
+    found = _item(plan.canvases, canvas, "canvas")
+    source = found.source or Box(0, 0, *plan.image_hw)
+    scales = [Fraction(new, old) for new, old in zip(found.content_hw, source.size_hw, strict=True)]
+    return [(scale, to - start * scale) for scale, to, start in zip(scales, found.offset, source[:2], strict=True)]
 
 
-def _resize(canvas: Canvas, image_hw: tuple[int, int], axis: int) -> tuple[Fraction, Fraction]:
-    start = canvas.source[axis] if canvas.source else 0
-    length = canvas.source.size_hw[axis] if canvas.source else image_hw[axis]
-    scale = Fraction(canvas.content_hw[axis], length)
-    return scale, canvas.offset[axis] - start * scale
+def _cut(plan: SlicePlan, view: int) -> Axes:
+    found = _item(plan.views, view, "view")
+    scales = [Fraction(new, old) for new, old in zip(found.size_hw, found.box.size_hw, strict=True)]
+    return [(scale, -start * scale) for scale, start in zip(scales, found.box[:2], strict=True)]
 
 
-def _cut(view: View, axis: int) -> tuple[Fraction, Fraction]:
-    scale = Fraction(view.size_hw[axis], view.box.size_hw[axis])
-    return scale, -view.box[axis] * scale
+def _inverse(axes: Axes) -> Axes:
+    return [(1 / scale, -shift / scale) for scale, shift in axes]
 
 
-def _inverse(scale: Fraction, shift: Fraction) -> tuple[Fraction, Fraction]:
-    return 1 / scale, -shift / scale
-
-
-def _map(place: Sequence, rows: tuple[Fraction, Fraction], cols: tuple[Fraction, Fraction]) -> Coordinates:
+def _map(place: Sequence, axes: Axes) -> Coordinates:
     if len(place) not in (2, 4):
         raise ValueError(f"expected a point (y, x) or a box (top, left, bottom, right), got {len(place)} numbers")
-    axes = (rows, cols) * (len(place) // 2)
-    return tuple(scale * _fraction(value) + shift for value, (scale, shift) in zip(place, axes, strict=True))
+    each = zip(place, axes * (len(place) // 2), strict=True)
+    return tuple(scale * _fraction(value) + shift for value, (scale, shift) in each)
 
 
 def _fraction(value: float | Rational) -> Fraction:

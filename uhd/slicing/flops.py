@@ -7,21 +7,20 @@ of ``benchmarks/flop_counter.py``, against which the formulas are tested. Norms,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from uhd.settings import unknown_name
+from uhd.settings import check_choice, unknown_name
 from uhd.slicing.plan import SlicePlan
 
 
 @dataclass(frozen=True)
 class ViTShape:
-    """A pre-norm vision transformer.
+    """A pre-norm vision transformer of width D.
 
     Attributes:
         depth: Blocks that are run; LLaVA reads the layer before the last, so 23 of CLIP-L's 24.
-        width: D.
         mlp: Hidden width of a block's MLP.
         prefix: Tokens that stand before a view's patches (a class token).
         compress_after: Blocks after which 2 x 2 patches become one, from 1; as in ``uhd.vision.CompressedViT``.
@@ -36,11 +35,7 @@ class ViTShape:
     compressor: str = "window"
 
     def output_hw(self, grid_hw: tuple[int, int]) -> tuple[int, int]:
-        """(rows, columns) of the features of a view of so many patches.
-
-        Raises:
-            ValueError: A side cannot be halved as often as the ViT does.
-        """
+        """(rows, columns) of the features of a view of so many patches; a ``ValueError`` where they leave a rest."""
         return _divided(grid_hw, 2 ** len(self.compress_after), "this ViT")
 
 
@@ -64,11 +59,9 @@ class ResamplerShape:
 
 @dataclass(frozen=True)
 class MergerShape:
-    """Blocks of 2 x 2 features become one through a two-layer MLP: ``uhd.resampler.MergeProjector``.
+    """2 x 2 features become one through a two-layer MLP, ``rounds`` times: ``uhd.resampler.MergeProjector``.
 
-    Attributes:
-        rounds: How often; each divides the features by 4.
-        width: Of the tokens; None takes it from the language model.
+    ``width``: of the tokens; None takes it from the language model.
     """
 
     rounds: int = 1
@@ -77,14 +70,9 @@ class MergerShape:
 
 @dataclass(frozen=True)
 class LMShape:
-    """A decoder-only language model with a gated MLP.
+    """A decoder-only language model of width D with a gated MLP.
 
-    Attributes:
-        depth: Blocks.
-        width: D.
-        mlp: Hidden width of a block's MLP.
-        kv_width: Key-value heads * head dimension; equal to ``width`` without grouped queries.
-        vocab: Rows of the output head.
+    ``kv_width``: key-value heads * head dimension, ``width`` without grouped queries; ``vocab``: rows of the head.
     """
 
     depth: int
@@ -123,11 +111,7 @@ _Shape = TypeVar("_Shape")
 
 
 def named(shape: str | _Shape, known: Mapping[str, _Shape]) -> _Shape:
-    """The shape of this name; a shape as it is.
-
-    Raises:
-        ValueError: No such name; the message lists those there are.
-    """
+    """The shape of this name; a shape as it is. An unknown name is a ``ValueError``."""
     if not isinstance(shape, str):
         return shape
     if shape not in known:
@@ -160,14 +144,12 @@ def window_flops(patches: int, vit: ViTShape | str) -> int:
 
     ``"window"``: ``8 n D^2 + 16 n D`` (attention inside windows) ``+ 10 n D * mlp``; ``"adaptive"``: ``6 n D^2``;
     ``"average"``: none.
-
-    Raises:
-        ValueError: No such compressor.
     """
     vit = named(vit, VITS)
     d, n = vit.width, patches
     known = {"window": 8 * n * d * d + 16 * n * d + 10 * n * d * vit.mlp, "adaptive": 6 * n * d * d, "average": 0}
-    return known[_known(vit.compressor, known, "compressor")]
+    check_choice("compressor", vit.compressor, known)
+    return known[vit.compressor]
 
 
 def resampler_flops(patches: int, vision_width: int, resampler: ResamplerShape | str, *, width: int) -> int:
@@ -183,7 +165,8 @@ def resampler_flops(patches: int, vision_width: int, resampler: ResamplerShape |
     '51 GFLOPs'
     """
     resampler = named(resampler, RESAMPLERS)
-    after = {"perceiver": 4, "rewrite": 10}[_known(resampler.kind, ("perceiver", "rewrite"), "kind")]
+    check_choice("kind", resampler.kind, ("perceiver", "rewrite"))
+    after = 4 if resampler.kind == "perceiver" else 10
     q, d, n = resampler.latents, resampler.width or width, patches
     return 2 * n * vision_width * d + 4 * n * d * d + 2 * q * d * d + 4 * q * n * d + after * q * d * d
 
@@ -225,11 +208,7 @@ def pool_flops(grid_hw: tuple[int, int], side: int, width: int) -> int:
 
 
 def merge_flops(grid_hw: tuple[int, int], vision_width: int, merger: MergerShape | str, *, width: int) -> int:
-    """2 x 2 features become one, ``2 n / 4 * (16 D_v^2 + 4 D_v D_out)`` a round; only the last has another width.
-
-    Raises:
-        ValueError: A side of the grid cannot be halved so often.
-    """
+    """2 x 2 features become one, ``2 n / 4 * (16 D_v^2 + 4 D_v D_out)`` a round; only the last has another width."""
     merger = named(merger, RESAMPLERS)
     _divided(grid_hw, 2**merger.rounds, "this merger")
     total, n = 0, math.prod(grid_hw)
@@ -265,12 +244,6 @@ def _divided(grid_hw: tuple[int, int], factor: int, what: str) -> tuple[int, int
             f"merge={factor}"
         )
     return rows // factor, columns // factor
-
-
-def _known(name: str, names: Iterable[str], what: str) -> str:
-    if name not in names:
-        raise ValueError(f"{what}={name!r}: choose one of {list(names)}")
-    return name
 
 
 def mlp_flops(features: int, vision_width: int, *, width: int) -> int:

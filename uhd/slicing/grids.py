@@ -22,15 +22,8 @@ def grid_score(image_hw: tuple[int, int], grid: tuple[int, int], view_hw: tuple[
     has a square view. The terms are taken in this order because their rounding decides squares: for a square image
     ``ln(2/3)`` and ``ln(3/2)`` differ by one ulp, so 3 rows x 2 columns is not tied with 2 x 3.
 
-    Args:
-        image_hw: (H, W) of the image, in any unit.
-        grid: (rows, columns).
-        view_hw: (H_v, W_v) that the encoder was trained on, in any unit.
-
-    Raises:
-        ValueError: A number is not positive.
-
-    Source: LLaVA-UHD (arXiv 2403.11703) section 3.1; thunlp/LLaVA-UHD, llava/slice_process.py.
+    ``view_hw`` is the size that the encoder was trained on. Any unit will do; numbers that are not positive raise a
+    ``ValueError``. Source: LLaVA-UHD (arXiv 2403.11703) section 3.1; thunlp/LLaVA-UHD, llava/slice_process.py.
 
     >>> grid_score((1008, 672), (3, 2))
     0.0

@@ -28,14 +28,9 @@ _BLOCK = 4096
 
 
 def plan_many(
-    sizes_hw: np.ndarray | Sequence[Sequence[int]],
-    config: SlicingLike | None = None,
-    *,
-    max_tokens: int | None = None,
+    sizes_hw: np.ndarray | Sequence[Sequence[int]], config: SlicingLike | None = None, *, max_tokens: int | None = None
 ) -> dict[str, np.ndarray]:
-    """Plan M images at once, exactly as :func:`uhd.slicing.plan` does one by one.
-
-    The adaptive planner does thousands at a time; of other rules every distinct size is planned.
+    """Plan M images exactly as :func:`uhd.slicing.plan` does: by the adaptive planner thousands at a time.
 
     Args:
         sizes_hw: (M, 2) ints, (height, width) in px.
@@ -135,10 +130,9 @@ def _choose_grids(sizes: np.ndarray, config: SlicingConfig, cap: int) -> np.ndar
 
 @lru_cache(maxsize=256)
 def _tables(counts: tuple[int, ...], rule: str, cap: int) -> tuple[np.ndarray, ...]:
-    """The aspects of the grids near each of these counts, one count after the other, each between two infinities.
+    """Rising keys, aspects, rows and columns of the grids near each of these counts, each between two infinities.
 
-    Returns:
-        Rising keys, which are the aspects moved by ``_APART`` from one count to the next; aspects; rows; columns.
+    The keys are the aspects moved by ``_APART`` from one count to the next.
     """
     keys, logs, grids = [], [], []
     for place, count in enumerate(counts):
@@ -152,7 +146,7 @@ def _tables(counts: tuple[int, ...], rule: str, cap: int) -> tuple[np.ndarray, .
 
 
 def _split(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The columns of (M, 2), each contiguous: several times faster than sums and products over rows of two."""
+    """The columns of (M, 2), each contiguous, which is several times faster."""
     return np.ascontiguousarray(pairs[:, 0]), np.ascontiguousarray(pairs[:, 1])
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,18 +34,15 @@ class PlanMetrics:
         padding: P = 1 - content px / encoder px, over all views, the overview included.
         resolution_kept: R = (1 / wh) * sum over the image of max over detail views there of min(1, m_x) * min(1, m_y):
             the share of image px that survive. A pooling of features is not in it; it is in the tokens.
-        tokens: T.
-        views: Encoder inputs.
-        patches: N = sum of N_v, ViT patches.
+        tokens, views, patches: T, encoder inputs, and N = sum of N_v ViT patches.
         attention_pairs: sum of N_v^2, what attention inside views is proportional to.
         tokens_per_megapixel: T / (wh / 10^6).
         pixels_per_token_edge: sqrt(w h R / T): side of the square of surviving px that one token describes.
-        upsampling: U = mean over detail views, weighted by |A_v|, of max(1, s_x) * max(1, s_y): encoder work spent on
-            invented px.
+        upsampling: U = mean over detail views, weighted by |A_v|, of max(1, s_x) * max(1, s_y).
         coverage: |union of A_v| / wh; below 1 part of the image is in no detail view.
         duplication: O = sum of |A_v| / wh; above ``coverage`` some px are in several detail views.
-        seam: K = length of the lines between detail views that none of them shows both sides of, over sqrt(wh): how
-            much content is cut. A cut into r x c has ((r - 1) w + (c - 1) h) / sqrt(wh); an overlap removes a seam.
+        seam: K = length of the lines between detail views that none of them shows both sides of, over sqrt(wh): a cut
+            into r x c has ((r - 1) w + (c - 1) h) / sqrt(wh).
         budget_error: B = T / budget; ``None`` without a budget.
         flops: Of the named ViT, compressor and LM, see :func:`uhd.slicing.flops.plan_flops`.
     """
@@ -78,17 +76,16 @@ def measure(
     resampler: ResamplerShape | str | None = None,
     lm: LMShape | str = "llama-13b",
 ) -> PlanMetrics:
-    """Every metric of one plan.
+    """Every metric of one plan, of any strategy or your own.
 
     Args:
-        plan: Of any strategy, also your own.
+        plan: The plan.
         budget: Tokens that an image was meant to cost at most, for ``budget_error``.
-        vit, resampler, lm: What FLOPs are counted for: names in :mod:`uhd.slicing.flops`, or shapes. The default is
-            one system for all rules, so that they compare: LLaVA-1.5's, at 13B.
+        vit, resampler, lm: What FLOPs are counted for: names in :mod:`uhd.slicing.flops`, or shapes; by default
+            LLaVA-1.5 at 13B for all rules, so that they compare.
 
     Raises:
-        ValueError: Views in general position divide the image into more than 2^24 rectangles; an unknown name; a
-            budget that is no whole number of at least 1.
+        ValueError: Views divide the image into more than 2^24 rectangles; an unknown name; a budget below 1.
         TypeError: ``plan`` is none.
 
     >>> found = measure(plan((1008, 1344), "llava-1.5"))
@@ -100,12 +97,12 @@ def measure(
     budget = positive_int("budget", budget)
     height, width = plan.image_hw
     area = height * width
-    shown = _detail(plan)
-    sizes = shown.sizes
-    cells = _cells(shown)
+    kinds = {canvas.kind for canvas in plan.canvases}
+    shown = _views(plan, {"slice" if "slice" in kinds else "overview"})
+    sizes, cells = shown.sizes, _cells(shown)
     kept = float((cells.kept * cells.areas).sum()) / area
-    sides = np.maximum(shown.scale_h, shown.scale_w) / np.minimum(shown.scale_h, shown.scale_w)
-    enlarged = np.maximum(shown.scale_h, 1) * np.maximum(shown.scale_w, 1)
+    sides = shown.scales.max(axis=1) / shown.scales.min(axis=1)
+    enlarged = np.maximum(shown.scales, 1).prod(axis=1)
     per_view = [(len(c.tiles), math.prod(side // plan.patch_size for side in c.view_hw)) for c in plan.canvases]
     return PlanMetrics(
         distortion=float(sides.max(initial=1)),
@@ -127,21 +124,15 @@ def measure(
 
 
 class _Shown(NamedTuple):
-    """Detail views: ``boxes`` (V, 4) of the image, px, their scales (V,), and ``kept`` (V,), the share of px left."""
+    """Views: ``boxes`` (V, 4) of the image, px, their ``scales`` (V, 2), and ``kept`` (V,), the share of px left."""
 
     boxes: np.ndarray
-    scale_h: np.ndarray
-    scale_w: np.ndarray
+    scales: np.ndarray
     kept: np.ndarray
 
     @property
     def sizes(self) -> np.ndarray:
         return (self.boxes[:, 2] - self.boxes[:, 0]) * (self.boxes[:, 3] - self.boxes[:, 1])
-
-
-def _detail(plan: SlicePlan) -> _Shown:
-    kinds = {canvas.kind for canvas in plan.canvases}
-    return _views(plan, {"slice" if "slice" in kinds else "overview"})
 
 
 def _views(plan: SlicePlan, kinds: set[str]) -> _Shown:
@@ -172,7 +163,7 @@ def _shown(canvas: Canvas, image_hw: tuple[int, int]) -> _Shown:
     scale = (resized / length) * (np.array(canvas.view_hw) / (tiles[:, 2:] - tiles[:, :2]))
     first = np.array(canvas.first_hw or canvas.content_hw) / length
     kept = np.minimum(np.minimum(scale, np.minimum(first, resized / length)), 1).prod(axis=1)
-    return _Shown(boxes, scale[:, 0], scale[:, 1], kept)
+    return _Shown(boxes, scale, kept)
 
 
 def share_seen(plan: SlicePlan) -> float:
@@ -221,14 +212,12 @@ def _cells(shown: _Shown) -> _Cells:
             f"{len(shown.boxes)} views cut the image into {rows} x {cols} rectangles, more than {_MOST_CELLS} are not "
             "measured: put the views in a grid, or use fewer"
         )
-    kept = np.zeros((rows, cols))
-    seen = np.zeros((rows, cols), dtype=bool)
-    across_h = np.zeros((rows + 1, cols), dtype=bool)
-    across_w = np.zeros((rows, cols + 1), dtype=bool)
-    tops, bottoms = np.searchsorted(ys, shown.boxes[:, 0]), np.searchsorted(ys, shown.boxes[:, 2])
-    lefts, rights = np.searchsorted(xs, shown.boxes[:, 1]), np.searchsorted(xs, shown.boxes[:, 3])
-    edges = np.stack([tops, bottoms, lefts, rights], axis=1).tolist()
-    for (top, bottom, left, right), value in zip(edges, shown.kept.tolist(), strict=True):
+    kept, seen = np.zeros((rows, cols)), np.zeros((rows, cols), dtype=bool)
+    across_h, across_w = np.zeros((rows + 1, cols), dtype=bool), np.zeros((rows, cols + 1), dtype=bool)
+    edges = [
+        np.searchsorted(lines, side).tolist() for lines, side in zip((ys, xs, ys, xs), shown.boxes.T, strict=True)
+    ]
+    for top, left, bottom, right, value in zip(*edges, shown.kept.tolist(), strict=True):
         part = kept[top:bottom, left:right]
         np.maximum(part, value, out=part)
         seen[top:bottom, left:right] = True
@@ -254,13 +243,10 @@ def _seam(cells: _Cells) -> float:
 
 
 class Cliffs(NamedTuple):
-    """How far one px moves the token count; see :func:`cliffs`.
+    """How far one px moves the token count: the ratio J >= 1 of :func:`cliffs`, and the share of J >= threshold.
 
-    Attributes:
-        p99, worst: Of the ratio J >= 1.
-        worst_at: (height, width) of the worst one; ``None`` where nothing was compared.
-        share: Of sizes with J >= the threshold.
-        compared, refused: Numbers of sizes; a size is refused where the rule raised for it or for its neighbour.
+    ``worst_at`` is the (height, width) of the worst one, ``None`` where nothing was compared. ``compared`` and
+    ``refused`` count sizes; a size is refused where the rule raises for it or for its neighbour.
     """
 
     p99: float
@@ -272,13 +258,7 @@ class Cliffs(NamedTuple):
 
 
 class Violations(NamedTuple):
-    """How often a rule breaks a law of many sizes.
-
-    Attributes:
-        share: Of the compared sizes.
-        example: (height, width) of the worst one; ``None`` where there is none.
-        compared, refused: Numbers of sizes.
-    """
+    """Share of compared sizes that break a law, and the (height, width) of the worst one, ``None`` without one."""
 
     share: float
     example: tuple[int, int] | None
@@ -288,11 +268,7 @@ class Violations(NamedTuple):
 
 def cliffs(rule: SlicingLike, sizes_hw: Iterable[Sequence[int]], *, threshold: float = 1.1) -> Cliffs:
     """J = max(T(h, w), T(h, w + 1)) / min(the same), over sizes: what one more column of px costs.
-
-    Args:
-        rule: A name, a config, or your function.
-        sizes_hw: (height, width) pairs, px.
-        threshold: J from which on it counts as a cliff.
+    ``sizes_hw`` are (height, width) pairs, px; from ``threshold`` on J counts as a cliff.
 
     >>> cliffs("internvl", [(448, 448), (500, 900)]).worst
     1.0
@@ -303,14 +279,8 @@ def cliffs(rule: SlicingLike, sizes_hw: Iterable[Sequence[int]], *, threshold: f
     # no tokens at all is as good as one: the ratio stays finite
     jumps = np.array([max(a, b) / max(min(a, b), 1) for _, a, b in pairs])
     worst = int(jumps.argmax())
-    return Cliffs(
-        p99=float(np.quantile(jumps, 0.99)),
-        worst=float(jumps[worst]),
-        worst_at=pairs[worst][0],
-        share=float((jumps >= threshold).mean()),
-        compared=len(pairs),
-        refused=refused,
-    )
+    p99, share = float(np.quantile(jumps, 0.99)), float((jumps >= threshold).mean())
+    return Cliffs(p99, float(jumps[worst]), pairs[worst][0], share, len(pairs), refused)
 
 
 def transposition_violations(rule: SlicingLike, sizes_hw: Iterable[Sequence[int]]) -> Violations:
@@ -345,7 +315,7 @@ def monotonicity_violations(
 
 
 def _token_pairs(rule: SlicingLike, sizes_hw: Iterable[Sequence[int]], other: Any) -> tuple[list, int]:
-    """((height, width), its T, T of ``other(height, width)``) where the rule plans both; how often it did not."""
+    """((height, width), its T, T of ``other(height, width)``) where the rule plans both; how often it does not."""
     pairs, refused = [], 0
     for size in map(check_size, sizes_hw):
         try:
@@ -389,19 +359,18 @@ def summarize(rule: SlicingLike, sizes_hw: Iterable[Sequence[int]], **system: An
     >>> summarize("llava-uhd", [(500, 900), (300, 1200)]).tokens_max
     324
     """
-    found, refused = [], 0
+    plans, refused = [], 0
     for size in map(check_size, sizes_hw):
         try:
-            planned = plan(size, rule)
+            plans.append(plan(size, rule))
         except ValueError:
             refused += 1
-            continue
-        found.append(measure(planned, **system))
-    if not found:
+    if not plans:
         raise ValueError(f"nothing to summarize: the rule refused all of {refused} sizes")
+    found = [measure(each, **system) for each in plans]
 
     def column(name: str) -> np.ndarray:
-        return np.array([getattr(item, name) for item in found], dtype=float)
+        return np.array([attrgetter(name)(item) for item in found], dtype=float)
 
     return Summary(
         distortion_median=float(np.median(column("distortion"))),
@@ -414,8 +383,8 @@ def summarize(rule: SlicingLike, sizes_hw: Iterable[Sequence[int]], **system: An
         tokens_per_megapixel_median=float(np.median(column("tokens_per_megapixel"))),
         duplication_mean=float(column("duplication").mean()),
         seam_mean=float(column("seam").mean()),
-        encoder_flops_mean=float(np.mean([item.flops.encoder for item in found])),
-        lm_flops_mean=float(np.mean([item.flops.lm for item in found])),
+        encoder_flops_mean=float(column("flops.encoder").mean()),
+        lm_flops_mean=float(column("flops.lm").mean()),
         compared=len(found),
         refused=refused,
     )

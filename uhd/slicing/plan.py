@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from uhd.moved import moved
 from uhd.settings import Settings
@@ -31,10 +31,6 @@ class Box(NamedTuple):
     @property
     def size_hw(self) -> tuple[int, int]:
         return self.bottom - self.top, self.right - self.left
-
-
-def _boxes(rows: Iterable[Sequence[int]]) -> tuple[Box, ...]:
-    return tuple(map(Box._make, rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +67,7 @@ class Canvas(Settings):
     first_hw: tuple[int, int] | None = None
     view_filter: tuple[str, bool] | None = None
 
-    readers = {"tiles": _boxes, "source": Box._make}  # noqa: RUF012
-
-
-def _canvases(rows: Iterable[Mapping[str, Any]]) -> tuple[Canvas, ...]:
-    return tuple(map(Canvas.from_dict, rows))
+    readers = {"tiles": lambda boxes: tuple(map(Box._make, boxes)), "source": Box._make}  # noqa: RUF012
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,20 +118,23 @@ class Packing(Settings):
         rows, cols = self.pooled_hw or self.overview_view_hw or self.view_hw
         return -(-rows // self.merge), -(-cols // self.merge)
 
+    def counts(self, overviews: int, slices: int) -> tuple[int, int]:
+        """(visual tokens, learned newlines and separators) of so many views."""
+        (rows, cols), final_hw = self.overview_hw, self.final_hw
+        visual = overviews * rows * cols
+        learned = overviews * rows * self.overview_newline + (self.separator is not None)
+        if final_hw is None:
+            return visual + slices * math.prod(self.pooled_hw or self.view_hw), learned
+        return visual + final_hw[0] * final_hw[1], learned + final_hw[0] * self.newline
+
 
 @dataclass(frozen=True, slots=True)
 class View:
     """One picture that the encoder sees.
 
-    Attributes:
-        index: Place in ``plan.views``, the order in which views are encoded and laid out.
-        kind: ``"slice"`` or ``"overview"``.
-        canvas: Index into ``plan.canvases``.
-        row, col: Place in the plan's grid; (0, 0) for an overview.
-        box: Its rectangle on the canvas, px.
-        size_hw: What the encoder sees, px.
-        patches_hw: The same in patches.
-        num_tokens: Visual tokens after the compressor.
+    ``index`` is its place in ``plan.views``, ``canvas`` that in ``plan.canvases``, ``row`` and ``col`` that in the
+    plan's grid, (0, 0) for an overview; ``box`` is its rectangle on the canvas and ``size_hw`` what the encoder sees
+    of it, px; ``num_tokens`` are visual tokens after the compressor.
     """
 
     index: int
@@ -185,7 +180,7 @@ class SlicePlan(Settings):
     resample: str = "bicubic"
     antialias: bool = True
 
-    readers = {"canvases": _canvases, "packing": Packing.from_dict}  # noqa: RUF012
+    readers = {"canvases": lambda rows: tuple(map(Canvas.from_dict, rows)), "packing": Packing.from_dict}  # noqa: RUF012
 
     @property
     def num_tokens(self) -> int:
@@ -221,19 +216,15 @@ class SlicePlan(Settings):
     @cached_property
     def views(self) -> tuple[View, ...]:
         """Every view in feeding order; slices are row-major."""
-        return tuple(self._views())
-
-    def _views(self) -> Iterator[View]:
-        index = 0
+        views: list[View] = []
         for number, canvas in enumerate(self.canvases):
-            patches_hw = (canvas.view_hw[0] // self.patch_size, canvas.view_hw[1] // self.patch_size)
+            kind, view_hw, tokens = canvas.kind, canvas.view_hw, canvas.tokens_per_view
+            patches_hw = (view_hw[0] // self.patch_size, view_hw[1] // self.patch_size)
             for place, box in enumerate(canvas.tiles):
                 row, col = divmod(place, canvas.grid[1])
                 row, col = row + canvas.cell[0], col + canvas.cell[1]
-                yield View(
-                    index, canvas.kind, number, row, col, box, canvas.view_hw, patches_hw, canvas.tokens_per_view
-                )
-                index += 1
+                views.append(View(len(views), kind, number, row, col, box, view_hw, patches_hw, tokens))
+        return tuple(views)
 
     def overview_alone(self) -> SlicePlan | None:
         """The plan without its slices; ``None`` where it has no overview."""
@@ -249,8 +240,7 @@ class SlicePlan(Settings):
                 overview_newline=packing.overview_newline,
                 separator="end" if packing.separator == "end" else None,
             )
-            visual = math.prod(packing.overview_hw)
-            separators = packing.overview_newline * packing.overview_hw[0] + (packing.separator is not None)
+            visual, separators = packing.counts(1, 0)
             if packing == Packing(view_hw=packing.view_hw):
                 packing = None
         return self.replace(

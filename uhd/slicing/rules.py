@@ -34,11 +34,9 @@ def plan(image_hw: tuple[int, int], config: SlicingLike | None = None, *, max_to
 
     Args:
         image_hw: (height, width) of the image, px.
-        config: Settings of the adaptive planner or of any strategy, the name of either (see
-            :func:`uhd.strategies`), or your own function from (height, width) to a :class:`SlicePlan`;
-            ``None`` is ``"llava-uhd-safe"``.
-        max_tokens: Bound on ``plan.num_tokens``: the number of slices is lowered until it holds. For the adaptive
-            planner only: other rules have no such freedom.
+        config: Settings of any rule, its name (see :func:`uhd.strategies`), or your own function from (height, width)
+            to a :class:`SlicePlan`; ``None`` is ``"llava-uhd-safe"``.
+        max_tokens: Bound on ``plan.num_tokens``, met by fewer slices; for the adaptive planner only.
 
     Returns:
         The plan. Equal arguments give the same (cached) object, unless the rule is your own function.
@@ -94,8 +92,7 @@ def strategy(name: str) -> Slicing:
     """The rule of this name (dashes and underscores are the same), to be called with (height, width) in px.
 
     Raises:
-        ValueError: No such rule; the message lists the nearest names. The rule itself raises it for a size that it
-            refuses.
+        ValueError: No such rule; the message lists the nearest names.
 
     >>> strategy("llava-next")((1008, 672)).grid
     (2, 2)
@@ -134,7 +131,7 @@ def find(rule: SlicingLike | None) -> Slicing:
 
 
 def rule_name(rule: SlicingLike) -> str:
-    """What to call a rule: the name in its settings, or that of the function."""
+    """The name in a rule's settings, or that of the function."""
     return find(rule).name
 
 

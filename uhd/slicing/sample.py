@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import heapq
-import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from uhd.settings import Settings
 from uhd.slicing.config import Recounted, Slicing, positive_int
@@ -20,12 +18,7 @@ FRAMES = ("video", "single", "rule")
 
 @dataclass(frozen=True)
 class VideoPlan(Settings):
-    """How the frames of one video are cut and counted. Frozen, hashable, JSON-able.
-
-    Attributes:
-        plans: One plan a frame.
-        newline: One learned embedding follows the last frame.
-    """
+    """How the frames of one video are cut and counted: a plan each, and whether a learned newline follows the last."""
 
     plans: tuple[SlicePlan, ...]
     newline: bool = False
@@ -55,7 +48,7 @@ def plan_images(
     multi_image: bool = False,
     count: Count | None = None,
 ) -> tuple[SlicePlan, ...]:
-    """Plan the images of one sample, under one budget.
+    """Plan the images of one sample, (height, width) in px each, under one budget: a plan for each.
 
     While all of them cost more than ``max_tokens``, the costliest image, of equals the last, is planned with fewer
     slices: the largest number of slices that costs less than before, at last its overview alone. So the order in which
@@ -63,16 +56,13 @@ def plan_images(
     equal plans.
 
     Args:
-        sizes_hw: (height, width) of every image, px.
+        sizes_hw: The images.
         config: As in :func:`uhd.plan`. A rule of your own is only ever reduced to its overview.
         max_tokens: Bound on the sum of ``num_tokens``.
         multi_image: Plan as the strategy does where a sample has several images: LLaVA-OneVision takes one padded view
             and a newline for each from two images on, DeepSeek-VL2 stops cropping from three on. Others have no such
             mode.
         count: Applied to every plan before its tokens are counted, such as an encoder's own count.
-
-    Returns:
-        One plan an image.
 
     Raises:
         ValueError: As in :func:`uhd.plan`; or not even the smallest plans fit the budget.
@@ -83,7 +73,7 @@ def plan_images(
     >>> [found.num_tokens for found in plan_images([(1008, 672), (300, 400)], max_tokens=300)]
     [194, 64]
     """
-    slicing = _counted(find(config), count)
+    slicing = find(config) if count is None else _CountedBy(find(config), count)
     return plan_sample(list(sizes_hw), [], slicing, max_tokens=max_tokens, multi_image=multi_image)[0]
 
 
@@ -113,26 +103,15 @@ def plan_sample(
     max_tokens: int | None = None,
     multi_image: bool = False,
 ) -> tuple[tuple[SlicePlan, ...], tuple[VideoPlan, ...]]:
-    """Plan the images and the videos of one sample, under one budget.
+    """Plan images, (height, width) in px, and videos, (height, width) and number of their frames, under one budget.
 
     Videos whose frames are single views cost what they cost, and the images shrink to what is left, as in
-    :func:`plan_images`; with ``frames="rule"`` every frame shrinks with them.
-
-    Args:
-        images_hw: (height, width) of every image, px.
-        videos: Of every video the (height, width) of its frames, px, and their number.
-        slicing: For the images.
-        video_slicing: For the videos; ``None`` is the images'.
-        frames: As in :func:`plan_video`.
-        max_tokens: Bound on the tokens of all images and videos together.
-        multi_image: As in :func:`plan_images`; videos do not count as images.
-
-    Raises:
-        ValueError: As in :func:`plan_images` and :func:`plan_video`.
+    :func:`plan_images`; with ``frames="rule"`` every frame shrinks with them. ``video_slicing``: by default the
+    images'. Other arguments and errors as in :func:`plan_images` and :func:`plan_video`.
     """
     max_tokens, by_rule = positive_int("max_tokens", max_tokens), frames == "rule"
     moving = slicing if video_slicing is None else video_slicing
-    videos = [(check_size(frame_hw), _frame_count(number)) for frame_hw, number in videos]
+    videos = [(check_size(frame_hw), positive_int("num_frames", number)) for frame_hw, number in videos]
     still = slicing.for_images(len(images_hw)) if multi_image else slicing
     ladders = [_ladder(check_size(size_hw), still) for size_hw in images_hw]
     clips: list[VideoPlan] = []
@@ -162,17 +141,6 @@ def _over_budget(plans: Sequence[SlicePlan], clips: Sequence[VideoPlan], least: 
     )
 
 
-def _frame_count(num_frames: Any) -> int:
-    """A whole number of at least 1, or a ``ValueError``."""
-    try:
-        count = operator.index(num_frames)
-    except TypeError:
-        raise ValueError(f"num_frames must be a whole number, got {num_frames!r}") from None
-    if count < 1:
-        raise ValueError(f"a video has at least 1 frame, got {count}")
-    return count
-
-
 def plan_video(
     frame_hw: Sequence[int],
     num_frames: int,
@@ -182,11 +150,10 @@ def plan_video(
     max_tokens: int | None = None,
     count: Count | None = None,
 ) -> VideoPlan:
-    """Plan a video of equal frames.
+    """Plan a video of ``num_frames`` frames of (height, width) px.
 
     Args:
-        frame_hw: (height, width) of its frames, px.
-        num_frames: At least 1.
+        frame_hw, num_frames: The frames.
         config: As in :func:`uhd.plan`.
         frames: ``"video"``: as the strategy plans videos: LLaVA-OneVision pools every frame to 196 tokens and ends
             with one newline, all others as ``"single"``. ``"single"``: every frame is one view, the overview alone.
@@ -202,11 +169,11 @@ def plan_video(
     >>> plan_video((720, 1280), 8, frames="rule").num_tokens
     3632
     """
-    num_frames, max_tokens = _frame_count(num_frames), positive_int("max_tokens", max_tokens)
+    num_frames, max_tokens = positive_int("num_frames", num_frames), positive_int("max_tokens", max_tokens)
     if frames not in FRAMES:
         raise ValueError(f"frames must be one of {', '.join(map(repr, FRAMES))}, got {frames!r}")
     size_hw = check_size(frame_hw)
-    slicing = _counted(find(config), count)
+    slicing = find(config) if count is None else _CountedBy(find(config), count)
     if frames == "rule":
         return plan_sample([], [(size_hw, num_frames)], slicing, frames=frames, max_tokens=max_tokens)[1][0]
     own = slicing.for_video() if frames == "video" else None
@@ -234,10 +201,6 @@ class _CountedBy(Recounted):
 
     def fit(self, plan: SlicePlan) -> SlicePlan:
         return self.count(plan)
-
-
-def _counted(slicing: Slicing, count: Count | None) -> Slicing:
-    return slicing if count is None else _CountedBy(slicing, count)
 
 
 def _ladder(image_hw: tuple[int, int], slicing: Slicing) -> Iterator[SlicePlan]:

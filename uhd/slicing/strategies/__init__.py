@@ -1,7 +1,7 @@
 """Slicing rules of other systems by name: each is a function from (height, width) to a :class:`uhd.slicing.SlicePlan`.
 
-A family of rules has a file: frozen settings, one pure function each, and a dict of named presets. ``STRATEGIES`` is
-all of those dicts; ``ALIASES`` gives some of them a shorter name. :mod:`uhd.slicing.rules` finds them by name.
+A family of rules has a file: frozen settings, one pure function each, and a dict of named presets.
+:mod:`uhd.slicing.rules` finds them by name.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from uhd.slicing.plan import Box, Canvas, Packing, SlicePlan
 from uhd.slicing.strategies.base import (
@@ -15,11 +15,9 @@ from uhd.slicing.strategies.base import (
     by_name,
     ceil_div,
     centred,
-    finish,
     fit,
     rule_of,
     single,
-    tiled,
 )
 from uhd.slicing.strategies.fixed import SquarePadConfig
 from uhd.slicing.strategies.selectors import Grids, best_resolution, grids_up_to
@@ -28,10 +26,8 @@ _NEXT = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 _SIX_BY_SIX = tuple((rows, cols) for rows in range(1, 7) for cols in range(1, 7))
 _DEEPSEEK = grids_up_to(9)
 _UP_TO_TEN = tuple((rows, cols) for rows in range(1, 11) for cols in range(1, 11) if rows * cols <= 10)
-
-
-def _swapped(grids: Grids) -> Grids:
-    return tuple((cols, rows) for rows, cols in grids)
+_NEXT_SWAPPED = tuple((cols, rows) for rows, cols in _NEXT)
+_SIX_SWAPPED = tuple((cols, rows) for rows, cols in _SIX_BY_SIX)
 
 
 @dataclass(frozen=True)
@@ -39,15 +35,13 @@ class AnyResConfig(StrategyConfig):
     """LLaVA-NeXT's AnyRes and its descendants.
 
     Attributes:
-        tile: Side of a view, px.
-        grids: (rows, columns) of the canvases, in the order that decides ties. The releases list (width, height) px in
-            LLaVA's own code and read the same list as (height, width) in transformers.
+        grids: Of canvases. LLaVA's own code reads the released lists as (width, height), transformers as
+            (height, width).
         max_tiles: k of ``anyres_max_k``: from 1.21 * k tiles of features on, the map is resized to k tiles'. ``None``:
             no bound.
         rate: (numerator, denominator): features per side of a tile after the model's downsampling.
         unpad_rounding: ``"transformers"`` rounds to 7 digits before truncating, ``"original"`` only truncates.
-        square_fill: RGB around an image that shares its sample with others, where the rule has such a mode
-            (LLaVA-OneVision: int(255 * mean)).
+        square_fill: RGB around one of several images, for LLaVA-OneVision: int(255 * mean).
     """
 
     tile: int = 336
@@ -88,30 +82,23 @@ def anyres(image_hw: Size, config: AnyResConfig) -> SlicePlan:
     padding survives; ``max_tiles`` has 1.21 of slack, so tokens may exceed (k + 1) * base.
     """
     rows, cols = best_resolution(image_hw, config.grids, config.tile)
-    canvas_hw = (rows * config.tile, cols * config.tile)
-    content_hw = fit(image_hw, canvas_hw, math.ceil)
-    side = config.tile // config.patch_size * config.rate[0] // config.rate[1]
+    side = config.token_side * config.rate[0] // config.rate[1]
     map_hw = (rows * side, cols * side)
     kept = unpadded(image_hw, map_hw, config.unpad_rounding)
     resized_hw = _bounded(kept.size_hw, side, config.max_tiles)
-    final_hw = resized_hw or kept.size_hw
-    tile_hw, base = (config.tile, config.tile), side * side
-    slices = tiled(
-        (rows, cols),
-        tile_hw,
-        base,
-        content_hw=content_hw,
-        offset=centred(content_hw, canvas_hw),
-        fill=BLACK,
-    )
-    return finish(
-        image_hw,
-        config,
-        (single("overview", tile_hw, base), slices),
-        visual=base + math.prod(final_hw),
-        separators=final_hw[0],
-        packing=Packing(view_hw=(side, side), map_hw=map_hw, kept=kept, resized_hw=resized_hw, newline=True),
-    )
+    base = side * side
+    packing = Packing(view_hw=(side, side), map_hw=map_hw, kept=kept, resized_hw=resized_hw, newline=True)
+    slices = _fitted(image_hw, (rows, cols), config.tile, config, base)
+    return config.finish(image_hw, (config.whole(base), slices), packing=packing)
+
+
+def _fitted(image_hw: Size, grid: Size, cell: int, config: StrategyConfig, tokens: int) -> Canvas:
+    """The image fitted into a grid of cells, centred on black, and cut into tiles."""
+    canvas_hw = (grid[0] * cell, grid[1] * cell)
+    content_hw = fit(image_hw, canvas_hw, math.ceil)
+    tiles = (ceil_div(canvas_hw[0], config.tile), ceil_div(canvas_hw[1], config.tile))
+    offset = centred(content_hw, canvas_hw)
+    return config.tiles(tiles, tokens, content_hw=content_hw, offset=offset, fill=BLACK)
 
 
 def unpadded(image_hw: Size, map_hw: Size, rounding: str) -> Box:
@@ -145,8 +132,6 @@ class ThresholdConfig(StrategyConfig):
     """The token threshold as the LLaVA-OneVision paper writes it.
 
     Attributes:
-        tile: Side of a view, px.
-        grids: (rows, columns) of the canvases.
         threshold: Most visual tokens of an image.
     """
 
@@ -178,29 +163,20 @@ def anyres_threshold(image_hw: Size, config: ThresholdConfig) -> SlicePlan:
     Traps: a square map cannot have exactly threshold / (tiles + 1) features, so a plan stays a little below.
     """
     rows, cols = best_resolution(image_hw, config.grids, config.tile)
-    side = config.tile // config.patch_size
+    side = config.token_side
     tokens = threshold_tokens(rows * cols, side * side, config.threshold)
     pooled = math.isqrt(tokens)
     if pooled < 1:
         raise ValueError(f"threshold {config.threshold} leaves no token for each of {rows * cols + 1} views: raise it")
-    canvas_hw = (rows * config.tile, cols * config.tile)
-    content_hw = fit(image_hw, canvas_hw, math.ceil)
-    tile_hw = (config.tile, config.tile)
-    slices = tiled(
-        (rows, cols),
-        tile_hw,
-        pooled * pooled,
-        content_hw=content_hw,
-        offset=centred(content_hw, canvas_hw),
-        fill=BLACK,
-    )
+    overview = config.whole(pooled**2)
+    slices = _fitted(image_hw, (rows, cols), config.tile, config, pooled**2)
     packing = Packing(view_hw=(side, side), pooled_hw=(pooled, pooled)) if pooled < side else None
-    return finish(image_hw, config, (single("overview", tile_hw, pooled * pooled), slices), packing=packing)
+    return config.finish(image_hw, (overview, slices), packing=packing)
 
 
 @dataclass(frozen=True)
 class VideoFrameConfig(StrategyConfig):
-    """A frame of a video in LLaVA-OneVision. ``tile``: side of the view, px; ``pool``: features joined per side."""
+    """A frame of a video in LLaVA-OneVision. ``pool``: features joined per side."""
 
     tile: int = 384
     pool: int = 2
@@ -220,11 +196,11 @@ def video_frame(image_hw: Size, config: VideoFrameConfig) -> SlicePlan:
     Models: LLaVA-OneVision, LLaVA-Video.
     Traps: bilinear pooling rounds 27 / 2 up (196 tokens), average and max pooling down (169).
     """
-    side = config.tile // config.patch_size
+    side = config.token_side
     pooled = ceil_div(side, config.pool)
     packing = Packing(view_hw=(side, side), pooled_hw=(pooled, pooled))
-    view = single("overview", (config.tile, config.tile), pooled * pooled)
-    return finish(image_hw, config, (view,), packing=packing)
+    view = config.whole(pooled**2)
+    return config.finish(image_hw, (view,), packing=packing)
 
 
 def video_tokens(num_frames: int, config: VideoFrameConfig | None = None) -> int:
@@ -244,14 +220,7 @@ def video_tokens(num_frames: int, config: VideoFrameConfig | None = None) -> int
 
 @dataclass(frozen=True)
 class DeepSeekVL2Config(StrategyConfig):
-    """DeepSeek-VL2's tiles.
-
-    Attributes:
-        tile: Side of a view, px.
-        grids: (rows, columns) of the canvases, in order.
-        merge: Patches joined per side; a rest is padded.
-        cropping: ``False`` for prompts with more than two images: the tiles are then one.
-    """
+    """DeepSeek-VL2's tiles; ``merge`` pads a rest, ``cropping`` is ``False`` for more than two images."""
 
     tile: int = 384
     grids: Grids = _DEEPSEEK
@@ -276,35 +245,11 @@ def deepseek_vl2(image_hw: Size, config: DeepSeekVL2Config) -> SlicePlan:
     """
     grid = best_resolution(image_hw, config.grids, config.tile) if config.cropping else (1, 1)
     side = ceil_div(config.tile // config.patch_size, config.merge)
-    tile_hw, tokens = (config.tile, config.tile), side * side
-    canvas_hw = (grid[0] * config.tile, grid[1] * config.tile)
-    content_hw = _contained(image_hw, canvas_hw)
-    map_hw = (grid[0] * side, grid[1] * side)
-    overview_hw = _contained(image_hw, tile_hw)
-    return finish(
-        image_hw,
-        config,
-        (
-            single(
-                "overview",
-                tile_hw,
-                tokens,
-                content_hw=overview_hw,
-                offset=_pillow_centred(overview_hw, tile_hw),
-                fill=GRAY,
-            ),
-            tiled(
-                grid,
-                tile_hw,
-                tokens,
-                content_hw=content_hw,
-                offset=_pillow_centred(content_hw, canvas_hw),
-                fill=GRAY,
-            ),
-        ),
-        separators=side + 1 + map_hw[0],
-        packing=Packing(view_hw=(side, side), map_hw=map_hw, newline=True, overview_newline=True, separator="between"),
-    )
+    map_hw, canvas_hw = (grid[0] * side, grid[1] * side), (grid[0] * config.tile, grid[1] * config.tile)
+    overview = config.whole(side**2, **_letterbox(image_hw, config.tile_hw))
+    slices = config.tiles(grid, side**2, **_letterbox(image_hw, canvas_hw))
+    packing = Packing(view_hw=(side, side), map_hw=map_hw, newline=True, overview_newline=True, separator="between")
+    return config.finish(image_hw, (overview, slices), packing=packing)
 
 
 def _contained(image_hw: Size, box_hw: Size) -> Size:
@@ -317,22 +262,17 @@ def _contained(image_hw: Size, box_hw: Size) -> Size:
     return box_hw
 
 
-def _pillow_centred(content_hw: Size, size_hw: Size) -> Size:
-    """Pillow's ``ImageOps.pad``: half the gap, rounded half to even."""
-    return round((size_hw[0] - content_hw[0]) * 0.5), round((size_hw[1] - content_hw[1]) * 0.5)
+def _letterbox(image_hw: Size, box_hw: Size) -> dict[str, Any]:
+    """Content, offset and fill as Pillow's ``ImageOps.pad`` has them: half the gap, rounded half to even."""
+    content_hw = _contained(image_hw, box_hw)
+    offset = (round((box_hw[0] - content_hw[0]) * 0.5), round((box_hw[1] - content_hw[1]) * 0.5))
+    return {"content_hw": content_hw, "offset": offset, "fill": GRAY}
 
 
 ARIA_GRIDS = (
-    *((1, n) for n in range(2, 9)),
-    (2, 4),
-    (2, 3),
-    (2, 2),
-    (2, 1),
-    (3, 1),
-    (3, 2),
-    (4, 1),
-    (4, 2),
-    *((n, 1) for n in range(5, 9)),
+    *((1, cols) for cols in range(2, 9)),
+    *((2, 4), (2, 3), (2, 2), (2, 1), (3, 1), (3, 2), (4, 1), (4, 2)),
+    *((rows, 1) for rows in range(5, 9)),
 )
 """Aria's 19 split ratios in their order; (rows, columns) in transformers, (columns, rows) in the original."""
 
@@ -347,7 +287,6 @@ class AriaPortConfig(StrategyConfig):
         min_side: A view's content is at least this long on its shorter side, px.
         split: Whether to split at all; the class default does not.
         grids: (rows, columns) of ``cell`` px, in order.
-        tokens: Tokens of a view.
     """
 
     tile: int = 980
@@ -356,8 +295,7 @@ class AriaPortConfig(StrategyConfig):
     split: bool = False
     grids: Grids = ARIA_GRIDS
     tokens: int = 256
-
-    grows: ClassVar[tuple[str, ...]] = ("cell", "min_side")
+    grows = ("cell", "min_side")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -375,16 +313,12 @@ def aria_port(image_hw: Size, config: AriaPortConfig) -> SlicePlan:
     Traps: no 1x1 among the canvases and no overview, unlike the original; with 980 px tiles a canvas of 490 px cells
     leaves part of a tile empty; the processor's ``num_crops`` is one number for a whole batch.
     """
-    tile_hw = (config.tile, config.tile)
     if not config.split:
-        return finish(image_hw, config, (kept_ratio(image_hw, config.tile, config.min_side, config.tokens),))
+        return config.finish(image_hw, (kept_ratio(image_hw, config.tile, config.min_side, config.tokens),))
     grid = best_resolution(image_hw, config.grids, config.cell)
-    canvas_hw = (grid[0] * config.cell, grid[1] * config.cell)
-    content_hw = fit(image_hw, canvas_hw, math.ceil)
-    offset = centred(content_hw, canvas_hw)
-    rows, cols = (ceil_div(length, config.tile) for length in canvas_hw)
-    slices = tiled((rows, cols), tile_hw, config.tokens, content_hw=content_hw, offset=offset, fill=BLACK)
-    return finish(image_hw, config, (_enlarged_corner(slices, canvas_hw, config.cell),))
+    slices = _fitted(image_hw, grid, config.cell, config, config.tokens)
+    used_hw = (grid[0] * config.cell, grid[1] * config.cell)
+    return config.finish(image_hw, (_enlarged_corner(slices, used_hw, config.cell),))
 
 
 def _enlarged_corner(canvas: Canvas, used_hw: Size, cell: int) -> Canvas:
@@ -409,7 +343,7 @@ def kept_ratio(image_hw: Size, side: int, min_side: int, tokens: int) -> Canvas:
 STRATEGIES = by_name(
     (AnyResConfig("llava-next-anyres-336"), "best of 5 canvases of 336 px tiles, un-padded; LLaVA-NeXT"),
     (
-        AnyResConfig("llava-next-anyres-336-repo-order", grids=_swapped(_NEXT), unpad_rounding="original"),
+        AnyResConfig("llava-next-anyres-336-repo-order", grids=_NEXT_SWAPPED, unpad_rounding="original"),
         "the same with the axis order and rounding of LLaVA-NeXT's own code",
     ),
     (
@@ -418,9 +352,7 @@ STRATEGIES = by_name(
     ),
     (AnyResConfig("llava-onevision-anyres-max-4", 14, 384, _SIX_BY_SIX, 4), "the same, features bounded to 4 tiles"),
     (
-        AnyResConfig(
-            "llava-onevision-anyres-max-9-repo-order", 14, 384, _swapped(_SIX_BY_SIX), 9, unpad_rounding="original"
-        ),
+        AnyResConfig("llava-onevision-anyres-max-9-repo-order", 14, 384, _SIX_SWAPPED, 9, unpad_rounding="original"),
         "bounded to 9 tiles, with the axis order and rounding of LLaVA-NeXT's own code",
     ),
     (

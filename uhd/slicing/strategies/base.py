@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
 
 from uhd.settings import as_tuples, check_choice
 from uhd.slicing.config import MAX_VIEWS, Slicing
@@ -30,16 +32,19 @@ Function = Callable[[Size, Any], SlicePlan]
 class StrategyConfig(Slicing):
     """Settings of one rule of another system. Frozen, hashable, JSON-able.
 
+    In all of them ``tile`` is the side of a view, px, ``merge`` the patches joined per side, ``tokens`` the tokens of
+    a view, ``grids`` the (rows, columns) that are compared, in the order that decides ties, and ``min_tiles`` and
+    ``max_tiles`` bound the number of slices, the overview not counted.
+
     Attributes:
         name: Carried into every plan.
         patch_size: Side of a ViT patch, px.
-        resample: The filter of the release: ``"bicubic"``, ``"bilinear"`` or ``"lanczos"``. Carried into every plan;
-            :class:`uhd.PixelSettings` may name another one, which wins.
+        resample: The filter of the release, of :data:`FILTERS`, carried into every plan; :class:`uhd.PixelSettings`
+            may name another one, which wins.
         antialias: ``False`` where the release resizes without.
 
     Raises:
-        ValueError: A number is not positive, a setting is of another type than its default, a cap on tiles is above
-            65,536, a tile is smaller than a patch, or there is no such filter; the message names it.
+        ValueError: A setting is out of range, of another type than its default, or none of its choices.
     """
 
     name: str = "custom"
@@ -47,14 +52,10 @@ class StrategyConfig(Slicing):
     resample: str = field(default="bicubic", kw_only=True)
     antialias: bool = field(default=True, kw_only=True)
 
-    function: ClassVar[Function]
-    """(height, width) and these settings -> plan; :func:`rule_of` sets it."""
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {}
-    """The values of a setting that has only some."""
-    grows: ClassVar[tuple[str, ...]] = ()
-    """Lengths, px, that keep their ratio to ``tile``."""
-    view_sides: ClassVar[tuple[str, ...]] = ()
-    """The same for sides of other views, which become whole patches."""
+    function: ClassVar[Function]  # (height, width) and these settings -> plan; rule_of sets it
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {}  # the values of a setting that has only some
+    grows: ClassVar[tuple[str, ...]] = ()  # lengths, px, that keep their ratio to tile
+    view_sides: ClassVar[tuple[str, ...]] = ()  # the same for sides of other views, which become whole patches
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -69,7 +70,7 @@ class StrategyConfig(Slicing):
         if most is not None and most > MAX_VIEWS:
             raise ValueError(f"max_tiles is at most {MAX_VIEWS}, got {most}: a plan lists every tile")
         for name in ("grids", "rate"):
-            if min(_leaves(getattr(self, name, ())), default=1) < 1:
+            if min(np.ravel(getattr(self, name, ())), default=1) < 1:
                 raise ValueError(f"{name} of {type(self).__name__} must be positive, got {getattr(self, name)!r:.60}")
         if not getattr(self, "grids", True):
             raise ValueError("grids must hold at least one (rows, columns)")
@@ -79,6 +80,15 @@ class StrategyConfig(Slicing):
     @property
     def view_side(self) -> int | None:
         return getattr(self, "tile", None)
+
+    @property
+    def tile_hw(self) -> Size:
+        return self.tile, self.tile
+
+    @property
+    def token_side(self) -> int:
+        """Rows and columns of a view's tokens; a rest of patches is dropped."""
+        return self.tile // self.patch_size // getattr(self, "merge", 1)
 
     def plan(self, image_hw: Size) -> SlicePlan:
         return _planned(check_size(image_hw), self)
@@ -94,12 +104,10 @@ class StrategyConfig(Slicing):
         return self.replace(max_tiles=max_slices, **least)
 
     def for_vision(self, *, image_size: int | None, patch_size: int) -> StrategyConfig:
-        """The same rule for another vision encoder, e.g. SigLIP's ``image_size=384, patch_size=14``.
+        """As every rule does.
 
-        ``tile`` becomes ``image_size``, and every length that the rule states beside it keeps its ratio to ``tile``
-        (:attr:`grows`, :attr:`view_sides`): an image twice as large is cut alike with tiles twice as large. A rule
-        without ``tile`` has no view size of its own and keeps its bounds, in px or patches; only the patch changes.
-        Numbers of tokens that a config states rather than derives are kept.
+        ``tile`` becomes ``image_size``, and every length that the rule states beside it keeps its ratio to ``tile``. A
+        rule without ``tile`` keeps its bounds, in px or patches. Numbers of tokens that a config states are kept.
 
         >>> from uhd.slicing import strategy
         >>> strategy("internvl").for_vision(image_size=384, patch_size=16).plan((600, 1000)).slice_hw
@@ -109,16 +117,58 @@ class StrategyConfig(Slicing):
         if tile is None:
             return self.replace(patch_size=patch_size)
         image_size = image_size or tile
-        lengths = {name: max(round(getattr(self, name) * image_size / tile), 1) for name in self.grows}
-        sides = {
-            name: max(round(getattr(self, name) * image_size / tile / patch_size), 1) * patch_size
-            for name in self.view_sides
-        }
+
+        def scaled(name: str, unit: int) -> int:
+            return max(round(getattr(self, name) * image_size / tile / unit), 1) * unit
+
+        lengths = {name: scaled(name, 1) for name in self.grows}
+        sides = {name: scaled(name, patch_size) for name in self.view_sides}
         return self.replace(tile=image_size, patch_size=patch_size, **lengths, **sides)
 
+    def finish(
+        self, image_hw: Size, canvases: tuple[Canvas, ...], *, packing: Packing | None = None, grid: Size | None = None
+    ) -> SlicePlan:
+        """The plan of these canvases. ``grid`` is the slices', by default that of the only slice canvas."""
+        if grid is None:
+            grid = next((canvas.grid for canvas in canvases if canvas.kind == "slice"), None)
+        visual, separators = sum([len(canvas.tiles) * canvas.tokens_per_view for canvas in canvases]), 0
+        if packing is not None:
+            overviews = sum([len(canvas.tiles) for canvas in canvases if canvas.kind == "overview"])
+            slices = sum([len(canvas.tiles) for canvas in canvases if canvas.kind == "slice"])
+            visual, separators = packing.counts(overviews, slices)
+        if visual < 1:
+            raise ValueError(
+                f"{self.name!r} has views too small for a token: raise tile, or lower patch_size or merge"
+            )
+        filters = {"resample": self.resample, "antialias": self.antialias}
+        return SlicePlan(image_hw, self.patch_size, canvases, grid, visual, separators, self.name, packing, **filters)
+
+    def refuse(self, image_hw: Size, why: str) -> ValueError:
+        """The error for an image that the rule cannot take."""
+        return ValueError(
+            f"{self.name!r} refuses a {image_hw[0]}x{image_hw[1]} px image (height x width): {why}. "
+            "Crop or pad the image, or take another strategy"
+        )
+
+    def whole(self, tokens: int | None = None, **canvas: Any) -> Canvas:
+        """The overview: the image stretched to ``tile_hw``, as :func:`single`; ``token_side**2`` tokens by default."""
+        return single("overview", self.tile_hw, self.token_side**2 if tokens is None else tokens, **canvas)
+
+    def tiles(self, grid: Size, tokens: int | None = None, **canvas: Any) -> Canvas:
+        """The image stretched over a grid and cut, as :func:`tiled`; ``token_side**2`` tokens by default."""
+        return tiled(grid, self.tile_hw, self.token_side**2 if tokens is None else tokens, **canvas)
+
+    def stretched(
+        self, grid: Size, tokens: int | None = None, *, overview: str = "last", always: bool = False
+    ) -> tuple[Canvas, ...]:
+        """:meth:`tiles`, and where the image is cut, or ``always``, its overview first, last or none."""
+        slices, whole = self.tiles(grid, tokens), self.whole(tokens)
+        if overview == "none" or (grid == (1, 1) and not always):
+            return (slices,)
+        return (whole, slices) if overview == "first" else (slices, whole)
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types with the config's class under ``"rule"``; the inverse is
-        :func:`uhd.slicing.rules.slicing_from_dict`."""
+        """Plain JSON types, the class under ``"rule"``: what :func:`uhd.slicing.rules.slicing_from_dict` reads."""
         return {"rule": type(self).__name__, **super().to_dict()}
 
     @classmethod
@@ -159,10 +209,7 @@ def by_name(*entries: tuple[StrategyConfig, str]) -> dict[str, Strategy]:
 
 
 def _checked(where: str, value: Any, default: Any) -> Any:
-    """A setting as plain, hashable types; a ``ValueError`` where it is of another type than its default, or too small.
-
-    Settings that default to ``None`` are optional whole numbers, or pairs of them.
-    """
+    """A setting as plain, hashable types; those that default to ``None`` are whole numbers or pairs of them."""
     value = as_tuples(value)  # configs are hashed
     if default is None:
         if value is None:
@@ -194,79 +241,13 @@ def _alike(value: Any, default: tuple) -> bool:
     return len(value) == len(default) and all(type(part) is int and part >= 0 for part in value)
 
 
-def _leaves(value: Any) -> Iterator[int]:
-    for part in value:
-        yield from _leaves(part) if isinstance(part, tuple) else (part,)
-
-
-def finish(
-    image_hw: Size,
-    config: StrategyConfig,
-    canvases: tuple[Canvas, ...],
-    *,
-    visual: int | None = None,
-    separators: int = 0,
-    packing: Packing | None = None,
-    grid: Size | None = None,
-) -> SlicePlan:
-    """The plan of these canvases. ``grid`` is the slices', by default that of the only slice canvas."""
-    if grid is None:
-        grid = next((canvas.grid for canvas in canvases if canvas.kind == "slice"), None)
-    if visual is None:
-        visual = sum(len(canvas.tiles) * canvas.tokens_per_view for canvas in canvases)
-    if visual < 1:
-        raise ValueError(f"{config.name!r} has views too small for a token: raise tile, or lower patch_size or merge")
-    return SlicePlan(
-        image_hw=image_hw,
-        patch_size=config.patch_size,
-        canvases=canvases,
-        grid=grid,
-        num_visual_tokens=visual,
-        num_separators=separators,
-        strategy=config.name,
-        packing=packing,
-        resample=config.resample,
-        antialias=config.antialias,
-    )
-
-
-def refuse(image_hw: Size, config: StrategyConfig, why: str) -> ValueError:
-    """The error for an image that the rule cannot take."""
-    return ValueError(
-        f"{config.name!r} refuses a {image_hw[0]}x{image_hw[1]} px image (height x width): {why}. "
-        "Crop or pad the image, or take another strategy"
-    )
-
-
 def single(
-    kind: str,
-    view_hw: Size,
-    tokens: int,
-    *,
-    size_hw: Size | None = None,
-    content_hw: Size | None = None,
-    offset: Size = (0, 0),
-    fill: tuple[int, int, int] | None = None,
-    source: Box | None = None,
-    cell: Size = (0, 0),
-    first_hw: Size | None = None,
+    kind: str, view_hw: Size, tokens: int, *, size_hw: Size | None = None, content_hw: Size | None = None, **more: Any
 ) -> Canvas:
-    """A canvas that is one view. Without ``size_hw`` and ``content_hw`` the image is stretched to the view."""
+    """A canvas that is one view; ``more`` are its other fields. By default the image is stretched to the view."""
     size_hw = size_hw or view_hw
-    return Canvas(
-        kind=kind,
-        content_hw=content_hw or size_hw,
-        size_hw=size_hw,
-        grid=(1, 1),
-        tiles=(Box(0, 0, *size_hw),),
-        view_hw=view_hw,
-        tokens_per_view=tokens,
-        source=source,
-        offset=offset,
-        fill=fill,
-        cell=cell,
-        first_hw=first_hw,
-    )
+    tiles = (Box(0, 0, *size_hw),)
+    return Canvas(kind, content_hw or size_hw, size_hw, (1, 1), tiles, view_hw, tokens, **more)
 
 
 def tiled(
@@ -277,37 +258,22 @@ def tiled(
     view_hw: Size | None = None,
     stride_hw: Size | None = None,
     content_hw: Size | None = None,
-    offset: Size = (0, 0),
-    fill: tuple[int, int, int] | None = None,
-    first_hw: Size | None = None,
+    **more: Any,
 ) -> Canvas:
-    """A canvas cut into ``grid`` slices of ``tile_hw``; they overlap where ``stride_hw`` is smaller.
+    """A canvas cut into ``grid`` slices of ``tile_hw``, which overlap where ``stride_hw`` is smaller.
 
-    Without ``content_hw`` the image is stretched over the canvas.
+    ``more`` are its other fields. Without ``content_hw`` the image is stretched over the canvas.
     """
     (rows, cols), (height, width) = grid, tile_hw
     check_views(rows * cols)
     down, right = stride_hw or tile_hw
-    tiles = tuple(
-        Box(r * down, c * right, r * down + height, c * right + width) for r in range(rows) for c in range(cols)
-    )
-    size_hw = ((rows - 1) * down + height, (cols - 1) * right + width)
-    return Canvas(
-        kind="slice",
-        content_hw=content_hw or size_hw,
-        size_hw=size_hw,
-        grid=grid,
-        tiles=tiles,
-        view_hw=view_hw or tile_hw,
-        tokens_per_view=tokens,
-        offset=offset,
-        fill=fill,
-        first_hw=first_hw,
-    )
+    tops, lefts = range(0, rows * down, down), range(0, cols * right, right)
+    tiles = tuple([Box(top, left, top + height, left + width) for top in tops for left in lefts])
+    size_hw = tiles[-1][2:]
+    return Canvas("slice", content_hw or size_hw, size_hw, grid, tiles, view_hw or tile_hw, tokens, **more)
 
 
 def check_views(count: int) -> None:
-    """Raise a ``ValueError`` above :data:`MAX_VIEWS`."""
     if count > MAX_VIEWS:
         raise ValueError(f"{count} views of one image, at most {MAX_VIEWS} are planned: lower the cap on slices")
 
@@ -338,28 +304,23 @@ def padded_square(
     image_hw: Size,
     side: int,
     tokens: int,
-    *,
     fill: tuple[int, int, int],
-    kind: str = "overview",
+    *,
     centre: bool = True,
-    square: int | None = None,
+    square: int = LARGEST_PAD,
 ) -> Canvas:
     """The image padded to a square and then resized to ``side`` px, in this order, as released.
 
-    An image longer than ``square`` (default :data:`LARGEST_PAD`) is shrunk first, lest the padded square be huge.
+    An image longer than ``square`` is shrunk first, lest the padded square be huge.
     """
     longest = max(image_hw)
-    pad = min(longest, square or LARGEST_PAD)
+    pad = min(longest, square)
     content_hw = image_hw
     if pad < longest:
         content_hw = tuple(max(round(length * pad / longest), 1) for length in image_hw)
     offset = centred(content_hw, (pad, pad)) if centre else (0, 0)
-    return single(kind, (side, side), tokens, size_hw=(pad, pad), content_hw=content_hw, offset=offset, fill=fill)
-
-
-def at_least_one(rounding: Callable[[float], int]) -> Callable[[float], int]:
-    """The same rounding, but never 0."""
-    return lambda value: max(rounding(value), 1)
+    square_hw, view_hw = (pad, pad), (side, side)
+    return single("overview", view_hw, tokens, size_hw=square_hw, content_hw=content_hw, offset=offset, fill=fill)
 
 
 def ceil_div(count: int, step: int) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from uhd.slicing.plan import Box, Canvas, SlicePlan
 from uhd.slicing.strategies.base import (
@@ -14,34 +13,25 @@ from uhd.slicing.strategies.base import (
     by_name,
     ceil_div,
     check_views,
-    finish,
     padded_square,
-    refuse,
     rule_of,
     single,
     tiled,
 )
-from uhd.slicing.strategies.selectors import Grids, best_anchor, pairs_by_ratio
+from uhd.slicing.strategies.selectors import Grids, best_anchor, grids_up_to, pairs_by_ratio
 
 _LARGEST_IDEFICS3 = 4096  # px; its processor shrinks to this after the first resize
 
 
 @dataclass(frozen=True)
 class Idefics3Config(StrategyConfig):
-    """Idefics3 and SmolVLM.
-
-    Attributes:
-        tile: Side of a view, px.
-        longest: The longer side becomes this first, px, also where that enlarges.
-        tokens: Tokens of a view.
-    """
+    """Idefics3 and SmolVLM. ``longest``: the longer side becomes this first, px, also where that enlarges."""
 
     tile: int = 364
     longest: int = 1456
     tokens: int = 169
     resample: str = field(default="lanczos", kw_only=True)
-
-    grows: ClassVar[tuple[str, ...]] = ("longest",)
+    grows = ("longest",)
 
 
 @rule_of(Idefics3Config)
@@ -54,29 +44,27 @@ def idefics3(image_hw: Size, config: Idefics3Config) -> SlicePlan:
     resized twice, to the fixed length and then to the multiple, so what the first resize loses does not come back;
     row and column tags exist up to 6 x 6 only.
     """
-    height, width = first_hw = _idefics3_first(image_hw, min(config.longest, _LARGEST_IDEFICS3))
-    aspect = width / height
+    height, width = image_hw
+    longest, aspect = min(config.longest, _LARGEST_IDEFICS3), width / height
+    height, width = (_even(longest / aspect), longest) if width >= height else (longest, _even(longest * aspect))
+    first_hw, aspect = (height, width), width / height
     if width >= height:
         width = ceil_div(width, config.tile) * config.tile
-        height = math.ceil(int(width / aspect) / config.tile) * config.tile
+        height = ceil_div(int(width / aspect), config.tile) * config.tile
     else:
         height = ceil_div(height, config.tile) * config.tile
-        width = math.ceil(int(height * aspect) / config.tile) * config.tile
-    grid, tile_hw = (height // config.tile, width // config.tile), (config.tile, config.tile)
-    overview = single("overview", tile_hw, config.tokens, size_hw=(height, width), first_hw=first_hw)
-    canvases = (overview,) if grid == (1, 1) else (tiled(grid, tile_hw, config.tokens, first_hw=first_hw), overview)
-    return finish(image_hw, config, canvases, grid=grid)
+        width = ceil_div(int(height * aspect), config.tile) * config.tile
+    grid = (height // config.tile, width // config.tile)
+    overview = config.whole(config.tokens, size_hw=(height, width), first_hw=first_hw)
+    if grid == (1, 1):
+        return config.finish(image_hw, (overview,), grid=grid)
+    slices = config.tiles(grid, config.tokens, first_hw=first_hw)
+    return config.finish(image_hw, (slices, overview))
 
 
-def _idefics3_first(image_hw: Size, longest: int) -> Size:
-    """The longer side at ``longest``, the other truncated and made even."""
-    height, width = image_hw
-    aspect = width / height
-    if width >= height:
-        other = int(longest / aspect)
-        return max(other + other % 2, 1), longest
-    other = int(longest * aspect)
-    return longest, max(other + other % 2, 1)
+def _even(length: float) -> int:
+    """Truncated and made even, at least 1."""
+    return max(int(length) + int(length) % 2, 1)
 
 
 @dataclass(frozen=True)
@@ -107,17 +95,17 @@ def idefics2(image_hw: Size, config: Idefics2Config) -> SlicePlan:
     """
     overview = single("overview", _idefics2_size(image_hw, config), config.tokens)
     if not config.split:
-        return finish(image_hw, config, (overview,))
+        return config.finish(image_hw, (overview,))
     if min(image_hw) < 2:
-        raise refuse(image_hw, config, "a quarter of it would be empty")
+        raise config.refuse(image_hw, "a quarter of it would be empty")
     middle = (image_hw[0] // 2, image_hw[1] // 2)
-    edges = tuple((0, half, length) for half, length in zip(middle, image_hw, strict=True))
+    tops, lefts = ((0, half, length) for half, length in zip(middle, image_hw, strict=True))
     quarters = []
     for row, col in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        box = Box(edges[0][row], edges[1][col], edges[0][row + 1], edges[1][col + 1])
-        size = _idefics2_size(box.size_hw, config)
-        quarters.append(single("slice", size, config.tokens, source=box, cell=(row, col)))
-    return finish(image_hw, config, (*quarters, overview), grid=(2, 2))
+        box = Box(tops[row], lefts[col], tops[row + 1], lefts[col + 1])
+        size_hw = _idefics2_size(box.size_hw, config)
+        quarters.append(single("slice", size_hw, config.tokens, source=box, cell=(row, col)))
+    return config.finish(image_hw, (*quarters, overview), grid=(2, 2))
 
 
 def _idefics2_size(size_hw: Size, config: Idefics2Config) -> Size:
@@ -132,13 +120,7 @@ def _idefics2_size(size_hw: Size, config: Idefics2Config) -> Size:
 
 @dataclass(frozen=True)
 class AnchorConfig(StrategyConfig):
-    """UReader and mPLUG-DocOwl.
-
-    Attributes:
-        tile: Side of a view, px.
-        grids: (rows, columns) of the anchors, in order.
-        tokens: Tokens of a view, a learned end-of-view embedding included.
-    """
+    """UReader and mPLUG-DocOwl. ``tokens`` include a learned end-of-view embedding."""
 
     tile: int = 224
     grids: Grids = ()
@@ -155,8 +137,8 @@ def shape_adaptive(image_hw: Size, config: AnchorConfig) -> SlicePlan:
     Traps: the overview is there also for 1 x 1, which then costs two views; the overlap is computed in float32 with a
     truncated height, and some sizes depend on it.
     """
-    grid, tile_hw = best_anchor(image_hw, config.grids, config.tile), (config.tile, config.tile)
-    return finish(image_hw, config, (single("overview", tile_hw, config.tokens), tiled(grid, tile_hw, config.tokens)))
+    grid = best_anchor(image_hw, config.grids, config.tile)
+    return config.finish(image_hw, config.stretched(grid, config.tokens, overview="first", always=True))
 
 
 @dataclass(frozen=True)
@@ -164,8 +146,6 @@ class PanAndScanConfig(StrategyConfig):
     """Gemma 3's pan and scan.
 
     Attributes:
-        tile: Side of a view, px.
-        merge: Patches joined per side.
         min_crop: Shortest side of a crop of the image, px.
         max_crops: Cap on crops.
         min_aspect: Longer side / shorter side from which on an image is cut.
@@ -177,8 +157,7 @@ class PanAndScanConfig(StrategyConfig):
     max_crops: int = 4
     min_aspect: float = 1.2
     resample: str = field(default="bilinear", kw_only=True)
-
-    grows: ClassVar[tuple[str, ...]] = ("min_crop",)
+    grows = ("min_crop",)
 
 
 @rule_of(PanAndScanConfig)
@@ -191,13 +170,12 @@ def pan_and_scan(image_hw: Size, config: PanAndScanConfig) -> SlicePlan:
     Traps: a 4:3 photo becomes two 2:3 crops, squeezed more than the photo was; a sentence of English stands around
     the crops in the text.
     """
-    side = config.tile // config.patch_size // config.merge
-    tile_hw, tokens = (config.tile, config.tile), side * side
-    overview = single("overview", tile_hw, tokens)
+    tokens = config.token_side**2
+    overview = config.whole(tokens)
     crops = _crops(image_hw, config)
-    slices = tuple(single("slice", tile_hw, tokens, source=box, cell=cell) for cell, box in crops)
+    slices = tuple(single("slice", config.tile_hw, tokens, source=box, cell=cell) for cell, box in crops)
     grid = (slices[-1].cell[0] + 1, slices[-1].cell[1] + 1) if slices else None
-    return finish(image_hw, config, (overview, *slices), grid=grid)
+    return config.finish(image_hw, (overview, *slices), grid=grid)
 
 
 def _crops(image_hw: Size, config: PanAndScanConfig) -> list[tuple[Size, Box]]:
@@ -221,7 +199,6 @@ class Step3p7Config(StrategyConfig):
     """Step-3.7.
 
     Attributes:
-        tile: Side of a slice as the encoder sees it, px.
         overview_side: Side of the overview, px.
         longest: Larger images are shrunk to this first, px.
         stride: Patches joined per side by the two downsampling convolutions; a rest is dropped.
@@ -232,9 +209,8 @@ class Step3p7Config(StrategyConfig):
     longest: int = 3024
     stride: int = 4
     resample: str = field(default="bilinear", kw_only=True)
-
-    grows: ClassVar[tuple[str, ...]] = ("longest",)
-    view_sides: ClassVar[tuple[str, ...]] = ("overview_side",)
+    grows = ("longest",)
+    view_sides = ("overview_side",)
 
 
 @rule_of(Step3p7Config)
@@ -254,24 +230,20 @@ def step3p7(image_hw: Size, config: Step3p7Config) -> SlicePlan:
         scale = config.longest / max(whole_hw)
         whole_hw = (int(whole_hw[0] * scale), int(whole_hw[1] * scale))
     if min(whole_hw) < 1:
-        raise refuse(image_hw, config, f"shrunk it would be {whole_hw[0]}x{whole_hw[1]} px")
-    overview = _step_overview(image_hw, whole_hw, padded, config)
+        raise config.refuse(image_hw, f"shrunk it would be {whole_hw[0]}x{whole_hw[1]} px")
+    side = config.overview_side
+    if padded:
+        overview = padded_square(image_hw, side, _step_tokens(side, config), BLACK, centre=False, square=whole_hw[0])
+    else:
+        overview = single("overview", (side, side), _step_tokens(side, config), size_hw=whole_hw)
     window = _step_window(whole_hw, config)
     if window is None:
-        return finish(image_hw, config, (overview,))
-    return finish(image_hw, config, (_step_windows(image_hw, whole_hw, window, padded, config), overview))
+        return config.finish(image_hw, (overview,))
+    return config.finish(image_hw, (_step_windows(image_hw, whole_hw, window, padded, config), overview))
 
 
 def _step_tokens(side: int, config: Step3p7Config) -> int:
     return (side // config.patch_size // config.stride) ** 2
-
-
-def _step_overview(image_hw: Size, whole_hw: Size, padded: bool, config: Step3p7Config) -> Canvas:
-    side = config.overview_side
-    tokens = _step_tokens(side, config)
-    if padded:
-        return padded_square(image_hw, side, tokens, fill=BLACK, centre=False, square=whole_hw[0])
-    return single("overview", (side, side), tokens, size_hw=whole_hw)
 
 
 def _step_window(whole_hw: Size, config: Step3p7Config) -> int | None:
@@ -289,20 +261,17 @@ def _step_windows(image_hw: Size, whole_hw: Size, window: int, padded: bool, con
     )
     grid = tuple(max(1, length // window) for length in canvas_hw)
     tile_hw = (min(window, canvas_hw[0]), min(window, canvas_hw[1]))
-    content_hw = fill = None
+    padding = {}
     if padded:
-        content_hw = tuple(
-            max(round(length * side / max(image_hw)), 1) for length, side in zip(image_hw, canvas_hw, strict=True)
-        )
-        fill = BLACK
-    view_hw = (config.tile, config.tile)
-    tokens = _step_tokens(config.tile, config)
-    return tiled(grid, tile_hw, tokens, view_hw=view_hw, content_hw=content_hw, fill=fill)
+        longest, sides = max(image_hw), zip(image_hw, canvas_hw, strict=True)
+        content_hw = tuple(max(round(length * side / longest), 1) for length, side in sides)
+        padding = {"content_hw": content_hw, "fill": BLACK}
+    return tiled(grid, tile_hw, _step_tokens(config.tile, config), view_hw=config.tile_hw, **padding)
 
 
 @dataclass(frozen=True)
 class PerceptionLMConfig(StrategyConfig):
-    """Perception-LM. ``tile``: side of a view, px; ``merge``: patches pooled per side; ``max_tiles``: cap."""
+    """Perception-LM."""
 
     tile: int = 448
     merge: int = 2
@@ -320,9 +289,7 @@ def perception_lm(image_hw: Size, config: PerceptionLMConfig) -> SlicePlan:
     """
     check_views(config.max_tiles + 1)
     cols, rows = _largest_holding(image_hw, config) or _nearest_aspect(image_hw, config)
-    side = config.tile // config.patch_size // config.merge
-    tile_hw, tokens = (config.tile, config.tile), side * side
-    return finish(image_hw, config, (single("overview", tile_hw, tokens), tiled((rows, cols), tile_hw, tokens)))
+    return config.finish(image_hw, config.stretched((rows, cols), overview="first", always=True))
 
 
 def _largest_holding(image_hw: Size, config: PerceptionLMConfig) -> Size | None:
@@ -362,12 +329,8 @@ _UP_TO_9 = (
     *((1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (1, 4), (4, 1), (1, 5), (5, 1), (1, 6), (6, 1)),
     *((2, 3), (3, 2), (1, 7), (7, 1), (4, 2), (2, 4), (1, 8), (8, 1), (3, 3), (1, 9), (9, 1)),
 )
-_UP_TO_20 = (
-    *((1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (1, 4), (2, 2), (4, 1), (1, 5), (5, 1)),
-    *((1, 6), (2, 3), (3, 2), (6, 1), (1, 7), (7, 1), (1, 8), (2, 4), (4, 2), (8, 1)),
-    *((1, 9), (3, 3), (9, 1), (1, 10), (2, 5), (5, 2), (10, 1), (1, 11), (11, 1)),
-    *((2, 6), (3, 4), (4, 3), (6, 2), (2, 7), (7, 2), (3, 5), (5, 3), (2, 8), (4, 4), (8, 2)),
-    *((2, 9), (3, 6), (6, 3), (9, 2), (2, 10), (4, 5), (5, 4), (10, 2)),
+_UP_TO_20 = tuple(
+    sorted((grid for grid in grids_up_to(20) if max(grid) <= 11), key=lambda grid: (math.prod(grid), grid[0]))
 )
 
 STRATEGIES = by_name(

@@ -17,9 +17,7 @@ from uhd.slicing.strategies.base import (
     by_name,
     ceil_div,
     centred,
-    finish,
     fit,
-    refuse,
     rule_of,
     single,
     tiled,
@@ -31,11 +29,7 @@ from uhd.slicing.strategies.selectors import Grids, closest_aspect, grids_up_to,
 class InternVLConfig(StrategyConfig):
     """InternVL's dynamic preprocessing.
 
-    Attributes:
-        tile: Side of a view, px.
-        merge: Patches joined per side.
-        max_tiles, min_tiles: Bounds on the number of slices; the overview is not counted.
-        overview: ``"last"``, ``"first"``, or ``"none"``; only a cut image has one.
+    ``overview``: ``"last"``, ``"first"``, or ``"none"``; only a cut image has one.
     """
 
     tile: int = 448
@@ -59,13 +53,7 @@ def internvl(image_hw: Size, config: InternVLConfig) -> SlicePlan:
     ``crop_to_patches=True``; several images in a training sample share ``max_tiles``.
     """
     grid = closest_aspect(image_hw, grids_up_to(config.max_tiles, config.min_tiles), config.tile)
-    side = config.tile // config.patch_size // config.merge
-    tile_hw, tokens = (config.tile, config.tile), side * side
-    canvases = (tiled(grid, tile_hw, tokens),)
-    if math.prod(grid) > 1 and config.overview != "none":
-        overview = (single("overview", tile_hw, tokens),)
-        canvases = overview + canvases if config.overview == "first" else canvases + overview
-    return finish(image_hw, config, canvases)
+    return config.finish(image_hw, config.stretched(grid, overview=config.overview))
 
 
 @dataclass(frozen=True)
@@ -76,7 +64,6 @@ class OcrConfig(StrategyConfig):
         tile: Side of a slice, px; an image no longer than this is not cut.
         overview_side: Side of the overview, px.
         merge: Patches joined per side; a rest counts as one.
-        min_tiles, max_tiles: Bounds on the number of slices.
         newline: A newline after every feature row of the overview and of the slices' map.
         uncut_grid: What the plan reports for an image without slices; Unlimited-OCR's processor says 1 x 1.
     """
@@ -89,8 +76,7 @@ class OcrConfig(StrategyConfig):
     max_tiles: int = 6
     newline: bool = False
     uncut_grid: Size | None = None
-
-    view_sides: ClassVar[tuple[str, ...]] = ("overview_side",)
+    view_sides = ("overview_side",)
 
     @property
     def learned(self) -> tuple[str, ...]:
@@ -111,22 +97,15 @@ def ocr(image_hw: Size, config: OcrConfig) -> SlicePlan:
     scale = side / max(image_hw)
     content_hw = (round(image_hw[0] * scale), round(image_hw[1] * scale))
     if min(content_hw) < 1:
-        raise refuse(image_hw, config, f"its overview would be {content_hw[0]}x{content_hw[1]} px")
+        raise config.refuse(image_hw, f"its overview would be {content_hw[0]}x{content_hw[1]} px")
     overview_side = ceil_div(side // config.patch_size, config.merge)
     slice_side = ceil_div(config.tile // config.patch_size, config.merge)
-    view_hw = (side, side)
-    overview = single(
-        "overview",
-        view_hw,
-        overview_side**2,
-        content_hw=content_hw,
-        offset=centred(content_hw, view_hw),
-        fill=GRAY,
-    )
+    offset = centred(content_hw, (side, side))
+    overview = single("overview", (side, side), overview_side**2, content_hw=content_hw, offset=offset, fill=GRAY)
     canvases, grid = (overview,), None
     if max(image_hw) > config.tile:
         grid = closest_aspect(image_hw, grids_up_to(config.max_tiles, config.min_tiles), config.tile)
-        canvases = (tiled(grid, (config.tile, config.tile), slice_side**2), overview)
+        canvases = (config.tiles(grid, slice_side**2), overview)
     map_hw = (grid[0] * slice_side, grid[1] * slice_side) if grid and config.newline else None
     packing = Packing(
         view_hw=(slice_side, slice_side),
@@ -136,8 +115,7 @@ def ocr(image_hw: Size, config: OcrConfig) -> SlicePlan:
         overview_newline=config.newline,
         separator="end",
     )
-    separators = 1 + (overview_side if config.newline else 0) + (map_hw[0] if map_hw else 0)
-    return finish(image_hw, config, canvases, separators=separators, packing=packing, grid=grid or config.uncut_grid)
+    return config.finish(image_hw, canvases, packing=packing, grid=grid or config.uncut_grid)
 
 
 @dataclass(frozen=True)
@@ -145,11 +123,8 @@ class Lfm2Config(StrategyConfig):
     """LFM2-VL.
 
     Attributes:
-        tile: Side of a slice, px.
-        merge: Patches joined per side.
         min_tokens, max_tokens: Range of an image that is not cut, and of the overview.
         tolerance: An image above ``tolerance * max_tokens`` is cut.
-        min_tiles, max_tiles: Bounds on the number of slices.
     """
 
     patch_size: int = 16
@@ -180,32 +155,20 @@ def lfm2(image_hw: Size, config: Lfm2Config) -> SlicePlan:
     """
     unit = config.patch_size * config.merge
     area = math.prod(max(config.patch_size, round(length / unit) * unit) for length in image_hw)
-    view_hw = smart_resize(
-        image_hw,
-        unit,
-        config.min_tokens * unit**2,
-        config.max_tokens * unit**2,
-        max_aspect=None,
-        at_least_one=True,
-    )
+    low, high = config.min_tokens * unit**2, config.max_tokens * unit**2
+    view_hw = smart_resize(image_hw, unit, low, high, max_aspect=None, at_least_one=True)
     tokens = math.prod(view_hw) // unit**2
-    if area <= config.max_tokens * unit**2 * config.tolerance:
-        return finish(image_hw, config, (tiled((1, 1), view_hw, tokens),))
+    if area <= high * config.tolerance:
+        return config.finish(image_hw, (tiled((1, 1), view_hw, tokens),))
     grid = closest_aspect(image_hw, grids_up_to(config.max_tiles, config.min_tiles), config.tile)
     per_tile = ceil_div(config.tile // config.patch_size, config.merge) ** 2
-    slices = tiled(grid, (config.tile, config.tile), per_tile)
-    return finish(image_hw, config, (slices, single("overview", view_hw, tokens)))
+    slices = config.tiles(grid, per_tile)
+    return config.finish(image_hw, (slices, single("overview", view_hw, tokens)))
 
 
 @dataclass(frozen=True)
 class Phi4Config(StrategyConfig):
-    """Phi-4-multimodal's dynamic HD.
-
-    Attributes:
-        tile: Side of a view, px.
-        merge: Patches joined per side.
-        max_tiles: Cap on the number of slices.
-    """
+    """Phi-4-multimodal's dynamic HD."""
 
     tile: int = 448
     merge: int = 2
@@ -233,35 +196,27 @@ def phi4(image_hw: Size, config: Phi4Config) -> SlicePlan:
     canvas_hw = (grid[0] * tile, grid[1] * tile)
     content_hw = fit(image_hw, canvas_hw, int)
     if min(content_hw) < 10:
-        raise refuse(
-            image_hw, config, f"fitted it would be {content_hw[0]}x{content_hw[1]} px, at least 10 are needed"
-        )
-    patches, tile_hw = tile // config.patch_size, (tile, tile)
+        shrunk = f"{content_hw[0]}x{content_hw[1]} px"
+        raise config.refuse(image_hw, f"fitted it would be {shrunk}, at least 10 are needed")
     # of the patches that are not wholly padding, every merge-th counts
     kept_hw = tuple(
-        ceil_div(count * patches - (size - content) // config.patch_size, config.merge)
+        ceil_div(count * (tile // config.patch_size) - (size - content) // config.patch_size, config.merge)
         for count, size, content in zip(grid, canvas_hw, content_hw, strict=True)
     )
-    side = patches // config.merge
-    overview = single("overview", tile_hw, side * side, size_hw=canvas_hw, content_hw=content_hw, fill=WHITE)
-    return finish(
-        image_hw,
-        config,
-        (
-            tiled(grid, tile_hw, side * side, content_hw=content_hw, fill=WHITE),
-            replace(overview, view_filter=("bicubic", False)),
-        ),
-        visual=math.prod(kept_hw) + side * side,
-        separators=kept_hw[0] + 1 + side,
-        packing=Packing(
-            view_hw=(side, side),
-            map_hw=(grid[0] * side, grid[1] * side),
-            kept=Box(0, 0, *kept_hw),
-            newline=True,
-            overview_newline=True,
-            separator="between",
-        ),
+    side, tokens = config.token_side, config.token_side**2
+    slices = config.tiles(grid, tokens, content_hw=content_hw, fill=WHITE)
+    overview = replace(
+        slices, kind="overview", grid=(1, 1), tiles=(Box(0, 0, *canvas_hw),), view_filter=("bicubic", False)
     )
+    packing = Packing(
+        view_hw=(side, side),
+        map_hw=(grid[0] * side, grid[1] * side),
+        kept=Box(0, 0, *kept_hw),
+        newline=True,
+        overview_newline=True,
+        separator="between",
+    )
+    return config.finish(image_hw, (slices, overview), packing=packing)
 
 
 @dataclass(frozen=True)
@@ -269,10 +224,7 @@ class Ovis2Config(StrategyConfig):
     """Ovis2's covering grid.
 
     Attributes:
-        tile: Side of a view, px.
-        max_tiles: Cap on the number of slices.
         coverage: Share of the image's area that a good grid keeps.
-        merge: Patches joined per side.
         transformers: Behave as the port does: rows and columns exchanged, and the whole image stretched.
         fill: RGB of the padding. The release pads with zeros after normalisation, which is the mean colour.
     """
@@ -302,16 +254,12 @@ def ovis2(image_hw: Size, config: Ovis2Config) -> SlicePlan:
     stretches instead of padding. Ovis2.5 has no tiles any more.
     """
     grid = covering_grid(image_hw, config)
-    side = config.tile // config.patch_size // config.merge
-    tile_hw, tokens = (config.tile, config.tile), side * side
-    several = math.prod(grid) > 1
     if config.transformers:
-        slices = tiled(grid[::-1], tile_hw, tokens)
-        return finish(image_hw, config, ((single("overview", tile_hw, tokens),) if several else ()) + (slices,))
-    canvases = [_letterboxed("slice", box, tokens, config, cell) for cell, box in _pieces(image_hw, grid)]
-    if several:
-        canvases.insert(0, _letterboxed("overview", Box(0, 0, *image_hw), tokens, config, (0, 0)))
-    return finish(image_hw, config, tuple(canvases), grid=grid)
+        return config.finish(image_hw, config.stretched(grid[::-1], overview="first"))
+    canvases = [_letterboxed("slice", box, config, cell) for cell, box in _pieces(image_hw, grid)]
+    if len(canvases) > 1:
+        canvases.insert(0, _letterboxed("overview", Box(0, 0, *image_hw), config, (0, 0)))
+    return config.finish(image_hw, tuple(canvases), grid=grid)
 
 
 def covering_grid(image_hw: Size, config: Ovis2Config) -> Size:
@@ -322,7 +270,7 @@ def covering_grid(image_hw: Size, config: Ovis2Config) -> Size:
         for grid in grids_up_to(config.max_tiles)
     }
     # the order of candidates that tie in both is that of the release: rows rising
-    ordered = sorted(kept, key=lambda grid: grid)
+    ordered = sorted(kept)
     good = [grid for grid in ordered if kept[grid] > config.coverage]
     if good:
         return min(good, key=lambda grid: (math.prod(grid), -kept[grid]))
@@ -346,19 +294,18 @@ def _covered(box: Box, side: int) -> float:
     return shorter / longer * side * side if longer > side else longer * shorter
 
 
-def _letterboxed(kind: str, box: Box, tokens: int, config: Ovis2Config, cell: Size) -> Canvas:
+def _letterboxed(kind: str, box: Box, config: Ovis2Config, cell: Size) -> Canvas:
     height, width = box.size_hw
     if width > height:
         content_hw = (max(int(height / width * config.tile), 1), config.tile)
     else:
         content_hw = (config.tile, max(int(width / height * config.tile), 1))
-    tile_hw = (config.tile, config.tile)
     return single(
         kind,
-        tile_hw,
-        tokens,
+        config.tile_hw,
+        config.token_side**2,
         content_hw=content_hw,
-        offset=centred(content_hw, tile_hw),
+        offset=centred(content_hw, config.tile_hw),
         fill=config.fill,
         source=box,
         cell=cell,
@@ -369,19 +316,14 @@ def _letterboxed(kind: str, box: Box, tokens: int, config: Ovis2Config, cell: Si
 class AriaConfig(StrategyConfig):
     """Aria's own splitting.
 
-    Attributes:
-        tile: Side of a view, px.
-        grids: (rows, columns), in order.
-        min_side: The overview's content is at least this long on its shorter side, px.
-        tokens: Tokens of a view.
+    ``min_side``: the overview's content is at least this long on its shorter side, px.
     """
 
     tile: int = 490
     grids: Grids = tuple((rows, cols) for cols, rows in ARIA_GRIDS)
     min_side: int = 336
     tokens: int = 128
-
-    grows: ClassVar[tuple[str, ...]] = ("min_side",)
+    grows = ("min_side",)
 
 
 @rule_of(AriaConfig)
@@ -394,9 +336,9 @@ def aria(image_hw: Size, config: AriaConfig) -> SlicePlan:
     views for nearly every size; even a thumbnail is cut in two.
     """
     grid = closest_aspect(image_hw, config.grids, config.tile)
-    slices = tiled(grid, (config.tile, config.tile), config.tokens)
+    slices = config.tiles(grid, config.tokens)
     overview = kept_ratio(image_hw, config.tile, config.min_side, config.tokens)
-    return finish(image_hw, config, (overview, slices))
+    return config.finish(image_hw, (overview, slices))
 
 
 STRATEGIES = by_name(

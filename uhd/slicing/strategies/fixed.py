@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from uhd.slicing.plan import Packing, SlicePlan
-from uhd.slicing.strategies.base import (
-    CLIP_MEAN,
-    GRAY,
-    Size,
-    StrategyConfig,
-    by_name,
-    finish,
-    padded_square,
-    rule_of,
-    single,
-    tiled,
-)
+from uhd.slicing.strategies.base import CLIP_MEAN, GRAY, Size, StrategyConfig, by_name, padded_square, rule_of
 
 
 @dataclass(frozen=True)
 class StretchConfig(StrategyConfig):
     """The whole image stretched to one square view.
 
-    Attributes:
-        tile: Side of the view, px.
-        merge: Patches joined per side.
-        tokens: Tokens of the view, where a resampler decides; ``None`` is the number of merged patches.
+    ``tokens`` is what a resampler gives; ``None``: the merged patches.
     """
 
     tile: int = 384
@@ -43,14 +29,13 @@ def stretch(image_hw: Size, config: StretchConfig) -> SlicePlan:
     Models: SigLIP, BLIP-2, InstructBLIP, MiniGPT-v2, Gemma 3 without pan and scan, PaliGemma.
     Traps: 384 px with patch 14 leaves 6 px at the right and bottom that no patch sees.
     """
-    side = config.tile // config.patch_size // config.merge
-    tokens = side * side if config.tokens is None else config.tokens
-    return finish(image_hw, config, (single("overview", (config.tile, config.tile), tokens),))
+    tokens = config.token_side**2 if config.tokens is None else config.tokens
+    return config.finish(image_hw, (config.whole(tokens),))
 
 
 @dataclass(frozen=True)
 class CenterCropConfig(StrategyConfig):
-    """The middle square of the image. ``tile``: side of the view, px."""
+    """The middle square of the image."""
 
     tile: int = 336
 
@@ -69,9 +54,8 @@ def center_crop(image_hw: Size, config: CenterCropConfig) -> SlicePlan:
     longer = int(side * max(image_hw) / min(image_hw))
     content_hw = (longer, side) if height > width else (side, longer)
     offset = tuple(-((length - side) // 2) for length in content_hw)
-    patches = side // config.patch_size
-    view = single("overview", (side, side), patches * patches, content_hw=content_hw, offset=offset)
-    return finish(image_hw, config, (view,))
+    view = config.whole(content_hw=content_hw, offset=offset)
+    return config.finish(image_hw, (view,))
 
 
 @dataclass(frozen=True)
@@ -79,7 +63,6 @@ class SquarePadConfig(StrategyConfig):
     """The image padded to a square.
 
     Attributes:
-        tile: Side of the view, px.
         fill: RGB of the padding: the encoder's mean colour, int(255 * mean), by default CLIP's.
         newline: One learned embedding follows the view.
     """
@@ -103,10 +86,10 @@ def square_pad(image_hw: Size, config: SquarePadConfig) -> SlicePlan:
     Models: LLaVA-1.5 (CLIP), LLaVA-OneVision multi-image (SigLIP, one newline after each image).
     Traps: transformers' LLaVA processor needs ``do_pad=True`` for it; its class default stretches and crops.
     """
-    side = config.tile // config.patch_size
+    side = config.token_side
     packing = Packing(view_hw=(side, side), separator="end") if config.newline else None
-    canvas = padded_square(image_hw, config.tile, side * side, fill=config.fill)
-    return finish(image_hw, config, (canvas,), separators=int(config.newline), packing=packing)
+    canvas = padded_square(image_hw, config.tile, side * side, config.fill)
+    return config.finish(image_hw, (canvas,), packing=packing)
 
 
 @dataclass(frozen=True)
@@ -114,9 +97,8 @@ class WindowsConfig(StrategyConfig):
     """Fixed windows and the whole image.
 
     Attributes:
-        tile: Side of a view, px.
         grid: (rows, columns) of windows.
-        tokens: Tokens of each view (Monkey: queries of its resampler).
+        tokens: Of each view (Monkey: queries of its resampler).
     """
 
     tile: int = 448
@@ -134,11 +116,9 @@ def fixed_windows(image_hw: Size, config: WindowsConfig) -> SlicePlan:
     Traps: every window has its own LoRA in Monkey, so windows are not interchangeable; the overview is made from the
     stretched 896 px canvas, not from the image, and without antialiasing.
     """
-    tile_hw = (config.tile, config.tile)
-    canvas_hw = (config.grid[0] * config.tile, config.grid[1] * config.tile)
-    windows = tiled(config.grid, tile_hw, config.tokens)
-    overview = single("overview", tile_hw, config.tokens, size_hw=canvas_hw)
-    return finish(image_hw, config, (windows, replace(overview, view_filter=("bicubic", False))))
+    windows = config.tiles(config.grid, config.tokens)
+    overview = config.whole(config.tokens, size_hw=windows.size_hw, view_filter=("bicubic", False))
+    return config.finish(image_hw, (windows, overview))
 
 
 STRATEGIES = by_name(

@@ -5,19 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from uhd.slicing.plan import SlicePlan
-from uhd.slicing.strategies.base import BLACK, Size, StrategyConfig, by_name, ceil_div, finish, refuse, rule_of, single
+from uhd.slicing.strategies.base import BLACK, Size, StrategyConfig, by_name, ceil_div, rule_of, single
 from uhd.slicing.strategies.selectors import smart_resize
 
 
-def _view(
-    image_hw: Size, config: StrategyConfig, size_hw: Size, unit: int, *, content_hw: Size | None = None, fill=None
-) -> SlicePlan:
+def _view(image_hw: Size, config: StrategyConfig, size_hw: Size, unit: int, **canvas: Any) -> SlicePlan:
     """One view of this size, a token for every ``unit`` x ``unit`` px."""
     tokens = (size_hw[0] // unit) * (size_hw[1] // unit)
-    return finish(image_hw, config, (single("overview", size_hw, tokens, content_hw=content_hw, fill=fill),))
+    return config.finish(image_hw, (single("overview", size_hw, tokens, **canvas),))
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,6 @@ class SmartResizeConfig(StrategyConfig):
     """Qwen's native resolution and its descendants.
 
     Attributes:
-        merge: Patches joined per side.
         min_pixels, max_pixels: Range of the view's pixels.
         frames: An image counts as this many frames against the range.
         enlarge: Before anything else, sides below ``patch_size * merge`` are enlarged: ``"both"`` by one factor,
@@ -64,7 +61,7 @@ def native_smart_resize(image_hw: Size, config: SmartResizeConfig) -> SlicePlan:
     try:
         size_hw = smart_resize((height, width), unit, config.min_pixels, config.max_pixels, frames=config.frames)
     except ValueError as problem:
-        raise refuse(image_hw, config, str(problem)) from None
+        raise config.refuse(image_hw, str(problem)) from None
     return _view(image_hw, config, size_hw, unit)
 
 
@@ -102,7 +99,7 @@ def _naflex_size(image_hw: Size, scale: float, patch: int) -> Size:
 
 @dataclass(frozen=True)
 class PixtralConfig(StrategyConfig):
-    """Pixtral and Mistral-Small. ``longest``: longest side, px; ``merge``: patches joined per side."""
+    """Pixtral and Mistral-Small. ``longest``: longest side, px."""
 
     patch_size: int = 16
     longest: int = 1024
@@ -122,7 +119,7 @@ def pixtral(image_hw: Size, config: PixtralConfig) -> SlicePlan:
     unit = config.patch_size * config.merge
     shrunk = image_hw if ratio <= 1 else tuple(math.floor(length / ratio) for length in image_hw)
     if min(shrunk) < 1:
-        raise refuse(image_hw, config, f"shrunk it would be {shrunk[0]}x{shrunk[1]} px")
+        raise config.refuse(image_hw, f"shrunk it would be {shrunk[0]}x{shrunk[1]} px")
     return _view(image_hw, config, tuple(ceil_div(length, unit) * unit for length in shrunk), unit)
 
 
@@ -149,7 +146,7 @@ def fuyu(image_hw: Size, config: FuyuConfig) -> SlicePlan:
         scale = min(config.largest_hw[0] / image_hw[0], config.largest_hw[1] / image_hw[1])
         content_hw = (int(image_hw[0] * scale), int(image_hw[1] * scale))
     if min(content_hw) < 1:
-        raise refuse(image_hw, config, f"shrunk it would be {content_hw[0]}x{content_hw[1]} px")
+        raise config.refuse(image_hw, f"shrunk it would be {content_hw[0]}x{content_hw[1]} px")
     size_hw = tuple(ceil_div(length, config.patch_size) * config.patch_size for length in content_hw)
     return _view(image_hw, config, size_hw, config.patch_size, content_hw=content_hw, fill=(1, 1, 1))
 
@@ -173,23 +170,23 @@ def gemma4(image_hw: Size, config: Gemma4Config) -> SlicePlan:
     """
     height, width = image_hw
     unit = config.patch_size * config.pool
-    pixels = config.max_tokens * config.pool**2 * config.patch_size**2
+    pixels = config.max_tokens * unit**2
     scale = math.sqrt(pixels / (height * width))
     rows, cols = math.floor(scale * height / unit), math.floor(scale * width / unit)
     if rows == cols == 0:
-        raise refuse(image_hw, config, f"max_tokens={config.max_tokens} leaves it no patch")
+        raise config.refuse(image_hw, f"max_tokens={config.max_tokens} leaves it no patch")
     if rows == 0:
         rows, cols = 1, min(width // height, config.max_tokens)
     elif cols == 0:
         rows, cols = min(height // width, config.max_tokens), 1
-    if rows * cols * unit * unit > pixels:
-        raise refuse(image_hw, config, f"{rows}x{cols} tokens exceed max_tokens={config.max_tokens}")
+    if rows * cols > config.max_tokens:
+        raise config.refuse(image_hw, f"{rows}x{cols} tokens exceed max_tokens={config.max_tokens}")
     return _view(image_hw, config, (rows * unit, cols * unit), unit)
 
 
 @dataclass(frozen=True)
 class KimiConfig(StrategyConfig):
-    """Kimi-K2.5. ``merge``: patches joined per side; ``max_patches``: of an image; ``max_side``: patches per side."""
+    """Kimi-K2.5. ``max_patches``: of an image; ``max_side``: patches per side."""
 
     merge: int = 2
     max_patches: int = 16384
@@ -216,7 +213,7 @@ def kimi(image_hw: Size, config: KimiConfig) -> SlicePlan:
 
 @dataclass(frozen=True)
 class NemotronConfig(StrategyConfig):
-    """Nemotron-H-Omni. ``merge``: patches joined per side; ``min_patches``, ``max_patches``: range of a view."""
+    """Nemotron-H-Omni. ``min_patches``, ``max_patches``: range of a view."""
 
     patch_size: int = 16
     merge: int = 2
@@ -237,15 +234,14 @@ def nemotron(image_hw: Size, config: NemotronConfig) -> SlicePlan:
     scale = min(math.sqrt(config.max_patches / (rows * cols)), 1.0)
     rows, cols = math.floor(scale * rows), math.floor(scale * cols)
     if min(rows, cols) < 1:
-        raise refuse(image_hw, config, f"its grid would be {rows}x{cols} patches")
+        raise config.refuse(image_hw, f"its grid would be {rows}x{cols} patches")
     if config.max_patches > config.min_patches and rows * cols < config.min_patches:
         scale = math.sqrt(config.min_patches / (rows * cols))
         rows, cols = math.ceil(scale * rows), math.ceil(scale * cols)
     rows = _mergeable(rows, cols, config)
     cols = _mergeable(cols, rows, config)
-    return _view(
-        image_hw, config, (rows * config.patch_size, cols * config.patch_size), config.patch_size * config.merge
-    )
+    size_hw = (rows * config.patch_size, cols * config.patch_size)
+    return _view(image_hw, config, size_hw, config.patch_size * config.merge)
 
 
 def _mergeable(count: int, other: int, config: NemotronConfig) -> int:
@@ -259,7 +255,7 @@ def _mergeable(count: int, other: int, config: NemotronConfig) -> int:
 
 @dataclass(frozen=True)
 class MuseConfig(StrategyConfig):
-    """Muse-Glimmer. ``merge``: patches joined per side; ``max_tokens``: most tokens of an image."""
+    """Muse-Glimmer. ``max_tokens``: most tokens of an image."""
 
     merge: int = 2
     max_tokens: int = 4096
@@ -281,9 +277,8 @@ def muse(image_hw: Size, config: MuseConfig) -> SlicePlan:
         aspect = ideal_cols / ideal_rows
         ideal_rows = (config.max_tokens / aspect) ** 0.5
         ideal_cols = ideal_rows * aspect
-    pairs = itertools.product(
-        (math.floor(ideal_rows), math.ceil(ideal_rows)), (math.floor(ideal_cols), math.ceil(ideal_cols))
-    )
+    around = ((math.floor(ideal), math.ceil(ideal)) for ideal in (ideal_rows, ideal_cols))
+    pairs = itertools.product(*around)
     # a set, as in the release: its order decides ties, and is the same in every CPython
     grids = [pair for pair in set(pairs) if min(pair) >= 1 and math.prod(pair) <= config.max_tokens]
     if not grids:
@@ -292,32 +287,20 @@ def muse(image_hw: Size, config: MuseConfig) -> SlicePlan:
     return _view(image_hw, config, (rows * unit, cols * unit), unit)
 
 
+_SMART = (  # name, side of a patch, range of pixels, tokens, models, other settings
+    ("qwen2-vl-classdefault", 14, (56 * 56, 28 * 28 * 1280), "up to 1280", "Qwen2-VL's class default", {}),
+    ("qwen2-5-vl-ckpt", 14, (56 * 56, 28 * 28 * 16384), "up to 16384", "Qwen2-VL and Qwen2.5-VL checkpoints", {}),
+    ("qwen3-vl-ckpt", 16, (65536, 16777216), "64 to 16384", "Qwen3-VL", {}),
+    ("glm46v", 14, (112 * 112, 28 * 28 * 15000), "up to 7500", "GLM-4.6V", {"frames": 2, "enlarge": "both"}),
+    ("paddleocr-vl", 14, (384 * 384, 1536 * 1536), "188 to 3009", "PaddleOCR-VL", {"enlarge": "each"}),
+    ("hunyuan-vl", 16, (512 * 512, 2048 * 2048), "256 to 4096", "HunYuan-VL", {}),
+    ("minimax-m3-vl", 14, (56 * 56, 451584), "up to 576", "MiniMax-M3-VL", {}),
+    ("ernie4-5-vl-moe", 14, (56 * 56, 28 * 28 * 6177), "up to 6177", "ERNIE-4.5-VL", {}),
+)
 STRATEGIES = by_name(
-    (SmartResizeConfig("qwen2-vl-classdefault"), "multiples of 28 px, up to 1280 tokens; Qwen2-VL's class default"),
-    (
-        SmartResizeConfig("qwen2-5-vl-ckpt", max_pixels=28 * 28 * 16384),
-        "multiples of 28 px, up to 16384 tokens; Qwen2-VL and Qwen2.5-VL checkpoints",
-    ),
-    (
-        SmartResizeConfig("qwen3-vl-ckpt", 16, min_pixels=65536, max_pixels=16777216),
-        "multiples of 32 px, 64 to 16384 tokens; Qwen3-VL",
-    ),
-    (
-        SmartResizeConfig("glm46v", min_pixels=112 * 112, max_pixels=28 * 28 * 15000, frames=2, enlarge="both"),
-        "multiples of 28 px, up to 7500 tokens; GLM-4.6V",
-    ),
-    (
-        SmartResizeConfig("paddleocr-vl", min_pixels=384 * 384, max_pixels=1536 * 1536, enlarge="each"),
-        "multiples of 28 px, 188 to 3009 tokens; PaddleOCR-VL",
-    ),
-    (
-        SmartResizeConfig("hunyuan-vl", 16, min_pixels=512 * 512, max_pixels=2048 * 2048),
-        "multiples of 32 px, 256 to 4096 tokens; HunYuan-VL",
-    ),
-    (SmartResizeConfig("minimax-m3-vl", max_pixels=451584), "multiples of 28 px, up to 576 tokens; MiniMax-M3-VL"),
-    (
-        SmartResizeConfig("ernie4-5-vl-moe", max_pixels=28 * 28 * 6177),
-        "multiples of 28 px, up to 6177 tokens; ERNIE-4.5-VL",
+    *(
+        (SmartResizeConfig(name, patch, 2, *pixels, **more), f"multiples of {2 * patch} px, {tokens} tokens; {models}")
+        for name, patch, pixels, tokens, models, more in _SMART
     ),
     *(
         (NaFlexConfig(f"siglip2-naflex-{most}", max_patches=most), f"native aspect, {most} patches; SigLIP2 NaFlex")

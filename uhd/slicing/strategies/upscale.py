@@ -9,27 +9,13 @@ from typing import ClassVar
 import numpy as np
 
 from uhd.slicing.plan import Box, Canvas, Packing, SlicePlan
-from uhd.slicing.strategies.base import (
-    BLACK,
-    Size,
-    StrategyConfig,
-    at_least_one,
-    by_name,
-    ceil_div,
-    finish,
-    fit,
-    rule_of,
-    single,
-    tiled,
-)
+from uhd.slicing.strategies.base import BLACK, Size, StrategyConfig, by_name, ceil_div, fit, rule_of
 from uhd.slicing.strategies.selectors import Grids, grids_up_to, least_upscaling, pairs_by_ratio
-
-_floor_at_least_one = at_least_one(math.floor)
 
 
 @dataclass(frozen=True)
 class Llama4Config(StrategyConfig):
-    """Llama-4. ``tile``: side of a view, px; ``merge``: patches joined per side; ``max_tiles``: cap on slices."""
+    """Llama-4."""
 
     tile: int = 336
     merge: int = 2
@@ -47,23 +33,22 @@ def llama4(image_hw: Size, config: Llama4Config) -> SlicePlan:
     """
     grids = tuple(grid for group in pairs_by_ratio(config.max_tiles).values() for grid in group)
     grid = least_upscaling(image_hw, grids, config.tile, dtype=np.float32)
-    side = config.tile // config.patch_size // config.merge
-    tile_hw, tokens = (config.tile, config.tile), side * side
-    canvases = (tiled(grid, tile_hw, tokens, content_hw=_capped(image_hw, grid, config.tile), fill=BLACK),)
+    tokens = config.token_side**2
+    canvases = (config.tiles(grid, tokens, content_hw=_capped(image_hw, grid, config.tile), fill=BLACK),)
     if math.prod(grid) > 1:
-        canvases += (single("overview", tile_hw, tokens),)
-    return finish(image_hw, config, canvases)
+        canvases += (config.whole(tokens),)
+    return config.finish(image_hw, canvases)
 
 
 def _capped(image_hw: Size, grid: Size, tile: int) -> Size:
     """The image fitted into its canvas, enlarged to one tile at most; sides are floored and at least 1."""
     box_hw = tuple(min(max(length, tile), count * tile) for length, count in zip(image_hw, grid, strict=True))
-    return fit(image_hw, box_hw, _floor_at_least_one)
+    return fit(image_hw, box_hw, lambda side: max(math.floor(side), 1))
 
 
 @dataclass(frozen=True)
 class MllamaConfig(StrategyConfig):
-    """Llama-3.2-Vision. ``tile``: side of a view, px; ``max_tiles``: cap on slices."""
+    """Llama-3.2-Vision."""
 
     tile: int = 560
     max_tiles: int = 4
@@ -81,15 +66,14 @@ def mllama(image_hw: Size, config: MllamaConfig) -> SlicePlan:
     """
     grids = tuple(sorted(grids_up_to(config.max_tiles)))
     grid = least_upscaling(image_hw, grids, config.tile)
-    tokens = (config.tile // config.patch_size) ** 2 + 1
     content_hw = _capped(image_hw, grid, config.tile)
-    slices = tiled(grid, (config.tile, config.tile), tokens, content_hw=content_hw, fill=BLACK)
-    return finish(image_hw, config, (slices,))
+    slices = config.tiles(grid, config.token_side**2 + 1, content_hw=content_hw, fill=BLACK)
+    return config.finish(image_hw, (slices,))
 
 
 @dataclass(frozen=True)
 class Cohere2Config(StrategyConfig):
-    """Command A Vision. ``tile``: side of a view, px; ``merge``: patches joined per side; ``max_tiles``: cap."""
+    """Command A Vision."""
 
     patch_size: int = 16
     tile: int = 512
@@ -106,12 +90,7 @@ def cohere2(image_hw: Size, config: Cohere2Config) -> SlicePlan:
     Traps: the grid is chosen as if the aspect were kept, but the image is stretched: a 2:3 page becomes a square.
     """
     grid = least_upscaling(image_hw, grids_up_to(config.max_tiles), config.tile)
-    side = config.tile // config.patch_size // config.merge
-    tile_hw, tokens = (config.tile, config.tile), side * side
-    canvases = (tiled(grid, tile_hw, tokens),)
-    if math.prod(grid) > 1:
-        canvases += (single("overview", tile_hw, tokens),)
-    return finish(image_hw, config, canvases)
+    return config.finish(image_hw, config.stretched(grid))
 
 
 @dataclass(frozen=True)
@@ -119,9 +98,7 @@ class Molmo2Config(StrategyConfig):
     """Molmo2's overlapping crops.
 
     Attributes:
-        tile: Side of a view, px.
         margins: Patches on the (leading, trailing) edge of a crop that the next crop sees too.
-        max_tiles: Cap on crops, the overview not counted.
         merge: Features pooled per side after the crops are joined; a rest counts as one.
     """
 
@@ -138,7 +115,7 @@ class Molmo2Config(StrategyConfig):
             raise ValueError(f"margins {self.margins} leave nothing of {self.tile // self.patch_size} patches")
 
     def for_vision(self, *, image_size: int | None, patch_size: int) -> Molmo2Config:
-        """As for other rules; ``margins`` keep their share of a crop's patches: 4 of 27, and also 4 of 24."""
+        # margins keep their share of a crop's patches: 4 of 27, and also 4 of 24
         image_size = image_size or self.tile
         share = (image_size // patch_size) / (self.tile // self.patch_size)
         margins = tuple(round(margin * share) for margin in self.margins)
@@ -154,26 +131,17 @@ def molmo2(image_hw: Size, config: Molmo2Config) -> SlicePlan:
     Traps: pixels are encoded up to 1.5 times; scales are compared in float32 and may be negative for small images;
     the release resizes without antialiasing, so fine print in large images aliases.
     """
-    window = config.tile // config.patch_size - sum(config.margins)
-    margin, stride = sum(config.margins) * config.patch_size, window * config.patch_size
+    side, margin = config.tile // config.patch_size, sum(config.margins)
+    window = side - margin
+    stride = window * config.patch_size
     grids: Grids = tuple(sorted(grids_up_to(config.max_tiles)))
-    inner_hw = (image_hw[0] - margin, image_hw[1] - margin)
+    inner_hw = tuple(length - margin * config.patch_size for length in image_hw)
     grid = least_upscaling(inner_hw, grids, stride, dtype=np.float32)
-    side, tile_hw = config.tile // config.patch_size, (config.tile, config.tile)
-    slices = tiled(grid, tile_hw, side * side, stride_hw=(stride, stride))
-    packing = Packing(
-        view_hw=(side, side),
-        map_hw=(grid[0] * window + sum(config.margins), grid[1] * window + sum(config.margins)),
-        overlap=config.margins,
-        merge=config.merge,
-    )
-    return finish(
-        image_hw,
-        config,
-        (single("overview", tile_hw, side * side), slices),
-        visual=math.prod(packing.overview_hw) + math.prod(packing.final_hw),
-        packing=packing,
-    )
+    overview = config.whole(side * side)
+    slices = config.tiles(grid, side * side, stride_hw=(stride, stride))
+    map_hw = (grid[0] * window + margin, grid[1] * window + margin)
+    packing = Packing(view_hw=(side, side), map_hw=map_hw, overlap=config.margins, merge=config.merge)
+    return config.finish(image_hw, (overview, slices), packing=packing)
 
 
 @dataclass(frozen=True)
@@ -181,10 +149,8 @@ class OpenAIConfig(StrategyConfig):
     """The tiles that OpenAI documents for GPT-4V and GPT-4o.
 
     Attributes:
-        tile: Side of a tile, px.
         longest, shortest: The image is shrunk until its sides are at most these, px.
-        base_tokens: Tokens of the overview.
-        tile_tokens: Tokens of a tile.
+        base_tokens, tile_tokens: Of the overview, and of a tile.
         remainder: What fills a partial tile: ``"pad"``, or ``"overlap"``: tiles are spread evenly and overlap.
         detail: ``"high"``, or ``"low"``: the overview alone.
     """
@@ -198,8 +164,7 @@ class OpenAIConfig(StrategyConfig):
     remainder: str = "pad"
     detail: str = "high"
 
-    grows: ClassVar[tuple[str, ...]] = ("longest", "shortest")
-
+    grows = ("longest", "shortest")
     choices: ClassVar = {"remainder": ("pad", "overlap"), "detail": ("high", "low")}
     nested = True
 
@@ -218,18 +183,17 @@ def openai_tiles(image_hw: Size, config: OpenAIConfig) -> SlicePlan:
     assumptions. Here a resampler of 170 latents does, of which the overview takes the first 85, as in the Matryoshka
     query transformer (arXiv 2405.19315); one of fewer latents gives no view more than it has.
     """
-    tile_hw = (config.tile, config.tile)
     small_hw = _shrunk(image_hw, config.tile / max(image_hw))
-    overview = single("overview", tile_hw, config.base_tokens, content_hw=small_hw, fill=BLACK)
+    overview = config.whole(config.base_tokens, content_hw=small_hw, fill=BLACK)
     if config.detail == "low":
-        return finish(image_hw, config, (overview,))
+        return config.finish(image_hw, (overview,))
     content_hw = _shrunk(image_hw, config.longest / max(image_hw))
     content_hw = _shrunk(content_hw, config.shortest / min(content_hw))
     grid = tuple(ceil_div(length, config.tile) for length in content_hw)
-    slices = tiled(grid, tile_hw, config.tile_tokens, content_hw=content_hw, fill=BLACK)
+    slices = config.tiles(grid, config.tile_tokens, content_hw=content_hw, fill=BLACK)
     if config.remainder == "overlap":
         slices = _overlapping(slices, content_hw, config.tile)
-    return finish(image_hw, config, (overview, slices))
+    return config.finish(image_hw, (overview, slices))
 
 
 def _shrunk(image_hw: Size, scale: float) -> Size:
