@@ -148,7 +148,7 @@ def test_a_pyramid_takes_levels_or_makes_them():
     with pytest.raises(ValueError, match="rows, but the 5 grids add up to"):
         given([levels[0], levels[1][:-1], levels[2]], GRIDS)
     with pytest.raises(ValueError, match="rows, but the 5 grids add up to"):
-        upsampled(features[1:], GRIDS, (1, 2))
+        module(features[1:], GRIDS)
 
 
 def test_a_finer_level_of_a_pyramid_counts():
