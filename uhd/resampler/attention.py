@@ -45,20 +45,14 @@ def attend(
         ]
         return torch.cat(views) if views else q
     bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu")
-    offsets = None
     if position_offsets is not None:
-        offsets = torch.tensor(position_offsets, dtype=torch.int32, device="cpu")
-    longest = max(lengths, default=0)
-    return varlen_cross_attention(
-        q, k, v, bounds, longest, key_positions=key_positions, position_offsets=offsets, impl=impl
-    )
+        position_offsets = torch.tensor(position_offsets, dtype=torch.int32, device="cpu")
+    tables = {"key_positions": key_positions, "position_offsets": position_offsets}
+    return varlen_cross_attention(q, k, v, bounds, max(lengths, default=0), **tables, impl=impl)
 
 
 def join_tables(grids: Sequence[Grid], make: Callable[[Grid], Tensor]) -> tuple[Tensor | None, list[int] | None]:
-    """Put the position tables of the distinct grids one after another.
-
-    Returns:
-        (L, D), and the first row of each view's table; None and None without views.
+    """Join the position tables of the distinct grids: (L, D), and the first row of each view's; None without views.
 
     >>> join_tables([(1, 2), (1, 1), (1, 2)], lambda grid: torch.ones(grid[0] * grid[1], 4))[1]
     [0, 2, 0]
@@ -109,8 +103,7 @@ class LatentAttention(nn.Module):
         b_q, b_kv = self.in_proj_bias.split([width, 2 * width])
         q = F.linear(queries, w_q, b_q).unflatten(-1, heads)
         k, v = F.linear(kv, w_kv, b_kv).unflatten(-1, (2, *heads)).unbind(1)
-        table = None
         if positions is not None:
-            table = F.linear(positions.to(w_kv.dtype), w_kv[:width]).unflatten(-1, heads)
-        mixed = attend(q, k, v, lengths, key_positions=table, position_offsets=position_offsets, impl=impl)
+            positions = F.linear(positions.to(w_kv.dtype), w_kv[:width]).unflatten(-1, heads)
+        mixed = attend(q, k, v, lengths, key_positions=positions, position_offsets=position_offsets, impl=impl)
         return self.out_proj(mixed.flatten(-2))
