@@ -16,7 +16,7 @@ from uhd.torch_private import packed_products
 from uhd.vision import CompressedViT, CompressedViTConfig, ViT, ViTConfig
 from uhd.vision import compiled as compiled_module
 from uhd.vision.blocks import Block
-from uhd.vision.compiled import CompiledBlocks, PackedWeights
+from uhd.vision.compiled import CompiledBlocks
 from uhd.vision.int8 import Int8Linear, int8_linear, quantize_linears
 
 CONFIG = ViTConfig(
@@ -337,7 +337,7 @@ def test_copies_and_pickles_compile_anew() -> None:
 def test_packing_needs_bfloat16_weights() -> None:
     vit = make()
     halves = [compiled_module.Halves.of(block) for block in vit.blocks]
-    assert PackedWeights().of(halves, torch.zeros(3, 32)) is None
+    assert CompiledBlocks()._pack(halves, torch.zeros(3, 32)) is None
 
 
 @pytest.mark.parametrize("bias", [True, False])

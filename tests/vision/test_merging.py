@@ -241,7 +241,7 @@ def test_bad_input_raises():
             compress_vit(vit, places)
     with pytest.raises(ValueError, match=r"from 1 to 2, those that the selected layer needs; got \(3,\)"):
         compress_vit(make(dataclasses.replace(CONFIG, select_layer=2)), 3)
-    with pytest.raises(ValueError, match="compressor must be one of window, average, adaptive; got 'max'"):
+    with pytest.raises(ValueError, match="compressor must be 'window', 'average' or 'adaptive', got 'max'"):
         compress_vit(vit, 2, compressor="max")
     with pytest.raises(TypeError, match="takes a plain ViT, all places at once; got CompressedViT"):
         compress_vit(compressed(), 3)
@@ -254,7 +254,7 @@ def test_bad_input_raises():
 def test_bad_weights_are_listed():
     state = WindowCompressor(16, 2, 24, activation="gelu").to_source_state_dict()
     fewer = {name: x for name, x in state.items() if name != "pre_norm.bias"}
-    with pytest.raises(ValueError, match=r"Missing: \['pre_norm.bias'\]. Left over: \['vit_merger.act'\]"):
+    with pytest.raises(ValueError, match=r"missing \['pre_norm.bias'\], unexpected \['vit_merger.act'\]"):
         compress_vit(make(), 2, weights={**fewer, "vit_merger.act": state["pre_norm.weight"]})
-    with pytest.raises(ValueError, match=r"'norm2.bias': \(\(63,\), \(64,\)\)"):
+    with pytest.raises(ValueError, match=r"'pre_norm.bias': \(\(63,\), \(64,\)\)"):
         compress_vit(make(), 2, weights={**state, "pre_norm.bias": torch.zeros(63)})
