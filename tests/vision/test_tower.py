@@ -207,8 +207,8 @@ def test_an_ambiguous_map_needs_its_layout() -> None:
     "fields, words",
     [
         ({"out_dim": 0}, "sizes must be positive"),
-        ({"layout": "LND"}, "layout must be None or one of NCHW, NHWC, NLC; got 'LND'"),
-        ({"rounding": "up"}, "rounding must be 'exact', 'floor' or 'ceil'; got 'up'"),
+        ({"layout": "LND"}, "layout must be None, 'NCHW', 'NHWC' or 'NLC', got 'LND'"),
+        ({"rounding": "up"}, "rounding must be 'exact', 'floor' or 'ceil', got 'up'"),
     ],
 )
 def test_bad_settings_raise(fields: dict, words: str) -> None:

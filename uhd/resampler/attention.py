@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from uhd_kernels import varlen_cross_attention
 
 from uhd.grids import Grid
+from uhd.resampler.weights import draw_linear
 
 
 def attend(
@@ -83,8 +84,7 @@ class LatentAttention(nn.Module):
         """Draw weights as released: PyTorch's default (Xavier) for the input projection, 0.02 for the output."""
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.in_proj_bias)
-        nn.init.trunc_normal_(self.out_proj.weight, std=0.02)
-        nn.init.zeros_(self.out_proj.bias)
+        draw_linear(self.out_proj)
 
     def forward(
         self,

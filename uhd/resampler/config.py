@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from uhd.settings import Settings
+from uhd.settings import Settings, check_choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +85,7 @@ class PerceiverConfig(ResamplerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.key_position not in KEY_POSITIONS:
-            raise ValueError(f"key_position={self.key_position!r}: choose one of {list(KEY_POSITIONS)}")
+        check_choice("key_position", self.key_position, KEY_POSITIONS)
         if self.ffn_ratio < 0 or (self.ffn_ratio and self.ffn_width < 1):
             raise ValueError(
                 f"ffn_ratio={self.ffn_ratio}: must be 0 for no FFN, or leave a hidden width of at least 1"
@@ -99,8 +98,7 @@ class PerceiverConfig(ResamplerConfig):
         Raises:
             ValueError: no such variant.
         """
-        if variant not in VARIANTS:
-            raise ValueError(f"variant={variant!r} is unknown; choose one of {list(VARIANTS)}")
+        check_choice("variant", variant, VARIANTS)
         return cls(**{**VARIANTS[variant], **fields})
 
     @property

@@ -51,6 +51,7 @@ from torch import Tensor, nn
 from uhd.grids import Grid, map_by_grid, split_views
 from uhd.positions import interpolate_pos_embed, sines
 from uhd.resampler.config import PerceiverConfig
+from uhd.settings import check_choice
 from uhd.shortcuts import contents_of, fastest_dtype
 from uhd.torch_private import version_of
 
@@ -70,8 +71,7 @@ def flops(path: str, config: PerceiverConfig, grids: Sequence[Grid]) -> int:
 
     Up to out_proj, which is the same for all. Folded weights count as made before. ValueError: no such path.
     """
-    if path not in PATHS:
-        raise ValueError(f"path={path!r} is unknown; choose one of {list(PATHS)}")
+    check_choice("path", path, PATHS)
     narrow, wide, latents = config.vision_width, config.width, config.num_latents
     rows, pairs = sum(h * w for h, w in grids), config.num_heads * latents
     project = 2 * rows * narrow * wide if narrow != wide else 0

@@ -12,6 +12,7 @@ from uhd.positions import sincos_2d
 from uhd.resampler.attention import LatentAttention
 from uhd.resampler.config import ResamplerConfig
 from uhd.resampler.protocol import CompressorModule
+from uhd.resampler.weights import draw_linear
 
 
 class LatentResampler(CompressorModule):
@@ -70,4 +71,4 @@ class ReleasedResampler(LatentResampler):
         nn.init.trunc_normal_(self.query, std=0.02)
         nn.init.normal_(self.proj, std=self.config.width**-0.5)
         if isinstance(self.kv_proj, nn.Linear):
-            nn.init.trunc_normal_(self.kv_proj.weight, std=0.02)
+            draw_linear(self.kv_proj)

@@ -15,7 +15,8 @@ from uhd.resampler import folded
 from uhd.resampler.attention import LatentAttention, join_tables
 from uhd.resampler.config import PerceiverConfig
 from uhd.resampler.latents import ReleasedResampler
-from uhd.resampler.weights import load_exactly, sizes_of
+from uhd.resampler.weights import draw_linear, load_exactly, sizes_of
+from uhd.settings import check_choice
 from uhd.shortcuts import is_plain, transformed, wants_gradients
 
 
@@ -27,9 +28,8 @@ class FeedForward(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=config.eps)
         self.up = nn.Linear(config.width, config.ffn_width)
         self.down = nn.Linear(config.ffn_width, config.width)
-        for linear in (self.up, self.down):
-            nn.init.trunc_normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
+        draw_linear(self.up)
+        draw_linear(self.down)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(F.gelu(self.up(self.norm(x))))
@@ -128,8 +128,7 @@ class PerceiverResampler(ReleasedResampler):
                 "inference='cached' is gone, it saved little: 'auto' is taken", DeprecationWarning, stacklevel=2
             )
             choice = "auto"
-        if choice not in folded.CHOICES:
-            raise ValueError(f"inference={choice!r} is unknown; choose one of {list(folded.CHOICES)}")
+        check_choice("inference", choice, folded.CHOICES)
         if choice not in ("auto", "plain") and (self.config.depth > 1 or self.config.ffn_ratio):
             raise ValueError(
                 f"inference={choice!r} needs depth=1 and no FFN; this one has depth={self.config.depth} and "

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from uhd.grids import Grid, check_grids, join_blocks, map_by_grid, shrink_grids, split_views
 from uhd.resampler.protocol import CompressorModule
 from uhd.resampler.weights import load_exactly, shape_of
+from uhd.settings import check_choice
 
 
 class Projector(CompressorModule):
@@ -49,8 +50,7 @@ class MLPProjector(Projector):
     ) -> None:
         hidden_dim = out_dim if hidden_dim is None else hidden_dim
         super().__init__(in_dim=in_dim, out_dim=out_dim, hidden_dim=hidden_dim, bias=bias, activation=activation)
-        if activation not in ("gelu", "gelu_tanh"):
-            raise ValueError(f"activation={activation!r}: choose 'gelu' or 'gelu_tanh'")
+        check_choice("activation", activation, ("gelu", "gelu_tanh"))
         gelu = nn.GELU(approximate="tanh" if activation == "gelu_tanh" else "none")
         up, down = nn.Linear(in_dim, hidden_dim, bias=bias), nn.Linear(hidden_dim, out_dim, bias=bias)
         self.mlp = nn.Sequential(up, gelu, down)
@@ -180,8 +180,7 @@ class PoolProjector(Projector):
     def __init__(self, in_dim: int, out_dim: int, *, factor: int = 2, mode: str = "average") -> None:
         super().__init__(in_dim=in_dim, out_dim=out_dim, factor=factor, mode=mode)
         _check_factor(factor)
-        if mode not in ("average", "bilinear"):
-            raise ValueError(f"mode={mode!r}: choose 'average' or 'bilinear'")
+        check_choice("mode", mode, ("average", "bilinear"))
         self.mlp = nn.Sequential(nn.Linear(in_dim, out_dim), nn.GELU(), nn.Linear(out_dim, out_dim))
 
     def output_lengths(self, grids: Sequence[Grid]) -> list[int]:

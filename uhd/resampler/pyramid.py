@@ -17,7 +17,7 @@ from uhd.resampler.attention import LatentAttention
 from uhd.resampler.config import ResamplerConfig
 from uhd.resampler.latents import LatentResampler
 from uhd.resampler.protocol import check_features
-from uhd.resampler.weights import load_exactly, shape_of, sizes_of
+from uhd.resampler.weights import draw_linear, load_exactly, shape_of, sizes_of
 from uhd.resampler.windows import attend_windows, pool_windows
 
 NUM_SETS = 4
@@ -89,8 +89,7 @@ class PyramidResampler(LatentResampler):
         """Draw weights as released: normal 0.02, zero biases and level embeddings, N(0, 1) / sqrt(D) for `proj`."""
         self._reset_latent_positions()
         for linear in (self.cat_proj, *map(self._projector, self.config.levels)):
-            nn.init.trunc_normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
+            draw_linear(linear)
         for query in self._queries():
             nn.init.trunc_normal_(query, std=0.02)
         for scale in self.config.levels:

@@ -11,6 +11,13 @@ from torch import Tensor, nn
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
+def draw_linear(linear: nn.Linear) -> None:
+    """Draw the weight from a truncated normal of std 0.02; the bias, where there is one, is zero."""
+    nn.init.trunc_normal_(linear.weight, std=0.02)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
+
+
 def shape_of(state: Mapping[str, Tensor], name: str, axes: int) -> tuple[int, ...]:
     """Read the shape of one tensor; ValueError where it is not there, or has another number of axes."""
     if name not in state or state[name].dim() != axes:

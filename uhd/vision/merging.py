@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from uhd.grids import Grid, join_blocks, shrink_grids
-from uhd.resampler.weights import check_weights
+from uhd.resampler.weights import check_weights, draw_linear
 from uhd.settings import check_choice
 from uhd.shortcuts import float_parameter, in_fastest_dtype
 
@@ -125,9 +125,7 @@ class WindowCompressor(nn.Module):
         self.norm2 = nn.LayerNorm(4 * width, eps=eps)
         self.mlp = MLP(4 * width, 4 * mlp_width, activation=activation, out=width)
         for layer in (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2):
-            nn.init.trunc_normal_(layer.weight, std=0.02)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+            draw_linear(layer)
 
     def forward(self, x: Tensor, grids: Sequence[Grid]) -> Tensor:
         """(N, D) packed, patches row-major -> (N / 4, D)."""
@@ -212,9 +210,9 @@ class AdaptiveCompressor(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(2 * width, width), nn.Linear(width, width)
-        nn.init.trunc_normal_(self.up.weight, std=0.02)
-        for tensor in (self.up.bias, self.down.weight, self.down.bias):
-            nn.init.zeros_(tensor)
+        draw_linear(self.up)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
 
     def forward(self, x: Tensor, grids: Sequence[Grid]) -> Tensor:
         """(N, D) packed, patches row-major -> (N / 4, D)."""

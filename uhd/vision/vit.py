@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from uhd.grids import Grid, check_grids
 from uhd.pixels.normalize import fold_pixels
 from uhd.positions import bucket_position_ids, interpolate_pos_embed
+from uhd.resampler.weights import draw_linear
 from uhd.shortcuts import is_plain
 
 from .blocks import Block
@@ -75,9 +76,7 @@ class ViT(nn.Module):
         for module in (self.blocks, self.stem) if self.own_stem else (self.blocks,):
             for layer in module.modules():
                 if isinstance(layer, nn.Linear):
-                    nn.init.trunc_normal_(layer.weight, std=0.02)
-                    if layer.bias is not None:
-                        nn.init.zeros_(layer.bias)
+                    draw_linear(layer)
         for parameter in (self.class_token, self.registers, self.positions):
             if parameter is not None:
                 nn.init.trunc_normal_(parameter, std=0.02)
