@@ -206,7 +206,7 @@ def arguments(**changes):
         ({"cu_seqlens": lambda x: x + 1}, ValueError, "from 0 to N = 5"),
         ({"cu_seqlens": lambda x: x - torch.tensor([0, 0, 1]).int()}, ValueError, "from 0 to N = 5"),
         ({"cu_seqlens": lambda x: x + torch.tensor([0, 3, 0]).int()}, ValueError, "must not fall; view 1"),
-        ({"max_seqlen": lambda x: 2}, ValueError, "longest view has 3 rows"),
+        ({"max_seqlen": lambda x: 2}, ValueError, "max_seqlen=2, but view 0 has 3 rows"),
         ({"key_positions": lambda x: None}, ValueError, "go together"),
         ({"position_offsets": lambda x: None}, ValueError, "go together"),
         ({"position_offsets": lambda x: x[:1]}, ValueError, "1 entries for 2 views"),
