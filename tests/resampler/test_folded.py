@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -18,7 +17,7 @@ from torch.nn.utils import parametrize
 from benchmarks.flop_counter import count_flops
 from tests.resampler import parts
 from tests.tiny import stirred
-from uhd.resampler import PerceiverConfig, PerceiverResampler, folded, sincos_2d
+from uhd.resampler import PerceiverConfig, PerceiverResampler, folded
 
 VARIANTS = ("paper", "minicpm-v-2.0", "minicpm-v-2.6")
 FOLDING = ("absorbed", "narrow")
@@ -49,31 +48,13 @@ def relative(found, wanted):
     return ((found.double() - wanted.double()).norm() / wanted.double().norm()).item()
 
 
-def released(module, features, grids):
-    """The released composition around nn.MultiheadAttention, one view at a time, in the module's dtype."""
-    config, dtype = module.config, module.query.dtype
-    attention = nn.MultiheadAttention(config.width, config.num_heads, dtype=dtype).eval()
-    attention.load_state_dict(module.attn.state_dict())
-    query = module.ln_q(module.query) + (module.pos_embed if config.query_position else 0)
-    out = []
-    for x, (h, w) in zip(features.split([h * w for h, w in grids]), grids, strict=True):
-        kv = module.ln_kv(module.kv_proj(x))
-        table = sincos_2d(config.width, (h, w))
-        if config.key_position == "interpolated":
-            side = math.isqrt(config.num_latents)
-            table = module.pos_embed.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
-            table = F.interpolate(table, (h, w), mode="bicubic").permute(0, 2, 3, 1).reshape(h * w, -1)
-        out.append(module.ln_post(attention(query, kv + table.to(dtype), kv)[0]) @ module.proj)
-    return torch.stack(out)
-
-
 @pytest.mark.parametrize("vision_width", [10, 24, 40])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_path_gives_the_released_layers_tokens(variant, vision_width):
     module = made(variant, vision_width=vision_width)
     features = features_for(module)
     with torch.no_grad():
-        wanted = released(module, features, GRIDS)
+        wanted = parts.composed(module, features, GRIDS)
     for path in folded.PATHS:
         assert relative(by(path, module, features), wanted) < 3e-6, path
 
@@ -93,8 +74,8 @@ def test_half_precision_is_as_good_as_the_released_layers_own(variant, dtype):
     module = made(variant, width=64, num_heads=4, vision_width=48, num_latents=16, dtype=dtype)
     features = features_for(module)
     with torch.no_grad():
-        truth = released(copy.deepcopy(module).double(), features.double(), GRIDS)
-        own = relative(released(module, features, GRIDS), truth)
+        truth = parts.composed(copy.deepcopy(module).double(), features.double(), GRIDS)
+        own = relative(parts.composed(module, features, GRIDS), truth)
     for path in FOLDING:
         found = by(path, module, features)
         assert found.dtype == dtype

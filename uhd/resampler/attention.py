@@ -24,7 +24,7 @@ def attend(
     position_offsets: Sequence[int] | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Let the latents attend to the keys of each view, and to nothing else.
+    """Let the latents attend to the keys of each view, and to nothing else: (V, Q, H, d).
 
     Args:
         q: (Q, H, d) latents shared by every view, or (V, Q, H, d) where each view has its own (deeper layers).
@@ -34,9 +34,6 @@ def attend(
         key_positions: (L, H, d) projected positions of the distinct grids, one grid after another; None for none.
         position_offsets: V first rows in `key_positions`.
         impl: which kernel, see `uhd_kernels.varlen_cross_attention`.
-
-    Returns:
-        (V, Q, H, d).
     """
     if q.dim() == 4:  # the kernel is made for shared latents, so views with their own take a call each
         starts = [None] * len(q) if position_offsets is None else [[offset] for offset in position_offsets]

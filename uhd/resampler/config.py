@@ -66,11 +66,7 @@ VARIANTS: dict[str, dict[str, object]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class PerceiverConfig(ResamplerConfig):
-    """Shape and flags of a `PerceiverResampler`. The defaults are the paper's layer.
-
-    Raises:
-        ValueError: a size does not fit another; the message says which.
-    """
+    """Shape and flags of a `PerceiverResampler`. The defaults are the paper's layer."""
 
     query_position: bool = True  # latents get the sincos table of their own square grid
     key_position: str = "interpolated"  # that table resized to the view's grid; "direct": the view's own; "none"

@@ -63,8 +63,7 @@ class PerceiverResampler(ReleasedResampler):
     `layers.I.*`. The March 2024 release calls its layer with a 24 x 24 grid for every view; here each has its own.
 
     Attributes:
-        config: the `PerceiverConfig` it was made from.
-        in_dim, out_dim, tokens_per_view: D_v, D and Q.
+        config, in_dim, out_dim, tokens_per_view: what it was made from; D_v, D and Q.
         attention_impl: kernel used, see `uhd_kernels.varlen_cross_attention`; "auto" unless set. Another one keeps
             inference to "plain", the only path that has a kernel.
         inference: which products are taken where nothing is trained, with equal results; see the property.
@@ -221,11 +220,7 @@ class PerceiverResampler(ReleasedResampler):
         return x
 
     def key_table(self, grid_hw: Grid) -> Tensor:
-        """Make the positions that join the keys of a view: (h * w, D), in the weights' dtype, from float32 at least.
-
-        Raises:
-            ValueError: this layer has no key positions.
-        """
+        """Make the positions that join the keys of a view: (h * w, D); ValueError where the layer has none."""
         config, like = self.config, self.query
         if config.key_position == "none":
             raise ValueError("this resampler has no key positions (key_position='none')")

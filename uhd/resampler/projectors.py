@@ -35,8 +35,7 @@ class MLPProjector(Projector):
     """Applies a two-layer MLP to every patch, as in LLaVA-1.5: one token a patch, nothing compressed.
 
     Args:
-        in_dim: width of the features.
-        out_dim: width of the tokens.
+        in_dim, out_dim: widths of the features and of the tokens.
         hidden_dim: width in between; None means `out_dim`.
         bias: of both layers.
         activation: between them: "gelu" (erf) or "gelu_tanh".
@@ -70,8 +69,7 @@ class PixelShuffleProjector(Projector):
     are row-major. Source of order and MLP: InternVL's released models (`pixel_shuffle`, `ps_version` v2).
 
     Args:
-        in_dim: width of the features.
-        out_dim: width of the tokens.
+        in_dim, out_dim: widths of the features and of the tokens.
         factor: side of a block in patches; both sides of every grid must be multiples of it.
 
     Raises:
@@ -107,8 +105,7 @@ class MergeProjector(Projector):
     these are: mlp.R.pre_norm, mlp.R.linear_1, mlp.R.linear_2 for round R.
 
     Args:
-        in_dim: width of the features.
-        out_dim: width of the tokens.
+        in_dim, out_dim: widths of the features and of the tokens.
         rounds: how often blocks are joined; both sides of every grid must be multiples of 2 ** rounds.
         eps: of the LayerNorms.
 
@@ -167,8 +164,7 @@ class PoolProjector(Projector):
     own, 27 x 27 patches to 14 x 14.
 
     Args:
-        in_dim: width of the features.
-        out_dim: width of the tokens.
+        in_dim, out_dim: widths of the features and of the tokens.
         factor: sides shrink by it, rounded up.
         mode: "average": the mean of blocks, those at the bottom and right may be smaller; "bilinear": resized, corners
             not aligned, not antialiased.

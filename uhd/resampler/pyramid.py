@@ -29,11 +29,7 @@ SCALES = (1, 2, 4, 8)
 
 @dataclass(frozen=True, kw_only=True)
 class PyramidConfig(ResamplerConfig):
-    """Shape and flags of a `PyramidResampler`.
-
-    Raises:
-        ValueError: a size does not fit another, or a level has no name; the message says which.
-    """
+    """Shape and flags of a `PyramidResampler`."""
 
     num_latents: int = 144  # tokens per view, a square: one for each window
     levels: tuple[int, ...] = (1, 2, 4)  # how many times finer than the view's own map, each of 1, 2, 4, 8
@@ -64,10 +60,6 @@ class PyramidResampler(LatentResampler):
     Source: class `AdaptSpatialResampler` of LLaVA-UHD v2 (Hiwin transformer), its method that takes several
     resolutions. Parameter names are the release's. Its `query`, `kv_proj` and the parts of unused levels take part in
     nothing there, and are not held here.
-
-    Attributes:
-        config: the `PyramidConfig` it was made from.
-        in_dim, out_dim, tokens_per_view: D_v, D and Q.
     """
 
     def __init__(self, config: PyramidConfig) -> None:
@@ -115,9 +107,6 @@ class PyramidResampler(LatentResampler):
             levels: those that its `feature_scale_mask` selects: bits 1, 2, 4, 8; 7, the default, is (1, 2, 4).
             upsample: as in `PyramidConfig`.
             aligned: False samples where the released weights were trained to.
-
-        Raises:
-            ValueError: names are missing or unexpected (listed), shapes disagree, or the heads do not fit the width.
         """
         projector = f"features_{min(levels, default=1)}x_projector.weight"
         sizes = {**sizes_of(state, "query_1"), "vision_width": shape_of(state, projector, 2)[1]}

@@ -21,11 +21,7 @@ from uhd.resampler.weights import load_exactly, shape_of, sizes_of
 
 @dataclass(frozen=True, kw_only=True)
 class RewriteConfig(ResamplerConfig):
-    """Shape of a `RewriteResampler`. Its latents have no positions, so that there may be any number of them.
-
-    Raises:
-        ValueError: a size does not fit another; the message says which.
-    """
+    """Shape of a `RewriteResampler`. Its latents have no positions, so that there may be any number of them."""
 
     table_side: int = 24  # patches along each side of the trained position table
     separators: bool = False  # hold the three trained vectors of the "llava-uhd-better" schema
@@ -50,8 +46,6 @@ class RewriteResampler(LatentResampler):
     does not use them.
 
     Attributes:
-        config: the `RewriteConfig` it was made from.
-        in_dim, out_dim, tokens_per_view: D_v, D and Q.
         attention_impl: kernel used, see `uhd_kernels.varlen_cross_attention`; "auto" unless set.
     """
 
@@ -89,11 +83,7 @@ class RewriteResampler(LatentResampler):
     def from_state_dict(
         cls, state: Mapping[str, Tensor], *, num_heads: int = 8, eps: float = 1e-6
     ) -> RewriteResampler:
-        """Read weights under the rewrite's names, without a prefix; as `PerceiverResampler.from_state_dict`.
-
-        Raises:
-            ValueError: names are missing or unexpected (listed), shapes disagree, or the heads do not fit the width.
-        """
+        """Read weights under the rewrite's names, without a prefix; as `PerceiverResampler.from_state_dict`."""
         sizes = sizes_of(state, axes=3)
         side = math.isqrt(shape_of(state, "pos_embed", 2)[0])
         separators = "sep_embeddings" in state

@@ -19,11 +19,7 @@ from uhd.resampler.windows import attend_windows, pool_windows
 
 @dataclass(frozen=True, kw_only=True)
 class SpatialConfig(ResamplerConfig):
-    """Shape and flags of a `SpatialResampler`.
-
-    Raises:
-        ValueError: a size does not fit another; the message says which.
-    """
+    """Shape and flags of a `SpatialResampler`."""
 
     num_latents: int = 144  # tokens per view, a square: one for each window
     aligned: bool = True  # sample where the features are; False: as released, see `uhd.resampler.windows.pool_weights`
@@ -44,10 +40,8 @@ class SpatialResampler(ReleasedResampler):
     kv_proj.weight (where the widths differ), attn.*, ln_q.*, ln_kv.*, ln_post.*, proj. The release pools in float32;
     here pooling has the dtype of the features.
 
-    Attributes:
-        config: the `SpatialConfig` it was made from. Its `aligned=False` also keeps the release's flaw on maps with
-            fewer than g rows or columns, where part of the keys and values are zero.
-        in_dim, out_dim, tokens_per_view: D_v, D and Q.
+    With `aligned=False` it also keeps the release's flaw on maps with fewer than g rows or columns, where part of the
+    keys and values are zero. Attributes are those of `LatentResampler`.
     """
 
     def __init__(self, config: SpatialConfig) -> None:
@@ -60,11 +54,7 @@ class SpatialResampler(ReleasedResampler):
     ) -> SpatialResampler:
         """Read weights under the release's names, without a prefix; as `PerceiverResampler.from_state_dict`.
 
-        Args:
-            aligned: False samples where the released weights were trained to.
-
-        Raises:
-            ValueError: names are missing or unexpected (listed), shapes disagree, or the heads do not fit the width.
+        `aligned=False` samples where the released weights were trained to.
         """
         config = SpatialConfig(**sizes_of(state), num_heads=num_heads, aligned=aligned, eps=eps)
         return load_exactly(lambda: cls(config), state, "a SpatialResampler", like="query")

@@ -97,7 +97,6 @@ def pack_features(
 
 
 def _split(features: Tensor | Sequence[Tensor], plan: SlicePlan) -> list[Tensor]:
-    """Split into V tensors (n, D), and check their lengths."""
     wanted = feature_lengths(plan)
     if isinstance(features, Tensor) and features.ndim == 2:
         if len(features) != sum(wanted):

@@ -45,15 +45,8 @@ def check_weights(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], w
 def load_exactly(make: Callable[[], _Module], state: Mapping[str, Tensor], what: str, *, like: str) -> _Module:
     """Make a module with these weights, all of them and no others, which are copied.
 
-    Args:
-        make: builds the module; called under the meta device, since at the width of a language model an
-            initialisation that is thrown away takes seconds.
-        state: name -> tensor.
-        what: names the kind of weights in messages.
-        like: name of the tensor whose dtype and device the module gets.
-
-    Raises:
-        ValueError: names are missing or unexpected (listed), or shapes disagree.
+    `make` is called under the meta device, since at the width of a language model an initialisation that is thrown
+    away takes seconds. Dtype and device are those of the tensor named `like`. ValueError as in `check_weights`.
     """
     with torch.device("meta"):
         module = make()

@@ -36,16 +36,12 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Dense(NamedTuple):
-    """A linear layer; with `scale` its weight is int8, see `uhd.vision.int8`."""
-
     weight: Tensor
     bias: Tensor | None
-    scale: Tensor | None = None
+    scale: Tensor | None = None  # the weight is int8 then, see `uhd.vision.int8`
 
 
 class Norm(NamedTuple):
-    """A LayerNorm."""
-
     weight: Tensor
     bias: Tensor
     eps: float
@@ -109,14 +105,9 @@ def _add(x: Tensor, update: Tensor, scale: Tensor | None) -> Tensor:
 class CompiledBlocks:
     """Runs a ViT's blocks where that gives what the modules would give; kept by the ViT, see `ViT.compile_blocks`.
 
-    Args:
-        backend: of `torch.compile`. "none": the same functions uncompiled, in the fastest dtype still.
-
-    Where compilation fails (no C++ compiler, say) the functions run uncompiled, after one RuntimeWarning. Copies and
-    pickles keep the backend only.
-
-    Raises:
-        ValueError: there is no such backend.
+    `backend` is one of `torch.compile` (ValueError if not), or "none": the same functions uncompiled, in the fastest
+    dtype still. Where compilation fails (no C++ compiler, say) the functions run uncompiled, after one RuntimeWarning.
+    Copies and pickles keep the backend only.
     """
 
     def __init__(self, backend: str | Callable = "inductor") -> None:

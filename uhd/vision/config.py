@@ -13,11 +13,7 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "swiglu")
 
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig(Settings):
-    """What a packed ViT is made of. Frozen and comparable; `to_dict` gives JSON-able values, `from_dict` reads them.
-
-    Raises:
-        ValueError: on construction, for values that do not fit together.
-    """
+    """What a packed ViT is made of; ValueError for values that do not fit together."""
 
     patch_size: int  # px
     width: int  # D

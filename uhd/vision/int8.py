@@ -26,9 +26,6 @@ LEVELS = 127
 class Int8Linear(nn.Module):
     """A frozen linear layer; (..., in) -> (..., out) in the dtype of its input.
 
-    Args:
-        linear: The layer to take the weights of, which may be in any floating dtype.
-
     Attributes:
         weight: (out, in) int8.
         scale: (out,) float32, also after a cast.

@@ -38,11 +38,7 @@ _SOURCE_NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class CompressedViTConfig(ViTConfig):
-    """What a `CompressedViT` is made of: a `ViTConfig`, and where and how it compresses.
-
-    Raises:
-        ValueError: on construction, for values that do not fit together.
-    """
+    """What a `CompressedViT` is made of: a `ViTConfig`, and where and how it compresses."""
 
     compress_after: tuple[int, ...]  # numbers of blocks run before, from 1, ascending; transformers' layer 6 is 7 here
     compressor: str = "window"  # "window" (LLaVA-UHD v4), "average" or "adaptive" (v3)
@@ -107,13 +103,8 @@ class WindowCompressor(nn.Module):
 
         y = x + attn(norm1(x))    out = mlp(norm2([y_1 | y_2 | y_3 | y_4])) + mean of the y
 
-    Source: `MiniCPMV4_6ViTWindowAttentionMerger` of transformers.
-
-    Args:
-        width: D of the patches.
-        heads: divides the width.
-        mlp_width: hidden width of the neighbouring block's MLP; the one here has four times that.
-        activation, eps, qkv_bias: as in `ViTConfig`.
+    Source: `MiniCPMV4_6ViTWindowAttentionMerger` of transformers. Arguments as in `ViTConfig`; `mlp_width` is that of
+    the neighbouring block's MLP, and the one here has four times that.
     """
 
     def __init__(
@@ -141,9 +132,7 @@ class WindowCompressor(nn.Module):
 
         The first linear layer is block-diagonal, the second four times a quarter of the block's, biases and norms are
         repeated. A block's layer scale goes into the linear layers before it. Source: LLaVA-UHD v4, section 3.
-
-        Raises:
-            ValueError: a block of another width, MLP or activation.
+        ValueError: a block of another width, MLP or activation.
         """
         theirs = block.mlp
         got = (self.norm1.normalized_shape[0], self.mlp.fc2.in_features, self.mlp.activation)
@@ -167,11 +156,7 @@ class WindowCompressor(nn.Module):
 
     @torch.no_grad()
     def load_source_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy weights that have the names of transformers' `vit_merger`, without that prefix.
-
-        Raises:
-            ValueError: names are missing or unexpected (listed), or shapes disagree.
-        """
+        """Copy weights that have the names of transformers' `vit_merger`, without that prefix; ValueError if not."""
         ours = self.to_source_state_dict()
         check_weights(state, ours, "a window compressor")
         for name, tensor in ours.items():
@@ -202,9 +187,6 @@ class AdaptiveCompressor(nn.Module):
 
     Starts as the plain mean, `down` being zero. LLaVA-UHD v3 sets `up` to zero as well, where no gradient reaches
     either layer.
-
-    Args:
-        width: D of the patches.
     """
 
     def __init__(self, width: int) -> None:

@@ -24,15 +24,10 @@ class WindowStem(nn.Module):
     ViT to pass the grids.
 
     Args:
-        patch_size: p, px.
-        border: b, px on each side, 1 to p.
-        hidden: Width between the two layers.
-        width: D of the features.
+        patch_size, border: p and b, px; ValueError unless 1 <= b <= p.
+        hidden, width: after the first layer, and D of the features.
         channels: C of the patches.
         grey: See the mean of the channels only.
-
-    Raises:
-        ValueError: a border outside 1 to p.
     """
 
     needs_grids = True

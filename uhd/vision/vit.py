@@ -139,8 +139,7 @@ class ViT(nn.Module):
     def compile_blocks(self, backend: str | None = "inductor") -> None:
         """Run the blocks by compiled layers at inference from now on, see `uhd.vision.compiled`.
 
-        Args:
-            backend: of `torch.compile`; "none" for the same layers uncompiled; None undoes.
+        `backend` is one of `torch.compile`; "none" for the same layers uncompiled; None undoes.
         """
         self._compiled_blocks = None if backend is None else CompiledBlocks(backend)
 
@@ -166,8 +165,7 @@ class ViT(nn.Module):
     def position_embedding(self, grid_hw: Grid) -> Tensor:
         """Resize the position table to a view's grid by the config's rule: (h*w, D), row-major; differentiable.
 
-        Raises:
-            ValueError: the model has no position table, or the grid is not usable.
+        ValueError: the model has no position table, or the grid is not usable.
         """
         config = self.config
         if self.positions is None or config.position_grid_hw is None:

@@ -208,17 +208,14 @@ def to_source_state_dict(vit: ViT, family: str) -> dict[str, Tensor]:
         raise ValueError(f"family must be one of {', '.join(_FAMILIES)}; got {family!r}")
     if type(vit.stem) is not nn.Linear:
         raise ValueError(f"only the default Linear stem has a name in {family!r}; got {type(vit.stem).__name__}")
-    state, unnamed = {}, []
-    for name, tensor in vit.state_dict().items():
-        sources = _source_names(name, family, vit.config)
-        if not sources:
-            unnamed.append(name)
-            continue
-        parts = tensor.detach().chunk(len(sources)) if len(sources) > 1 else [tensor.detach()]
-        for source, part in zip(sources, parts, strict=True):
-            state[source] = _to_source(name, part, family, vit.config).contiguous()
-    if unnamed:
+    sources = {name: _source_names(name, family, vit.config) for name in vit.state_dict()}
+    if unnamed := [name for name, theirs in sources.items() if not theirs]:
         raise ValueError(f"{family!r} has no name for {', '.join(unnamed)}")
+    state = {}
+    for name, tensor in vit.state_dict().items():
+        parts = tensor.detach().chunk(len(sources[name]))
+        for source, part in zip(sources[name], parts, strict=True):
+            state[source] = _to_source(name, part, family, vit.config).contiguous()
     return state
 
 
@@ -248,16 +245,10 @@ def needed_names(config: ViTConfig, family: str) -> set[str]:
 
 
 def build_vit(config: ViTConfig, names: Iterable[str], read: Callable[[str], Tensor], family: str) -> ViT:
-    """A ViT of the source tensors that `read` gives, which become its own without a copy where that can be.
+    """A ViT of the source tensors that `read` gives by name, its own without a copy where that can be.
 
-    Args:
-        config: the model.
-        names: all that the source has for its vision model, without its prefix.
-        read: tensor by name; asked for those that are needed.
-        family: the rename table, a key of `HEADS`.
-
-    Raises:
-        ValueError: names that are missing, or left over: neither heads nor past the selected layer.
+    `names` are all that the source has for its vision model, without its prefix; `family` is a key of `HEADS`.
+    ValueError: names that are missing, or left over, being neither heads nor past the selected layer.
     """
     with torch.device("meta"):
         vit = ViT(config)
@@ -310,7 +301,6 @@ def _source_names(name: str, family: str, config: ViTConfig) -> tuple[str, ...]:
 
 
 def _from_source(name: str, tensor: Tensor, family: str, config: ViTConfig) -> Tensor:
-    """A source tensor in our shape."""
     if name == "stem.weight":
         conv = _FAMILIES[family].stem_order == "conv"
         return tensor.flatten(1) if conv else reorder(tensor, "hwc", "chw", channels=config.channels)
@@ -320,7 +310,6 @@ def _from_source(name: str, tensor: Tensor, family: str, config: ViTConfig) -> T
 
 
 def _to_source(name: str, tensor: Tensor, family: str, config: ViTConfig) -> Tensor:
-    """One of our tensors in the source's shape."""
     source, p = _FAMILIES[family], config.patch_size
     if name == "stem.weight":
         conv = source.stem_order == "conv"
