@@ -138,10 +138,7 @@ def test_no_views():
 
 
 def test_no_positions():
-    config = PerceiverConfig(
-        width=18, vision_width=10, num_heads=3, num_latents=5, query_position=False, key_position="none"
-    )
-    module = PerceiverResampler(config).eval()
+    module = PerceiverResampler(parts.PERCEIVERS["no positions"]).eval()
     features = features_for(module)
     for path in FOLDING:
         torch.testing.assert_close(by(path, module, features), by("plain", module, features), atol=1e-5, rtol=1e-5)
@@ -189,21 +186,9 @@ def _loaded(assign):
     return change
 
 
-def _reassigned(tensor):
-    tensor.data = 1.1 * tensor.data
-
-
-def _assigned_in_place(tensor):
-    tensor.data *= 1.1
-
-
 def _in_inference_mode(module):
     with torch.inference_mode():
         _everywhere(lambda x: x.add_(0.1))(module)
-
-
-def _one_number(module):
-    module.attn.in_proj_weight.data[30, 5] += 3
 
 
 def _rows_swapped(module):
@@ -226,28 +211,16 @@ def _lora_merged(module):
     assert type(module.kv_proj) is nn.Linear
 
 
-def _new_parameter(module):
-    module.ln_kv.bias = nn.Parameter(module.ln_kv.bias.detach() + 1)
-
-
-def _new_module(module):
-    module.kv_proj = nn.Linear(10, 24, bias=False)
-
-
-def _other_eps(module):
-    module.ln_kv.eps = 0.3
-
-
 CHANGES = {
     "AdamW": _step(lambda parameters: torch.optim.AdamW(parameters, lr=0.05)),
     "AdamW, fused": _step(lambda parameters: torch.optim.AdamW(parameters, lr=0.05, fused=True)),
     "SGD, foreach": _step(lambda parameters: torch.optim.SGD(parameters, lr=0.05, foreach=True)),
     "add_ under no_grad": _everywhere(lambda x: x.add_(0.1)),
     "mul_ through data": _everywhere(lambda x: x.data.mul_(1.1)),
-    "data = new": _everywhere(_reassigned),
-    "data *=": _everywhere(_assigned_in_place),
+    "data = new": _everywhere(lambda x: setattr(x, "data", 1.1 * x.data)),
+    "data *=": _everywhere(lambda x: setattr(x, "data", x.data.mul_(1.1))),
     "in inference mode": _in_inference_mode,
-    "one number through data": _one_number,
+    "one number through data": lambda module: module.attn.in_proj_weight.data[30, 5].add_(3),
     "rows swapped through data": _rows_swapped,
     "load_state_dict": _loaded(assign=False),
     "load_state_dict(assign)": _loaded(assign=True),
@@ -256,9 +229,9 @@ CHANGES = {
         lambda part: part.reset_parameters() if hasattr(part, "reset_parameters") else None
     ),
     "LoRA merged": _lora_merged,
-    "a new parameter": _new_parameter,
-    "a new module": _new_module,
-    "eps": _other_eps,
+    "a new parameter": lambda module: setattr(module.ln_kv, "bias", nn.Parameter(module.ln_kv.bias.detach() + 1)),
+    "a new module": lambda module: setattr(module, "kv_proj", nn.Linear(10, 24, bias=False)),
+    "eps": lambda module: setattr(module.ln_kv, "eps", 0.3),
 }
 
 
@@ -371,10 +344,6 @@ def _replaced_forward(module):
     module.ln_q.forward = lambda x: forward(x)
 
 
-def _in_another_dtype(module):
-    module.ln_q.double()
-
-
 NOT_PLAIN = {
     "parametrised": (lambda m: parametrize.register_parametrization(m.attn, "in_proj_weight", Doubled()), "plain"),
     "hook on the attention": (_hooked("attn"), "plain"),
@@ -384,7 +353,7 @@ NOT_PLAIN = {
     "LoRA on kv_proj": (_with_lora, "absorbed"),
     "kv_proj with a bias": (lambda m: setattr(m, "kv_proj", nn.Linear(10, 24)), "absorbed"),
     "the latents are no parameter": (lambda m: m._parameters.update(query=m.query.detach().requires_grad_()), None),
-    "mixed dtypes": (_in_another_dtype, "plain"),
+    "mixed dtypes": (lambda m: m.ln_q.double(), "plain"),
 }
 
 
@@ -489,10 +458,8 @@ def test_flops_are_what_is_multiplied():
 
 def test_the_cheapest_is_chosen():
     def chosen(width, grids=((24, 24),) * 7, vision_width=1024, latents=64, heads=None):
-        config = PerceiverConfig(
-            width=width, vision_width=vision_width, num_heads=heads or width // 128, num_latents=latents
-        )
-        return folded.cheapest(config, list(grids))
+        sizes = {"width": width, "vision_width": vision_width, "num_latents": latents}
+        return folded.cheapest(PerceiverConfig(**sizes, num_heads=heads or width // 128), list(grids))
 
     assert [chosen(width) for width in (1024, 2048, 4096, 8192)] == ["absorbed", "narrow", "narrow", "narrow"]
     assert chosen(1024, heads=64) == "plain"  # 4096 pairs are more than the width
@@ -510,15 +477,13 @@ def test_the_cheapest_is_chosen():
     st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=8),
 )
 def test_flops_grow_with_everything(width, vision_width, heads, latents, grids):
-    def counts(**changes):
-        sizes = {"width": width, "vision_width": vision_width, "num_heads": heads, "num_latents": latents}
-        config = PerceiverConfig(**{**sizes, **changes})
-        return [folded.flops(path, config, grids) for path in folded.PATHS]
-
     config = PerceiverConfig(width=width, vision_width=vision_width, num_heads=heads, num_latents=latents)
-    now = counts()
+
+    def counts(grids=grids, **changes):
+        return [folded.flops(path, config.replace(**changes), grids) for path in folded.PATHS]
+
+    now, more = counts(), counts([*grids, (2, 3)])
     assert min(now) == folded.flops(folded.cheapest(config, grids), config, grids)
-    more = [folded.flops(path, config, [*grids, (2, 3)]) for path in folded.PATHS]
     assert all(a < b for a, b in zip(now, more, strict=True))
     assert all(a < b for a, b in zip(now, counts(num_latents=256), strict=True))
     assert counts(num_heads=64)[0] == now[0]  # heads cost only where W_k and W_v act on sums

@@ -13,6 +13,7 @@ from uhd_kernels import calls
 from tests.kernels.ways import INTERPRETED, NUMPY
 from tests.resampler.parts import TAGS, cases, released
 from tests.scripts import interpreted
+from tests.tiny import stirred
 from uhd.resampler import PerceiverConfig, PerceiverResampler
 
 pytestmark = NUMPY
@@ -75,9 +76,7 @@ def test_large_golden_cases(tag, impl):
 def test_ragged_views(name, impl):
     torch.manual_seed(0)
     module = PerceiverResampler(CONFIGS[name])
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    stirred(module, 0.1)
     features = torch.randn(sum(h * w for h, w in GRIDS), module.in_dim)
     same(run(module, features, GRIDS, impl), run(module, features, GRIDS, "reference"))
 

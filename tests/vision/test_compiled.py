@@ -250,11 +250,7 @@ def test_training_goes_on_as_if_nothing_were_compiled() -> None:
 
 
 def counting(compiled: list[int]):
-    def backend(graph, inputs):
-        compiled.append(1)
-        return graph.forward
-
-    return backend
+    return lambda graph, inputs: compiled.append(1) or graph.forward
 
 
 def test_each_vit_compiles_its_own() -> None:
@@ -323,8 +319,7 @@ def test_copies_and_pickles_compile_anew() -> None:
 
 
 def test_packing_needs_bfloat16_weights() -> None:
-    vit = make()
-    halves = [compiled_module.Halves.of(block) for block in vit.blocks]
+    halves = [compiled_module.Halves.of(block) for block in make().blocks]
     assert CompiledBlocks()._pack(halves, torch.zeros(3, 32)) is None
 
 
