@@ -11,15 +11,29 @@ from torch import Tensor
 def host_views(
     cu_seqlens: Tensor, offsets: Tensor | None, max_seqlen: int, rows: int, table_rows: int | None
 ) -> tuple[list[int], list[int]]:
-    """The bounds and offsets as Python ints, checked. Offsets are zeros where there is no table.
-
-    Raises:
-        ValueError: a length or an offset is wrong.
-    """
-    bounds, starts = _to_host(cu_seqlens, offsets)
-    _check_bounds(bounds, max_seqlen, rows)
-    if table_rows is not None:
-        _check_offsets(bounds, starts, table_rows)
+    """The bounds and offsets as Python ints, checked. Offsets are zeros where there is no table."""
+    views = len(cu_seqlens) - 1
+    if offsets is None:
+        bounds, starts = cu_seqlens.tolist(), [0] * views
+    elif cu_seqlens.device != offsets.device:
+        bounds, starts = cu_seqlens.tolist(), offsets.tolist()
+    else:  # one wait for the device, since a second would double the stall
+        both = torch.cat([cu_seqlens, offsets]).tolist()
+        bounds, starts = both[: views + 1], both[views + 1 :]
+    if bounds[0] != 0 or bounds[-1] != rows:
+        raise ValueError(f"cu_seqlens must run from 0 to N = {rows}, the rows of k; got {bounds[0]} to {bounds[-1]}")
+    for view, (start, end) in enumerate(pairwise(bounds)):
+        if start > end:
+            raise ValueError(f"cu_seqlens must not fall; view {view} runs from {start} to {end}")
+    for view, (start, end) in enumerate(pairwise(bounds)):
+        if end - start > max_seqlen:
+            raise ValueError(f"max_seqlen={max_seqlen}, but view {view} has {end - start} rows; pass at least that")
+        first, last = starts[view], starts[view] + end - start
+        if table_rows is not None and (first < 0 or last > table_rows):
+            raise ValueError(
+                f"view {view} asks for rows {first}:{last} of key_positions, which has {table_rows}; "
+                "check position_offsets against the grids the table was made for"
+            )
     return bounds, starts
 
 
@@ -67,35 +81,3 @@ def _check_index(name: str, index: Tensor, device: torch.device) -> None:
         raise TypeError(f"{name} must be int32; got {index.dtype}: use {name}.int()")
     if index.device.type != "cpu" and index.device != device:
         raise ValueError(f"{name} must be on {device} or on the host; it is on {index.device}")
-
-
-def _to_host(cu_seqlens: Tensor, offsets: Tensor | None) -> tuple[list[int], list[int]]:
-    """The values as Python ints. One wait for the device at most, since a second would double the stall."""
-    views = len(cu_seqlens) - 1
-    if offsets is None:
-        return cu_seqlens.tolist(), [0] * views
-    if cu_seqlens.device != offsets.device:
-        return cu_seqlens.tolist(), offsets.tolist()
-    both = torch.cat([cu_seqlens, offsets]).tolist()
-    return both[: views + 1], both[views + 1 :]
-
-
-def _check_bounds(bounds: list[int], max_seqlen: int, rows: int) -> None:
-    if bounds[0] != 0 or bounds[-1] != rows:
-        raise ValueError(f"cu_seqlens must run from 0 to N = {rows}, the rows of k; got {bounds[0]} to {bounds[-1]}")
-    lengths = [end - start for start, end in pairwise(bounds)]
-    for view, length in enumerate(lengths):
-        if length < 0:
-            raise ValueError(f"cu_seqlens must not fall; view {view} runs from {bounds[view]} to {bounds[view + 1]}")
-    if max(lengths, default=0) > max_seqlen:
-        raise ValueError(f"max_seqlen={max_seqlen}, but the longest view has {max(lengths)} rows; pass at least that")
-
-
-def _check_offsets(bounds: list[int], offsets: list[int], rows: int) -> None:
-    for view, offset in enumerate(offsets):
-        end = offset + bounds[view + 1] - bounds[view]
-        if offset < 0 or end > rows:
-            raise ValueError(
-                f"view {view} asks for rows {offset}:{end} of key_positions, which has {rows}; "
-                "check position_offsets against the grids the table was made for"
-            )

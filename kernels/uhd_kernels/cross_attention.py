@@ -45,12 +45,18 @@ def _store_rows(ptr, values, rows, row_stride, valid, dims, HEAD_DIM: tl.constex
 
 
 @triton.jit
-def _key_range(cu_ptr, view, split, keys_per_split):
-    """First row of the view, and the part [low, high) of it that belongs to this split."""
+def _program(cu_ptr, heads, keys_per_split):
+    """Head, view and split; the view's first row, and the part [low, high) of it that belongs to this split.
+
+    Heads vary fastest over programs: those that run together read whole rows of k and v.
+    """
+    head = tl.program_id(0) % heads
+    view = tl.program_id(0) // heads
+    split = tl.program_id(1)
     start = tl.load(cu_ptr + view)
     length = tl.load(cu_ptr + view + 1) - start
     low = split * keys_per_split
-    return start.to(tl.int64), low, tl.minimum(length, low + keys_per_split)
+    return head, view, split, start.to(tl.int64), low, tl.minimum(length, low + keys_per_split)
 
 
 @triton.jit
@@ -94,15 +100,8 @@ def forward_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HAS_TABLE: tl.constexpr,
     TILE_1: tl.constexpr, TILE_2: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out (splits, views, latents, heads, HEAD_DIM) and lse (splits, views, heads, latents), base 2.
-
-    Heads vary fastest over programs: those that run together read whole rows of k and v.
-    """
-    head = tl.program_id(0) % heads
-    view = tl.program_id(0) // heads
-    split = tl.program_id(1)
-    start, low, high = _key_range(cu_ptr, view, split, keys_per_split)
-
+    """out (splits, views, latents, heads, HEAD_DIM) and lse (splits, views, heads, latents), base 2."""
+    head, view, split, start, low, high = _program(cu_ptr, heads, keys_per_split)
     dims = tl.arange(0, BLOCK_D)
     q_ptr += head * q_head
     rows_1 = first_latent + tl.arange(0, TILE_1)
@@ -200,13 +199,9 @@ def backward_kernel(
     """One pass over the keys, for latents that fit one tile: their gradient stays in registers.
 
     dk and dv (N, heads, HEAD_DIM) are final; dq (splits, views, latents, heads, HEAD_DIM) are float32 parts, without
-    the scale. Programs as in `forward_kernel`; out and grad (views, latents, heads, HEAD_DIM).
+    the scale; out and grad (views, latents, heads, HEAD_DIM).
     """
-    head = tl.program_id(0) % heads
-    view = tl.program_id(0) // heads
-    split = tl.program_id(1)
-    start, low, high = _key_range(cu_ptr, view, split, keys_per_split)
-
+    head, view, split, start, low, high = _program(cu_ptr, heads, keys_per_split)
     dims = tl.arange(0, BLOCK_D)
     row = heads * HEAD_DIM
     cell = view.to(tl.int64) * heads * latents
@@ -273,11 +268,7 @@ def backward_many_kernel(
     That part is small and used again for the next block of keys, so it stays in the cache; keys and values are still
     read once. The row sums of gradient times output come in dot_ptr (views, heads, latents).
     """
-    head = tl.program_id(0) % heads
-    view = tl.program_id(0) // heads
-    split = tl.program_id(1)
-    start, low, high = _key_range(cu_ptr, view, split, keys_per_split)
-
+    head, view, split, start, low, high = _program(cu_ptr, heads, keys_per_split)
     dims = tl.arange(0, BLOCK_D)
     row = heads * HEAD_DIM
     cell = view.to(tl.int64) * heads * latents
@@ -416,16 +407,15 @@ def forward(
     if splits > 1:
         part = torch.empty(splits, *out.shape, dtype=torch.float32, device=q.device)
         part_lse = torch.empty(splits, *lse.shape, dtype=torch.float32, device=q.device)
-    block_d = padded_dim(dim)
+    block_d, positions = padded_dim(dim), k if table is None else table
     if not views:
         return out.to(dtype), lse
     _check_reach(longest, q, k, v, table)
     with _on(q.device):
         for first in range(0, latents, sum(config.tiles)):
             forward_kernel[(views * heads, splits)](
-                q, k, v, k if table is None else table, cu_seqlens, offsets, part, part_lse,
-                first, latents, heads, views, keys_per_split, scale * LOG2_E,
-                *_strides(q), *_strides(k), *_strides(v), *_strides(k if table is None else table),
+                q, k, v, positions, cu_seqlens, offsets, part, part_lse,
+                first, latents, heads, views, keys_per_split, scale * LOG2_E, *_strides(q, k, v, positions),
                 HEAD_DIM=dim, BLOCK_D=block_d, HAS_TABLE=table is not None,
                 TILE_1=config.tiles[0], TILE_2=config.tiles[1], BLOCK_N=config.block_n, **config.launch,
             )  # fmt: skip
@@ -462,10 +452,10 @@ def backward(
     dk, dv = (torch.empty(k.shape, dtype=q.dtype, device=q.device) for _ in range(2))
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     part = torch.empty(splits, views, *q.shape, dtype=torch.float32, device=q.device)
-    block_d = padded_dim(dim)
+    block_d, positions = padded_dim(dim), k if table is None else table
     if not views:
-        nothing = None if table is None or not table_gradient else torch.zeros_like(table)
-        return dq.zero_().to(dtype), dk.to(dtype), dv.to(dtype), None if nothing is None else nothing.to(dtype)
+        nothing = torch.zeros_like(table, dtype=dtype) if table_gradient else None
+        return dq.zero_().to(dtype), dk.to(dtype), dv.to(dtype), nothing
     with _on(q.device):
         kernel, sums = backward_kernel, out
         if latents > config.tiles[0]:
@@ -474,9 +464,8 @@ def backward(
                 grad, out, sums, latents, heads, HEAD_DIM=dim, BLOCK_D=block_d, BLOCK=ROWS
             )
         kernel[(views * heads, splits)](
-            q, k, v, k if table is None else table, cu_seqlens, offsets, sums, lse, grad, part, dk, dv,
-            latents, heads, views, keys_per_split, scale, scale * LOG2_E,
-            *_strides(q), *_strides(k), *_strides(v), *_strides(k if table is None else table),
+            q, k, v, positions, cu_seqlens, offsets, sums, lse, grad, part, dk, dv,
+            latents, heads, views, keys_per_split, scale, scale * LOG2_E, *_strides(q, k, v, positions),
             HEAD_DIM=dim, BLOCK_D=block_d, HAS_TABLE=table is not None,
             TILE=config.tiles[0], BLOCK_N=config.block_n, **config.launch,
         )  # fmt: skip
@@ -518,8 +507,8 @@ def _check_reach(longest: int, q: Tensor, *packed: Tensor | None) -> None:
         )
 
 
-def _strides(x: Tensor) -> tuple[int, int]:
-    return x.stride(0), x.stride(1)
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for x in tensors for stride in x.stride()[:2]]
 
 
 def _on(device: torch.device):

@@ -73,18 +73,9 @@ def varlen_cross_attention(
     if _has_autocast(kind) and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         q, k, v, key_positions = (_autocast(x, dtype) for x in (q, k, v, key_positions))
+        keywords = {"key_positions": key_positions, "position_offsets": position_offsets, "scale": scale, "impl": impl}
         with torch.autocast(kind, enabled=False):
-            return varlen_cross_attention(
-                q,
-                k,
-                v,
-                cu_seqlens,
-                max_seqlen,
-                key_positions=key_positions,
-                position_offsets=position_offsets,
-                scale=scale,
-                impl=impl,
-            )
+            return varlen_cross_attention(q, k, v, cu_seqlens, max_seqlen, **keywords)
     check_packed(q, k, v)
     check_views(q, cu_seqlens, key_positions, position_offsets)
     problem = _triton_problem(q)
@@ -93,13 +84,10 @@ def varlen_cross_attention(
     if impl == "auto":
         impl = "triton" if kind == "cuda" and not problem else "sdpa"
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if (
-        impl == "triton"
-        and not torch.compiler.is_compiling()
-        and any(unpack_dual(x).tangent is not None for x in given)
-    ):
+    compiling = torch.compiler.is_compiling()
+    if impl == "triton" and not compiling and any(unpack_dual(x).tangent is not None for x in given):
         raise ValueError("impl='triton' has no forward-mode derivative: use impl='reference'")
-    if impl == "triton" or torch.compiler.is_compiling():
+    if impl == "triton" or compiling:
         return attention_op(q, k, v, cu_seqlens, max_seqlen, key_positions, position_offsets, scale, impl)[0]
     rows = None if key_positions is None else len(key_positions)
     bounds, offsets = host_views(cu_seqlens, position_offsets, max_seqlen, len(k), rows)
@@ -122,16 +110,18 @@ def _triton_problem(q: Tensor) -> str | None:
     if not HAS_TRITON:
         return "Triton is not installed"
     if q.device.type == "cuda":
-        if reason := _device_problem(q.device):
-            return reason
+        chip = torch.cuda.get_device_properties(q.device)  # which torch.compile takes as a constant
+        if not torch.version.hip and chip.major < 8:
+            return f"the GPU has compute capability {chip.major}.{chip.minor}, and the kernels need 8.0 or more"
     elif q.device.type != "cpu":
         return f"the tensors are on {q.device}, and the kernels run on CUDA and ROCm"
     elif not INTERPRETED:
-        return (
-            "the tensors are on the CPU, where only Triton's interpreter runs (TRITON_INTERPRET=1 before the import)"
-        )
-    elif reason := _interpreter_problem():
-        return reason
+        return "the tensors are on the CPU, where only Triton's interpreter runs (TRITON_INTERPRET=1, before import)"
+    elif not torch.compiler.is_compiling():  # which cannot trace a launch of Triton's interpreter
+        from uhd_kernels import cross_attention
+
+        if reason := cross_attention.interpreter_problem():
+            return reason
     if q.dtype not in TRITON_DTYPES:
         return f"the dtype is {q.dtype}, and the kernels take float32, float16 and bfloat16"
     if not 1 <= dim <= MAX_HEAD_DIM or not 1 <= latents <= MAX_LATENTS or not heads:
@@ -140,18 +130,3 @@ def _triton_problem(q: Tensor) -> str | None:
             f"to {MAX_HEAD_DIM}"
         )
     return None
-
-
-def _interpreter_problem() -> str | None:
-    if torch.compiler.is_compiling():  # which cannot trace a launch of Triton's interpreter
-        return None
-    from uhd_kernels import cross_attention
-
-    return cross_attention.interpreter_problem()
-
-
-def _device_problem(device: torch.device) -> str | None:
-    chip = torch.cuda.get_device_properties(device)  # of what torch.cuda tells, torch.compile takes this as a constant
-    if torch.version.hip or chip.major >= 8:
-        return None
-    return f"the GPU has compute capability {chip.major}.{chip.minor}, and the kernels need 8.0 (Ampere) or more"

@@ -35,10 +35,7 @@ def cross_attention_reference(
     """
     exact = torch.promote_types(q.dtype, torch.float32)
     outputs = []
-    for (start, end), offset in zip(pairwise(bounds), offsets, strict=True):
-        keys, values = k[start:end].to(exact), v[start:end].to(exact)
-        if key_positions is not None:
-            keys = keys + key_positions[offset : offset + end - start].to(exact)
+    for _, _, keys, values in _views(k, v, bounds, key_positions, offsets, exact):
         logits = torch.einsum("qhd,nhd->hqn", q.to(exact), keys) * scale
         outputs.append(torch.einsum("hqn,nhd->qhd", logits.softmax(dim=-1), values))
     return torch.stack(outputs).to(q.dtype)
@@ -64,16 +61,24 @@ def cross_attention_backward(
     queries = q.to(exact)
     dq, dk, dv = (torch.zeros_like(x, dtype=exact) for x in (q, k, v))
     d_table = None if key_positions is None else torch.zeros_like(key_positions, dtype=exact)
-    for d_out, (start, end), offset in zip(grad.to(exact), pairwise(bounds), offsets, strict=True):
-        keys, values = k[start:end].to(exact), v[start:end].to(exact)
-        if key_positions is not None:
-            keys = keys + key_positions[offset : offset + end - start].to(exact)
+    views = _views(k, v, bounds, key_positions, offsets, exact)
+    for d_out, (own, table, keys, values) in zip(grad.to(exact), views, strict=True):
         weights = (torch.einsum("qhd,nhd->hqn", queries, keys) * scale).softmax(dim=-1)
         d_weights = torch.einsum("qhd,nhd->hqn", d_out, values)
         d_logits = weights * (d_weights - (weights * d_weights).sum(-1, keepdim=True)) * scale
-        dv[start:end] = torch.einsum("hqn,qhd->nhd", weights, d_out)
-        dk[start:end] = torch.einsum("hqn,qhd->nhd", d_logits, queries)
+        dv[own] = torch.einsum("hqn,qhd->nhd", weights, d_out)
+        dk[own] = torch.einsum("hqn,qhd->nhd", d_logits, queries)
         dq += torch.einsum("hqn,nhd->qhd", d_logits, keys)
         if d_table is not None:
-            d_table[offset : offset + end - start] += dk[start:end]
+            d_table[table] += dk[own]
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None if d_table is None else d_table.to(q.dtype)
+
+
+def _views(k, v, bounds, key_positions, offsets, exact):
+    """Of each view its rows, its rows of the table, its keys with positions, and its values."""
+    for (start, end), offset in zip(pairwise(bounds), offsets, strict=True):
+        own, table = slice(start, end), slice(offset, offset + end - start)
+        keys = k[own].to(exact)
+        if key_positions is not None:
+            keys = keys + key_positions[table].to(exact)
+        yield own, table, keys, v[own].to(exact)

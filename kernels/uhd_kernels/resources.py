@@ -13,6 +13,7 @@ import argparse
 import collections
 import concurrent.futures
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -52,20 +53,18 @@ class Variant:
 def variants(archs, head_dims, dtypes, numbers_of_latents, *, small: bool) -> list[Variant]:
     """Every default configuration, with and without a table of positions."""
     found = []
-    for arch in archs:
-        for dim in head_dims:
-            for dtype in dtypes:
-                for latents in numbers_of_latents:
-                    forward = forward_config(arch, dim, DTYPES[dtype], latents)
-                    backward = backward_config(arch, dim, DTYPES[dtype], latents)
-                    name = "backward_kernel" if latents <= backward.tiles[0] else "backward_many_kernel"
-                    for positions in (True, False):
-                        case = (arch, dim, dtype, latents, positions)
-                        found.append(Variant("forward_kernel", "forward", *case, forward))
-                        found.append(Variant(name, "backward", *case, backward))
-                if small:
-                    case = (arch, dim, dtype, 0, False, Config((0, 0), 0, 4, 3))
-                    found += [Variant(name, "small", *case) for name in SMALL]
+    for arch, dim, dtype in itertools.product(archs, head_dims, dtypes):
+        for latents in numbers_of_latents:
+            forward = forward_config(arch, dim, DTYPES[dtype], latents)
+            backward = backward_config(arch, dim, DTYPES[dtype], latents)
+            name = "backward_kernel" if latents <= backward.tiles[0] else "backward_many_kernel"
+            for positions in (True, False):
+                case = (arch, dim, dtype, latents, positions)
+                found.append(Variant("forward_kernel", "forward", *case, forward))
+                found.append(Variant(name, "backward", *case, backward))
+        if small:
+            case = (arch, dim, dtype, 0, False, Config((0, 0), 0, 4, 3))
+            found += [Variant(name, "small", *case) for name in SMALL]
     return found
 
 
@@ -113,19 +112,9 @@ def measure(variant: Variant) -> dict[str, object]:
         compiled = compile_variant(variant)
     usage, code = disassemble(compiled.asm["cubin"])
     matrix = collections.Counter(op for op in code if MATRIX_INSTRUCTION.fullmatch(op))
-    config = variant.config
-    return {
-        "kernel": variant.kernel,
-        "direction": variant.direction,
-        "arch": variant.arch,
-        "head_dim": variant.head_dim,
-        "dtype": variant.dtype,
-        "latents": variant.latents,
-        "positions": variant.positions,
-        "tiles": list(config.tiles),
-        "block_n": config.block_n,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
+    row = dataclasses.asdict(variant)
+    row |= row.pop("config")
+    return row | {
         "registers": usage["REG"],
         "spill_stores": code.count(SPILL_STORE),
         "stack": usage["STACK"],
@@ -156,18 +145,12 @@ def disassemble(cubin: bytes) -> tuple[dict[str, int], list[str]]:
 
 def rows(todo: list[Variant]) -> list[dict[str, object]]:
     """The report, compiled in as many processes as the machine has processors."""
-    workers = max(1, min(len(todo), os.cpu_count() or 1))
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(measure, todo))
 
 
 def numbers(text: str) -> list[int]:
-    """Integers between commas.
-
-    Raises:
-        argparse.ArgumentTypeError: It holds anything else.
-    """
+    """Integers between commas; argparse.ArgumentTypeError for anything else."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
@@ -179,9 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=numbers, default="80,90,100", help=f"of {', '.join(map(str, SHARED_LIMIT))}")
     parser.add_argument("--head-dims", type=numbers, default="64,128")
     parser.add_argument("--dtypes", default="bf16", help=f"of {', '.join(DTYPES)}")
-    parser.add_argument(
-        "--latents", type=numbers, default="64,144", help="one on either side of 64, where the kernels change"
-    )
+    parser.add_argument("--latents", type=numbers, default="64,144", help="the kernels change at 64")
     parser.add_argument("--small", action="store_true", help="also the kernels around the attention, without products")
     parser.add_argument("--json", action="store_true", help="print a list of rows")
     options = parser.parse_args(arguments)
@@ -204,9 +185,8 @@ def table(found: list[dict[str, object]]) -> str:
     names += ["registers", "spill_stores", "stack", "shared_bytes"]
     lines = [[*names, "matrix instructions"]]
     for row in found:
-        lines.append(
-            [str(row[name]) for name in names] + [" ".join(f"{n} {c}" for n, c in row["mma_by_name"].items())]
-        )
+        instructions = " ".join(f"{name} {count}" for name, count in row["mma_by_name"].items())
+        lines.append([*(str(row[name]) for name in names), instructions])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     spills = sum(row["spill_stores"] > 0 for row in found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from torch.utils.checkpoint import checkpoint
 from uhd_kernels import calls, varlen_cross_attention
 from uhd_kernels.op import attention_backward_op, attention_op
 
+from tests.kernels.ways import DTYPES, IMPLS, INTERPRETED, NUMPY, PORTABLE
+
 ROOT = Path(__file__).parents[2]
 BOUNDS, OFFSETS, LONGEST = [0, 4, 4, 9, 10], [0, 1, 1, 6], 5
-PORTABLE = ("sdpa", "reference")
+pytestmark = NUMPY
 
 
 def leaves(dtype=torch.float64, *, seed=0):
@@ -35,9 +38,9 @@ def gradients(out, inputs):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of opcheck itself
-@pytest.mark.parametrize(("impl", "table"), [("sdpa", True), ("reference", False)])
+@pytest.mark.parametrize(("impl", "table"), [("sdpa", True), ("reference", False), *[("triton", True)] * INTERPRETED])
 def test_opcheck(impl, table):
-    q, k, v, rows = leaves()
+    q, k, v, rows = leaves(DTYPES.get(impl, torch.float64))
     cu_seqlens, offsets = torch.tensor(BOUNDS, dtype=torch.int32), torch.tensor(OFFSETS, dtype=torch.int32)
     arguments = (q, k, v, cu_seqlens, LONGEST, rows if table else None, offsets if table else None, 0.4, impl)
     results = torch.library.opcheck(attention_op, arguments)
@@ -50,16 +53,20 @@ def test_opcheck(impl, table):
     torch.library.opcheck(attention_backward_op, [x.detach() if torch.is_tensor(x) else x for x in arguments])
 
 
-@pytest.mark.parametrize("impl", ["auto", *PORTABLE])
+@pytest.mark.parametrize("impl", ["auto", *IMPLS])
 @pytest.mark.parametrize("table", [False, True])
 def test_compiles_to_one_graph(impl, table):
-    inputs = leaves()
+    inputs = leaves(DTYPES.get(impl, torch.float64))
     inputs = inputs if table else [*inputs[:3], None]
-    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
-    wanted, got = attend(*inputs, impl=impl), compiled(*inputs, impl=impl)
-    torch.testing.assert_close(got, wanted)
     given = [x for x in inputs if x is not None]
-    for a, b in zip(gradients(got, given), gradients(wanted, given), strict=True):
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    calls.clear()
+    got = compiled(*inputs, impl=impl)
+    slopes, ran = gradients(got, given), "sdpa" if impl == "auto" else impl
+    assert calls == {ran: 1, f"{ran} backward": 1}
+    wanted = attend(*inputs, impl=impl)
+    torch.testing.assert_close(got, wanted)
+    for a, b in zip(slopes, gradients(wanted, given), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -103,7 +110,7 @@ def test_compiles_with_inductor(impl):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("impl", PORTABLE)
+@pytest.mark.parametrize("impl", IMPLS)
 def test_autocast_casts_like_attention_does(impl):
     inputs = leaves(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -125,28 +132,27 @@ def test_autocast_leaves_float64_alone():
         assert attend(*inputs).dtype == torch.float64
 
 
-def test_no_grad_keeps_nothing_for_a_backward():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_grad_keeps_nothing_for_a_backward(impl):
     with torch.no_grad():
-        out = attend(*leaves())
+        out = attend(*leaves(DTYPES.get(impl, torch.float64)), impl=impl)
     assert out.grad_fn is None
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing(reentrant):
-    inputs = leaves()
-    before = calls["sdpa"]
-    got = gradients(checkpoint(attend, *inputs, use_reentrant=reentrant), inputs) if not reentrant else None
-    if reentrant:
-        out = checkpoint(attend, *inputs, use_reentrant=True)
-        cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-        out.backward(cotangent)
-        got = [x.grad for x in inputs]
-    assert calls["sdpa"] == before + 2
-    for a, b in zip(got, gradients(attend(*inputs), inputs), strict=True):
-        torch.testing.assert_close(a, b)
+def test_gradient_checkpointing(reentrant, impl):
+    inputs = leaves(DTYPES.get(impl, torch.float64))
+    calls.clear()
+    out = checkpoint(partial(attend, impl=impl), *inputs, use_reentrant=reentrant)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(out.dtype)
+    out.backward(cotangent)
+    assert calls[impl] == 2
+    for x, wanted in zip(inputs, gradients(attend(*inputs, impl=impl), inputs), strict=True):
+        torch.testing.assert_close(x.grad, wanted)
 
 
-@pytest.mark.parametrize("impl", ["auto", *PORTABLE])
+@pytest.mark.parametrize("impl", ["auto", *IMPLS])
 def test_vmap_is_refused(impl):
     q, k, v, _ = leaves()
     cu_seqlens = torch.tensor(BOUNDS, dtype=torch.int32)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from tests.tiny import stirred
 from uhd.resampler import (
@@ -25,6 +28,7 @@ from uhd.resampler import (
     RewriteResampler,
     SpatialConfig,
     SpatialResampler,
+    sincos_2d,
 )
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -104,6 +108,37 @@ def features_for(module, grids=GRIDS, *, seed=1):
 
 def per_view(features, grids):
     return zip(features.split([h * w for h, w in grids]), grids, strict=True)
+
+
+def composed(module, features, grids):
+    """A perceiver's layers around nn.MultiheadAttention, one view at a time, with positions at full width."""
+    config, dtype = module.config, features.dtype
+    side = math.isqrt(config.num_latents)
+
+    def attend(layer, queries, keys, values):
+        attention = nn.MultiheadAttention(config.width, config.num_heads, dtype=dtype)
+        attention.load_state_dict(layer.state_dict())
+        return attention(queries, keys, values)[0]
+
+    def feed_forward(ffn, x):
+        return x + ffn.down(F.gelu(ffn.up(ffn.norm(x)))) if config.ffn_ratio else x
+
+    latent_table = module.pos_embed if config.query_position else 0
+    outputs = []
+    for x, (h, w) in per_view(features, grids):
+        kv = keys = module.ln_kv(module.kv_proj(x))
+        if config.key_position == "direct":
+            keys = kv + sincos_2d(config.width, (h, w)).to(dtype)
+        if config.key_position == "interpolated":
+            table = module.pos_embed.to(torch.promote_types(dtype, torch.float32))
+            table = table.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+            table = F.interpolate(table, (h, w), mode="bicubic").permute(0, 2, 3, 1).reshape(h * w, -1)
+            keys = kv + table.to(dtype)
+        y = feed_forward(module.ffn, attend(module.attn, module.ln_q(module.query) + latent_table, keys, kv))
+        for layer in module.layers:
+            y = feed_forward(layer.ffn, y + attend(layer.attn, layer.ln_q(y) + latent_table, keys, kv))
+        outputs.append(module.ln_post(y) @ module.proj)
+    return torch.stack(outputs)
 
 
 @functools.cache

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from tests.resampler.parts import GRIDS, LATENTS, SIZES, cases, features_for, randomised, recorded, released
+from tests.resampler.parts import GRIDS, LATENTS, RELEASED, SIZES, cases, features_for, randomised, recorded, released
 from uhd.resampler import (
+    PerceiverConfig,
+    PerceiverResampler,
     PyramidConfig,
     PyramidResampler,
     RewriteConfig,
@@ -49,23 +51,41 @@ def test_pyramid_equals_the_release():
         torch.testing.assert_close(module(levels, grids), torch.tensor(data["y"]), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("tag, cls", [("v1_spatial_g4", SpatialResampler), ("better_q16", RewriteResampler)])
-def test_bad_weights_are_listed(tag, cls):
-    state, _, _ = recorded(tag)
-    fewer = {name: x for name, x in state.items() if name != "ln_kv.bias"}
-    with pytest.raises(ValueError, match=r"missing \['ln_kv.bias'\], unexpected \['resampler.proj'\]"):
-        cls.from_state_dict({**fewer, "resampler.proj": state["query"]}, num_heads=4)
+@pytest.mark.parametrize("tag", ["march2024_perceiver_g8", "v1_spatial_g4", "better_q16"])
+def test_bad_weights_are_listed(tag):
+    state, make = recorded(tag)[0], RELEASED[tag]
+    fewer = {name: x for name, x in state.items() if name not in ("ln_kv.bias", "ln_kv.weight")}
+    missing = r"missing \['ln_kv.bias', 'ln_kv.weight'\], unexpected \['resampler.proj'\]"
+    with pytest.raises(ValueError, match=missing):
+        make({**fewer, "resampler.proj": state["query"]}, num_heads=4)
     with pytest.raises(ValueError, match="expected 'query' with [23] axes"):
-        cls.from_state_dict({f"resampler.{name}": x for name, x in state.items()}, num_heads=4)
+        make({f"resampler.{name}": x for name, x in state.items()}, num_heads=4)
     with pytest.raises(ValueError, match=r"'ln_kv.bias': \(\(31,\), \(32,\)\)"):
-        cls.from_state_dict({**state, "ln_kv.bias": state["ln_kv.bias"][1:]}, num_heads=4)
+        make({**state, "ln_kv.bias": state["ln_kv.bias"][1:]}, num_heads=4)
     with pytest.raises(ValueError, match="cannot be divided among num_heads=7"):
-        cls.from_state_dict(state, num_heads=7)
+        make(state, num_heads=7)
+
+
+def test_weights_of_another_variant_are_listed():
+    state = recorded("march2024_perceiver_g8")[0]
+    with pytest.raises(ValueError, match=r"'minicpm-v-2.6': missing \[\], unexpected \['pos_embed'\]"):
+        PerceiverResampler.from_state_dict(state, variant="minicpm-v-2.6", num_heads=4)
+    with pytest.raises(ValueError, match="variant must be 'paper', .*, got 'llava'"):
+        PerceiverResampler.from_state_dict(state, variant="llava", num_heads=4)
 
 
 @pytest.mark.parametrize(
     "cls, changes, message",
     [
+        (PerceiverConfig, {"num_heads": 5}, "width=24 cannot be divided among num_heads=5"),
+        (PerceiverConfig, {"num_latents": 96}, "num_latents=96 is not a square"),
+        (PerceiverConfig, {"num_latents": 96, "key_position": "direct"}, "num_latents=96 is not a square"),
+        (PerceiverConfig, {"num_latents": 0}, "num_latents=0"),
+        (PerceiverConfig, {"width": 18}, "multiple of 4"),
+        (PerceiverConfig, {"depth": 0}, "depth=0"),
+        (PerceiverConfig, {"ffn_ratio": -1.0}, "ffn_ratio=-1.0"),
+        (PerceiverConfig, {"ffn_ratio": 0.001}, "ffn_ratio=0.001"),
+        (PerceiverConfig, {"key_position": "learned"}, "key_position must be 'interpolated'"),
         (SpatialConfig, {"num_latents": 10}, "num_latents=10 is not a square"),
         (SpatialConfig, {"width": 18}, "multiple of 4"),
         (SpatialConfig, {"num_heads": 5}, "cannot be divided among num_heads=5"),
@@ -148,7 +168,7 @@ def test_a_pyramid_takes_levels_or_makes_them():
     with pytest.raises(ValueError, match="rows, but the 5 grids add up to"):
         given([levels[0], levels[1][:-1], levels[2]], GRIDS)
     with pytest.raises(ValueError, match="rows, but the 5 grids add up to"):
-        upsampled(features[1:], GRIDS, (1, 2))
+        module(features[1:], GRIDS)
 
 
 def test_a_finer_level_of_a_pyramid_counts():

@@ -6,24 +6,17 @@ once more in a process of its own, where "triton" is one of the implementations.
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from uhd_kernels import calls
 
+from tests.kernels.ways import INTERPRETED, NUMPY
 from tests.resampler.parts import TAGS, cases, released
 from tests.scripts import interpreted
+from tests.tiny import stirred
 from uhd.resampler import PerceiverConfig, PerceiverResampler
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if INTERPRETED:
-    from uhd_kernels.cross_attention import interpreter_problem
-
-    if problem := interpreter_problem():
-        pytest.skip(problem, allow_module_level=True)
-# Triton 3.6's interpreter takes int() of arrays with one number, of which numpy before 2.4 only warns.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+pytestmark = NUMPY
 IMPLS = ["auto", "sdpa", *(["triton"] if INTERPRETED else [])]
 GRIDS = [(3, 5), (1, 1), (4, 2), (3, 5)]
 CONFIGS = {
@@ -83,9 +76,7 @@ def test_large_golden_cases(tag, impl):
 def test_ragged_views(name, impl):
     torch.manual_seed(0)
     module = PerceiverResampler(CONFIGS[name])
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    stirred(module, 0.1)
     features = torch.randn(sum(h * w for h, w in GRIDS), module.in_dim)
     same(run(module, features, GRIDS, impl), run(module, features, GRIDS, "reference"))
 

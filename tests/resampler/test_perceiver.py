@@ -7,53 +7,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from tests.resampler.parts import GRIDS, PERCEIVERS, features_for, per_view, randomised
+from tests.resampler.parts import GRIDS, PERCEIVERS, composed, features_for, per_view, randomised
 from uhd.resampler import PerceiverConfig, PerceiverResampler, attention, sincos_2d
-
-
-def composed(module, features, grids):
-    """The layers written with nn.MultiheadAttention and full-width positions, one view at a time."""
-    config, state = module.config, module.state_dict()
-
-    def norm(name, x):
-        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], 1e-6)
-
-    def linear(name, x):
-        return F.linear(x, state[f"{name}.weight"], state.get(f"{name}.bias"))
-
-    def attend(name, q, k, v):
-        mha = nn.MultiheadAttention(config.width, config.num_heads, dtype=features.dtype)
-        mha.load_state_dict({key[len(name) + 1 :]: x for key, x in state.items() if key.startswith(f"{name}.")})
-        return mha(q, k, v)[0]
-
-    def feed_forward(name, x):
-        return (
-            x + linear(f"{name}.down", F.gelu(linear(f"{name}.up", norm(f"{name}.norm", x))))
-            if config.ffn_ratio
-            else x
-        )
-
-    side = math.isqrt(config.num_latents)
-    latent_table = sincos_2d(config.width, (side, side)) if config.query_position else 0
-    outputs = []
-    for x, (h, w) in per_view(features, grids):
-        kv = norm("ln_kv", linear("kv_proj", x) if "kv_proj.weight" in state else x)
-        k = kv
-        if config.key_position == "direct":
-            k = kv + sincos_2d(config.width, (h, w))
-        if config.key_position == "interpolated":
-            table = sincos_2d(config.width, (side, side), dtype=features.dtype)
-            table = table.reshape(1, side, side, -1).permute(0, 3, 1, 2)
-            k = kv + F.interpolate(table, (h, w), mode="bicubic").permute(0, 2, 3, 1).reshape(h * w, -1)
-        y = feed_forward("ffn", attend("attn", norm("ln_q", state["query"]) + latent_table, k, kv))
-        for i in range(config.depth - 1):
-            layer = f"layers.{i}"
-            y = y + attend(f"{layer}.attn", norm(f"{layer}.ln_q", y) + latent_table, k, kv)
-            y = feed_forward(f"{layer}.ffn", y)
-        outputs.append(norm("ln_post", y) @ state["proj"])
-    return torch.stack(outputs)
 
 
 @pytest.mark.parametrize("name", PERCEIVERS)
@@ -75,14 +31,8 @@ def test_gradients_equal_those_of_multihead_attention(name):
     got = features.grad.clone()
     (wanted,) = torch.autograd.grad((composed(module, features, GRIDS) * weights).sum(), features)
     torch.testing.assert_close(got, wanted, atol=1e-9, rtol=1e-9)
-    # Keys share one bias, which softmax cannot see; every other number learns.
-    width = module.config.width
-    for parameter_name, parameter in module.named_parameters():
-        grad = parameter.grad
-        if parameter_name == "attn.in_proj_bias":
-            assert grad[width : 2 * width].abs().max() < 1e-9
-            grad = torch.cat([grad[:width], grad[2 * width :]])
-        assert grad.abs().min() > 0, parameter_name
+    _, of_keys, _ = module.attn.in_proj_bias.grad.chunk(3)
+    assert of_keys.abs().max() < 1e-9  # keys share one bias, which softmax cannot see
 
 
 def test_gradcheck_through_the_table_projection():
@@ -167,48 +117,3 @@ def test_positions_survive_an_empty_start():
         module = PerceiverResampler(PERCEIVERS["paper"])
     module.to_empty(device="cpu").reset_parameters()
     assert torch.equal(module.pos_embed, sincos_2d(24, (8, 8)))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_heads": 5}, "width=24 cannot be divided among num_heads=5"),
-        ({"num_latents": 96}, "num_latents=96 is not a square"),
-        ({"num_latents": 96, "key_position": "direct"}, "num_latents=96 is not a square"),
-        ({"num_latents": 0}, "num_latents=0"),
-        ({"width": 18}, "multiple of 4"),
-        ({"depth": 0}, "depth=0"),
-        ({"ffn_ratio": -1.0}, "ffn_ratio=-1.0"),
-        ({"ffn_ratio": 0.001}, "ffn_ratio=0.001"),
-        ({"key_position": "learned"}, "choose one of .*interpolated"),
-    ],
-)
-def test_bad_config(changes, message):
-    with pytest.raises(ValueError, match=message):
-        PerceiverConfig(**{"width": 24, "vision_width": 10, "num_heads": 3, **changes})
-
-
-def test_unknown_names():
-    with pytest.raises(ValueError, match=r"variant='flamingo' is unknown; choose one of \['paper'"):
-        PerceiverConfig.preset("flamingo", width=24, vision_width=10, num_heads=3)
-
-
-def test_bad_weights_are_listed():
-    state = randomised(PERCEIVERS["paper"]).state_dict()
-
-    def load(changed, variant="paper", num_heads=3):
-        return PerceiverResampler.from_state_dict(changed, variant=variant, num_heads=num_heads)
-
-    fewer = {name: x for name, x in state.items() if name not in ("ln_q.bias", "proj")}
-    with pytest.raises(ValueError, match=r"missing \['ln_q.bias', 'proj'\], unexpected \['resampler.proj'\]"):
-        load({**fewer, "resampler.proj": state["proj"]})
-    with pytest.raises(ValueError, match=r"'minicpm-v-2.6': missing \[\], unexpected \['pos_embed'\]"):
-        load(state, variant="minicpm-v-2.6")
-    with pytest.raises(ValueError, match="expected 'query' with 2 axes"):
-        load({f"resampler.{name}": x for name, x in state.items()})
-    with pytest.raises(ValueError, match=r"'proj': \(\(23, 24\), \(24, 24\)\)"):
-        load({**state, "proj": state["proj"][1:]})
-    with pytest.raises(ValueError, match="cannot be divided among num_heads=7"):
-        load(state, num_heads=7)
-    with pytest.raises(ValueError, match="variant='llava'"):
-        load(state, variant="llava")

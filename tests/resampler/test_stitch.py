@@ -14,23 +14,13 @@ import uhd
 from uhd.resampler import FeaturePacker, pack_features
 from uhd.resampler.stitch import feature_lengths
 from uhd.slicing import find
-from uhd.slicing.plan import Box, Packing
+from uhd.slicing.plan import Box, Packing, SlicePlan
 from uhd.slicing.strategies import STRATEGIES, anyres
 
 D = 3
 RNG = np.random.default_rng(0)
-SIZES = [
-    (336, 336),
-    (1008, 672),
-    (1080, 1920),
-    (3000, 4000),
-    (1568, 224),
-    (300, 150),
-    (176, 110),
-    (1, 4096),
-    (9, 2000),
-]
-SIZES += [(2000, 2100), (2300, 2300), (1700, 2200), (2304, 1600), (1537, 2304), (2900, 1900), (4096, 4096)]
+SIZES = [(336, 336), (1008, 672), (1080, 1920), (3000, 4000), (1568, 224), (300, 150), (176, 110), (1, 4096)]
+SIZES += [(9, 2000), (2000, 2100), (2300, 2300), (1700, 2200), (2304, 1600), (1537, 2304), (2900, 1900), (4096, 4096)]
 SIZES += [tuple(int(side) for side in pair) for pair in np.exp(RNG.uniform(4, 8.3, (40, 2)))]
 
 
@@ -226,13 +216,9 @@ def test_an_empty_map_keeps_the_overview():
     got = pack_features(views, plan, newline=vectors()["newline"])
     assert torch.equal(got, views[0])
     assert len(got) == plan.num_tokens == 576
-
-
-def test_columns_may_be_empty_too():
-    """0 columns: the rows are newlines alone."""
-    plan = uhd.plan((4096, 1), "llava-next")
+    plan = uhd.plan((4096, 1), "llava-next")  # 0 columns: the rows are newlines alone
     rows, cols = plan.packing.kept.size_hw
-    assert (rows, cols) == (rows, 0)
+    assert cols == 0
     got = pack_features(features_of(plan), plan, newline=vectors()["newline"])
     assert torch.equal(got[576:], vectors()["newline"].expand(rows, D))
 
@@ -266,28 +252,17 @@ def test_gradients_reach_features_and_embeddings(name):
 
 def test_gradients_by_finite_differences():
     """The whole way: overlap, cut, resize, merge, newline and separator in one packing."""
-    plan = uhd.plan((500, 900), "llava-next").__class__(
+    maps = {"view_hw": (4, 4), "map_hw": (4, 6), "overlap": (1, 1), "kept": Box(1, 0, 4, 6), "resized_hw": (3, 5)}
+    plan = SlicePlan(
         image_hw=(10, 20),
         patch_size=14,
         canvases=uhd.plan((300, 600), find("llava-next").for_vision(image_size=56, patch_size=14)).canvases,
         grid=(1, 2),
-        num_visual_tokens=0,
+        num_visual_tokens=15,  # overview 2 x 2 and its newlines, separator, 2 x 3 and its newlines
         num_separators=0,
         strategy="all-steps",
-        packing=Packing(
-            view_hw=(4, 4),
-            map_hw=(4, 6),
-            overlap=(1, 1),
-            kept=Box(1, 0, 4, 6),
-            resized_hw=(3, 5),
-            merge=2,
-            newline=True,
-            overview_newline=True,
-            separator="between",
-        ),
+        packing=Packing(**maps, merge=2, newline=True, overview_newline=True, separator="between"),
     )
-    # overview 2 x 2 and its newlines, separator, 2 x 3 and its newlines
-    object.__setattr__(plan, "num_visual_tokens", 15)
     inputs = [view.double().requires_grad_() for view in features_of(plan)]
     marks = [vector.double().requires_grad_() for vector in (torch.randn(D), torch.randn(D))]
 

@@ -28,6 +28,7 @@ MODELS = {
     "plain": lambda: make(),
     "plain, normed before": lambda: make(replace(CONFIG, pre_norm=True, activation="swiglu")),
     "plain, no prefix": lambda: make(replace(NO_PREFIX, activation="quick_gelu")),
+    "plain, window stem": lambda: make(replace(NO_PREFIX, stem_border=2, stem_hidden=20, stem_grey=True)),
     "window": lambda: compressed(),
     "window, twice, no prefix": lambda: compressed((1, 3), config=replace(NO_PREFIX, activation="gelu_tanh")),
     "average": lambda: compressed(compressor="average"),

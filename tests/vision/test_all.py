@@ -58,8 +58,7 @@ def test_gradients_reach_every_parameter(name, recompute):
     patches = random_patches(grids).requires_grad_()
     vit(patches, grids).square().mean().backward()
     assert (patches.grad.abs().amax(1) > 0).all()
-    blind = [parameter for parameter, _ in vit.named_parameters() if parameter.endswith("down.bias")]
-    assert len(blind) == (2 if name == "adaptive, twice" else 0)
+    blind = ["compressors.1.down.bias", "compressors.4.down.bias"] if name == "adaptive, twice" else []
     for parameter, tensor in vit.named_parameters():
         largest = tensor.grad.abs().max()  # softmax over a window does not see what is added to all of it
         assert largest < 1e-6 if parameter in blind else largest > 1e-6, parameter

@@ -12,25 +12,16 @@ import torch
 from torch import nn
 
 from tests.tiny import stirred
+from tests.vision import parts
 from uhd.torch_private import packed_products
-from uhd.vision import CompressedViT, CompressedViTConfig, ViT, ViTConfig
+from uhd.vision import CompressedViT, CompressedViTConfig, ViT
 from uhd.vision import compiled as compiled_module
 from uhd.vision.blocks import Block
-from uhd.vision.compiled import CompiledBlocks, PackedWeights
+from uhd.vision.compiled import CompiledBlocks
 from uhd.vision.int8 import Int8Linear, int8_linear, quantize_linears
 
-CONFIG = ViTConfig(
-    patch_size=2,
-    width=32,
-    depth=3,
-    heads=2,
-    mlp_width=48,
-    class_token=True,
-    layer_scale=0.5,
-    pre_norm=True,
-    position_grid_hw=(4, 4),
-    position_prefix=1,
-)
+SIZES = {"width": 32, "depth": 3, "mlp_width": 48, "num_registers": 0, "pre_norm": True, "position_grid_hw": (4, 4)}
+CONFIG = dataclasses.replace(parts.CONFIG, **SIZES)
 GRIDS = [(2, 3), (3, 2), (4, 4), (1, 6), (5, 1)]
 ACTIVATIONS = ["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
 
@@ -42,13 +33,12 @@ def make(dtype: torch.dtype = torch.float32, **changes) -> ViT:
 
 def make_compressed(dtype: torch.dtype = torch.float32) -> CompressedViT:
     torch.manual_seed(0)
-    fields = {f.name: getattr(CONFIG, f.name) for f in dataclasses.fields(CONFIG)}
-    return CompressedViT(CompressedViTConfig(**fields, compress_after=(1,))).eval().requires_grad_(False).to(dtype)
+    config = CompressedViTConfig(**CONFIG.to_dict(), compress_after=(1,))
+    return CompressedViT(config).eval().requires_grad_(False).to(dtype)
 
 
 def patches(dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    drawn = torch.Generator().manual_seed(1)
-    return torch.randn(sum(h * w for h, w in GRIDS), CONFIG.patch_dim, generator=drawn).to(dtype)
+    return parts.random_patches(GRIDS).to(dtype)
 
 
 def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -130,9 +120,7 @@ def test_half_weights_on_a_plain_cpu_compute_in_float32(dtype: torch.dtype, monk
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("scale", [None, 0.5])
-def test_packed_weights_on_a_matrix_unit(
-    activation: str, scale: float | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packed_weights_on_a_matrix_unit(activation: str, scale: float | None, monkeypatch) -> None:
     pretend_unit(monkeypatch)
     vit, x = make(torch.bfloat16, activation=activation, layer_scale=scale), patches(torch.bfloat16)
     exact = copy.deepcopy(vit).double()(x.double(), GRIDS)
@@ -262,11 +250,7 @@ def test_training_goes_on_as_if_nothing_were_compiled() -> None:
 
 
 def counting(compiled: list[int]):
-    def backend(graph, inputs):
-        compiled.append(1)
-        return graph.forward
-
-    return backend
+    return lambda graph, inputs: compiled.append(1) or graph.forward
 
 
 def test_each_vit_compiles_its_own() -> None:
@@ -335,9 +319,8 @@ def test_copies_and_pickles_compile_anew() -> None:
 
 
 def test_packing_needs_bfloat16_weights() -> None:
-    vit = make()
-    halves = [compiled_module.Halves.of(block) for block in vit.blocks]
-    assert PackedWeights().of(halves, torch.zeros(3, 32)) is None
+    halves = [compiled_module.Halves.of(block) for block in make().blocks]
+    assert CompiledBlocks()._pack(halves, torch.zeros(3, 32)) is None
 
 
 @pytest.mark.parametrize("bias", [True, False])

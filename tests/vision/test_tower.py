@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -13,11 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tests.tiny import stirred
 from uhd.vision import VisionTower, ViT, ViTConfig, patchify, unpatchify
 
 
 def convnext(**fields) -> nn.Module:
     return timm.create_model("convnext_atto", pretrained=False, depths=(1, 1, 1, 1), dims=(4, 6, 8, 10), **fields)
+
+
+def features() -> nn.Module:
+    return convnext(features_only=True)
 
 
 def swin_timm() -> nn.Module:
@@ -47,13 +51,9 @@ def vit_hf() -> nn.Module:
 # name -> (module, the tower's arguments, the map as (V, h*w, D) of images)
 TOWERS = {
     "timm convnext": (convnext, {"patch_size": 32, "out_dim": 10}, lambda m, x: m.forward_features(x).flatten(2).mT),
-    "timm features": (
-        partial(convnext, features_only=True),
-        {"patch_size": 32, "out_dim": 10},
-        lambda m, x: m(x)[-1].flatten(2).mT,
-    ),
+    "timm features": (features, {"patch_size": 32, "out_dim": 10}, lambda m, x: m(x)[-1].flatten(2).mT),
     "timm third stage": (
-        partial(convnext, features_only=True),
+        features,
         {"patch_size": 32, "out_dim": 8, "stride": 16, "select": lambda maps: maps[2]},
         lambda m, x: m(x)[2].flatten(2).mT,
     ),
@@ -84,10 +84,7 @@ GRIDS = [(2, 3), (4, 2), (3, 3), (2, 3), (2, 5)]
 
 def make(name: str) -> tuple[VisionTower, nn.Module]:
     torch.manual_seed(0)
-    module = TOWERS[name][0]().eval()
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
+    module = stirred(TOWERS[name][0]())
     return VisionTower(module, **TOWERS[name][1]).eval(), module
 
 
@@ -207,8 +204,8 @@ def test_an_ambiguous_map_needs_its_layout() -> None:
     "fields, words",
     [
         ({"out_dim": 0}, "sizes must be positive"),
-        ({"layout": "LND"}, "layout must be None or one of NCHW, NHWC, NLC; got 'LND'"),
-        ({"rounding": "up"}, "rounding must be 'exact', 'floor' or 'ceil'; got 'up'"),
+        ({"layout": "LND"}, "layout must be None, 'NCHW', 'NHWC' or 'NLC', got 'LND'"),
+        ({"rounding": "up"}, "rounding must be 'exact', 'floor' or 'ceil', got 'up'"),
     ],
 )
 def test_bad_settings_raise(fields: dict, words: str) -> None:

@@ -155,8 +155,8 @@ def test_bad_input_raises(patches: torch.Tensor, grids: list, error: type[Except
     [
         ({"heads": 3}, "width must be a multiple of heads; got 16 and 3"),
         ({"depth": 0}, "depth must be at least 1; got 0"),
-        ({"activation": "relu"}, "activation must be one of .*; got 'relu'"),
-        ({"interpolation": "area"}, "interpolation must be one of"),
+        ({"activation": "relu"}, "activation must be .*, got 'relu'"),
+        ({"interpolation": "area"}, "interpolation must be 'bicubic'"),
         ({"interpolation": "nearest", "antialias": True}, "antialias needs"),
         ({"bucket_rule": "remote"}, "needs interpolation='nearest'"),
         ({"bucket_rule": "remote", "interpolation": "nearest", "position_grid_hw": (2, 3)}, "square position table"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -21,12 +23,7 @@ from uhd.vision import ViT, ViTConfig, config_from_hf, load_vit, patchify, to_so
 from uhd.vision.weights import HEADS
 
 P, SIDE = 4, 5  # patch in px and native grid: 20 px images
-COMMON = {
-    "hidden_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "patch_size": P,
-}
+COMMON = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": P}
 CLIP_LIKE = {**COMMON, "image_size": P * SIDE, "intermediate_size": 24}
 DINO_LIKE = {**COMMON, "image_size": P * SIDE, "mlp_ratio": 2}
 GRIDS = [(3, 7), (SIDE, SIDE), (7, 3), (1, 8), (3, 7), (10, 12)]
@@ -144,21 +141,15 @@ def assert_equals_source(vit: ViT, model: nn.Module, layer: int, grids: list[tup
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("layer", [-1, -2])
 @pytest.mark.parametrize("name", MODELS)
-def test_features_equal_the_source_at_any_grid(name: str) -> None:
+def test_features_equal_the_source_at_any_grid(name: str, layer: int) -> None:
     model = randomised(MODELS[name])
-    vit = vit_from(model, select_layer=-1)
-    assert_equals_source(vit, model, -1)
+    vit = vit_from(model, select_layer=layer)
+    assert len(vit.blocks) == 4 + layer
+    assert layer == -1 or isinstance(vit.norm, nn.Identity)
+    assert_equals_source(vit, model, layer)
     assert vit.training is False
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_the_layer_before_the_last_equals_the_source_and_costs_no_last_block(name: str) -> None:
-    model = randomised(MODELS[name])
-    vit = vit_from(model, select_layer=-2)
-    assert len(vit.blocks) == 2
-    assert isinstance(vit.norm, nn.Identity)
-    assert_equals_source(vit, model, -2)
 
 
 @pytest.mark.parametrize("name", HF_MODELS)
@@ -187,11 +178,8 @@ def test_the_native_grid_without_the_interpolation_option() -> None:
 def test_the_default_layer_of_every_family() -> None:
     defaults = {name: vit_from(randomised(build)).config for name, build in MODELS.items()}
     assert {name for name, config in defaults.items() if config.select_layer == -2} == {"clip", "clip gelu"}
-    assert {name for name, config in defaults.items() if not config.final_norm} == {
-        "clip",
-        "clip gelu",
-        "timm pooled norm",
-    }
+    unnormed = {name for name, config in defaults.items() if not config.final_norm}
+    assert unnormed == {"clip", "clip gelu", "timm pooled norm"}
     resize = {name: (config.interpolation, config.antialias) for name, config in defaults.items()}
     assert {name for name in resize if resize[name] == ("bicubic", False)} == {
         name for name in HF_MODELS if name not in ("siglip2", "dinov2 registers")
@@ -286,28 +274,14 @@ def test_the_vision_model_inside_a_bigger_one(kind: str, tmp_path: Path) -> None
 
 def test_only_the_tensors_needed_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole_model("clip").save_pretrained(tmp_path)
-    opened = []
+    opened, real = [], checkpoint.safe_open
 
-    class Spy:
-        def __init__(self, *args, **kwargs) -> None:
-            self.inner = real(*args, **kwargs)
+    @contextmanager
+    def spy(*args, **kwargs):
+        with real(*args, **kwargs) as file:
+            yield SimpleNamespace(keys=file.keys, get_tensor=lambda name: opened.append(name) or file.get_tensor(name))
 
-        def __enter__(self) -> Spy:
-            self.file = self.inner.__enter__()
-            return self
-
-        def __exit__(self, *error) -> None:
-            self.inner.__exit__(*error)
-
-        def keys(self) -> list[str]:
-            return self.file.keys()
-
-        def get_tensor(self, name: str) -> Tensor:
-            opened.append(name)
-            return self.file.get_tensor(name)
-
-    real = checkpoint.safe_open
-    monkeypatch.setattr(checkpoint, "safe_open", Spy)
+    monkeypatch.setattr(checkpoint, "safe_open", spy)
     load_vit(tmp_path)
     assert all(name.startswith("vision_model.") for name in opened)
     assert len(opened) == len(set(opened)) == 5 + 2 * 16

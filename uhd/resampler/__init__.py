@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from uhd.positions import sincos_2d
 from uhd.resampler.config import PerceiverConfig
-from uhd.resampler.merger import MergeProjector
 from uhd.resampler.perceiver import PerceiverResampler
-from uhd.resampler.projectors import MLPProjector, PixelShuffleProjector, PoolProjector
+from uhd.resampler.projectors import MergeProjector, MLPProjector, PixelShuffleProjector, PoolProjector
 from uhd.resampler.protocol import Compressor
 from uhd.resampler.pyramid import PyramidConfig, PyramidResampler
 from uhd.resampler.rewrite import RewriteConfig, RewriteResampler

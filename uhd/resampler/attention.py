@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from uhd_kernels import varlen_cross_attention
 
 from uhd.grids import Grid
+from uhd.resampler.weights import draw_linear
 
 
 def attend(
@@ -23,7 +24,7 @@ def attend(
     position_offsets: Sequence[int] | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Let the latents attend to the keys of each view, and to nothing else.
+    """Let the latents attend to the keys of each view, and to nothing else: (V, Q, H, d).
 
     Args:
         q: (Q, H, d) latents shared by every view, or (V, Q, H, d) where each view has its own (deeper layers).
@@ -33,9 +34,6 @@ def attend(
         key_positions: (L, H, d) projected positions of the distinct grids, one grid after another; None for none.
         position_offsets: V first rows in `key_positions`.
         impl: which kernel, see `uhd_kernels.varlen_cross_attention`.
-
-    Returns:
-        (V, Q, H, d).
     """
     if q.dim() == 4:  # the kernel is made for shared latents, so views with their own take a call each
         starts = [None] * len(q) if position_offsets is None else [[offset] for offset in position_offsets]
@@ -45,20 +43,14 @@ def attend(
         ]
         return torch.cat(views) if views else q
     bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu")
-    offsets = None
     if position_offsets is not None:
-        offsets = torch.tensor(position_offsets, dtype=torch.int32, device="cpu")
-    longest = max(lengths, default=0)
-    return varlen_cross_attention(
-        q, k, v, bounds, longest, key_positions=key_positions, position_offsets=offsets, impl=impl
-    )
+        position_offsets = torch.tensor(position_offsets, dtype=torch.int32, device="cpu")
+    tables = {"key_positions": key_positions, "position_offsets": position_offsets}
+    return varlen_cross_attention(q, k, v, bounds, max(lengths, default=0), **tables, impl=impl)
 
 
 def join_tables(grids: Sequence[Grid], make: Callable[[Grid], Tensor]) -> tuple[Tensor | None, list[int] | None]:
-    """Put the position tables of the distinct grids one after another.
-
-    Returns:
-        (L, D), and the first row of each view's table; None and None without views.
+    """Join the position tables of the distinct grids: (L, D), and the first row of each view's; None without views.
 
     >>> join_tables([(1, 2), (1, 1), (1, 2)], lambda grid: torch.ones(grid[0] * grid[1], 4))[1]
     [0, 2, 0]
@@ -89,8 +81,7 @@ class LatentAttention(nn.Module):
         """Draw weights as released: PyTorch's default (Xavier) for the input projection, 0.02 for the output."""
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.in_proj_bias)
-        nn.init.trunc_normal_(self.out_proj.weight, std=0.02)
-        nn.init.zeros_(self.out_proj.bias)
+        draw_linear(self.out_proj)
 
     def forward(
         self,
@@ -109,8 +100,7 @@ class LatentAttention(nn.Module):
         b_q, b_kv = self.in_proj_bias.split([width, 2 * width])
         q = F.linear(queries, w_q, b_q).unflatten(-1, heads)
         k, v = F.linear(kv, w_kv, b_kv).unflatten(-1, (2, *heads)).unbind(1)
-        table = None
         if positions is not None:
-            table = F.linear(positions.to(w_kv.dtype), w_kv[:width]).unflatten(-1, heads)
-        mixed = attend(q, k, v, lengths, key_positions=table, position_offsets=position_offsets, impl=impl)
+            positions = F.linear(positions.to(w_kv.dtype), w_kv[:width]).unflatten(-1, heads)
+        mixed = attend(q, k, v, lengths, key_positions=positions, position_offsets=position_offsets, impl=impl)
         return self.out_proj(mixed.flatten(-2))

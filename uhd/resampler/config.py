@@ -4,46 +4,45 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
-from uhd.settings import Settings
+from uhd.settings import Settings, check_choice
 
 
+@dataclass(frozen=True, kw_only=True)
 class ResamplerConfig(Settings):
-    """What the settings of all resamplers have in common."""
+    """What the settings of all resamplers have in common.
+
+    Raises:
+        ValueError: a size does not fit another; the message says which.
+    """
+
+    width: int  # of the latents and of the output: the language model's; a multiple of 4 where there are positions
+    vision_width: int  # of the features
+    num_heads: int  # divides the width
+    num_latents: int = 64  # tokens per view; a square where the latents have positions
+    eps: float = 1e-6  # of every LayerNorm
+
+    counts: ClassVar[tuple[str, ...]] = ("width", "vision_width", "num_heads", "num_latents")
+    has_positions: ClassVar[bool] = True
+    has_latent_table: ClassVar[bool] = True  # a table over the latents' own square grid
+    square_advice: ClassVar[str] = "take 64 or 144, say"
+
+    def __post_init__(self) -> None:
+        for name in self.counts:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.width % self.num_heads:
+            raise ValueError(f"width={self.width} cannot be divided among num_heads={self.num_heads}")
+        if self.has_positions and self.width % 4:
+            raise ValueError(f"width={self.width}: 2D sincos positions need a multiple of 4")
+        if self.has_latent_table and self.side**2 != self.num_latents:
+            raise ValueError(f"num_latents={self.num_latents} is not a square: {self.square_advice}")
 
     @property
     def side(self) -> int:
         """Latents along each side of their square grid."""
         return math.isqrt(self.num_latents)
-
-
-def check_sizes(
-    settings: ResamplerConfig,
-    names: tuple[str, ...],
-    *,
-    positions: bool = True,
-    square: str | None = "take 64 or 144, say",
-) -> None:
-    """Check what every resampler asks of its sizes.
-
-    Args:
-        settings: with `width`, `num_heads` and `num_latents`.
-        names: fields that must be at least 1.
-        positions: the width is that of a sine-cosine table, and so a multiple of 4.
-        square: the latents are a square grid; this advice ends the message where they are not. None: any number.
-
-    Raises:
-        ValueError: a size that does not fit.
-    """
-    for name in names:
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name}={getattr(settings, name)}: must be at least 1")
-    if settings.width % settings.num_heads:
-        raise ValueError(f"width={settings.width} cannot be divided among num_heads={settings.num_heads}")
-    if positions and settings.width % 4:
-        raise ValueError(f"width={settings.width}: 2D sincos positions need a multiple of 4")
-    if square is not None and settings.side**2 != settings.num_latents:
-        raise ValueError(f"num_latents={settings.num_latents} is not a square: {square}")
 
 
 def default_heads(width: int) -> int:
@@ -67,32 +66,22 @@ VARIANTS: dict[str, dict[str, object]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class PerceiverConfig(ResamplerConfig):
-    """Shape and flags of a `PerceiverResampler`. The defaults are the paper's layer.
+    """Shape and flags of a `PerceiverResampler`. The defaults are the paper's layer."""
 
-    Raises:
-        ValueError: a size does not fit another; the message says which.
-    """
-
-    width: int  # of the latents and of the output: the language model's
-    vision_width: int  # of the features
-    num_heads: int  # divides the width
-    num_latents: int = 64  # tokens per view; a square where the latents have positions
     query_position: bool = True  # latents get the sincos table of their own square grid
     key_position: str = "interpolated"  # that table resized to the view's grid; "direct": the view's own; "none"
     depth: int = 1  # cross-attention layers; the published ones have 1
     ffn_ratio: float = 0.0  # hidden width of an FFN after each layer, as a multiple of the width; 0 for none
-    eps: float = 1e-6  # of every LayerNorm
+
+    counts: ClassVar[tuple[str, ...]] = (*ResamplerConfig.counts, "depth")
+    square_advice: ClassVar[str] = (
+        "the latents' positions are a square grid, so take 64 or 144, say, or query_position=False with "
+        "key_position='direct' or 'none'"
+    )
 
     def __post_init__(self) -> None:
-        positions = self.query_position or self.key_position != "none"
-        square = (
-            "the latents' positions are a square grid, so take 64 or 144, say, or query_position=False with "
-            "key_position='direct' or 'none'"
-        )
-        names = ("width", "vision_width", "num_heads", "num_latents", "depth")
-        check_sizes(self, names, positions=positions, square=square if self.has_latent_table else None)
-        if self.key_position not in KEY_POSITIONS:
-            raise ValueError(f"key_position={self.key_position!r}: choose one of {list(KEY_POSITIONS)}")
+        super().__post_init__()
+        check_choice("key_position", self.key_position, KEY_POSITIONS)
         if self.ffn_ratio < 0 or (self.ffn_ratio and self.ffn_width < 1):
             raise ValueError(
                 f"ffn_ratio={self.ffn_ratio}: must be 0 for no FFN, or leave a hidden width of at least 1"
@@ -105,9 +94,12 @@ class PerceiverConfig(ResamplerConfig):
         Raises:
             ValueError: no such variant.
         """
-        if variant not in VARIANTS:
-            raise ValueError(f"variant={variant!r} is unknown; choose one of {list(VARIANTS)}")
+        check_choice("variant", variant, VARIANTS)
         return cls(**{**VARIANTS[variant], **fields})
+
+    @property
+    def has_positions(self) -> bool:
+        return self.query_position or self.key_position != "none"
 
     @property
     def has_latent_table(self) -> bool:

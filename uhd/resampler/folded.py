@@ -27,18 +27,15 @@ m . pos over a grid is cheap. Interpolation is linear: m . pos_embed is folded o
 these few logits are interpolated. A sincos table of the view's own grid is a part that depends on the column and a
 part that depends on the row: two small products and a sum.
 
-Which one: `flops` counts each from host integers, `cheapest` takes the least. Softmax, norms and positions are not
-counted; the check below is. In half precision on a CPU without matrix units for it,
-"absorbed" and "narrow" run in float32, which is faster there; the live W_v, out_proj and proj multiply in half.
+`flops` counts each way from host integers, `cheapest` takes the least; softmax, norms and positions are not counted,
+the check below is. In half precision on a CPU without matrix units for it, "absorbed" and "narrow" run in float32,
+which is faster there. "absorbed" is there for D_v = D, where W_v still acts in the weights' own dtype, and for LoRA or
+a hook on kv_proj or LN_kv.
 
-What is kept follows the parameters. It is used only while each tensor it was made from has the same storage, shape,
-dtype, device and version, and the same contents: a sum over all of its bits, and a sample with an entry of every row
-and column. For a version does not tell of a write through ``.data`` (LoRA merging), nor of a fused optimizer's step.
-That check reads the weights once in a call, a few per cent of it; on an accelerator it waits for the device.
-
-"absorbed" is worth its few lines. Where D_v = D it costs as much as "narrow", but W_v acts in the weights' own dtype,
-8 % of a call in bfloat16 at width 1024 on a CPU that multiplies it fast; and it stays where LoRA or a hook sits on
-kv_proj or LN_kv. A fourth way that kept only q and W_k pos was not: 6 to 16 % faster than plain at width 1024.
+What is kept is used only while each tensor it was made from has the same storage, shape, dtype, device and version,
+and the same contents: a sum over all of its bits, and a sample with an entry of every row and column. For a version
+does not tell of a write through ``.data`` (LoRA merging), nor of a fused optimizer's step. That check reads the
+weights once in a call; on an accelerator it waits for the device.
 """
 
 from __future__ import annotations
@@ -54,6 +51,7 @@ from torch import Tensor, nn
 from uhd.grids import Grid, map_by_grid, split_views
 from uhd.positions import interpolate_pos_embed, sines
 from uhd.resampler.config import PerceiverConfig
+from uhd.settings import check_choice
 from uhd.shortcuts import contents_of, fastest_dtype
 from uhd.torch_private import version_of
 
@@ -71,13 +69,9 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def flops(path: str, config: PerceiverConfig, grids: Sequence[Grid]) -> int:
     """Count the floating-point operations of one call by `path`, 2 for each multiply-add, and what its check costs.
 
-    Up to out_proj, which is the same for all. Folded weights count as made before.
-
-    Raises:
-        ValueError: no such path.
+    Up to out_proj, which is the same for all. Folded weights count as made before. ValueError: no such path.
     """
-    if path not in PATHS:
-        raise ValueError(f"path={path!r} is unknown; choose one of {list(PATHS)}")
+    check_choice("path", path, PATHS)
     narrow, wide, latents = config.vision_width, config.width, config.num_latents
     rows, pairs = sum(h * w for h, w in grids), config.num_heads * latents
     project = 2 * rows * narrow * wide if narrow != wide else 0
@@ -108,25 +102,15 @@ class Layer(NamedTuple):
     key_eps: float | None  # of LN_kv
 
 
-class Kept(NamedTuple):
-    """What one path keeps: what it was made from, and the tensors."""
-
-    stamps: tuple
-    contents: Tensor
-    tensors: dict[str, Tensor]
-
-
 class Folded:
     """The constant products of one resampler, by path. Copies and pickles are empty; safe in threads."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, Kept] = {}
+        # stamps and contents of the weights, and what was made of them
+        self._kept: dict[str, tuple[tuple, Tensor, dict[str, Tensor]]] = {}
 
     def __reduce__(self) -> tuple:
         return Folded, ()
-
-    def __len__(self) -> int:
-        return len(self._kept)
 
     def clear(self) -> None:
         """Forget everything; only to free memory, since nothing stale is ever used."""
@@ -138,10 +122,10 @@ class Folded:
         stamps = (layer.query_eps, layer.key_eps, *map(_stamp, layer.weights.values()))
         contents = contents_of(layer.weights.values())
         kept = self._kept.get(path)
-        if kept is None or kept.stamps != stamps or not torch.equal(kept.contents, contents):
+        if kept is None or kept[0] != stamps or not torch.equal(kept[1], contents):
             with torch.inference_mode(False), torch.no_grad():
-                kept = self._kept[path] = Kept(stamps, contents, fold(path, layer))
-        return kept.tensors
+                kept = self._kept[path] = (stamps, contents, fold(path, layer))
+        return kept[2]
 
 
 def fold(path: str, layer: Layer) -> dict[str, Tensor]:
@@ -161,8 +145,8 @@ def fold(path: str, layer: Layer) -> dict[str, Tensor]:
         interpolated = config.key_position == "interpolated"
         folded["positions"] = weights["pos_embed"] @ pairs.T if interpolated else pairs
     if path == "absorbed":
-        live = {"attn.in_proj_weight": "values", "attn.in_proj_bias": "bias"}  # W_v and its bias, as they are
-        live = {ours: layer.weights[name].detach().chunk(3)[2] for name, ours in live.items()}
+        live = {"values": "attn.in_proj_weight", "bias": "attn.in_proj_bias"}  # W_v and its bias, as they are
+        live = {ours: layer.weights[name].detach().chunk(3)[2] for ours, name in live.items()}
         return {name: tensor.to(dtype) for name, tensor in folded.items()} | live
     folded |= {"logits": pairs * weights["ln_kv.weight"], "values": w_v * weights["ln_kv.weight"]}
     bias = (b_v + w_v @ weights["ln_kv.bias"]).to(query.dtype)
@@ -189,16 +173,9 @@ def are_plain(weights: Mapping[str, Tensor | None], like: Tensor) -> bool:
 
 
 def attend_folded(layer: Layer, tensors: Mapping[str, Tensor], keys: Tensor, grids: Sequence[Grid]) -> Tensor:
-    """Compute what the attention gives before out_proj.
+    """Compute what the attention gives before out_proj, (V, Q, D), with what `Folded.get` gave for the path.
 
-    Args:
-        layer: for its sizes.
-        tensors: what `Folded.get` gave for the path.
-        keys: packed (N, K): u for "absorbed", `normalised` features for "narrow".
-        grids: of the V views.
-
-    Returns:
-        (V, Q, D).
+    `keys` are packed (N, K): u for "absorbed", `normalised` features for "narrow".
     """
     logits = tensors["logits"]
     per_view = split_views(keys.to(logits.dtype), grids)

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uhd.grids import Grid, as_grid, check_grids
+from uhd.grids import Grid, as_grid
 from uhd.positions import interpolate_pos_embed, sincos_2d
 from uhd.resampler import folded
 from uhd.resampler.attention import LatentAttention, join_tables
 from uhd.resampler.config import PerceiverConfig
-from uhd.resampler.protocol import LatentResampler, check_features
-from uhd.resampler.weights import load_exactly, shape_of, vision_width_of
+from uhd.resampler.latents import ReleasedResampler
+from uhd.resampler.weights import draw_linear, load_exactly, sizes_of
+from uhd.settings import check_choice
 from uhd.shortcuts import is_plain, transformed, wants_gradients
 
 
@@ -27,9 +28,8 @@ class FeedForward(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=config.eps)
         self.up = nn.Linear(config.width, config.ffn_width)
         self.down = nn.Linear(config.ffn_width, config.width)
-        for linear in (self.up, self.down):
-            nn.init.trunc_normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
+        draw_linear(self.up)
+        draw_linear(self.down)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(F.gelu(self.up(self.norm(x))))
@@ -50,7 +50,7 @@ class DeeperLayer(nn.Module):
         return self.ffn(x + self.attn(queries, kv, lengths, **keys))
 
 
-class PerceiverResampler(LatentResampler):
+class PerceiverResampler(ReleasedResampler):
     """Q learned latents attend to the patches of one view at a time; the same weights serve every view.
 
         kv = LN_kv(kv_proj(x))    q = LN_q(query) + P    k = kv + positions(grid)    v = kv
@@ -63,8 +63,7 @@ class PerceiverResampler(LatentResampler):
     `layers.I.*`. The March 2024 release calls its layer with a 24 x 24 grid for every view; here each has its own.
 
     Attributes:
-        config: the `PerceiverConfig` it was made from.
-        in_dim, out_dim, tokens_per_view: D_v, D and Q.
+        config, in_dim, out_dim, tokens_per_view: what it was made from; D_v, D and Q.
         attention_impl: kernel used, see `uhd_kernels.varlen_cross_attention`; "auto" unless set. Another one keeps
             inference to "plain", the only path that has a kernel.
         inference: which products are taken where nothing is trained, with equal results; see the property.
@@ -80,29 +79,9 @@ class PerceiverResampler(LatentResampler):
         self.attention_impl = "auto"
         self._inference = "auto"
         self._folded = folded.Folded()
-        width = config.width
-        self.query = nn.Parameter(torch.empty(config.num_latents, width))
-        # A buffer, so that unfreezing a whole model does not train a table that is meant to stay fixed.
-        self.register_buffer("pos_embed", self._latent_positions() if config.has_latent_table else None)
-        self.kv_proj = self._make_kv_proj()
-        self.attn = LatentAttention(width, config.num_heads)
-        self.ln_q, self.ln_kv, self.ln_post = (nn.LayerNorm(width, eps=config.eps) for _ in range(3))
-        self.proj = nn.Parameter(torch.empty(width, width))
         self.ffn = FeedForward(config) if config.ffn_ratio else nn.Identity()
         self.layers = nn.ModuleList(DeeperLayer(config) for _ in range(config.depth - 1))
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw weights as released: truncated normal 0.02 for latents and linears, N(0, 1) / sqrt(D) for `proj`.
-
-        Positions get their sines anew; norms, attention and FFN reset themselves.
-        """
-        if self.pos_embed is not None and not self.pos_embed.is_meta:
-            self.pos_embed.copy_(self._latent_positions())
-        nn.init.trunc_normal_(self.query, std=0.02)
-        nn.init.normal_(self.proj, std=self.config.width**-0.5)
-        if isinstance(self.kv_proj, nn.Linear):
-            nn.init.trunc_normal_(self.kv_proj.weight, std=0.02)
 
     @classmethod
     def from_state_dict(
@@ -119,28 +98,22 @@ class PerceiverResampler(LatentResampler):
         Raises:
             ValueError: names are missing or unexpected (listed), shapes disagree, or the heads do not fit the width.
         """
-        num_latents, width = shape_of(state, "query", 2)
-        up = state.get("ffn.up.bias")
-        deeper = {name.split(".")[1] for name in state if name.startswith("layers.")}
-        config = PerceiverConfig.preset(
-            variant,
-            width=width,
-            vision_width=vision_width_of(state, width),
-            num_heads=num_heads,
-            num_latents=num_latents,
-            depth=1 + len(deeper),
-            ffn_ratio=0.0 if up is None else len(up) / width,
-            eps=eps,
-        )
+        sizes, up = sizes_of(state), state.get("ffn.up.bias")
+        depth = 1 + len({name.split(".")[1] for name in state if name.startswith("layers.")})
+        ffn_ratio = 0.0 if up is None else len(up) / sizes["width"]
+        flags = {"num_heads": num_heads, "depth": depth, "ffn_ratio": ffn_ratio, "eps": eps}
+        config = PerceiverConfig.preset(variant, **sizes, **flags)
         return load_exactly(lambda: cls(config), state, f"variant {variant!r}", like="query")
 
     @property
     def inference(self) -> str:
         """Which products are taken in eval mode where no gradients are wanted; `uhd.resampler.folded` has the maths.
 
-        "auto" (as made) takes the way with the fewest FLOPs for the views of a call. "plain", "absorbed" and "narrow"
-        ask for one. Training is always plain; so are compilation, autocast, more layers than one, an FFN, and weights
-        or layers that are not what they were made as; `inference_path` tells.
+        "auto" (as made) takes the way with the fewest FLOPs for the views of a call; "plain", "absorbed" and "narrow"
+        ask for one. Whatever is asked for, "plain" is taken in training, under compilation, tracing, autocast and
+        functorch, while a CUDA graph is captured, with more layers than one or an FFN, and where weights or layers
+        are not what they were made as (quantised, parametrised, distributed, wrapped, hooked). LoRA or hooks on
+        kv_proj or ln_kv leave "absorbed". `inference_path` tells.
 
         Raises (on setting):
             ValueError: an unknown name, or one that this layer cannot take (depth above 1, an FFN).
@@ -154,8 +127,7 @@ class PerceiverResampler(LatentResampler):
                 "inference='cached' is gone, it saved little: 'auto' is taken", DeprecationWarning, stacklevel=2
             )
             choice = "auto"
-        if choice not in folded.CHOICES:
-            raise ValueError(f"inference={choice!r} is unknown; choose one of {list(folded.CHOICES)}")
+        check_choice("inference", choice, folded.CHOICES)
         if choice not in ("auto", "plain") and (self.config.depth > 1 or self.config.ffn_ratio):
             raise ValueError(
                 f"inference={choice!r} needs depth=1 and no FFN; this one has depth={self.config.depth} and "
@@ -177,22 +149,14 @@ class PerceiverResampler(LatentResampler):
         return choice if choice in paths else "plain"
 
     def _foldable(self, features: Tensor | None) -> tuple[str, ...]:
-        """Tell which paths give what "plain" gives in the present state.
-
-        "plain" alone: in training mode; where gradients are wanted of the features or of any parameter; under
-        compilation, tracing, a functorch transform or autocast, or while a CUDA graph is captured; with more than one
-        layer, or an FFN; with weights that are no plain parameters (parametrised, quantised, distributed, on the meta
-        device, made in inference mode), or hooks and wrappers on a layer that would not be called. "narrow" is left
-        out where kv_proj or ln_kv is not as it was made.
-        """
-        plain, absorbed = folded.PATHS[:1], folded.PATHS[:2]
+        """Tell which paths give what "plain" gives in the present state; see `inference`."""
+        plain, device = folded.PATHS[:1], self.query.device
+        inputs = [] if features is None else [features]
         if self.training or transformed() or self.config.depth > 1 or self.config.ffn_ratio:
             return plain
-        inputs = [] if features is None else [features]
-        if wants_gradients((*inputs, *self.parameters())):
+        if wants_gradients((*inputs, *self.parameters())) or torch.is_autocast_enabled(device.type):
             return plain
-        device = self.query.device
-        if any(type(x) is not Tensor or x.device != device for x in inputs) or torch.is_autocast_enabled(device.type):
+        if any(type(x) is not Tensor or x.device != device for x in inputs):
             return plain
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return plain
@@ -204,7 +168,8 @@ class PerceiverResampler(LatentResampler):
         whole = is_plain(self.ln_kv, nn.LayerNorm) and (
             is_plain(kv_proj, nn.Identity) or (is_plain(kv_proj, nn.Linear) and kv_proj.bias is None)
         )
-        return folded.PATHS if whole and folded.are_plain(self._layer("narrow").weights, self.query) else absorbed
+        narrow = whole and folded.are_plain(self._layer("narrow").weights, self.query)
+        return folded.PATHS if narrow else folded.PATHS[:2]
 
     def _layer(self, path: str) -> folded.Layer:
         """What `path` folds, as the modules hold it now; None for a parameter that is no longer there."""
@@ -227,22 +192,7 @@ class PerceiverResampler(LatentResampler):
         self._folded.clear()  # on a move their memory is wanted back at once
         return super()._apply(fn, recurse)
 
-    def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
-        """Compress every view on its own.
-
-        Args:
-            features: (N, D_v), all views packed, patches row-major; dtype and device of the weights.
-            grids: V pairs (rows, columns) in patches, in the order of the views, on the host.
-
-        Returns:
-            (V, Q, D).
-
-        Raises:
-            ValueError: a grid has a side below 1, or the features do not fit the grids or D_v.
-            TypeError: the dtype is not that of the weights, outside autocast.
-        """
-        grids = check_grids(grids)
-        check_features(features, grids, self.query, self.in_dim)
+    def compress(self, features: Tensor, grids: tuple[Grid, ...]) -> Tensor:
         path = self.inference_path(grids, features)
         if path == "plain":
             x = self._plain(features, grids)
@@ -254,7 +204,7 @@ class PerceiverResampler(LatentResampler):
             x = self.attn.out_proj(folded.attend_folded(layer, kept, keys, grids))
         return self.ln_post(x) @ self.proj
 
-    def _plain(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+    def _plain(self, features: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Run all layers with nothing taken as constant: (V, Q, D)."""
         lengths = [h * w for h, w in grids]
         positions = offsets = None
@@ -269,18 +219,11 @@ class PerceiverResampler(LatentResampler):
             x = layer(x, kv, lengths, query_table=query_table, **keys)
         return x
 
-    def key_table(self, grid_hw: Grid, device: torch.device | None = None) -> Tensor:
-        """Make the positions that join the keys of a view: (h * w, D), in the dtype of the weights.
-
-        They are computed in float32 at least. `device`: that of the weights unless told.
-
-        Raises:
-            ValueError: this layer has no key positions.
-        """
-        config, device = self.config, self.query.device if device is None else device
+    def key_table(self, grid_hw: Grid) -> Tensor:
+        """Make the positions that join the keys of a view: (h * w, D); ValueError where the layer has none."""
+        config, like = self.config, self.query
         if config.key_position == "none":
             raise ValueError("this resampler has no key positions (key_position='none')")
         if config.key_position == "direct":
-            return sincos_2d(config.width, grid_hw, device=device, dtype=self.query.dtype)
-        table = interpolate_pos_embed(self.pos_embed, (config.side, config.side), grid_hw)
-        return table.to(device, self.query.dtype)
+            return sincos_2d(config.width, grid_hw, device=like.device, dtype=like.dtype)
+        return interpolate_pos_embed(self.pos_embed, (config.side, config.side), grid_hw).to(like)

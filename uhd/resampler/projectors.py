@@ -1,8 +1,11 @@
-"""Compressors without attention, for comparison or for those who do not want a perceiver."""
+"""Compressors without attention: of released models, for comparison, or for those who do not want a perceiver."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,158 +13,177 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from uhd.grids import Grid, check_grids, join_blocks, map_by_grid, shrink_grids, split_views
-from uhd.resampler.protocol import check_features
+from uhd.resampler.protocol import CompressorModule
+from uhd.resampler.weights import load_exactly, shape_of
+from uhd.settings import check_choice
 
 
-class MLPProjector(nn.Module):
+class Projector(CompressorModule):
+    """Base of the compressors whose attributes are their constructor's arguments."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        for name, value in settings.items():
+            setattr(self, name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the constructor's arguments in values that JSON takes."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+
+
+class MLPProjector(Projector):
     """Applies a two-layer MLP to every patch, as in LLaVA-1.5: one token a patch, nothing compressed.
 
     Args:
-        in_dim: width of the features.
-        out_dim: width of the tokens.
+        in_dim, out_dim: widths of the features and of the tokens.
         hidden_dim: width in between; None means `out_dim`.
         bias: of both layers.
         activation: between them: "gelu" (erf) or "gelu_tanh".
+
+    Raises:
+        ValueError: another activation.
     """
 
-    tokens_per_view = None  # as many as the view has patches
-
     def __init__(
-        self,
-        in_dim: int,
-        out_dim: int,
-        *,
-        hidden_dim: int | None = None,
-        bias: bool = True,
-        activation: str = "gelu",
+        self, in_dim: int, out_dim: int, *, hidden_dim: int | None = None, bias: bool = True, activation: str = "gelu"
     ) -> None:
-        super().__init__()
-        if activation not in ("gelu", "gelu_tanh"):
-            raise ValueError(f"activation={activation!r}: choose 'gelu' or 'gelu_tanh'")
-        self.in_dim, self.out_dim, self.activation = in_dim, out_dim, activation
         hidden_dim = out_dim if hidden_dim is None else hidden_dim
+        super().__init__(in_dim=in_dim, out_dim=out_dim, hidden_dim=hidden_dim, bias=bias, activation=activation)
+        check_choice("activation", activation, ("gelu", "gelu_tanh"))
         gelu = nn.GELU(approximate="tanh" if activation == "gelu_tanh" else "none")
-        self.mlp = nn.Sequential(
-            nn.Linear(in_dim, hidden_dim, bias=bias), gelu, nn.Linear(hidden_dim, out_dim, bias=bias)
-        )
+        up, down = nn.Linear(in_dim, hidden_dim, bias=bias), nn.Linear(hidden_dim, out_dim, bias=bias)
+        self.mlp = nn.Sequential(up, gelu, down)
 
-    def to_dict(self) -> dict[str, int | bool | str]:
-        """Give the constructor's arguments in values that JSON takes."""
-        return {
-            "in_dim": self.in_dim,
-            "out_dim": self.out_dim,
-            "hidden_dim": self.mlp[0].out_features,
-            "bias": self.mlp[0].bias is not None,
-            "activation": self.activation,
-        }
-
-    def output_lengths(self, grids: Sequence[tuple[int, int]]) -> list[int]:
+    def output_lengths(self, grids: Sequence[Grid]) -> list[int]:
         """Count the tokens of every view: rows times columns."""
         return [h * w for h, w in check_grids(grids)]
 
-    def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
-        """Project packed features: (N, in_dim) -> (N, out_dim) in the same order.
-
-        Raises:
-            ValueError, TypeError: see `uhd.grids.check_grids` and `protocol.check_features`.
-        """
-        check_features(features, check_grids(grids), self.mlp[0].weight, self.in_dim)
+    def compress(self, features: Tensor, grids: tuple[Grid, ...]) -> Tensor:
         return self.mlp(features)
 
 
-class PixelShuffleProjector(nn.Module):
+class PixelShuffleProjector(Projector):
     """Joins blocks of `factor` x `factor` patches to one token: space to depth, LayerNorm, two-layer MLP.
 
     The channels of a block are its patches one after another, row-major, each with its own channels in order; tokens
     are row-major. Source of order and MLP: InternVL's released models (`pixel_shuffle`, `ps_version` v2).
 
     Args:
-        in_dim: width of the features.
-        out_dim: width of the tokens.
+        in_dim, out_dim: widths of the features and of the tokens.
         factor: side of a block in patches; both sides of every grid must be multiples of it.
+
+    Raises:
+        ValueError: a factor below 1.
 
     >>> PixelShuffleProjector(16, 32, factor=2)(torch.zeros(4 * 6, 16), [(4, 6)]).shape
     torch.Size([6, 32])
     """
 
-    tokens_per_view = None  # depends on the grid
-
     def __init__(self, in_dim: int, out_dim: int, *, factor: int = 2) -> None:
-        super().__init__()
-        if factor < 1:
-            raise ValueError(f"factor={factor}: must be at least 1")
-        self.in_dim, self.out_dim, self.factor = in_dim, out_dim, factor
+        super().__init__(in_dim=in_dim, out_dim=out_dim, factor=factor)
+        _check_factor(factor)
         block = in_dim * factor**2
         self.mlp = nn.Sequential(
             nn.LayerNorm(block), nn.Linear(block, out_dim), nn.GELU(), nn.Linear(out_dim, out_dim)
         )
 
-    def to_dict(self) -> dict[str, int]:
-        """Give the constructor's arguments in values that JSON takes."""
-        return {"in_dim": self.in_dim, "out_dim": self.out_dim, "factor": self.factor}
+    def output_lengths(self, grids: Sequence[Grid]) -> list[int]:
+        """Count the tokens of every view, one a block; ValueError for a side that is no multiple of `factor`."""
+        return _blocks(grids, self.factor, f"divisible by factor={self.factor}")
 
-    def output_lengths(self, grids: Sequence[tuple[int, int]]) -> list[int]:
-        """Count the tokens of every view: one a block.
-
-        Raises:
-            ValueError: a side of a grid is not a multiple of `factor`.
-        """
-        advice = f"plan slices with patch sides divisible by factor={self.factor}, or use another compressor"
-        return [h * w for h, w in shrink_grids(grids, self.factor, advice)]
-
-    def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
-        """Join blocks of packed features: (N, in_dim) -> (N / factor ** 2, out_dim), views in the same order.
-
-        Raises:
-            ValueError, TypeError: see `output_lengths`, `uhd.grids.check_grids` and `protocol.check_features`.
-        """
-        grids = check_grids(grids)
-        check_features(features, grids, self.mlp[1].weight, self.in_dim)
-        self.output_lengths(grids)
+    def compress(self, features: Tensor, grids: tuple[Grid, ...]) -> Tensor:
         return self.mlp(join_blocks(features, grids, self.factor).flatten(1))
 
 
-class PoolProjector(nn.Module):
+class MergeProjector(Projector):
+    """Joins 2 x 2 neighbours, once or several times: concatenation, LayerNorm, Linear, GELU (erf), Linear.
+
+    All rounds but the last keep the width. The channels of a block are its features one after another, row-major.
+    With a ViT that compresses inside (`uhd.vision.CompressedViT`) one round gives 16 patches a token, without 4.
+
+    Source: class `MiniCPMV4_6Merger` of transformers (models/minicpmv4_6), as in LLaVA-UHD v4, whose parameter names
+    these are: mlp.R.pre_norm, mlp.R.linear_1, mlp.R.linear_2 for round R.
+
+    Args:
+        in_dim, out_dim: widths of the features and of the tokens.
+        rounds: how often blocks are joined; both sides of every grid must be multiples of 2 ** rounds.
+        eps: of the LayerNorms.
+
+    Raises:
+        ValueError: a size is below 1.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, *, rounds: int = 1, eps: float = 1e-6) -> None:
+        super().__init__(in_dim=in_dim, out_dim=out_dim, rounds=rounds, eps=eps)
+        if min(in_dim, out_dim, rounds) < 1:
+            raise ValueError(f"in_dim={in_dim}, out_dim={out_dim}, rounds={rounds}: all must be at least 1")
+        widths = [in_dim] * (rounds - 1) + [out_dim]
+        self.mlp = nn.ModuleList(_Round(in_dim, width, eps) for width in widths)
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor], *, eps: float = 1e-6) -> MergeProjector:
+        """Read weights under the names of transformers, without a prefix; every size is read off the tensors.
+
+        Raises:
+            ValueError: names are missing or unexpected (listed), or shapes disagree.
+        """
+        rounds = len({name.split(".")[1] for name in state if name.startswith("mlp.")})
+        in_dim = shape_of(state, "mlp.0.linear_1.weight", 2)[1] // 4
+        out_dim = shape_of(state, f"mlp.{rounds - 1}.linear_2.weight", 2)[0]
+        make = partial(cls, in_dim, out_dim, rounds=rounds, eps=eps)
+        return load_exactly(make, state, "a MergeProjector", like="mlp.0.linear_1.weight")
+
+    def output_lengths(self, grids: Sequence[Grid]) -> list[int]:
+        """Count the tokens of every view, one a block; ValueError for a side that is no multiple of 2 ** rounds."""
+        return _blocks(grids, 2**self.rounds, "that are, times what the ViT joins itself (slicing.merge)")
+
+    def compress(self, features: Tensor, grids: tuple[Grid, ...]) -> Tensor:
+        for layer in self.mlp:
+            features = layer(join_blocks(features, grids, 2).flatten(1))
+            grids = tuple((h // 2, w // 2) for h, w in grids)
+        return features
+
+
+class _Round(nn.Module):
+    """(n, 4*D) -> (n, out)."""
+
+    def __init__(self, width: int, out_dim: int, eps: float) -> None:
+        super().__init__()
+        self.pre_norm = nn.LayerNorm(4 * width, eps=eps)
+        self.linear_1 = nn.Linear(4 * width, 4 * width)
+        self.linear_2 = nn.Linear(4 * width, out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.gelu(self.linear_1(self.pre_norm(x))))
+
+
+class PoolProjector(Projector):
     """Applies a two-layer MLP to every patch, then pools each view's map by `factor` a side; a rest counts as one.
 
     Perception-LM averages blocks of 2 x 2 after its MLP; LLaVA-OneVision resizes a video's frames bilinearly after its
     own, 27 x 27 patches to 14 x 14.
 
     Args:
-        in_dim: width of the features.
-        out_dim: width of the tokens.
+        in_dim, out_dim: widths of the features and of the tokens.
         factor: sides shrink by it, rounded up.
         mode: "average": the mean of blocks, those at the bottom and right may be smaller; "bilinear": resized, corners
             not aligned, not antialiased.
+
+    Raises:
+        ValueError: a factor below 1, or another mode.
     """
 
-    tokens_per_view = None  # depends on the grid
-
     def __init__(self, in_dim: int, out_dim: int, *, factor: int = 2, mode: str = "average") -> None:
-        super().__init__()
-        if factor < 1:
-            raise ValueError(f"factor={factor}: must be at least 1")
-        if mode not in ("average", "bilinear"):
-            raise ValueError(f"mode={mode!r}: choose 'average' or 'bilinear'")
-        self.in_dim, self.out_dim, self.factor, self.mode = in_dim, out_dim, factor, mode
+        super().__init__(in_dim=in_dim, out_dim=out_dim, factor=factor, mode=mode)
+        _check_factor(factor)
+        check_choice("mode", mode, ("average", "bilinear"))
         self.mlp = nn.Sequential(nn.Linear(in_dim, out_dim), nn.GELU(), nn.Linear(out_dim, out_dim))
 
-    def to_dict(self) -> dict[str, int | str]:
-        """Give the constructor's arguments in values that JSON takes."""
-        return {"in_dim": self.in_dim, "out_dim": self.out_dim, "factor": self.factor, "mode": self.mode}
-
-    def output_lengths(self, grids: Sequence[tuple[int, int]]) -> list[int]:
+    def output_lengths(self, grids: Sequence[Grid]) -> list[int]:
         """Count the tokens of every view: both sides divided by `factor`, rounded up."""
         return [-(-h // self.factor) * -(-w // self.factor) for h, w in check_grids(grids)]
 
-    def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
-        """Project and pool packed features: (N, in_dim) -> (sum of `output_lengths`, out_dim), views in order.
-
-        Raises:
-            ValueError, TypeError: see `uhd.grids.check_grids` and `protocol.check_features`.
-        """
-        grids = check_grids(grids)
-        check_features(features, grids, self.mlp[0].weight, self.in_dim)
+    def compress(self, features: Tensor, grids: tuple[Grid, ...]) -> Tensor:
         tokens = self.mlp(features)
         if self.factor == 1 or not grids:
             return tokens
@@ -179,3 +201,13 @@ class PoolProjector(nn.Module):
             size = [-(-side // self.factor) for side in grid]
             maps = F.interpolate(maps, size, mode="bilinear", align_corners=False)
         return rearrange(maps, "v d h w -> v (h w) d")
+
+
+def _check_factor(factor: int) -> None:
+    if factor < 1:
+        raise ValueError(f"factor={factor}: must be at least 1")
+
+
+def _blocks(grids: Sequence[Grid], side: int, wanted: str) -> list[int]:
+    advice = f"plan slices with patch sides {wanted}, or use another compressor"
+    return [h * w for h, w in shrink_grids(grids, side, advice)]

@@ -1,14 +1,14 @@
-"""What an encoder asks of a compressor, what those with latents share, and the check of packed features."""
+"""What an encoder asks of a compressor, and the base of those here, which checks what comes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from uhd.positions import sincos_2d
+from uhd.grids import Grid, check_grids
 
 
 class Compressor(Protocol):
@@ -23,46 +23,51 @@ class Compressor(Protocol):
     out_dim: int  # width of the tokens
     tokens_per_view: int | None  # Q, or None where it depends on the grid
 
-    def __call__(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor: ...
+    def __call__(self, features: Tensor, grids: Sequence[Grid]) -> Tensor: ...
 
-    def output_lengths(self, grids: Sequence[tuple[int, int]]) -> list[int]:
+    def output_lengths(self, grids: Sequence[Grid]) -> list[int]:
         """Count the tokens of every view, in order."""
         ...
 
 
-class LatentResampler(nn.Module):
-    """Base of the resamplers that have Q learned latents, and so give Q tokens for every view.
+class CompressorModule(nn.Module):
+    """Base of the compressors here: `forward` checks what comes, `compress` gets what fits."""
 
-    Attributes:
-        config: what it was made from.
-        in_dim, out_dim, tokens_per_view: D_v, D and Q.
-    """
+    in_dim: int
+    out_dim: int
+    tokens_per_view: int | None = None
 
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.config = config
-        self.in_dim, self.out_dim, self.tokens_per_view = config.vision_width, config.width, config.num_latents
+    def forward(self, features: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Compress every view on its own.
 
-    def output_lengths(self, grids: Sequence[tuple[int, int]]) -> list[int]:
-        """Count the tokens of every view: Q, whatever the grid."""
-        return [self.tokens_per_view] * len(grids)
+        Args:
+            features: (N, in_dim), all views packed, patches row-major; dtype and device of the weights.
+            grids: V pairs (rows, columns) in patches, in the order of the views, on the host.
 
-    def _make_kv_proj(self) -> nn.Module:
-        """The features' projection to the latents' width, where these differ."""
-        return nn.Identity() if self.in_dim == self.out_dim else nn.Linear(self.in_dim, self.out_dim, bias=False)
+        Returns:
+            (V, Q, out_dim) where every view gets Q tokens, else (sum of `output_lengths`, out_dim), views in order.
 
-    def _latent_positions(self) -> Tensor:
-        """Sines and cosines over the latents' own square grid, (Q, D)."""
-        return sincos_2d(self.out_dim, (self.config.side, self.config.side))
+        Raises:
+            ValueError: a grid has a side below 1 or that cannot be divided, or the features do not fit the grids or
+                `in_dim`.
+            TypeError: the dtype is not that of the weights, outside autocast.
+        """
+        grids = check_grids(grids)
+        check_features(features, grids, next(self.parameters()), self.in_dim)
+        self.output_lengths(grids)  # refuses what cannot be divided
+        return self.compress(features, grids)
+
+    def output_lengths(self, grids: Sequence[Grid]) -> list[int]:
+        """Count the tokens of every view, in order."""
+        raise NotImplementedError
+
+    def compress(self, features: Tensor, grids: tuple[Grid, ...]) -> Tensor:
+        """Do what `forward` says, with checked features and grids."""
+        raise NotImplementedError
 
 
-def check_features(features: Tensor, grids: Sequence[tuple[int, int]], like: Tensor, in_dim: int) -> None:
-    """Check that features fit the grids and the module's weights, of which `like` is one.
-
-    Raises:
-        ValueError: the shape does not fit `in_dim` or the sum of the grids' areas.
-        TypeError: the dtype is not that of the weights, outside autocast.
-    """
+def check_features(features: Tensor, grids: Sequence[Grid], like: Tensor, in_dim: int) -> None:
+    """Refuse features whose shape does not fit the grids and `in_dim`, or whose dtype is not that of `like`."""
     rows = sum(h * w for h, w in grids)
     if features.dim() != 2 or features.shape[1] != in_dim:
         raise ValueError(f"features have shape {tuple(features.shape)}; expected (N, {in_dim}), all views packed")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from uhd.grids import Grid, check_grids, map_by_grid, split_views
 from uhd.positions import interpolate_pos_embed
 from uhd.resampler.attention import LatentAttention
-from uhd.resampler.config import ResamplerConfig, check_sizes
-from uhd.resampler.protocol import LatentResampler, check_features
-from uhd.resampler.weights import load_exactly, shape_of
+from uhd.resampler.config import ResamplerConfig
+from uhd.resampler.latents import LatentResampler
+from uhd.resampler.protocol import check_features
+from uhd.resampler.weights import draw_linear, load_exactly, shape_of, sizes_of
 from uhd.resampler.windows import attend_windows, pool_windows
 
 NUM_SETS = 4
@@ -25,28 +27,20 @@ SCALES = (1, 2, 4, 8)
 """Levels that the release has names for: how many times finer than the view's own map."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PyramidConfig(ResamplerConfig):
-    """Shape and flags of a `PyramidResampler`.
+    """Shape and flags of a `PyramidResampler`."""
 
-    Raises:
-        ValueError: a size does not fit another, or a level has no name; the message says which.
-    """
-
-    width: int  # of the latents and of the output: the language model's
-    vision_width: int  # of the features of every level
-    num_heads: int  # divides the width
     num_latents: int = 144  # tokens per view, a square: one for each window
     levels: tuple[int, ...] = (1, 2, 4)  # how many times finer than the view's own map, each of 1, 2, 4, 8
     upsample: bool = False  # make finer levels from the first by bilinear resizing, where they are not given
     aligned: bool = True  # sample where the features are; False: as released, see `uhd.resampler.windows.pool_weights`
-    eps: float = 1e-6  # of every LayerNorm
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "levels", tuple(self.levels))  # JSON brings a list
-        check_sizes(self, ("width", "vision_width", "num_heads", "num_latents"))
-        known = [scale for scale in SCALES if scale in self.levels]
-        if list(self.levels) != known or not known or (self.upsample and known[0] != 1):
+        super().__post_init__()
+        object.__setattr__(self, "levels", tuple(self.levels))
+        known = tuple(scale for scale in SCALES if scale in self.levels)
+        if self.levels != known or not known or (self.upsample and known[0] != 1):
             raise ValueError(
                 f"levels={self.levels}: take some of {SCALES}, ascending, with 1 among them where upsample is set"
             )
@@ -66,10 +60,6 @@ class PyramidResampler(LatentResampler):
     Source: class `AdaptSpatialResampler` of LLaVA-UHD v2 (Hiwin transformer), its method that takes several
     resolutions. Parameter names are the release's. Its `query`, `kv_proj` and the parts of unused levels take part in
     nothing there, and are not held here.
-
-    Attributes:
-        config: the `PyramidConfig` it was made from.
-        in_dim, out_dim, tokens_per_view: D_v, D and Q.
     """
 
     def __init__(self, config: PyramidConfig) -> None:
@@ -82,18 +72,16 @@ class PyramidResampler(LatentResampler):
             self.register_parameter(f"query_{number}", nn.Parameter(torch.empty(config.num_latents, width)))
         self.register_buffer("pos_embed", self._latent_positions())  # fixed, so not a parameter
         self.attn = LatentAttention(width, config.num_heads)
-        self.ln_q, self.ln_kv, self.ln_proj, self.ln_post = (nn.LayerNorm(width, eps=config.eps) for _ in range(4))
+        self.ln_q, self.ln_kv, self.ln_proj, self.ln_post = self._make_norms(4)
         self.cat_proj = nn.Linear(NUM_SETS * width, width)
         self.proj = nn.Parameter(torch.empty(width, width))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw weights as released: normal 0.02, zero biases and level embeddings, N(0, 1) / sqrt(D) for `proj`."""
-        if not self.pos_embed.is_meta:
-            self.pos_embed.copy_(self._latent_positions())
-        for linear in (self.cat_proj, *(self.get_submodule(f"features_{s}x_projector") for s in self.config.levels)):
-            nn.init.trunc_normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
+        self._reset_latent_positions()
+        for linear in (self.cat_proj, *map(self._projector, self.config.levels)):
+            draw_linear(linear)
         for query in self._queries():
             nn.init.trunc_normal_(query, std=0.02)
         for scale in self.config.levels:
@@ -111,32 +99,19 @@ class PyramidResampler(LatentResampler):
         aligned: bool = False,
         eps: float = 1e-6,
     ) -> PyramidResampler:
-        """Read weights under the release's names, without a prefix and without `upsampler.*`.
+        """Read weights under the release's names, without a prefix; as `PerceiverResampler.from_state_dict`.
 
         Args:
-            state: name -> tensor; dtype and device of `query_1` become the module's. The tensors are copied, those
-                that the release never uses (`query`, `kv_proj.weight`, other levels') are left out.
-            num_heads: not visible in the weights; the release uses width // 128.
+            state: what the release never uses (`query`, `kv_proj.weight`, other levels') is left out; `upsampler.*`
+                must not be in it.
             levels: those that its `feature_scale_mask` selects: bits 1, 2, 4, 8; 7, the default, is (1, 2, 4).
             upsample: as in `PyramidConfig`.
             aligned: False samples where the released weights were trained to.
-            eps: of the LayerNorms.
-
-        Raises:
-            ValueError: names are missing or unexpected (listed), shapes disagree, or the heads do not fit the width.
         """
-        num_latents, width = shape_of(state, "query_1", 2)
         projector = f"features_{min(levels, default=1)}x_projector.weight"
-        config = PyramidConfig(
-            width=width,
-            vision_width=shape_of(state, projector, 2)[1],
-            num_heads=num_heads,
-            num_latents=num_latents,
-            levels=tuple(levels),
-            upsample=upsample,
-            aligned=aligned,
-            eps=eps,
-        )
+        sizes = {**sizes_of(state, "query_1"), "vision_width": shape_of(state, projector, 2)[1]}
+        flags = {"levels": tuple(levels), "upsample": upsample, "aligned": aligned}
+        config = PyramidConfig(**sizes, **flags, num_heads=num_heads, eps=eps)
         unused = {"query", "kv_proj.weight"}
         for scale in set(SCALES) - set(levels):
             unused |= {f"feature_{scale}x_embedding"}
@@ -156,8 +131,7 @@ class PyramidResampler(LatentResampler):
             (V, Q, D).
 
         Raises:
-            ValueError: another number of levels, a grid with a side below 1, or features that do not fit.
-            TypeError: the dtype is not that of the weights, outside autocast.
+            ValueError, TypeError: another number of levels, or as in `PerceiverResampler.forward`.
         """
         grids = check_grids(grids)
         pyramid = self._pyramid(features, grids)
@@ -173,7 +147,10 @@ class PyramidResampler(LatentResampler):
     def _queries(self) -> list[nn.Parameter]:
         return [self.get_parameter(f"query_{number}") for number in range(1, NUM_SETS + 1)]
 
-    def _pyramid(self, features: Tensor | Sequence[Tensor], grids: tuple[tuple[int, int], ...]) -> list[list[Tensor]]:
+    def _projector(self, scale: int) -> nn.Linear:
+        return self.get_submodule(f"features_{scale}x_projector")
+
+    def _pyramid(self, features: Tensor | Sequence[Tensor], grids: tuple[Grid, ...]) -> list[list[Tensor]]:
         """Split every level into the V maps (h*s, w*s, D_v)."""
         levels = self.config.levels
         if isinstance(features, Tensor):
@@ -182,61 +159,49 @@ class PyramidResampler(LatentResampler):
                     f"expected features of the {len(levels)} levels {levels}, got one tensor: give a list, or set "
                     "upsample=True in PyramidConfig to have finer levels made by bilinear resizing"
                 )
-            features = [features] if levels == (1,) else upsampled(features, grids, levels)
+            check_features(features, grids, self.query_1, self.in_dim)
+            features = upsampled(features, grids, levels)
         if len(features) != len(levels):
             raise ValueError(f"expected features of the {len(levels)} levels {levels}, got {len(features)}")
         pyramid = []
         for scale, level in zip(levels, features, strict=True):
             sizes = [(h * scale, w * scale) for h, w in grids]
             check_features(level, sizes, self.query_1, self.in_dim)
-            parts = zip(split_views(level, sizes), sizes, strict=True)
-            pyramid.append([part.unflatten(0, size) for part, size in parts])
+            pyramid.append(
+                [part.unflatten(0, size) for part, size in zip(split_views(level, sizes), sizes, strict=True)]
+            )
         return pyramid
 
     def _attend(self, q: Tensor, pyramid: Sequence[Sequence[Tensor]], views: Sequence[int], grid_hw: Grid) -> Tensor:
         """Attend on views of one grid: (V, 4, Q, D), before the output projection."""
+        pool = partial(pool_windows, side=self.config.side, aligned=self.config.aligned)
         keys, values = [], []
         for scale, maps in zip(self.config.levels, pyramid, strict=True):
-            projector = self.get_submodule(f"features_{scale}x_projector")
-            x = self.ln_kv(projector(torch.stack([maps[view] for view in views])))  # (V, h*s, w*s, D)
+            x = self.ln_kv(self._projector(scale)(torch.stack([maps[view] for view in views])))  # (V, h*s, w*s, D)
             size = (grid_hw[0] * scale, grid_hw[1] * scale)
             table = interpolate_pos_embed(self.pos_embed, (self.config.side,) * 2, size).unflatten(0, size)
-            keys.append(self._pooled(x + table + self.get_parameter(f"feature_{scale}x_embedding")))
-            values.append(self._pooled(x))
+            keys.append(pool(x + table + self.get_parameter(f"feature_{scale}x_embedding")))
+            values.append(pool(x))
         # projected after pooling: the finest level has far more features than its windows have keys
         _, w_k, w_v = self.attn.in_proj_weight.chunk(3)
         _, b_k, b_v = self.attn.in_proj_bias.chunk(3)
         k, v = F.linear(torch.cat(keys, dim=2), w_k, b_k), F.linear(torch.cat(values, dim=2), w_v, b_v)
         return attend_windows(q, k, v, self.config.num_heads)
 
-    def _pooled(self, maps: Tensor) -> Tensor:
-        return pool_windows(maps, self.config.side, aligned=self.config.aligned)
 
-
-def upsampled(features: Tensor, grids: Sequence[tuple[int, int]], levels: Sequence[int]) -> list[Tensor]:
+def upsampled(features: Tensor, grids: Sequence[Grid], levels: Sequence[int]) -> list[Tensor]:
     """Make a pyramid by bilinear resizing (corners not aligned), for want of an upsampler that sees the image.
 
-    Args:
-        features: (N, D), all views packed, row-major.
-        grids: V pairs (rows, columns) that sum to N.
-        levels: how many times finer each level is.
-
-    Returns:
-        For every level s its (N*s*s, D), views in the same order.
-
-    Raises:
-        ValueError: the features do not fit the grids.
+    Packed (N, D) of V grids -> for every level s, how many times finer it is, (N*s*s, D), views in the same order.
     """
-    lengths = [h * w for h, w in grids]
-    if sum(lengths) != len(features):
-        raise ValueError(f"features have {len(features)} rows, but the {len(grids)} grids add up to {sum(lengths)}")
-    parts = split_views(features, grids)
+    if not grids:
+        return [features for _ in levels]
+    views = list(zip(split_views(features, grids), grids, strict=True))
 
     def finer(scale: int) -> Tensor:
-        views = [
-            interpolate_pos_embed(part, (h, w), (h * scale, w * scale), mode="bilinear")
-            for part, (h, w) in zip(parts, grids, strict=True)
+        resized = [
+            interpolate_pos_embed(part, (h, w), (h * scale, w * scale), mode="bilinear") for part, (h, w) in views
         ]
-        return torch.cat(views) if views else features
+        return torch.cat(resized)
 
     return [finer(scale) for scale in levels]

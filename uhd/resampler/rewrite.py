@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uhd.grids import check_grids
+from uhd.grids import Grid
 from uhd.positions import interpolate_pos_embed, sincos_2d
 from uhd.resampler.attention import LatentAttention, join_tables
-from uhd.resampler.config import ResamplerConfig, check_sizes
-from uhd.resampler.protocol import LatentResampler, check_features
-from uhd.resampler.weights import load_exactly, shape_of, vision_width_of
+from uhd.resampler.config import ResamplerConfig
+from uhd.resampler.latents import LatentResampler
+from uhd.resampler.weights import load_exactly, shape_of, sizes_of
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class RewriteConfig(ResamplerConfig):
-    """Shape of a `RewriteResampler`.
+    """Shape of a `RewriteResampler`. Its latents have no positions, so that there may be any number of them."""
 
-    Raises:
-        ValueError: a size does not fit another; the message says which.
-    """
-
-    width: int  # of the latents and of the output: the language model's
-    vision_width: int  # of the features
-    num_heads: int  # divides the width
-    num_latents: int = 64  # tokens per view
     table_side: int = 24  # patches along each side of the trained position table
     separators: bool = False  # hold the three trained vectors of the "llava-uhd-better" schema
-    eps: float = 1e-6  # of every LayerNorm
 
-    def __post_init__(self) -> None:
-        check_sizes(self, ("width", "vision_width", "num_heads", "num_latents", "table_side"), square=None)
+    counts: ClassVar[tuple[str, ...]] = (*ResamplerConfig.counts, "table_side")
+    has_latent_table: ClassVar[bool] = False
 
 
 class RewriteResampler(LatentResampler):
@@ -54,8 +46,6 @@ class RewriteResampler(LatentResampler):
     does not use them.
 
     Attributes:
-        config: the `RewriteConfig` it was made from.
-        in_dim, out_dim, tokens_per_view: D_v, D and Q.
         attention_impl: kernel used, see `uhd_kernels.varlen_cross_attention`; "auto" unless set.
     """
 
@@ -69,7 +59,7 @@ class RewriteResampler(LatentResampler):
         self.sep_embeddings = nn.Parameter(torch.empty(3, 1, width)) if config.separators else None
         self.kv_proj = self._make_kv_proj()
         self.attn = LatentAttention(width, config.num_heads)
-        self.ln_kv, self.ln1, self.ln2 = (nn.LayerNorm(width, eps=config.eps) for _ in range(3))
+        self.ln_kv, self.ln1, self.ln2 = self._make_norms(3)
         self.updim_proj, self.proj = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
         self.reset_parameters()
 
@@ -93,36 +83,14 @@ class RewriteResampler(LatentResampler):
     def from_state_dict(
         cls, state: Mapping[str, Tensor], *, num_heads: int = 8, eps: float = 1e-6
     ) -> RewriteResampler:
-        """Read weights under the rewrite's names, without a prefix; every size is read off the tensors.
-
-        Args:
-            state: name -> tensor; dtype and device of `query` become the module's. The tensors are copied.
-            num_heads: not visible in the weights; the rewrite uses 8.
-            eps: of the LayerNorms.
-
-        Raises:
-            ValueError: names are missing or unexpected (listed), shapes disagree, or the heads do not fit the width.
-        """
-        _, num_latents, width = shape_of(state, "query", 3)
-        config = RewriteConfig(
-            width=width,
-            vision_width=vision_width_of(state, width),
-            num_heads=num_heads,
-            num_latents=num_latents,
-            table_side=math.isqrt(shape_of(state, "pos_embed", 2)[0]),
-            separators="sep_embeddings" in state,
-            eps=eps,
-        )
+        """Read weights under the rewrite's names, without a prefix; as `PerceiverResampler.from_state_dict`."""
+        sizes = sizes_of(state, axes=3)
+        side = math.isqrt(shape_of(state, "pos_embed", 2)[0])
+        separators = "sep_embeddings" in state
+        config = RewriteConfig(**sizes, num_heads=num_heads, table_side=side, separators=separators, eps=eps)
         return load_exactly(lambda: cls(config), state, "a RewriteResampler", like="query")
 
-    def forward(self, features: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
-        """Compress packed features (N, D_v) of V views to (V, Q, D), as in `PerceiverResampler.forward`.
-
-        Raises:
-            ValueError, TypeError: see `uhd.grids.check_grids` and `protocol.check_features`.
-        """
-        grids = check_grids(grids)
-        check_features(features, grids, self.query, self.in_dim)
+    def compress(self, features: Tensor, grids: tuple[Grid, ...]) -> Tensor:
         x = self.ln_kv(self.kv_proj(features))  # (N, D)
         side = (self.config.table_side, self.config.table_side)
         positions, offsets = join_tables(grids, lambda grid: interpolate_pos_embed(self.pos_embed, side, grid))

@@ -10,34 +10,25 @@ True
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from math import prod
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-Size = tuple[int, int]
+from uhd.grids import Grid
+from uhd.slicing.plan import Packing, SlicePlan
 
 
-class PackedPlan(Protocol):
-    """The part of a :class:`uhd.slicing.SlicePlan` that is read here."""
-
-    views: Sequence[Any]  # of kind, row, col
-    packing: Any  # a uhd.slicing.Packing, or None
-    grid: Size | None
-    strategy: str
-    num_tokens: int
-    num_visual_tokens: int
-
-
-def feature_hw(packing: Any, kind: str) -> Size:
+def feature_hw(packing: Packing, kind: str) -> Grid:
     """Tell (rows, columns) of the feature map that a packing expects of a view of this kind, before any pooling."""
     return packing.overview_view_hw if kind == "overview" and packing.overview_view_hw else packing.view_hw
 
 
-def feature_lengths(plan: PackedPlan) -> list[int]:
+def feature_lengths(plan: SlicePlan) -> list[int]:
     """Count the features that every view must bring to :func:`pack_features`, in the order of ``plan.views``.
 
     >>> from uhd.slicing import plan
@@ -51,7 +42,7 @@ def feature_lengths(plan: PackedPlan) -> list[int]:
 
 def pack_features(
     features: Tensor | Sequence[Tensor],
-    plan: PackedPlan,
+    plan: SlicePlan,
     *,
     newline: Tensor | None = None,
     separator: Tensor | None = None,
@@ -80,19 +71,16 @@ def pack_features(
     packing = plan.packing
     if packing is None:
         return torch.cat(maps)
-    needed = {
-        "newline": (newline, packing.newline or packing.overview_newline),
-        "separator": (separator, packing.separator is not None),
-    }
-    for name, (vector, needs) in needed.items():
-        _check_vector(name, vector, needs, maps[0], plan)
-    pooled = [_pooled(part, view.kind, packing) for part, view in zip(maps, plan.views, strict=True)]
+    if packing.newline or packing.overview_newline:
+        _check_learned("newline", newline, maps[0], plan)
+    if packing.separator is not None:
+        _check_learned("separator", separator, maps[0], plan)
     blocks: list[Tensor] = []
-    for kind, parts in _runs(plan, pooled):
+    for kind, run in groupby(zip(maps, plan.views, strict=True), key=lambda pair: pair[1].kind):
+        parts = [_pooled(part, kind, packing) for part, _ in run]
         if kind == "slice" and packing.map_hw is not None:
             parts = [_detail(parts, plan)]
-        elif packing.merge > 1:
-            parts = [_merged(part, packing.merge) for part in parts]
+        parts = [_merged(part, packing.merge) for part in parts]
         ends = packing.overview_newline if kind == "overview" else packing.newline
         blocks.append(torch.cat([_rows(part, newline if ends else None) for part in parts]))
     mark = None if packing.separator is None else separator.to(blocks[0]).unsqueeze(0)
@@ -108,8 +96,7 @@ def pack_features(
     return tokens
 
 
-def _split(features: Tensor | Sequence[Tensor], plan: PackedPlan) -> list[Tensor]:
-    """Split into V tensors (n, D), and check their lengths."""
+def _split(features: Tensor | Sequence[Tensor], plan: SlicePlan) -> list[Tensor]:
     wanted = feature_lengths(plan)
     if isinstance(features, Tensor) and features.ndim == 2:
         if len(features) != sum(wanted):
@@ -128,9 +115,7 @@ def _split(features: Tensor | Sequence[Tensor], plan: PackedPlan) -> list[Tensor
     return maps
 
 
-def _check_vector(name: str, vector: Tensor | None, needs: bool, like: Tensor, plan: PackedPlan) -> None:
-    if not needs:
-        return
+def _check_learned(name: str, vector: Tensor | None, like: Tensor, plan: SlicePlan) -> None:
     if vector is None or vector.shape != like.shape[1:]:
         got = None if vector is None else tuple(vector.shape)
         raise ValueError(
@@ -139,24 +124,14 @@ def _check_vector(name: str, vector: Tensor | None, needs: bool, like: Tensor, p
         )
 
 
-def _runs(plan: PackedPlan, maps: list[Tensor]) -> list[tuple[str, list[Tensor]]]:
-    """Collect the maps of consecutive views of one kind, (rows, columns, D) each, in the plan's order."""
-    runs: list[tuple[str, list[Tensor]]] = []
-    for view, part in zip(plan.views, maps, strict=True):
-        if not runs or runs[-1][0] != view.kind:
-            runs.append((view.kind, []))
-        runs[-1][1].append(part)
-    return runs
-
-
-def _pooled(part: Tensor, kind: str, packing: Any) -> Tensor:
+def _pooled(part: Tensor, kind: str, packing: Packing) -> Tensor:
     rows, cols = feature_hw(packing, kind)
     part = rearrange(part, "(h w) d -> h w d", h=rows, w=cols)
     return part if packing.pooled_hw is None else resize_map(part, packing.pooled_hw)
 
 
-def _detail(parts: list[Tensor], plan: PackedPlan) -> Tensor:
-    """Make one map of the slices': stitched, un-padded, resized, merged."""
+def _detail(parts: list[Tensor], plan: SlicePlan) -> Tensor:
+    """Make one map of the slices': stitched, un-padded, resized."""
     packing = plan.packing
     stitched = _stitched(parts, plan.grid, packing.overlap)
     if stitched.shape[:2] != packing.map_hw:
@@ -167,17 +142,13 @@ def _detail(parts: list[Tensor], plan: PackedPlan) -> Tensor:
     if packing.kept is not None:
         top, left, bottom, right = packing.kept
         stitched = stitched[top:bottom, left:right]
-    if packing.resized_hw is not None:
-        stitched = resize_map(stitched, packing.resized_hw)
-    return _merged(stitched, packing.merge) if packing.merge > 1 else stitched
+    return stitched if packing.resized_hw is None else resize_map(stitched, packing.resized_hw)
 
 
-def _stitched(parts: list[Tensor], grid: Size, overlap: Size) -> Tensor:
+def _stitched(parts: list[Tensor], grid: Grid, overlap: Grid) -> Tensor:
     """Join row-major maps to one (rows, columns, D), without the features on edges that face another map."""
     rows, cols = grid
     leading, trailing = overlap
-    if not (leading or trailing):
-        return rearrange(torch.stack(parts), "(r c) h w d -> (r h) (c w) d", r=rows, c=cols)
 
     def inner(place: int, count: int, length: int) -> slice:
         return slice(leading if place else 0, length - (trailing if place < count - 1 else 0))
@@ -190,7 +161,7 @@ def _stitched(parts: list[Tensor], grid: Size, overlap: Size) -> Tensor:
     return torch.cat(lines)
 
 
-def resize_map(part: Tensor, size_hw: Size) -> Tensor:
+def resize_map(part: Tensor, size_hw: Grid) -> Tensor:
     """Resize a map (rows, columns, D) to ``size_hw``: bilinear, corners not aligned, not antialiased."""
     if tuple(part.shape[:2]) == tuple(size_hw):
         return part
@@ -202,10 +173,11 @@ def resize_map(part: Tensor, size_hw: Size) -> Tensor:
 
 def _merged(part: Tensor, merge: int) -> Tensor:
     """Take the mean of ``merge`` x ``merge`` blocks; a rest at the bottom or right is a block of its own."""
+    if merge == 1:
+        return part
     if not part.numel():
         return part.new_zeros(-(-part.shape[0] // merge), -(-part.shape[1] // merge), part.shape[2])
-    channels = rearrange(part, "h w d -> 1 d h w")
-    pooled = F.avg_pool2d(channels, merge, ceil_mode=True)
+    pooled = F.avg_pool2d(rearrange(part, "h w d -> 1 d h w"), merge, ceil_mode=True)
     return rearrange(pooled, "1 d h w -> h w d")
 
 
@@ -237,13 +209,10 @@ class FeaturePacker(nn.Module):
 
     def to_dict(self) -> dict[str, Any]:
         """Give the constructor's arguments in values that JSON takes."""
-        return {
-            "width": self.width,
-            "newline": self.newline is not None,
-            "separator": self.separator is not None,
-        }
+        newline, separator = self.newline is not None, self.separator is not None
+        return {"width": self.width, "newline": newline, "separator": separator}
 
-    def forward(self, features: Tensor | Sequence[Tensor], plan: PackedPlan) -> Tensor:
+    def forward(self, features: Tensor | Sequence[Tensor], plan: SlicePlan) -> Tensor:
         """Turn features into tokens like :func:`pack_features`, with the embeddings held here."""
         separator = self.newline if self.separator is None else self.separator
         return pack_features(features, plan, newline=self.newline, separator=separator)

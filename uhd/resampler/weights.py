@@ -1,4 +1,4 @@
-"""Weights that must fit a resampler by name and shape."""
+"""Weights that must fit a module by name and shape."""
 
 from __future__ import annotations
 
@@ -11,45 +11,46 @@ from torch import Tensor, nn
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
-def shape_of(state: Mapping[str, Tensor], name: str, axes: int) -> tuple[int, ...]:
-    """Read the shape of one tensor among weights.
+def draw_linear(linear: nn.Linear) -> None:
+    """Draw the weight from a truncated normal of std 0.02; the bias, where there is one, is zero."""
+    nn.init.trunc_normal_(linear.weight, std=0.02)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
 
-    Raises:
-        ValueError: it is not there, or has another number of axes.
-    """
+
+def shape_of(state: Mapping[str, Tensor], name: str, axes: int) -> tuple[int, ...]:
+    """Read the shape of one tensor; ValueError where it is not there, or has another number of axes."""
     if name not in state or state[name].dim() != axes:
         raise ValueError(f"expected {name!r} with {axes} axes among the weights; got the names {sorted(state)}")
     return tuple(state[name].shape)
 
 
-def vision_width_of(state: Mapping[str, Tensor], width: int) -> int:
-    """Read the features' width off `kv_proj`, which is there only where it is not the latents' width."""
-    return state["kv_proj.weight"].shape[-1] if "kv_proj.weight" in state else width
+def sizes_of(state: Mapping[str, Tensor], query: str = "query", *, axes: int = 2) -> dict[str, int]:
+    """Read the sizes of a `ResamplerConfig` off weights: `kv_proj` is there only where it changes the width."""
+    *_, num_latents, width = shape_of(state, query, axes)
+    vision_width = state["kv_proj.weight"].shape[-1] if "kv_proj.weight" in state else width
+    return {"width": width, "vision_width": vision_width, "num_latents": num_latents}
 
 
-def load_exactly(make: Callable[[], _Module], state: Mapping[str, Tensor], what: str, *, like: str) -> _Module:
-    """Make a module with these weights, all of them and no others.
-
-    Args:
-        make: builds the module; called under the meta device, since at the width of a language model an
-            initialisation that is thrown away takes seconds.
-        state: name -> tensor; copied.
-        what: names the kind of weights in messages.
-        like: name of the tensor whose dtype and device the module gets.
-
-    Raises:
-        ValueError: names are missing or unexpected (listed), or shapes disagree.
-    """
-    with torch.device("meta"):
-        module = make()
-    expected = module.state_dict()
+def check_weights(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
+    """Refuse weights with names missing or unexpected (listed), or of other shapes; `what` names their kind."""
     missing, unexpected = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
     if missing or unexpected:
         raise ValueError(f"weights do not fit {what}: missing {missing}, unexpected {unexpected}")
-    wrong = {name: (tuple(state[name].shape), tuple(t.shape)) for name, t in expected.items()}
-    wrong = {name: shapes for name, shapes in wrong.items() if shapes[0] != shapes[1]}
-    if wrong:
+    shapes = {name: (tuple(state[name].shape), tuple(tensor.shape)) for name, tensor in expected.items()}
+    if wrong := {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}:
         raise ValueError(f"weights of other shapes than {what} implies, as name: (got, expected): {wrong}")
+
+
+def load_exactly(make: Callable[[], _Module], state: Mapping[str, Tensor], what: str, *, like: str) -> _Module:
+    """Make a module with these weights, all of them and no others, which are copied.
+
+    `make` is called under the meta device, since at the width of a language model an initialisation that is thrown
+    away takes seconds. Dtype and device are those of the tensor named `like`. ValueError as in `check_weights`.
+    """
+    with torch.device("meta"):
+        module = make()
+    check_weights(state, module.state_dict(), what)
     module = module.to_empty(device=state[like].device).to(state[like].dtype)
     module.load_state_dict(state)
     return module

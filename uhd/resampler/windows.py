@@ -71,15 +71,9 @@ def pool_weights(length: int, windows: int, bins: int, *, aligned: bool) -> np.n
 
 
 def pool_windows(maps: Tensor, side: int, *, aligned: bool) -> Tensor:
-    """Pool the features of every window.
+    """Pool the features of the `side` x `side` windows of views of one grid; `aligned` as in :func:`pool_weights`.
 
-    Args:
-        maps: (V, h, w, C) of views of one grid.
-        side: windows along each side, g.
-        aligned: as in :func:`pool_weights`.
-
-    Returns:
-        (V, g*g, bins, C), windows row-major, bins row-major inside their window.
+    (V, h, w, C) -> (V, side*side, bins, C), windows row-major, bins row-major inside their window.
     """
     grid_hw = (maps.shape[1], maps.shape[2])
     rows, columns = (
@@ -94,14 +88,7 @@ def pool_windows(maps: Tensor, side: int, *, aligned: bool) -> Tensor:
 def attend_windows(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
     """Let the latents of a window attend to the keys of that window, and to nothing else.
 
-    Args:
-        q: (Q, S, D): S latents for each of Q windows.
-        k: (V, Q, n, D).
-        v: (V, Q, n, D).
-        num_heads: divides D.
-
-    Returns:
-        (V, S, Q, D).
+    q (Q, S, D), S latents for each of Q windows; k and v (V, Q, n, D) -> (V, S, Q, D).
     """
     views = len(k)
     q = rearrange(q, "q s (h d) -> q h s d", h=num_heads).expand(views, -1, -1, -1, -1).flatten(0, 1)

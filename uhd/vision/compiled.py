@@ -36,16 +36,12 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Dense(NamedTuple):
-    """A linear layer; with `scale` its weight is int8, see `uhd.vision.int8`."""
-
     weight: Tensor
     bias: Tensor | None
-    scale: Tensor | None = None
+    scale: Tensor | None = None  # the weight is int8 then, see `uhd.vision.int8`
 
 
 class Norm(NamedTuple):
-    """A LayerNorm."""
-
     weight: Tensor
     bias: Tensor
     eps: float
@@ -67,32 +63,22 @@ class Halves(NamedTuple):
     @classmethod
     def of(cls, block: Block) -> Halves:
         """Take the tensors of a block as its modules hold them."""
-        norms = (Norm(norm.weight, norm.bias, norm.eps) for norm in (block.norm1, block.norm2))
+        norm1, norm2 = (Norm(norm.weight, norm.bias, norm.eps) for norm in (block.norm1, block.norm2))
         layers = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
         qkv, proj, fc1, fc2 = (Dense(each.weight, each.bias, getattr(each, "scale", None)) for each in layers)
-        norm1, norm2 = norms
         return cls(norm1, qkv, proj, block.scale1, norm2, fc1, fc2, block.scale2, block.mlp.activation)
 
 
-def before_attention(x: Tensor, norm: Norm, qkv: Dense) -> Tensor:
+def before_attention(x: Tensor, block: Halves) -> Tensor:
     """(tokens, D) -> (tokens, 3 D), in the dtype of `x`."""
-    return _linear(_normed(x, norm), qkv)
+    return _linear(_normed(x, block.norm1), block.qkv)
 
 
-def after_attention(
-    x: Tensor,
-    mixed: Tensor,
-    proj: Dense,
-    scale1: Tensor | None,
-    norm: Norm,
-    fc1: Dense,
-    fc2: Dense,
-    scale2: Tensor | None,
-    activation: str,
-) -> Tensor:
+def after_attention(x: Tensor, mixed: Tensor, block: Halves) -> Tensor:
     """Residual stream and attended values, both (tokens, D) -> (tokens, D), in the dtype of `x`."""
-    x = _add(x, _linear(mixed, proj), scale1)
-    return _add(x, _linear(_activate(_linear(_normed(x, norm), fc1), activation), fc2), scale2)
+    x = _add(x, _linear(mixed, block.proj), block.scale1)
+    hidden = _activate(_linear(_normed(x, block.norm2), block.fc1), block.activation)
+    return _add(x, _linear(hidden, block.fc2), block.scale2)
 
 
 def _activate(x: Tensor, activation: str) -> Tensor:
@@ -119,14 +105,9 @@ def _add(x: Tensor, update: Tensor, scale: Tensor | None) -> Tensor:
 class CompiledBlocks:
     """Runs a ViT's blocks where that gives what the modules would give; kept by the ViT, see `ViT.compile_blocks`.
 
-    Args:
-        backend: of `torch.compile`. "none": the same functions uncompiled, in the fastest dtype still.
-
-    Where compilation fails (no C++ compiler, say) the functions run uncompiled, after one RuntimeWarning. Copies and
-    pickles keep the backend only.
-
-    Raises:
-        ValueError: there is no such backend.
+    `backend` is one of `torch.compile` (ValueError if not), or "none": the same functions uncompiled, in the fastest
+    dtype still. Where compilation fails (no C++ compiler, say) the functions run uncompiled, after one RuntimeWarning.
+    Copies and pickles keep the backend only.
     """
 
     def __init__(self, backend: str | Callable = "inductor") -> None:
@@ -135,7 +116,7 @@ class CompiledBlocks:
             usual = ", ".join(map(repr, ["none", *torch.compiler.list_backends()]))
             raise ValueError(f"backend must be one of {usual}, or another of torch.compile; got {backend!r}")
         self.backend = backend
-        self._packed = PackedWeights()
+        self._packed: tuple[Tensor, list[dict[str, Tensor]]] | None = None  # contents of what, and that
         self._compiled: dict[Callable, Callable] = {}
 
     def __reduce__(self) -> tuple:
@@ -158,7 +139,7 @@ class CompiledBlocks:
             return None
         given, dtype = x.dtype, fastest_dtype(x.dtype, x.device)
         halves = [Halves.of(block) for block in blocks]
-        packed = self._packed.of(halves, x) if dtype == torch.bfloat16 else None
+        packed = self._pack(halves, x) if dtype == torch.bfloat16 else None
 
         def run(number: int, x: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
             if wants_gradients((x,)):  # of what runs between the blocks
@@ -167,17 +148,36 @@ class CompiledBlocks:
             if packed is not None:
                 return packed_block(tensors, packed[number], x, lambda qkv: mix(qkv, shapes))
             x = x.to(dtype)
-            qkv = self._run(before_attention, x, tensors.norm1, tensors.qkv)
-            return self._run(after_attention, x, mix(qkv, shapes), *tensors[2:])
+            qkv = self._run(before_attention, x, tensors)
+            return self._run(after_attention, x, mix(qkv, shapes), tensors)
 
         return run
+
+    def _pack(self, halves: Sequence[Halves], x: Tensor) -> list[dict[str, Tensor]] | None:
+        """Every block's weights in oneDNN's own order, by layer; packed anew unless they hold the same numbers.
+
+        None where they cannot be packed. `x` (tokens, D): what they will be used on.
+        """
+        weights = [{name: getattr(each, name).weight for name in ("qkv", "proj", "fc1", "fc2")} for each in halves]
+        flat = [weight for each in weights for weight in each.values()]
+        operators = packed_products()
+        if x.device.type != "cpu" or any(weight.dtype != torch.bfloat16 for weight in flat) or operators is None:
+            return None
+        contents, kept = contents_of(flat), self._packed
+        if kept is None or not torch.equal(contents, kept[0]):
+            pack = operators.pack
+            packed = [{name: pack(weight.detach(), len(x)) for name, weight in each.items()} for each in weights]
+            kept = self._packed = (contents, packed)
+        return kept[1]
 
     def _run(self, function: Callable, *args: object) -> Tensor:
         if self.backend == "none" or len(args[0]) < 2:  # for 0 and 1 it would compile again, each
             return function(*args)
         try:
             if function not in self._compiled:
-                self._compiled[function] = torch.compile(_copied(function), backend=self.backend, dynamic=True)
+                # a copy: torch.compile allows eight compilations per code object in a process
+                copy = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+                self._compiled[function] = torch.compile(copy, backend=self.backend, dynamic=True)
             with torch.no_grad():  # nor for each mode of autograd
                 return self._compiled[function](*args)
         except Exception as problem:  # of many kinds, from many compilers
@@ -193,47 +193,13 @@ class CompiledBlocks:
             return result
 
 
-def _copied(function: FunctionType) -> FunctionType:
-    """Copy the function: torch.compile allows eight compilations per code object in a process."""
-    return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-
-
 def _known(block: Block) -> bool:
-    return (
-        is_plain(block, Block)
-        and is_plain(block.attn, Attention)
-        and is_plain(block.mlp, MLP)
-        and all(is_plain(norm, nn.LayerNorm) for norm in (block.norm1, block.norm2))
-        and all(
-            is_plain(layer, nn.Linear) or is_plain(layer, Int8Linear)
-            for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
-        )
+    if not (is_plain(block, Block) and is_plain(block.attn, Attention) and is_plain(block.mlp, MLP)):
+        return False
+    layers = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
+    return all(is_plain(norm, nn.LayerNorm) for norm in (block.norm1, block.norm2)) and all(
+        is_plain(layer, nn.Linear) or is_plain(layer, Int8Linear) for layer in layers
     )
-
-
-class PackedWeights:
-    """Weights of linear layers in oneDNN's own order, for a CPU's bfloat16 matrix unit."""
-
-    def __init__(self) -> None:
-        self._kept: tuple[Tensor, list[dict[str, Tensor]]] | None = None
-
-    def of(self, halves: Sequence[Halves], x: Tensor) -> list[dict[str, Tensor]] | None:
-        """Every block's packed weights by the layer's name, packed anew unless the weights hold the same numbers.
-
-        None where they cannot be packed. `x` (tokens, D): what they will be used on.
-        """
-        weights = [{name: getattr(each, name).weight for name in ("qkv", "proj", "fc1", "fc2")} for each in halves]
-        flat = [weight for each in weights for weight in each.values()]
-        operators = packed_products()
-        if x.device.type != "cpu" or any(weight.dtype != torch.bfloat16 for weight in flat) or operators is None:
-            return None
-        contents = contents_of(flat)
-        kept = self._kept
-        if kept is None or not torch.equal(contents, kept[0]):
-            pack = operators.pack
-            packed = [{name: pack(weight.detach(), len(x)) for name, weight in each.items()} for each in weights]
-            kept = self._kept = (contents, packed)
-        return kept[1]
 
 
 def packed_block(halves: Halves, packed: dict[str, Tensor], x: Tensor, mix: Callable[[Tensor], Tensor]) -> Tensor:

@@ -6,18 +6,14 @@ from dataclasses import dataclass
 
 from uhd.grids import as_grid
 from uhd.positions import BUCKET_RULES, MODES
-from uhd.settings import Settings
+from uhd.settings import Settings, check_choice
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "swiglu")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig(Settings):
-    """What a packed ViT is made of. Frozen and comparable; `to_dict` gives JSON-able values, `from_dict` reads them.
-
-    Raises:
-        ValueError: on construction, for values that do not fit together.
-    """
+    """What a packed ViT is made of; ValueError for values that do not fit together."""
 
     patch_size: int  # px
     width: int  # D
@@ -54,8 +50,7 @@ class ViTConfig(Settings):
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads; got {self.width} and {self.heads}")
         for name, known in (("activation", ACTIVATIONS), ("interpolation", MODES), ("bucket_rule", BUCKET_RULES)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
+            check_choice(name, getattr(self, name), known)
         if self.antialias and self.interpolation == "nearest":
             raise ValueError("antialias needs interpolation 'bicubic' or 'bilinear'; got 'nearest'")
         if self.bucket_rule != "integer":

@@ -8,20 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from uhd.grids import check_grids, group_views
+from uhd.grids import Grid, check_grids, group_views
 
 
 @dataclass(frozen=True)
 class ViewGroups:
     """The order in which views are stored inside the ViT: those of equal length side by side, prefix tokens first."""
 
-    grids: tuple[tuple[int, int], ...]  # (rows, columns) of every view, in the caller's order
+    grids: tuple[Grid, ...]  # (rows, columns) of every view, in the caller's order
     lengths: tuple[int, ...]  # patches of every view
     members: tuple[tuple[int, ...], ...]  # views of every group
     prefix: int  # class and register tokens per view
 
     @classmethod
-    def of(cls, grids: tuple[tuple[int, int], ...], prefix: int) -> ViewGroups:
+    def of(cls, grids: tuple[Grid, ...], prefix: int) -> ViewGroups:
         lengths = tuple(rows * columns for rows, columns in grids)
         return cls(grids, lengths, tuple(map(tuple, group_views(lengths).values())), prefix)
 
@@ -58,23 +58,14 @@ class ViewGroups:
     def _per_view(self, x: Tensor) -> list[Tensor]:
         """V times (R + patches, D), in the caller's order."""
         per_view: dict[int, Tensor] = {}
-        for part, views, shape in zip(
-            x.split([b * n for b, n in self.shapes]), self.members, self.shapes, strict=True
-        ):
+        parts = x.split([b * n for b, n in self.shapes])
+        for part, views, shape in zip(parts, self.members, self.shapes, strict=True):
             per_view.update(zip(views, part.unflatten(0, shape), strict=True))
         return [per_view[view] for view in range(len(self.lengths))]
 
 
-def check_packed(
-    patches: Tensor, grids: Sequence[tuple[int, int]], patch_dim: int, *, raw: bool = False
-) -> tuple[tuple[int, int], ...]:
-    """Check that packed patches (N, P) and the views' grids agree; return the grids as plain tuples.
-
-    With `raw` the patches must be uint8.
-
-    Raises:
-        ValueError: with both counts, where N or P is not what grids and model say.
-        TypeError: patches that are not floating point, or grids that are not host integers.
+def check_packed(patches: Tensor, grids: Sequence[Grid], patch_dim: int, *, raw: bool = False) -> tuple[Grid, ...]:
+    """Refuse packed patches (N, P), uint8 where `raw`, that do not fit the grids; return these as plain tuples.
 
     >>> check_packed(torch.zeros(6, 12), [(2, 3)], patch_dim=12)
     ((2, 3),)

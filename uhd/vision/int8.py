@@ -26,9 +26,6 @@ LEVELS = 127
 class Int8Linear(nn.Module):
     """A frozen linear layer; (..., in) -> (..., out) in the dtype of its input.
 
-    Args:
-        linear: The layer to take the weights of, which may be in any floating dtype.
-
     Attributes:
         weight: (out, in) int8.
         scale: (out,) float32, also after a cast.
@@ -63,11 +60,7 @@ class Int8Linear(nn.Module):
         super()._load_from_state_dict(state, prefix, *args)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply (..., in) -> (..., out).
-
-        Raises:
-            RuntimeError: the input wants a gradient; rounding has none.
-        """
+        """Multiply (..., in) -> (..., out); RuntimeError where the input wants a gradient, which rounding has not."""
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError("int8 layers give no gradients: call under torch.no_grad(), or train before quantising")
         y = int8_linear(x.reshape(-1, self.in_features), self.weight, self.scale, self.bias)
@@ -100,10 +93,6 @@ def quantize_linears(blocks: nn.Module) -> int:
 
 
 def refuse_int8(module: nn.Module) -> None:
-    """Refuse to save int8 layers: no loader reads them back.
-
-    Raises:
-        ValueError: the module holds some.
-    """
+    """Refuse to save a module that holds int8 layers: no loader reads them back."""
     if any(isinstance(each, Int8Linear) for each in module.modules()):
         raise ValueError("a quantised encoder cannot be saved: save it before encoder.quantize()")

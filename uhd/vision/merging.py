@@ -10,12 +10,13 @@ import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from uhd.grids import join_blocks, shrink_grids
+from uhd.grids import Grid, join_blocks, shrink_grids
+from uhd.resampler.weights import check_weights, draw_linear
+from uhd.settings import check_choice
 from uhd.shortcuts import float_parameter, in_fastest_dtype
 
 from .blocks import MLP, Attention, Block
@@ -37,11 +38,7 @@ _SOURCE_NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class CompressedViTConfig(ViTConfig):
-    """What a `CompressedViT` is made of: a `ViTConfig`, and where and how it compresses.
-
-    Raises:
-        ValueError: on construction, for values that do not fit together.
-    """
+    """What a `CompressedViT` is made of: a `ViTConfig`, and where and how it compresses."""
 
     compress_after: tuple[int, ...]  # numbers of blocks run before, from 1, ascending; transformers' layer 6 is 7 here
     compressor: str = "window"  # "window" (LLaVA-UHD v4), "average" or "adaptive" (v3)
@@ -55,15 +52,15 @@ class CompressedViTConfig(ViTConfig):
                 f"compress_after must be ascending numbers of blocks from 1 to {self.num_blocks}, those that the "
                 f"selected layer needs; got {places}"
             )
-        if self.compressor not in COMPRESSORS:
-            raise ValueError(f"compressor must be one of {', '.join(COMPRESSORS)}; got {self.compressor!r}")
+        check_choice("compressor", self.compressor, COMPRESSORS)
 
 
 class CompressedViT(ViT):
     """A packed `ViT` whose blocks after each compressor see a quarter of the patches.
 
     Class and register tokens pass by. Views stay apart, as everywhere in the ViT: no 2 x 2 window has patches of two.
-    The patch embedding and its positions are untouched; nothing new says where the joined patches lie.
+    The patch embedding and its positions are untouched; nothing new says where the joined patches lie. Of the hidden
+    states, one after a block that is followed by a compressor is what goes into it.
 
     Attributes:
         compressors: one module for each of `config.compress_after`, under that number as a string.
@@ -80,34 +77,14 @@ class CompressedViT(ViT):
         self.stride = config.patch_size * self._factor
         self.compressors = nn.ModuleDict({str(place): make_compressor(config) for place in config.compress_after})
 
-    def output_grids(self, grids: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-        """(rows, columns) of every view's features.
-
-        Raises:
-            ValueError: a side that cannot be halved as often as there are compressors.
-        """
+    def output_grids(self, grids: Sequence[Grid]) -> tuple[Grid, ...]:
+        """(rows, columns) of every view's features; ValueError: a side cannot be halved once for each compressor."""
         factor = self._factor
         advice = (
             f"the ViT halves them after the blocks {self.config.compress_after}, so plan with merge={factor}, times "
             "what the compressor behind it joins"
         )
         return shrink_grids(grids, factor, advice)
-
-    def forward(
-        self, patches: Tensor, grids: Sequence[tuple[int, int]], *, hidden_states: bool = False, **how: Any
-    ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
-        """Encode packed views like `ViT.forward`, into fewer rows.
-
-        Returns:
-            (N', D) features, view by view, row-major over `output_grids(grids)`; with `hidden_states` also those after
-            the embedding and after every block, as many rows as patches at that depth: a state after a block that is
-            followed by a compressor is what goes into it.
-
-        Raises:
-            ValueError, TypeError: as in `ViT.forward` and `output_grids`.
-        """
-        self.output_grids(grids)  # refuse them before anything runs
-        return super().forward(patches, grids, hidden_states=hidden_states, **how)
 
     def _after_block(self, number: int, x: Tensor, groups: ViewGroups) -> tuple[Tensor, ViewGroups]:
         if str(number) not in self.compressors:
@@ -126,13 +103,8 @@ class WindowCompressor(nn.Module):
 
         y = x + attn(norm1(x))    out = mlp(norm2([y_1 | y_2 | y_3 | y_4])) + mean of the y
 
-    Source: `MiniCPMV4_6ViTWindowAttentionMerger` of transformers.
-
-    Args:
-        width: D of the patches.
-        heads: divides the width.
-        mlp_width: hidden width of the neighbouring block's MLP; the one here has four times that.
-        activation, eps, qkv_bias: as in `ViTConfig`.
+    Source: `MiniCPMV4_6ViTWindowAttentionMerger` of transformers. Arguments as in `ViTConfig`; `mlp_width` is that of
+    the neighbouring block's MLP, and the one here has four times that.
     """
 
     def __init__(
@@ -144,11 +116,9 @@ class WindowCompressor(nn.Module):
         self.norm2 = nn.LayerNorm(4 * width, eps=eps)
         self.mlp = MLP(4 * width, 4 * mlp_width, activation=activation, out=width)
         for layer in (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2):
-            nn.init.trunc_normal_(layer.weight, std=0.02)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+            draw_linear(layer)
 
-    def forward(self, x: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+    def forward(self, x: Tensor, grids: Sequence[Grid]) -> Tensor:
         """(N, D) packed, patches row-major -> (N / 4, D)."""
         x = join_blocks(x, grids, 2)  # (N / 4, 4, D)
         tokens = x.flatten(0, 1)
@@ -162,9 +132,7 @@ class WindowCompressor(nn.Module):
 
         The first linear layer is block-diagonal, the second four times a quarter of the block's, biases and norms are
         repeated. A block's layer scale goes into the linear layers before it. Source: LLaVA-UHD v4, section 3.
-
-        Raises:
-            ValueError: a block of another width, MLP or activation.
+        ValueError: a block of another width, MLP or activation.
         """
         theirs = block.mlp
         got = (self.norm1.normalized_shape[0], self.mlp.fc2.in_features, self.mlp.activation)
@@ -186,29 +154,20 @@ class WindowCompressor(nn.Module):
                 layer.weight.mul_(scale[:, None])
                 layer.bias.mul_(scale)
 
+    @torch.no_grad()
     def load_source_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy weights that have the names of transformers' `vit_merger`, without that prefix.
-
-        Raises:
-            ValueError: names are missing or left over (listed), or shapes disagree.
-        """
-        needed = {name: _source_names(name) for name in self.state_dict()}
-        wanted = {source for sources in needed.values() for source in sources}
-        missing, left = sorted(wanted - set(state)), sorted(set(state) - wanted)
-        if missing or left:
-            raise ValueError(f"weights do not fit a window compressor. Missing: {missing}. Left over: {left}")
-        ours = {name: torch.cat([state[source] for source in sources]) for name, sources in needed.items()}
-        shapes = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
-        wrong = {name: (tuple(x.shape), shapes[name]) for name, x in ours.items() if tuple(x.shape) != shapes[name]}
-        if wrong:
-            raise ValueError(f"weights of other shapes than this compressor's, as name: (got, expected): {wrong}")
-        self.load_state_dict(ours)
+        """Copy weights that have the names of transformers' `vit_merger`, without that prefix; ValueError if not."""
+        ours = self.to_source_state_dict()
+        check_weights(state, ours, "a window compressor")
+        for name, tensor in ours.items():
+            tensor.copy_(state[name])
 
     def to_source_state_dict(self) -> dict[str, Tensor]:
         """Give the weights under the names that `load_source_state_dict` reads; the tensors share memory."""
         state = {}
         for name, tensor in self.state_dict().items():
-            sources = _source_names(name)
+            module, _, ending = name.rpartition(".")
+            sources = [f"{source}.{ending}" for source in _SOURCE_NAMES[module]]
             state.update(zip(sources, tensor.detach().chunk(len(sources)), strict=True))
         return state
 
@@ -216,7 +175,7 @@ class WindowCompressor(nn.Module):
 class AverageCompressor(nn.Module):
     """Replaces every 2 x 2 window by its mean; nothing is learned."""
 
-    def forward(self, x: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+    def forward(self, x: Tensor, grids: Sequence[Grid]) -> Tensor:
         """(N, D) packed, patches row-major -> (N / 4, D)."""
         return join_blocks(x, grids, 2).mean(1)
 
@@ -228,19 +187,16 @@ class AdaptiveCompressor(nn.Module):
 
     Starts as the plain mean, `down` being zero. LLaVA-UHD v3 sets `up` to zero as well, where no gradient reaches
     either layer.
-
-    Args:
-        width: D of the patches.
     """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(2 * width, width), nn.Linear(width, width)
-        nn.init.trunc_normal_(self.up.weight, std=0.02)
-        for tensor in (self.up.bias, self.down.weight, self.down.bias):
-            nn.init.zeros_(tensor)
+        draw_linear(self.up)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
 
-    def forward(self, x: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+    def forward(self, x: Tensor, grids: Sequence[Grid]) -> Tensor:
         """(N, D) packed, patches row-major -> (N / 4, D)."""
         x = join_blocks(x, grids, 2)
         seen = torch.cat([x, x.mean(1, keepdim=True).expand_as(x)], dim=-1)
@@ -254,22 +210,12 @@ def make_compressor(config: CompressedViTConfig) -> nn.Module:
         return AverageCompressor()
     if config.compressor == "adaptive":
         return AdaptiveCompressor(config.width)
-    return WindowCompressor(
-        config.width,
-        config.heads,
-        config.mlp_width,
-        activation=config.activation,
-        eps=config.eps,
-        qkv_bias=config.qkv_bias,
-    )
+    flags = {"activation": config.activation, "eps": config.eps, "qkv_bias": config.qkv_bias}
+    return WindowCompressor(config.width, config.heads, config.mlp_width, **flags)
 
 
 def compress_vit(
-    vit: ViT,
-    after: int | Sequence[int],
-    *,
-    compressor: str = "window",
-    weights: Mapping[str, Tensor] | None = None,
+    vit: ViT, after: int | Sequence[int], *, compressor: str = "window", weights: Mapping[str, Tensor] | None = None
 ) -> CompressedViT:
     """Give a plain ViT compressors; those of kind "window" start from the weights of the block before them.
 
@@ -304,7 +250,7 @@ def compress_vit(
         result = CompressedViT(config, stem=None if vit.own_stem else copy.deepcopy(vit.stem))
     anchor = vit.blocks[0].norm1.weight
     for place in places:
-        module = make_compressor(config).to(anchor.device, anchor.dtype)
+        module = make_compressor(config).to(anchor)
         if weights is not None:
             module.load_source_state_dict(weights)
         elif compressor == "window":
@@ -315,8 +261,3 @@ def compress_vit(
     for name, parameter in vit.named_parameters():
         result.get_parameter(name).requires_grad_(parameter.requires_grad)
     return result.train(vit.training)
-
-
-def _source_names(name: str) -> tuple[str, ...]:
-    module, _, ending = name.rpartition(".")
-    return tuple(f"{source}.{ending}" for source in _SOURCE_NAMES[module])

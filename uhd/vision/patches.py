@@ -10,23 +10,15 @@ from uhd.pixels import unpatchify as unfold
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """Cut equal-sized images into patches.
+    """Cut equal-sized images (V, C, H, W), H and W multiples of p = `patch_size` px, into (V*h*w, P), P = C*p*p.
+
+    View by view, row-major over the grid, inner order (c, py, px), which is that of a flattened `Conv2d` weight.
+    ValueError: not four axes, or a side that is no multiple of the patch.
 
     >>> import torch
     >>> images = torch.arange(8).reshape(1, 1, 2, 4)  # one view of one channel, 2 x 4 px
     >>> patchify(images, 2).tolist()
     [[0, 1, 4, 5], [2, 3, 6, 7]]
-
-    Args:
-        images: (V, C, H, W), any dtype; H and W in px, multiples of `patch_size`.
-        patch_size: p, the side of a patch in px.
-
-    Returns:
-        (V*h*w, P) with P = C*p*p: view by view, row-major over the grid, inner order (c, py, px), which is that of a
-        flattened `Conv2d` weight.
-
-    Raises:
-        ValueError: not four axes, or a side that is no multiple of the patch.
     """
     if images.dim() != 4 or images.shape[2] % patch_size or images.shape[3] % patch_size:
         raise ValueError(
@@ -36,23 +28,13 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 
 
 def unpatchify(patches: Tensor, grid_hw: tuple[int, int], patch_size: int, *, channels: int = 3) -> Tensor:
-    """The inverse of `patchify`, for views of one grid.
+    """The inverse of `patchify`, for views of one grid: (V*h*w, P) -> (V, channels, h*p, w*p).
+
+    ValueError: P or the number of patches does not fit.
 
     >>> import torch
     >>> unpatchify(torch.tensor([[0, 1, 4, 5], [2, 3, 6, 7]]), (1, 2), 2, channels=1).tolist()
     [[[[0, 1, 2, 3], [4, 5, 6, 7]]]]
-
-    Args:
-        patches: (V*h*w, P), P = channels*p*p, inner order (c, py, px).
-        grid_hw: (rows, columns) of every view, in patches.
-        patch_size: p in px.
-        channels: C.
-
-    Returns:
-        (V, C, h*p, w*p).
-
-    Raises:
-        ValueError: P or the number of patches does not fit.
     """
     rows, columns = grid_hw
     if patches.dim() != 2 or patches.shape[1] != channels * patch_size**2 or patches.shape[0] % (rows * columns):

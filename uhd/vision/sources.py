@@ -30,13 +30,8 @@ HF_ACTIVATIONS = {
 def config_from_hf(config: Any, **overrides: Any) -> ViTConfig:
     """Translate a transformers vision configuration, or one that has a `vision_config`, to a `ViTConfig`.
 
-    Args:
-        config: the configuration object.
-        overrides: ViTConfig fields; None keeps the family's default.
-
-    Raises:
-        TypeError: another kind of model.
-        ValueError: a setting that the ViT does not have.
+    `overrides` are fields of `ViTConfig`; None keeps the family's default. TypeError: another kind of model;
+    ValueError: a setting that the ViT does not have.
     """
     config = getattr(config, "vision_config", config)
     kind = config.model_type
@@ -46,7 +41,7 @@ def config_from_hf(config: Any, **overrides: Any) -> ViTConfig:
     if config.hidden_act not in HF_ACTIVATIONS:
         raise ValueError(f"hidden_act must be one of {', '.join(HF_ACTIVATIONS)}; got {config.hidden_act!r}")
     side, patch = _hf_side(config, family), _square(config.patch_size, "patch_size")
-    common = {
+    fields = {
         "image_size": side,
         "patch_size": patch,
         "channels": config.num_channels,
@@ -57,31 +52,29 @@ def config_from_hf(config: Any, **overrides: Any) -> ViTConfig:
         "position_grid_hw": (side // patch, side // patch),
         "activation": HF_ACTIVATIONS[config.hidden_act],
     }
-    if family == "dinov2":
-        return override(ViTConfig(**{**common, **_dinov2_fields(config)}), overrides)
-    common["mlp_width"] = config.intermediate_size
+    fields |= _dinov2_fields(config) if family == "dinov2" else {"mlp_width": config.intermediate_size}
     if family == "clip":
-        extra = {"class_token": True, "position_prefix": 1, "patch_bias": False, "pre_norm": True, "final_norm": False}
-        return override(ViTConfig(**common, **extra, select_layer=-2), overrides)
+        fields |= {"class_token": True, "position_prefix": 1, "patch_bias": False, "pre_norm": True}
+        fields |= {"final_norm": False, "select_layer": -2}
     if family == "siglip2":
-        common |= {"interpolation": "bilinear", "antialias": True}
-    return override(ViTConfig(**common), overrides)
+        fields |= {"interpolation": "bilinear", "antialias": True}
+    return override(ViTConfig(**fields), overrides)
 
 
 def _dinov2_fields(config: Any) -> dict[str, Any]:
     hidden = int(config.hidden_size * config.mlp_ratio)
-    registers = getattr(config, "num_register_tokens", 0)
-    return {
-        "mlp_width": (int(hidden * 2 / 3) + 7) // 8 * 8 if config.use_swiglu_ffn else hidden,
+    fields = {
+        "mlp_width": hidden,
         "class_token": True,
-        "num_registers": registers,
+        "num_registers": getattr(config, "num_register_tokens", 0),
         "position_prefix": 1,
         "qkv_bias": config.qkv_bias,
         "layer_scale": float(config.layerscale_value),
         # transformers resizes with antialias only in the model with registers
         "antialias": config.model_type == "dinov2_with_registers",
-        **({"activation": "swiglu"} if config.use_swiglu_ffn else {}),
     }
+    swiglu = {"activation": "swiglu", "mlp_width": (int(hidden * 2 / 3) + 7) // 8 * 8}
+    return fields | swiglu if config.use_swiglu_ffn else fields
 
 
 def _hf_side(config: Any, family: str) -> int:
@@ -102,11 +95,7 @@ def _square(size: int | Iterable[int], name: str) -> int:
 
 
 def config_from_timm(model: nn.Module) -> ViTConfig:
-    """Read the `ViTConfig` off a timm `VisionTransformer`, whose weights may be on the meta device.
-
-    Raises:
-        TypeError, ValueError: as in `vit_from`.
-    """
+    """Read the `ViTConfig` off a timm `VisionTransformer`, which may be on the meta device; errors as `vit_from`."""
     from timm.layers import PatchEmbed
     from timm.models.vision_transformer import VisionTransformer
 
@@ -146,7 +135,7 @@ def config_from_timm(model: nn.Module) -> ViTConfig:
 
 
 def _timm_mlp(blocks: Iterable[nn.Module]) -> tuple[str, int]:
-    """Read activation and MLP width off timm's blocks, all of which must be of the plain pre-norm kind.
+    """Read activation and MLP width off timm's blocks, all of the plain pre-norm kind.
 
     Variants with parameters of their own fail by their names later; these checks are for those without.
     """

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from uhd.grids import made_once
+from uhd.grids import Grid, made_once
 from uhd.pixels import inner_axes
 
 
@@ -24,15 +24,10 @@ class WindowStem(nn.Module):
     ViT to pass the grids.
 
     Args:
-        patch_size: p, px.
-        border: b, px on each side, 1 to p.
-        hidden: Width between the two layers.
-        width: D of the features.
+        patch_size, border: p and b, px; ValueError unless 1 <= b <= p.
+        hidden, width: after the first layer, and D of the features.
         channels: C of the patches.
         grey: See the mean of the channels only.
-
-    Raises:
-        ValueError: a border outside 1 to p.
     """
 
     needs_grids = True
@@ -47,11 +42,11 @@ class WindowStem(nn.Module):
         self.up = nn.Linear((1 if grey else channels) * (patch_size + 2 * border) ** 2, hidden)
         self.down = nn.Linear(hidden, width)
 
-    def forward(self, patches: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+    def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Embed packed patches (N, C*p*p), inner order (c, py, px), of V grids -> (N, D)."""
         return self.down(F.gelu(self.up(self.windows(patches, grids))))
 
-    def windows(self, patches: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
+    def windows(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Cut the window around every patch: (N, C*p*p) -> (N, C*(p+2b)*(p+2b)), one channel where `grey`."""
         p, b = self.patch_size, self.border
         tables = [neighbours(*grid) for grid in grids]
@@ -65,12 +60,10 @@ class WindowStem(nn.Module):
         pixels = rearrange(pixels, f"n ({inner_axes('chw')}) -> n c py px", c=self.channels, py=p)
         if self.grey:
             pixels = pixels.mean(1, keepdim=True)
+        sides = (slice(p - b, p), slice(0, p), slice(0, b))  # of the patch before, the patch, the patch after
         rows = []
-        for dy, ys in enumerate((slice(p - b, p), slice(0, p), slice(0, b))):
-            parts = [
-                pixels[near[:, 3 * dy + dx], :, ys, xs]
-                for dx, xs in enumerate((slice(p - b, p), slice(0, p), slice(0, b)))
-            ]
+        for dy, ys in enumerate(sides):
+            parts = [pixels[near[:, 3 * dy + dx], :, ys, xs] for dx, xs in enumerate(sides)]
             rows.append(torch.cat(parts, dim=-1))
         return torch.cat(rows, dim=-2).flatten(1)
 

@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from uhd.grids import Grid, check_grids, map_by_grid, split_views
+from uhd.settings import check_choice
 from uhd.shortcuts import float_parameter
 
 from .groups import check_packed
@@ -68,23 +69,14 @@ class VisionTower(nn.Module):
                 f"sizes must be positive; got {patch_size=}, {out_dim=}, {stride=}, {in_channels=}, "
                 f"{num_prefix_tokens=}"
             )
-        if layout not in (None, *LAYOUTS):
-            raise ValueError(f"layout must be None or one of {', '.join(LAYOUTS)}; got {layout!r}")
-        if rounding not in ("exact", "floor", "ceil"):
-            raise ValueError(f"rounding must be 'exact', 'floor' or 'ceil'; got {rounding!r}")
-        self.module = module
-        self.patch_size = patch_size
-        self.out_dim = out_dim
-        self.stride = stride
-        self.image_size = image_size
-        self.in_channels = in_channels
-        self.num_prefix_tokens = num_prefix_tokens
-        self.layout = layout
-        self.rounding = rounding
-        self.kwargs = dict(kwargs or {})
-        self.select = select
+        check_choice("layout", layout, (None, *LAYOUTS))
+        check_choice("rounding", rounding, ("exact", "floor", "ceil"))
+        self.module, self.select, self.kwargs = module, select, dict(kwargs or {})
+        self.patch_size, self.stride, self.rounding = patch_size, stride, rounding
+        self.image_size, self.in_channels, self.out_dim = image_size, in_channels, out_dim
+        self.num_prefix_tokens, self.layout = num_prefix_tokens, layout
 
-    def output_grids(self, grids: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    def output_grids(self, grids: Sequence[Grid]) -> tuple[Grid, ...]:
         """Tell (rows, columns) of every view's features from its (rows, columns) in patches, before anything runs.
 
         Raises:
@@ -92,15 +84,12 @@ class VisionTower(nn.Module):
         """
         return tuple((self._cells(rows), self._cells(columns)) for rows, columns in check_grids(grids))
 
-    def forward(self, patches: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
-        """Encode packed views.
+    def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Encode packed views: (N, P) floating point and normalised -> (N', D), row-major over `output_grids(grids)`.
 
         Args:
-            patches: (N, P) floating point, normalised; view by view, row-major, inner order (c, py, px).
+            patches: view by view, row-major, inner order (c, py, px).
             grids: V pairs (rows, columns) on the host, in patches, with sum(rows*columns) = N.
-
-        Returns:
-            (N', D), view by view, row-major over `output_grids(grids)`; N' is their sum.
 
         Raises:
             ValueError: patches and grids that disagree, or a feature map of another size than `output_grids` says.
@@ -137,10 +126,8 @@ class VisionTower(nn.Module):
         result = call(images.to(float_parameter(self.module, images).dtype), **self.kwargs)
         if self.select is not None:
             return self.select(result)
-        for name in ("feature_maps", "last_hidden_state"):
-            if getattr(result, name, None) is not None:
-                result = getattr(result, name)
-                break
+        held = [getattr(result, name, None) for name in ("feature_maps", "last_hidden_state")]
+        result = next((each for each in held if each is not None), result)
         if isinstance(result, (list, tuple)) and result:
             result = result[-1]
         if not isinstance(result, Tensor):
@@ -150,7 +137,7 @@ class VisionTower(nn.Module):
             )
         return result
 
-    def _tokens(self, features: Tensor, views: int, out_hw: tuple[int, int]) -> Tensor:
+    def _tokens(self, features: Tensor, views: int, out_hw: Grid) -> Tensor:
         """Bring a feature map in any of the three layouts to (V, h*w, D)."""
         (rows, columns), dim = out_hw, self.out_dim
         shapes = {

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from uhd.grids import check_grids
+from uhd.grids import Grid, check_grids
 from uhd.pixels.normalize import fold_pixels
 from uhd.positions import bucket_position_ids, interpolate_pos_embed
+from uhd.resampler.weights import draw_linear
 from uhd.shortcuts import is_plain
 
 from .blocks import Block
@@ -24,6 +25,8 @@ from .compiled import BlockRunner, CompiledBlocks
 from .config import ViTConfig
 from .groups import ViewGroups, check_packed
 from .stem import WindowStem
+
+MeanStd = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 class ViT(nn.Module):
@@ -73,14 +76,12 @@ class ViT(nn.Module):
         for module in (self.blocks, self.stem) if self.own_stem else (self.blocks,):
             for layer in module.modules():
                 if isinstance(layer, nn.Linear):
-                    nn.init.trunc_normal_(layer.weight, std=0.02)
-                    if layer.bias is not None:
-                        nn.init.zeros_(layer.bias)
+                    draw_linear(layer)
         for parameter in (self.class_token, self.registers, self.positions):
             if parameter is not None:
                 nn.init.trunc_normal_(parameter, std=0.02)
 
-    def output_grids(self, grids: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    def output_grids(self, grids: Sequence[Grid]) -> tuple[Grid, ...]:
         """(rows, columns) of every view's features: here the grids themselves."""
         return check_grids(grids)
 
@@ -95,11 +96,11 @@ class ViT(nn.Module):
     def forward(
         self,
         patches: Tensor,
-        grids: Sequence[tuple[int, int]],
+        grids: Sequence[Grid],
         *,
         hidden_states: bool = False,
         inner: str = "chw",
-        mean_std: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+        mean_std: MeanStd | None = None,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
         """Encode packed views.
 
@@ -113,13 +114,15 @@ class ViT(nn.Module):
                 order of transformers' `hidden_states`, before the final norm.
 
         Returns:
-            (N, D) features of the selected layer, or that and a tuple of `num_blocks + 1` tensors (N, D).
+            (N', D) features of the selected layer, view by view, row-major over `output_grids(grids)`; or that and a
+            tuple of `num_blocks + 1` tensors, each of as many rows as there are patches at its depth.
 
         Raises:
             ValueError: patches and grids that disagree, another P, or a stem that returns another shape.
             TypeError: integer patches without `mean_std` or others with it, or grids that are not host integers.
         """
         grids = check_packed(patches, grids, self.config.patch_dim, raw=mean_std is not None)
+        self.output_grids(grids)  # refuse them before anything runs
         x = self._embed(patches, grids, inner, mean_std)
         groups = ViewGroups.of(grids, self.config.num_prefix_tokens)
         x = self.pre_norm(groups.arrange(x, self._prefix()))
@@ -136,8 +139,7 @@ class ViT(nn.Module):
     def compile_blocks(self, backend: str | None = "inductor") -> None:
         """Run the blocks by compiled layers at inference from now on, see `uhd.vision.compiled`.
 
-        Args:
-            backend: of `torch.compile`; "none" for the same layers uncompiled; None undoes.
+        `backend` is one of `torch.compile`; "none" for the same layers uncompiled; None undoes.
         """
         self._compiled_blocks = None if backend is None else CompiledBlocks(backend)
 
@@ -154,17 +156,16 @@ class ViT(nn.Module):
                 return run
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
-        def run(number: int, x: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
+        def run(number: int, x: Tensor, shapes: Sequence[Grid]) -> Tensor:
             block = self.blocks[number]
             return checkpoint(block, x, shapes, use_reentrant=False) if recompute else block(x, shapes)
 
         return run
 
-    def position_embedding(self, grid_hw: tuple[int, int]) -> Tensor:
+    def position_embedding(self, grid_hw: Grid) -> Tensor:
         """Resize the position table to a view's grid by the config's rule: (h*w, D), row-major; differentiable.
 
-        Raises:
-            ValueError: the model has no position table, or the grid is not usable.
+        ValueError: the model has no position table, or the grid is not usable.
         """
         config = self.config
         if self.positions is None or config.position_grid_hw is None:
@@ -175,20 +176,21 @@ class ViT(nn.Module):
             return table[ids.to(table.device)]
         return interpolate_pos_embed(table, config.position_grid_hw, grid_hw, config.interpolation, config.antialias)
 
-    def _embed(
-        self,
-        patches: Tensor,
-        grids: tuple[tuple[int, int], ...],
-        inner: str = "chw",
-        mean_std: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
-    ) -> Tensor:
+    def _embed(self, patches: Tensor, grids: tuple[Grid, ...], inner: str, mean_std: MeanStd | None) -> Tensor:
         """Embed patches and add their positions: (N, P) -> (N, D)."""
-        if inner != "chw" or mean_std is not None:
-            if not self.folds_pixels:
-                raise ValueError("this patch embedding takes normalised patches of inner order 'chw' only")
+        if inner == "chw" and mean_std is None:
+            x = self._run_stem(patches, grids)
+        elif self.folds_pixels:
             weight, bias = fold_pixels(self.stem.weight, self.stem.bias, inner, mean_std)
             x = F.linear(patches.to(weight.dtype), weight, bias)
-            return x if self.positions is None or not grids else x + self._positions_of(grids)
+        else:
+            raise ValueError("this patch embedding takes normalised patches of inner order 'chw' only")
+        if self.positions is None or not grids:
+            return x
+        tables = {grid: self.position_embedding(grid) for grid in dict.fromkeys(grids)}
+        return x + torch.cat([tables[grid] for grid in grids])
+
+    def _run_stem(self, patches: Tensor, grids: tuple[Grid, ...]) -> Tensor:
         parameter = next(self.stem.parameters(), patches)
         patches = patches.to(parameter.dtype if parameter.is_floating_point() else patches.dtype)
         x = self.stem(patches, grids) if getattr(self.stem, "needs_grids", False) else self.stem(patches)
@@ -196,7 +198,7 @@ class ViT(nn.Module):
             raise ValueError(
                 f"the stem must return (N, D) = {(len(patches), self.config.width)}; got {tuple(x.shape)}"
             )
-        return x if self.positions is None or not grids else x + self._positions_of(grids)
+        return x
 
     def _after_block(self, number: int, x: Tensor, groups: ViewGroups) -> tuple[Tensor, ViewGroups]:
         """Do what comes after `number` blocks: nothing here; `uhd.vision.CompressedViT` merges patches."""
@@ -210,11 +212,6 @@ class ViT(nn.Module):
         prefix = torch.cat(tokens)
         rows = self.config.position_prefix
         return torch.cat([prefix[:rows] + self.positions[:rows], prefix[rows:]]) if rows else prefix
-
-    def _positions_of(self, grids: tuple[tuple[int, int], ...]) -> Tensor:
-        """Positions of all patches, (N, D), interpolated once per distinct grid."""
-        tables = {grid: self.position_embedding(grid) for grid in dict.fromkeys(grids)}
-        return torch.cat([tables[grid] for grid in grids])
 
 
 def _make_stem(config: ViTConfig) -> nn.Module:

@@ -40,6 +40,9 @@ from .vit import ViT
 _INDEX = re.compile(r"(?<=blocks\.)\d+")  # the block number in our parameter names
 _ANCHORS = ("embeddings.patch_embedding.weight", "embeddings.patch_embeddings.projection.weight")
 
+_Names = Mapping[str, str | tuple[str, ...]]
+"""Our module or parameter -> the source's; several are stacked on axis 0."""
+
 _CLIP_NAMES = {
     "stem": "embeddings.patch_embedding",
     "class_token": "embeddings.class_embedding",
@@ -79,13 +82,9 @@ _TIMM_NAMES = {
     "registers": "reg_token",
     "positions": "pos_embed",
     "pre_norm": "norm_pre",
-    "blocks.#.norm1": "blocks.#.norm1",
-    "blocks.#.attn.qkv": "blocks.#.attn.qkv",
-    "blocks.#.attn.proj": "blocks.#.attn.proj",
+    **{f"blocks.#.{same}": f"blocks.#.{same}" for same in ("norm1", "attn.qkv", "attn.proj", "norm2")},
+    **{f"blocks.#.{same}": f"blocks.#.{same}" for same in ("mlp.fc1", "mlp.fc2")},
     "blocks.#.scale1": "blocks.#.ls1.gamma",
-    "blocks.#.norm2": "blocks.#.norm2",
-    "blocks.#.mlp.fc1": "blocks.#.mlp.fc1",
-    "blocks.#.mlp.fc2": "blocks.#.mlp.fc2",
     "blocks.#.scale2": "blocks.#.ls2.gamma",
     "norm": "norm",
 }
@@ -93,11 +92,9 @@ _TIMM_NAMES = {
 
 @dataclass(frozen=True)
 class _Family:
-    names: Mapping[
-        str, str | tuple[str, ...]
-    ]  # our module or parameter -> the source's; several are stacked on axis 0
+    names: _Names
     heads: tuple[str, ...]  # prefixes of source names that are no part of the encoder
-    swiglu_names: Mapping[str, str | tuple[str, ...]] | None = None  # what replaces `names` for a gated MLP
+    swiglu_names: _Names | None = None  # what replaces `names` for a gated MLP
     stem_order: str = "conv"  # "conv": (D, C, p, p); "channels_last": (D, p*p*C)
     leading_axes: bool = True  # tokens and positions stored as (1, n, D); else class token (D,), positions (n, D)
 
@@ -118,10 +115,7 @@ _FAMILIES = {
     "dinov2-checkpoint": _Family(
         _DINOV2_CHECKPOINT_NAMES,
         _DINOV2_HEADS,
-        {
-            "blocks.#.mlp.fc1": "encoder.layer.#.mlp.weights_in",
-            "blocks.#.mlp.fc2": "encoder.layer.#.mlp.weights_out",
-        },
+        {"blocks.#.mlp.fc1": "encoder.layer.#.mlp.weights_in", "blocks.#.mlp.fc2": "encoder.layer.#.mlp.weights_out"},
     ),
     "timm": _Family(_TIMM_NAMES, ("head.", "fc_norm.", "attn_pool.")),
 }
@@ -130,38 +124,23 @@ HEADS = {name: family.heads for name, family in _FAMILIES.items()}
 """Prefixes of what every family has outside its encoder: neither read nor written, as is a norm that is not taken."""
 
 
-def vit_from(
-    model: nn.Module,
-    *,
-    select_layer: int | None = None,
-    final_norm: bool | None = None,
-    interpolation: str | None = None,
-    antialias: bool | None = None,
-    bucket_rule: str | None = None,
-) -> ViT:
+def vit_from(model: nn.Module, **overrides: Any) -> ViT:
     """Copy another project's vision model into a packed `ViT`.
 
     Args:
         model: a transformers CLIP, SigLIP, SigLIP2, DINOv2 or DINOv2-with-registers model, or one that holds such a
             vision model once (`CLIPModel`, LLaVA, ...); or a timm `VisionTransformer`.
-        select_layer: index into the hidden states; None: the family's (module docstring). Later blocks are not copied.
-        final_norm: norm the selected layer's output; None: the family's rule.
-        interpolation, antialias, bucket_rule: as in `ViTConfig`; None: what the source does.
+        overrides: fields of `ViTConfig` in place of the family's (module docstring), which None keeps: `select_layer`,
+            the index into the hidden states, later blocks being left out; `final_norm`, on the selected layer's
+            output; `interpolation`, `antialias` and `bucket_rule`.
 
     Returns:
         A ViT with its own copy of the weights, in the source's dtype, device and training mode.
 
     Raises:
-        TypeError: a model of another kind (`VisionTower` wraps those).
+        TypeError: a model of another kind (`VisionTower` wraps those), or no such field.
         ValueError: a setting that the ViT does not have, or parameter names that are left over or missing.
     """
-    overrides = {
-        "select_layer": select_layer,
-        "final_norm": final_norm,
-        "interpolation": interpolation,
-        "antialias": antialias,
-        "bucket_rule": bucket_rule,
-    }
     state: Mapping[str, Tensor] = model.state_dict()
     if type(model).__module__.startswith("timm."):
         family, config = "timm", override(config_from_timm(model), overrides)
@@ -175,24 +154,16 @@ def vit_from(
 
 
 def load_vit(
-    path: str | Path,
-    *,
-    select_layer: int | None = None,
-    final_norm: bool | None = None,
-    interpolation: str | None = None,
-    antialias: bool | None = None,
-    bucket_rule: str | None = None,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
+    path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", **overrides: Any
 ) -> ViT:
     """Read a ViT from a local folder written by transformers, opening only the tensors it needs.
 
     Args:
         path: a folder with `config.json` and `model.safetensors` (or its shards and their index), or that config.json:
             CLIP, SigLIP, SigLIP2 or DINOv2, alone or inside a bigger model (`vision_model.*` in a `CLIPModel`).
-        select_layer, final_norm, interpolation, antialias, bucket_rule: as in `vit_from`.
         dtype: of the weights; None keeps the file's.
         device: where the weights go.
+        overrides: as in `vit_from`.
 
     Returns:
         A ViT in eval mode.
@@ -209,14 +180,7 @@ def load_vit(
     if "model_type" not in checkpoint.config:
         raise TypeError(f"{folder} holds no transformers model; build a timm model with timm and give it to vit_from")
     source_config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    config = config_from_hf(
-        source_config,
-        select_layer=select_layer,
-        final_norm=final_norm,
-        interpolation=interpolation,
-        antialias=antialias,
-        bucket_rule=bucket_rule,
-    )
+    config = config_from_hf(source_config, **overrides)
     names, family = vision_names(checkpoint.files), _hf_family(source_config, checkpoint.files)
     needed = needed_names(config, family)
     full = {whole: name for name, whole in names.items() if name in needed}
@@ -244,33 +208,26 @@ def to_source_state_dict(vit: ViT, family: str) -> dict[str, Tensor]:
         raise ValueError(f"family must be one of {', '.join(_FAMILIES)}; got {family!r}")
     if type(vit.stem) is not nn.Linear:
         raise ValueError(f"only the default Linear stem has a name in {family!r}; got {type(vit.stem).__name__}")
-    state, unnamed = {}, []
-    for name, tensor in vit.state_dict().items():
-        sources = _source_names(name, family, vit.config)
-        if not sources:
-            unnamed.append(name)
-            continue
-        parts = tensor.detach().chunk(len(sources)) if len(sources) > 1 else [tensor.detach()]
-        for source, part in zip(sources, parts, strict=True):
-            state[source] = _to_source(name, part, family, vit.config).contiguous()
-    if unnamed:
+    sources = {name: _source_names(name, family, vit.config) for name in vit.state_dict()}
+    if unnamed := [name for name, theirs in sources.items() if not theirs]:
         raise ValueError(f"{family!r} has no name for {', '.join(unnamed)}")
+    state = {}
+    for name, tensor in vit.state_dict().items():
+        parts = tensor.detach().chunk(len(sources[name]))
+        for source, part in zip(sources[name], parts, strict=True):
+            state[source] = _to_source(name, part, family, vit.config).contiguous()
     return state
 
 
 def _hf_family(config: Any, names: Iterable[str]) -> str:
-    """The rename table for a transformers configuration; DINOv2's names in files are not those of its modules."""
+    """The rename table of a configuration; DINOv2's names in files are not those of its modules."""
     family = HF_FAMILIES[getattr(config, "vision_config", config).model_type]
     in_file = family == "dinov2" and any(".attention.attention.query." in name for name in names)
     return "dinov2-checkpoint" if in_file else family
 
 
 def vision_names(names: Iterable[str]) -> dict[str, str]:
-    """Find the one vision model among these tensors: their names inside it -> in full.
-
-    Raises:
-        ValueError: there is no such model, or more than one.
-    """
+    """Find the one vision model among these tensors: names inside it -> in full. ValueError: none, or several."""
     names = list(names)
     prefixes = [name.removesuffix(anchor) for name in names for anchor in _ANCHORS if name.endswith(anchor)]
     if len(prefixes) != 1:
@@ -288,16 +245,10 @@ def needed_names(config: ViTConfig, family: str) -> set[str]:
 
 
 def build_vit(config: ViTConfig, names: Iterable[str], read: Callable[[str], Tensor], family: str) -> ViT:
-    """A ViT of the source tensors that `read` gives, which become its own without a copy where that can be.
+    """A ViT of the source tensors that `read` gives by name, its own without a copy where that can be.
 
-    Args:
-        config: the model.
-        names: all that the source has for its vision model, without its prefix.
-        read: tensor by name; asked for those that are needed.
-        family: the rename table, a key of `HEADS`.
-
-    Raises:
-        ValueError: names that are missing, or left over: neither heads nor past the selected layer.
+    `names` are all that the source has for its vision model, without its prefix; `family` is a key of `HEADS`.
+    ValueError: names that are missing, or left over, being neither heads nor past the selected layer.
     """
     with torch.device("meta"):
         vit = ViT(config)
@@ -328,13 +279,9 @@ def _is_unused(name: str, family: str, config: ViTConfig) -> bool:
     """Whether a source name is a head, the norm that this layer does not take, or a block past the selected layer."""
     source = _FAMILIES[family]
     norm_skipped = not config.final_norm and name.startswith(f"{source.names['norm']}.")
-    return name.startswith(source.heads) or norm_skipped or _is_beyond(name, config)
-
-
-def _is_beyond(name: str, config: ViTConfig) -> bool:
-    """Whether a source name belongs to a block of the model that the selected layer does not need."""
-    number = re.match(r"(?:encoder\.layers?|blocks)\.(\d+)\.", name)
-    return number is not None and config.num_blocks <= int(number[1]) < config.depth
+    block = re.match(r"(?:encoder\.layers?|blocks)\.(\d+)\.", name)
+    beyond = block is not None and config.num_blocks <= int(block[1]) < config.depth
+    return name.startswith(source.heads) or norm_skipped or beyond
 
 
 def _source_names(name: str, family: str, config: ViTConfig) -> tuple[str, ...]:
@@ -354,7 +301,6 @@ def _source_names(name: str, family: str, config: ViTConfig) -> tuple[str, ...]:
 
 
 def _from_source(name: str, tensor: Tensor, family: str, config: ViTConfig) -> Tensor:
-    """A source tensor in our shape."""
     if name == "stem.weight":
         conv = _FAMILIES[family].stem_order == "conv"
         return tensor.flatten(1) if conv else reorder(tensor, "hwc", "chw", channels=config.channels)
@@ -364,7 +310,6 @@ def _from_source(name: str, tensor: Tensor, family: str, config: ViTConfig) -> T
 
 
 def _to_source(name: str, tensor: Tensor, family: str, config: ViTConfig) -> Tensor:
-    """One of our tensors in the source's shape."""
     source, p = _FAMILIES[family], config.patch_size
     if name == "stem.weight":
         conv = source.stem_order == "conv"
