@@ -14,11 +14,7 @@ from torch import nn
 import uhd.packed_encoder as encoder_module
 from tests.tiny import IMAGES, noise, tiny_encoder
 from uhd.packed_encoder import split_steps
-from uhd.resampler import (
-    MergeProjector,
-    MLPProjector,
-    PixelShuffleProjector,
-)
+from uhd.resampler import MergeProjector, MLPProjector, PixelShuffleProjector
 from uhd.shortcuts import in_fastest_dtype
 from uhd.slicing import SlicingConfig
 from uhd.vision import VisionTower

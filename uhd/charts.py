@@ -169,12 +169,7 @@ def _labels(items: Sequence[tuple[str, float, float]], points: Sequence[tuple[fl
 
 
 def curves(
-    series: Mapping[str, Sequence[tuple[float, float]]],
-    x: Axis,
-    y: Axis,
-    *,
-    width: int = 760,
-    height: int = 340,
+    series: Mapping[str, Sequence[tuple[float, float]]], x: Axis, y: Axis, *, width: int = 760, height: int = 340
 ) -> str:
     """Draw lines with their names at the right; a point whose y is ``nan`` breaks the line."""
     top, right = 16, 220

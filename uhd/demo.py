@@ -84,12 +84,7 @@ def _draw_chart(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], font: 
 
 
 def untrained_encoder(
-    *,
-    seed: int = 0,
-    out_dim: int = 256,
-    strategy: str | Slicing | None = None,
-    depth: int = 4,
-    width: int = 192,
+    *, seed: int = 0, out_dim: int = 256, strategy: str | Slicing | None = None, depth: int = 4, width: int = 192
 ) -> VisualEncoder:
     """A small :class:`uhd.VisualEncoder` (4 ViT layers of width 192) with seeded random weights.
 
@@ -139,13 +134,7 @@ def untrained_encoder(
 
 def _compressor_for(config: Slicing, in_dim: int, out_dim: int) -> nn.Module:
     """One that gives every view the features that the strategy counts: a projector if that is possible."""
-    from uhd.resampler import (
-        MLPProjector,
-        PerceiverConfig,
-        PerceiverResampler,
-        PixelShuffleProjector,
-        PoolProjector,
-    )
+    from uhd.resampler import MLPProjector, PerceiverConfig, PerceiverResampler, PixelShuffleProjector, PoolProjector
     from uhd.resampler.stitch import feature_lengths
     from uhd.slicing import plan
 

@@ -26,11 +26,7 @@ _MARGIN, _GAP, _CAPTION = 24, 14, 22
 
 
 def draw_plan(
-    image: Any,
-    plan: SlicePlan,
-    *,
-    schema: SpatialSchema | None = None,
-    settings: PixelSettings = DEFAULT,
+    image: Any, plan: SlicePlan, *, schema: SpatialSchema | None = None, settings: PixelSettings = DEFAULT
 ) -> Image.Image:
     """Draw what a plan does to an image, in one picture.
 

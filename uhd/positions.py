@@ -18,11 +18,7 @@ BUCKET_RULES = ("integer", "transformers", "remote")
 
 
 def interpolate_pos_embed(
-    table: Tensor,
-    src_hw: tuple[int, int],
-    dst_hw: tuple[int, int],
-    mode: str = "bicubic",
-    antialias: bool = False,
+    table: Tensor, src_hw: tuple[int, int], dst_hw: tuple[int, int], mode: str = "bicubic", antialias: bool = False
 ) -> Tensor:
     """Resample a table of position embeddings from one grid to another.
 
