@@ -170,25 +170,16 @@ def _plan(args: argparse.Namespace) -> int:
             record = {"input": str(item), "error": str(problem)}
         else:
             try:
-                record.update(_record(plan(record["image_hw"], config)))
+                found = plan(record["image_hw"], config)
+                record |= {key: getattr(found, key) for key in ("grid", "slice_hw", "overview_hw")}
+                record |= {"views": found.num_views, "num_patches": found.num_patches}
+                record |= {"num_tokens": found.num_tokens, "strategy": found.strategy}
                 if args.candidates:
                     record["candidates"] = [c._asdict() for c in candidates(record["image_hw"], config)]
             except ValueError as problem:  # this size is refused; the others go on
                 record["error"] = str(problem)
         print(json.dumps(record) if args.json else _sentences(item, record, config))
     return status
-
-
-def _record(found: SlicePlan) -> dict[str, Any]:
-    return {
-        "grid": found.grid,
-        "slice_hw": found.slice_hw,
-        "overview_hw": found.overview_hw,
-        "views": found.num_views,
-        "num_patches": found.num_patches,
-        "num_tokens": found.num_tokens,
-        "strategy": found.strategy,
-    }
 
 
 def _sentences(item: Any, record: dict[str, Any], config: Slicing) -> str:
