@@ -261,9 +261,7 @@ def test_parts_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match="no strategy named 'llava-nest': did you mean 'llava-next'"):
         uhd.VisualEncoder(tiny_encoder().vision, MLPProjector(32, 24), slicing="llava-nest", pixels=PIXELS)
 
-    with pytest.raises(
-        ValueError, match="'deepseek-vl2-384' needs learned embeddings, the packer has none for separator"
-    ):
+    with pytest.raises(ValueError, match="'deepseek-vl2-384' needs learned embeddings, the packer has no separator"):
         tiny_encoder(slicing="deepseek-vl2", packer=FeaturePacker(24))
 
     class Widthless(nn.Module):

@@ -273,7 +273,7 @@ class TestBadSettings:
             ({"jitter": -0.1}, "jitter"),
             ({"rank": 1}, "together"),
             ({"rank": 2, "num_replicas": 2}, "ranks are numbered from 0, got rank=2"),
-            ({"uneven": "pad"}, "'error', 'repeat', 'drop', got 'pad'"),
+            ({"uneven": "pad"}, "'error', 'repeat' or 'drop', got 'pad'"),
         ],
     )
     def test_settings_out_of_range_are_named(self, settings, named):
@@ -417,7 +417,7 @@ class TestCosts:
 
     def test_units(self):
         assert image_costs([], "llava-next").shape == (0,)
-        with pytest.raises(ValueError, match="'patches', 'tokens', got 'slices'"):
+        with pytest.raises(ValueError, match="'patches' or 'tokens', got 'slices'"):
             image_costs(SIZES, "llava-next", unit="slices")
 
 
