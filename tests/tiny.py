@@ -1,6 +1,7 @@
 """Small pictures, parts and encoders that many test files share."""
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -58,3 +59,9 @@ def stirred(module, amount=0.2):
         for parameter in module.parameters():
             parameter.add_(amount * torch.randn_like(parameter))
     return module.eval()
+
+
+def refuses(words, call, *args, error=ValueError, **kwargs):
+    """The call raises this error, and its message has these words, a regular expression."""
+    with pytest.raises(error, match=words):
+        call(*args, **kwargs)

@@ -104,16 +104,14 @@ class SliceBatch:
         for place, (of_image, plan) in enumerate(zip(views, plans, strict=True)):
             if len(of_image) != plan.num_views:
                 raise ValueError(f"the plan of image {place} has {plan.num_views} views, got {len(of_image)}")
-        planned = [view for plan in plans for view in plan.views]
+        of_plans = [view for plan in plans for view in plan.views]
         side = _patch_size(plans) or patch_size or 0
-        offsets = _offsets([view.num_patches for view in planned])
+        offsets = _offsets([view.num_patches for view in of_plans])
         patches = np.empty((offsets[-1], 3 * side**2), dtype=np.uint8)
-        for view, array, (start, stop) in zip(planned, chain(*views), pairwise(offsets), strict=True):
+        for view, array, (start, stop) in zip(of_plans, chain(*views), pairwise(offsets), strict=True):
             if array.shape != (*view.size_hw, 3) or array.dtype != np.uint8:
-                raise ValueError(
-                    f"view {view.index} ({view.kind}) of its image is planned as uint8 {(*view.size_hw, 3)}, "
-                    f"got {array.dtype} {array.shape}: make it with uhd.pixels.render"
-                )
+                planned = f"view {view.index} ({view.kind}) of its image is planned as uint8 {(*view.size_hw, 3)}"
+                raise ValueError(f"{planned}, got {array.dtype} {array.shape}: make it with uhd.pixels.render")
             fold_into(patches[start:stop], array, side, inner)
         return cls.from_patches(torch.from_numpy(patches), plans, inner=inner)
 

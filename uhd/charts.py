@@ -53,10 +53,8 @@ def log_axis(values: Sequence[float], title: str = "") -> Axis:
     low, high = min(values), max(values)
     if low == high:
         low, high = low / 2, high * 2
-    steps = [
-        m * 10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for m in (1, 2, 5)
-    ]
-    inside = [step for step in steps if low <= step <= high]
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    inside = [step for e in decades for m in (1, 2, 5) if low <= (step := m * 10.0**e) <= high]
     if len(inside) > 7:  # whole decades are enough, then
         inside = [step for step in inside if math.isclose(math.log10(step), round(math.log10(step)))]
     if len(inside) < 2:  # a narrow range: its ends

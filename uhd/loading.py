@@ -110,9 +110,8 @@ class Preparation:
 
     def cut(self, loaded: Sequence[Any], plans: Sequence[SlicePlan]) -> SliceBatch:
         """The batch of pictures by plans of their sizes, one each."""
-        return SliceBatch.from_images(
-            loaded, plans, settings=self.pixels, patch_size=self.patch_size, inner=self.inner
-        )
+        how = {"settings": self.pixels, "patch_size": self.patch_size, "inner": self.inner}
+        return SliceBatch.from_images(loaded, plans, **how)
 
 
 def image_sizes_hw(images: Iterable[Any], *, threads: int = 1) -> np.ndarray:

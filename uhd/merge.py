@@ -46,10 +46,8 @@ def merge_visual(embeds: Tensor, mask: Tensor, visual: Tensor, *, counts: Sequen
         TypeError: ``embeds`` are not floating point.
     """
     if embeds.ndim != 3 or mask.shape != embeds.shape[:2] or mask.dtype != torch.bool:
-        raise ValueError(
-            "expected embeds (B, T, D) and a bool mask (B, T), "
-            f"got embeds {tuple(embeds.shape)} and mask {tuple(mask.shape)} of {mask.dtype}"
-        )
+        got = f"embeds {tuple(embeds.shape)} and mask {tuple(mask.shape)} of {mask.dtype}"
+        raise ValueError(f"expected embeds (B, T, D) and a bool mask (B, T), got {got}")
     if not embeds.is_floating_point():
         raise TypeError(f"embeds must be floating point, got {embeds.dtype}")
     if visual.ndim != 2 or visual.shape[1] != embeds.shape[2]:
@@ -172,9 +170,6 @@ def merge_samples(
         labels: B rows as long as those of ``input_ids``; ``None`` takes the ids. A placeholder's label is not used.
         padding_side: ``"right"`` for training, ``"left"`` for generation.
         device: Of the batch; ``None`` is that of the first image, or of the first row of ids, or the CPU.
-
-    Returns:
-        The batch; ``inputs_embeds`` has the dtype that ``embed`` gives.
 
     Raises:
         ValueError: There are no rows, a row and its images or labels differ in number (the message names the row and

@@ -17,8 +17,7 @@ from uhd.vision import ViT, ViTConfig
 from uhd.vision.int8 import quantize_linears
 
 STEP_NUMBERS = 4 << 20
-"""Numbers in the widest activation that a CPU thread makes at once unless told otherwise, 16 MiB in float32: more
-leaves the caches and, from 32 MiB on, comes as fresh pages from the system each time."""
+"""Numbers in the widest activation that a CPU thread makes at once: 16 MiB in float32, which the caches hold."""
 
 STEP_PATCHES = 1024
 """The same in patches, for vision encoders that do not tell their width."""
@@ -118,11 +117,9 @@ class PackedEncoder(nn.Module):
         features = self._see(patches, grids, anchor.dtype, inner)
         if hasattr(self.vision, "output_grids"):
             grids = tuple(self.vision.output_grids(grids))
-        if len(features) != sum(h * w for h, w in grids):
-            raise ValueError(
-                f"vision returned {len(features)} features for {sum(h * w for h, w in grids)} patches: "
-                "a vision encoder of another stride needs output_grids(grids)"
-            )
+        if len(features) != (total := sum(h * w for h, w in grids)):
+            told = f"vision returned {len(features)} features for {total} patches"
+            raise ValueError(f"{told}: a vision encoder of another stride needs output_grids(grids)")
         weight = float_parameter(self.compressor, features)
         features = features.to(features.device if weight.is_meta else weight.device, weight.dtype)
         tokens = self._compress(features, grids)
@@ -174,10 +171,8 @@ class PackedEncoder(nn.Module):
 
     def _packed_vit(self, verb: str) -> ViT:
         if not isinstance(self.vision, ViT):
-            raise TypeError(
-                f"only uhd.vision.ViT can be {verb}d here, the vision encoder is {type(self.vision).__name__}: "
-                f"{verb} its backbone before it is wrapped"
-            )
+            kind = type(self.vision).__name__
+            raise TypeError(f"the vision encoder is {kind}, not uhd.vision.ViT: {verb} its backbone before that")
         return self.vision
 
     def _see(self, patches: Tensor, grids: tuple[tuple[int, int], ...], dtype: torch.dtype, inner: str) -> Tensor:

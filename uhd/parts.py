@@ -51,10 +51,8 @@ def describe_part(part: nn.Module) -> dict[str, Any]:
 
 def rebuild_part(described: dict[str, Any], role: str) -> nn.Module:
     if described["kind"] not in _PARTS:
-        raise ValueError(
-            f"it was saved with a {role} of class {described.get('class', described['kind'])}: build that and pass "
-            f"{role}=... to VisualEncoder.from_pretrained"
-        )
+        kind = described.get("class", described["kind"])
+        raise ValueError(f"saved with a {role} of class {kind}: build that and pass {role}=... to from_pretrained")
     cls, config = _PARTS[described["kind"]]
     return cls(config.from_dict(described["config"])) if config else cls(**described["config"])
 
@@ -72,7 +70,5 @@ def find_pixels(source: str | os.PathLike | nn.Module) -> PixelSettings:
         return PixelSettings.from_preprocessor(source)
     if hasattr(source, "pretrained_cfg"):
         return PixelSettings.from_timm(source)
-    raise ValueError(
-        f"a {type(source).__name__} does not tell its mean and std: pass "
-        "pixels=PixelSettings.from_preprocessor(its image processor or folder)"
-    )
+    advice = "pass pixels=PixelSettings.from_preprocessor(its image processor or folder)"
+    raise ValueError(f"a {type(source).__name__} does not tell its mean and std: {advice}")

@@ -62,7 +62,17 @@ EXTREMES: tuple[tuple[int, int], ...] = (
 )
 """Sizes that a rule plans, or refuses with a ``ValueError``."""
 
-CHECKS = ("returns", "purity", "geometry", "divisibility", "coverage", "budget", "transposition", "extremes")
+_ADVICE = {
+    "returns": "a plan is expected for every usual size",
+    "purity": "equal sizes must give equal, hashable, JSON-able plans: keep no state, draw no random numbers",
+    "geometry": "the plan's parts contradict each other",
+    "divisibility": "a view's sides must be whole multiples of patch_size, or its rim is never seen",
+    "coverage": "part of the image is in no view: widen the boxes, or add an overview",
+    "budget": "a bound is exceeded: cap slices, or shrink views",
+    "transposition": "turning the image by 90 degrees changes its cost: compare log aspects, and break ties by area",
+    "extremes": "an unusual size must be planned, or refused with a ValueError that names it",
+}
+CHECKS = tuple(_ADVICE)
 """What :func:`check_strategy` tests, by name."""
 
 _Found = dict[tuple[int, int], SlicePlan | Exception]
@@ -176,47 +186,33 @@ def inspect_strategy(
     name = rule if isinstance(rule, str) else config.name
     usual = {(int(h), int(w)): _call(config, (int(h), int(w))) for h, w in sizes_hw}
     unusual = {(int(h), int(w)): _call(config, (int(h), int(w))) for h, w in extremes_hw}
-    failures = tuple(
-        Failure(check, why, tuple(seen[:_MOST_SHOWN]), len(seen))
-        for check, (why, seen) in _broken(config, usual, unusual, max_tokens, max_patches).items()
+    failures = [
+        Failure(check, _ADVICE[check], tuple(seen[:_MOST_SHOWN]), len(seen))
+        for check, seen in _broken(config, usual, unusual, max_tokens, max_patches).items()
         if seen and check not in skip
-    )
+    ]
     found = {**usual, **unusual}
     planned = sum(isinstance(result, SlicePlan) for result in found.values())
-    return StrategyReport(name, failures, planned, len(found) - planned)
+    return StrategyReport(name, tuple(failures), planned, len(found) - planned)
 
 
 def _broken(
     config: Any, usual: _Found, unusual: _Found, max_tokens: int | None, max_patches: int | None
-) -> dict[str, tuple[str, list[str]]]:
-    """For each of :data:`CHECKS`: what to do about it, and every size that fails, with what was seen."""
+) -> dict[str, list[str]]:
+    """For each of :data:`CHECKS` every size that fails, with what was seen."""
     kept = [found for found in usual.values() if isinstance(found, SlicePlan)]
     plans = [found for found in {**usual, **unusual}.values() if isinstance(found, SlicePlan)]
     sound = [found for found in kept if not any(_bad_canvases(found))]
+    shuffled = random.Random(0).sample(kept, len(kept))
     return {
-        "returns": ("a plan is expected for every usual size", _raised(usual)),
-        "purity": (
-            "equal sizes must give equal, hashable, JSON-able plans: keep no state, draw no random numbers",
-            _each(random.Random(0).sample(kept, len(kept)), lambda found: _impure(config, found)),
-        ),
-        "geometry": ("the plan's parts contradict each other", _each(plans, _bad_geometry)),
-        "divisibility": (
-            "a view's sides must be whole multiples of patch_size, or its rim is never seen",
-            _each(sound, _bad_sides),
-        ),
-        "coverage": ("part of the image is in no view: widen the boxes, or add an overview", _each(sound, _uncovered)),
-        "budget": (
-            "a bound is exceeded: cap slices, or shrink views",
-            _each(plans, lambda found: _over_budget(found, max_tokens, max_patches)),
-        ),
-        "transposition": (
-            "turning the image by 90 degrees changes its cost: compare log aspects, and break ties by area",
-            _each(kept, lambda found: _asymmetric(config, found)),
-        ),
-        "extremes": (
-            "an unusual size must be planned, or refused with a ValueError that names it",
-            _raised(unusual, allowed=ValueError),
-        ),
+        "returns": _raised(usual),
+        "purity": _each(shuffled, lambda found: _impure(config, found)),
+        "geometry": _each(plans, _bad_geometry),
+        "divisibility": _each(sound, _bad_sides),
+        "coverage": _each(sound, _uncovered),
+        "budget": _each(plans, lambda found: _over_budget(found, max_tokens, max_patches)),
+        "transposition": _each(kept, lambda found: _asymmetric(config, found)),
+        "extremes": _raised(unusual, allowed=ValueError),
     }
 
 

@@ -94,16 +94,13 @@ def _small_curves(comparison: Comparison, number: int) -> dict[str, Any]:
         (f"aspect-{number}", _ASPECTS, width / height, curves_over_aspect(rules, comparison.image_hw)),
     )
     y = _token_axis(line for *_, lines in kinds for line in lines.values())
-    return {
-        "backdrops": [charts.backdrop(lines, x, y, name=name) for name, x, _, lines in kinds],
-        "small_curves": {
-            e.name: [
-                charts.small_curve(lines[e.name], x, y, behind=name, here=(here, max(e.plan.num_tokens, 1)))
-                for name, x, here, lines in kinds
-            ]
-            for e in comparison.planned
-        },
-    }
+    drawn: dict[str, list[str]] = {e.name: [] for e in comparison.planned}
+    for e in comparison.planned:
+        tokens = max(e.plan.num_tokens, 1)
+        for name, x, here, lines in kinds:
+            drawn[e.name].append(charts.small_curve(lines[e.name], x, y, behind=name, here=(here, tokens)))
+    backdrops = [charts.backdrop(lines, x, y, name=name) for name, x, _, lines in kinds]
+    return {"backdrops": backdrops, "small_curves": drawn}
 
 
 def _token_axis(lines: Iterable[Curve]) -> charts.Axis:
