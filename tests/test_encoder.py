@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 
 import uhd
-from tests.tiny import IMAGES, PIXELS, noise, refuses, tiny_encoder, vit
+from tests.tiny import IMAGES, PIXELS, assert_same_images, noise, refuses, tiny_encoder, vit
 from uhd.demo import page_image, untrained_encoder
 from uhd.pixels import PixelSettings
 from uhd.resampler import MLPProjector, PerceiverConfig, PerceiverResampler, PixelShuffleProjector
@@ -119,8 +119,7 @@ def test_from_a_hugging_face_vision_model(tmp_path):
     assert encoder.pixels.mean_std()[0] == pytest.approx((0.48145466, 0.4578275, 0.40821073))
     from_model = uhd.VisualEncoder.from_pretrained(model, compressor=encoder.compressor, pixels=encoder.pixels)
     with torch.no_grad():
-        for a, b in zip(encoder(IMAGES), from_model(IMAGES), strict=True):
-            assert torch.equal(a.tokens, b.tokens)
+        assert_same_images(encoder(IMAGES), from_model(IMAGES))
     assert "UNTRAINED" in encoder.note
     assert not encoder.training
     with pytest.raises(ValueError, match="is not a folder; give a local one, nothing is downloaded"):
@@ -219,9 +218,7 @@ def test_token_files_round_trip(tmp_path):
     with torch.no_grad():
         encoded = encoder(IMAGES)
     save_tokens(tmp_path / "t.safetensors", encoded, schema=encoder.schema, note="a note")
-    for a, b in zip(encoded, load_tokens(tmp_path / "t.safetensors"), strict=True):
-        assert torch.equal(a.tokens, b.tokens)
-        assert (a.plan, a.layout) == (b.plan, b.layout)
+    assert_same_images(encoded, load_tokens(tmp_path / "t.safetensors"))
     encoder.save_pretrained(tmp_path)
     refuses("not written by `uhd encode`", load_tokens, tmp_path / "model.safetensors")
     refuses("no images", save_tokens, tmp_path / "t.safetensors", [], schema=encoder.schema)

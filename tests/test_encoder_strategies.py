@@ -15,7 +15,7 @@ from torch import nn
 
 import uhd
 from tests import tiny
-from tests.tiny import PIXELS, noise, perceiver, refuses
+from tests.tiny import PIXELS, assert_same_images, noise, perceiver, refuses
 from uhd.cli import main
 from uhd.demo import untrained_encoder
 from uhd.encoded import EncodedVideo
@@ -504,9 +504,7 @@ def test_video_files_round_trip(tmp_path):
     save_tokens(tmp_path / "t.safetensors", [image, video], schema=encoder.schema)
     one, two = load_tokens(tmp_path / "t.safetensors")
     assert isinstance(two, EncodedVideo)
-    for a, b in ((image, one), (video, two)):
-        assert torch.equal(a.tokens, b.tokens)
-        assert (a.plan, a.layout) == (b.plan, b.layout)
+    assert_same_images([image, video], [one, two])
 
 
 def test_the_command_encodes_by_any_strategy(tmp_path, capsys):

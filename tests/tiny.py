@@ -65,3 +65,10 @@ def refuses(words, call, *args, error=ValueError, **kwargs):
     """The call raises this error, and its message has these words, a regular expression."""
     with pytest.raises(error, match=words):
         call(*args, **kwargs)
+
+
+def assert_same_images(ours, theirs):
+    """Encoded images or videos with the same tokens to the bit, plans and layouts."""
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.tokens, b.tokens)
+        assert (a.plan, a.layout) == (b.plan, b.layout)
