@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from uhd.hf.bare import FromPackage, auto_map, write_module
 from uhd.hf.outputs import MEDIA
 from uhd.hf.versions import CACHE_NAMES
 from uhd.pixels import PixelSettings
@@ -109,7 +110,7 @@ class UHDResamplerConfig(PreTrainedConfig):
     settings: dict[str, Any] | None = None
 
 
-class UHDConfig(PreTrainedConfig):
+class UHDConfig(FromPackage, PreTrainedConfig):
     """A vision encoder, a compressor, and the causal language model they see for.
 
     Attributes:
@@ -188,6 +189,18 @@ class UHDConfig(PreTrainedConfig):
             sizes = {"width": width, "vision_width": self.vision_config.width, "num_heads": default_heads(width)}
             default = PerceiverConfig(**sizes)
             self.resampler_config.settings = default.to_dict()
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, with what a process without uhd imported needs, see :mod:`uhd.hf.bare`."""
+        write_module(save_directory)
+        self.auto_map = auto_map(
+            AutoConfig="UHDConfig",
+            AutoModel="UHDModel",
+            AutoModelForImageTextToText="UHDForConditionalGeneration",
+            AutoModelForMultimodalLM="UHDForConditionalGeneration",
+            AutoProcessor="UHDProcessor",
+        )
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def describe(self, encoder: EncoderDescription) -> None:
         """Take an encoder's description, part by part."""

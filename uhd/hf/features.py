@@ -16,6 +16,7 @@ from uhd.encoder import VisualEncoder
 from uhd.hf.attach import native_side
 from uhd.hf.configuration import UHDConfig
 from uhd.hf.placing import Media
+from uhd.hf.quantized import leave_alone
 from uhd.hf.versions import CACHE_NAMES
 from uhd.hf.visual_inputs import VisualInputs, read_images, read_videos
 from uhd.merge import assemble, separator_embeddings
@@ -33,6 +34,9 @@ from uhd.vision import ViT
 
 RESAMPLERS = (PerceiverResampler, PyramidResampler, RewriteResampler, SpatialResampler)
 """Compressors with parameters of their own beside those of their layers."""
+
+
+_PLACE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 class UHDPreTrainedModel(PreTrainedModel):
@@ -63,6 +67,11 @@ class UHDPreTrainedModel(PreTrainedModel):
         """As in transformers. Both sides keep the dtypes they were saved in, unless ``dtype`` says otherwise."""
         if kwargs.get("dtype", "auto") not in ("auto", None) and kwargs.get("config") is None:
             kwargs.setdefault("visual_dtype", None)
+        if kwargs.get("quantization_config") is not None:
+            config = kwargs.get("config") or cls.config_class.from_pretrained(
+                source, **{name: kwargs[name] for name in _PLACE if name in kwargs}
+            )
+            kwargs["quantization_config"] = leave_alone(kwargs["quantization_config"], config.text_config)
         return super().from_pretrained(source, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
