@@ -4,7 +4,20 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("uhd", deadline=None, max_examples=60, print_blob=True)
 settings.load_profile("uhd")
+
+
+@pytest.fixture
+def silenced(tmp_path, capsys):
+    """Check that a benchmark ends with 1, says why, and writes nothing."""
+
+    def check(script, words, *arguments):
+        assert script.main([*arguments, "--out", str(tmp_path)]) == 1
+        assert words in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
+
+    return check

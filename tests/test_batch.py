@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.tiny import noise, picture
+from tests.tiny import noise, picture, refuses
 from uhd.batch import SliceBatch
 from uhd.pixels import PixelSettings, patchify, render, unpatchify
 from uhd.pixels.normalize import normalize
@@ -114,12 +114,9 @@ def test_normalize_applies_mean_and_std_to_each_channel():
 
 def test_normalize_refuses_what_it_cannot_know():
     raw = torch.zeros(2, 147, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="from_preprocessor"):
-        normalize(raw, PixelSettings())
-    with pytest.raises(TypeError, match="may be normalised already"):
-        normalize(normalize(raw, PIXELS), PIXELS)
-    with pytest.raises(ValueError, match=r"got \(2, 146\)"):
-        normalize(raw[:, :146], PIXELS)
+    refuses("from_preprocessor", normalize, raw, PixelSettings())
+    refuses("may be normalised already", normalize, normalize(raw, PIXELS), PIXELS, error=TypeError)
+    refuses(r"got \(2, 146\)", normalize, raw[:, :146], PIXELS)
 
 
 def test_to_casts_normalised_patches_only():
@@ -132,16 +129,14 @@ def test_to_casts_normalised_patches_only():
     assert half.cu_seqlens.dtype == torch.int32
     assert torch.equal(half.patches, floats.patches.to(torch.bfloat16))
     assert_same(floats.to(dtype=torch.float64).to(dtype=torch.float32), floats)
-    with pytest.raises(TypeError, match="normalized"):
-        batch.to("cpu", torch.float32)
+    refuses("normalized", batch.to, "cpu", torch.float32, error=TypeError)
     assert batch.to("meta").cu_seqlens.device.type == "meta"
 
 
 def test_normalised_batches_split_and_join_too():
     batch = batch_of((40, 70), (25, 90)).normalized(PIXELS)
     assert_same(SliceBatch.cat(batch.split_images()), batch)
-    with pytest.raises(TypeError, match="one dtype"):
-        SliceBatch.cat([batch, batch_of((40, 70))])
+    refuses("one dtype", SliceBatch.cat, [batch, batch_of((40, 70))], error=TypeError)
 
 
 def test_pin_memory_pins_both_tensors(monkeypatch):
@@ -154,23 +149,17 @@ def test_pin_memory_pins_both_tensors(monkeypatch):
 
 def test_images_views_and_plans_must_agree():
     image, found = noise(40, 70), plan((40, 70), SMALL)
-    with pytest.raises(ValueError, match="got 1 images and 2 plans"):
-        SliceBatch.from_images([image], [found, found])
-    with pytest.raises(ValueError, match="got 2 lists of views and 1 plans"):
-        SliceBatch.from_views([[], []], [found])
-    with pytest.raises(ValueError, match=r"plan is for an image of 40x70 .* 70x40"):
-        SliceBatch.from_images([noise(70, 40)], [found])
+    refuses("got 1 images and 2 plans", SliceBatch.from_images, [image], [found, found])
+    refuses("got 2 lists of views and 1 plans", SliceBatch.from_views, [[], []], [found])
+    refuses(r"plan is for an image of 40x70 .* 70x40", SliceBatch.from_images, [noise(70, 40)], [found])
     views = render(image, found)
     assert_same(SliceBatch.from_views([views], [found]), SliceBatch.from_images([image], [found]))
     with pytest.raises(ValueError, match=rf"image 1 has {len(views)} views, got {len(views) - 1}"):
         SliceBatch.from_views([views, views[:-1]], [found, found])
-    with pytest.raises(ValueError, match="view 0 .* is planned as uint8"):
-        SliceBatch.from_views([[views[0][:-7], *views[1:]]], [found])
-    with pytest.raises(ValueError, match="got float64"):
-        SliceBatch.from_views([[views[0] / 255, *views[1:]]], [found])
+    refuses("view 0 .* is planned as uint8", SliceBatch.from_views, [[views[0][:-7], *views[1:]]], [found])
+    refuses("got float64", SliceBatch.from_views, [[views[0] / 255, *views[1:]]], [found])
     other = plan((40, 70), replace(SMALL, patch_size=14))
-    with pytest.raises(ValueError, match=r"one patch size, got \[7, 14\]"):
-        SliceBatch.from_images([image, image], [found, other])
+    refuses(r"one patch size, got \[7, 14\]", SliceBatch.from_images, [image, image], [found, other])
     with pytest.raises(ValueError, match=r"one patch size, got \[7, 14\]"):
         SliceBatch.cat([SliceBatch.from_images([image], [found]), SliceBatch.from_images([image], [other])])
 
@@ -192,5 +181,4 @@ def test_images_views_and_plans_must_agree():
 )
 def test_a_batch_whose_parts_disagree_is_refused(changes, error, message):
     batch = batch_of((40, 70))
-    with pytest.raises(error, match=message):
-        replace(batch, **changes(batch))
+    refuses(message, replace, batch, **changes(batch), error=error)

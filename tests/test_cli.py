@@ -31,6 +31,13 @@ def run(*args, capsys):
     return status, out, err
 
 
+def fails(words, *args, capsys):
+    """The command ends with 1, and says so."""
+    status, out, err = run(*args, capsys=capsys)
+    assert (status, words in err) == (1, True), err
+    return out
+
+
 def test_plan_of_sizes_and_files_as_json_lines(page, capsys):
     status, out, _ = run("plan", "672x1008", page, "640x480", "--json", "--strategy", "llava-uhd", capsys=capsys)
     first, second, third = map(json.loads, out.splitlines())
@@ -99,18 +106,13 @@ def test_plan_says_what_is_wrong(page, tmp_path, capsys):
     assert status == 1
     assert "'nowhere.jpg' is neither an image file nor a size" in out
     assert "454 tokens" in out
-    status, _, err = run("plan", capsys=capsys)
-    assert (status, "nothing to plan" in err) == (1, True)
-    status, _, err = run("plan", "10x10", "--strategy", "llava-hd", capsys=capsys)
-    assert (status, "did you mean" in err) == (1, True)
+    fails("nothing to plan", "plan", capsys=capsys)
+    fails("did you mean", "plan", "10x10", "--strategy", "llava-hd", capsys=capsys)
     (tmp_path / "bad.json").write_text('{"w": 3}')
-    status, _, err = run("plan", "--sizes", tmp_path / "bad.json", capsys=capsys)
-    assert (status, "JSON list of [width, height]" in err) == (1, True)
-    status, _, err = run("plan", "--sizes", page, capsys=capsys)
-    assert (status, "JSON list of [width, height]" in err) == (1, True)
+    fails("JSON list of [width, height]", "plan", "--sizes", tmp_path / "bad.json", capsys=capsys)
+    fails("JSON list of [width, height]", "plan", "--sizes", page, capsys=capsys)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG no")
-    status, _, err = run("show", tmp_path / "broken.png", "-o", tmp_path / "out.png", capsys=capsys)
-    assert (status, "broken.png" in err) == (1, True)
+    fails("broken.png", "show", tmp_path / "broken.png", "-o", tmp_path / "out.png", capsys=capsys)
 
 
 def test_layout(page, capsys):
@@ -205,12 +207,10 @@ def test_a_damaged_encoder_is_named(page, tmp_path, capsys):
     good = config.read_text()
     for text in ("{", "[]", '{"format": 1}', good.replace('"width": 192', '"breadth": 192')):
         config.write_text(text)
-        status, _, err = run(*args, capsys=capsys)
-        assert (status, "uhd_encoder.json does not fit or is damaged" in err) == (1, True), text
+        fails("uhd_encoder.json does not fit or is damaged", *args, capsys=capsys)
     config.write_text(good)
     weights.write_bytes(weights.read_bytes()[:1000])
-    status, _, err = run(*args, capsys=capsys)
-    assert (status, "model.safetensors does not fit or is damaged" in err) == (1, True)
+    fails("model.safetensors does not fit or is damaged", *args, capsys=capsys)
 
 
 def test_demo_shows_the_whole_way_on_a_photo(tmp_path, capsys):
@@ -263,13 +263,11 @@ def test_demo_answers_about_your_own_image_and_says_when_it_is_far_from_it(tmp_p
 
 
 def test_demo_refuses_what_does_not_go_together(tmp_path, capsys):
-    status, _, err = run("demo", tmp_path / "x.png", "--seed", 3, "-o", tmp_path / "out.png", capsys=capsys)
-    assert (status, "--seed is of the image drawn on the spot" in err) == (1, True)
+    args = (tmp_path / "x.png", "--seed", 3, "-o", tmp_path / "out.png")
+    fails("--seed is of the image drawn on the spot", "demo", *args, capsys=capsys)
     args = ("--ask", "all?", "--encoder", tmp_path, "-o", tmp_path / "out.png")
-    status, _, err = run("demo", *args, capsys=capsys)
-    assert (status, "leave --encoder out" in err) == (1, True)
-    status, _, err = run("demo", "--seed", -1, "-o", tmp_path / "out.png", capsys=capsys)
-    assert (status, "seed must be at least 0, got -1" in err) == (1, True)
+    fails("leave --encoder out", "demo", *args, capsys=capsys)
+    fails("seed must be at least 0, got -1", "demo", "--seed", -1, "-o", tmp_path / "out.png", capsys=capsys)
     status, out, err = run("demo", "--ask", "all?", "--ask", "", "-o", tmp_path / "out.png", capsys=capsys)
     assert (status, out, "a question is empty" in err) == (1, "", True)
     assert not list(tmp_path.iterdir())  # nothing was begun

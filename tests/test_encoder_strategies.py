@@ -15,7 +15,7 @@ from torch import nn
 
 import uhd
 from tests import tiny
-from tests.tiny import PIXELS, noise, perceiver
+from tests.tiny import PIXELS, assert_same_images, noise, perceiver, refuses
 from uhd.cli import main
 from uhd.demo import untrained_encoder
 from uhd.encoded import EncodedVideo
@@ -184,8 +184,7 @@ def test_packed_tokens_merge_into_a_batch():
         encoder.plan((100, 60)).num_tokens,
         encoder.plan((30, 200)).num_tokens,
     ]
-    with pytest.raises(ValueError, match="packed rows"):
-        assemble(rows[0][:-1], encoder(IMAGES[:1])[0].layout, {})
+    refuses("packed rows", assemble, rows[0][:-1], encoder(IMAGES[:1])[0].layout, {})
 
 
 def test_a_saved_encoder_takes_another_strategy(tmp_path):
@@ -226,8 +225,7 @@ def test_what_strategy_gave_can_be_encoded_with_and_saved(tmp_path):
 
 
 def test_a_function_is_a_strategy(tmp_path):
-    with pytest.raises(ValueError, match=r"needs newline=.*FeaturePacker"):
-        tiny_encoder(slicing=whole_and_middle)(IMAGES)
+    refuses(r"needs newline=.*FeaturePacker", tiny_encoder(slicing=whole_and_middle), IMAGES)
     encoder = tiny_encoder(slicing=whole_and_middle, packer=FeaturePacker(24))
     image = encoder(IMAGES[:1])[0]
     assert image.tokens.shape == (31, 24)
@@ -241,8 +239,7 @@ def test_a_function_is_a_strategy(tmp_path):
     assert counted.slicing == Counted(OwnRule(whole_and_middle), 4, counted.schema)
     assert counted(IMAGES[:1])[0].layout.symbols == ("s0", "\n", "overview")
     counted.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="caller's own"):
-        uhd.VisualEncoder.from_pretrained(tmp_path)
+    refuses("caller's own", uhd.VisualEncoder.from_pretrained, tmp_path)
 
 
 def test_parts_that_do_not_fit_are_named():
@@ -252,25 +249,19 @@ def test_parts_that_do_not_fit_are_named():
         tiny_encoder(slicing=find("internvl"))
     assert "slicing.for_vision(image_size=56, patch_size=14)" in str(told.value)
     assert tiny_encoder(slicing=find("internvl"), check_image_size=False).slicing.tile == 448
-    with pytest.raises(ValueError, match=r"slicing.for_vision\(image_size=None, patch_size=14\)"):
-        tiny_encoder(slicing=find("qwen3-vl"))
-    with pytest.raises(ValueError, match="counts 4 tokens, the compressor gave 16: take a compressor"):
-        tiny_encoder(slicing="internvl")(IMAGES)
-    with pytest.raises(ValueError, match="has its own packing, so schema 'llava-uhd' cannot"):
-        tiny_encoder(schema="llava-uhd")(IMAGES)
+    refuses(r"slicing.for_vision\(image_size=None, patch_size=14\)", tiny_encoder, slicing=find("qwen3-vl"))
+    refuses("counts 4 tokens, the compressor gave 16: take a compressor", tiny_encoder(slicing="internvl"), IMAGES)
+    refuses("has its own packing, so schema 'llava-uhd' cannot", tiny_encoder(schema="llava-uhd"), IMAGES)
     with pytest.raises(ValueError, match="no strategy named 'llava-nest': did you mean 'llava-next'"):
         uhd.VisualEncoder(tiny_encoder().vision, MLPProjector(32, 24), slicing="llava-nest", pixels=PIXELS)
 
-    with pytest.raises(
-        ValueError, match="'deepseek-vl2-384' needs learned embeddings, the packer has none for separator"
-    ):
+    with pytest.raises(ValueError, match="'deepseek-vl2-384' needs learned embeddings, the packer has no separator"):
         tiny_encoder(slicing="deepseek-vl2", packer=FeaturePacker(24))
 
     class Widthless(nn.Module):
         tokens_per_view = None
 
-    with pytest.raises(ValueError, match=r"needs learned embeddings \(newline\).*packer=uhd.resampler.FeaturePacker"):
-        tiny_encoder(Widthless())
+    refuses(r"needs learned embeddings \(newline\).*packer=uhd.resampler.FeaturePacker", tiny_encoder, Widthless())
 
     def separated(image_hw):
         return replace(whole_and_middle(image_hw).overview_alone(), num_separators=2)
@@ -278,8 +269,7 @@ def test_parts_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match="with 2 separators, schema 'plain' has 0: give the encoder the schema"):
         tiny_encoder(slicing=separated)(IMAGES)
     encoder = tiny_encoder()
-    with pytest.raises(ValueError, match="planned already"):
-        encoder(encoder.prepare(IMAGES), max_tokens=50)
+    refuses("planned already", encoder, encoder.prepare(IMAGES), max_tokens=50)
 
 
 def test_a_schema_goes_around_the_views_of_any_projector():
@@ -385,17 +375,12 @@ def test_videos_are_checked():
     encoder = tiny_encoder(slicing="llava-onevision")
     with pytest.raises(ValueError, match=r"video 1 has 2 frames of the sizes \[\(20, 30\), \(30, 20\)\]"):
         encoder.encode_videos([[noise(20, 30)], [noise(20, 30), noise(30, 20)]])
-    with pytest.raises(ValueError, match="video 0 has 0 frames"):
-        encoder.encode_videos([[]])
+    refuses("video 0 has 0 frames", encoder.encode_videos, [[]])
     assert encoder.encode_videos([]) == []
-    with pytest.raises(ValueError, match="num_frames must be a positive int, got 0"):
-        plan_video((20, 30), 0)
-    with pytest.raises(ValueError, match="frames must be one of 'video', 'single', 'rule', got 'all'"):
-        plan_video((20, 30), 2, frames="all")
-    with pytest.raises(ValueError, match="num_frames must be a positive int, got 2.5"):
-        plan_video((20, 30), 2.5)
-    with pytest.raises(ValueError, match="give at most 5 frames, or raise it"):
-        plan_video((480, 640), 8, "llava-onevision", max_tokens=1000)
+    refuses("num_frames must be a positive int, got 0", plan_video, (20, 30), 0)
+    refuses("frames must be one of 'video', 'single', 'rule', got 'all'", plan_video, (20, 30), 2, frames="all")
+    refuses("num_frames must be a positive int, got 2.5", plan_video, (20, 30), 2.5)
+    refuses("give at most 5 frames, or raise it", plan_video, (480, 640), 8, "llava-onevision", max_tokens=1000)
     assert plan_video((480, 640), 5, "llava-onevision", max_tokens=1000).num_tokens == 981
     with pytest.raises(ValueError, match="max_tokens is 100: raise it to 197 at least, which is one frame"):
         plan_video((480, 640), 8, "llava-onevision", max_tokens=100)
@@ -403,11 +388,9 @@ def test_videos_are_checked():
         plan_video((720, 1280), 8, "internvl", frames="rule", max_tokens=100)
     with pytest.raises(TypeError, match=r"video 0 is a ndarray of shape \(20, 30, 3\): expected a list of frames"):
         encoder.encode_videos([noise(20, 30)])
-    with pytest.raises(ValueError, match='has no overview.*frames="rule"'):
-        plan_video((3000, 3000), 2, "mllama")
+    refuses('has no overview.*frames="rule"', plan_video, (3000, 3000), 2, "mllama")
     assert uhd.plan((3000, 3000), "mllama").overview_alone() is None
-    with pytest.raises(ValueError, match="not the dictionary of a VideoPlan"):
-        VideoPlan.from_dict({"newline": True})
+    refuses("not the dictionary of a VideoPlan", VideoPlan.from_dict, {"newline": True})
 
 
 @pytest.mark.parametrize("bad", [0, -1, 99.5, "100", True])
@@ -418,8 +401,7 @@ def test_a_budget_is_a_positive_whole_number(bad):
         lambda: plan_video((20, 30), 2, max_tokens=bad),
         lambda: plan_video((20, 30), 2, frames="rule", max_tokens=bad),
     ):
-        with pytest.raises(ValueError, match=f"max_tokens must be a positive int or None, got {bad!r}"):
-            call()
+        refuses(f"max_tokens must be a positive int or None, got {bad!r}", call)
 
 
 def test_videos_as_arrays():
@@ -522,9 +504,7 @@ def test_video_files_round_trip(tmp_path):
     save_tokens(tmp_path / "t.safetensors", [image, video], schema=encoder.schema)
     one, two = load_tokens(tmp_path / "t.safetensors")
     assert isinstance(two, EncodedVideo)
-    for a, b in ((image, one), (video, two)):
-        assert torch.equal(a.tokens, b.tokens)
-        assert (a.plan, a.layout) == (b.plan, b.layout)
+    assert_same_images([image, video], [one, two])
 
 
 def test_the_command_encodes_by_any_strategy(tmp_path, capsys):

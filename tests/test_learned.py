@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 import uhd
+from tests.tiny import refuses
 from uhd import UHDForConditionalGeneration, VisualEncoder
 from uhd.nano import load_nano
 from uhd.nano.answer import answer_many, ask
@@ -441,11 +442,9 @@ def test_no_time_begins_nothing_and_other_settings_are_refused(parts, tiny, tmp_
     made = fake_run(parts, "uhd", 0, np.ones(6))
     made["settings"] = {**tiny.to_dict(), "joint": 3}
     (tmp_path / "out" / "x.json").write_text(json.dumps(made))
-    with pytest.raises(ValueError, match=r"x\.json was made with other settings \(joint\)"):
-        parts.run.work(tiny, **folders)
+    refuses(r"x\.json was made with other settings \(joint\)", parts.run.work, tiny, **folders)
     (tmp_path / "out" / "x.json").write_text("{}")
-    with pytest.raises(ValueError, match="no run of this benchmark: it has no arm, cost"):
-        parts.run.work(tiny, **folders)
+    refuses("no run of this benchmark: it has no arm, cost", parts.run.work, tiny, **folders)
     (tmp_path / "out" / "x.json").unlink()
     settings = replace(tiny, factors=(1.0,))
     given = {"arms": ("uhd",), "seeds": (0,), **folders}
@@ -487,8 +486,7 @@ def test_the_time_that_pieces_took_is_known_to_the_next_process(parts, tiny, tmp
     assert parts.run.work(tiny, **given, minutes=1.5) == ["uhd-seed0-lr1", "uhd-seed0-lr0.5"]
     assert not list((tmp_path / "kept").glob("*/*.pt"))
     (tmp_path / "out" / "b.json").write_text(json.dumps(run))
-    with pytest.raises(ValueError, match=r"a\.json and .*b\.json are the same run"):
-        parts.run.read_runs(tmp_path / "out")
+    refuses(r"a\.json and .*b\.json are the same run", parts.run.read_runs, tmp_path / "out")
 
 
 def test_every_arm_takes_the_learning_rate_that_its_validation_chose(parts):
@@ -803,13 +801,11 @@ def test_report_refuses_what_does_not_belong_together(parts, tmp_path, capsys):
     assert "no runs in" in capsys.readouterr().err
     folder = write_runs(parts, tmp_path / "long", {"uhd": 0.5, "pad": 0.5})
     (tmp_path / "page.md").write_text("nothing")
-    with pytest.raises(ValueError, match="needs the lines"):
-        parts.report.report(tmp_path, page=tmp_path / "page.md", say=str)
+    refuses("needs the lines", parts.report.report, tmp_path, page=tmp_path / "page.md", say=str)
     run = json.loads((folder / "pad-1.json").read_text())
     run["test"]["items"]["right"]["length"] = "2" * 400
     (folder / "pad-1.json").write_text(json.dumps(run))
-    with pytest.raises(ValueError, match="different scenes"):
-        parts.report.report(tmp_path, say=str)
+    refuses("different scenes", parts.report.report, tmp_path, say=str)
 
 
 # a folder of one's own
@@ -902,8 +898,7 @@ def test_swapping_leaves_the_model_as_it_was(parts, saved):
         assert model.visual is not own
     assert model.visual is own
     assert parts.folder.prompt_of(model, "all?") == f"{BEGIN}<image>all?"
-    with pytest.raises(ValueError, match="a prompt holds"):
-        parts.folder.prompt_of(model, "all?", "{question}")
+    refuses("a prompt holds", parts.folder.prompt_of, model, "all?", "{question}")
 
 
 def test_the_shipped_model_sees_what_ask_shows_it(parts, tmp_path, capsys):

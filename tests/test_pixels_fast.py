@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 import uhd
-from tests.tiny import encoded, exif
+from tests.tiny import encoded, exif, refuses
 from uhd.batch import SliceBatch
 from uhd.pixels import PixelSettings, fast, fold_into, load_image, patchify, render, unpatchify
 from uhd.pixels.fast import Picture
@@ -212,10 +212,8 @@ def test_errors_are_those_of_the_exact_backend():
                 messages.append((type(error), str(error)))
         assert len(messages) in (0, 2)
         assert len(set(messages)) <= 1
-    with pytest.raises(ValueError, match="over max_pixels=99"):
-        load_picture(data, settings=PixelSettings(backend="fast", max_pixels=99))
-    with pytest.raises(ValueError, match="the plan is for an image of 100x151"):
-        render(data, plan((100, 151)), settings=FAST)
+    refuses("over max_pixels=99", load_picture, data, settings=PixelSettings(backend="fast", max_pixels=99))
+    refuses("the plan is for an image of 100x151", render, data, plan((100, 151)), settings=FAST)
     with pytest.raises(FileNotFoundError):
         load_picture("no such file.jpg", settings=FAST)
 
@@ -229,10 +227,8 @@ def test_without_torchvision_pillow_decodes(monkeypatch):
 def test_settings():
     assert PixelSettings.from_dict(FAST.to_dict()) == FAST
     assert FAST.to_dict()["backend"] == "fast"
-    with pytest.raises(ValueError, match="'pillow' or 'fast'"):
-        PixelSettings(backend="quick")
-    with pytest.raises(ValueError, match="needs backend='fast'"):
-        PixelSettings(draft=True)
+    refuses("'pillow' or 'fast'", PixelSettings, backend="quick")
+    refuses("needs backend='fast'", PixelSettings, draft=True)
 
 
 def off_by_draft(data: bytes, planned: SlicePlan) -> float:
@@ -301,10 +297,8 @@ def test_orders_of_a_batch():
     normal = turned.normalized(PixelSettings(**COATED))
     expected = plain.normalized(PixelSettings(**COATED)).patches
     torch.testing.assert_close(normal.ordered("chw").patches, expected, rtol=0, atol=2e-6)
-    with pytest.raises(ValueError, match="inner must be 'chw' or 'hwc'"):
-        plain.ordered("cwh")
-    with pytest.raises(ValueError, match="inner must be 'chw' or 'hwc'"):
-        normalize(plain.patches, PixelSettings(**COATED), inner="whc")
+    refuses("inner must be 'chw' or 'hwc'", plain.ordered, "cwh")
+    refuses("inner must be 'chw' or 'hwc'", normalize, plain.patches, PixelSettings(**COATED), inner="whc")
 
 
 def tiny_vit(**changes) -> ViT:
@@ -368,19 +362,15 @@ def test_stems_that_must_be_called_are_not_folded():
     hooked.stem.register_forward_hook(lambda module, args, out: out * 2)
     for vit in (hooked, given, tiny_vit(stem_border=2)):
         assert not vit.folds_pixels
-        with pytest.raises(ValueError, match="normalised patches of inner order 'chw' only"):
-            vit(turned.patches, turned.grids, **RAW)
+        refuses("normalised patches of inner order 'chw' only", vit, turned.patches, turned.grids, **RAW)
     assert tiny_vit().folds_pixels
 
 
 def test_wrong_dtypes_and_orders_raise():
     vit, (_, turned) = tiny_vit(), batches()
-    with pytest.raises(TypeError, match="must be uint8; got torch.float32"):
-        vit(turned.patches.float(), turned.grids, **RAW)
-    with pytest.raises(TypeError, match="floating point and normalised"):
-        vit(turned.patches, turned.grids, inner="hwc")
-    with pytest.raises(ValueError, match="inner must be 'chw' or 'hwc'"):
-        fold_pixels(vit.stem.weight, None, "whc", None)
+    refuses("must be uint8; got torch.float32", vit, turned.patches.float(), turned.grids, **RAW, error=TypeError)
+    refuses("floating point and normalised", vit, turned.patches, turned.grids, inner="hwc", error=TypeError)
+    refuses("inner must be 'chw' or 'hwc'", fold_pixels, vit.stem.weight, None, "whc", None)
 
 
 def test_folding_compiles():

@@ -5,6 +5,7 @@ import struct
 import zlib
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -79,3 +80,16 @@ def stirred(module, amount=0.2):
         for parameter in module.parameters():
             parameter.add_(amount * torch.randn_like(parameter))
     return module.eval()
+
+
+def refuses(words, call, *args, error=ValueError, **kwargs):
+    """The call raises this error, and its message has these words, a regular expression."""
+    with pytest.raises(error, match=words):
+        call(*args, **kwargs)
+
+
+def assert_same_images(ours, theirs):
+    """Encoded images or videos with the same tokens to the bit, plans and layouts."""
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.tokens, b.tokens)
+        assert (a.plan, a.layout) == (b.plan, b.layout)

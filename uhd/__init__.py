@@ -48,46 +48,22 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "SlicePlan": "uhd.slicing",
-    "SlicingConfig": "uhd.slicing",
-    "candidates": "uhd.slicing",
-    "grid_score": "uhd.slicing",
-    "plan": "uhd.slicing",
-    "plan_images": "uhd.slicing",
-    "plan_many": "uhd.slicing",
-    "plan_video": "uhd.slicing",
-    "strategies": "uhd.slicing",
-    "strategy": "uhd.slicing",
-    "SpatialSchema": "uhd.schema",
-    "TokenLayout": "uhd.schema",
-    "layout": "uhd.schema",
-    "resolve_schema": "uhd.schema",
-    "PixelSettings": "uhd.pixels",
-    "SliceBatch": "uhd.batch",
-    "EncodedImage": "uhd.encoded",
-    "EncodedVideo": "uhd.encoded",
-    "VisualEncoder": "uhd.encoder",
-    "Preparation": "uhd.loading",
-    "TokenBudgetSampler": "uhd.loading",
-    "image_costs": "uhd.loading",
-    "image_sizes_hw": "uhd.loading",
-    "load_nano": "uhd.nano",
-    "load_tokens": "uhd.token_files",
-    "save_tokens": "uhd.token_files",
-    "UHDConfig": "uhd.hf",
-    "UHDForConditionalGeneration": "uhd.hf",
-    "UHDImageProcessor": "uhd.hf",
-    "UHDImageProcessorPil": "uhd.hf",
-    "UHDModel": "uhd.hf",
-    "UHDProcessor": "uhd.hf",
-    "UHDVideoProcessor": "uhd.hf",
-    "UHDVisionConfig": "uhd.hf",
-    "assemble": "uhd.merge",
-    "merge_samples": "uhd.merge",
-    "merge_visual": "uhd.merge",
-    "separator_embeddings": "uhd.merge",
+_NAMES = {
+    "uhd.slicing": "SlicePlan SlicingConfig candidates grid_score plan plan_images plan_many plan_video "
+    "strategies strategy",
+    "uhd.schema": "SpatialSchema TokenLayout layout resolve_schema",
+    "uhd.pixels": "PixelSettings",
+    "uhd.batch": "SliceBatch",
+    "uhd.encoded": "EncodedImage EncodedVideo",
+    "uhd.encoder": "VisualEncoder",
+    "uhd.loading": "Preparation TokenBudgetSampler image_costs image_sizes_hw",
+    "uhd.nano": "load_nano",
+    "uhd.token_files": "load_tokens save_tokens",
+    "uhd.hf": "UHDConfig UHDForConditionalGeneration UHDImageProcessor UHDImageProcessorPil UHDModel UHDProcessor "
+    "UHDVideoProcessor UHDVisionConfig",
+    "uhd.merge": "assemble merge_samples merge_visual separator_embeddings",
 }
+_HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 _MODULES = ("hf", "nano", "pretrained", "resampler", "schema", "slicing", "vision")
 
 __all__ = ["__version__", *_HOMES, *_MODULES]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -65,7 +65,7 @@ class SliceBatch:
         patch_size: int | None = None,
         inner: str = "chw",
     ) -> SliceBatch:
-        """Load, resize, cut and pack.
+        """Load, resize, cut and pack: a uint8 batch on the CPU.
 
         Args:
             images: I of anything :func:`uhd.pixels.load_image` takes. None at all gives a valid empty batch.
@@ -73,9 +73,6 @@ class SliceBatch:
             settings: How pixels are made.
             patch_size: Gives an empty batch, which has no plan, its P; otherwise P = 0 there.
             inner: The order inside a patch, see above.
-
-        Returns:
-            A uint8 batch on the CPU.
 
         Raises:
             ValueError: There is not one plan an image, an image is not its plan's size, or it is refused.
@@ -104,21 +101,17 @@ class SliceBatch:
             ValueError: The number of images or of views, a view's shape or its dtype is not the plan's.
         """
         _check_count("lists of views", views, plans)
-        planned = [view for plan in plans for view in plan.views]
-        flat: list[np.ndarray] = []
         for place, (of_image, plan) in enumerate(zip(views, plans, strict=True)):
             if len(of_image) != plan.num_views:
                 raise ValueError(f"the plan of image {place} has {plan.num_views} views, got {len(of_image)}")
-            flat.extend(of_image)
+        of_plans = [view for plan in plans for view in plan.views]
         side = _patch_size(plans) or patch_size or 0
-        lengths = [view.num_patches for view in planned]
-        patches = np.empty((sum(lengths), 3 * side**2), dtype=np.uint8)
-        for view, array, (start, stop) in zip(planned, flat, pairwise(_offsets(lengths)), strict=True):
+        offsets = _offsets([view.num_patches for view in of_plans])
+        patches = np.empty((offsets[-1], 3 * side**2), dtype=np.uint8)
+        for view, array, (start, stop) in zip(of_plans, chain(*views), pairwise(offsets), strict=True):
             if array.shape != (*view.size_hw, 3) or array.dtype != np.uint8:
-                raise ValueError(
-                    f"view {view.index} ({view.kind}) of its image is planned as uint8 {(*view.size_hw, 3)}, "
-                    f"got {array.dtype} {array.shape}: make it with uhd.pixels.render"
-                )
+                planned = f"view {view.index} ({view.kind}) of its image is planned as uint8 {(*view.size_hw, 3)}"
+                raise ValueError(f"{planned}, got {array.dtype} {array.shape}: make it with uhd.pixels.render")
             fold_into(patches[start:stop], array, side, inner)
         return cls.from_patches(torch.from_numpy(patches), plans, inner=inner)
 
@@ -132,11 +125,7 @@ class SliceBatch:
 
     @classmethod
     def cat(cls, batches: Sequence[SliceBatch]) -> SliceBatch:
-        """Join batches, images in order; the inverse of :meth:`split_images`.
-
-        Empty batches add nothing. No batches at all, or only empty ones, give an empty batch.
-
-        Where orders inside the patches are mixed, the result's is ``"chw"``.
+        """Join batches, images in order; the inverse of :meth:`split_images`. Mixed :attr:`inner` become ``"chw"``.
 
         Raises:
             ValueError: Patch sizes differ.
@@ -224,7 +213,6 @@ def _check_count(what: str, items: Sequence[Any], plans: Sequence[SlicePlan]) ->
 
 
 def _patch_size(plans: Sequence[SlicePlan]) -> int | None:
-    """Return the patch size that all plans share, px; ``None`` where there is no plan."""
     sizes = sorted({plan.patch_size for plan in plans})
     if len(sizes) > 1:
         raise ValueError(f"the plans of a batch share one patch size, got {sizes} px: use one batch for each")

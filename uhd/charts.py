@@ -53,10 +53,8 @@ def log_axis(values: Sequence[float], title: str = "") -> Axis:
     low, high = min(values), max(values)
     if low == high:
         low, high = low / 2, high * 2
-    steps = [
-        m * 10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for m in (1, 2, 5)
-    ]
-    inside = [step for step in steps if low <= step <= high]
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    inside = [step for e in decades for m in (1, 2, 5) if low <= (step := m * 10.0**e) <= high]
     if len(inside) > 7:  # whole decades are enough, then
         inside = [step for step in inside if math.isclose(math.log10(step), round(math.log10(step)))]
     if len(inside) < 2:  # a narrow range: its ends
@@ -70,9 +68,7 @@ def percent_axis(title: str = "") -> Axis:
 
 
 def _short(value: float) -> str:
-    if value >= 1000:
-        return f"{value / 1000:g}k"
-    return f"{value:g}"
+    return f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"
 
 
 class _Frame(NamedTuple):
@@ -86,7 +82,6 @@ class _Frame(NamedTuple):
     height: int
 
     def place(self, x: float, y: float) -> tuple[float, float]:
-        """Return where a point of the data lies in the picture."""
         return self.left + self.x.place(x, self.width), self.top + self.height - self.y.place(y, self.height)
 
     def lines(self, points: Sequence[tuple[float, float]], style: str) -> list[str]:
@@ -106,49 +101,42 @@ class _Frame(NamedTuple):
         parts = []
         for value, text in self.y.ticks:
             at = bottom - self.y.place(value, self.height)
-            parts.append(f'<line x1="{left}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}" stroke="{GRID}"/>')
-            parts.append(_text(left - 5, f"{at + size / 3:.1f}", text, "end", size, FAINT))
+            parts.append(_line((left, at), (right, at), GRID))
+            parts.append(_text(left - 5, at + size / 3, text, FAINT, "end", size))
         for value, text in self.x.ticks:
             at = left + self.x.place(value, self.width)
-            parts.append(f'<line y1="{top}" y2="{bottom}" x1="{at:.1f}" x2="{at:.1f}" stroke="{GRID}"/>')
-            parts.append(_text(f"{at:.1f}", bottom + size + 3, text, "middle", size, FAINT))
-        below = bottom + 2 * size + 5 if small else bottom + 40
-        middle = f"{left + self.width / 2:.1f}"
-        parts.append(_text(middle, below, self.x.title, "middle", size, FAINT if small else INK))
+            parts.append(_line((at, top), (at, bottom), GRID))
+            parts.append(_text(at, bottom + size + 3, text, FAINT, "middle", size))
+        below, color = (bottom + 2 * size + 5, FAINT) if small else (bottom + 40, INK)
+        parts.append(_text(left + self.width / 2, below, self.x.title, color, "middle", size))
         if not small:
-            middle = top + self.height / 2
-            parts.append(
-                f'<text x="16" y="{middle:.1f}" text-anchor="middle" fill="{INK}" '
-                f'transform="rotate(-90 16 {middle:.1f})">{escape(self.y.title)}</text>'
-            )
+            title = _text(0, 0, self.y.title, INK, "middle")
+            parts.append(f'<g transform="translate(16 {top + self.height / 2:.1f}) rotate(-90)">{title}</g>')
         return "".join(parts)
 
 
 def scatter(points: Sequence[Point], x: Axis, y: Axis, *, width: int = 760, height: int = 420) -> str:
     """Draw points on two axes, the marked ones joined from left to right. Hovering names a point."""
     frame = _Frame(x, y, 64, 16, width - 88, height - 68)
-    parts = [_open(width, height, f"{y.title} against {x.title}"), frame.drawn()]
+    parts = [frame.drawn()]
     marked = sorted(p for p in points if p.marked)
     if len(marked) > 1:
         parts += frame.lines([(p.x, p.y) for p in marked], f'stroke="{ACCENT}" stroke-width="1.5" opacity="0.5"')
     for point in sorted(points, key=lambda p: p.marked):
-        cx, cy = frame.place(point.x, point.y)
         color, radius = (ACCENT, 5) if point.marked else (OTHER, 4)
-        parts.append(
-            f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="{radius}" fill="{color}" fill-opacity="0.8" stroke="#fff">'
-            f"<title>{escape(point.label)}: {point.x:g}, {point.y:g}</title></circle>"
-        )
+        title = f"<title>{escape(point.label)}: {point.x:g}, {point.y:g}</title>"
+        parts.append(_dot(frame.place(point.x, point.y), radius, color, 'fill-opacity="0.8"', title))
     labelled = [*marked, *sorted(set(points) - set(marked))] if len(points) <= _ALL_LABELLED else marked
     names = [(p.label, *frame.place(p.x, p.y)) for p in labelled]
-    parts.append(_labels(names, [frame.place(p.x, p.y) for p in points], width))
-    return "".join((*parts, "</svg>"))
+    parts += _labels(names, [frame.place(p.x, p.y) for p in points], width)
+    return _svg(width, height, f"{y.title} against {x.title}", parts)
 
 
 _ALL_LABELLED = 12  # points; of more, only the marked ones get a label
 _SIDES = tuple((dx, dy) for dy in (4, 18, -10, 32, -24, 46, 60) for dx in (9, -9))  # px from a point to its label
 
 
-def _labels(items: Sequence[tuple[str, float, float]], points: Sequence[tuple[float, float]], width: int) -> str:
+def _labels(items: Sequence[tuple[str, float, float]], points: Sequence[tuple[float, float]], width: int) -> list[str]:
     """Write names beside the items, moved where one would cover another or a point, left out where nothing helps."""
     taken: list[tuple[float, float, float]] = []  # (start, end, y)
     parts = []
@@ -160,27 +148,18 @@ def _labels(items: Sequence[tuple[str, float, float]], points: Sequence[tuple[fl
             clear &= not any(start - 5 < px < start + length + 5 and abs(py - (y - 4)) < 9 for px, py in points)
             if clear and start > 66 and start + length < width:
                 taken.append((start, start + length, y))
-                anchor = "start" if dx > 0 else "end"
-                parts.append(
-                    f'<text x="{cx + dx:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{INK}">{escape(label)}</text>'
-                )
+                parts.append(_text(cx + dx, y, label, INK, "start" if dx > 0 else "end"))
                 break
-    return "".join(parts)
+    return parts
 
 
 def curves(
-    series: Mapping[str, Sequence[tuple[float, float]]],
-    x: Axis,
-    y: Axis,
-    *,
-    width: int = 760,
-    height: int = 340,
+    series: Mapping[str, Sequence[tuple[float, float]]], x: Axis, y: Axis, *, width: int = 760, height: int = 340
 ) -> str:
     """Draw lines with their names at the right; a point whose y is ``nan`` breaks the line."""
     top, right = 16, 220
     frame = _Frame(x, y, 64, top, width - 64 - right, height - 68)
-    parts = [_open(width, height, f"{y.title} over {x.title}"), frame.drawn()]
-    ends = []
+    parts, ends = [frame.drawn()], []
     for number, (name, line) in enumerate(series.items()):
         color = COLORS[number % len(COLORS)]
         parts += frame.lines(line, f'stroke="{color}" stroke-width="2" stroke-linejoin="round"')
@@ -190,8 +169,8 @@ def curves(
     last = top - 10.0
     for at, name, color in sorted(ends):
         last = max(at + 4, last + 14)  # names do not cover each other
-        parts.append(f'<text x="{width - right + 8}" y="{last:.1f}" fill="{color}">{escape(name)}</text>')
-    return "".join((*parts, "</svg>"))
+        parts.append(_text(width - right + 8, last, name, color))
+    return _svg(width, height, f"{y.title} over {x.title}", parts)
 
 
 def bars(
@@ -199,42 +178,31 @@ def bars(
 ) -> str:
     """Draw horizontal bars from 0 with their values, a group's side by side, and a line at ``reference``."""
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
+    colors = {name: COLORS[number % len(COLORS)] for number, name in enumerate(names)}
     left, right, top, bar = 230, 60, 30, 14
-    longest = max(value for group in groups.values() for value in group.values())
-    scale = (width - left - right) / longest
-    rows = sum(len(group) for group in groups.values())
-    height = top + rows * bar + 10 * len(groups) + 28
-    parts, y = [_open(width, height, title)], top
-    for number, name in enumerate(names):
-        color = COLORS[number % len(COLORS)]
-        parts.append(f'<text x="{left + 90 * number}" y="16" fill="{color}">{escape(name)}</text>')
+    scale = (width - left - right) / max(value for group in groups.values() for value in group.values())
+    parts, y = [_text(left + 90 * n, 16, name, color) for n, (name, color) in enumerate(colors.items())], top
     for label, group in groups.items():
-        middle = y + len(group) * bar / 2 + 4
-        parts.append(f'<text x="{left - 8}" y="{middle:.1f}" text-anchor="end" fill="{INK}">{escape(label)}</text>')
+        parts.append(_text(left - 8, y + len(group) * bar / 2 + 4, label, INK, "end"))
         for name, value in group.items():
-            color, length = COLORS[names.index(name) % len(COLORS)], scale * value
-            parts.append(f'<rect x="{left}" y="{y}" width="{length:.1f}" height="{bar - 2}" fill="{color}"/>')
-            parts.append(f'<text x="{left + length + 5:.1f}" y="{y + bar - 3}" fill="{FAINT}">{value:g}</text>')
+            length = scale * value
+            parts.append(f'<rect x="{left}" y="{y}" width="{length:.1f}" height="{bar - 2}" fill="{colors[name]}"/>')
+            parts.append(_text(left + length + 5, y + bar - 3, f"{value:g}", FAINT))
             y += bar
         y += 10
     if reference is not None:
         x = left + scale * reference
-        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{y}" stroke="{INK}" stroke-dasharray="3 3"/>')
-    parts.append(f'<text x="{left}" y="{height - 10}" fill="{INK}">{escape(title)}</text></svg>')
-    return "".join(parts)
+        parts.append(_line((x, top), (x, y), INK, 'stroke-dasharray="3 3"'))
+    return _svg(width, y + 28, title, [*parts, _text(left, y + 18, title, INK)])
 
 
-def backdrop(
-    series: Mapping[str, Sequence[tuple[float, float]]],
-    x: Axis,
-    y: Axis,
-    *,
-    name: str,
-    width: int = 250,
-    height: int = 120,
-) -> str:
+def _small_frame(x: Axis, y: Axis) -> _Frame:
+    return _Frame(x, y, 34, 8, 200, 86)
+
+
+def backdrop(series: Mapping[str, Sequence[tuple[float, float]]], x: Axis, y: Axis, *, name: str) -> str:
     """Draw axes and all lines in gray, hidden under a ``name``; :func:`small_curve` draws one line over it."""
-    frame = _Frame(x, y, 34, 8, width - 50, height - 34)
+    frame = _small_frame(x, y)
     parts = [frame.drawn(small=True)]
     for line in series.values():
         parts += frame.lines(line, f'stroke="{OTHER}" stroke-width="0.7" opacity="0.35"')
@@ -243,31 +211,32 @@ def backdrop(
 
 
 def small_curve(
-    line: Sequence[tuple[float, float]],
-    x: Axis,
-    y: Axis,
-    *,
-    behind: str,
-    here: tuple[float, float] | None = None,
-    width: int = 250,
-    height: int = 120,
+    line: Sequence[tuple[float, float]], x: Axis, y: Axis, *, behind: str, here: tuple[float, float]
 ) -> str:
     """Draw one line in colour over :func:`backdrop`'s gray ones, on the same axes, and a dot at ``here``."""
-    frame = _Frame(x, y, 34, 8, width - 50, height - 34)
-    parts = [_open(width, height, f"{y.title} over {x.title}"), f'<use href="#{behind}"/>']
-    parts += frame.lines(line, f'stroke="{ACCENT}" stroke-width="2"')
-    if here is not None:
-        cx, cy = frame.place(*here)
-        parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="3.5" fill="{ACCENT}" stroke="#fff"/>')
-    return "".join((*parts, "</svg>"))
+    frame = _small_frame(x, y)
+    parts = [f'<use href="#{behind}"/>', *frame.lines(line, f'stroke="{ACCENT}" stroke-width="2"')]
+    return _svg(250, 120, f"{y.title} over {x.title}", [*parts, _dot(frame.place(*here), 3.5, ACCENT)])
 
 
-def _open(width: int, height: int, label: str) -> str:
+def _svg(width: int, height: int, label: str, parts: Sequence[str]) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         f'role="img" aria-label="{escape(label)}" font-family="system-ui, sans-serif" font-size="12">'
+        f"{''.join(parts)}</svg>"
     )
 
 
-def _text(x: float | str, y: float | str, text: str, anchor: str, size: int, color: str) -> str:
-    return f'<text x="{x}" y="{y}" text-anchor="{anchor}" font-size="{size}" fill="{color}">{escape(text)}</text>'
+def _text(x: float, y: float, text: str, color: str, anchor: str = "start", size: int = 12) -> str:
+    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}"'
+    return f'<text {place} fill="{color}">{escape(text)}</text>'
+
+
+def _line(start: tuple[float, float], end: tuple[float, float], color: str, style: str = "") -> str:
+    (x1, y1), (x2, y2) = start, end
+    return f'<line x1="{x1:.1f}" x2="{x2:.1f}" y1="{y1:.1f}" y2="{y2:.1f}" stroke="{color}" {style}/>'
+
+
+def _dot(center: tuple[float, float], radius: float, color: str, style: str = "", inside: str = "") -> str:
+    place = 'cx="{:.1f}" cy="{:.1f}"'.format(*center)
+    return f'<circle {place} r="{radius}" fill="{color}" {style} stroke="#fff">{inside}</circle>'

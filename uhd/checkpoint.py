@@ -6,6 +6,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ class Checkpoint:
         for single, index in (SAFE, PICKLED) if pickled else (SAFE,):
             self.pickled = single == PICKLED[0]
             if (self.folder / single).is_file():
-                return dict.fromkeys(self._names(self.folder / single), self.folder / single)
+                with self._opened(self.folder / single) as opened:
+                    return dict.fromkeys(opened.keys(), self.folder / single)
             if (self.folder / index).is_file():
                 return self._indexed(self.folder / index)
         if any((self.folder / name).is_file() for name in PICKLED):
@@ -76,39 +78,33 @@ class Checkpoint:
             raise ValueError(f"{index} must name files beside it, got {odd[0]!r}")
         return {name: self.folder / file for name, file in weight_map.items()}
 
-    def _names(self, file: Path) -> list[str]:
-        if self.pickled:
-            return list(_unpickled(file))
-        with damage_named(file), safe_open(file, framework="pt") as opened:
-            return list(opened.keys())
+    @contextmanager
+    def _opened(self, file: Path) -> Iterator[Any]:
+        """A mapping of tensors, or an open safetensors file; both have ``keys``."""
+        with damage_named(file):
+            opened = nullcontext(_unpickled(file)) if self.pickled else safe_open(file, framework="pt")
+            with opened as tensors:
+                yield tensors
 
     def check(self, names: Iterable[str]) -> None:
         """Raise a ``FileNotFoundError`` that lists the missing files among those that hold these tensors."""
         files = dict.fromkeys(self.files[name] for name in names)
         missing = [file.name for file in files if not file.is_file()]
         if missing:
-            raise FileNotFoundError(
-                f"{self.folder} is incomplete, visual tensors are in files that are not there: {', '.join(missing)}"
-            )
+            raise FileNotFoundError(f"{self.folder} is incomplete, visual tensors are in missing {', '.join(missing)}")
 
     def shapes(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
         """Return the shapes of these tensors without reading them."""
         shapes = {}
         for name in names:
-            file = self.files[name]
-            with damage_named(file):
-                if self.pickled:
-                    shapes[name] = tuple(_unpickled(file)[name].shape)
-                    continue
-                with safe_open(file, framework="pt") as opened:
-                    shapes[name] = tuple(opened.get_slice(name).get_shape())
+            with self._opened(self.files[name]) as opened:
+                shapes[name] = tuple(opened[name].shape if self.pickled else opened.get_slice(name).get_shape())
         return shapes
 
     def read(self, names: Iterable[str], device: str | torch.device = "cpu") -> Iterator[tuple[str, Tensor]]:
         """Yield these tensors by name, each with memory of its own; of every file only their bytes are read.
 
-        Raises:
-            ValueError: A file is damaged, or does not hold what the index says.
+        Raises a ``ValueError`` where a file is damaged, or does not hold what the index says.
         """
         by_file: dict[Path, list[str]] = {}
         for name in names:
@@ -118,19 +114,12 @@ class Checkpoint:
                 yield name, tensor.to(device, copy=True)  # what goes wrong on a device is no damage of the file
 
     def _read_file(self, file: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield tensors that are windows into a file, one after the other."""
-        with damage_named(file):
-            if self.pickled:
-                tensors = _unpickled(file)
-                yield from ((name, tensors[name]) for name in names)
-                return
-            with safe_open(file, framework="pt") as opened:
-                yield from ((name, opened.get_tensor(name)) for name in names)
+        with self._opened(file) as opened:
+            yield from ((name, opened[name] if self.pickled else opened.get_tensor(name)) for name in names)
 
 
 def _unpickled(file: Path) -> Mapping[str, Tensor]:
-    """Open a file of ``torch.save``; it is mapped where its format allows, so that unused tensors are not read."""
-    try:
+    try:  # mapped where its format allows, so that unused tensors are not read
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError):
         raise ValueError(f"{file} is damaged or holds more than tensors, so none of it was loaded") from None
@@ -138,7 +127,5 @@ def _unpickled(file: Path) -> Mapping[str, Tensor]:
         raise ValueError(f"{file} holds a {type(tensors).__name__}, expected a dictionary of tensors by name")
     other = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
     if other:
-        raise ValueError(
-            f"{file} holds more than tensors by name ({', '.join(other)}): save the model's state_dict() alone"
-        )
+        raise ValueError(f"{file} holds more than tensors by name ({', '.join(other)}): save a state_dict() alone")
     return tensors

@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,12 +82,11 @@ def _add_planning(commands: Any) -> None:
 
 def _add_encoding(commands: Any) -> None:
     """The commands that load an encoder or a language model."""
+    folder: Any = {"type": Path, "metavar": "DIR", "help": "a folder written by VisualEncoder.save_pretrained"}
     command = commands.add_parser("encode", help="images to visual tokens, in a safetensors file")
     command.add_argument("images", nargs="+")
     command.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.safetensors")
-    command.add_argument(
-        "--encoder", type=Path, metavar="DIR", help="a folder written by VisualEncoder.save_pretrained"
-    )
+    command.add_argument("--encoder", **folder)
     command.add_argument("--strategy", metavar="NAME", help=_STRATEGY_HELP)
     command.add_argument("--video", action="store_true", help="the images are the frames of one video, in order")
     command.set_defaults(run=_encode)
@@ -99,19 +98,11 @@ def _add_encoding(commands: Any) -> None:
     )
     command.add_argument("--seed", type=int, metavar="N", help="of the image drawn on the spot; default: a new one")
     command.add_argument("-o", "--output", type=Path, default=Path("uhd_demo.png"), metavar="FILE")
-    command.add_argument(
-        "--encoder", type=Path, metavar="DIR", help="a folder written by VisualEncoder.save_pretrained"
-    )
+    command.add_argument("--encoder", **folder)
     command.set_defaults(run=_demo)
 
     command = commands.add_parser("doctor", help="what is installed and will run, or how eyes would fit a model")
-    command.add_argument(
-        "lm",
-        type=Path,
-        nargs="?",
-        metavar="LM_DIR",
-        help="a language model's folder: how eyes would be attached to it",
-    )
+    command.add_argument("lm", type=Path, nargs="?", metavar="LM_DIR", help="how eyes would fit the model in there")
     command.add_argument("--schema", metavar="NAME", default="llava-uhd", help="a token layout (default llava-uhd)")
     command.add_argument("--json", action="store_true", help="one JSON object")
     command.set_defaults(run=_doctor)
@@ -124,9 +115,7 @@ def _slicing_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--strategy", metavar="NAME", help=_STRATEGY_HELP)
     command.add_argument("--schema", metavar="NAME", help="a token layout; it brings its slicing and its counts")
     command.add_argument("--max-slices", type=int, metavar="N", help="cap on slices; 1 never cuts")
-    command.add_argument(
-        "--max-tokens", type=int, metavar="N", help="fewer slices until a plan costs at most N tokens"
-    )
+    command.add_argument("--max-tokens", type=int, metavar="N", help="fewer slices until a plan costs at most that")
 
 
 def _config(args: argparse.Namespace) -> Slicing:
@@ -135,9 +124,7 @@ def _config(args: argparse.Namespace) -> Slicing:
     if not rule.uses_schema:
         given = [f"--{key.replace('_', '-')}" for key in _ADAPTIVE_ONLY if getattr(args, key, None)]
         if given:
-            raise ValueError(
-                f"{', '.join(given)}: for the adaptive rules only ({', '.join(PRESETS)}), not {rule.name!r}"
-            )
+            raise ValueError(f"{', '.join(given)}: only for {', '.join(PRESETS)}, not {rule.name!r}")
         return rule
     changes = {key: getattr(args, key) for key in ("max_slices", "max_tokens") if getattr(args, key) is not None}
     if args.schema is None:
@@ -170,25 +157,16 @@ def _plan(args: argparse.Namespace) -> int:
             record = {"input": str(item), "error": str(problem)}
         else:
             try:
-                record.update(_record(plan(record["image_hw"], config)))
+                found = plan(record["image_hw"], config)
+                record |= {key: getattr(found, key) for key in ("grid", "slice_hw", "overview_hw")}
+                record |= {"views": found.num_views, "num_patches": found.num_patches}
+                record |= {"num_tokens": found.num_tokens, "strategy": found.strategy}
                 if args.candidates:
                     record["candidates"] = [c._asdict() for c in candidates(record["image_hw"], config)]
             except ValueError as problem:  # this size is refused; the others go on
                 record["error"] = str(problem)
         print(json.dumps(record) if args.json else _sentences(item, record, config))
     return status
-
-
-def _record(found: SlicePlan) -> dict[str, Any]:
-    return {
-        "grid": found.grid,
-        "slice_hw": found.slice_hw,
-        "overview_hw": found.overview_hw,
-        "views": found.num_views,
-        "num_patches": found.num_patches,
-        "num_tokens": found.num_tokens,
-        "strategy": found.strategy,
-    }
 
 
 def _sentences(item: Any, record: dict[str, Any], config: Slicing) -> str:
@@ -231,10 +209,8 @@ def _layout(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(laid.symbols))
     else:
-        print(laid.text())
-        print(
-            f"{laid.num_tokens} positions: {laid.num_visual_tokens} visual tokens + {laid.num_separators} separators"
-        )
+        counts = f"{laid.num_visual_tokens} visual tokens + {laid.num_separators} separators"
+        print(f"{laid.text()}\n{laid.num_tokens} positions: {counts}")
     return 0
 
 
@@ -244,7 +220,7 @@ def _show(args: argparse.Namespace) -> int:
 
     if _SIZE.fullmatch(args.image) and not Path(args.image).exists():
         raise ValueError(f"{args.image} is a size, a picture is drawn of an image file: uhd compare takes sizes")
-    _check_picture(args.output, args.image)
+    _check_output(args.output, [args.image])
     found = plan(image_size_hw(args.image), _config(args))
     draw_plan(args.image, found, schema=_schema(args)).save(args.output)
     print(f"{args.image}: {_summary(found)}")
@@ -259,7 +235,7 @@ def _compare(args: argparse.Namespace) -> int:
     for rule in rules or ():
         find(rule)  # a name that does not exist is an error before any work
     if args.html is not None:
-        _check_page(args.html, args.inputs)
+        _check_output(args.html, args.inputs, page=True)
     system = system_of(args.vit, args.resampler, args.lm)
     found, status = [], 0
     for item in args.inputs:
@@ -279,16 +255,6 @@ def _compare(args: argparse.Namespace) -> int:
     return status
 
 
-def _check_page(output: Path, inputs: Sequence[str]) -> None:
-    """Before any work: a page can be written there, and is none of the inputs."""
-    if output.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"cannot write {output}: a page ends in .html; try {output.with_suffix('.html')}")
-    if not output.parent.is_dir():
-        raise ValueError(f"cannot write {output}: there is no folder {output.parent}")
-    if output.exists() and any(Path(item).exists() and output.samefile(item) for item in inputs):
-        raise ValueError(f"{output} is one of the images itself: choose another output")
-
-
 def _encode(args: argparse.Namespace) -> int:
     import torch
 
@@ -296,39 +262,27 @@ def _encode(args: argparse.Namespace) -> int:
 
     check_output(args.output)
     encoder = _encoder(args.encoder, args.strategy)
-    if args.video:
-        return _encode_video(args, encoder)
-    encoded, names = [], []
+    encoded, names, lines, status = [], [], [], 0
     with torch.inference_mode():
-        for image in _progress(args.images, "images", quiet_below=1):
+        if args.video:
+            encoded, names = encoder.encode_videos([args.images]), [f"{len(args.images)} frames"]
+            video = encoded[0]
+            lines = [f"{names[0]}: {_summary(video.plan.plans[0])} each\n  {video.plan.num_tokens} tokens in all"]
+        for image in () if args.video else _progress(args.images, "images", quiet_below=1):
             try:
                 encoded += encoder([image])
                 names.append(image)
+                lines.append(f"{image}: {_summary(encoded[-1].plan)}")
             except (ValueError, OSError) as problem:  # the other images go on
                 print(f"uhd encode: {image}: {problem}", file=sys.stderr)
+                status = 1
     save_tokens(args.output, encoded, schema=encoder.schema, names=names, note=encoder.note)
-    for name, item in zip(names, encoded, strict=True):
-        print(f"{name}: {_summary(item.plan)}\n  tokens {tuple(item.tokens.shape)}")
+    for line, item in zip(lines, encoded, strict=True):
+        print(f"{line}\n  tokens {tuple(item.tokens.shape)}")
     print(f"wrote {args.output}")
     if encoder.note:
         print(f"note: {encoder.note}", file=sys.stderr)
-    return 0 if len(names) == len(args.images) else 1
-
-
-def _encode_video(args: argparse.Namespace, encoder: VisualEncoder) -> int:
-    import torch
-
-    from uhd.token_files import save_tokens
-
-    with torch.inference_mode():
-        video = encoder.encode_videos([args.images])[0]
-    save_tokens(args.output, [video], schema=encoder.schema, names=[f"{len(args.images)} frames"], note=encoder.note)
-    frame = video.plan.plans[0]
-    print(f"{len(args.images)} frames: {_summary(frame)} each")
-    print(f"  {video.plan.num_tokens} tokens in all, tokens {tuple(video.tokens.shape)}\nwrote {args.output}")
-    if encoder.note:
-        print(f"note: {encoder.note}", file=sys.stderr)
-    return 0
+    return status
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -338,13 +292,16 @@ def _demo(args: argparse.Namespace) -> int:
     from uhd.draw import draw_plan
     from uhd.pixels import load_image
 
-    _check_picture(args.output, args.image)
+    _check_output(args.output, filter(None, [args.image]))
     if args.seed is not None and args.image is not None:
         raise ValueError(f"--seed is of the image drawn on the spot, and {args.image} was given")
     reader = demo.Reader(args.ask, seed=args.seed) if args.ask or (args.image is None and not args.encoder) else None
     if reader and args.encoder:
         raise ValueError("--ask is answered by the shipped model, which has its own eyes: leave --encoder out")
     encoder = reader.model.visual if reader else _encoder(args.encoder)
+    name, eyes = "a page drawn for this demo", "a small ViT and perceiver resampler"
+    if reader:
+        name, eyes = reader.name, "the shipped nano model"
     source = args.image if args.image is not None else reader.scene.image if reader else demo.page_image()
     image = load_image(source, settings=encoder.pixels)
     found = encoder.plan((image.height, image.width))
@@ -352,10 +309,7 @@ def _demo(args: argparse.Namespace) -> int:
     info.add_text("note", encoder.note)
     schema = encoder.schema if found.packing is None else None
     draw_plan(image, found, schema=schema, settings=encoder.pixels).save(args.output, pnginfo=info)
-    print(f"image: {args.image or (reader.name if reader else 'a page drawn for this demo')}: {_summary(found)}")
-    print(
-        f"encoder: {args.encoder or ('the shipped nano model' if reader else 'a small ViT and perceiver resampler')}"
-    )
+    print(f"image: {args.image or name}: {_summary(found)}\nencoder: {args.encoder or eyes}")
     if encoder.note:
         print(f"note: {encoder.note}")
     print()
@@ -384,17 +338,16 @@ def _doctor(args: argparse.Namespace) -> int:
     return 1 if found.problems else 0
 
 
-def _check_picture(output: Path, image: str | None) -> None:
-    """Before any work: a picture can be written there, and is not the input."""
+def _check_output(output: Path, inputs: Iterable[str], *, page: bool = False) -> None:
+    """Before any work: a page or picture can be written there, and is none of the inputs."""
     from PIL import Image
 
-    if output.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(
-            f"cannot write {output}: its ending names no picture format; try {output.with_suffix('.png')}"
-        )
+    if output.suffix.lower() not in ([".html", ".htm"] if page else Image.registered_extensions()):
+        wanted = "a page ends in .html" if page else "its ending names no picture format, as .png does"
+        raise ValueError(f"cannot write {output}: {wanted}")
     if not output.parent.is_dir():
         raise ValueError(f"cannot write {output}: there is no folder {output.parent}")
-    if image is not None and output.exists() and Path(image).exists() and output.samefile(image):
+    if output.exists() and any(Path(item).exists() and output.samefile(item) for item in inputs):
         raise ValueError(f"{output} is the image itself: choose another output")
 
 
@@ -429,11 +382,11 @@ def _size_hw(item: Any) -> tuple[Any, Any]:
 def _read_sizes(path: Path) -> list[tuple[Any, Any]]:
     try:
         sizes = json.loads(path.read_text(encoding="utf-8-sig"))
+        if not isinstance(sizes, list) or not all(isinstance(size, list) for size in sizes):
+            raise ValueError("it holds something else")
+        return [(height, width) for width, height in sizes]
     except ValueError as problem:
         raise ValueError(f"{path} must hold a JSON list of [width, height]: {problem}") from None
-    if not isinstance(sizes, list) or not all(isinstance(size, list) and len(size) == 2 for size in sizes):
-        raise ValueError(f"{path} must hold a JSON list of [width, height]")
-    return [(height, width) for width, height in sizes]
 
 
 def _progress(items: Sequence[Any], unit: str, *, quiet_below: int) -> Iterator[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from uhd.encoder import VisualEncoder
     from uhd.hf import UHDForConditionalGeneration
-    from uhd.nano.task import Question, Scene
+    from uhd.nano.task import Scene
     from uhd.slicing import Slicing
 
 UNTRAINED = "UNTRAINED weights (seeded random numbers): shapes and counts are real, the tokens mean nothing"
@@ -30,20 +30,12 @@ _TEXT = (
     "to squeeze it or to pad it, and small print is lost.",
     "Cut at its own aspect ratio, every line stays readable.",
 )
-_TABLE = (
-    ("Region", "Q1", "Q2", "Q3"),
-    ("North", "412", "436", "471"),
-    ("South", "298", "305", "331"),
-    ("East", "187", "192", "204"),
-    ("West", "256", "243", "270"),
-)
+_COLUMNS = ("Region", "Q1", "Q2", "Q3")
+_SALES = {"North": (412, 436, 471), "South": (298, 305, 331), "East": (187, 192, 204), "West": (256, 243, 270)}
 
 
 def page_image(width: int = 672, height: int = 1008) -> Image.Image:
-    """A page with a headline, text, a table and (where there is room) a chart, drawn with Pillow's own font.
-
-    The same every time. ``width`` and ``height`` are px, at least 200 each.
-    """
+    """A page with a headline, text, a table and, where there is room, a chart; ``width`` and ``height`` are px."""
     if min(width, height) < 200:
         raise ValueError(f"a page needs sides of at least 200 px, got width {width}, height {height}")
     page = Image.new("RGB", (width, height), (250, 249, 245))
@@ -60,11 +52,11 @@ def page_image(width: int = 672, height: int = 1008) -> Image.Image:
         y += step
     y += step
     columns = [margin + i * (width - 2 * margin) // 4 for i in range(4)]
-    for number, row in enumerate(_TABLE):
+    for number, row in enumerate([_COLUMNS, *((region, *sales) for region, sales in _SALES.items())]):
         if number % 2 == 0:
             pen.rectangle((margin, y - 4, width - margin, y + step - 4), fill=(236, 233, 224))
         for left, cell in zip(columns, row, strict=True):
-            pen.text((left + 8, y), cell, fill=_INK if number else _ACCENT, font=body)
+            pen.text((left + 8, y), str(cell), fill=_INK if number else _ACCENT, font=body)
         y += step + 6
     bottom = height - 2 * margin
     if bottom - y > 4 * step:
@@ -74,7 +66,7 @@ def page_image(width: int = 672, height: int = 1008) -> Image.Image:
 
 def _draw_chart(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], font: ImageFont.ImageFont) -> None:
     left, top, right, bottom = box
-    values = [int(cell) for row in _TABLE[1:] for cell in row[1:]]
+    values = [value for sales in _SALES.values() for value in sales]
     bar = (right - left) // len(values)
     for number, value in enumerate(values):
         start = left + number * bar
@@ -84,12 +76,7 @@ def _draw_chart(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], font: 
 
 
 def untrained_encoder(
-    *,
-    seed: int = 0,
-    out_dim: int = 256,
-    strategy: str | Slicing | None = None,
-    depth: int = 4,
-    width: int = 192,
+    *, seed: int = 0, out_dim: int = 256, strategy: str | Slicing | None = None, depth: int = 4, width: int = 192
 ) -> VisualEncoder:
     """A small :class:`uhd.VisualEncoder` (4 ViT layers of width 192) with seeded random weights.
 
@@ -113,53 +100,31 @@ def untrained_encoder(
     config = find(strategy or "llava-uhd-safe")
     side, patch = config.view_side, config.patch_size
     positions = (side // patch,) * 2 if side else (24, 24)
+    vit = {"image_size": side, "patch_size": patch, "position_grid_hw": positions}
+    vit |= {"width": width, "depth": depth, "heads": max(width // 64, 1), "mlp_width": 4 * width}
     schema = SpatialSchema.preset(config.name) if config.uses_schema else None
+    pixels = PixelSettings(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vision = ViT(
-            ViTConfig(
-                image_size=side,
-                patch_size=patch,
-                width=width,
-                depth=depth,
-                heads=max(width // 64, 1),
-                mlp_width=4 * width,
-                position_grid_hw=positions,
-            )
-        )
-        return VisualEncoder(
-            vision,
-            _compressor_for(config, width, out_dim),
-            slicing=config,
-            schema=schema,
-            pixels=PixelSettings(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
-            note=UNTRAINED,
-        ).eval()
+        parts = ViT(ViTConfig(**vit)), _compressor_for(config, width, out_dim)
+        return VisualEncoder(*parts, slicing=config, schema=schema, pixels=pixels, note=UNTRAINED).eval()
 
 
 def _compressor_for(config: Slicing, in_dim: int, out_dim: int) -> nn.Module:
     """One that gives every view the features that the strategy counts: a projector if that is possible."""
-    from uhd.resampler import (
-        MLPProjector,
-        PerceiverConfig,
-        PerceiverResampler,
-        PixelShuffleProjector,
-        PoolProjector,
-    )
+    from uhd.resampler import MLPProjector, PerceiverConfig, PerceiverResampler, PixelShuffleProjector, PoolProjector
     from uhd.resampler.stitch import feature_lengths
     from uhd.slicing import plan
 
     plans = [plan(image_hw, config) for image_hw in ((1008, 672), (224, 448))]
-    views = [view for found in plans for view in found.views]
+    grids = [view.patches_hw for found in plans for view in found.views]
     lengths = [count for found in plans for count in feature_lengths(found)]
     fixed = getattr(config, "tokens_per_view", None)
     for factor in range(1, 9) if fixed is None else ():
-        if all(
-            math.prod(-(-side // factor) for side in v.patches_hw) == n for v, n in zip(views, lengths, strict=True)
-        ):
+        if lengths == [math.ceil(rows / factor) * math.ceil(columns / factor) for rows, columns in grids]:
             if factor == 1:
                 return MLPProjector(in_dim, out_dim)
-            exact = not any(side % factor for view in views for side in view.patches_hw)
+            exact = not any(side % factor for grid in grids for side in grid)
             return (PixelShuffleProjector if exact else PoolProjector)(in_dim, out_dim, factor=factor)
     latents = max(lengths)
     square = math.isqrt(latents) ** 2 == latents
@@ -226,7 +191,6 @@ class Reader:
 
     @property
     def name(self) -> str:
-        """What the drawn image is called."""
         return f"drawn on the spot, never seen in training (again with --seed {self.seed})"
 
     @cached_property
@@ -245,12 +209,10 @@ class Reader:
         from uhd.nano.evaluate import EVALUATION_SEED
         from uhd.nano.task import questions, scene
 
-        drawn = (scene(EVALUATION_SEED + 1 + self.seed, index) for index in count())
-        return next(
-            item
-            for item in drawn
-            if self.model.visual.plan(item.image_hw).grid and len(item.lines) > 1 and questions(item)["right"]
-        )
+        for index in count():
+            drawn = scene(EVALUATION_SEED + 1 + self.seed, index)
+            if self.model.visual.plan(drawn.image_hw).grid and len(drawn.lines) > 1 and questions(drawn)["right"]:
+                return drawn
 
     def read(self, image: Image.Image, *, own: bool, say: Callable[[str], None]) -> None:
         """Ask, and ``say`` answers beside the truth where that is known, and doubts where there are any."""
@@ -258,8 +220,10 @@ class Reader:
         from uhd.nano.images import as_learned
         from uhd.nano.task import questions
 
-        known = {} if own else {item.text: item for some in questions(self.scene).values() for item in some}
-        asked = self.questions or [item.text for item in self._three(known.values())]
+        drawn = {} if own else questions(self.scene)
+        known = {item.text: item.answer for some in drawn.values() for item in some}
+        # everything, the second line, a neighbour
+        asked = self.questions or [drawn[kind][place].text for kind, place in (("all", 0), ("line", 1), ("right", 0))]
         answers, elapsed = _timed(lambda: ask(self.model, image, asked))
         say(f"5 read      {elapsed}   {len(asked)} answers, one character at a time:")
         if as_learned(image) is not image:
@@ -268,18 +232,10 @@ class Reader:
         for question, answer in zip(asked, answers, strict=True):
             truth = ""
             if question in known:
-                right = answer.text == known[question].answer
-                truth = "   right" if right else f"   WRONG, it is {known[question].answer!r}"
+                truth = "   right" if answer.text == known[question] else f"   WRONG, it is {known[question]!r}"
             say(f"{'':24}{question:10} {answer.text!r} ({answer.confidence:.0%} sure a character){truth}")
             for doubt in answer.doubts:
                 if doubt not in shared:
                     say(f"{'':35}doubtful: {doubt}")
         for doubt in shared:
             say(f"{'':24}far from what it knows: {doubt}")
-
-    def _three(self, found: Iterable[Question]) -> list[Question]:
-        """Everything, the second line, a neighbour."""
-        by_kind: dict[str, list[Question]] = {}
-        for question in found:
-            by_kind.setdefault(question.kind, []).append(question)
-        return [by_kind["all"][0], by_kind["line"][1], by_kind["right"][0]]

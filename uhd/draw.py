@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -26,11 +27,7 @@ _MARGIN, _GAP, _CAPTION = 24, 14, 22
 
 
 def draw_plan(
-    image: Any,
-    plan: SlicePlan,
-    *,
-    schema: SpatialSchema | None = None,
-    settings: PixelSettings = DEFAULT,
+    image: Any, plan: SlicePlan, *, schema: SpatialSchema | None = None, settings: PixelSettings = DEFAULT
 ) -> Image.Image:
     """Draw what a plan does to an image, in one picture.
 
@@ -48,16 +45,12 @@ def draw_plan(
             else the features of each view are listed.
         settings: Background of transparent images and the resize filter.
 
-    Returns:
-        An RGB picture, about 1080 to 1600 px wide.
-
     Raises:
         ValueError: The image has another size than the plan's, or its tokens cannot be laid out.
     """
     image = load_image(image, settings=settings)
-    names = [f"s{place}" for place in range(plan.num_views)]
-    slices = iter(names)
-    names = [next(slices) if view.kind == "slice" else "overview" for view in plan.views]
+    slices = count()
+    names = [f"s{next(slices)}" if view.kind == "slice" else "overview" for view in plan.views]
     views = render(image, plan, settings=settings)  # checks that it is the planned image
     left = _image_panel(image, plan, names)
     right = _views_panel(views, plan, names, height=left.height)
@@ -139,7 +132,6 @@ def _image_panel(image: Image.Image, plan: SlicePlan, names: Sequence[str]) -> I
 
 
 def _label(pen: ImageDraw.ImageDraw, place: tuple[float, float], text: str, color: Color, size: int) -> None:
-    """Write white on colour, readable over any photo."""
     font = _font(size)
     left, top, right, bottom = pen.textbbox(place, text, font=font)
     pen.rectangle((left - 5, top - 4, right + 5, bottom + 4), fill=color)
@@ -157,9 +149,8 @@ def _views_panel(pixels: Sequence[np.ndarray], plan: SlicePlan, names: Sequence[
     second = _grid_panel(others, plan, _PANEL_WIDTH, _VIEW_SIDE + _CAPTION)
     beside = first.height > first.width and first.width + second.width + _GAP <= _PANEL_WIDTH
     place = (first.width + 2 * _GAP, 0) if beside else (0, first.height + _GAP)
-    panel = Image.new(
-        "RGB", (max(first.width, place[0] + second.width), max(first.height, place[1] + second.height)), _PAPER
-    )
+    size = max(first.width, place[0] + second.width), max(first.height, place[1] + second.height)
+    panel = Image.new("RGB", size, _PAPER)
     panel.paste(first, (0, 0))
     panel.paste(second, place)
     return panel
@@ -169,10 +160,9 @@ def _grid_panel(
     items: Sequence[tuple[View, np.ndarray, str]], plan: SlicePlan, width: int, height: int
 ) -> Image.Image:
     """Draw views in rows and columns at one scale, captioned where there is room."""
-    count = len(items)
-    full_grid = plan.grid and count == math.prod(plan.grid)
-    cols = plan.grid[1] if full_grid else min(count, math.ceil(math.sqrt(count)))
-    rows = math.ceil(count / cols)
+    full_grid = plan.grid and len(items) == math.prod(plan.grid)
+    cols = plan.grid[1] if full_grid else math.ceil(math.sqrt(len(items)))
+    rows = math.ceil(len(items) / cols)
     tallest = max(view.size_hw[0] for view, _, _ in items)
     widest = max(view.size_hw[1] for view, _, _ in items)
     roomy = width / cols >= 72  # px a column

@@ -28,15 +28,9 @@ class EncodedImage:
 
     @property
     def views(self) -> tuple[Tensor, ...]:
-        """(q, D) for every view of ``plan.views``.
-
-        Raises:
-            ValueError: The plan has a packing: tokens belong to the image, not to its views.
-        """
+        """(q, D) for every view of ``plan.views``; a ``ValueError`` where a packing mixes views."""
         if self.plan.packing is not None:
-            raise ValueError(
-                f"the {len(self.tokens)} tokens of {self.plan.strategy!r} are packed, not one view's each"
-            )
+            raise ValueError(f"the tokens of {self.plan.strategy!r} are packed, not one view's each")
         return self.tokens.split([view.num_tokens for view in self.plan.views])
 
 

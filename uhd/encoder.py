@@ -51,11 +51,10 @@ class VisualEncoder(PackedEncoder):
             for other sizes (MiniCPM-V: 448 px slices, a 980 px encoder) turn it off.
         note: What a user of the tokens must know, such as untrained weights. Saved, and shown by the command line;
             set ``encoder.note = ""`` once it is no longer true.
-        max_patches_per_step: Most patches that are encoded at once, which bounds the memory that is needed beside
-            patches and tokens; a view is never divided, so one that has more is a step of its own. Results do not
-            depend on it beyond rounding, unless a part looks at all views together, as BatchNorm does in training.
-            ``None``: on a CPU in eval mode ``STEP_PATCHES`` for each thread, since activations then stay near the
-            cores; else no bound. An attribute, not saved.
+        max_patches_per_step: Most patches that are encoded at once, which bounds the memory; a view is never divided.
+            Results do not depend on it beyond rounding, unless a part looks at all views together, as BatchNorm does
+            in training. ``None``: on a CPU in eval mode ``STEP_PATCHES`` for each thread, since activations then stay
+            near the cores; else no bound. An attribute, not saved.
 
     Raises:
         ValueError: Parts do not fit: another patch or image size, other widths, no mean and std.
@@ -106,7 +105,6 @@ class VisualEncoder(PackedEncoder):
         self._fit(self.slicing, schema)
 
     def _fit(self, rule: Slicing, schema: SpatialSchema | str | None) -> None:
-        """Take a slicing and a schema that fit each other and the parts; nothing changes where they do not."""
         if schema is None and not rule.uses_schema:
             schema = PLAIN
         schema = schema if isinstance(schema, SpatialSchema) else SpatialSchema.preset(schema or "llava-uhd")
@@ -146,11 +144,7 @@ class VisualEncoder(PackedEncoder):
     def forward(
         self, images: Sequence[Any] | SliceBatch, *, max_tokens: int | None = None, multi_image: bool = False
     ) -> list[EncodedImage]:
-        """Encode a list of images, or a batch that :meth:`prepare` made.
-
-        Args:
-            images: As in :meth:`prepare`, or its result, which is planned already.
-            max_tokens, multi_image: As in :meth:`prepare`.
+        """Encode a list of images, or a batch that :meth:`prepare` made; arguments as there.
 
         Returns:
             One :class:`EncodedImage` an image, on the encoder's device and in its dtype.
@@ -182,25 +176,23 @@ class VisualEncoder(PackedEncoder):
         """
         prepare = Preparation.of(self)
         loaded = [prepare.load(_frames_of(video, number)) for number, video in enumerate(videos)]
-        plans = [
-            self.plan_video(_one_size(video, number), len(video), frames=frames, max_tokens=max_tokens)
-            for number, video in enumerate(loaded)
-        ]
+        sizes = [_one_size(video, number) for number, video in enumerate(loaded)]
+        options: dict[str, Any] = {"frames": frames, "max_tokens": max_tokens}
+        plans = [self.plan_video(size, len(video), **options) for size, video in zip(sizes, loaded, strict=True)]
         flat = [frame for video in loaded for frame in video]
         tokens = self.encode(prepare.cut(flat, [p for video in plans for p in video.plans]))
         parts = tokens.split([sum(map(num_rows, video.plans)) for video in plans]) if plans else ()
-        return [self._finish_video(part, video) for part, video in zip(parts, plans, strict=True)]
-
-    def _finish_video(self, tokens: Tensor, video: VideoPlan) -> EncodedVideo:
-        if video.newline:
-            tokens = torch.cat([tokens, self.packer.newline.to(tokens).unsqueeze(0)])
-        return EncodedVideo(tokens, video, video_layout(video, self.schema))
+        encoded = []
+        for part, video in zip(parts, plans, strict=True):
+            if video.newline:
+                part = torch.cat([part, self.packer.newline.to(part).unsqueeze(0)])
+            encoded.append(EncodedVideo(part, video, video_layout(video, self.schema)))
+        return encoded
 
     def encode(self, batch: SliceBatch) -> Tensor:
         """Encode all views of a batch: (the :func:`uhd.encoded.num_rows` of all images, D), in order, with gradients.
 
-        Raises:
-            ValueError: As in :meth:`forward`.
+        Errors as in :meth:`forward`.
         """
         return self._encode(batch)[0]
 
@@ -217,7 +209,6 @@ class VisualEncoder(PackedEncoder):
         return tokens, layouts
 
     def _nested(self, tokens: Tensor, lengths: list[int], batch: SliceBatch) -> tuple[Tensor, list[int]]:
-        """The first latents of every view, as many as its plan counts, where the rule says that counts nest."""
         wanted = [view.num_tokens for p in batch.plans for view in p.views]
         fixed = getattr(self.compressor, "tokens_per_view", None) is not None
         if wanted == lengths or len(wanted) != len(lengths) or not (fixed and self.slicing.nested):
@@ -230,15 +221,12 @@ class VisualEncoder(PackedEncoder):
         return pack_features(features, plan) if self.packer is None else self.packer(features, plan)
 
     def _checked_layout(self, plan: SlicePlan, number: int) -> TokenLayout:
-        """Where the tokens of image ``number`` go; its plan must be this encoder's."""
-        if plan.patch_size != self.vision.patch_size:
-            raise ValueError(
-                f"image {number} is planned for patch_size={plan.patch_size}, the vision encoder has "
-                f"{self.vision.patch_size}: plan it with encoder.plan(image_hw)"
-            )
+        advice = "plan it with encoder.plan(image_hw)"
+        if plan.patch_size != (patch_size := self.vision.patch_size):
+            planned = f"image {number} is planned for patch_size={plan.patch_size}"
+            raise ValueError(f"{planned}, the vision encoder has {patch_size}: {advice}")
         laid = layout_of(plan, self.schema)
         if plan.packing is None and plan.num_separators != laid.num_separators:
-            advice = "plan it with encoder.plan(image_hw)"
             if self.schema == PLAIN:
                 advice = "give the encoder the schema that they are in, or let the plan count none"
             raise ValueError(
@@ -320,25 +308,22 @@ class VisualEncoder(PackedEncoder):
                     "a new compressor needs out_dim, the language model's hidden_size, and a vision encoder that "
                     "tells its own out_dim; or pass compressor=..."
                 )
-            compressor = PerceiverResampler(
-                PerceiverConfig(width=out_dim, vision_width=vision.out_dim, num_heads=default_heads(out_dim))
-            )
+            sizes = {"width": out_dim, "vision_width": vision.out_dim, "num_heads": default_heads(out_dim)}
+            compressor = PerceiverResampler(PerceiverConfig(**sizes))
             note = "the compressor has new, UNTRAINED weights"
         pixels = find_pixels(source) if pixels is None else pixels
         return cls(vision, compressor, slicing=slicing, schema=schema, pixels=pixels, note=note).eval()
 
 
 def _check_backbone(vision: nn.Module, slicing: Slicing, check_image_size: bool) -> None:
-    """Refuse a slicing that plans for another vision encoder, unless only its plans tell what it plans for."""
     patch_size, image_size = vision.patch_size, getattr(vision, "image_size", None)
     side = slicing.view_side
     wanted = (image_size if image_size and side and check_image_size else side, patch_size)
     if slicing.patch_size is not None and (side, slicing.patch_size) != wanted:
         raise ValueError(
-            f"slicing {slicing.name!r} plans for image_size={side}, "
-            f"patch_size={slicing.patch_size}; the vision encoder has image_size={image_size}, "
-            f"patch_size={patch_size}: use slicing.for_vision(image_size={wanted[0]}, patch_size={wanted[1]}); "
-            f"slicing = uhd.strategy({slicing.name!r}), where you gave its name"
+            f"slicing {slicing.name!r} plans for image_size={side}, patch_size={slicing.patch_size}; the vision "
+            f"encoder has image_size={image_size}, patch_size={patch_size}: use slicing.for_vision(image_size="
+            f"{wanted[0]}, patch_size={patch_size}); slicing = uhd.strategy({slicing.name!r}), where you gave its name"
         )
 
 
@@ -350,16 +335,13 @@ def _fitted_packer(packer: FeaturePacker | None, slicing: Slicing, compressor: n
     if packer is not None:
         missing = [kind for kind in learned if getattr(packer, kind) is None]
         if missing:
-            raise ValueError(
-                f"{slicing.name!r} needs learned embeddings, the packer has none for {', '.join(missing)}"
-            )
+            raise ValueError(f"{slicing.name!r} needs learned embeddings, the packer has no {', '.join(missing)}")
         return packer
     out_dim = getattr(compressor, "out_dim", None)
     if out_dim is None:
         raise ValueError(
-            f"{slicing.name!r} needs learned embeddings ({', '.join(learned)}) as wide as the tokens, and "
-            f"the compressor {type(compressor).__name__} has no out_dim: give it one, or pass "
-            "packer=uhd.resampler.FeaturePacker(width)"
+            f"{slicing.name!r} needs learned embeddings ({', '.join(learned)}), and {type(compressor).__name__} tells "
+            "no out_dim, their width: give it one, or pass packer=uhd.resampler.FeaturePacker(width)"
         )
     weight = next(compressor.parameters(), torch.empty(0))
     packer = FeaturePacker(out_dim, **{kind: kind in learned for kind in saving.LEARNED})
@@ -367,18 +349,16 @@ def _fitted_packer(packer: FeaturePacker | None, slicing: Slicing, compressor: n
 
 
 def _frames_of(video: Any, number: int) -> list[Any]:
-    """The frames of one of the videos that were given."""
     if isinstance(video, (list, tuple)) or getattr(video, "ndim", None) == 4:
         return list(video)
     shape = f" of shape {tuple(video.shape)}" if hasattr(video, "shape") else ""
     raise TypeError(
         f"video {number} is a {type(video).__name__}{shape}: expected a list of frames, or an array (T, h, w, c) or "
-        "(T, c, h, w). Videos come as a list of them: put the frames of one video into a list of their own"
+        "(T, c, h, w); one video comes in a list too"
     )
 
 
 def _one_size(video: Sequence[Image.Image], number: int) -> tuple[int, int]:
-    """(height, width) of all frames of a loaded video."""
     sizes = sorted({(frame.height, frame.width) for frame in video})
     if len(sizes) != 1:
         raise ValueError(f"video {number} has {len(video)} frames of the sizes {sizes} (height, width): need one size")

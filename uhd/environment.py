@@ -30,8 +30,7 @@ WITHOUT = {
     "triton": "the resampler's attention runs through PyTorch on GPUs too",
     "accelerate": "no Trainer and no device_map: pip install accelerate",
     "peft": "no adapters: pip install peft",
-    "torchvision": 'transformers\' own image processors are missing, and pixels="fast" decodes by Pillow: '
-    "pip install torchvision",
+    "torchvision": 'no image processors of transformers; pixels="fast" decodes by Pillow: pip install torchvision',
 }
 """What follows where a package is missing that is not needed for everything."""
 
@@ -83,18 +82,18 @@ def look() -> Environment:
     """Compare what is installed with what is supported, and try what will run. Nothing is changed."""
     oldest = oldest_supported()
     names = dict.fromkeys([*NEWEST, *WITHOUT])
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++", "cl"))), None)
     return Environment(
         python=platform.python_version(),
         machine=f"{platform.system()} {platform.machine()}",
         packages=tuple(_package(name, oldest.get(name)) for name in names),
         attention=_told(lambda: ": ".join(attention())),
         pixels=_told(_pixels),
-        compiler=_compiler(),
+        compiler=compiler or "no C++ compiler: encoder.compile() and torch.compile need one on a CPU",
     )
 
 
 def _told(look_up: Callable[[], str]) -> str:
-    """What was found, or why nothing could be."""
     try:
         return look_up()
     except Exception as problem:
@@ -129,14 +128,11 @@ def attention() -> tuple[str, str]:
 
 def table(environment: Environment) -> str:
     """The environment for a person."""
-    rows = [("", "installed", "supported")]
+    lines = [f"Python {environment.python}, {environment.machine}", "", f"  {'':13}  {'installed':15}  supported"]
     for package in environment.packages:
         newest = f"tested up to {package.newest}" if package.newest else ""
         span = ", ".join(filter(None, (f"from {package.oldest}" if package.oldest else "", newest)))
-        rows.append((package.name, package.installed or "-", span))
-    widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    lines = [f"Python {environment.python}, {environment.machine}", ""]
-    lines += [f"  {name:<{widths[0]}}  {installed:<{widths[1]}}  {span}".rstrip() for name, installed, span in rows]
+        lines.append(f"  {package.name:13}  {package.installed or '-':15}  {span}".rstrip())
     told = {"attention": environment.attention, "pixels": environment.pixels, "torch.compile": environment.compiler}
     lines += ["", *(f"  {name:<13}  {value}" for name, value in told.items())]
     lines += [f"\n  warning: {warning}" for warning in environment.warnings]
@@ -153,15 +149,12 @@ def _package(name: str, oldest: str | None) -> Package:
     if oldest and _numbers(installed) < _numbers(oldest):
         advice = f"{installed} is older than {oldest}, the oldest supported: pip install '{name}>={oldest}'"
     elif newest and _numbers(installed) > _numbers(newest):
-        advice = (
-            f"{installed} is newer than {newest}, the newest tested; should it fail, pip install '{name}<={newest}'"
-        )
+        advice = f"{installed} is newer than {newest}, the newest tested; if it fails, pip install '{name}<={newest}'"
     return Package(name, installed, oldest, newest, advice)
 
 
 def _import_problem(name: str) -> str | None:
-    """What keeps an installed package that is made for one release of torch from loading."""
-    if name not in ("torchvision", "triton"):
+    if name not in ("torchvision", "triton"):  # made for one release of torch
         return None
     try:
         importlib.import_module(name)
@@ -184,8 +177,3 @@ def _pixels() -> str:
         return "pillow by Pillow; fast by torchvision's JPEG decoder and PyTorch's resize"
     why = "is not installed" if find_spec("torchvision") is None else "does not decode as Pillow does here"
     return f"pillow by Pillow; fast by Pillow's decoder, since torchvision {why}, and PyTorch's resize"
-
-
-def _compiler() -> str:
-    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++", "cl"))), None)
-    return compiler or "no C++ compiler: encoder.compile() and torch.compile need one on a CPU"

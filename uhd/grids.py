@@ -42,11 +42,10 @@ def as_grid(grid_hw: Sequence[int], name: str = "grid") -> tuple[int, int]:
 
 
 def check_grids(grids: Sequence[Sequence[int]] | Tensor) -> tuple[tuple[int, int], ...]:
-    """Check the grids of all views, and give them as plain tuples.
+    """Check the grids of all views, as `as_grid` does, and give them as plain tuples.
 
     Raises:
-        TypeError: an entry is not two integers, or a tensor is not on the CPU (reading it would hide a device sync).
-        ValueError: a side below 1.
+        TypeError: also where a tensor is not on the CPU (reading it would hide a device sync).
     """
     if isinstance(grids, Tensor):
         if grids.device.type != "cpu":
@@ -76,8 +75,7 @@ def map_by_grid(compute: Callable[[Grid, list[int]], Iterable[Tensor]], grids: S
     """Call `compute` once for each distinct grid, and put its results back in the order of the views.
 
     Args:
-        compute: takes a grid and the views that have it; gives one result for each of them, such as the rows of a
-            batch.
+        compute: takes a grid and the views that have it; gives one result for each of them.
         grids: of all views.
 
     >>> map_by_grid(lambda grid, views: [f"{grid} of view {view}" for view in views], [(2, 3), (4, 1), (2, 3)])
@@ -111,11 +109,10 @@ def shrink_grids(grids: Sequence[Sequence[int]] | Tensor, factor: int, advice: s
     Args:
         grids: of all views, as `check_grids` takes them.
         factor: how many patches along a side become one.
-        advice: what to do about a grid that cannot be divided; ends the error message.
+        advice: ends the error message about a side that is no multiple of the factor.
 
     Raises:
-        TypeError: as `check_grids`.
-        ValueError: a side that is no multiple of the factor.
+        TypeError, ValueError: as `check_grids`, and for such a side.
 
     >>> shrink_grids([(4, 8)], 2, "plan with merge=2")
     ((2, 4),)

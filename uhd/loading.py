@@ -29,6 +29,7 @@ from torch.utils.data import Sampler
 from uhd.batch import SliceBatch
 from uhd.pixels import PixelSettings, image_size_hw
 from uhd.pixels.render import load_picture
+from uhd.settings import check_choice
 from uhd.slicing import SlicePlan, SlicingLike, find, plan, plan_many
 from uhd.slicing.sample import plan_sample
 
@@ -80,15 +81,7 @@ class Preparation:
     def __call__(
         self, images: Sequence[Any], *, max_tokens: int | None = None, multi_image: bool = False
     ) -> SliceBatch:
-        """Load, plan, resize and cut.
-
-        Args:
-            images: A list of what :func:`uhd.pixels.load_image` takes: PIL, path, bytes, array, tensor.
-            max_tokens: Bound on the tokens of all images together; see :func:`uhd.slicing.plan_images`.
-            multi_image: The images are one sample's, and are planned as the strategy does with several.
-
-        Returns:
-            uint8 patches on the CPU, for ``encoder(batch)``.
+        """Load, plan, resize and cut, as :meth:`uhd.VisualEncoder.prepare`, whose arguments these are.
 
         Raises:
             ValueError, TypeError: An image is refused, by its number in the list and, where it has one, its path.
@@ -108,10 +101,7 @@ class Preparation:
     def load(self, images: Sequence[Any]) -> list[Any]:
         """Upright RGB pictures with ``height`` and ``width``, as :meth:`cut` takes them; errors as of a call."""
         if not isinstance(images, (list, tuple)):
-            raise TypeError(
-                f"expected a list of images, got {type(images).__name__}: put one image into a list, "
-                "make an iterator a list"
-            )
+            raise TypeError(f"expected a list of images, got {type(images).__name__}: put one image into a list")
         loaded = []
         for number, image in enumerate(images):
             with named("image", number, image):
@@ -120,9 +110,8 @@ class Preparation:
 
     def cut(self, loaded: Sequence[Any], plans: Sequence[SlicePlan]) -> SliceBatch:
         """The batch of pictures by plans of their sizes, one each."""
-        return SliceBatch.from_images(
-            loaded, plans, settings=self.pixels, patch_size=self.patch_size, inner=self.inner
-        )
+        how = {"settings": self.pixels, "patch_size": self.patch_size, "inner": self.inner}
+        return SliceBatch.from_images(loaded, plans, **how)
 
 
 def image_sizes_hw(images: Iterable[Any], *, threads: int = 1) -> np.ndarray:
@@ -149,18 +138,17 @@ def image_sizes_hw(images: Iterable[Any], *, threads: int = 1) -> np.ndarray:
         raise TypeError(f"expected images one after the other, got {type(images).__name__}")
     # a dataset need not end by an IndexError
     stream = images if hasattr(images, "__iter__") else map(images.__getitem__, range(len(images)))
+
+    def size_hw(item: tuple[int, Any]) -> tuple[int, int]:
+        with named("item", *item):
+            return image_size_hw(item[1])
+
     items, found = enumerate(stream), []
     with ThreadPoolExecutor(threads) as pool:
         run = pool.map if threads > 1 else map
         while some := list(islice(items, _READ_TOGETHER)):
-            found += run(_size_hw, some)
+            found += run(size_hw, some)
     return np.array(found, np.int64).reshape(-1, 2)
-
-
-def _size_hw(item: tuple[int, Any]) -> tuple[int, int]:
-    number, image = item
-    with named("item", number, image):
-        return image_size_hw(image)
 
 
 def image_costs(sizes_hw: np.ndarray | Sequence[Sequence[int]], slicing: Any, *, unit: str = "patches") -> np.ndarray:
@@ -183,8 +171,7 @@ def image_costs(sizes_hw: np.ndarray | Sequence[Sequence[int]], slicing: Any, *,
     Raises:
         ValueError: The rule refuses a size, by its row; or there is no such unit.
     """
-    if unit not in UNITS:
-        raise ValueError(f"unit must be one of {', '.join(map(repr, UNITS))}, got {unit!r}")
+    check_choice("unit", unit, UNITS)
     return plan_many(sizes_hw, getattr(slicing, "slicing", slicing))[f"num_{unit}"]
 
 
@@ -196,9 +183,8 @@ def named(kind: str, number: int, image: Any = None) -> Iterator[None]:
     except (ValueError, TypeError) as problem:
         path = repr(str(image)) if isinstance(image, (str, os.PathLike)) else ""
         where = f" ({path})" if path not in str(problem) else ""
-        raise (TypeError if isinstance(problem, TypeError) else ValueError)(
-            f"{kind} {number}{where}: {problem}"
-        ) from problem
+        error = TypeError if isinstance(problem, TypeError) else ValueError
+        raise error(f"{kind} {number}{where}: {problem}") from problem
 
 
 class TokenBudgetSampler(Sampler[list[int]]):
@@ -209,14 +195,12 @@ class TokenBudgetSampler(Sampler[list[int]]):
 
     Items are taken from the costliest to the cheapest, and each goes to the batch that costs least so far (longest
     processing time first: R. L. Graham, Bounds on multiprocessing timing anomalies, 1969); where it fits none, there
-    are more batches. So a batch is a mixture of sizes, as packed sequences allow, and no group of like ones. For this
-    order alone every cost is first multiplied by a random factor in 1 - jitter .. 1 + jitter, new in every epoch, so
-    that an item meets others each time. The number of batches is settled once; an epoch for which it is too few is
-    drawn again with half the jitter, and so on. Without any it is always enough.
+    are more batches. For this order alone every cost is first multiplied by a random factor in 1 - jitter ..
+    1 + jitter, new in every epoch, so that an item meets others each time. The number of batches is settled once; an
+    epoch for which it is too few is drawn again with half the jitter, at last without any.
 
-    For R ranks the number of batches is raised to a multiple of R. They are sorted by cost and dealt R at a time, so
-    the batches of one step cost nearly the same; then the steps are shuffled, and which rank takes which. All ranks
-    compute this alike from the seed and the epoch, and do not communicate.
+    For R ranks the number of batches is raised to a multiple of R, so that the batches of one step cost nearly the
+    same. All ranks compute the batches alike from the seed and the epoch, and do not communicate.
 
     >>> sampler = TokenBudgetSampler([5, 1, 4, 2, 3], budget=8, shuffle=False)
     >>> list(sampler)
@@ -260,26 +244,23 @@ class TokenBudgetSampler(Sampler[list[int]]):
         self.seed = _whole("seed", seed, least=0)
         if not 0 <= jitter < 1:
             raise ValueError(f"jitter must lie in 0 up to below 1, got {jitter!r}")
-        if uneven not in UNEVEN:
-            raise ValueError(f"uneven must be one of {', '.join(map(repr, UNEVEN))}, got {uneven!r}")
+        check_choice("uneven", uneven, UNEVEN)
         self.shuffle, self.jitter, self.uneven = bool(shuffle), float(jitter), uneven
         self.epoch = self._start = self._first = self._taken = 0  # batches: to begin at, begun at, taken
         self._in_all = self._settle()
         self._num_batches = self._per_rank()
 
     def __len__(self) -> int:
-        """Batches that the next iteration gives to this rank."""
         return self._num_batches - self._start
 
     def __iter__(self) -> Iterator[list[int]]:
         self._first = self._taken = self._start
         self._start = 0
-        return self._counted(self._batches()[self._first :])
+        return map(self._take, self._batches()[self._first :])
 
-    def _counted(self, batches: list[list[int]]) -> Iterator[list[int]]:
-        for batch in batches:
-            self._taken += 1
-            yield batch
+    def _take(self, batch: list[int]) -> list[int]:
+        self._taken += 1
+        return batch
 
     def set_epoch(self, epoch: int) -> None:
         """Call it before every epoch: without, all epochs have the same batches in the same order."""
@@ -318,7 +299,6 @@ class TokenBudgetSampler(Sampler[list[int]]):
         return batches
 
     def _fingerprint(self) -> dict[str, Any]:
-        """What decides the batches of an epoch."""
         names = ("budget", "max_items", "shuffle", "seed", "jitter", "num_replicas", "uneven")
         return {"costs": zlib.crc32(self.costs.tobytes()), **{name: getattr(self, name) for name in names}}
 
@@ -332,7 +312,6 @@ class TokenBudgetSampler(Sampler[list[int]]):
         return count
 
     def _shared(self, count: int) -> int:
-        """The next multiple of the ranks, if there are as many items."""
         rounded = math.ceil(count / self.num_replicas) * self.num_replicas
         return rounded if rounded <= len(self.costs) else count
 
@@ -341,18 +320,13 @@ class TokenBudgetSampler(Sampler[list[int]]):
         if rest and self.uneven == "error":
             raise ValueError(
                 f"{len(self.costs)} items make {self._in_all} batches, which {self.num_replicas} ranks cannot share "
-                f"evenly: uneven='repeat' gives {self.num_replicas - rest} of them again in every epoch, "
-                f"uneven='drop' leaves {rest} out; or raise the budget"
+                f"evenly: uneven='repeat' gives {self.num_replicas - rest} of them again, 'drop' leaves {rest} out"
             )
         if rest and self.uneven == "drop" and not whole:
-            raise ValueError(
-                f"{self._in_all} batches for {self.num_replicas} ranks: uneven='drop' would leave out all of them; "
-                "take uneven='repeat' or fewer ranks"
-            )
+            raise ValueError("uneven='drop' would leave out all of them: take 'repeat' or fewer ranks")
         return whole + bool(rest and self.uneven == "repeat")
 
     def _order(self, epoch: int, draw: int) -> list[int]:
-        """Items from the costliest to the cheapest, under the jitter of this draw."""
         if not self.shuffle:
             return np.argsort(-self.costs, kind="stable").tolist()
         rng = np.random.default_rng((self.seed, epoch, draw))
@@ -362,10 +336,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
         return items[np.argsort(-keys, kind="stable")].tolist()
 
     def _fill(self, order: Sequence[int], count: int) -> tuple[np.ndarray, int]:
-        """The batch of every item, and the number of batches: ``count``, or more where that is too few.
-
-        With the true order of costs the number depends on the costs alone, not on which of equal ones comes first.
-        """
+        """The batch of every item, and the number of batches: ``count``, or more where that is too few."""
         costs, budget, max_items = self.costs.tolist(), self.budget, self.max_items
         heap = [(0, 0, batch) for batch in range(count)]  # cost, items and number of each batch with room
         home = [0] * len(costs)
@@ -382,7 +353,6 @@ class TokenBudgetSampler(Sampler[list[int]]):
         return np.array(home), count
 
     def _batches(self) -> list[list[int]]:
-        """This rank's, of this epoch."""
         draws = range(_DRAWS) if self.shuffle else (_DRAWS - 1,)
         filled = (self._fill(self._order(self.epoch, draw), self._in_all) for draw in draws)
         home = next(home for home, count in filled if count == self._in_all)
@@ -416,9 +386,7 @@ def _whole(name: str, value: Any, *, least: int) -> int:
 def _check_costs(costs: Any, budget: int) -> np.ndarray:
     found = np.asarray(costs)
     if found.ndim != 1 or not found.size or found.dtype.kind not in "iu":
-        raise ValueError(
-            f"costs are positive ints, one an item and at least one, got shape {found.shape}, dtype {found.dtype}"
-        )
+        raise ValueError(f"costs are positive ints, one an item, got shape {found.shape} of {found.dtype}")
     if found.min() < 1:
         raise ValueError(f"costs are positive ints, item {int(found.argmin())} has {found.min()}")
     over = np.flatnonzero(found > budget)
@@ -426,17 +394,14 @@ def _check_costs(costs: Any, budget: int) -> np.ndarray:
         worst = int(found.argmax())
         raise ValueError(
             f"{len(over)} of {len(found)} items cost more than budget={budget}, the most item {worst} with "
-            f"{found[worst]}: raise the budget to {found[worst]}, cut images into fewer slices (max_slices), or leave "
-            "such items out with torch.utils.data.Subset"
+            f"{found[worst]}: raise the budget, lower max_slices, or leave such items out (torch.utils.data.Subset)"
         )
     return found.astype(np.int64)
 
 
 def _check_ranks(rank: int | None, num_replicas: int | None) -> tuple[int, int]:
     if (rank is None) != (num_replicas is None):
-        raise ValueError(
-            f"rank and num_replicas are given together or not at all, got rank={rank}, num_replicas={num_replicas}"
-        )
+        raise ValueError(f"rank and num_replicas go together, got rank={rank}, num_replicas={num_replicas}")
     if rank is None:
         shared = distributed.is_available() and distributed.is_initialized()
         return (distributed.get_rank(), distributed.get_world_size()) if shared else (0, 1)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from uhd.schema import SeparatorIds, TokenLayout
 
@@ -45,10 +46,8 @@ def merge_visual(embeds: Tensor, mask: Tensor, visual: Tensor, *, counts: Sequen
         TypeError: ``embeds`` are not floating point.
     """
     if embeds.ndim != 3 or mask.shape != embeds.shape[:2] or mask.dtype != torch.bool:
-        raise ValueError(
-            "expected embeds (B, T, D) and a bool mask (B, T), "
-            f"got embeds {tuple(embeds.shape)} and mask {tuple(mask.shape)} of {mask.dtype}"
-        )
+        got = f"embeds {tuple(embeds.shape)} and mask {tuple(mask.shape)} of {mask.dtype}"
+        raise ValueError(f"expected embeds (B, T, D) and a bool mask (B, T), got {got}")
     if not embeds.is_floating_point():
         raise TypeError(f"embeds must be floating point, got {embeds.dtype}")
     if visual.ndim != 2 or visual.shape[1] != embeds.shape[2]:
@@ -58,10 +57,8 @@ def merge_visual(embeds: Tensor, mask: Tensor, visual: Tensor, *, counts: Sequen
     # the gradient of index_copy gathers by position; that of masked_scatter would count the mask again
     positions = mask.flatten().nonzero().squeeze(1)
     if len(positions) != len(visual):
-        raise ValueError(
-            f"{len(positions)} masked positions but {len(visual)} visual rows; positions of each batch row: "
-            f"{mask.sum(1).tolist()}"
-        )
+        rows = mask.sum(1).tolist()
+        raise ValueError(f"{len(positions)} masked positions but {len(visual)} visual rows; of each batch row: {rows}")
     positions = positions.to(embeds.device, non_blocking=positions.device.type == "cpu")
     merged = embeds.flatten(0, 1).index_copy(0, positions, visual.to(embeds))
     return merged.view(embeds.shape)
@@ -94,24 +91,20 @@ def assemble(
     views = _split_views(view_tokens, layout)
     width = views[0].shape[-1]
     separators: dict[str, Tensor] = {}
-    for symbol in (entry.symbol for entry in layout.entries if entry.view is None):
+    for symbol in dict.fromkeys(entry.symbol for entry in layout.entries if entry.view is None):
         if symbol not in separator_embeddings:
             raise ValueError(f"no embedding for the symbol {symbol!r}; there are {sorted(separator_embeddings)}")
-        if separator_embeddings[symbol].shape != (width,):
-            raise ValueError(
-                f"the embedding of {symbol!r} must be ({width},) as the views, "
-                f"got {tuple(separator_embeddings[symbol].shape)}"
-            )
-        separators.setdefault(symbol, separator_embeddings[symbol].to(views[0]).unsqueeze(0))
+        found = separator_embeddings[symbol]
+        if found.shape != (width,):
+            raise ValueError(f"the embedding of {symbol!r} must be ({width},) as the views, got {tuple(found.shape)}")
+        separators[symbol] = found.to(views[0]).unsqueeze(0)
     return torch.cat([separators[e.symbol] if e.view is None else views[e.view] for e in layout.entries])
 
 
 def separator_embeddings(
     embed: Callable[[Tensor], Tensor], ids: Mapping[str, SeparatorIds], *, device: torch.device | str | None = None
 ) -> dict[str, Tensor]:
-    """Embed resolved separators with the language model's own input embedding.
-
-    The module is called, its weight never indexed: scaled embeddings (Gemma) do their scaling in the call.
+    """Embed resolved separators by calling the language model's own input embedding, which may scale (Gemma).
 
     >>> embed = nn.Embedding.from_pretrained(torch.tensor([[0.0, 0.0], [1.0, 2.0]]))
     >>> separator_embeddings(embed, {",": SeparatorIds((1,), "given")})[","].tolist()
@@ -178,9 +171,6 @@ def merge_samples(
         padding_side: ``"right"`` for training, ``"left"`` for generation.
         device: Of the batch; ``None`` is that of the first image, or of the first row of ids, or the CPU.
 
-    Returns:
-        The batch; ``inputs_embeds`` has the dtype that ``embed`` gives.
-
     Raises:
         ValueError: There are no rows, a row and its images or labels differ in number (the message names the row and
             both numbers), an image is not (tokens, D), or a setting is unknown.
@@ -190,16 +180,17 @@ def merge_samples(
     if padding_side not in ("right", "left"):
         raise ValueError(f"padding_side must be 'right' or 'left', got {padding_side!r}")
     rows = _matched(input_ids, input_ids if labels is None else labels, images)
-    spread = [
-        _spread_row(row, ids, target, pictures, image_token_id, pad_token_id)
-        for row, (ids, target, pictures) in enumerate(rows)
-    ]
+    spread = [_spread_row(row, *parts, image_token_id) for row, parts in enumerate(rows)]
     flat = [picture for pictures in images for picture in pictures]
     if device is None:
         device = next((item.device for item in [*flat, *input_ids] if isinstance(item, Tensor)), None)
-    ids, targets, visual = zip(*spread, strict=True)
-    ids = _padded(ids, pad_token_id, padding_side).to(device)
-    mask = _padded(visual, 0, padding_side).bool()
+    ids, targets, masks = zip(*spread, strict=True)
+
+    def padded(rows: Sequence[Tensor], fill: int) -> Tensor:
+        return pad_sequence(list(rows), batch_first=True, padding_value=fill, padding_side=padding_side)
+
+    mask, attention = padded(masks, 0), padded([torch.ones_like(row) for row in ids], 0)
+    ids = padded(ids, pad_token_id).masked_fill(mask, pad_token_id).to(device)
     embeds = embed(ids)
     widths = sorted({picture.shape[1] for picture in flat})
     if widths not in ([], [embeds.shape[-1]]):
@@ -207,9 +198,9 @@ def merge_samples(
     tokens = torch.cat(flat) if flat else embeds.new_zeros(0, embeds.shape[-1])
     return MergedBatch(
         inputs_embeds=merge_visual(embeds, mask, tokens),
-        attention_mask=_padded([[1] * len(row) for row in visual], 0, padding_side).to(ids.device),
-        position_ids=_padded([list(range(len(row))) for row in visual], 0, padding_side).to(ids.device),
-        labels=_padded(targets, IGNORE, padding_side).to(ids.device),
+        attention_mask=attention.to(ids.device),
+        position_ids=((attention.cumsum(1) - 1) * attention).to(ids.device),
+        labels=padded(targets, IGNORE).masked_fill(mask, IGNORE).to(ids.device),
         input_ids=ids,
         visual_mask=mask.to(ids.device),
     )
@@ -217,68 +208,47 @@ def merge_samples(
 
 def _matched(
     input_ids: Sequence[Any], labels: Sequence[Any], images: Sequence[Sequence[Tensor]]
-) -> Iterator[tuple[list[int], list[int], Sequence[Tensor]]]:
-    """Ids, labels and images of every row, as many of each."""
+) -> Iterator[tuple[Tensor, Tensor, Sequence[Tensor]]]:
     if not len(input_ids) or len(images) != len(input_ids):
-        raise ValueError(
-            f"got {len(input_ids)} rows of ids and images for {len(images)}: need as many, and at least one"
-        )
+        raise ValueError(f"{len(input_ids)} rows of ids and images for {len(images)}: need as many, at least one")
     if len(labels) != len(input_ids):
         raise ValueError(f"got {len(input_ids)} rows of ids and {len(labels)} rows of labels")
-    return zip(map(_as_list, input_ids), map(_as_list, labels), images, strict=True)
-
-
-def _padded(rows: Sequence[list[int]], fill: int, side: str) -> Tensor:
-    length = max(map(len, rows))
-    gaps = [[fill] * (length - len(row)) for row in rows]
-    pairs = zip(gaps, rows, strict=True) if side == "left" else zip(rows, gaps, strict=True)
-    return torch.tensor([before + after for before, after in pairs], dtype=torch.long)
+    return zip(map(_ids, input_ids), map(_ids, labels), images, strict=True)
 
 
 def _spread_row(
-    row: int, ids: list[int], labels: list[int], images: Sequence[Tensor], image_token_id: int, pad_token_id: int
-) -> tuple[list[int], list[int], list[int]]:
-    """(ids, labels, 1 where visual) of one row after every placeholder got its image's length."""
-    if ids.count(image_token_id) != len(images):
-        raise ValueError(
-            f"row {row} has {ids.count(image_token_id)} placeholders (id {image_token_id}) and {len(images)} images"
-        )
+    row: int, ids: Tensor, labels: Tensor, images: Sequence[Tensor], image_token_id: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids, labels, True where visual) of one row after every placeholder got its image's length."""
+    visual = ids == image_token_id
+    if (count := int(visual.sum())) != len(images):
+        raise ValueError(f"row {row} has {count} placeholders (id {image_token_id}) and {len(images)} images")
     if len(labels) != len(ids):
         raise ValueError(f"row {row} has {len(ids)} ids and {len(labels)} labels")
     for place, image in enumerate(images):
         if image.ndim != 2:
             raise ValueError(f"image {place} of row {row} must be (tokens, D), got {tuple(image.shape)}")
-    lengths = iter([len(image) for image in images])
-    out: tuple[list[int], list[int], list[int]] = ([], [], [])
-    for token, label in zip(ids, labels, strict=True):
-        visual = token == image_token_id
-        count = next(lengths) if visual else 1
-        for part, value in zip(out, (pad_token_id, IGNORE, 1) if visual else (token, label, 0), strict=True):
-            part.extend([value] * count)
-    return out
+    lengths = torch.ones_like(ids)
+    lengths[visual] = torch.tensor([len(image) for image in images], dtype=torch.long)
+    return ids.repeat_interleave(lengths), labels.repeat_interleave(lengths), visual.repeat_interleave(lengths)
 
 
 def _split_views(view_tokens: Tensor | Sequence[Tensor], layout: TokenLayout) -> Sequence[Tensor]:
-    """Every view's (tokens, D), checked against the layout."""
     wanted = list(layout.tokens_per_view)
     if isinstance(view_tokens, Tensor) and view_tokens.ndim == 2:
         if len(view_tokens) != sum(wanted):
-            raise ValueError(
-                f"the layout has {sum(wanted)} visual tokens {wanted}, got {len(view_tokens)} packed rows"
-            )
+            raise ValueError(f"layout of {sum(wanted)} visual tokens {wanted}, got {len(view_tokens)} packed rows")
         return view_tokens.split(wanted)
     views = list(view_tokens)
     got = [tuple(view.shape) for view in views]
     if any(len(shape) != 2 or shape[1] != got[0][1] for shape in got):
         raise ValueError(f"every view must be (tokens, D) with the same D, got {got}")
-    if [shape[0] for shape in got] != wanted:
-        raise ValueError(
-            f"the layout has {len(wanted)} views of {wanted} tokens, got {len(got)} of {[s[0] for s in got]}"
-        )
+    if (lengths := [shape[0] for shape in got]) != wanted:
+        raise ValueError(f"the layout has {len(wanted)} views of {wanted} tokens, got {len(got)} of {lengths}")
     return views
 
 
-def _as_list(row: Sequence[int] | Tensor) -> list[int]:
+def _ids(row: Sequence[int] | Tensor) -> Tensor:
     if isinstance(row, Tensor) and row.ndim != 1:
         raise ValueError(f"a row of ids is one-dimensional, got {tuple(row.shape)}: split the batch into rows")
-    return row.tolist() if isinstance(row, Tensor) else list(row)
+    return torch.as_tensor(row, dtype=torch.long, device="cpu")

@@ -9,12 +9,7 @@ from typing import Any
 
 
 def moved(module: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """Make the ``__getattr__`` of a module whose names live elsewhere now.
-
-    Args:
-        module: The old module's ``__name__``.
-        homes: Old name -> the module that has it now, or ``"module:new_name"``.
-    """
+    """Make a module's ``__getattr__`` from old name -> the module that has it now, or ``"module:new_name"``."""
 
     def __getattr__(name: str) -> Any:
         if name not in homes:

@@ -17,8 +17,7 @@ from uhd.vision import ViT, ViTConfig
 from uhd.vision.int8 import quantize_linears
 
 STEP_NUMBERS = 4 << 20
-"""Numbers in the widest activation that a CPU thread makes at once unless told otherwise, 16 MiB in float32: more
-leaves the caches and, from 32 MiB on, comes as fresh pages from the system each time."""
+"""Numbers in the widest activation that a CPU thread makes at once: 16 MiB in float32, which the caches hold."""
 
 STEP_PATCHES = 1024
 """The same in patches, for vision encoders that do not tell their width."""
@@ -53,9 +52,7 @@ class PackedEncoder(nn.Module):
             raise TypeError(f"a vision encoder needs a patch_size, {type(vision).__name__} has none: see VisionTower")
         widths = getattr(vision, "out_dim", None), getattr(compressor, "in_dim", None)
         if None not in widths and widths[0] != widths[1]:
-            raise ValueError(
-                f"the vision encoder gives features of width {widths[0]}, the compressor takes {widths[1]}"
-            )
+            raise ValueError(f"the vision encoder gives width {widths[0]}, the compressor takes {widths[1]}")
         self.vision, self.compressor = vision, compressor
         self.pixels = pixels
         self.max_patches_per_step = max_patches_per_step
@@ -90,20 +87,15 @@ class PackedEncoder(nn.Module):
         grids = check_grids(grids)
         if len(patches) != (total := sum(h * w for h, w in grids)):
             raise ValueError(f"{len(grids)} grids hold {total} patches in all; got {len(patches)} patches")
-        steps = split_steps([h * w for h, w in grids], self._step_bound(patches))
+        sizes = [h * w for h, w in grids]
+        steps = split_steps(sizes, self._step_bound(patches))
         if len(steps) < 2:
             return self._encode_step(patches, grids, inner)
-        tokens, lengths, first = [], [], 0
-        for views in steps:
-            last = first + sum(h * w for h, w in grids[views])
-            part, counts = self._encode_step(patches[first:last], grids[views], inner)
-            tokens.append(part)
-            lengths += counts
-            first = last
-        return torch.cat(tokens), lengths
+        parts = patches.split([sum(sizes[views]) for views in steps])
+        done = [self._encode_step(part, grids[views], inner) for part, views in zip(parts, steps, strict=True)]
+        return torch.cat([tokens for tokens, _ in done]), [count for _, lengths in done for count in lengths]
 
     def _step_bound(self, patches: Tensor) -> int | None:
-        """Patches of a step at most, ``None`` without a bound."""
         bound = self.max_patches_per_step
         if bound is not None:
             if isinstance(bound, bool) or not hasattr(bound, "__index__") or bound < 1:
@@ -119,27 +111,23 @@ class PackedEncoder(nn.Module):
     def _encode_step(
         self, patches: Tensor, grids: tuple[tuple[int, int], ...], inner: str
     ) -> tuple[Tensor, list[int]]:
-        """As :meth:`encode_packed`, all at once."""
         anchor = float_parameter(self.vision, torch.zeros(()))
         # offloaded weights are on no device: whoever loads them moves what they are called on
         patches = patches.to(patches.device if anchor.is_meta else anchor.device)
         features = self._see(patches, grids, anchor.dtype, inner)
-        grids = self._output_grids(grids)
-        if len(features) != sum(h * w for h, w in grids):
-            raise ValueError(
-                f"vision returned {len(features)} features for {sum(h * w for h, w in grids)} patches: "
-                "a vision encoder of another stride needs output_grids(grids)"
-            )
+        if hasattr(self.vision, "output_grids"):
+            grids = tuple(self.vision.output_grids(grids))
+        if len(features) != (total := sum(h * w for h, w in grids)):
+            told = f"vision returned {len(features)} features for {total} patches"
+            raise ValueError(f"{told}: a vision encoder of another stride needs output_grids(grids)")
         weight = float_parameter(self.compressor, features)
         features = features.to(features.device if weight.is_meta else weight.device, weight.dtype)
         tokens = self._compress(features, grids)
         dense = tokens.dim() == 3
         lengths = [tokens.shape[1]] * len(tokens) if dense else list(self.compressor.output_lengths(grids))
         tokens = tokens.flatten(0, 1) if dense else tokens
-        if len(tokens) != sum(lengths):
-            raise ValueError(
-                f"the compressor returned {len(tokens)} packed tokens, its output_lengths add up to {sum(lengths)}"
-            )
+        if len(tokens) != (total := sum(lengths)):
+            raise ValueError(f"the compressor returned {len(tokens)} packed tokens, its output_lengths {total}")
         return tokens, lengths
 
     def _compress(self, features: Tensor, grids: tuple[tuple[int, int], ...]) -> Tensor:
@@ -154,9 +142,8 @@ class PackedEncoder(nn.Module):
         """Run the ViT by compiled layers wherever no gradients are wanted, from now on; returns the encoder.
 
         The layers are compiled at the first call, once for all blocks and all image sizes. A ViT in bfloat16 or
-        float16 on a CPU without a matrix unit for these computes in float32, and so does a projector behind it; with
-        one the ViT's weights are kept packed. See :mod:`uhd.vision.compiled`. Resamplers have their own faster
-        inference, compiled or not.
+        float16 on a CPU without a matrix unit for these computes in float32, and so does a projector behind it. See
+        :mod:`uhd.vision.compiled`. Resamplers have their own faster inference, compiled or not.
 
         Args:
             backend: Of ``torch.compile``; ``"none"`` leaves the layers uncompiled, in the faster dtype still; ``None``
@@ -176,8 +163,7 @@ class PackedEncoder(nn.Module):
 
         Raises:
             TypeError: The vision encoder is not :class:`uhd.vision.ViT`.
-            ValueError: There is no linear layer left that could be quantised: those that LoRA or others have wrapped
-                stay as they are.
+            ValueError: No linear layer is left: those that LoRA or others have wrapped stay as they are.
         """
         if not quantize_linears(self._packed_vit("quantize").blocks):
             raise ValueError("the ViT's blocks have no nn.Linear: they are quantised, wrapped or offloaded already")
@@ -185,10 +171,8 @@ class PackedEncoder(nn.Module):
 
     def _packed_vit(self, verb: str) -> ViT:
         if not isinstance(self.vision, ViT):
-            raise TypeError(
-                f"only uhd.vision.ViT can be {verb}d here, the vision encoder is {type(self.vision).__name__}: "
-                f"{verb} its backbone before it is wrapped"
-            )
+            kind = type(self.vision).__name__
+            raise TypeError(f"the vision encoder is {kind}, not uhd.vision.ViT: {verb} its backbone before that")
         return self.vision
 
     def _see(self, patches: Tensor, grids: tuple[tuple[int, int], ...], dtype: torch.dtype, inner: str) -> Tensor:
@@ -201,7 +185,3 @@ class PackedEncoder(nn.Module):
         if not patches.is_floating_point():
             patches = normalize(patches, self.pixels, inner=inner)
         return self.vision(patches.to(dtype), grids, **how)
-
-    def _output_grids(self, grids: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
-        change = getattr(self.vision, "output_grids", None)
-        return grids if change is None else tuple(change(grids))

@@ -18,22 +18,17 @@ BUCKET_RULES = ("integer", "transformers", "remote")
 
 
 def interpolate_pos_embed(
-    table: Tensor,
-    src_hw: tuple[int, int],
-    dst_hw: tuple[int, int],
-    mode: str = "bicubic",
-    antialias: bool = False,
+    table: Tensor, src_hw: tuple[int, int], dst_hw: tuple[int, int], mode: str = "bicubic", antialias: bool = False
 ) -> Tensor:
     """Resample a table of position embeddings from one grid to another.
 
-    The LLaVA-UHD paper reshapes the table to 2D and interpolates it to every slice's grid. Its release and CLIP in
-    transformers use bicubic without antialias, timm's `resample_abs_pos_embed` bicubic with it, SigLIP2 NaFlex
-    bilinear with it. Samples lie at cell centres (`align_corners=False`). To a grid of one column, antialias is right
-    here; on the CPU torch repeats the first row of a contiguous image there, which SigLIP2 in transformers meets.
+    The LLaVA-UHD release and CLIP in transformers use bicubic without antialias, timm's `resample_abs_pos_embed`
+    bicubic with it, SigLIP2 NaFlex bilinear with it. Samples lie at cell centres (`align_corners=False`). To a grid of
+    one column, antialias is right here; on the CPU torch repeats the first row of a contiguous image there, which
+    SigLIP2 in transformers meets.
 
-    One small matrix product a side gives what `torch.nn.functional.interpolate` does, up to rounding, and is 3 to 40
-    times as fast on a CPU: 0.3 ms instead of 12 for 8 x 8 to 24 x 24 at width 1024. So nobody keeps tables between
-    calls, and none can be stale.
+    One small matrix product a side gives what `torch.nn.functional.interpolate` does, up to rounding, and is faster on
+    a CPU. So nobody keeps tables between calls, and none can be stale.
 
     Args:
         table: (h*w, D) floating point, row-major, patch rows only (no class token).
@@ -70,7 +65,6 @@ def interpolate_pos_embed(
 
 
 def _resized(table: Tensor, src_hw: tuple[int, int], dst_hw: tuple[int, int], mode: str, antialias: bool) -> Tensor:
-    """As `interpolate_pos_embed`, of checked arguments and between grids that differ."""
     if mode == "nearest":
         rows, columns = (_integer_buckets(d, s, table.device) for d, s in zip(dst_hw, src_hw, strict=True))
         return table[_flat_ids(rows, columns, src_hw[1])]
@@ -130,9 +124,8 @@ def bucket_position_ids(grid_hw: tuple[int, int], table_side: int, rule: str = "
         grid_hw: (rows, columns) of the view, in patches.
         table_side: n, the side of the square table, in patches (70 for MiniCPM-V: 980 px / 14).
         rule: "integer": floor(i*n/h), exact. The other two keep the float32 rounding of existing code, for checkpoints
-            trained with it: "transformers" (`models/minicpmv4_6`: thresholds k/n against i/h) and "remote" (MiniCPM-V
-            2.5 and 2.6 hub code: multiples of a float32 step 1/h, which moves single rows, such as 4 of 49). Both are
-            torch's arithmetic on the CPU, to the last bit.
+            trained with it, to the last bit: "transformers" (`models/minicpmv4_6`: thresholds k/n against i/h) and
+            "remote" (MiniCPM-V 2.5 and 2.6 hub code: multiples of a float32 step 1/h, which moves single rows).
 
     Returns:
         (h*w,) int64 on the CPU, row-major: row_bucket * n + column_bucket.
@@ -160,7 +153,6 @@ def _integer_buckets(length: int, side: int, device: torch.device | None = None)
 
 
 def _float_buckets(length: int, side: int, *, accumulate: bool) -> Tensor:
-    """Bucket of each of `length` fractions among the thresholds k/side, rounded as the two codes round."""
     thresholds = torch.arange(1 / side, 1.0, 1 / side)
     if accumulate:
         step = 1 / torch.tensor(length)  # there the length is a tensor, so that the step itself is a float32

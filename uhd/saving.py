@@ -57,16 +57,10 @@ class EncoderDescription:
     @classmethod
     def of(cls, encoder: Any) -> EncoderDescription:
         """Describe an encoder as it is now."""
-        return cls(
-            vision=describe_part(encoder.vision),
-            compressor=describe_part(encoder.compressor),
-            slicing=encoder.slicing.to_dict(),
-            schema=encoder.schema.to_dict(),
-            pixels=encoder.pixels.to_dict(),
-            packer=encoder.packer and encoder.packer.to_dict(),
-            check_image_size=encoder.check_image_size,
-            note=encoder.note,
-        )
+        parts = {name: describe_part(getattr(encoder, name)) for name in ("vision", "compressor")}
+        settings = {name: getattr(encoder, name).to_dict() for name in ("slicing", "schema", "pixels")}
+        packer = encoder.packer and encoder.packer.to_dict()
+        return cls(**parts, **settings, packer=packer, check_image_size=encoder.check_image_size, note=encoder.note)
 
     def to_dict(self) -> dict[str, Any]:
         """What ``uhd_encoder.json`` holds."""
@@ -129,13 +123,7 @@ def save(encoder: Any, folder: str | os.PathLike) -> None:
 def load(kind: type[_Encoder], folder: Path, **given: Any) -> _Encoder:
     """Read what :func:`save` wrote as an encoder of this class, in eval mode.
 
-    Args:
-        kind: :class:`uhd.VisualEncoder`.
-        folder: Holds the two files.
-        given: As in :meth:`EncoderDescription.arguments`.
-
-    Raises:
-        ValueError: A file is damaged; the message names it.
+    ``given`` is as in :meth:`EncoderDescription.arguments`. A ``ValueError`` names a damaged file.
     """
     with damage_named(folder / CONFIG_FILE):
         description = EncoderDescription.from_dict(json.loads((folder / CONFIG_FILE).read_text()))

@@ -18,7 +18,6 @@ class Settings:
     """What makes a field of its plain JSON types, where that is more than tuples of lists."""
 
     def replace(self: _Own, **changes: Any) -> _Own:
-        """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -27,11 +26,7 @@ class Settings:
 
     @classmethod
     def from_dict(cls: type[_Own], data: Mapping[str, Any]) -> _Own:
-        """The inverse of :meth:`to_dict`, also after JSON text.
-
-        Raises:
-            ValueError: A key is no setting, and the message lists those there are; or one is missing.
-        """
+        """The inverse of :meth:`to_dict`, also after JSON text; a ``ValueError`` names a wrong or missing key."""
         known = [field.name for field in dataclasses.fields(cls)]
         try:
             unknown = sorted(set(data) - set(known))

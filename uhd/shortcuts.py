@@ -55,9 +55,8 @@ def in_fastest_dtype(module: nn.Module, x: Tensor) -> nn.Module:
         return module
     own = floats[0].dtype
     dtype = fastest_dtype(own, x.device)
-    alike = all(
-        type(each) in (Tensor, nn.Parameter) and (each.device, each.dtype) == (x.device, own) for each in floats
-    )
+    plain = {(type(each) in (Tensor, nn.Parameter), each.device, each.dtype) for each in floats}
+    alike = plain == {(True, x.device, own)}
     if dtype == own or not alike or not all(is_plain(part, type(part)) for part in module.modules()):
         return module
     cast = {id(each): each.detach().to(dtype) for each in floats}

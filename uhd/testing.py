@@ -62,9 +62,20 @@ EXTREMES: tuple[tuple[int, int], ...] = (
 )
 """Sizes that a rule plans, or refuses with a ``ValueError``."""
 
-CHECKS = ("returns", "purity", "geometry", "divisibility", "coverage", "budget", "transposition", "extremes")
+_ADVICE = {
+    "returns": "a plan is expected for every usual size",
+    "purity": "equal sizes must give equal, hashable, JSON-able plans: keep no state, draw no random numbers",
+    "geometry": "the plan's parts contradict each other",
+    "divisibility": "a view's sides must be whole multiples of patch_size, or its rim is never seen",
+    "coverage": "part of the image is in no view: widen the boxes, or add an overview",
+    "budget": "a bound is exceeded: cap slices, or shrink views",
+    "transposition": "turning the image by 90 degrees changes its cost: compare log aspects, and break ties by area",
+    "extremes": "an unusual size must be planned, or refused with a ValueError that names it",
+}
+CHECKS = tuple(_ADVICE)
 """What :func:`check_strategy` tests, by name."""
 
+_Found = dict[tuple[int, int], SlicePlan | Exception]
 _MOST_SHOWN = 3  # sizes named for each failure
 _MOST_PIXELS = 4_000_000_000  # px of a canvas
 
@@ -134,9 +145,6 @@ def check_strategy(rule: SlicingLike, **options: Any) -> StrategyReport:
         rule: A function from (height, width) to a :class:`SlicePlan`, a config, or a name.
         options: Keywords of :func:`inspect_strategy`.
 
-    Returns:
-        The report, where all is well.
-
     Raises:
         AssertionError: Some laws are broken; the message lists each with what to do and examples.
     """
@@ -162,7 +170,7 @@ def inspect_strategy(
     (False, ['coverage'])
 
     Args:
-        rule: A function from (height, width) to a :class:`SlicePlan`, a config, or a name.
+        rule: As in :func:`check_strategy`.
         sizes_hw: Usual sizes, px.
         extremes_hw: Sizes that may be refused.
         max_tokens, max_patches: Bounds of the "budget" check.
@@ -176,55 +184,35 @@ def inspect_strategy(
         raise ValueError(f"skip names no checks {unknown}; there are {', '.join(CHECKS)}")
     config = find(rule)
     name = rule if isinstance(rule, str) else config.name
-    sizes = [(int(h), int(w)) for h, w in sizes_hw]
-    extremes = [(int(h), int(w)) for h, w in extremes_hw]
-    found = {size: _call(config, size) for size in dict.fromkeys([*sizes, *extremes])}
-    usual = {size: found[size] for size in sizes}
-    unusual = {size: found[size] for size in extremes}
-    failures = tuple(
-        Failure(check, why, tuple(seen[:_MOST_SHOWN]), len(seen))
-        for check, (why, seen) in _broken(config, usual, unusual, max_tokens, max_patches).items()
+    usual = {(int(h), int(w)): _call(config, (int(h), int(w))) for h, w in sizes_hw}
+    unusual = {(int(h), int(w)): _call(config, (int(h), int(w))) for h, w in extremes_hw}
+    failures = [
+        Failure(check, _ADVICE[check], tuple(seen[:_MOST_SHOWN]), len(seen))
+        for check, seen in _broken(config, usual, unusual, max_tokens, max_patches).items()
         if seen and check not in skip
-    )
+    ]
+    found = {**usual, **unusual}
     planned = sum(isinstance(result, SlicePlan) for result in found.values())
-    return StrategyReport(name, failures, planned, len(found) - planned)
+    return StrategyReport(name, tuple(failures), planned, len(found) - planned)
 
 
 def _broken(
-    config: Any,
-    usual: dict[tuple[int, int], SlicePlan | Exception],
-    unusual: dict[tuple[int, int], SlicePlan | Exception],
-    max_tokens: int | None,
-    max_patches: int | None,
-) -> dict[str, tuple[str, list[str]]]:
-    """For each of :data:`CHECKS`: what to do about it, and every size that fails, with what was seen."""
-    plans = {size: result for size, result in {**usual, **unusual}.items() if isinstance(result, SlicePlan)}
-    kept = {size: result for size, result in usual.items() if isinstance(result, SlicePlan)}
-    sound = {size: found for size, found in kept.items() if not any(_bad_canvases(found))}
+    config: Any, usual: _Found, unusual: _Found, max_tokens: int | None, max_patches: int | None
+) -> dict[str, list[str]]:
+    """For each of :data:`CHECKS` every size that fails, with what was seen."""
+    kept = [found for found in usual.values() if isinstance(found, SlicePlan)]
+    plans = [found for found in {**usual, **unusual}.values() if isinstance(found, SlicePlan)]
+    sound = [found for found in kept if not any(_bad_canvases(found))]
+    shuffled = random.Random(0).sample(kept, len(kept))
     return {
-        "returns": ("a plan is expected for every usual size", _bad_returns(usual)),
-        "purity": (
-            "equal sizes must give equal, hashable, JSON-able plans: keep no state, draw no random numbers",
-            _impurities(config, kept),
-        ),
-        "geometry": ("the plan's parts contradict each other", _each(plans, _bad_geometry)),
-        "divisibility": (
-            "a view's sides must be whole multiples of patch_size, or its rim is never seen",
-            _each(sound, _bad_sides),
-        ),
-        "coverage": ("part of the image is in no view: widen the boxes, or add an overview", _each(sound, _uncovered)),
-        "budget": (
-            "a bound is exceeded: cap slices, or shrink views",
-            _each(plans, lambda found: _over_budget(found, max_tokens, max_patches)),
-        ),
-        "transposition": (
-            "turning the image by 90 degrees changes its cost: compare log aspects, and break ties by area",
-            _asymmetries(config, kept),
-        ),
-        "extremes": (
-            "an unusual size must be planned, or refused with a ValueError that names it",
-            _bad_extremes(unusual),
-        ),
+        "returns": _raised(usual),
+        "purity": _each(shuffled, lambda found: _impure(config, found)),
+        "geometry": _each(plans, _bad_geometry),
+        "divisibility": _each(sound, _bad_sides),
+        "coverage": _each(sound, _uncovered),
+        "budget": _each(plans, lambda found: _over_budget(found, max_tokens, max_patches)),
+        "transposition": _each(kept, lambda found: _asymmetric(config, found)),
+        "extremes": _raised(unusual, allowed=ValueError),
     }
 
 
@@ -239,44 +227,28 @@ def _named(image_hw: tuple[int, int], what: object) -> str:
     return f"{image_hw[0]}x{image_hw[1]} px (height x width): {what}"
 
 
-def _bad_returns(found: dict[tuple[int, int], SlicePlan | Exception]) -> list[str]:
-    return [
-        _named(size, f"{type(result).__name__}: {result}")
-        for size, result in found.items()
-        if isinstance(result, Exception)
-    ]
+def _raised(found: _Found, allowed: type[Exception] | tuple[()] = ()) -> list[str]:
+    problems = {size: result for size, result in found.items() if isinstance(result, Exception)}
+    return [_named(size, f"{type(p).__name__}: {p}") for size, p in problems.items() if not isinstance(p, allowed)]
 
 
-def _bad_extremes(found: dict[tuple[int, int], SlicePlan | Exception]) -> list[str]:
-    return [
-        _named(size, f"{type(result).__name__}: {result}")
-        for size, result in found.items()
-        if isinstance(result, Exception) and not isinstance(result, ValueError)
-    ]
+def _each(plans: Iterable[SlicePlan], complaints: Callable[[SlicePlan], Iterator[str]]) -> list[str]:
+    return [_named(found.image_hw, what) for found in plans for what in complaints(found)]
 
 
-def _each(plans: dict[tuple[int, int], SlicePlan], complaints: Callable[[SlicePlan], Iterator[str]]) -> list[str]:
-    return [_named(size, what) for size, found in plans.items() for what in complaints(found)]
-
-
-def _impurities(config: Any, plans: dict[tuple[int, int], SlicePlan]) -> list[str]:
-    seen = []
-    order = list(plans)
-    random.Random(0).shuffle(order)
-    for size in order:
-        again, first = _call(config, size), plans[size]
-        if again != first:
-            seen.append(_named(size, f"{first}, and then {again}"))
-            continue
-        try:
-            hash(first)
-            restored = SlicePlan.from_dict(json.loads(json.dumps(first.to_dict())))
-        except (TypeError, ValueError) as problem:
-            seen.append(_named(size, f"{problem}: use tuples, Box and ints, no lists or floats"))
-            continue
-        if restored != first:
-            seen.append(_named(size, "changed by to_dict and from_dict: use plain tuples, Box and ints"))
-    return seen
+def _impure(config: Any, found: SlicePlan) -> Iterator[str]:
+    again = _call(config, found.image_hw)
+    if again != found:
+        yield f"{found}, and then {again}"
+        return
+    try:
+        hash(found)
+        restored = SlicePlan.from_dict(json.loads(json.dumps(found.to_dict())))
+    except (TypeError, ValueError) as problem:
+        yield f"{problem}: use tuples, Box and ints, no lists or floats"
+        return
+    if restored != found:
+        yield "changed by to_dict and from_dict: use plain tuples, Box and ints"
 
 
 def _bad_geometry(found: SlicePlan) -> Iterator[str]:
@@ -295,7 +267,6 @@ def _bad_geometry(found: SlicePlan) -> Iterator[str]:
 
 
 def _bad_canvases(found: SlicePlan) -> Iterator[str]:
-    """What is wrong with the plan's canvases; nothing else about such a plan can be told."""
     if not _is_int(found.patch_size) or found.patch_size < 1:
         yield f"patch_size is {found.patch_size!r}: give the side of a ViT patch, px"
     if not found.num_views:
@@ -310,7 +281,6 @@ def _is_int(value: Any) -> bool:
 
 
 def _bad_numbers(canvas: Canvas) -> list[str]:
-    """What is no whole number, or one too few or too small."""
     pairs = ("content_hw", "size_hw", "view_hw", "grid", "first_hw", "offset", "cell")
     given = {name: (getattr(canvas, name), 2) for name in pairs}
     given |= {"source": (canvas.source, 4), "fill": (canvas.fill, 3)}
@@ -351,7 +321,6 @@ def _bad_canvas(canvas: Canvas, image_hw: tuple[int, int]) -> Iterator[str]:
 
 
 def _within(box: Sequence[int], size_hw: tuple[int, int]) -> bool:
-    """Whether (top, left, bottom, right) has an area and lies in 0..size."""
     top, left, bottom, right = box
     return 0 <= top < bottom <= size_hw[0] and 0 <= left < right <= size_hw[1]
 
@@ -378,15 +347,12 @@ def _over_budget(found: SlicePlan, max_tokens: int | None, max_patches: int | No
         yield f"{found.num_patches} patches, max_patches={max_patches}"
 
 
-def _asymmetries(config: Any, plans: dict[tuple[int, int], SlicePlan]) -> list[str]:
-    seen = []
-    for (height, width), found in plans.items():
-        turned = _call(config, (width, height))
-        if not isinstance(turned, SlicePlan):
-            seen.append(_named((height, width), f"planned, but turned: {type(turned).__name__}: {turned}"))
-        elif turned.num_tokens != found.num_tokens:
-            seen.append(_named((height, width), f"{found.num_tokens} tokens, and {turned.num_tokens} when turned"))
-    return seen
+def _asymmetric(config: Any, found: SlicePlan) -> Iterator[str]:
+    turned = _call(config, found.image_hw[::-1])
+    if not isinstance(turned, SlicePlan):
+        yield f"planned, but turned: {type(turned).__name__}: {turned}"
+    elif turned.num_tokens != found.num_tokens:
+        yield f"{found.num_tokens} tokens, and {turned.num_tokens} when turned"
 
 
 # --- hypothesis
@@ -455,10 +421,10 @@ def plans(
     rules = rule if isinstance(rule, st.SearchStrategy) else st.just(rule)
     sizes = image_sizes() if sizes_hw is None else sizes_hw
 
-    def planned(pair: tuple[Any, tuple[int, int]]) -> SlicePlan | None:
+    def planned(config: Any, image_hw: tuple[int, int]) -> SlicePlan | None:
         try:
-            return plan(pair[1], pair[0])
+            return plan(image_hw, config)
         except ValueError:
             return None
 
-    return st.tuples(rules, sizes).map(planned).filter(lambda found: found is not None)
+    return st.builds(planned, rules, sizes).filter(lambda found: found is not None)

@@ -107,13 +107,5 @@ def has_hooks(module: nn.Module) -> bool:
 
     True where modules keep their hooks under other names than today: then the module is always called.
     """
-    held = vars(module)
-    try:
-        return bool(
-            held["_forward_hooks"]
-            or held["_forward_pre_hooks"]
-            or held["_backward_hooks"]
-            or held["_backward_pre_hooks"]
-        )
-    except KeyError:
-        return True
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(vars(module).get(kind, True) for kind in kinds)

@@ -39,22 +39,13 @@ def html_page(comparisons: Sequence[Comparison]) -> str:
         raise ValueError("nothing to compare: give at least one image or size")
     import jinja2
 
-    folder = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(
-        loader=folder, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["jpeg"] = _jpeg
-    sections = [_section(comparison, number) for number, comparison in enumerate(comparisons)]
-    return environment.get_template("page.html").render(sections=sections)
+    options = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    page = jinja2.Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"), **options)
+    return page.render(sections=[_section(comparison, n) for n, comparison in enumerate(comparisons)], jpeg=_jpeg)
 
 
 def write_page(path: str | Path, comparisons: Sequence[Comparison]) -> None:
-    """Write :func:`html_page` to a file.
-
-    Raises:
-        ValueError: Nothing to show.
-        OSError: The file cannot be written.
-    """
+    """Write :func:`html_page` to a file; errors as there, and an ``OSError`` where it cannot be written."""
     Path(path).write_text(html_page(comparisons), encoding="utf-8")
 
 
@@ -88,8 +79,7 @@ def _scatter(planned: Sequence[Entry], front: set[str]) -> str:
 
 
 def _large_curves(comparison: Comparison) -> str:
-    """Tokens over size in one chart; empty where there are too many lines to tell apart."""
-    if len(comparison.planned) > len(charts.COLORS):
+    if len(comparison.planned) > len(charts.COLORS):  # too many to tell apart
         return ""
     lines = curves_over_size([(e.name, e.rule) for e in comparison.planned], comparison.image_hw, 61)
     return charts.curves(lines, _SIDES, _token_axis(lines.values()), width=1100)
@@ -104,16 +94,13 @@ def _small_curves(comparison: Comparison, number: int) -> dict[str, Any]:
         (f"aspect-{number}", _ASPECTS, width / height, curves_over_aspect(rules, comparison.image_hw)),
     )
     y = _token_axis(line for *_, lines in kinds for line in lines.values())
-    return {
-        "backdrops": [charts.backdrop(lines, x, y, name=name) for name, x, _, lines in kinds],
-        "small_curves": {
-            e.name: [
-                charts.small_curve(lines[e.name], x, y, behind=name, here=(here, max(e.plan.num_tokens, 1)))
-                for name, x, here, lines in kinds
-            ]
-            for e in comparison.planned
-        },
-    }
+    drawn: dict[str, list[str]] = {e.name: [] for e in comparison.planned}
+    for e in comparison.planned:
+        tokens = max(e.plan.num_tokens, 1)
+        for name, x, here, lines in kinds:
+            drawn[e.name].append(charts.small_curve(lines[e.name], x, y, behind=name, here=(here, tokens)))
+    backdrops = [charts.backdrop(lines, x, y, name=name) for name, x, _, lines in kinds]
+    return {"backdrops": backdrops, "small_curves": drawn}
 
 
 def _token_axis(lines: Iterable[Curve]) -> charts.Axis:
@@ -122,7 +109,8 @@ def _token_axis(lines: Iterable[Curve]) -> charts.Axis:
 
 def _pictures(entry: Entry, thumb: Image.Image) -> list[tuple[str, Image.Image]]:
     """The drawings of a rule's card, each with its caption."""
-    plan, pictures = entry.plan, [("the image", cut_picture(thumb, entry.plan))]
+    plan = entry.plan
+    pictures = [("the image", cut_picture(thumb, plan))]
     slices = [view.size_hw for view in plan.views if view.kind == "slice"]
     if slices:
         size = " of {1} x {0} px".format(*plan.slice_hw) if len(set(slices)) == 1 else ""
@@ -135,7 +123,6 @@ def _pictures(entry: Entry, thumb: Image.Image) -> list[tuple[str, Image.Image]]
 
 
 def _jpeg(picture: Image.Image) -> str:
-    """A picture as a data URI."""
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=82)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 from PIL import Image, ImageDraw
 
@@ -104,24 +103,15 @@ def _view_picture(
     to = [round((edge - box[i % 2]) * scale[i % 2]) for i, edge in enumerate(inside)]
     wide, tall = to[3] - to[1], to[2] - to[0]
     if wide > 0 and tall > 0:
-        part = (
-            min(max(x0, 0), thumb.width),
-            min(max(y0, 0), thumb.height),
-            min(x1, thumb.width),
-            min(y1, thumb.height),
-        )
+        start = (min(max(x0, 0), thumb.width), min(max(y0, 0), thumb.height))
+        part = (*start, min(x1, thumb.width), min(y1, thumb.height))
         picture.paste(thumb.resize((wide, tall), Image.Resampling.BILINEAR, box=part), (to[1], to[0]))
     return picture
 
 
-@lru_cache(maxsize=64)
-def _hatching(size: tuple[int, int]) -> Image.Image:
+def _hatched(size: tuple[int, int]) -> Image.Image:
     picture = Image.new("RGB", size, (238, 239, 242))
     pen = ImageDraw.Draw(picture)
     for start in range(-size[1], size[0], 7):
         pen.line((start, size[1], start + size[1], 0), (176, 181, 191), 1)
     return picture
-
-
-def _hatched(size: tuple[int, int]) -> Image.Image:
-    return _hatching(size).copy()

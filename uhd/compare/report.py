@@ -114,9 +114,10 @@ def _distinct(entries: Iterable[Entry]) -> list[Entry]:
     """Put a number behind names that come again: curves, anchors and the front go by name."""
     by_name: dict[str, Entry] = {}
     for entry in entries:
-        name = next(
-            n for n in (entry.name, *(f"{entry.name} ({i})" for i in range(2, len(by_name) + 2))) if n not in by_name
-        )
+        name, number = entry.name, 1
+        while name in by_name:
+            number += 1
+            name = f"{entry.name} ({number})"
         by_name[name] = replace(entry, name=name)
     return list(by_name.values())
 
@@ -124,14 +125,8 @@ def _distinct(entries: Iterable[Entry]) -> list[Entry]:
 def _record(entry: Entry) -> dict[str, Any]:
     if entry.plan is None:
         return {"strategy": entry.name, "error": entry.error}
-    return {
-        "strategy": entry.name,
-        "grid": entry.plan.grid,
-        "slice_hw": entry.plan.slice_hw,
-        "overview_hw": entry.plan.overview_hw,
-        "num_tokens": entry.plan.num_tokens,
-        "metrics": entry.metrics.to_dict(),
-    }
+    told = {key: getattr(entry.plan, key) for key in ("grid", "slice_hw", "overview_hw", "num_tokens")}
+    return {"strategy": entry.name, **told, "metrics": entry.metrics.to_dict()}
 
 
 def pareto(entries: Sequence[Entry]) -> set[str]:
@@ -180,12 +175,8 @@ def table(comparison: Comparison) -> str:
         )
         rows.append((*row, f"{m.budget_error:.2f}") if budget else row)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
+    aligned = "  ".join(f"{{:{'>' if column else '<'}{width}}}" for column, width in enumerate(widths))
+    lines = [aligned.format(*row) for row in rows]
     height, width = comparison.image_hw
     title = f"{comparison.name}: {width}x{height} px (width x height)"
     notes = [
@@ -222,10 +213,8 @@ def curves_over_aspect(
     """
     area = image_hw[0] * image_hw[1]
     aspects = [8 ** (2 * i / (points - 1) - 1) for i in range(points)]
-    sizes = [
-        tuple(min(max(round(side), 1), MAX_SIDE) for side in (math.sqrt(area / a), math.sqrt(area * a)))
-        for a in aspects
-    ]
+    sides = [(math.sqrt(area / aspect), math.sqrt(area * aspect)) for aspect in aspects]
+    sizes = [tuple(min(max(round(side), 1), MAX_SIDE) for side in pair) for pair in sides]
     return {name: _tokens(rule, sizes, aspects) for name, rule in rules}
 
 
