@@ -81,6 +81,10 @@ class VisualInputs:
         return self.pixel_values is not None or self.pixel_values_videos is not None
 
 
+VISUAL_KEYS = tuple(field.name for field in fields(VisualInputs))
+"""By these names they travel."""
+
+
 def describe_plans(plans: Sequence[SlicePlan]) -> dict[str, np.ndarray]:
     """The per-image keys of a batch; ``num_image_tokens`` are (I,) positions in the language model's sequence."""
     return {
