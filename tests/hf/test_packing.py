@@ -6,12 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 
 from tests.hf.tiny import IMAGES, attach, encoder, language_model, model, tokenizer
 from uhd.hf.collating import PackedStream, PackingCollator, pack_rows
 from uhd.hf.packing import samples_in_rows
+from uhd.hf.visual_inputs import together
 from uhd.schema import SpatialSchema
 
 TEXTS = ["a<image>b", "hello there", "x<image>yz<image>?", "<image>", "z"]
@@ -121,9 +122,12 @@ def test_samples_as_lists_and_raw_ones():
     )
     for batch in (collate(lists), prepare(raw)):
         assert batch.keys() == wanted.keys()
-        for name, value in wanted.items():
-            assert batch[name].dtype == value.dtype
-            assert batch[name].equal(value), name
+        for name in wanted.keys() - {"visual"}:
+            assert batch[name].equal(wanted[name])
+        for name in ("pixel_values", "grids", "num_patches", "image_plans", "image_sizes"):
+            got, value = getattr(batch["visual"], name), getattr(wanted["visual"], name)
+            assert got.dtype == value.dtype
+            assert got.equal(value), name
 
 
 def test_padding_of_prepared_samples_is_cut_off():
@@ -142,7 +146,7 @@ def test_one_row_for_flash_attention():
     lengths = [item["input_ids"].shape[1] for item in prepared(found)]
     assert batch["input_ids"].shape == (1, sum(lengths))
     assert samples_in_rows(batch["position_ids"], None)[0].bincount().sort().values.tolist() == sorted(lengths)
-    assert "attention_mask" not in batch
+    assert batch.keys() == {"input_ids", "labels", "position_ids", "visual"}
     other = attach(encoder(), "llama")
     other.language_model.config._attn_implementation = "flash_attention_2"
     rows = PackingCollator(found.processor, max_tokens=40)(prepared(found))
@@ -184,24 +188,61 @@ def test_streams_fill_rows():
     assert counts[100:] == lengths[100:200]
 
 
-def test_trainer_trains_on_packed_rows(tmp_path):
+class Endless(IterableDataset):
+    def __init__(self, found):
+        self.found = found
+
+    def __iter__(self):
+        while True:
+            yield from prepared(self.found)
+
+
+def padded(found):
+    """A collator without packing: the processor's own batches."""
+
+    def collate(samples):
+        images = [[IMAGES[0]], [], list(IMAGES[1:3])]
+        batch = found.processor(text=TEXTS[:3], images=images, padding=True)
+        return together({**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)})
+
+    return collate
+
+
+@pytest.mark.filterwarnings("ignore:labels")  # those of images, which `padded` leaves to the model
+@pytest.mark.parametrize("kind", ["map", "stream", "packed stream", "padded stream"])
+def test_trainer_trains_with_its_default_settings(kind, tmp_path):
+    """accelerate cuts the batches of streams by their first dimension: patches and views must come through whole."""
     found = trained("llama")
-    samples = [dict(item) for item in prepared(found)]
+    collate = padded(found) if kind == "padded stream" else PackingCollator(found.processor, max_tokens=60)
+    dataset = {
+        "map": [dict(item) for item in prepared(found)],
+        "packed stream": PackedStream(Endless(found), collate, buffer=6),
+    }.get(kind, Endless(found))
     arguments = TrainingArguments(
         tmp_path,
         max_steps=4,
-        per_device_train_batch_size=5,
+        per_device_train_batch_size=2 if kind == "packed stream" else 5,
         learning_rate=1e-2,
         logging_steps=1,
         report_to="none",
-        dataloader_pin_memory=False,
         remove_unused_columns=False,
+        dataloader_pin_memory=False,
     )
-    collate = PackingCollator(found.processor, max_tokens=60)
-    trainer = Trainer(found, arguments, train_dataset=samples, data_collator=collate)
+    trainer = Trainer(found, arguments, train_dataset=dataset, data_collator=collate)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
+
+
+def test_a_batch_that_was_cut_is_refused_with_the_way_out():
+    found = model("llama")
+    batch = dict(found.processor(text=TEXTS[0], images=IMAGES[0]))
+    cut = {name: value[:1] for name, value in batch.items()}
+    with pytest.raises(ValueError, match=r"there are 1 grids.* uhd\.hf\.together\(batch\)"):
+        found(**cut)
+    whole = together(batch)
+    assert found(**whole).logits.equal(found(**batch).logits)
+    assert whole["visual"].to("cpu").pixel_values.equal(batch["pixel_values"])
 
 
 @pytest.mark.parametrize("kind", ["mamba", "nemotron_h", "opt"])

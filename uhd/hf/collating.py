@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import IterableDataset
 
-from uhd.hf.visual_inputs import VISUAL_KEYS
+from uhd.hf.visual_inputs import VISUAL_KEYS, together
 from uhd.merge import IGNORE
 
 
@@ -73,7 +73,7 @@ class PackingCollator:
             ``max_tokens``, which then is a bound for each sample.
 
     Returns, when called on a list of samples, a dictionary of ``input_ids``, ``position_ids`` and ``labels``
-    (R, L) int64 and the images and videos of all samples, in order.
+    (R, L) int64 and, as ``visual``, the images and videos of all samples, in order.
 
     Raises:
         ValueError: When called: a sample is longer than a row, or has not what it needs.
@@ -89,7 +89,7 @@ class PackingCollator:
     ) -> None:
         self.processor, self.max_tokens, self.prepare, self.one_row = processor, max_tokens, prepare, one_row
 
-    def __call__(self, samples: Sequence[Any]) -> dict[str, Tensor]:
+    def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
         rows = [sample for sample in samples if isinstance(sample, list)]
         single = [self.read(sample) for sample in samples if not isinstance(sample, list)]
         packed = pack_rows([len(sample["input_ids"]) for sample in single], self.max_tokens)
@@ -109,7 +109,7 @@ class PackingCollator:
             given = [sample[name] for sample in ordered if name in sample]
             if given:
                 batch[name] = _joined(given)
-        return batch
+        return together(batch)
 
     def read(self, sample: Any) -> dict[str, Tensor]:
         """One sample as tensors without padding: ``input_ids`` and ``labels`` (T,), and its images and videos."""
