@@ -1,6 +1,7 @@
 """Packed rows give what their samples give alone."""
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 
 from tests.hf.tiny import IMAGES, attach, encoder, language_model, model, tokenizer
+from tests.scripts import load_script
 from uhd.hf.collating import PackedStream, PackingCollator, pack_rows
 from uhd.hf.packing import samples_in_rows
 from uhd.hf.visual_inputs import together
@@ -278,3 +280,19 @@ def test_what_does_not_pack():
     mask[0, :2] = 0
     with pytest.raises(ValueError, match="have padding before a sample"):
         found(**batch, attention_mask=mask)
+
+
+def test_the_benchmark_runs_small_and_reports_only_what_is_equal(tmp_path, capsys, monkeypatch):
+    benchmark = load_script("packing")
+    small = ["--samples", "16", "--width", "64", "--depth", "1", "--out", str(tmp_path)]
+    assert benchmark.main(small) == 0
+    result = json.loads((tmp_path / "packing.json").read_text())
+    padded, packed, by_length = result["rows"]
+    assert packed["first_loss"] == pytest.approx(padded["first_loss"], rel=1e-5)
+    assert packed["full"] > 0.9 > by_length["full"]
+    assert benchmark.table(result) in capsys.readouterr().out
+    (tmp_path / "packing.json").unlink()
+    monkeypatch.setattr(benchmark, "check", lambda *_: 0.5)
+    assert benchmark.main(small) == 1
+    assert "nothing is reported: packed samples are off by 5.0e-01" in capsys.readouterr().err
+    assert not (tmp_path / "packing.json").exists()

@@ -59,7 +59,8 @@ class PackingCollator:
     """Samples of any mix of text, images and videos into packed rows, each at most ``max_tokens`` long.
 
     A sample is what the processor returns for one prompt (tensors, or lists as ``datasets.map`` makes of them), or
-    anything else that ``prepare`` turns into that. A list of samples is one row, as :class:`PackedStream` yields them.
+    anything else that ``prepare`` turns into that. A list of prepared samples, as :class:`PackedStream` yields
+    them, is one row.
 
     Labels are the sample's ``labels``; else its ids where ``assistant_masks`` or ``completion_mask`` says so; else all
     ids. Positions of images and videos, of padding, and the first of each sample are never targets.
@@ -90,7 +91,7 @@ class PackingCollator:
         self.processor, self.max_tokens, self.prepare, self.one_row = processor, max_tokens, prepare, one_row
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
-        rows = [sample for sample in samples if isinstance(sample, list)]
+        rows = [[self._tensors(part) for part in sample] for sample in samples if isinstance(sample, list)]
         single = [self.read(sample) for sample in samples if not isinstance(sample, list)]
         packed = pack_rows([len(sample["input_ids"]) for sample in single], self.max_tokens)
         rows += [[single[place] for place in row] for row in packed]
@@ -113,7 +114,9 @@ class PackingCollator:
 
     def read(self, sample: Any) -> dict[str, Tensor]:
         """One sample as tensors without padding: ``input_ids`` and ``labels`` (T,), and its images and videos."""
-        given = sample if self.prepare is None else self.prepare(sample)
+        return self._tensors(sample if self.prepare is None else self.prepare(sample))
+
+    def _tensors(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
         if "input_ids" not in given:
             raise ValueError(
                 f"a sample has no input_ids, it has {sorted(given)}: prepare it with the processor, or say how with "
