@@ -12,6 +12,7 @@ from transformers import (
     AutoVideoProcessor,
 )
 
+from uhd.hf.collating import PackedStream, PackingCollator
 from uhd.hf.configuration import UHDConfig, UHDResamplerConfig, UHDVisionConfig
 from uhd.hf.features import UHDPreTrainedModel
 from uhd.hf.image_processing import UHDImageProcessor, UHDImageProcessorPil
@@ -19,8 +20,11 @@ from uhd.hf.injection import choose_injection, explain_injection, inject
 from uhd.hf.modeling import UHDForConditionalGeneration, UHDModel
 from uhd.hf.processing import UHDProcessor
 from uhd.hf.video_processing import UHDVideoProcessor
+from uhd.hf.visual_inputs import together
 
 __all__ = [
+    "PackedStream",
+    "PackingCollator",
     "UHDConfig",
     "UHDForConditionalGeneration",
     "UHDImageProcessor",
@@ -34,6 +38,7 @@ __all__ = [
     "choose_injection",
     "explain_injection",
     "inject",
+    "together",
 ]
 
 for _config in (UHDConfig, UHDVisionConfig, UHDResamplerConfig):

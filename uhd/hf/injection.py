@@ -104,7 +104,7 @@ def explain_injection(lm: nn.Module) -> tuple[str, str]:
     training = [module for module in lm.modules() if module.training]
     lm.eval()
     try:
-        with torch.no_grad(), _constants_shaken(lm):
+        with torch.no_grad(), constants_shaken(lm):
             problem = _embeds_problem(lm, embed)
     finally:
         for module in training:
@@ -116,7 +116,7 @@ def explain_injection(lm: nn.Module) -> tuple[str, str]:
 
 def _embeds_problem(lm: nn.Module, embed: nn.Module) -> str | None:
     """What keeps ``inputs_embeds`` from doing what the hook does; raises where not even the hook works."""
-    ids = _probe_ids(lm, embed)
+    ids = probe_ids(lm, embed)
     rows = embed(ids)
     generator = torch.Generator().manual_seed(1)
     strange = torch.randn(rows.shape, generator=generator).to(rows) * rows.float().pow(2).mean().sqrt().to(rows)
@@ -143,7 +143,7 @@ def _embeds_problem(lm: nn.Module, embed: nn.Module) -> str | None:
     return "ids and inputs_embeds give other logits: the ids are read a second time"
 
 
-def _probe_ids(lm: nn.Module, embed: nn.Module) -> Tensor:
+def probe_ids(lm: nn.Module, embed: nn.Module) -> Tensor:
     """(1, PROBE_LENGTH) ids spread over the vocabulary."""
     spread = torch.linspace(0, lm.config.get_text_config().vocab_size - 1, PROBE_LENGTH + 2)[1:-1].long()
     return spread[None].to(next((p.device for p in embed.parameters()), None))
@@ -162,7 +162,7 @@ def _run(lm: nn.Module, **inputs: Tensor) -> tuple[Tensor, Counter]:
 
 
 @contextmanager
-def _constants_shaken(lm: nn.Module) -> Iterator[None]:
+def constants_shaken(lm: nn.Module) -> Iterator[None]:
     """Noise on every parameter that holds one value throughout; the values come back exactly."""
     generator = torch.Generator().manual_seed(0)
     kept: list[tuple[Tensor, Tensor]] = []

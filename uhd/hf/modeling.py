@@ -28,6 +28,7 @@ from uhd.hf.features import UHDVisualModel
 from uhd.hf.image_processing import refuse_own_function
 from uhd.hf.injection import inject
 from uhd.hf.outputs import with_media
+from uhd.hf.packing import check_packed, samples_in_rows
 from uhd.hf.placing import match_new
 from uhd.hf.processing import UHDProcessor
 from uhd.hf.prompt_text import PromptText, reading_text
@@ -73,11 +74,18 @@ class UHDModel(UHDVisualModel):
     """
 
     def _read(
-        self, input_ids: Tensor, visual: VisualInputs, attention_mask: Tensor | None = None, *, cached: int = 0
+        self,
+        input_ids: Tensor,
+        visual: VisualInputs,
+        attention_mask: Tensor | None = None,
+        *,
+        cached: int = 0,
+        samples: Tensor | None = None,
     ) -> _Prompt:
         """Match images and videos with their positions, encode them, and say how the embeddings change.
 
         Of the first ``cached`` positions, which a cache holds, images may be left out, and are not encoded again.
+        Where rows are packed, ``samples`` (B, T) numbers the sample of each position.
 
         Raises:
             ValueError: A sample's image or video positions are not those of its images or videos, or it is longer than
@@ -85,7 +93,8 @@ class UHDModel(UHDVisualModel):
         """
         positions = self._positions_of(input_ids)
         together = torch.stack(list(positions.values())).any(0)
-        self._check_length(input_ids, attention_mask, together.sum(1).tolist())
+        if samples is None:
+            self._check_length(input_ids, attention_mask, together.sum(1).tolist())
         media: dict[str, tuple[Tensor, ...]] = {}
         places: list[tuple[Tensor, list[int], Tensor]] = []
         for kind, mask in positions.items():
@@ -98,8 +107,9 @@ class UHDModel(UHDVisualModel):
                 continue
             planned = (read_images if kind == "image" else read_videos)(self.visual, visual)
             numbered = self.visual.schema.image_id is not None
-            old = mask[:, :cached].sum(1).tolist()
-            kept, indices = match_new(mask.sum(1).tolist(), old, planned.lengths, kind, numbered=numbered)
+            of_samples = mask.sum(1) if samples is None else torch.bincount(samples[mask], minlength=1)
+            old = mask[:, :cached].sum(1).tolist() if samples is None else [0] * len(of_samples)
+            kept, indices = match_new(of_samples.tolist(), old, planned.lengths, kind, numbered=numbered)
             if kept:
                 features = self._features(planned.media(kept), indices).pooler_output
                 media[f"{kind}_hidden_states"] = tuple(features)
@@ -162,6 +172,10 @@ class UHDModel(UHDVisualModel):
         if (input_ids is None) == (inputs_embeds is None) or (visual.any and input_ids is None):
             raise ValueError("pass either input_ids, with or without images, or inputs_embeds alone")
         cache = take_cache(kwargs)
+        samples = samples_in_rows(position_ids, attention_mask)
+        if samples is not None:
+            check_packed(self.language_model, attention_mask, position_ids, cache)
+            attention_mask, kwargs["use_cache"] = None, False  # either would let samples see each other
         if position_ids is None:
             length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
             position_ids = self._positions(attention_mask, length, cache)
@@ -170,7 +184,7 @@ class UHDModel(UHDVisualModel):
         decoding = cache is not None and input_ids is not None and input_ids.shape[1] == 1
         prompt = None
         if input_ids is not None and (visual.any or not decoding):
-            prompt = self._read(input_ids, visual, attention_mask)
+            prompt = self._read(input_ids, visual, attention_mask, samples=samples)
             if labels is not None and prompt.media:
                 labels = labels.masked_fill(prompt.visual.to(labels.device), IGNORE)
         if labels is not None:

@@ -58,8 +58,17 @@ class VisualInputs:
 
     @classmethod
     def take(cls, kwargs: dict[str, Any]) -> VisualInputs:
-        """Remove from ``kwargs`` what is an image's or a video's."""
+        """Remove from ``kwargs`` what is an image's or a video's: by name, or together as ``visual``."""
+        together = kwargs.pop("visual", None)
+        if together is not None:
+            return together
         return cls(**{field.name: kwargs.pop(field.name) for field in fields(cls) if field.name in kwargs})
+
+    def to(self, *args: Any, **kwargs: Any) -> VisualInputs:
+        """All tensors moved, as by ``Tensor.to``."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: value.to(*args, **kwargs) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
     @property
     def any(self) -> bool:
@@ -79,6 +88,24 @@ class VisualInputs:
     def have_pixels(self) -> bool:
         """Whether the encoder has to run."""
         return self.pixel_values is not None or self.pixel_values_videos is not None
+
+
+def together(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch with its images and videos as one value, ``visual``, which the model takes like the fields themselves.
+
+    accelerate cuts what a stream's batches hold by the first dimension; packed patches and views have one of their
+    own, so they must not lie in the batch as tensors.
+
+    >>> sorted(together({"input_ids": torch.ones(1, 3), "pixel_values": torch.ones(4, 12), "grids": None}))
+    ['input_ids', 'visual']
+    """
+    rest = dict(batch)
+    visual = VisualInputs.take(rest)
+    return {**rest, "visual": visual} if visual.any else rest
+
+
+VISUAL_KEYS = tuple(field.name for field in fields(VisualInputs))
+"""By these names they travel."""
 
 
 def describe_plans(plans: Sequence[SlicePlan]) -> dict[str, np.ndarray]:
@@ -218,7 +245,8 @@ def _checked(
     if grids.tolist() != [list(view.patches_hw) for view in views]:
         raise ValueError(
             f"the {len(plans)} {kind}s' plans have {len(views)} views, there are {len(grids)} grids, or their "
-            f"rows and columns differ: {MISSING}"
+            f"rows and columns differ: {MISSING}, and where a loader cuts batches (accelerate does, of streams), "
+            "uhd.hf.together(batch)"
         )
     if len(patches) != sum(view.num_patches for view in views):
         raise ValueError(

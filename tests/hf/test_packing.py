@@ -1,0 +1,298 @@
+"""Packed rows give what their samples give alone."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import Trainer, TrainingArguments
+
+from tests.hf.tiny import IMAGES, attach, encoder, language_model, model, tokenizer
+from tests.scripts import load_script
+from uhd.hf.collating import PackedStream, PackingCollator, pack_rows
+from uhd.hf.packing import samples_in_rows
+from uhd.hf.visual_inputs import together
+from uhd.schema import SpatialSchema
+
+TEXTS = ["a<image>b", "hello there", "x<image>yz<image>?", "<image>", "z"]
+KINDS = ("llama", "qwen3", "gemma3_text", "gpt2", "mixtral", "gemma4_text")
+
+
+def prepared(found):
+    images = [[IMAGES[0]], [], list(IMAGES[1:3]), [IMAGES[2]], []]
+    return [found.processor(text=text, images=some or None) for text, some in zip(TEXTS, images, strict=True)]
+
+
+def trained(kind, **changes):
+    """In training mode, so that a cache would be made, but without dropout."""
+    found = attach(encoder(), language_model(kind, **changes)).train()
+    for module in found.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return found
+
+
+def places(batch):
+    """Row and slice of each sample, padding left out."""
+    for row, (ids, positions) in enumerate(zip(batch["input_ids"], batch["position_ids"], strict=True)):
+        starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
+        for start, end in itertools.pairwise(starts):
+            if (ids[start:end] != tokenizer().pad_token_id).any():
+                yield row, slice(start, end)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_and_gradients_are_those_of_samples_alone(kind, attention):
+    found = trained(kind)
+    try:
+        found.set_attn_implementation(attention)
+    except ValueError:
+        pytest.skip("this language model has one attention")
+    samples = prepared(found)
+    batch = PackingCollator(found.processor, max_tokens=40)(samples)
+    assert len(batch["input_ids"]) == 2
+    mask = torch.ones_like(batch["input_ids"])
+    out = found(**batch, attention_mask=mask, use_cache=True)
+    out.loss.backward()
+    packed = {name: p.grad.clone() for name, p in found.named_parameters() if p.grad is not None}
+    found.zero_grad()
+    losses, count, seen = [], 0, 0
+    for row, place in places(batch):
+        ids = batch["input_ids"][row, place].tolist()
+        sample = next(item for item in samples if item["input_ids"][0].tolist() == ids)
+        labels = batch["labels"][row, place][None]
+        alone = found(**sample, use_cache=False)
+        torch.testing.assert_close(out.logits[row, place][None], alone.logits, rtol=1e-5, atol=1e-5)
+        flat = torch.nn.functional.cross_entropy(
+            alone.logits[0, :-1].float(), labels[0, 1:], ignore_index=-100, reduction="sum"
+        )
+        losses.append(flat)
+        count += int((labels[0, 1:] != -100).sum())
+        seen += 1
+    assert seen == len(samples)
+    (sum(losses) / count).backward()
+    for name, parameter in found.named_parameters():
+        if parameter.grad is not None and not name.endswith("router.weight"):
+            torch.testing.assert_close(packed[name], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sample_changes_nothing_in_its_neighbours():
+    found = model("llama")
+    batch = PackingCollator(found.processor, max_tokens=100)(prepared(found))
+    (row, place), *others = places(batch)
+    before = found(**batch).logits
+    batch["input_ids"] = batch["input_ids"].clone()
+    text = batch["input_ids"][row, place]
+    text[text < 256] = 7
+    after = found(**batch).logits
+    assert not before[row, place].equal(after[row, place])
+    for row, place in others:
+        assert before[row, place].equal(after[row, place])
+
+
+def test_labels():
+    found = model("llama")
+    samples = [dict(item) for item in prepared(found)]
+    samples[1]["assistant_masks"] = [0] * 6 + [1] * 5
+    samples[2]["labels"] = samples[2]["input_ids"].clone()
+    samples[4]["completion_mask"] = [[1]]
+    batch = PackingCollator(found.processor, max_tokens=100)(samples)
+    ids, labels = batch["input_ids"][0], batch["labels"][0]
+    assert (labels[ids == found.config.image_token_id] == -100).all()
+    text = found.processor.tokenizer.decode(labels[labels != -100].sort().values)
+    assert sorted(text) == sorted("b" + "there" + "yz?")
+    starts = (batch["position_ids"] == 0) & (batch["labels"] != -100)
+    assert not starts.any()
+
+
+def test_samples_as_lists_and_raw_ones():
+    found = model("llama")
+    samples = prepared(found)
+    collate = PackingCollator(found.processor, max_tokens=40)
+    wanted = collate(samples)
+    lists = [{name: value.tolist() for name, value in sample.items()} for sample in samples]
+    images = [[IMAGES[0]], [], list(IMAGES[1:3]), [IMAGES[2]], []]
+    raw = [{"text": text, "images": some} for text, some in zip(TEXTS, images, strict=True)]
+    prepare = PackingCollator(
+        found.processor,
+        max_tokens=40,
+        prepare=lambda sample: found.processor(text=sample["text"], images=sample["images"] or None),
+    )
+    for batch in (collate(lists), prepare(raw)):
+        assert batch.keys() == wanted.keys()
+        for name in wanted.keys() - {"visual"}:
+            assert batch[name].equal(wanted[name])
+        for name in ("pixel_values", "grids", "num_patches", "image_plans", "image_sizes"):
+            got, value = getattr(batch["visual"], name), getattr(wanted["visual"], name)
+            assert got.dtype == value.dtype
+            assert got.equal(value), name
+
+
+def test_padding_of_prepared_samples_is_cut_off():
+    found = model("llama")
+    both = found.processor(text=["a", "long one"], padding=True)
+    sample = {"input_ids": both["input_ids"][0], "attention_mask": both["attention_mask"][0]}
+    batch = PackingCollator(found.processor, max_tokens=9)([sample, sample])
+    assert found.processor.tokenizer.decode(batch["input_ids"][0]) == "aa"
+    assert batch["position_ids"].tolist() == [[0, 0]]
+
+
+def test_one_row_for_flash_attention():
+    """What flash attention needs of a row: one row, positions that start again, no mask."""
+    found = model("llama")
+    batch = PackingCollator(found.processor, max_tokens=30, one_row=True)(prepared(found))
+    lengths = [item["input_ids"].shape[1] for item in prepared(found)]
+    assert batch["input_ids"].shape == (1, sum(lengths))
+    assert samples_in_rows(batch["position_ids"], None)[0].bincount().sort().values.tolist() == sorted(lengths)
+    assert batch.keys() == {"input_ids", "labels", "position_ids", "visual"}
+    other = attach(encoder(), "llama")
+    other.language_model.config._attn_implementation = "flash_attention_2"
+    rows = PackingCollator(found.processor, max_tokens=40)(prepared(found))
+    with pytest.raises(ValueError, match=r"in one row, got 2 rows: PackingCollator\(..., one_row=True\)"):
+        other(**rows)
+
+
+def test_images_are_numbered_by_sample():
+    found = attach(encoder(schema=SpatialSchema.preset("minicpm-v-2.6")))
+    text = found.processor.image_token + "a"
+    samples = [found.processor(text=text, images=image) for image in IMAGES[:2]]
+    batch = PackingCollator(found.processor, max_tokens=200)(samples)
+    out = found(**batch)
+    for (row, place), sample in zip(places(batch), samples, strict=True):
+        torch.testing.assert_close(out.logits[row, place], found(**sample).logits[0], rtol=1e-5, atol=1e-5)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(50, 120))
+def test_rows_hold_every_sample_once_and_are_no_longer_than_asked(lengths, max_tokens):
+    rows = pack_rows(lengths, max_tokens)
+    assert sorted(place for row in rows for place in row) == list(range(len(lengths)))
+    used = [sum(lengths[place] for place in row) for row in rows]
+    assert max(used) <= max_tokens
+    assert sum(count * 2 <= max_tokens for count in used) <= 1 or len(rows) == 1 or min(used) * 2 > max_tokens - 50
+
+
+def test_streams_fill_rows():
+    found = model("llama")
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 40, (300,), generator=generator).tolist()
+    stream = ({"input_ids": [place % 200] * length} for place, length in enumerate(lengths))
+    collate = PackingCollator(found.processor, max_tokens=100)
+    loader = DataLoader(PackedStream(stream, collate, buffer=32), batch_size=2, collate_fn=collate)
+    rows = [row for batch in loader for row in batch["input_ids"]]
+    total = sum(len(row) for row in rows)
+    assert sum(lengths) / total > 0.92
+    counts = [int((torch.cat(rows) == place).sum()) for place in range(200)]
+    assert counts[:100] == [lengths[place] + lengths[place + 200] for place in range(100)]
+    assert counts[100:] == lengths[100:200]
+
+
+class Endless(IterableDataset):
+    def __init__(self, found):
+        self.found = found
+
+    def __iter__(self):
+        while True:
+            yield from prepared(self.found)
+
+
+def padded(found):
+    """A collator without packing: the processor's own batches."""
+
+    def collate(samples):
+        images = [[IMAGES[0]], [], list(IMAGES[1:3])]
+        batch = found.processor(text=TEXTS[:3], images=images, padding=True)
+        return together({**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)})
+
+    return collate
+
+
+@pytest.mark.filterwarnings("ignore:labels")  # those of images, which `padded` leaves to the model
+@pytest.mark.parametrize("kind", ["map", "stream", "packed stream", "padded stream"])
+def test_trainer_trains_with_its_default_settings(kind, tmp_path):
+    """accelerate cuts the batches of streams by their first dimension: patches and views must come through whole."""
+    found = trained("llama")
+    collate = padded(found) if kind == "padded stream" else PackingCollator(found.processor, max_tokens=60)
+    dataset = {
+        "map": [dict(item) for item in prepared(found)],
+        "packed stream": PackedStream(Endless(found), collate, buffer=6),
+    }.get(kind, Endless(found))
+    arguments = TrainingArguments(
+        tmp_path,
+        max_steps=4,
+        per_device_train_batch_size=2 if kind == "packed stream" else 5,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+    trainer = Trainer(found, arguments, train_dataset=dataset, data_collator=collate)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_a_batch_that_was_cut_is_refused_with_the_way_out():
+    found = model("llama")
+    batch = dict(found.processor(text=TEXTS[0], images=IMAGES[0]))
+    cut = {name: value[:1] for name, value in batch.items()}
+    with pytest.raises(ValueError, match=r"there are 1 grids.* uhd\.hf\.together\(batch\)"):
+        found(**cut)
+    whole = together(batch)
+    assert found(**whole).logits.equal(found(**batch).logits)
+    assert whole["visual"].to("cpu").pixel_values.equal(batch["pixel_values"])
+
+
+@pytest.mark.parametrize("kind", ["mamba", "nemotron_h", "opt"])
+def test_language_models_that_mix_samples_are_refused(kind):
+    found = model(kind)
+    batch = PackingCollator(found.processor, max_tokens=60)(prepared(found))
+    name = type(found.language_model).__name__
+    with pytest.raises(ValueError, match=f"{name} with .* attention does not keep packed samples apart"):
+        found(**batch)
+
+
+def test_what_does_not_pack():
+    found = model("llama")
+    sample = prepared(found)[0]
+    length = sample["input_ids"].shape[1]
+    collate = PackingCollator(found.processor, max_tokens=length - 1)
+    with pytest.raises(ValueError, match=rf"sample 0 has {length} tokens, a row holds {length - 1}: raise max_tokens"):
+        collate([sample])
+    with pytest.raises(ValueError, match=rf"sample 0 has {length} tokens"):
+        list(PackedStream([sample], collate))
+    with pytest.raises(ValueError, match=r"a sample has no input_ids, it has \['text'\]"):
+        collate([{"text": "a"}])
+    with pytest.raises(ValueError, match=r"one prompt, its input_ids are \(2, 3\)"):
+        collate([{"input_ids": torch.ones(2, 3)}])
+    with pytest.raises(ValueError, match="a sample has no tokens"):
+        collate([{"input_ids": [], "attention_mask": []}])
+    with pytest.raises(ValueError, match="the buffer must hold 1 sample or more, got 0"):
+        PackedStream([], collate, buffer=0)
+    batch = PackingCollator(found.processor, max_tokens=60)(prepared(found))
+    with pytest.raises(ValueError, match="are for training: leave the cache out"):
+        found(**batch, past_key_values=object())
+    mask = torch.ones_like(batch["input_ids"])
+    mask[0, :2] = 0
+    with pytest.raises(ValueError, match="have padding before a sample"):
+        found(**batch, attention_mask=mask)
+
+
+def test_the_benchmark_runs_small_and_reports_only_what_is_equal(tmp_path, capsys, monkeypatch):
+    benchmark = load_script("packing")
+    small = ["--samples", "16", "--width", "64", "--depth", "1", "--out", str(tmp_path)]
+    assert benchmark.main(small) == 0
+    result = json.loads((tmp_path / "packing.json").read_text())
+    padded, packed, by_length = result["rows"]
+    assert packed["first_loss"] == pytest.approx(padded["first_loss"], rel=1e-5)
+    assert packed["full"] > 0.9 > by_length["full"]
+    assert benchmark.table(result) in capsys.readouterr().out
+    (tmp_path / "packing.json").unlink()
+    monkeypatch.setattr(benchmark, "check", lambda *_: 0.5)
+    assert benchmark.main(small) == 1
+    assert "nothing is reported: packed samples are off by 5.0e-01" in capsys.readouterr().err
+    assert not (tmp_path / "packing.json").exists()

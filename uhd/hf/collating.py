@@ -1,0 +1,208 @@
+"""Batches of packed rows: what a DataLoader, ``Trainer`` or TRL takes as its collator, and rows from a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import IterableDataset
+
+from uhd.hf.visual_inputs import VISUAL_KEYS, together
+from uhd.merge import IGNORE
+
+
+def pack_rows(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Spread samples over as few rows as first-fit finds, then as evenly as they go.
+
+    Args:
+        lengths: Tokens of each sample.
+        max_tokens: What a row holds.
+
+    Returns:
+        The numbers of the samples in each row, in order.
+
+    Raises:
+        ValueError: A sample is longer than a row.
+
+    >>> pack_rows([50, 30, 60, 20, 40], 100)
+    [[0, 1, 3], [2, 4]]
+    """
+    for place, length in enumerate(lengths):
+        if length > max_tokens:
+            raise ValueError(
+                f"sample {place} has {length} tokens, a row holds {max_tokens}: raise max_tokens, or give it fewer "
+                "slices or a shorter text"
+            )
+    longest_first = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    rows: list[list[int]] = []
+    filled: list[int] = []
+    for place in longest_first:
+        row = next((row for row, used in enumerate(filled) if used + lengths[place] <= max_tokens), len(rows))
+        if row == len(rows):
+            rows.append([])
+            filled.append(0)
+        rows[row].append(place)
+        filled[row] += lengths[place]
+    even: list[list[int]] = [[] for _ in rows]
+    used = [0] * len(rows)
+    for place in longest_first:
+        row = used.index(min(used))
+        even[row].append(place)
+        used[row] += lengths[place]
+    return sorted(sorted(row) for row in (even if max(used, default=0) <= max_tokens else rows))
+
+
+class PackingCollator:
+    """Samples of any mix of text, images and videos into packed rows, each at most ``max_tokens`` long.
+
+    A sample is what the processor returns for one prompt (tensors, or lists as ``datasets.map`` makes of them), or
+    anything else that ``prepare`` turns into that. A list of prepared samples, as :class:`PackedStream` yields
+    them, is one row.
+
+    Labels are the sample's ``labels``; else its ids where ``assistant_masks`` or ``completion_mask`` says so; else all
+    ids. Positions of images and videos, of padding, and the first of each sample are never targets.
+
+    Args:
+        processor: Of the model: its padding token fills rows, its image and video tokens are no targets.
+        max_tokens: Of a row.
+        prepare: From a raw sample to the processor's output for it, e.g.
+            ``lambda sample: processor(text=sample["text"], images=sample["images"])``; ``None``: samples are prepared.
+        one_row: All samples behind each other in one row, as flash attention takes them; it may be longer than
+            ``max_tokens``, which then is a bound for each sample.
+
+    Returns, when called on a list of samples, a dictionary of ``input_ids``, ``position_ids`` and ``labels``
+    (R, L) int64 and, as ``visual``, the images and videos of all samples, in order.
+
+    Raises:
+        ValueError: When called: a sample is longer than a row, or has not what it needs.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        max_tokens: int,
+        prepare: Callable[[Any], Mapping[str, Any]] | None = None,
+        one_row: bool = False,
+    ) -> None:
+        self.processor, self.max_tokens, self.prepare, self.one_row = processor, max_tokens, prepare, one_row
+
+    def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
+        rows = [[self._tensors(part) for part in sample] for sample in samples if isinstance(sample, list)]
+        single = [self.read(sample) for sample in samples if not isinstance(sample, list)]
+        packed = pack_rows([len(sample["input_ids"]) for sample in single], self.max_tokens)
+        rows += [[single[place] for place in row] for row in packed]
+        if self.one_row:
+            rows = [[sample for row in rows for sample in row]]
+        ordered = [sample for row in rows for sample in row]
+        pad = self.processor.tokenizer.pad_token_id
+        fills = {"input_ids": 0 if pad is None else pad, "labels": IGNORE}
+        length = max(sum(len(sample["input_ids"]) for sample in row) for row in rows)
+        batch = {
+            name: torch.stack([_filled([sample[name] for sample in row], length, fill) for row in rows])
+            for name, fill in fills.items()
+        }
+        batch["position_ids"] = torch.stack([_positions(row, length) for row in rows])
+        for name in VISUAL_KEYS:
+            given = [sample[name] for sample in ordered if name in sample]
+            if given:
+                batch[name] = _joined(given)
+        return together(batch)
+
+    def read(self, sample: Any) -> dict[str, Tensor]:
+        """One sample as tensors without padding: ``input_ids`` and ``labels`` (T,), and its images and videos."""
+        return self._tensors(sample if self.prepare is None else self.prepare(sample))
+
+    def _tensors(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
+        if "input_ids" not in given:
+            raise ValueError(
+                f"a sample has no input_ids, it has {sorted(given)}: prepare it with the processor, or say how with "
+                "prepare="
+            )
+        ids = torch.as_tensor(given["input_ids"]).long()
+        if ids.dim() > 2 or (ids.dim() == 2 and len(ids) != 1):
+            raise ValueError(f"a sample is one prompt, its input_ids are {tuple(ids.shape)}: give (T,) or (1, T)")
+        ids = ids.flatten()
+        kept = torch.ones_like(ids, dtype=torch.bool)
+        if given.get("attention_mask") is not None:
+            kept = torch.as_tensor(given["attention_mask"]).flatten().bool()
+        labels = ids.clone()
+        if given.get("labels") is not None:
+            labels = torch.as_tensor(given["labels"]).long().flatten()
+        for name in ("assistant_masks", "completion_mask"):
+            if given.get("labels") is None and given.get(name) is not None:
+                labels[~torch.as_tensor(given[name]).flatten().bool()] = IGNORE
+        for token in (self.processor.image_token_id, self.processor.video_token_id):
+            labels[ids == token] = IGNORE
+        if not kept.any():
+            raise ValueError("a sample has no tokens: leave it out")
+        found = {"input_ids": ids[kept], "labels": labels[kept]}
+        found["labels"][0] = IGNORE  # else the sample before would have to guess it
+        return found | {name: _tensor(name, given[name]) for name in VISUAL_KEYS if given.get(name) is not None}
+
+
+class PackedStream(IterableDataset):
+    """Rows from a stream: each item is the list of samples, prepared, of one row that is nearly full.
+
+    A row begins with the sample that has waited longest; of those in the buffer the longest that still fits is added
+    until none does. At most ``buffer`` samples wait, with their patches, in each worker.
+
+    Args:
+        dataset: Any iterable of samples; with several workers it gives each its own share, as streams do.
+        collator: Which prepares and measures them; give it to the ``DataLoader`` as well.
+        buffer: How many samples to choose from.
+    """
+
+    def __init__(self, dataset: Iterable[Any], collator: PackingCollator, *, buffer: int = 64) -> None:
+        if buffer < 1:
+            raise ValueError(f"the buffer must hold 1 sample or more, got {buffer}")
+        self.dataset, self.collator, self.buffer = dataset, collator, buffer
+
+    def __iter__(self) -> Iterator[list[dict[str, Tensor]]]:
+        waiting: list[dict[str, Tensor]] = []
+        for sample in self.dataset:
+            waiting.append(self.collator.read(sample))
+            pack_rows([len(waiting[-1]["input_ids"])], self.collator.max_tokens)  # longer than a row: refused here
+            if len(waiting) > self.buffer:
+                yield self._row(waiting)
+        while waiting:
+            yield self._row(waiting)
+
+    def _row(self, waiting: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """Take one row's samples out of those that wait."""
+        row, space = [], self.collator.max_tokens
+        fitting = [0]
+        while fitting:
+            place = max(fitting, key=lambda place: len(waiting[place]["input_ids"]))
+            row.append(waiting.pop(place))
+            space -= len(row[-1]["input_ids"])
+            fitting = [place for place, sample in enumerate(waiting) if len(sample["input_ids"]) <= space]
+        return row
+
+
+def _filled(parts: list[Tensor], length: int, fill: int) -> Tensor:
+    row = torch.cat(parts)
+    return torch.cat([row, row.new_full((length - len(row),), fill)])
+
+
+def _positions(row: list[dict[str, Tensor]], length: int) -> Tensor:
+    lengths = [len(sample["input_ids"]) for sample in row]
+    return torch.cat([torch.arange(count) for count in (*lengths, length - sum(lengths))])
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    """A field as the processor made it: ``datasets`` forgets that plans and raw patches are bytes."""
+    found = torch.as_tensor(value)
+    of_bytes = name.endswith("_plans") or (name.startswith("pixel_values") and not found.is_floating_point())
+    return found.to(torch.uint8) if of_bytes else found
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Behind each other; plans, which are bytes of unequal lengths, with zeros behind them."""
+    if parts[0].dim() == 1:
+        return torch.cat(parts)
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([functional.pad(part, (0, width - part.shape[1])) for part in parts])
