@@ -222,6 +222,27 @@ class TestState:
         sampler.set_epoch(1)
         assert sampler.state_dict()["batches"] == 0
 
+    @pytest.mark.parametrize("workers", [0, 1, 4])
+    def test_a_loader_with_workers_resumes_where_it_stood(self, workers):
+        """torch makes an iterator of a batch sampler twice, and asks for batches ahead."""
+        costs = even_costs(4)
+        sampler = TokenBudgetSampler(costs, 5000)
+        settings = {"num_workers": workers, "persistent_workers": workers > 0, "collate_fn": list}
+        loader = DataLoader(range(len(costs)), batch_sampler=sampler, **settings)
+        whole = list(loader)
+        assert len(whole) == len(loader)
+        batches = iter(loader)
+        used = [next(batches) for _ in range(3)]
+        state = sampler.state_dict(len(used))
+        del batches
+        other = TokenBudgetSampler(costs, 5000)
+        other.load_state_dict(state)
+        again = DataLoader(range(len(costs)), batch_sampler=other, **settings)
+        assert len(again) == len(whole) - 3
+        assert used + list(again) == whole
+        assert list(again) == whole
+        assert len(again) == len(whole)
+
     def test_a_copy_goes_on_like_the_original(self):
         sampler = TokenBudgetSampler(even_costs(6), 5000)
         sampler.load_state_dict({**sampler.state_dict(4), "epoch": 2})

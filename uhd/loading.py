@@ -247,6 +247,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
         check_choice("uneven", uneven, UNEVEN)
         self.shuffle, self.jitter, self.uneven = bool(shuffle), float(jitter), uneven
         self.epoch = self._start = self._first = self._taken = 0  # batches: to begin at, begun at, taken
+        self._begun = False  # whether an iteration has given a batch since then
         self._in_all = self._settle()
         self._num_batches = self._per_rank()
 
@@ -254,19 +255,24 @@ class TokenBudgetSampler(Sampler[list[int]]):
         return self._num_batches - self._start
 
     def __iter__(self) -> Iterator[list[int]]:
-        self._first = self._taken = self._start
-        self._start = 0
-        return map(self._take, self._batches()[self._first :])
+        if self._begun:
+            self._start, self._begun = 0, False
+        return self._given(self._start)
 
-    def _take(self, batch: list[int]) -> list[int]:
-        self._taken += 1
-        return batch
+    def _given(self, start: int) -> Iterator[list[int]]:
+        """Nothing is used up before the first batch: a ``DataLoader`` makes iterators that it never asks."""
+        self._first = self._taken = start
+        self._begun = True
+        for batch in self._batches()[start:]:
+            self._taken += 1
+            yield batch
+        self._start, self._begun = 0, False
 
     def set_epoch(self, epoch: int) -> None:
         """Call it before every epoch: without, all epochs have the same batches in the same order."""
         epoch = _whole("epoch", epoch, least=0)
         if epoch != self.epoch:
-            self.epoch, self._start, self._first, self._taken = epoch, 0, 0, 0
+            self.epoch, self._start, self._first, self._taken, self._begun = epoch, 0, 0, 0, False
 
     def state_dict(self, used: int | None = None) -> dict[str, Any]:
         """Where this epoch stands, the same for all ranks; plain JSON types.
@@ -291,6 +297,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
             raise ValueError(f"the state is of a sampler with other batches ({changes or 'no epoch or batches'})")
         self.epoch, self._start = _whole("epoch", state["epoch"], least=0), self._check_taken(state["batches"])
         self._first = self._taken = self._start
+        self._begun = False
 
     def _check_taken(self, batches: Any) -> int:
         batches = _whole("batches", batches, least=0)

@@ -300,7 +300,7 @@ class TestDisagreement:
             found(**{**batch, "num_patches": batch["num_patches"] + 1})
         with pytest.raises(ValueError, match="rows and columns differ"):
             found(**{**batch, "grids": batch["grids"] + 1})
-        with pytest.raises(ValueError, match=r"grids hold \d+ patches, the tensor is"):
+        with pytest.raises(ValueError, match=r"plans have \d+ patches, got \d+"):
             found(**{**batch, "pixel_values": batch["pixel_values"][:-1]})
         with pytest.raises(ValueError, match="a row of the plans is not one"):
             found(**{**batch, "image_plans": batch["image_plans"][:, :-9]})
