@@ -92,6 +92,7 @@ class PixelShuffleProjector(Projector):
         return _blocks(grids, self.factor, f"divisible by factor={self.factor}")
 
     def compress(self, features: Tensor, grids: tuple[Grid, ...]) -> Tensor:
+        self.output_lengths(grids)  # refuses what cannot be divided
         return self.mlp(join_blocks(features, grids, self.factor).flatten(1))
 
 
@@ -138,6 +139,7 @@ class MergeProjector(Projector):
         return _blocks(grids, 2**self.rounds, "that are, times what the ViT joins itself (slicing.merge)")
 
     def compress(self, features: Tensor, grids: tuple[Grid, ...]) -> Tensor:
+        self.output_lengths(grids)  # refuses what cannot be divided
         for layer in self.mlp:
             features = layer(join_blocks(features, grids, 2).flatten(1))
             grids = tuple((h // 2, w // 2) for h, w in grids)

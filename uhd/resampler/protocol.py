@@ -53,9 +53,12 @@ class CompressorModule(nn.Module):
             TypeError: the dtype is not that of the weights, outside autocast.
         """
         grids = check_grids(grids)
-        check_features(features, grids, next(self.parameters()), self.in_dim)
-        self.output_lengths(grids)  # refuses what cannot be divided
+        check_features(features, grids, self._anchor(), self.in_dim)
         return self.compress(features, grids)
+
+    def _anchor(self) -> Tensor:
+        """A weight, whose dtype features must have."""
+        return next(self.parameters())
 
     def output_lengths(self, grids: Sequence[Grid]) -> list[int]:
         """Count the tokens of every view, in order."""
