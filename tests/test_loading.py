@@ -222,6 +222,7 @@ class TestState:
         sampler.set_epoch(1)
         assert sampler.state_dict()["batches"] == 0
 
+    @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more than this machine has processors
     @pytest.mark.parametrize("workers", [0, 1, 4])
     def test_a_loader_with_workers_resumes_where_it_stood(self, workers):
         """torch makes an iterator of a batch sampler twice, and asks for batches ahead."""

@@ -257,6 +257,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         if self._begun:
             self._start, self._begun = 0, False
+        self._first = self._taken = self._start
         return self._given(self._start)
 
     def _given(self, start: int) -> Iterator[list[int]]:
