@@ -132,6 +132,7 @@ class UHDConfig(PreTrainedConfig):
         visual_dtype: Of the vision side where it is not the language model's, e.g. ``"float32"``.
         encoder_note: As ``note`` in :class:`uhd.VisualEncoder`.
         uhd_format: Version of this description.
+        auto_map: Code that is saved with the model; none. TRL reads it of every class that is not transformers' own.
 
     Raises:
         ValueError: ``uhd_format`` or a setting is not known; the message names it.
@@ -164,8 +165,10 @@ class UHDConfig(PreTrainedConfig):
     encoder_note: str = ""
     tie_word_embeddings: bool = False
     uhd_format: int = FORMAT
+    auto_map: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self.auto_map = self.auto_map or {}
         if self.uhd_format != FORMAT:
             raise ValueError(
                 f"this UHDConfig has uhd_format {self.uhd_format!r}, this version of uhd reads and writes {FORMAT}: "

@@ -25,12 +25,13 @@ from uhd.hf.configuration import UHDConfig
 from uhd.hf.features import UHDVisualModel
 from uhd.hf.image_processing import refuse_own_function
 from uhd.hf.injection import inject
+from uhd.hf.labels import count_without_visual, ignore_visual, refuse_counted
 from uhd.hf.outputs import with_media
 from uhd.hf.placing import match
 from uhd.hf.processing import UHDProcessor
 from uhd.hf.versions import cache_name, take_cache
 from uhd.hf.visual_inputs import VisualInputs, read_images, read_videos
-from uhd.merge import IGNORE, merge_visual
+from uhd.merge import merge_visual
 from uhd.saving import EncoderDescription
 from uhd.torch_private import shared_view
 from uhd.vision.int8 import refuse_int8
@@ -102,6 +103,10 @@ class UHDModel(UHDVisualModel):
         ids = input_ids.masked_fill(together.to(input_ids.device), self.config.fill_token_id)
         return _Prompt(ids, together, change, media)
 
+    def visual_positions(self, input_ids: Tensor) -> Tensor:
+        """(B, T) bool on the CPU: where ``input_ids`` (B, T) hold the image or the video token."""
+        return torch.stack(list(self._positions_of(input_ids).values())).any(0)
+
     def _positions_of(self, input_ids: Tensor) -> dict[str, Tensor]:
         """(B, T) bool on the CPU for images and for videos."""
         ids = input_ids.cpu()
@@ -158,7 +163,10 @@ class UHDModel(UHDVisualModel):
         if input_ids is not None and (visual.any or not decoding):
             prompt = self._read(input_ids, visual, attention_mask)
             if labels is not None and prompt.media:
-                labels = labels.masked_fill(prompt.visual.to(labels.device), IGNORE)
+                kept = ignore_visual(labels, prompt.visual.to(labels.device), self)
+                if kept is not labels and "num_items_in_batch" in passed:
+                    passed["num_items_in_batch"] = count_without_visual(passed["num_items_in_batch"], labels, kept)
+                labels = kept
         if labels is not None:
             passed["labels"] = labels
         if prompt is None or prompt.change is None:
@@ -216,8 +224,8 @@ class UHDModel(UHDVisualModel):
             attention_mask: (B, T). Without ``position_ids`` and cache, positions are counted along it, so a
                 left-padded row gives what it gives alone.
             inputs_embeds: Instead of ``input_ids`` and images.
-            labels: (B, T); image positions count as -100 whatever they hold. ``Trainer`` counts targets before that:
-                give it labels that hold -100 there (docs/training.md).
+            labels: (B, T); image and video positions count as -100 whatever they hold, with one warning where that is
+                something else. ``num_items_in_batch`` is corrected where it is the count of these labels.
             past_key_values, cache: The language model's cache, under either name.
             logits_to_keep and the rest: As the language model takes them.
 
@@ -227,7 +235,8 @@ class UHDModel(UHDVisualModel):
 
         Raises:
             ValueError: A sample's image positions are not those of its images, inputs of images are missing or
-                disagree, or a sample is longer than the language model's positions.
+                disagree, a sample is longer than the language model's positions, or ``num_items_in_batch`` counts
+                image positions of other batches too.
         """
         kwargs.update(pixel_values=pixel_values, pixel_values_videos=pixel_values_videos)
         visual = VisualInputs.take(kwargs)
@@ -265,6 +274,7 @@ class UHDForConditionalGeneration(UHDModel, GenerationMixin):
         super().__init__(config, visual=visual, language_model=language_model)
         self._processor: UHDProcessor | None = None
         self._followed = self.visual.slicing, self.visual.pixels  # what the processor plans and cuts by
+        self.register_forward_pre_hook(refuse_counted, with_kwargs=True)
 
     @classmethod
     def from_vision_and_lm(
