@@ -18,6 +18,7 @@ from uhd.hf.plans import read_plans, write_plans
 from uhd.slicing import SlicePlan, VideoPlan
 
 MISSING = "pass everything that the processor returned"
+ROWS = "; a trainer that leaves some out, as TRL's GRPO, needs a processor with image_processor.pad_patches = True"
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +171,7 @@ def read_images(encoder: VisualEncoder, visual: VisualInputs) -> Media:
         visual = replace(visual, **packed)
     padded = visual.pixel_values is not None and visual.pixel_values.dim() == 3
     needed = ("num_patches",) if visual.image_tokens is not None else () if padded else ("grids", "num_patches")
-    _require("images", {name: getattr(visual, name) for name in needed})
+    _require("images", {name: getattr(visual, name) for name in needed}, ROWS)
     if visual.image_plans is None and visual.image_sizes is None:
         raise ValueError(f"images need image_plans (or image_sizes): {MISSING}")
     if visual.image_plans is None:
@@ -214,10 +215,10 @@ def read_videos(encoder: VisualEncoder, visual: VisualInputs) -> Media:
     return _media(encoder, tokens, plans, "video_tokens")
 
 
-def _require(what: str, given: Mapping[str, Any]) -> None:
+def _require(what: str, given: Mapping[str, Any], advice: str = "") -> None:
     missing = [name for name, value in given.items() if value is None]
     if missing:
-        raise ValueError(f"{what} need {', '.join(missing)}: {MISSING}")
+        raise ValueError(f"{what} need {', '.join(missing)}: {MISSING}{advice}")
 
 
 def _ended(encoder: VisualEncoder, tokens: Tensor, video: VideoPlan) -> Tensor:
