@@ -140,6 +140,7 @@ def test_a_count_that_is_right_already_stays():
         got = [found(**batch, labels=naive, num_items_in_batch=given).loss for given in (count, int(count))]
     got.append(found(**batch, labels=naive, num_items_in_batch=(naive[:, 1:] != -100).sum()).loss)
     torch.testing.assert_close(got, [want] * 3)
+    assert (naive[found.visual_positions(batch["input_ids"])] != -100).all()  # the caller's are left alone
 
 
 def test_labels_that_are_counted_around_the_forward_are_refused():
