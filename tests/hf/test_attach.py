@@ -150,8 +150,6 @@ class TestRefused:
         bert = BertModel(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
         with pytest.raises(ValueError, match="BertModel is not a causal language model"):
             attach(encoder(), bert, tok)
-        with pytest.raises(ValueError, match="has eyes already: attach others to its language_model"):
-            attach(encoder(), model("llama"), tok)
         with pytest.raises(ValueError, match="pads with id 259 .* embeds 100 ids"):
             attach(
                 encoder(), language_model("llama", vocab_size=100, pad_token_id=0, bos_token_id=1, eos_token_id=1), tok

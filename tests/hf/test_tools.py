@@ -9,7 +9,6 @@ from transformers import TextIteratorStreamer, pipeline
 from tests.hf.test_models import by_hand
 from tests.hf.tiny import IMAGES, TEXTS, model
 from uhd.hf import UHDForConditionalGeneration
-from uhd.hf.versions import CACHE_NAMES
 
 SETTINGS = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
 
@@ -109,17 +108,9 @@ def test_the_whole_model_does_not_export_because_counts_are_read_from_tensors():
         torch.export.export(found, (), batch)
 
 
-def cache_of(output):
-    return next(output[name] for name in CACHE_NAMES if name in output.keys())  # noqa: SIM118
-
-
 def test_images_need_the_whole_prompt_at_once():
     """What splits a prompt is refused by name, before anything is encoded."""
     found = model("nemotron_h")
     batch = found.processor(text=TEXTS[0], images=IMAGES[:1])
     with pytest.raises(ValueError, match="leave prefill_chunk_size out"):
         found.generate(**batch, max_new_tokens=2, prefill_chunk_size=4)
-    first = found.generate(**batch, max_new_tokens=2, return_dict_in_generate=True)
-    again = {**batch, "input_ids": first.sequences, "attention_mask": torch.ones_like(first.sequences)}
-    with pytest.raises(ValueError, match=r"the cache holds \d+ positions, .* takes images by a hook"):
-        found.generate(**again, past_key_values=cache_of(first), max_new_tokens=2)

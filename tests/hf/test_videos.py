@@ -284,7 +284,7 @@ def test_a_model_that_disagrees():
     for name in ("video_plans", "video_grids"):
         with pytest.raises(ValueError, match=f"videos need {name}: pass everything"):
             found(**{key: value for key, value in batch.items() if key != name})
-    with pytest.raises(ValueError, match="the 3 frames' plans have 3 views, there are 2 grids"):
+    with pytest.raises(ValueError, match="the 1 videos' plans have 3 views, there are 2 grids"):
         found(**{**batch, "video_grids": batch["video_grids"][1:]})
     image = found.processor(text="<image>", images=STILLS[0])
     with pytest.raises(ValueError, match="video_plans hold the plan of an image"):
@@ -457,7 +457,8 @@ def test_a_longer_clip_than_the_positions_is_refused_before_it_runs():
     assert packed_encoder("llava-1.5").plan_video((60, 100), 6).num_tokens == 96
 
 
-def test_the_page_on_images_and_videos_runs_from_top_to_bottom():
+def test_the_page_on_images_and_videos_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     page = (pathlib.Path(__file__).parents[2] / "docs/models.md").read_text()
     eyes = packed_encoder("llava-1.5")
     names = {
@@ -468,6 +469,7 @@ def test_the_page_on_images_and_videos_runs_from_top_to_bottom():
         "photo": STILLS[0],
         "page": STILLS[1],
         "frames": LONG,
+        "folder": str(tmp_path / "eyes"),
     }
     for block in re.findall(r"```python\n(.*?)```", page, re.S):
         exec(compile(block, "docs/models.md", "exec"), names)

@@ -6,7 +6,6 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
-    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
@@ -40,7 +39,7 @@ __all__ = [
 for _config in (UHDConfig, UHDVisionConfig, UHDResamplerConfig):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
 AutoModel.register(UHDConfig, UHDModel, exist_ok=True)
-for _auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForCausalLM):  # the last: TRL's choice
+for _auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
     _auto.register(UHDConfig, UHDForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(UHDConfig, UHDProcessor, exist_ok=True)
 AutoImageProcessor.register(

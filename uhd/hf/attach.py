@@ -104,8 +104,6 @@ def _check_parts(encoder: VisualEncoder, lm: PreTrainedModel) -> None:
             f"the language model must be a transformers PreTrainedModel, got {type(lm).__name__}: attach the plain "
             "model and wrap the result (PEFT, DDP, torch.compile)"
         )
-    if isinstance(lm.config, UHDConfig):
-        raise ValueError(f"{type(lm).__name__} has eyes already: attach others to its language_model")
     if type(lm.config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not lm.can_generate():
         raise ValueError(
             f"{type(lm).__name__} is not a causal language model of AutoModelForCausalLM: load it with that class, or "

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from uhd.hf.bare import FromPackage, auto_map, write_module
 from uhd.hf.outputs import MEDIA
 from uhd.hf.versions import CACHE_NAMES
 from uhd.pixels import PixelSettings
@@ -109,7 +110,7 @@ class UHDResamplerConfig(PreTrainedConfig):
     settings: dict[str, Any] | None = None
 
 
-class UHDConfig(PreTrainedConfig):
+class UHDConfig(FromPackage, PreTrainedConfig):
     """A vision encoder, a compressor, and the causal language model they see for.
 
     Attributes:
@@ -132,7 +133,6 @@ class UHDConfig(PreTrainedConfig):
         visual_dtype: Of the vision side where it is not the language model's, e.g. ``"float32"``.
         encoder_note: As ``note`` in :class:`uhd.VisualEncoder`.
         uhd_format: Version of this description.
-        auto_map: Code that is saved with the model; none. TRL reads it of every class that is not transformers' own.
 
     Raises:
         ValueError: ``uhd_format`` or a setting is not known; the message names it.
@@ -165,10 +165,8 @@ class UHDConfig(PreTrainedConfig):
     encoder_note: str = ""
     tie_word_embeddings: bool = False
     uhd_format: int = FORMAT
-    auto_map: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.auto_map = self.auto_map or {}
         if self.uhd_format != FORMAT:
             raise ValueError(
                 f"this UHDConfig has uhd_format {self.uhd_format!r}, this version of uhd reads and writes {FORMAT}: "
@@ -191,6 +189,18 @@ class UHDConfig(PreTrainedConfig):
             sizes = {"width": width, "vision_width": self.vision_config.width, "num_heads": default_heads(width)}
             default = PerceiverConfig(**sizes)
             self.resampler_config.settings = default.to_dict()
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, with what a process without uhd imported needs, see :mod:`uhd.hf.bare`."""
+        write_module(save_directory)
+        self.auto_map = auto_map(
+            AutoConfig="UHDConfig",
+            AutoModel="UHDModel",
+            AutoModelForImageTextToText="UHDForConditionalGeneration",
+            AutoModelForMultimodalLM="UHDForConditionalGeneration",
+            AutoProcessor="UHDProcessor",
+        )
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def describe(self, encoder: EncoderDescription) -> None:
         """Take an encoder's description, part by part."""

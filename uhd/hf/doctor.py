@@ -171,7 +171,7 @@ def _load(folder: Path) -> tuple[PreTrainedModel, Any]:
 
 
 def _check_causal(folder: Path, config: PreTrainedConfig) -> None:
-    if isinstance(config, UHDConfig) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
             f"{folder} holds a model of type {config.model_type!r}, which is no causal language model of "
             "AutoModelForCausalLM: eyes need one that generates text from left to right"

@@ -16,6 +16,7 @@ from uhd.encoder import VisualEncoder
 from uhd.hf.attach import native_side
 from uhd.hf.configuration import UHDConfig
 from uhd.hf.placing import Media
+from uhd.hf.quantized import leave_alone
 from uhd.hf.versions import CACHE_NAMES
 from uhd.hf.visual_inputs import VisualInputs, read_images, read_videos
 from uhd.merge import assemble, separator_embeddings
@@ -33,6 +34,9 @@ from uhd.vision import ViT
 
 RESAMPLERS = (PerceiverResampler, PyramidResampler, RewriteResampler, SpatialResampler)
 """Compressors with parameters of their own beside those of their layers."""
+
+
+_PLACE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 class UHDPreTrainedModel(PreTrainedModel):
@@ -63,6 +67,11 @@ class UHDPreTrainedModel(PreTrainedModel):
         """As in transformers. Both sides keep the dtypes they were saved in, unless ``dtype`` says otherwise."""
         if kwargs.get("dtype", "auto") not in ("auto", None) and kwargs.get("config") is None:
             kwargs.setdefault("visual_dtype", None)
+        if kwargs.get("quantization_config") is not None:
+            config = kwargs.get("config") or cls.config_class.from_pretrained(
+                source, **{name: kwargs[name] for name in _PLACE if name in kwargs}
+            )
+            kwargs["quantization_config"] = leave_alone(kwargs["quantization_config"], config.text_config)
         return super().from_pretrained(source, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -126,7 +135,7 @@ class UHDVisualModel(UHDPreTrainedModel):
         Raises:
             ValueError: Inputs are missing, or do not agree with each other or with the model's strategy.
         """
-        media = read_images(self.visual, VisualInputs.take({"pixel_values": pixel_values, **kwargs}))
+        media = read_images(self.visual, VisualInputs.take({"pixel_values": pixel_values, **kwargs})).media()
         return self._features(media, [0] * len(media.plans) if image_indices is None else image_indices)
 
     @can_return_tuple
@@ -134,13 +143,25 @@ class UHDVisualModel(UHDPreTrainedModel):
         self, pixel_values_videos: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
         """Each video as it stands in the language model's sequence; as :meth:`get_image_features`."""
-        media = read_videos(self.visual, VisualInputs.take({"pixel_values_videos": pixel_values_videos, **kwargs}))
+        visual = VisualInputs.take({"pixel_values_videos": pixel_values_videos, **kwargs})
+        media = read_videos(self.visual, visual).media()
         return self._features(media, [0] * len(media.plans))
 
     def num_image_tokens(self, image_sizes: Sequence[Sequence[int]]) -> list[int]:
         """Positions that images of these (height, width), px, take in the language model's sequence."""
         plans = [plan((int(h), int(w)), self.visual.slicing) for h, w in image_sizes]
         return [layout_of(item, self.visual.schema).num_tokens for item in plans]
+
+    def visual_positions(self, input_ids: Tensor) -> Tensor:
+        """(B, T) bool on the CPU: where ``input_ids`` (B, T) hold the image or the video token."""
+        return torch.stack(list(self._positions_of(input_ids).values())).any(0)
+
+    def _positions_of(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """(B, T) bool on the CPU for images and for videos."""
+        ids = input_ids.cpu()
+        image, video = self.config.image_token_id, self.config.video_token_id
+        none = torch.zeros_like(ids, dtype=torch.bool)
+        return {"image": ids == image, "video": none if video is None else ids == video}
 
     def _features(self, media: Media, indices: Sequence[int]) -> BaseModelOutputWithPooling:
         separators = self._separators()

@@ -22,6 +22,7 @@ from transformers.processing_utils import ImagesKwargs
 
 from uhd.batch import SliceBatch
 from uhd.encoded import EncodedImage
+from uhd.hf.bare import FromPackage, auto_map, write_module
 from uhd.hf.visual_inputs import describe_plans, pad_patches, pairs
 from uhd.pixels import RESAMPLE, PixelSettings, load_image
 from uhd.schema.counted import own_function, slicing_from_dict
@@ -85,8 +86,11 @@ class Made:
     batch: BatchFeature
 
 
-class Planning:
+class Planning(FromPackage):
     """What image and video processor have in common: a slicing, pixel settings, and how both are given and checked."""
+
+    auto_classes: Mapping[str, str]
+    """What :func:`uhd.hf.bare.auto_map` takes."""
 
     do_resize = None
     do_convert_rgb = True
@@ -118,6 +122,7 @@ class Planning:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; of a slicing function of the caller's own only the name."""
         found = super().to_dict()
+        found["auto_map"] = auto_map(**self.auto_classes)
         if not isinstance(self.slicing, (Mapping, str)):
             found["slicing"] = find(self.slicing).to_dict()
         return found
@@ -129,6 +134,7 @@ class Planning:
             ValueError: The slicing is a function of the caller's own.
         """
         refuse_own_function(self.slicing)
+        write_module(save_directory)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
     def planner(self, kwargs: Mapping[str, Any]) -> Slicing:
@@ -250,6 +256,7 @@ class UHDImageProcessorPil(Planning, PilBackend):
     """
 
     valid_kwargs = UHDImagesKwargs
+    auto_classes = {"AutoImageProcessor": "UHDImageProcessor"}  # noqa: RUF012
     model_input_names = [  # noqa: RUF012
         "pixel_values",
         "grids",

@@ -49,7 +49,7 @@ def inject(embed: nn.Module, prompt_ids: Tensor, change: Callable[[Tensor], Tens
 
     def replaced(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
         ids = args[0] if args else next(iter(kwargs.values()), None)
-        if threading.get_ident() != owner or not _starts_with(ids, prompt_ids):
+        if threading.get_ident() != owner or not starts_with(ids, prompt_ids):
             return None
         count.calls += 1
         repeats, length = len(ids) // len(prompt_ids), prompt_ids.shape[1]
@@ -70,7 +70,8 @@ def inject(embed: nn.Module, prompt_ids: Tensor, change: Callable[[Tensor], Tens
         )
 
 
-def _starts_with(ids: Tensor | None, prompt_ids: Tensor) -> bool:
+def starts_with(ids: Tensor | None, prompt_ids: Tensor) -> bool:
+    """Whether the rows of ``ids`` begin with those of ``prompt_ids`` (B, T), each repeated as often as the others."""
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] < prompt_ids.shape[1] or len(ids) == 0:
         return False
     if len(ids) % len(prompt_ids):
@@ -167,8 +168,9 @@ def _constants_shaken(lm: nn.Module) -> Iterator[None]:
     kept: list[tuple[Tensor, Tensor]] = []
     try:
         for parameter in lm.parameters():
-            usable = parameter.is_floating_point() and parameter.device.type != "meta" and parameter.numel()
-            if usable and parameter.amin() == parameter.amax():
+            # quantized weights, which are classes of their own, are no constants
+            usable = type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.numel()
+            if usable and parameter.device.type != "meta" and parameter.amin() == parameter.amax():
                 kept.append((parameter, parameter.detach().clone()))
                 noise = torch.randn(parameter.shape, generator=generator).to(parameter)
                 parameter.copy_(parameter + _NOISE * noise)

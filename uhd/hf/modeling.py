@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,16 @@ from transformers.utils import PROCESSOR_NAME, can_return_tuple
 from uhd.encoder import VisualEncoder
 from uhd.hf.attach import attach
 from uhd.hf.configuration import UHDConfig
+from uhd.hf.conversation import cached_columns, cached_length, remember
 from uhd.hf.features import UHDVisualModel
 from uhd.hf.image_processing import refuse_own_function
 from uhd.hf.injection import inject
 from uhd.hf.labels import count_without_visual, ignore_visual, refuse_counted
 from uhd.hf.outputs import with_media
-from uhd.hf.placing import match
+from uhd.hf.placing import match_new
 from uhd.hf.processing import UHDProcessor
+from uhd.hf.prompt_text import PromptText, reading_text
+from uhd.hf.quantized import refuse_unsaved, take_over
 from uhd.hf.versions import cache_name, take_cache
 from uhd.hf.visual_inputs import VisualInputs, read_images, read_videos
 from uhd.merge import merge_visual
@@ -42,11 +46,12 @@ class _Prompt:
     """Text, images and videos of a batch, ready for the language model.
 
     ``ids`` (B, T) hold the fill token at visual positions; ``visual`` (B, T) bool on the CPU says where those are;
-    ``change`` turns the embeddings of ``ids`` into the prompt's, ``None`` where they are it. ``media`` are the fields
-    of the output.
+    ``new_ids`` are those that no cache holds yet; ``change`` turns their embeddings into the prompt's, ``None`` where
+    they are it. ``media`` are the fields of the output.
     """
 
     ids: Tensor
+    new_ids: Tensor
     visual: Tensor
     change: Callable[[Tensor], Tensor] | None
     media: dict[str, tuple[Tensor, ...]]
@@ -68,8 +73,12 @@ class UHDModel(UHDVisualModel):
             ``torch.distributed`` is initialised.
     """
 
-    def _read(self, input_ids: Tensor, visual: VisualInputs, attention_mask: Tensor | None = None) -> _Prompt:
+    def _read(
+        self, input_ids: Tensor, visual: VisualInputs, attention_mask: Tensor | None = None, *, cached: int = 0
+    ) -> _Prompt:
         """Match images and videos with their positions, encode them, and say how the embeddings change.
+
+        Of the first ``cached`` positions, which a cache holds, images may be left out, and are not encoded again.
 
         Raises:
             ValueError: A sample's image or video positions are not those of its images or videos, or it is longer than
@@ -81,38 +90,32 @@ class UHDModel(UHDVisualModel):
         media: dict[str, tuple[Tensor, ...]] = {}
         places: list[tuple[Tensor, list[int], Tensor]] = []
         for kind, mask in positions.items():
-            counts = mask.sum(1).tolist()
+            new = mask[:, cached:]
+            counts = new.sum(1).tolist()
             if kind not in visual.kinds:
                 if any(counts):
                     sample = next(place for place, count in enumerate(counts) if count)
                     raise ValueError(f"sample {sample} has {counts[sample]} {kind} positions and there are 0 {kind}s")
                 continue
-            found = read_images(self.visual, visual) if kind == "image" else read_videos(self.visual, visual)
-            features = self._features(found, match(counts, found.lengths, kind)).pooler_output
-            media[f"{kind}_hidden_states"] = tuple(features)
-            places.append((mask, counts, torch.cat(features)))
+            planned = (read_images if kind == "image" else read_videos)(self.visual, visual)
+            numbered = self.visual.schema.image_id is not None
+            old = mask[:, :cached].sum(1).tolist()
+            kept, indices = match_new(mask.sum(1).tolist(), old, planned.lengths, kind, numbered=numbered)
+            if kept:
+                features = self._features(planned.media(kept), indices).pooler_output
+                media[f"{kind}_hidden_states"] = tuple(features)
+                places.append((new, counts, torch.cat(features)))
+        ids = input_ids.masked_fill(together.to(input_ids.device), self.config.fill_token_id)
         idle = self._idle(visual.have_pixels)
         if not places and idle is None:
-            return _Prompt(input_ids, together, None, media)
+            return _Prompt(ids, ids[:, cached:], together, None, media)
 
         def change(embeds: Tensor) -> Tensor:
             for mask, counts, rows in places:
                 embeds = merge_visual(embeds, mask, rows, counts=counts)
             return embeds if idle is None else embeds + idle.to(embeds.device, embeds.dtype)
 
-        ids = input_ids.masked_fill(together.to(input_ids.device), self.config.fill_token_id)
-        return _Prompt(ids, together, change, media)
-
-    def visual_positions(self, input_ids: Tensor) -> Tensor:
-        """(B, T) bool on the CPU: where ``input_ids`` (B, T) hold the image or the video token."""
-        return torch.stack(list(self._positions_of(input_ids).values())).any(0)
-
-    def _positions_of(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """(B, T) bool on the CPU for images and for videos."""
-        ids = input_ids.cpu()
-        image, video = self.config.image_token_id, self.config.video_token_id
-        none = torch.zeros_like(ids, dtype=torch.bool)
-        return {"image": ids == image, "video": none if video is None else ids == video}
+        return _Prompt(ids, ids[:, cached:], together, change, media)
 
     def _check_length(
         self, input_ids: Tensor, attention_mask: Tensor | None, visual_positions: Sequence[int], *, new_tokens: int = 0
@@ -185,7 +188,7 @@ class UHDModel(UHDVisualModel):
         """
         if attention_mask is None or attention_mask.dim() != 2:
             return None
-        cached = _cached_length(cache)
+        cached = cached_length(cache)
         if cached is not None and attention_mask.shape[1] != cached + length:
             return None
         if "position_ids" not in inspect.signature(self.language_model.forward).parameters:
@@ -329,6 +332,7 @@ class UHDForConditionalGeneration(UHDModel, GenerationMixin):
         with no_init_weights():
             model = cls(config, visual=encoder, language_model=lm)
         model.generation_config = lm.generation_config
+        take_over(model, lm)
         model._processor = processor
         return model.train(lm.training)
 
@@ -373,11 +377,12 @@ class UHDForConditionalGeneration(UHDModel, GenerationMixin):
         """As in transformers, and the processor beside it where there is one.
 
         Raises:
-            ValueError: A part, or the slicing, is the caller's own, so that it could not be built again; or the
-                encoder is quantised.
+            ValueError: A part, or the slicing, is the caller's own, so that it could not be built again; the encoder
+                is quantised, or the language model by a library whose weights transformers does not save.
         """
         refuse_own_function(self.visual.slicing)
         refuse_int8(self.visual)
+        refuse_unsaved(self)
         encoder = EncoderDescription.of(self.visual)
         for role in ("vision", "compressor"):
             if getattr(encoder, role)["kind"] == "custom":
@@ -395,80 +400,97 @@ class UHDForConditionalGeneration(UHDModel, GenerationMixin):
         if self._processor is not None and kwargs.get("is_main_process", True):
             self.processor.save_pretrained(save_directory)
 
-    def _check_prefill(self, generation_config: Any, kwargs: dict[str, Any]) -> None:
-        """Images are merged into the whole prompt at once: refuse, before they are encoded, what splits it."""
-        if kwargs.get("prefill_chunk_size", getattr(generation_config, "prefill_chunk_size", None)):
-            raise ValueError("a prompt with images is fed at once: leave prefill_chunk_size out")
-        cached = _cached_length(take_cache(dict(kwargs)))
-        if cached != 0 and self.config.injection_mode == "hook":
-            raise ValueError(
-                f"the cache holds {'some' if cached is None else cached} positions, and this language model takes "
-                "images by a hook on the whole prompt: give the whole conversation and no cache"
-            )
-
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """The language model's own ``generate`` on text and images, which are encoded once.
+
+        To go on from a cache that an earlier call returned, give it with the ids of the whole conversation, and either
+        all its images, of which only those are encoded that the cache does not hold, or just these.
 
         Args:
             inputs: ``input_ids`` (B, T), as the processor gives them; also by that name.
             generation_config: ``None`` is ``self.generation_config``.
             kwargs: The processor's other outputs, and everything the language model's ``generate`` takes: beams,
-                sampling, streamers, caches.
+                sampling, streamers, caches, assistants. What reads ids (penalties, n-gram rules, streamers, stopping
+                criteria, prompt look-up, assistant models) reads the prompt's text, without the positions of images.
 
         Returns:
             As the language model's ``generate``: prompts and new ids, with the image token at image positions.
 
         Raises:
             ValueError: As in :meth:`forward`; a sample and its new tokens must fit the language model's positions;
-                images cannot be given with ``prefill_chunk_size``, nor, where they go in by hook, with a filled cache.
+                new images cannot be given with ``prefill_chunk_size``; the cache is not one of this conversation.
         """
         visual = VisualInputs.take(kwargs)
-        if visual.any:
-            self._check_prefill(generation_config or self.generation_config, kwargs)
         lm = self.language_model
         lm.generation_config = self.generation_config
+        config = generation_config or self.generation_config
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if input_ids is None and not visual.any:
             return lm.generate(generation_config=generation_config, **kwargs)
         if input_ids is None or (visual.any and kwargs.get("inputs_embeds") is not None):
             raise ValueError("pass either input_ids, with or without images, or inputs_embeds alone")
-        mask = kwargs.get("attention_mask")
+        if visual.any and _setting("prefill_chunk_size", config, kwargs):
+            raise ValueError("a prompt with images is fed at once: leave prefill_chunk_size out")
+        mask, cache = kwargs.get("attention_mask"), take_cache(kwargs)
+        if cache is not None:
+            kwargs[cache_name(lm)] = cache
+        cached = cached_columns(input_ids, mask, cache)
         positions = sum(mask.sum(1) for mask in self._positions_of(input_ids).values()).tolist()
-        new = _new_tokens(generation_config or self.generation_config, kwargs, input_ids.shape[1])
+        new = _new_tokens(config, kwargs, input_ids.shape[1])
         self._check_length(input_ids, mask, positions, new_tokens=new)
-        prompt = self._read(input_ids, visual, mask)
-        if prompt.change is None:
+        prompt = self._read(input_ids, visual, mask, cached=cached)
+        if not prompt.visual.any() and prompt.change is None:
             return lm.generate(input_ids, generation_config=generation_config, **kwargs)
-        kwargs["attention_mask"] = torch.ones_like(input_ids) if mask is None else mask
+        text = PromptText.of(prompt.ids, prompt.visual, mask)
+        fed = prompt.ids
+        if cached and cached_length(cache) is None:  # transformers cuts off what a cache holds, but not for a state
+            fed = prompt.new_ids
+            mask = None if mask is None else mask[:, cached:]
+        kwargs["attention_mask"] = torch.ones_like(fed) if mask is None else mask
+        lm = reading_text(lm, replace(text, ids=fed), kwargs)
+        run = partial(lm.generate, fed, generation_config=generation_config, **kwargs)
         embed = self.get_input_embeddings()
-        settings = kwargs.get("use_cache", getattr(generation_config or self.generation_config, "use_cache", True))
-        # without a cache the prompt is embedded again in each step, which inputs_embeds cannot do
-        if self.config.injection_mode == "embeds" and settings is not False:
-            kwargs["inputs_embeds"] = prompt.change(embed(prompt.ids))
-            found = lm.generate(prompt.ids, generation_config=generation_config, **kwargs)
+        if prompt.change is None:
+            found = run()
+        elif self._may_give_embeds(config, kwargs) and cached_length(cache) == 0:
+            found = run(inputs_embeds=prompt.change(embed(prompt.ids)))
         else:
-            with inject(embed, prompt.ids, prompt.change):
-                found = lm.generate(prompt.ids, generation_config=generation_config, **kwargs)
+            with inject(embed, prompt.new_ids, prompt.change):
+                found = run()
         ids = found if isinstance(found, Tensor) else found.sequences
-        ids[:, : input_ids.shape[1]] = input_ids.repeat_interleave(len(ids) // len(input_ids), 0).to(ids.device)
+        asked = input_ids.repeat_interleave(len(ids) // len(input_ids), 0).to(ids.device)
+        ids = torch.cat([asked, ids[:, fed.shape[1] :]], dim=1)
+        if isinstance(found, Tensor):
+            found = ids
+        else:
+            found.sequences = ids
+            cache = take_cache(dict(found)) or cache
+        remember(cache, input_ids, ids)
         return found
 
+    def _may_give_embeds(self, config: Any, kwargs: Mapping[str, Any]) -> bool:
+        """Whether the prompt's embeddings, given once, reach every call of the language model that needs them.
 
-def _cached_length(cache: Any) -> int | None:
-    """Positions that a cache holds already; ``None`` where it cannot tell, as the states of attention-free models."""
-    if cache is None:
-        return 0
-    try:
-        return int(cache.get_seq_length())
-    except (AttributeError, ValueError):
-        return None
+        Without a cache the prompt is embedded again in each step, and drafts are checked with ids.
+        """
+        drafted = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+        return (
+            self.config.injection_mode == "embeds"
+            and _setting("use_cache", config, kwargs) is not False
+            and not any(_setting(name, config, kwargs) for name in drafted)
+        )
+
+
+def _setting(name: str, config: Any, kwargs: Mapping[str, Any]) -> Any:
+    """What ``generate`` goes by: its keyword, else the generation config."""
+    return kwargs.get(name, getattr(config, name, None))
 
 
 def _new_tokens(config: Any, kwargs: Mapping[str, Any], length: int) -> int:
     """How many tokens are surely asked for; 0 where that is left to the language model."""
-    new = kwargs.get("max_new_tokens", getattr(config, "max_new_tokens", None))
+    new = _setting("max_new_tokens", config, kwargs)
     if new is not None:
         return new
-    total = kwargs.get("max_length", getattr(config, "max_length", None))
+    total = _setting("max_length", config, kwargs)
     return max(total - length, 0) if total is not None else 0

@@ -24,19 +24,16 @@ class Media:
     @property
     def rows(self) -> list[int]:
         """Visual tokens of each."""
-        return [
-            num_rows(plan) if isinstance(plan, SlicePlan) else sum(map(num_rows, plan.plans)) + plan.newline
-            for plan in self.plans
-        ]
-
-    @property
-    def lengths(self) -> list[int]:
-        """Positions that each takes, separators included."""
-        return [planned_layout(plan, self.schema).num_tokens for plan in self.plans]
+        return [token_rows(plan) for plan in self.plans]
 
     def layouts(self, indices: Sequence[int]) -> list[TokenLayout]:
         """Where the tokens of each go, as the image of this index in its sample."""
         return [planned_layout(plan, self.schema, index) for plan, index in zip(self.plans, indices, strict=True)]
+
+
+def token_rows(plan: SlicePlan | VideoPlan) -> int:
+    """Visual tokens of an image or a video, a video's newline included."""
+    return num_rows(plan) if isinstance(plan, SlicePlan) else sum(map(num_rows, plan.plans)) + plan.newline
 
 
 def planned_layout(plan: SlicePlan | VideoPlan, schema: SpatialSchema, index: int = 0) -> TokenLayout:
@@ -54,6 +51,45 @@ def check_schemas(items: Sequence[EncodedImage | EncodedVideo], schema: SpatialS
                 f"encoded {kind} {place} is laid out by schema {item.layout.schema.name!r}, the model by "
                 f"{schema.name!r}: encode it again with model.visual"
             )
+
+
+def match_new(
+    counts: Sequence[int], cached: Sequence[int], lengths: Sequence[int], kind: str = "image", *, numbered: bool
+) -> tuple[list[int], list[int]]:
+    """Which images (or videos) a cache does not hold yet, and the number of each of these in its sample.
+
+    Args:
+        counts: Positions of images in each sample.
+        cached: How many of these the cache holds.
+        lengths: Positions of each image that was given: of those that are new, or of all.
+        kind: What they are called in errors.
+        numbered: Whether the schema writes their numbers, which need all of them.
+
+    Raises:
+        ValueError: They are neither the new ones nor all, or an image is in the cache in part.
+    """
+    new = [count - old for count, old in zip(counts, cached, strict=True)]
+    if not any(cached) or sum(lengths) == sum(new):
+        if any(cached) and numbered:
+            raise ValueError(
+                f"this schema numbers the {kind}s of a sample: give those in the cache as well, they are not encoded "
+                "again"
+            )
+        return list(range(len(lengths))), match(new, lengths, kind)
+    indices = match(counts, lengths, kind)
+    kept, sample, end = [], -1, 0
+    for place, (index, length) in enumerate(zip(indices, lengths, strict=True)):
+        if index == 0:
+            sample = next(i for i in range(sample + 1, len(counts)) if counts[i])
+            end = 0
+        if end < cached[sample] < end + length:
+            raise ValueError(
+                f"the cache ends within {kind} {index} of sample {sample}: it is not of this conversation"
+            )
+        if end >= cached[sample]:
+            kept.append(place)
+        end += length
+    return kept, [indices[place] for place in kept]
 
 
 def match(counts: Sequence[int], lengths: Sequence[int], kind: str = "image") -> list[int]:

@@ -14,6 +14,7 @@ from transformers.processing_utils import BatchFeature, MultiModalData, Processi
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from uhd.encoded import EncodedImage, EncodedVideo
+from uhd.hf.bare import FromPackage, auto_map, write_module
 from uhd.hf.image_processing import (
     Made,
     PlannedImage,
@@ -77,7 +78,7 @@ class UHDProcessorKwargs(ProcessingKwargs, total=False):
         "videos_kwargs": {"return_tensors": "pt"},
     }
 )
-class UHDProcessor(ProcessorMixin):
+class UHDProcessor(FromPackage, ProcessorMixin):
     """A tokenizer, an image processor and a video processor.
 
     Every image token in the text stands for one image, every video token for one video, in order; each becomes as many
@@ -119,6 +120,7 @@ class UHDProcessor(ProcessorMixin):
     ) -> None:
         if "padding_side" not in getattr(tokenizer, "init_kwargs", {"padding_side": None}):
             tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
+        self.auto_map = auto_map(AutoProcessor="UHDProcessor")
         self.image_token = image_token
         self.image_token_id = placeholder_id(tokenizer, image_token)
         self.video_token, self.video_token_id = None, None
@@ -152,6 +154,7 @@ class UHDProcessor(ProcessorMixin):
             ValueError: The slicing is a function of the caller's own.
         """
         refuse_own_function(self.image_processor.slicing)
+        write_module(save_directory)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:

@@ -13,7 +13,14 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin, processing_utils, video_processing_utils
+from transformers import (
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+    processing_utils,
+    video_processing_utils,
+)
 from transformers.image_processing_backends import PilBackend
 
 VideoProcessorBase: type = getattr(
@@ -42,6 +49,7 @@ HOOKS = {
         "_supports_flex_attn",
         "_supports_sdpa",
     ),
+    "GenerationMixin": ("_get_candidate_generator", "_get_logits_processor"),
     "PreTrainedConfig": ("_attn_implementation", "_experts_implementation"),
 }
 """Private methods and fields of transformers that uhd overrides or reads, by class.
@@ -61,7 +69,7 @@ def check_hooks(*classes: type) -> None:
             )
 
 
-check_hooks(ProcessorMixin, PilBackend, PreTrainedModel, PreTrainedConfig)
+check_hooks(ProcessorMixin, PilBackend, PreTrainedModel, GenerationMixin, PreTrainedConfig)
 
 
 def take_cache(kwargs: dict[str, Any]) -> Any:

@@ -81,6 +81,7 @@ class UHDVideoProcessor(Planning, VideoProcessorBase, PilBackend):
     """
 
     valid_kwargs = UHDVideosKwargs
+    auto_classes = {"AutoVideoProcessor": "UHDVideoProcessor"}  # noqa: RUF012
     model_input_names = ["pixel_values_videos", "video_grids", "video_plans"]  # noqa: RUF012
 
     frames = "video"

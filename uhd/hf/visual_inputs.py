@@ -13,7 +13,7 @@ from torch import Tensor
 from uhd.batch import SliceBatch
 from uhd.encoded import EncodedImage, EncodedVideo, num_rows
 from uhd.encoder import VisualEncoder
-from uhd.hf.placing import Media, check_schemas
+from uhd.hf.placing import Media, check_schemas, planned_layout, token_rows
 from uhd.hf.plans import read_plans, write_plans
 from uhd.slicing import SlicePlan, VideoPlan
 
@@ -154,8 +154,45 @@ def pack_encoded_videos(videos: Sequence[EncodedVideo]) -> dict[str, Tensor]:
     }
 
 
-def read_images(encoder: VisualEncoder, visual: VisualInputs) -> Media:
-    """Encode images, or take what is encoded; they are counted, not laid out yet.
+@dataclass(frozen=True, eq=False)
+class PlannedMedia:
+    """Images, or videos, of a batch: planned and checked, not encoded yet.
+
+    Attributes:
+        encoder: Whose tokens they become.
+        plans: Of each.
+        patches: (N, P) of all their views; ``None`` where they are encoded already.
+        tokens: (M, D) that were encoded before, else ``None``.
+    """
+
+    encoder: VisualEncoder
+    plans: tuple[SlicePlan | VideoPlan, ...]
+    patches: Tensor | None
+    tokens: Tensor | None
+
+    @property
+    def lengths(self) -> list[int]:
+        """Positions that each takes, separators included."""
+        return [planned_layout(plan, self.encoder.schema).num_tokens for plan in self.plans]
+
+    def media(self, kept: Sequence[int] | None = None) -> Media:
+        """Encode those of these numbers; ``None``: all."""
+        chosen = self.plans if kept is None else tuple(self.plans[place] for place in kept)
+        if self.tokens is not None:
+            return Media(
+                _rows(self.tokens, [token_rows(plan) for plan in self.plans], kept), chosen, self.encoder.schema
+            )
+        patches = _rows(self.patches, [sum(frame.num_patches for frame in _frames(plan)) for plan in self.plans], kept)
+        frames = [frame for plan in chosen for frame in _frames(plan)]
+        rows = self.encoder.encode(SliceBatch.from_patches(patches, frames))
+        if any(isinstance(plan, VideoPlan) for plan in chosen):
+            parts = rows.split([sum(map(num_rows, _frames(plan))) for plan in chosen])
+            rows = torch.cat([_ended(self.encoder, part, plan) for part, plan in zip(parts, chosen, strict=True)])
+        return Media(rows, chosen, self.encoder.schema)
+
+
+def read_images(encoder: VisualEncoder, visual: VisualInputs) -> PlannedMedia:
+    """Plan images, or take the plans of what is encoded.
 
     Args:
         encoder: Whose strategy and schema the inputs must fit.
@@ -188,14 +225,11 @@ def read_images(encoder: VisualEncoder, visual: VisualInputs) -> Media:
             f"the images' plans have {counts} views, num_patches says {given}: their processor plans otherwise "
             "than this model"
         )
-    tokens = visual.image_tokens
-    if tokens is None:
-        tokens = _encode(encoder, visual.pixel_values, visual.grids, plans, "image")
-    return _media(encoder, tokens, plans, "image_tokens")
+    return _checked(encoder, plans, visual.pixel_values, visual.grids, visual.image_tokens, "image")
 
 
-def read_videos(encoder: VisualEncoder, visual: VisualInputs) -> Media:
-    """Encode videos, or take what is encoded; arguments and errors as for :func:`read_images`."""
+def read_videos(encoder: VisualEncoder, visual: VisualInputs) -> PlannedMedia:
+    """Plan videos, or take the plans of what is encoded; arguments and errors as for :func:`read_images`."""
     if isinstance(visual.video_tokens, (list, tuple)):
         check_schemas(visual.video_tokens, encoder.schema)
         packed = pack_encoded_videos(visual.video_tokens)
@@ -206,13 +240,48 @@ def read_videos(encoder: VisualEncoder, visual: VisualInputs) -> Media:
     plans = read_plans(visual.video_plans)
     if not all(isinstance(plan, VideoPlan) for plan in plans):
         raise ValueError("video_plans hold the plan of an image: pass those as image_plans")
-    tokens = visual.video_tokens
-    if tokens is None:
-        frames = [frame for video in plans for frame in video.plans]
-        rows = _encode(encoder, visual.pixel_values_videos, visual.video_grids, frames, "frame")
-        parts = rows.split([sum(map(num_rows, video.plans)) for video in plans])
-        tokens = torch.cat([_ended(encoder, part, video) for part, video in zip(parts, plans, strict=True)])
-    return _media(encoder, tokens, plans, "video_tokens")
+    return _checked(encoder, plans, visual.pixel_values_videos, visual.video_grids, visual.video_tokens, "video")
+
+
+def _checked(
+    encoder: VisualEncoder,
+    plans: tuple[SlicePlan | VideoPlan, ...],
+    patches: Tensor | None,
+    grids: Tensor | None,
+    tokens: Tensor | None,
+    kind: str,
+) -> PlannedMedia:
+    """Compare counts with the plans before anything is encoded."""
+    media = PlannedMedia(encoder, plans, patches if tokens is None else None, tokens)
+    if tokens is not None:
+        rows = sum(map(token_rows, plans))
+        if len(tokens) != rows:
+            raise ValueError(f"got {len(tokens)} {kind}_tokens, their plans count {rows}")
+        return media
+    views = [view for plan in plans for frame in _frames(plan) for view in frame.views]
+    if grids.tolist() != [list(view.patches_hw) for view in views]:
+        raise ValueError(
+            f"the {len(plans)} {kind}s' plans have {len(views)} views, there are {len(grids)} grids, or their "
+            f"rows and columns differ: {MISSING}"
+        )
+    if len(patches) != sum(view.num_patches for view in views):
+        raise ValueError(
+            f"the {len(plans)} {kind}s' plans have {sum(view.num_patches for view in views)} patches, "
+            f"got {len(patches)}: {MISSING}"
+        )
+    return media
+
+
+def _frames(plan: SlicePlan | VideoPlan) -> Sequence[SlicePlan]:
+    return plan.plans if isinstance(plan, VideoPlan) else (plan,)
+
+
+def _rows(rows: Tensor, counts: Sequence[int], kept: Sequence[int] | None) -> Tensor:
+    """The rows of those that are kept, where each has so many."""
+    if kept is None:
+        return rows
+    parts = rows.split(counts)
+    return torch.cat([rows[:0], *(parts[place] for place in kept)])
 
 
 def _require(what: str, given: Mapping[str, Any], advice: str = "") -> None:
@@ -232,21 +301,3 @@ def _ended(encoder: VisualEncoder, tokens: Tensor, video: VideoPlan) -> Tensor:
             "otherwise than this model"
         )
     return torch.cat([tokens, newline.to(tokens)[None]])
-
-
-def _encode(encoder: VisualEncoder, patches: Tensor, grids: Tensor, plans: Sequence[SlicePlan], kind: str) -> Tensor:
-    """The tokens of planned images or frames; their views' grids are compared first."""
-    wanted = [list(view.patches_hw) for plan in plans for view in plan.views]
-    if grids.tolist() != wanted:
-        raise ValueError(
-            f"the {len(plans)} {kind}s' plans have {len(wanted)} views, there are {len(grids)} grids, or their "
-            f"rows and columns differ: {MISSING}"
-        )
-    return encoder.encode(SliceBatch.from_patches(patches, plans))
-
-
-def _media(encoder: VisualEncoder, tokens: Tensor, plans: Sequence[SlicePlan | VideoPlan], name: str) -> Media:
-    media = Media(tokens, tuple(plans), encoder.schema)
-    if len(tokens) != sum(media.rows):
-        raise ValueError(f"got {len(tokens)} {name}, their plans count {sum(media.rows)}")
-    return media
