@@ -47,6 +47,10 @@ def test_it_can_be_cut_by_images():
             name: value[1:] if name in ("pixel_values", "image_sizes") else value[2:] for name, value in batch.items()
         }
         torch.testing.assert_close(found(**last).logits, whole[2:], rtol=1e-5, atol=1e-5)
+        text = {
+            name: value[:0] if name in ("pixel_values", "image_sizes") else value[1:2] for name, value in batch.items()
+        }
+        torch.testing.assert_close(found(**text).logits, whole[1:2], rtol=1e-5, atol=1e-5)
         features = found.get_image_features(batch["pixel_values"][:1], image_sizes=batch["image_sizes"][:1])
         assert len(features.pooler_output) == 1
 

@@ -209,12 +209,31 @@ def test_preferences_between_two_images(kind, samples, given, checkpointing, tmp
     assert all(torch.equal(p, start[name]) for name, p in trainer.ref_model.named_parameters())
 
 
-@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
-def test_a_step_of_reinforcement(kind, tmp_path):
-    """Prompts of two lengths and images of two sizes, one of them cut; TRL cuts what it generated into two batches."""
+def reinforced(kind, model, samples, folder, *, rewarded=None, peft_config=None, **settings):
+    """A trainer that generates two completions of each sample, and then trains on two batches; rewards are kept."""
     import trl
     from datasets import Dataset
 
+    rewarded = [] if rewarded is None else rewarded
+
+    def reward(completion_ids, **columns):
+        rewarded.append([index + len(set(ids)) for index, ids in enumerate(completion_ids)])
+        return rewarded[-1]
+
+    own = {"max_steps": 1, "gradient_accumulation_steps": 2, "num_generations": 2, "max_completion_length": 5}
+    return getattr(trl, f"{kind}Trainer")(
+        model,
+        reward_funcs=reward,
+        args=getattr(trl, f"{kind}Config")(str(folder), **{**SETTINGS, **own, "beta": 0.05, **settings}),
+        train_dataset=Dataset.from_list(samples),
+        processing_class=model.processor,
+        peft_config=peft_config,
+    )
+
+
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
+def test_a_step_of_reinforcement(kind, tmp_path):
+    """Prompts of two lengths and images of two sizes, one of them cut; TRL cuts what it generated into two batches."""
     model = fresh()
     model.processor.image_processor.pad_patches = True
     model.save_pretrained(tmp_path / "model")
@@ -224,19 +243,7 @@ def test_a_step_of_reinforcement(kind, tmp_path):
         {"image": DARK, "prompt": said("user", "is it dark?")},
     ]
     rewarded, asked = [], []
-
-    def reward(completion_ids, **columns):
-        rewarded.append([index + len(set(ids)) for index, ids in enumerate(completion_ids)])
-        return rewarded[-1]
-
-    settings = {"max_steps": 1, "gradient_accumulation_steps": 2, "num_generations": 2, "max_completion_length": 5}
-    trainer = getattr(trl, f"{kind}Trainer")(
-        model,
-        reward_funcs=reward,
-        args=getattr(trl, f"{kind}Config")(str(tmp_path), **{**SETTINGS, **settings, "beta": 0.05}),
-        train_dataset=Dataset.from_list(samples),
-        processing_class=model.processor,
-    )
+    trainer = reinforced(kind, model, samples, tmp_path, rewarded=rewarded)
     handle = trainer.ref_model.register_forward_hook(lambda *call: asked.append(call[2:]), with_kwargs=True)
     start = state(model)
     trainer.train()
@@ -267,20 +274,27 @@ def alone(model, processor, ids, image, count):
     return logits.log_softmax(-1).gather(1, ids[-count:, None])[:, 0]
 
 
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
+def test_reinforcement_of_adapters_by_samples_with_any_number_of_images(kind, tmp_path):
+    """A batch that TRL cuts may have none."""
+    samples = [
+        {"images": [WIDE, DARK], "prompt": said("user", "wide?")},
+        {"images": [], "prompt": said("user", "is it dark?")},
+    ]
+    model = fresh()
+    model.processor.image_processor.pad_patches = True
+    trainer = reinforced(kind, model, samples, tmp_path, peft_config=lora(), gradient_checkpointing=True)
+    start = state(trainer.model)
+    trainer.train()
+    changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, start[name])}
+    assert any("lora" in name for name in changed)
+    assert any("compressor" in name for name in changed)
+
+
 @pytest.mark.filterwarnings("ignore:To copy construct from a tensor:UserWarning")  # TRL, of padded prompts
 def test_reinforcement_needs_the_setting(tmp_path):
     """Without it a batch lacks what the model needs, and says so."""
-    import trl
-    from datasets import Dataset
-
-    model = fresh()
-    trainer = trl.GRPOTrainer(
-        model,
-        reward_funcs=lambda completion_ids, **columns: [1.0] * len(completion_ids),
-        args=trl.GRPOConfig(str(tmp_path), **SETTINGS, num_generations=2, max_completion_length=2),
-        train_dataset=Dataset.from_list([{"image": WIDE, "prompt": ASKED}]),
-        processing_class=model.processor,
-    )
+    trainer = reinforced("GRPO", fresh(), [{"image": WIDE, "prompt": ASKED}] * 2, tmp_path, beta=0.0)
     with pytest.raises(ValueError, match="processor with image_processor.pad_patches = True"):
         trainer.train()
 

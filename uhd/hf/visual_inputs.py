@@ -51,6 +51,9 @@ class VisualInputs:
         for name in ("image_tokens", "video_tokens"):
             if isinstance(getattr(self, name), (list, tuple)) and not getattr(self, name):
                 object.__setattr__(self, name, None)  # no encoded images are none
+        if self.pixel_values is not None and self.pixel_values.dim() == 3 and not len(self.pixel_values):
+            for name in ("pixel_values", "image_sizes"):  # samples without images, cut from a batch with some
+                object.__setattr__(self, name, None)
         for kind, pixels in (("image", self.pixel_values), ("video", self.pixel_values_videos)):
             if pixels is not None and getattr(self, f"{kind}_tokens") is not None:
                 name = "pixel_values" if kind == "image" else "pixel_values_videos"
