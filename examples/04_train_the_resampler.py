@@ -44,8 +44,9 @@ def collate(samples, processor):
     """Samples -> a batch. Padding is on the left, so every row ends with its answer, and only that is a target."""
     pictures, answers = zip(*samples, strict=True)
     batch = processor(text=[f"<image> it is {answer}" for answer in answers], images=[[p] for p in pictures])
-    batch["labels"] = batch["input_ids"].clone()
-    batch["labels"][:, :-ANSWER] = -100
+    labels = batch["input_ids"].clone()
+    labels[:, :-ANSWER] = -100
+    batch["labels"] = labels
     return batch
 
 

@@ -23,6 +23,7 @@ from transformers import Trainer, TrainingArguments
 import uhd
 from tests.hf import tiny
 from tests.hf.test_training import fresh
+from tests.hf.tiny import targets
 from tests.tiny import noise, refuses
 from uhd.hf import processing, training
 from uhd.loading import Preparation, TokenBudgetSampler, image_costs, image_sizes_hw
@@ -640,7 +641,7 @@ def test_trainer_takes_its_batches_and_goes_on_with_them(tmp_path):
         batch = model.processor(
             text=["<image>\nwhat? a"] * len(samples), images=[[sample["image"]] for sample in samples]
         )
-        return {**batch, "labels": batch["input_ids"].clone()}
+        return {**batch, "labels": targets(model, batch)}
 
     costs = np.arange(20, 32)
     sampler = TokenBudgetSampler(costs, 80)

@@ -198,7 +198,11 @@ def run_example(path, folder, *arguments):
     return found.stdout
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+EXAMPLES = [path for path in sorted((ROOT / "examples").glob("*.py")) if "trl" not in path.stem]
+"""TRL's are run by tests/hf/test_trl.py."""
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_run(path, tmp_path):
     said = run_example(path, tmp_path, *ARGUMENTS.get(path.stem, []))
     assert len(said.splitlines()) > 3

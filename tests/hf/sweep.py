@@ -19,7 +19,7 @@ import transformers
 
 from tests.hf.shrink import shrink
 from tests.hf.test_models import by_hand
-from tests.hf.tiny import IMAGES, TEXTS, attach, encoder
+from tests.hf.tiny import IMAGES, TEXTS, attach, encoder, targets
 from uhd.hf import UHDForConditionalGeneration, explain_injection
 
 NEW = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
@@ -81,7 +81,7 @@ def _hand(found: UHDForConditionalGeneration) -> None:
     passed: dict[str, Any] = {"attention_mask": hand.attention_mask, "labels": hand.labels}
     if "position_ids" in inspect.signature(lm.forward).parameters:
         passed["position_ids"] = hand.position_ids
-    ours = found(**batch, labels=batch["input_ids"])
+    ours = found(**batch, labels=targets(found, batch))
     image = batch["input_ids"] == found.config.image_token_id
     embed.forward = lambda *_, **__: hand.inputs_embeds
     try:

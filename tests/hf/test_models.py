@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor
 
 import uhd
-from tests.hf.tiny import EMBEDS, HOOK, IMAGES, TEXTS, attach, encoder, language_model, model
+from tests.hf.tiny import EMBEDS, HOOK, IMAGES, TEXTS, attach, encoder, language_model, model, targets
 from tests.tiny import noise
 from uhd.hf import UHDForConditionalGeneration, UHDModel, UHDProcessor
 from uhd.merge import assemble, merge_samples, separator_embeddings
@@ -40,11 +40,10 @@ def test_loss_equals_embedding_by_hand(kind):
     found = model(kind)
     assert found.config.injection_mode == "embeds"
     batch = found.processor(text=TEXTS, images=IMAGES)
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     hand = by_hand(found, TEXTS, IMAGES)
     positions = {} if kind == "mamba" else {"position_ids": hand.position_ids}
     with torch.no_grad():
-        ours = found(**batch, labels=labels)
+        ours = found(**batch, labels=targets(found, batch))
         theirs = found.language_model(
             inputs_embeds=hand.inputs_embeds, attention_mask=hand.attention_mask, labels=hand.labels, **positions
         )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from tests.hf.tiny import IMAGES, TEXTS, attach, encoder, language_model, model
+from tests.hf.tiny import IMAGES, TEXTS, attach, encoder, language_model, model, targets
 from uhd.hf.versions import CACHE_NAMES
 
 MEDIA = ["image_hidden_states", "video_hidden_states"]
@@ -50,8 +50,8 @@ def test_loss_then_logits_then_the_rest(kind):
         batch = eyes.processor(text=text, images=images)
         with torch.no_grad():
             plain = eyes(**batch)
-            trained = eyes(**batch, labels=batch["input_ids"])
-            loose = eyes(**batch, labels=batch["input_ids"], return_dict=False)
+            labels = targets(eyes, batch)
+            trained, loose = eyes(**batch, labels=labels), eyes(**batch, labels=labels, return_dict=False)
         assert plain[0] is plain.logits
         assert trained[0] is trained.loss
         assert trained[1] is trained.logits

@@ -23,6 +23,7 @@ from tests.hf.tiny import (
     model,
     packed_encoder,
     shared,
+    targets,
 )
 from tests.test_encoder_strategies import whole_and_middle
 from tests.tiny import noise, silent
@@ -71,7 +72,7 @@ def test_what_is_merged_is_what_the_encoder_gives(name):
 def test_gradients_reach_the_projector_and_the_learned_embeddings(name):
     found = attached(name).train()
     batch = found.processor(text=TEXTS, images=IMAGES)
-    found(**batch, labels=batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)).loss.backward()
+    found(**batch, labels=targets(found, batch)).loss.backward()
     assert silent(found.visual) == []
     assert (found.visual.packer is not None) == (name in LEARNED)
 
@@ -348,7 +349,7 @@ def test_ranks_without_images_give_learned_embeddings_a_gradient():
         found.processor(text="<video>", videos=[[IMAGES[0]]]),  # the overview alone, which has no newline
     ):
         found.zero_grad()
-        found(**batch, labels=batch["input_ids"]).loss.backward()
+        found(**batch, labels=targets(found, batch)).loss.backward()
         assert [name for name, p in found.visual.named_parameters() if p.grad is None] == []
         assert not found.visual.packer.newline.grad.any()
 

@@ -23,6 +23,7 @@ from tests.hf.tiny import (
     model,
     packed_encoder,
     shared,
+    targets,
     tokenizer,
 )
 from tests.tiny import noise, silent
@@ -297,10 +298,9 @@ def test_a_model_that_disagrees():
 def test_labels_and_gradients():
     found = attached("llava-onevision").train()
     batch = found.processor(text=["<video>ab", "<video>c"], videos=[LONG, SHORT], padding_side="right")
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    mask = batch["input_ids"] == found.config.video_token_id
-    want = found(**batch, labels=labels.masked_fill(mask, -100)).loss
-    got = found(**batch, labels=labels)
+    want = found(**batch, labels=targets(found, batch)).loss
+    with pytest.warns(UserWarning, match="labels were given at positions of images or videos"):
+        got = found(**batch, labels=batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100))
     assert torch.equal(got.loss, want)  # positions of videos are no targets
     got.loss.backward()
     assert silent(found.visual) == []

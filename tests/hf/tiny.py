@@ -150,6 +150,12 @@ def checkpoint_activations(eyes):
     getattr(eyes, f"{named}_checkpointing_enable")()
 
 
+def targets(eyes, batch):
+    """Labels: all that is neither padding nor an image's or a video's."""
+    ids = batch["input_ids"]
+    return ids.masked_fill(eyes.visual_positions(ids) | (batch["attention_mask"] == 0), -100)
+
+
 IMAGES = tiny.IMAGES[:3]
 TEXTS = ["a<image>b", "hello", "x<image>yz<image>?"]
 

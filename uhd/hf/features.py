@@ -152,6 +152,17 @@ class UHDVisualModel(UHDPreTrainedModel):
         plans = [plan((int(h), int(w)), self.visual.slicing) for h, w in image_sizes]
         return [layout_of(item, self.visual.schema).num_tokens for item in plans]
 
+    def visual_positions(self, input_ids: Tensor) -> Tensor:
+        """(B, T) bool on the CPU: where ``input_ids`` (B, T) hold the image or the video token."""
+        return torch.stack(list(self._positions_of(input_ids).values())).any(0)
+
+    def _positions_of(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """(B, T) bool on the CPU for images and for videos."""
+        ids = input_ids.cpu()
+        image, video = self.config.image_token_id, self.config.video_token_id
+        none = torch.zeros_like(ids, dtype=torch.bool)
+        return {"image": ids == image, "video": none if video is None else ids == video}
+
     def _features(self, media: Media, indices: Sequence[int]) -> BaseModelOutputWithPooling:
         separators = self._separators()
         fill = torch.tensor([[self.config.fill_token_id]], device=self._embedding_device())

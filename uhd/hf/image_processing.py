@@ -23,7 +23,7 @@ from transformers.processing_utils import ImagesKwargs
 from uhd.batch import SliceBatch
 from uhd.encoded import EncodedImage
 from uhd.hf.bare import FromPackage, auto_map, write_module
-from uhd.hf.visual_inputs import describe_plans, pairs
+from uhd.hf.visual_inputs import describe_plans, pad_patches, pairs
 from uhd.pixels import RESAMPLE, PixelSettings, load_image
 from uhd.schema.counted import own_function, slicing_from_dict
 from uhd.slicing import SlicePlan, Slicing, SlicingLike, find
@@ -57,7 +57,7 @@ class UHDImagesKwargs(ImagesKwargs, total=False):
     many tokens at most, for all images and videos of a sample together. multi_image (`bool`): plan several images of
     a sample as the strategy does with several. crop_to_patches (`bool`): ``False`` leaves images uncut. background
     (`list[int]`): RGB under transparent pixels. max_pixels (`int`): larger files are refused. pixel_backend (`str`):
-    ``"pillow"`` or ``"fast"``, what resizes.
+    ``"pillow"`` or ``"fast"``, what resizes. pad_patches (`bool`): a row of ``pixel_values`` an image.
     """
 
     slicing: Any
@@ -68,6 +68,7 @@ class UHDImagesKwargs(ImagesKwargs, total=False):
     background: list | tuple | None
     max_pixels: int | None
     pixel_backend: str | None
+    pad_patches: bool | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,6 +236,9 @@ class UHDImageProcessorPil(Planning, PilBackend):
 
     A nested list of images is one list a sample; in a flat one every image is a sample.
 
+    With ``pad_patches=True`` ``pixel_values`` is (I, L, P): an image a row, zeros behind its patches, and beside it
+    stand ``image_sizes`` and ``num_image_tokens`` alone. The model plans the sizes anew, by its own slicing.
+
     Args:
         slicing: The model's ``config.slicing_config``: the dictionary of any strategy's settings. Also those settings,
             a strategy's name, or your own function from (height, width) to a plan, which cannot be saved.
@@ -242,11 +246,13 @@ class UHDImageProcessorPil(Planning, PilBackend):
         image_mean, image_std, resample, background, max_pixels, pixel_backend: As in :class:`uhd.PixelSettings`;
             ``resample`` is a Pillow filter's number, ``pixel_backend`` its ``backend``.
         do_rescale, do_normalize: Both or neither, see above.
+        pad_patches: For trainers that cut a batch by its images, as GRPO and RLOO of TRL do; docs/training.md.
 
     Raises:
         ValueError: Only one of ``do_rescale`` and ``do_normalize``, another ``rescale_factor`` than 1/255, a filter
-            that is not supported, an image that :func:`uhd.pixels.load_image` refuses or the slicing does, or a budget
-            that not even the smallest plans fit.
+            that is not supported, an image that :func:`uhd.pixels.load_image` refuses or the slicing does, a budget
+            that not even the smallest plans fit, or, with ``pad_patches``, one that plans images otherwise than their
+            sizes alone.
     """
 
     valid_kwargs = UHDImagesKwargs
@@ -260,6 +266,7 @@ class UHDImageProcessorPil(Planning, PilBackend):
     ]
 
     multi_image = False
+    pad_patches = False
 
     def fetch_images(self, image_url_or_urls: Any, kwargs: Mapping[str, Any] = MappingProxyType({})) -> Any:
         """What :func:`uhd.pixels.load_image` takes, or an address, as upright RGB Pillow images; nesting is kept."""
@@ -295,9 +302,29 @@ class UHDImageProcessorPil(Planning, PilBackend):
             else:
                 pictures += sample
                 plans += self.plan_images([(picture.height, picture.width) for picture in sample], **kwargs)
+        padded = self.setting("pad_patches", kwargs)
+        if padded:
+            self._check_planned_by_size(plans, kwargs)
         batch = self._patches(pictures, plans, kwargs)
         data = {"pixel_values": batch.patches.numpy(), "grids": pairs(batch.grids), **describe_plans(plans)}
-        return self._batch(data, kwargs)
+        return self._batch(pad_patches(data, plans) if padded else data, kwargs)
+
+    def _check_planned_by_size(self, plans: list[SlicePlan], kwargs: Mapping[str, Any]) -> None:
+        """Refuse what a model that is told the images' sizes alone would plan otherwise."""
+        joint = [name for name in ("max_tokens", "multi_image") if self.setting(name, kwargs)]
+        own = as_slicing(self.slicing)
+        other = [place for place, plan in enumerate(plans) if plan != own.plan(plan.image_hw)]
+        if joint or other:
+            raise ValueError(
+                "with pad_patches the model plans each image anew, from its size alone, and "
+                + (
+                    f"{joint[0]} plans a sample's images together"
+                    if joint
+                    else f"image {other[0]} is planned otherwise"
+                )
+                + ": leave max_tokens, multi_image, slicing, max_slices and crop_to_patches out, and bound images by "
+                "model.visual.slicing"
+            )
 
 
 class UHDImageProcessor(UHDImageProcessorPil):
@@ -355,3 +382,17 @@ def _flat(images: Any) -> list[Any]:
     if isinstance(images, (list, tuple)):
         return [picture for item in images for picture in _flat(item)]
     return [images]
+
+
+def arrange_images(images: Any) -> tuple[list[Any], list[int] | None]:
+    """All images in order, and how many each sample has; ``None`` where they are not nested by samples."""
+    if images is None:
+        return [], None
+    if getattr(images, "ndim", None) == 4:  # an array of equally large images
+        return list(images), None
+    if not isinstance(images, (list, tuple)):
+        return [images], None
+    if not any(isinstance(item, (list, tuple)) for item in images):
+        return list(images), None
+    nested = [list(item) if isinstance(item, (list, tuple)) else [] if item is None else [item] for item in images]
+    return [item for sample in nested for item in sample], [len(sample) for sample in nested]

@@ -27,6 +27,7 @@ from uhd.hf.conversation import cached_columns, cached_length, remember
 from uhd.hf.features import UHDVisualModel
 from uhd.hf.image_processing import refuse_own_function
 from uhd.hf.injection import inject
+from uhd.hf.labels import count_without_visual, ignore_visual, refuse_counted
 from uhd.hf.outputs import with_media
 from uhd.hf.packing import check_packed, samples_in_rows
 from uhd.hf.placing import match_new
@@ -35,7 +36,7 @@ from uhd.hf.prompt_text import PromptText, reading_text
 from uhd.hf.quantized import refuse_unsaved, take_over
 from uhd.hf.versions import cache_name, take_cache
 from uhd.hf.visual_inputs import VisualInputs, read_images, read_videos
-from uhd.merge import IGNORE, merge_visual
+from uhd.merge import merge_visual
 from uhd.saving import EncoderDescription
 from uhd.torch_private import shared_view
 from uhd.vision.int8 import refuse_int8
@@ -126,13 +127,6 @@ class UHDModel(UHDVisualModel):
 
         return _Prompt(ids, ids[:, cached:], together, change, media)
 
-    def _positions_of(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """(B, T) bool on the CPU for images and for videos."""
-        ids = input_ids.cpu()
-        image, video = self.config.image_token_id, self.config.video_token_id
-        none = torch.zeros_like(ids, dtype=torch.bool)
-        return {"image": ids == image, "video": none if video is None else ids == video}
-
     def _check_length(
         self, input_ids: Tensor, attention_mask: Tensor | None, visual_positions: Sequence[int], *, new_tokens: int = 0
     ) -> None:
@@ -186,7 +180,10 @@ class UHDModel(UHDVisualModel):
         if input_ids is not None and (visual.any or not decoding):
             prompt = self._read(input_ids, visual, attention_mask, samples=samples)
             if labels is not None and prompt.media:
-                labels = labels.masked_fill(prompt.visual.to(labels.device), IGNORE)
+                kept = ignore_visual(labels, prompt.visual.to(labels.device), self)
+                if kept is not labels and "num_items_in_batch" in passed:
+                    passed["num_items_in_batch"] = count_without_visual(passed["num_items_in_batch"], labels, kept)
+                labels = kept
         if labels is not None:
             passed["labels"] = labels
         if prompt is None or prompt.change is None:
@@ -244,8 +241,8 @@ class UHDModel(UHDVisualModel):
             attention_mask: (B, T). Without ``position_ids`` and cache, positions are counted along it, so a
                 left-padded row gives what it gives alone.
             inputs_embeds: Instead of ``input_ids`` and images.
-            labels: (B, T); image positions count as -100 whatever they hold. ``Trainer`` counts targets before that:
-                give it labels that hold -100 there (docs/training.md).
+            labels: (B, T); image and video positions count as -100 whatever they hold, with one warning where that is
+                something else. ``num_items_in_batch`` is corrected where it is the count of these labels.
             past_key_values, cache: The language model's cache, under either name.
             logits_to_keep and the rest: As the language model takes them.
 
@@ -255,7 +252,8 @@ class UHDModel(UHDVisualModel):
 
         Raises:
             ValueError: A sample's image positions are not those of its images, inputs of images are missing or
-                disagree, or a sample is longer than the language model's positions.
+                disagree, a sample is longer than the language model's positions, or ``num_items_in_batch`` counts
+                image positions of other batches too.
         """
         kwargs.update(pixel_values=pixel_values, pixel_values_videos=pixel_values_videos)
         visual = VisualInputs.take(kwargs)
@@ -293,6 +291,7 @@ class UHDForConditionalGeneration(UHDModel, GenerationMixin):
         super().__init__(config, visual=visual, language_model=language_model)
         self._processor: UHDProcessor | None = None
         self._followed = self.visual.slicing, self.visual.pixels  # what the processor plans and cuts by
+        self.register_forward_pre_hook(refuse_counted, with_kwargs=True)
 
     @classmethod
     def from_vision_and_lm(

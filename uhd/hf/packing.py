@@ -27,7 +27,8 @@ def samples_in_rows(position_ids: Tensor | None, attention_mask: Tensor | None) 
 
     Args:
         position_ids: (B, T), or what a language model takes instead, which is not packed.
-        attention_mask: (B, T) with 0 for padding, which starts no sample.
+        attention_mask: (B, T) with 0 for padding, which starts no sample; a mask of more dimensions is the caller's
+            own way of keeping samples apart.
 
     Returns:
         (B, T) int64 on the CPU, or ``None`` where every row is one sample.
@@ -37,7 +38,8 @@ def samples_in_rows(position_ids: Tensor | None, attention_mask: Tensor | None) 
     >>> samples_in_rows(torch.tensor([[0, 0, 0, 1, 2]]), torch.tensor([[0, 0, 1, 1, 1]])) is None
     True
     """
-    if position_ids is None or position_ids.dim() != 2:
+    own_mask = attention_mask is not None and attention_mask.dim() != 2
+    if position_ids is None or position_ids.dim() != 2 or own_mask:
         return None
     starts = position_ids.cpu() == 0
     starts[:, 0] = False
@@ -54,10 +56,10 @@ def check_packed(lm: nn.Module, attention_mask: Tensor | None, position_ids: Ten
     """Raise a ``ValueError`` where samples of packed rows would see each other, or their padding."""
     if cache is not None:
         raise ValueError("packed rows (position_ids start again at 0) are for training: leave the cache out")
-    if attention_mask is not None and (attention_mask.dim() != 2 or (attention_mask.diff(dim=-1) > 0).any()):
+    if attention_mask is not None and (attention_mask.diff(dim=-1) > 0).any():
         raise ValueError(
-            "packed rows (position_ids start again at 0) have padding before a sample, or a mask of their own: "
-            "padding stands at their ends, and no attention_mask is needed"
+            "packed rows (position_ids start again at 0) have padding before a sample: padding stands at their ends, "
+            "and no attention_mask is needed"
         )
     if len(position_ids) > 1 and "flash" in str(lm.config._attn_implementation):
         raise ValueError(

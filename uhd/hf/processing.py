@@ -19,9 +19,11 @@ from uhd.hf.image_processing import (
     Made,
     PlannedImage,
     UHDImagesKwargs,
+    arrange_images,
     check_backbone,
     refuse_own_function,
 )
+from uhd.hf.labels import LabelledBatch
 from uhd.hf.versions import processor_defaults, without_marked_text
 from uhd.hf.video_processing import (
     PlannedVideo,
@@ -84,6 +86,9 @@ class UHDProcessor(FromPackage, ProcessorMixin):
     left, as generation needs, unless the tokenizer came with a side of its own or another was set; a call may be given
     ``padding_side="right"``. Truncation that would cut an image or a video raises. ``max_tokens`` is one budget for
     all images and videos of a sample that are not encoded yet.
+
+    With ``image_processor.pad_patches`` a batch can be cut by its images, and text is neither padded nor made tensors
+    unless the call says so: trainers that cut batches pad prompts themselves.
 
     Chat templates that know images (and videos, where a conversation has some) are used as they are. With others each
     message becomes a string, with the token and a line break where an image or a video was.
@@ -209,9 +214,11 @@ class UHDProcessor(FromPackage, ProcessorMixin):
                 f"tokenizer.add_special_tokens({{'extra_special_tokens': [{VIDEO_TOKEN!r}]}}, "
                 "replace_extra_special_tokens=False) and build the processor again, or let from_vision_and_lm do it"
             )
+        if self.image_processor.pad_patches and "text_kwargs" not in kwargs:
+            kwargs = {"padding": False, "return_tensors": None, **kwargs}
         text = None if text is None else list(map(self._with_tokens, text))
         unmarked = _unmarked(text, kwargs)
-        flat, counts = _arrange_images(images)
+        flat, counts = arrange_images(images)
         clips, clip_counts = ([], None) if videos is None else arrange_videos(videos)
         counts = _per_sample(unmarked, self.image_token, len(flat), counts, "image")
         clip_counts = _per_sample(unmarked, self.video_token, len(clips), clip_counts, "video")
@@ -219,7 +226,8 @@ class UHDProcessor(FromPackage, ProcessorMixin):
             counts, clip_counts = counts + [0] * len(clip_counts), [0] * len(counts) + clip_counts
         given = self._made(flat, counts, clips, clip_counts, kwargs)
         with _TOKENIZING:
-            return super().__call__(images=given[0] or None, text=text, videos=given[1] or None, **kwargs)
+            batch = super().__call__(images=given[0] or None, text=text, videos=given[1] or None, **kwargs)
+        return LabelledBatch.of(batch, self)
 
     def _made(
         self,
@@ -412,20 +420,6 @@ def _all_encoded(items: list[Any], kind: type, name: str) -> bool:
     if any(encoded) and not all(encoded):
         raise ValueError(f"got {sum(encoded)} encoded {name} among {len(items)}: encode all of them, or none")
     return all(encoded)
-
-
-def _arrange_images(images: Any) -> tuple[list[Any], list[int] | None]:
-    """All images in order, and how many each sample has; ``None`` where they are not nested by samples."""
-    if images is None:
-        return [], None
-    if getattr(images, "ndim", None) == 4:  # an array of equally large images
-        return list(images), None
-    if not isinstance(images, (list, tuple)):
-        return [images], None
-    if not any(isinstance(item, (list, tuple)) for item in images):
-        return list(images), None
-    nested = [list(item) if isinstance(item, (list, tuple)) else [item] for item in images]
-    return [item for sample in nested for item in sample], [len(sample) for sample in nested]
 
 
 def _per_sample(

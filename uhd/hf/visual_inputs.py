@@ -18,6 +18,7 @@ from uhd.hf.plans import read_plans, write_plans
 from uhd.slicing import SlicePlan, VideoPlan
 
 MISSING = "pass everything that the processor returned"
+ROWS = "; a trainer that leaves some out, as TRL's GRPO, needs a processor with image_processor.pad_patches = True"
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +26,8 @@ class VisualInputs:
     """Images and videos of a batch, for I images with V views and N patches in all; each may be ``None``.
 
     Attributes:
-        pixel_values: (N, P) uint8 raw or floating normalised patches of all views.
+        pixel_values: (N, P) uint8 raw or floating normalised patches of all views; or (I, L, P), an image a row and
+            zeros behind its patches, which needs ``image_sizes`` alone, see :func:`pad_patches`.
         grids: (V, 2) (rows, columns) of each view in patches.
         num_patches: (I,) views of each image.
         image_sizes: (I, 2) (height, width) in px.
@@ -49,6 +51,9 @@ class VisualInputs:
         for name in ("image_tokens", "video_tokens"):
             if isinstance(getattr(self, name), (list, tuple)) and not getattr(self, name):
                 object.__setattr__(self, name, None)  # no encoded images are none
+        if self.pixel_values is not None and self.pixel_values.dim() == 3 and not len(self.pixel_values):
+            for name in ("pixel_values", "image_sizes"):  # samples without images, cut from a batch with some
+                object.__setattr__(self, name, None)
         for kind, pixels in (("image", self.pixel_values), ("video", self.pixel_values_videos)):
             if pixels is not None and getattr(self, f"{kind}_tokens") is not None:
                 name = "pixel_values" if kind == "image" else "pixel_values_videos"
@@ -116,6 +121,45 @@ def describe_plans(plans: Sequence[SlicePlan]) -> dict[str, np.ndarray]:
         "image_plans": write_plans(plans),
         "num_image_tokens": np.array([plan.num_tokens for plan in plans], np.int64),
     }
+
+
+def pad_patches(data: Mapping[str, np.ndarray], plans: Sequence[SlicePlan]) -> dict[str, np.ndarray]:
+    """A batch of I images with an image a row, which can be cut by images: all else follows from their sizes.
+
+    Args:
+        data: ``pixel_values`` (N, P) and the per-image keys.
+        plans: Of the images, N patches in all; I of them, at least one.
+
+    Returns:
+        ``pixel_values`` (I, L, P), L the patches of the largest image and zeros behind those of the others, and of the
+        other keys ``image_sizes`` and ``num_image_tokens``.
+    """
+    counts = [plan.num_patches for plan in plans]
+    patches = data["pixel_values"]
+    rows = np.zeros((len(plans), max(counts, default=0), patches.shape[1]), patches.dtype)
+    for row, image in zip(rows, np.split(patches, np.cumsum(counts)[:-1]), strict=True):
+        row[: len(image)] = image
+    return {"pixel_values": rows, **{name: data[name] for name in ("image_sizes", "num_image_tokens")}}
+
+
+def _without_padding(visual: VisualInputs, plans: Sequence[SlicePlan]) -> VisualInputs:
+    """What :func:`pad_patches` padded as (N, P) patches, with the grids and views of the images' plans."""
+    rows, counts = visual.pixel_values, torch.tensor([plan.num_patches for plan in plans])
+    if len(rows) != len(plans) or counts.max() > rows.shape[1]:
+        raise ValueError(
+            f"pixel_values {tuple(rows.shape)} hold an image a row, image_sizes are of {len(plans)} images of at most "
+            f"{counts.max()} patches: their processor plans otherwise than this model, or they were cut apart"
+        )
+    real = (torch.arange(rows.shape[1]) < counts[:, None]).to(rows.device)
+    if rows[~real].any():
+        raise ValueError(
+            "a row of pixel_values holds more patches than the plan of its image_sizes: their processor plans "
+            "otherwise than this model"
+        )
+    own = {"grids": pairs(view.patches_hw for plan in plans for view in plan.views)}
+    own["num_patches"] = np.array([plan.num_views for plan in plans], np.int64)
+    missing = {name: torch.from_numpy(value) for name, value in own.items() if getattr(visual, name) is None}
+    return replace(visual, pixel_values=rows[real], **missing)
 
 
 def pairs(items: Any) -> np.ndarray:
@@ -192,8 +236,9 @@ def read_images(encoder: VisualEncoder, visual: VisualInputs) -> PlannedMedia:
         packed = pack_encoded(visual.image_tokens)
         packed.pop("num_image_tokens")
         visual = replace(visual, **packed)
-    needed = ("num_patches",) if visual.image_tokens is not None else ("grids", "num_patches")
-    _require("images", {name: getattr(visual, name) for name in needed})
+    padded = visual.pixel_values is not None and visual.pixel_values.dim() == 3
+    needed = ("num_patches",) if visual.image_tokens is not None else () if padded else ("grids", "num_patches")
+    _require("images", {name: getattr(visual, name) for name in needed}, ROWS)
     if visual.image_plans is None and visual.image_sizes is None:
         raise ValueError(f"images need image_plans (or image_sizes): {MISSING}")
     if visual.image_plans is None:
@@ -202,6 +247,8 @@ def read_images(encoder: VisualEncoder, visual: VisualInputs) -> PlannedMedia:
         plans = read_plans(visual.image_plans)
         if not all(isinstance(plan, SlicePlan) for plan in plans):
             raise ValueError("image_plans hold the plan of a video: pass those as video_plans")
+    if padded:
+        visual = _without_padding(visual, plans)
     counts, given = [plan.num_views for plan in plans], visual.num_patches.tolist()
     if counts != given:
         raise ValueError(
@@ -268,10 +315,10 @@ def _rows(rows: Tensor, counts: Sequence[int], kept: Sequence[int] | None) -> Te
     return torch.cat([rows[:0], *(parts[place] for place in kept)])
 
 
-def _require(what: str, given: Mapping[str, Any]) -> None:
+def _require(what: str, given: Mapping[str, Any], advice: str = "") -> None:
     missing = [name for name, value in given.items() if value is None]
     if missing:
-        raise ValueError(f"{what} need {', '.join(missing)}: {MISSING}")
+        raise ValueError(f"{what} need {', '.join(missing)}: {MISSING}{advice}")
 
 
 def _ended(encoder: VisualEncoder, tokens: Tensor, video: VideoPlan) -> Tensor:
