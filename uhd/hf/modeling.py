@@ -52,7 +52,7 @@ class _Prompt:
     new_ids: Tensor
     visual: Tensor
     change: Callable[[Tensor], Tensor] | None
-    media: dict[str, tuple[Tensor, ...]]
+    media: dict[str, Any]
 
 
 class UHDModel(UHDVisualModel):
@@ -72,11 +72,18 @@ class UHDModel(UHDVisualModel):
     """
 
     def _read(
-        self, input_ids: Tensor, visual: VisualInputs, attention_mask: Tensor | None = None, *, cached: int = 0
+        self,
+        input_ids: Tensor,
+        visual: VisualInputs,
+        attention_mask: Tensor | None = None,
+        *,
+        cached: int = 0,
+        asked: Mapping[str, bool] | None = None,
     ) -> _Prompt:
         """Match images and videos with their positions, encode them, and say how the embeddings change.
 
         Of the first ``cached`` positions, which a cache holds, images may be left out, and are not encoded again.
+        ``asked``: see ``_features``.
 
         Raises:
             ValueError: A sample's image or video positions are not those of its images or videos, or it is longer than
@@ -85,7 +92,7 @@ class UHDModel(UHDVisualModel):
         positions = self._positions_of(input_ids)
         together = torch.stack(list(positions.values())).any(0)
         self._check_length(input_ids, attention_mask, together.sum(1).tolist())
-        media: dict[str, tuple[Tensor, ...]] = {}
+        media: dict[str, Any] = {}
         places: list[tuple[Tensor, list[int], Tensor]] = []
         for kind, mask in positions.items():
             new = mask[:, cached:]
@@ -100,9 +107,9 @@ class UHDModel(UHDVisualModel):
             old = mask[:, :cached].sum(1).tolist()
             kept, indices = match_new(mask.sum(1).tolist(), old, planned.lengths, kind, numbered=numbered)
             if kept:
-                features = self._features(planned.media(kept), indices).pooler_output
-                media[f"{kind}_hidden_states"] = tuple(features)
-                places.append((new, counts, torch.cat(features)))
+                output = self._features(planned, indices, asked, kept)
+                media[f"{kind}_outputs"], media[f"{kind}_hidden_states"] = output, tuple(output.pooler_output)
+                places.append((new, counts, torch.cat(output.pooler_output)))
         ids = input_ids.masked_fill(together.to(input_ids.device), self.config.fill_token_id)
         idle = self._idle(visual.have_pixels)
         if not places and idle is None:
@@ -115,32 +122,6 @@ class UHDModel(UHDVisualModel):
 
         return _Prompt(ids, ids[:, cached:], together, change, media)
 
-    def _positions_of(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """(B, T) bool on the CPU for images and for videos."""
-        ids = input_ids.cpu()
-        image, video = self.config.image_token_id, self.config.video_token_id
-        none = torch.zeros_like(ids, dtype=torch.bool)
-        return {"image": ids == image, "video": none if video is None else ids == video}
-
-    def _check_length(
-        self, input_ids: Tensor, attention_mask: Tensor | None, visual_positions: Sequence[int], *, new_tokens: int = 0
-    ) -> None:
-        """Raise where a sample (and what is to be generated) is longer than the language model's positions."""
-        limit = self.config.max_positions
-        if limit is None or input_ids.shape[1] + new_tokens <= limit:
-            return
-        lengths = [input_ids.shape[1]] * len(input_ids)
-        if attention_mask is not None and attention_mask.shape == input_ids.shape:
-            lengths = attention_mask.sum(1).tolist()
-        for sample, (length, visual) in enumerate(zip(lengths, visual_positions, strict=True)):
-            if length + new_tokens > limit:
-                asked = f" and {new_tokens} new ones" if new_tokens else ""
-                raise ValueError(
-                    f"sample {sample} has {length} positions ({visual} of them images or videos){asked}, the language "
-                    f"model has {limit}: lower max_tokens or max_slices of the images, shorten the text, or raise "
-                    "config.text_config.max_position_embeddings if the model can take more"
-                )
-
     def _call(
         self,
         lm: Callable[..., ModelOutput],
@@ -152,15 +133,16 @@ class UHDModel(UHDVisualModel):
         position_ids: Tensor | None,
         labels: Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[ModelOutput, dict[str, tuple[Tensor, ...]]]:
+    ) -> tuple[ModelOutput, dict[str, Any]]:
         """Run the language model (or its trunk) on text, images and videos; what is ``None`` is not passed on.
 
         Returns:
             Its output, and the images and videos as they were laid out.
         """
-        if (input_ids is None) == (inputs_embeds is None) or (visual.any and input_ids is None):
-            raise ValueError("pass either input_ids, with or without images, or inputs_embeds alone")
-        cache = take_cache(kwargs)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass either input_ids or inputs_embeds, with or without images")
+        asked = self._asked(**kwargs)
+        cache = take_cache(kwargs, cache_name(lm))
         if position_ids is None:
             length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
             position_ids = self._positions(attention_mask, length, cache)
@@ -168,8 +150,9 @@ class UHDModel(UHDVisualModel):
         passed = {name: value for name, value in {**passed, **kwargs}.items() if value is not None}
         decoding = cache is not None and input_ids is not None and input_ids.shape[1] == 1
         prompt = None
-        if input_ids is not None and (visual.any or not decoding):
-            prompt = self._read(input_ids, visual, attention_mask)
+        if visual.any or (input_ids is not None and not decoding):
+            ids = self._ids_of(inputs_embeds) if input_ids is None else input_ids
+            prompt = self._read(ids, visual, attention_mask, asked=asked if any(asked.values()) else None)
             if labels is not None and prompt.media:
                 labels = labels.masked_fill(prompt.visual.to(labels.device), IGNORE)
         if labels is not None:
@@ -179,9 +162,33 @@ class UHDModel(UHDVisualModel):
             return lm(**text, return_dict=True, **passed), {}
         embed = self.get_input_embeddings()
         if self.config.injection_mode == "embeds":
-            return lm(inputs_embeds=prompt.change(embed(prompt.ids)), return_dict=True, **passed), prompt.media
+            embeds = embed(prompt.ids) if inputs_embeds is None else inputs_embeds
+            return lm(inputs_embeds=prompt.change(embeds), return_dict=True, **passed), prompt.media
         with inject(embed, prompt.ids, prompt.change):
             return lm(input_ids=prompt.ids, return_dict=True, **passed), prompt.media
+
+    def _ids_of(self, inputs_embeds: Tensor) -> Tensor:
+        """(B, T) ids that hold an image's (and a video's) token where its embedding stands, else the fill token.
+
+        Raises:
+            ValueError: The language model reads the ids themselves, or does not embed the image token.
+        """
+        text = self.config.text_config.get_text_config()
+        tokens = [token for token in (self.config.image_token_id, self.config.video_token_id) if token is not None]
+        if self.config.injection_mode == "hook" or min(tokens) >= text.vocab_size:
+            why = "reads the ids beside their embeddings"
+            if self.config.injection_mode != "hook":
+                why = f"embeds {text.vocab_size} ids and not the image token {self.config.image_token_id}"
+            raise ValueError(
+                f"images with inputs_embeds go where the image token's embedding stands, and this language model {why}"
+                ": pass input_ids" + ("" if "beside" in why else ", or resize_token_embeddings to the tokenizer first")
+            )
+        found = torch.full(inputs_embeds.shape[:2], self.config.fill_token_id, device=inputs_embeds.device)
+        for token in tokens:
+            if token < text.vocab_size:
+                [[row]] = self.get_input_embeddings()(torch.tensor([[token]], device=self._embedding_device()))
+                found[(inputs_embeds == row.to(inputs_embeds)).all(-1)] = token
+        return found
 
     def _positions(self, attention_mask: Tensor | None, length: int, cache: Any) -> Tensor | None:
         """(B, length) positions of the inputs that do not count padding, as ``generate`` makes them.
@@ -217,6 +224,8 @@ class UHDModel(UHDVisualModel):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         cache: Any = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> ModelOutput:
         """The language model on text and images.
@@ -228,15 +237,19 @@ class UHDModel(UHDVisualModel):
                 keywords here too; none of them where there are no images and no videos.
             attention_mask: (B, T). Without ``position_ids`` and cache, positions are counted along it, so a
                 left-padded row gives what it gives alone.
-            inputs_embeds: Instead of ``input_ids`` and images.
+            inputs_embeds: (B, T, D) instead of ``input_ids``. Images go where the image token's embedding stands, so
+                the language model must embed it, and must not read ids (``config.injection_mode`` of ``"embeds"``).
             labels: (B, T); image positions count as -100 whatever they hold. ``Trainer`` counts targets before that:
                 give it labels that hold -100 there (docs/training.md).
             past_key_values, cache: The language model's cache, under either name.
+            output_hidden_states, output_attentions: Of the language model and of the vision encoder.
             logits_to_keep and the rest: As the language model takes them.
 
         Returns:
             What the language model returns, under its own names, ``loss`` (with labels) and ``logits`` first, then
-            ``image_hidden_states`` and ``video_hidden_states``: (T_i, D) for each image or video, as laid out.
+            ``image_hidden_states`` and ``video_hidden_states``: (T_i, D) for each image or video, as laid out; then
+            ``image_outputs`` and ``video_outputs``: as :meth:`get_image_features` returns them, the vision encoder's
+            own states only where they are asked for.
 
         Raises:
             ValueError: A sample's image positions are not those of its images, inputs of images are missing or
@@ -246,6 +259,7 @@ class UHDModel(UHDVisualModel):
         visual = VisualInputs.take(kwargs)
         if isinstance(logits_to_keep, Tensor) or logits_to_keep:
             kwargs["logits_to_keep"] = logits_to_keep
+        kwargs.update(output_hidden_states=output_hidden_states, output_attentions=output_attentions)
         output, media = self._call(
             self._runs,
             input_ids=input_ids,
@@ -348,7 +362,7 @@ class UHDForConditionalGeneration(UHDModel, GenerationMixin):
         if self._processor is None:
             if not self.config.name_or_path:
                 raise ValueError("this model has no processor: load one with AutoProcessor.from_pretrained(folder)")
-            self._processor = UHDProcessor.from_pretrained(self.config.name_or_path)
+            self._processor = UHDProcessor.from_pretrained(self.config.name_or_path, **self._loaded_from)
         if self._followed != (self.visual.slicing, self.visual.pixels):
             self._followed = self.visual.slicing, self.visual.pixels
             self._processor.follow(*self._followed)
@@ -392,7 +406,8 @@ class UHDForConditionalGeneration(UHDModel, GenerationMixin):
         seen = next((str(p.dtype).removeprefix("torch.") for p in self.visual.parameters()), None)
         self.config.visual_dtype = None if seen == str(self.dtype).removeprefix("torch.") else seen
         self.config.describe(encoder)
-        if self._processor is None and (Path(self.config.name_or_path) / PROCESSOR_NAME).is_file():
+        loaded_from = Path(self.config.name_or_path) / self._loaded_from.get("subfolder", "")
+        if self._processor is None and (loaded_from / PROCESSOR_NAME).is_file():
             self._processor = self.processor  # loaded on first use, which may not have been
         super().save_pretrained(save_directory, *args, **kwargs)
         if self._processor is not None and kwargs.get("is_main_process", True):

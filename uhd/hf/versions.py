@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -72,8 +73,10 @@ def check_hooks(*classes: type) -> None:
 check_hooks(ProcessorMixin, PilBackend, PreTrainedModel, GenerationMixin, PreTrainedConfig)
 
 
-def take_cache(kwargs: dict[str, Any]) -> Any:
+def take_cache(kwargs: dict[str, Any], wanted: str | None = None) -> Any:
     """Remove the cache from ``kwargs``, whatever it is called there, and return it; ``None`` where there is none.
+
+    Another name than the ``wanted`` one warns where that is ``cache``, as the language models' own ``forward`` do.
 
     Raises:
         ValueError: It was given under several names.
@@ -82,6 +85,8 @@ def take_cache(kwargs: dict[str, Any]) -> Any:
     given = {name: value for name, value in given.items() if value is not None}
     if len(given) > 1:
         raise ValueError(f"the cache was given as {' and as '.join(given)}: give it once")
+    if wanted == "cache" and given.keys() - {wanted}:
+        warnings.warn(f"`{next(iter(given))}` is deprecated: use `cache` instead", FutureWarning, stacklevel=4)
     return next(iter(given.values()), None)
 
 
