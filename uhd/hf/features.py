@@ -206,6 +206,29 @@ class UHDVisualModel(UHDPreTrainedModel):
                     "config.text_config.max_position_embeddings if the model can take more"
                 )
 
+    def _ids_of(self, inputs_embeds: Tensor) -> Tensor:
+        """(B, T) ids that hold an image's (and a video's) token where its embedding stands, else the fill token.
+
+        Raises:
+            ValueError: The language model reads the ids themselves, or does not embed the image token.
+        """
+        text = self.config.text_config.get_text_config()
+        tokens = [token for token in (self.config.image_token_id, self.config.video_token_id) if token is not None]
+        if self.config.injection_mode == "hook" or min(tokens) >= text.vocab_size:
+            why = "reads the ids beside their embeddings"
+            if self.config.injection_mode != "hook":
+                why = f"embeds {text.vocab_size} ids and not the image token {self.config.image_token_id}"
+            raise ValueError(
+                f"images with inputs_embeds go where the image token's embedding stands, and this language model {why}"
+                ": pass input_ids" + ("" if "beside" in why else ", or resize_token_embeddings to the tokenizer first")
+            )
+        found = torch.full(inputs_embeds.shape[:2], self.config.fill_token_id, device=inputs_embeds.device)
+        for token in tokens:
+            if token < text.vocab_size:
+                [[row]] = self.get_input_embeddings()(torch.tensor([[token]], device=self._embedding_device()))
+                found[(inputs_embeds == row.to(inputs_embeds)).all(-1)] = token
+        return found
+
     def num_image_tokens(self, image_sizes: Sequence[Sequence[int]]) -> list[int]:
         """Positions that images of these (height, width), px, take in the language model's sequence."""
         plans = [plan((int(h), int(w)), self.visual.slicing) for h, w in image_sizes]

@@ -167,29 +167,6 @@ class UHDModel(UHDVisualModel):
         with inject(embed, prompt.ids, prompt.change):
             return lm(input_ids=prompt.ids, return_dict=True, **passed), prompt.media
 
-    def _ids_of(self, inputs_embeds: Tensor) -> Tensor:
-        """(B, T) ids that hold an image's (and a video's) token where its embedding stands, else the fill token.
-
-        Raises:
-            ValueError: The language model reads the ids themselves, or does not embed the image token.
-        """
-        text = self.config.text_config.get_text_config()
-        tokens = [token for token in (self.config.image_token_id, self.config.video_token_id) if token is not None]
-        if self.config.injection_mode == "hook" or min(tokens) >= text.vocab_size:
-            why = "reads the ids beside their embeddings"
-            if self.config.injection_mode != "hook":
-                why = f"embeds {text.vocab_size} ids and not the image token {self.config.image_token_id}"
-            raise ValueError(
-                f"images with inputs_embeds go where the image token's embedding stands, and this language model {why}"
-                ": pass input_ids" + ("" if "beside" in why else ", or resize_token_embeddings to the tokenizer first")
-            )
-        found = torch.full(inputs_embeds.shape[:2], self.config.fill_token_id, device=inputs_embeds.device)
-        for token in tokens:
-            if token < text.vocab_size:
-                [[row]] = self.get_input_embeddings()(torch.tensor([[token]], device=self._embedding_device()))
-                found[(inputs_embeds == row.to(inputs_embeds)).all(-1)] = token
-        return found
-
     def _positions(self, attention_mask: Tensor | None, length: int, cache: Any) -> Tensor | None:
         """(B, length) positions of the inputs that do not count padding, as ``generate`` makes them.
 
@@ -231,35 +208,30 @@ class UHDModel(UHDVisualModel):
         """The language model on text and images.
 
         Args:
-            input_ids: (B, T), the image token at every position of an image, the video token at every position of a
-                video. Images and videos are taken in order, row by row.
+            input_ids: (B, T), the image or video token at every position of an image or a video. They are taken in
+                order, row by row.
             pixel_values, pixel_values_videos: See :class:`uhd.hf.visual_inputs.VisualInputs`, whose other fields are
-                keywords here too; none of them where there are no images and no videos.
+                keywords here too; none of them without images and videos.
             attention_mask: (B, T). Without ``position_ids`` and cache, positions are counted along it, so a
                 left-padded row gives what it gives alone.
-            inputs_embeds: (B, T, D) instead of ``input_ids``. Images go where the image token's embedding stands, so
-                the language model must embed it, and must not read ids (``config.injection_mode`` of ``"embeds"``).
+            inputs_embeds: (B, T, D) instead of ``input_ids``. Images go where the image token's embedding stands: the
+                language model must embed it, and ``config.injection_mode`` be ``"embeds"``.
             labels: (B, T); image positions count as -100 whatever they hold. ``Trainer`` counts targets before that:
                 give it labels that hold -100 there (docs/training.md).
-            past_key_values, cache: The language model's cache, under either name.
             output_hidden_states, output_attentions: Of the language model and of the vision encoder.
-            logits_to_keep and the rest: As the language model takes them.
+            cache and the rest: As the language model takes them, the cache also as ``past_key_values``.
 
         Returns:
             What the language model returns, under its own names, ``loss`` (with labels) and ``logits`` first, then
-            ``image_hidden_states`` and ``video_hidden_states``: (T_i, D) for each image or video, as laid out; then
-            ``image_outputs`` and ``video_outputs``: as :meth:`get_image_features` returns them, the vision encoder's
-            own states only where they are asked for.
+            the fields of :data:`uhd.hf.outputs.MEDIA`.
 
         Raises:
             ValueError: A sample's image positions are not those of its images, inputs of images are missing or
                 disagree, or a sample is longer than the language model's positions.
         """
-        kwargs.update(pixel_values=pixel_values, pixel_values_videos=pixel_values_videos)
-        visual = VisualInputs.take(kwargs)
+        visual = VisualInputs.take(kwargs, pixel_values=pixel_values, pixel_values_videos=pixel_values_videos)
         if isinstance(logits_to_keep, Tensor) or logits_to_keep:
             kwargs["logits_to_keep"] = logits_to_keep
-        kwargs.update(output_hidden_states=output_hidden_states, output_attentions=output_attentions)
         output, media = self._call(
             self._runs,
             input_ids=input_ids,
@@ -271,6 +243,8 @@ class UHDModel(UHDVisualModel):
             cache=cache,
             labels=labels,
             use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
             **kwargs,
         )
         return with_media(output, media)

@@ -10,8 +10,8 @@ from typing import Any
 from transformers.modeling_outputs import ModelOutput
 
 MEDIA = ("image_outputs", "video_outputs", "image_hidden_states", "video_hidden_states")
-"""What ``get_image_features`` and ``get_video_features`` return, with the vision encoder's states where they were asked
-for; and of that (T_i, D) for each image, as it was laid out, and for each video."""
+"""What ``get_image_features`` and ``get_video_features`` return, the vision encoder's states only where asked for; and
+of that (T_i, D) for each image, as it was laid out, and for each video."""
 
 LEADING = ("loss", "logits")
 """What comes first where the language model returns it, as trainers read outputs by position."""

@@ -57,9 +57,9 @@ class VisualInputs:
                 )
 
     @classmethod
-    def take(cls, kwargs: dict[str, Any]) -> VisualInputs:
-        """Remove from ``kwargs`` what is an image's or a video's."""
-        return cls(**{field.name: kwargs.pop(field.name) for field in fields(cls) if field.name in kwargs})
+    def take(cls, kwargs: dict[str, Any], **more: Any) -> VisualInputs:
+        """Remove from ``kwargs`` what is an image's or a video's; ``more`` of it is what was passed beside them."""
+        return cls(**more, **{field.name: kwargs.pop(field.name) for field in fields(cls) if field.name in kwargs})
 
     @property
     def any(self) -> bool:
