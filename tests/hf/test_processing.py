@@ -109,7 +109,6 @@ class TestImageProcessor:
         "kwargs, message",
         [
             ({"do_normalize": False}, "do_rescale=True and do_normalize=False: set both"),
-            ({"rescale_factor": 1.0}, "rescaled by 1/255, got rescale_factor=1.0"),
             ({"resample": 0}, "resample must be one of"),
             ({"do_resize": True}, "do_resize does not apply"),
             ({"do_center_crop": True}, "do_center_crop does not apply"),
