@@ -11,6 +11,7 @@ from transformers import (
     AutoProcessor,
     AutoVideoProcessor,
 )
+from transformers.utils import is_torchvision_available
 
 from uhd.hf.configuration import UHDConfig, UHDResamplerConfig, UHDVisionConfig
 from uhd.hf.features import UHDPreTrainedModel
@@ -47,4 +48,7 @@ AutoImageProcessor.register(
     image_processor_classes={"torchvision": UHDImageProcessor, "pil": UHDImageProcessorPil},
     exist_ok=True,
 )
-AutoVideoProcessor.register(UHDConfig, UHDVideoProcessor, exist_ok=True)
+if is_torchvision_available():
+    AutoVideoProcessor.register(UHDConfig, UHDVideoProcessor, exist_ok=True)
+else:  # transformers' Auto class cannot be touched then, nor be asked when a processor is loaded; ours needs none of it
+    UHDProcessor.video_processor_class = UHDVideoProcessor.__name__

@@ -279,6 +279,19 @@ class UHDProcessor(FromPackage, ProcessorMixin):
             )
         return next(iter(given), None)
 
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        """As in transformers, which knows no class of video processors where torchvision is missing."""
+        if isinstance(argument, UHDVideoProcessor):
+            return UHDVideoProcessor
+        return super().check_argument_for_proper_class(argument_name, argument)
+
+    @staticmethod
+    def get_possibly_dynamic_module(module_name: str) -> Any:
+        """As in transformers, which looks for classes by name, and finds no video processor without torchvision."""
+        if module_name == UHDVideoProcessor.__name__:
+            return UHDVideoProcessor
+        return ProcessorMixin.get_possibly_dynamic_module(module_name)
+
     def validate_inputs(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: inputs are checked before they are planned, in the call."""
 
