@@ -50,5 +50,5 @@ AutoImageProcessor.register(
 )
 if is_torchvision_available():
     AutoVideoProcessor.register(UHDConfig, UHDVideoProcessor, exist_ok=True)
-else:  # transformers' Auto class cannot be touched then, nor be asked when a processor is loaded; ours needs none of it
+else:  # transformers' Auto class can neither be touched then nor load anything; ours needs no torchvision
     UHDProcessor.video_processor_class = UHDVideoProcessor.__name__

@@ -31,6 +31,7 @@ from uhd.hf.outputs import with_media
 from uhd.hf.placing import match_new
 from uhd.hf.processing import UHDProcessor
 from uhd.hf.prompt_text import PromptText, reading_text
+from uhd.hf.steps import StepByStep
 from uhd.hf.versions import cache_name, take_cache
 from uhd.hf.visual_inputs import VisualInputs, read_images, read_videos
 from uhd.merge import IGNORE, merge_visual
@@ -250,7 +251,7 @@ class UHDModel(UHDVisualModel):
         return with_media(output, media)
 
 
-class UHDForConditionalGeneration(UHDModel, GenerationMixin):
+class UHDForConditionalGeneration(UHDModel, StepByStep, GenerationMixin):
     """Any causal language model of transformers, with eyes: :class:`UHDModel` with the language model's own head.
 
     Both have the same parameters under the same names. :meth:`from_vision_and_lm` is the way to attach eyes.
@@ -409,6 +410,8 @@ class UHDForConditionalGeneration(UHDModel, GenerationMixin):
                 new images cannot be given with ``prefill_chunk_size``; the cache is not one of this conversation.
         """
         visual = VisualInputs.take(kwargs)
+        if self._steps_are_prepared:
+            return self._generate_by_steps(visual, inputs=inputs, generation_config=generation_config, **kwargs)
         lm = self.language_model
         lm.generation_config = self.generation_config
         config = generation_config or self.generation_config

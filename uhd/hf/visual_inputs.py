@@ -61,10 +61,15 @@ class VisualInputs:
         """Remove from ``kwargs`` what is an image's or a video's; ``more`` of it is what was passed beside them."""
         return cls(**more, **{field.name: kwargs.pop(field.name) for field in fields(cls) if field.name in kwargs})
 
+    def given(self) -> dict[str, Any]:
+        """What there is, by name."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in named.items() if value is not None}
+
     @property
     def any(self) -> bool:
         """Whether anything was given at all."""
-        return any(getattr(self, field.name) is not None for field in fields(self))
+        return bool(self.given())
 
     @property
     def kinds(self) -> set[str]:
