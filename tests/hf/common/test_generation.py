@@ -1,5 +1,7 @@
 """What transformers asks of every model that generates: the contracts of its generation and pipeline testers."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
@@ -63,6 +65,18 @@ def test_it_stops_where_it_is_told_and_goes_on_from_a_cache(kind):
     assert stopped[one["input_ids"].shape[1] :].tolist() == new[:1].tolist()
 
 
+@pytest.mark.parametrize("kind", KINDS[:3])
+@pytest.mark.parametrize("how", [{}, {"num_beams": 2}, {"cache_implementation": "static"}])
+def test_embeddings_alone_or_nothing_at_all(kind, how):
+    model = shared(kind)
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    embeds = model.get_input_embeddings()(ids)
+    for given in ({}, {"attention_mask": torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])}):
+        want = model.generate(ids, **given, **GREEDY, **how)[:, -3:]
+        assert torch.equal(model.generate(inputs_embeds=embeds, **given, **GREEDY, **how), want)
+    assert model.generate(**GREEDY, **how).shape == (1, 4)  # from the token that begins
+
+
 def test_it_is_a_generating_class_of_transformers():
     assert GenerationMixin in UHDForConditionalGeneration.__bases__
     assert UHDForConditionalGeneration.can_generate()
@@ -83,3 +97,15 @@ def test_pipelines_answer_one_and_many(kind, task, dtype, tmp_path):
     for chat, answer in zip(chats, many, strict=True):
         [alone] = pipe(text=chat, generate_kwargs=GREEDY, return_full_text=False)
         assert answer[0]["generated_text"] == alone["generated_text"]
+
+
+def test_every_test_of_theirs_has_one_of_ours():
+    """The list names tests that exist, and each of theirs once."""
+    root = Path(__file__).parents[3]
+    lines = [line.split() for line in (Path(__file__).parent / "theirs.txt").read_text().splitlines()]
+    pairs = [(line[0], line[1:]) for line in lines if line and not line[0].startswith("#")]
+    theirs = [name for _, names in pairs for name in names]
+    assert len(theirs) == len(set(theirs)) > 30
+    for ours, _ in pairs:
+        file, *names = ours.split("::")
+        assert f"def {names[-1]}(" in (root / file).read_text(), ours
