@@ -4,8 +4,9 @@
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 from transformers.processing_utils import BatchFeature, MultiModalData, ProcessingKwargs, ProcessorMixin
@@ -16,6 +17,7 @@ from uhd.hf.chat import as_dict, chosen_template, is_message, kind_of, parts_of,
 from uhd.hf.image_processing import (
     Made,
     PlannedImage,
+    UHDImageProcessor,
     UHDImagesKwargs,
     check_backbone,
     refuse_own_function,
@@ -100,6 +102,7 @@ class UHDProcessor(ProcessorMixin):
     """
 
     valid_processor_kwargs = UHDProcessorKwargs
+    _by_name: Mapping[str, type] = MappingProxyType({})
     # not a base: transformers' testers take the first base for the one whose methods are overridden
     register_for_auto_class = vars(FromPackage)["register_for_auto_class"]
 
@@ -281,18 +284,24 @@ class UHDProcessor(ProcessorMixin):
             )
         return next(iter(given), None)
 
+    @classmethod
+    def load_by_name(cls, part: type) -> None:
+        """Load and take an image or video processor of this class where transformers has no Auto class for it."""
+        cls._by_name = {**cls._by_name, part.__name__: part}
+        setattr(cls, "image_processor_class" if part is UHDImageProcessor else "video_processor_class", part.__name__)
+
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-        """As in transformers, which knows no class of video processors where torchvision is missing."""
-        if isinstance(argument, UHDVideoProcessor):
-            return UHDVideoProcessor
-        return super().check_argument_for_proper_class(argument_name, argument)
+        """As in transformers, which has no base class to compare with where there is no Auto class."""
+        known = tuple(self._by_name.values())
+        return (
+            known if isinstance(argument, known) else super().check_argument_for_proper_class(argument_name, argument)
+        )
 
     @staticmethod
     def get_possibly_dynamic_module(module_name: str) -> Any:
-        """As in transformers, which looks for classes by name, and finds no video processor without torchvision."""
-        if module_name == UHDVideoProcessor.__name__:
-            return UHDVideoProcessor
-        return ProcessorMixin.get_possibly_dynamic_module(module_name)
+        """As in transformers, which looks for classes by name among those of Auto classes."""
+        found = UHDProcessor._by_name.get(module_name)
+        return ProcessorMixin.get_possibly_dynamic_module(module_name) if found is None else found
 
     def validate_inputs(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: inputs are checked before they are planned, in the call."""

@@ -278,6 +278,7 @@ def test_prompt_tuning_reaches_forward_and_generate(kind):
     assert not torch.equal(got, plain)
 
 
+@pytest.mark.filterwarnings("ignore:Could not find a config file")  # PEFT, of a folder that is none
 @every
 def test_an_adapter_of_transformers_own(kind, monkeypatch, folder, tmp_path):
     peft = pytest.importorskip("peft")
@@ -295,5 +296,8 @@ def test_an_adapter_of_transformers_own(kind, monkeypatch, folder, tmp_path):
         assert not torch.allclose(on, off)
         model.save_pretrained(tmp_path)
         again = UHDForConditionalGeneration.from_pretrained(folder / kind)
-        again.load_adapter(tmp_path)
+        try:
+            again.load_adapter(tmp_path)
+        except ImportError as problem:
+            pytest.skip(f"this PEFT is too old for this transformers: {problem}")
         assert torch.equal(again(**batch).logits, on)
