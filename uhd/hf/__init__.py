@@ -42,7 +42,7 @@ AutoModel.register(UHDConfig, UHDModel, exist_ok=True)
 for _auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
     _auto.register(UHDConfig, UHDForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(UHDConfig, UHDProcessor, exist_ok=True)
-# without torchvision transformers has no usable Auto class for videos, and in older releases none for images; ours need no
+# without torchvision transformers has no usable Auto class for videos, nor in older releases for images; ours need no
 # torchvision, and are then found by their names
 for _auto, _class, _classes in (
     (AutoImageProcessor, UHDImageProcessor, {"torchvision": UHDImageProcessor, "pil": UHDImageProcessorPil}),

@@ -22,7 +22,7 @@ from uhd.hf.image_processing import (
     check_backbone,
     refuse_own_function,
 )
-from uhd.hf.versions import processor_defaults, without_marked_text
+from uhd.hf.versions import MARKS_WORDS, processor_defaults, without_marked_text
 from uhd.hf.video_processing import (
     PlannedVideo,
     UHDVideoProcessor,
@@ -31,6 +31,7 @@ from uhd.hf.video_processing import (
     same_slicing,
 )
 from uhd.hf.visual_inputs import pack_encoded, pack_encoded_videos
+from uhd.hf.words import spelling, words_stay_words
 from uhd.loading import named
 from uhd.pixels import PixelSettings
 from uhd.slicing import SlicingLike
@@ -221,7 +222,8 @@ class UHDProcessor(ProcessorMixin):
             counts, clip_counts = counts + [0] * len(clip_counts), [0] * len(counts) + clip_counts
         given = self._made(flat, counts, clips, clip_counts, kwargs)
         with _TOKENIZING:
-            return super().__call__(images=given[0] or None, text=text, videos=given[1] or None, **kwargs)
+            processor = spelling(self)
+            return ProcessorMixin.__call__(processor, given[0] or None, text, given[1] or None, **kwargs)
 
     def _made(
         self,
@@ -292,10 +294,9 @@ class UHDProcessor(ProcessorMixin):
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
         """As in transformers, which has no base class to compare with where there is no Auto class."""
-        known = tuple(self._by_name.values())
-        return (
-            known if isinstance(argument, known) else super().check_argument_for_proper_class(argument_name, argument)
-        )
+        if isinstance(argument, known := tuple(self._by_name.values())):
+            return known
+        return super().check_argument_for_proper_class(argument_name, argument)
 
     @staticmethod
     def get_possibly_dynamic_module(module_name: str) -> Any:
@@ -335,6 +336,12 @@ class UHDProcessor(ProcessorMixin):
         A template's variables ``image_token`` and ``video_token`` are this processor's tokens unless they are given.
         """
         template = chosen_template(self.chat_template, chat_template)
+        if kwargs.get("sanitize_control_tokens") and not MARKS_WORDS:
+            if not kwargs.get("tokenize") or kwargs.get("return_assistant_tokens_mask"):
+                raise ValueError("sanitize_control_tokens needs tokenize=True, and no return_assistant_tokens_mask")
+            kwargs.pop("sanitize_control_tokens")
+            with words_stay_words(self.tokenizer, template, conversation, kwargs) as (conversation, kwargs):
+                return self.apply_chat_template(conversation, template, **kwargs)
         batched = not is_message(conversation[0])
         conversations = list(conversation) if batched else [conversation]
         tokens = {"image": self.image_token, "video": self.video_token}

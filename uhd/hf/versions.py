@@ -29,6 +29,9 @@ VideoProcessorBase: type = getattr(
 )
 """Loads and saves a video processor; before 5.19 the class also brings tensor transforms, which are not used here."""
 
+MARKS_WORDS = "sanitize_control_tokens" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
+"""Whether transformers itself (from 5.23) keeps the user's own words from being control tokens."""
+
 CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")
 """What releases and model types call the key-value cache, or the state, in inputs and outputs."""
 
