@@ -16,6 +16,7 @@ from transformers.utils import can_return_tuple
 from uhd.encoder import VisualEncoder
 from uhd.hf.attach import native_side
 from uhd.hf.configuration import UHDConfig
+from uhd.hf.quantized import leave_alone
 from uhd.hf.recording import recorded
 from uhd.hf.versions import CACHE_NAMES
 from uhd.hf.visual_inputs import PlannedMedia, VisualInputs, read_images, read_videos
@@ -75,6 +76,9 @@ class UHDPreTrainedModel(PreTrainedModel):
         if kwargs.get("dtype", "auto") not in ("auto", None) and kwargs.get("config") is None:
             kwargs.setdefault("visual_dtype", None)
         place = {name: kwargs[name] for name in _PLACE if kwargs.get(name) is not None}
+        if kwargs.get("quantization_config") is not None:
+            config = kwargs.get("config") or cls.config_class.from_pretrained(pretrained_model_name_or_path, **place)
+            kwargs["quantization_config"] = leave_alone(kwargs["quantization_config"], config.text_config)
         found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         (found[0] if isinstance(found, tuple) else found)._loaded_from = place
         return found

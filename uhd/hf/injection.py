@@ -168,8 +168,9 @@ def _constants_shaken(lm: nn.Module) -> Iterator[None]:
     kept: list[tuple[Tensor, Tensor]] = []
     try:
         for parameter in lm.parameters():
-            usable = parameter.is_floating_point() and parameter.device.type != "meta" and parameter.numel()
-            if usable and parameter.amin() == parameter.amax():
+            # quantized weights, which are classes of their own, are no constants
+            usable = type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.numel()
+            if usable and parameter.device.type != "meta" and parameter.amin() == parameter.amax():
                 kept.append((parameter, parameter.detach().clone()))
                 noise = torch.randn(parameter.shape, generator=generator).to(parameter)
                 parameter.copy_(parameter + _NOISE * noise)

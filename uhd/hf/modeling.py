@@ -31,6 +31,7 @@ from uhd.hf.outputs import with_media
 from uhd.hf.placing import match_new
 from uhd.hf.processing import UHDProcessor
 from uhd.hf.prompt_text import PromptText, reading_text
+from uhd.hf.quantized import refuse_unsaved, take_over
 from uhd.hf.steps import StepByStep
 from uhd.hf.versions import cache_name, take_cache
 from uhd.hf.visual_inputs import VisualInputs, read_images, read_videos
@@ -321,6 +322,7 @@ class UHDForConditionalGeneration(UHDModel, StepByStep, GenerationMixin):
         with no_init_weights():
             model = cls(config, visual=encoder, language_model=lm)
         model.generation_config = lm.generation_config
+        take_over(model, lm)
         model._processor = processor
         return model.train(lm.training)
 
@@ -365,11 +367,12 @@ class UHDForConditionalGeneration(UHDModel, StepByStep, GenerationMixin):
         """As in transformers, and the processor beside it where there is one.
 
         Raises:
-            ValueError: A part, or the slicing, is the caller's own, so that it could not be built again; or the
-                encoder is quantised.
+            ValueError: A part, or the slicing, is the caller's own, so that it could not be built again; the encoder
+                is quantised, or the language model by a library whose weights transformers does not save.
         """
         refuse_own_function(self.visual.slicing)
         refuse_int8(self.visual)
+        refuse_unsaved(self)
         encoder = EncoderDescription.of(self.visual)
         for role in ("vision", "compressor"):
             if getattr(encoder, role)["kind"] == "custom":
