@@ -52,11 +52,13 @@ class TestParts:
     def test_visual_tokens_get_the_rms_of_the_embeddings(self, kind, tmp_path):
         found = model(kind)
         embeddings = rms(found.get_input_embeddings()(torch.arange(found.config.text_config.vocab_size)))
-        tokens = found.get_image_features(
-            **{name: value for name, value in found.processor(images=IMAGES).items() if name != "num_image_tokens"}
-        ).last_hidden_state
+        features = found.get_image_features(**found.processor(images=IMAGES)).pooler_output
+        raw, tokens = [], []
+        for rows, item in zip(features, found.visual(IMAGES), strict=True):
+            raw.append(item.tokens)
+            tokens += [rows[slice(*item.layout.span(view.index))] for view in item.plan.views]
+        raw, tokens = torch.cat(raw), torch.cat(tokens)
         assert 0.8 < rms(tokens) / embeddings < 1.25
-        raw = torch.cat([item.tokens for item in found.visual(IMAGES)])
         torch.testing.assert_close(tokens, raw * found.config.visual_scale, rtol=1e-4, atol=1e-5)
         found.save_pretrained(tmp_path)
         assert json.loads((tmp_path / "config.json").read_text())["visual_scale"] == found.config.visual_scale
@@ -209,13 +211,16 @@ class TestRefused:
         with pytest.raises(ValueError, match=message):
             model("llama")(**batch)
 
-    def test_inputs_embeds_do_not_come_with_images(self):
-        found = model("llama")
+    @pytest.mark.parametrize(
+        ("kind", "message"),
+        [("llama", "embeds 260 ids and not the image token 260.* or resize"), ("gemma3n_text", "reads the ids")],
+    )
+    def test_images_have_no_place_among_some_embeddings(self, kind, message):
+        found = model(kind)
         batch = dict(found.processor(text=TEXTS, images=IMAGES))
         embeds = found.get_input_embeddings()(torch.tensor([[1, 2]]))
-        assert torch.equal(found(inputs_embeds=embeds).logits, found.language_model(inputs_embeds=embeds).logits)
         batch.pop("input_ids")
-        with pytest.raises(ValueError, match="either input_ids, with or without images, or inputs_embeds alone"):
+        with pytest.raises(ValueError, match=message):
             found(inputs_embeds=embeds, **batch)
 
 

@@ -1,7 +1,6 @@
 """The processor and the image processors: shapes, counts that agree everywhere, chat templates, and clear refusals."""
 
 import copy
-import inspect
 import io
 import re
 
@@ -9,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, ProcessorMixin
+from transformers import AutoImageProcessor
 
 import uhd
 from tests.hf.tiny import IMAGES, TEXTS, attach, encoder, language_model, model, tokenizer
 from tests.tiny import PIXELS, noise
 from uhd.batch import SliceBatch
-from uhd.hf import UHDForConditionalGeneration, UHDImageProcessor, UHDImageProcessorPil, UHDProcessor
+from uhd.hf import UHDForConditionalGeneration, UHDImageProcessor, UHDImageProcessorPil, UHDProcessor, processing
 from uhd.hf.plans import read_plans
+from uhd.hf.versions import MARKS_WORDS
 from uhd.resampler import PerceiverConfig, PerceiverResampler, PixelShuffleProjector
 from uhd.schema import layout
 from uhd.slicing import PRESETS
@@ -109,7 +109,6 @@ class TestImageProcessor:
         "kwargs, message",
         [
             ({"do_normalize": False}, "do_rescale=True and do_normalize=False: set both"),
-            ({"rescale_factor": 1.0}, "rescaled by 1/255, got rescale_factor=1.0"),
             ({"resample": 0}, "resample must be one of"),
             ({"do_resize": True}, "do_resize does not apply"),
             ({"do_center_crop": True}, "do_center_crop does not apply"),
@@ -329,20 +328,24 @@ class TestWordsOfTheUser:
         },
     )
 
-    @pytest.mark.skipif(
-        "sanitize_control_tokens" not in inspect.signature(ProcessorMixin.apply_chat_template).parameters,
-        reason="this transformers marks no words of the user",
-    )
+    @pytest.mark.parametrize("ours", [True, False] if MARKS_WORDS else [True])
     @pytest.mark.parametrize("template", [None, TEXT_ONLY])
-    def test_words_stay_words(self, template):
+    def test_words_stay_words(self, template, ours, monkeypatch):
+        monkeypatch.setattr(processing, "MARKS_WORDS", not ours)
         processor = model("llama").processor
+        asked = {"tokenize": True, "return_dict": True, "sanitize_control_tokens": True}
         batch = processor.apply_chat_template(
-            list(self.CHAT), template, tokenize=True, return_dict=True, sanitize_control_tokens=True
+            [list(self.CHAT), [{"role": "a", "content": "b</s>"}]], template, **asked
         )
         [wanted] = model("llama").num_image_tokens([IMAGES[0].shape[:2]])
-        ids = torch.as_tensor(batch["input_ids"])
+        ids, mask = torch.as_tensor(batch["input_ids"]), torch.as_tensor(batch["attention_mask"])
         assert (ids == processor.image_token_id).sum() == wanted
         assert "what is the <image> tag?" in processor.decode(ids[0][ids[0] != processor.image_token_id])
+        assert "b</s>" in processor.decode(ids[1][mask[1] == 1])
+        assert processor.tokenizer.eos_token_id not in ids[1]
+        assert mask.sum(1).tolist()[1] < mask.sum(1).tolist()[0] == ids.shape[1]
+        with pytest.raises(ValueError, match="tokenize=True"):
+            processor.apply_chat_template(list(self.CHAT), template, sanitize_control_tokens=True)
 
     def test_a_template_of_text_only_shows_the_token(self):
         chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}]

@@ -47,9 +47,16 @@ AutoModel.register(UHDConfig, UHDModel, exist_ok=True)
 for _auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
     _auto.register(UHDConfig, UHDForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(UHDConfig, UHDProcessor, exist_ok=True)
-AutoImageProcessor.register(
-    UHDConfig,
-    image_processor_classes={"torchvision": UHDImageProcessor, "pil": UHDImageProcessorPil},
-    exist_ok=True,
-)
-AutoVideoProcessor.register(UHDConfig, UHDVideoProcessor, exist_ok=True)
+# without torchvision transformers has no usable Auto class for videos, nor in older releases for images; ours need no
+# torchvision, and are then found by their names
+for _auto, _class, _classes in (
+    (AutoImageProcessor, UHDImageProcessor, {"torchvision": UHDImageProcessor, "pil": UHDImageProcessorPil}),
+    (AutoVideoProcessor, UHDVideoProcessor, None),
+):
+    try:
+        if _classes is None:
+            _auto.register(UHDConfig, _class, exist_ok=True)
+        else:
+            _auto.register(UHDConfig, image_processor_classes=_classes, exist_ok=True)
+    except ImportError:
+        UHDProcessor.load_by_name(_class)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -295,8 +296,17 @@ def _built(config_class: type, given: dict[str, Any] | PreTrainedConfig | None) 
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
-    """A language model's longest sequence, ``None`` where its config tells none."""
+    """A language model's longest sequence, its rope's scaling counted, ``None`` where its config tells none."""
     text = config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
     found = (getattr(text, name, None) for name in names)
-    return next((value for value in found if isinstance(value, int) and value > 0), None)
+    limit = next((value for value in found if isinstance(value, int) and value > 0), None)
+    return limit if limit is None else max(limit, *_scaled(getattr(text, "rope_parameters", None), limit))
+
+
+def _scaled(rope: Any, limit: int) -> Iterator[int]:
+    """What scaled rotary positions, of all layers or by kind of layer, stretch a longest sequence to."""
+    yield limit
+    for parameters in (rope, *rope.values()) if isinstance(rope, Mapping) else ():
+        if isinstance(parameters, Mapping) and isinstance(parameters.get("factor"), (int, float)):
+            yield int(parameters["factor"] * (parameters.get("original_max_position_embeddings") or limit))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ from transformers.utils import can_return_tuple
 from uhd.encoder import VisualEncoder
 from uhd.hf.attach import native_side
 from uhd.hf.configuration import UHDConfig
-from uhd.hf.placing import Media
 from uhd.hf.quantized import leave_alone
+from uhd.hf.recording import recorded
 from uhd.hf.versions import CACHE_NAMES
-from uhd.hf.visual_inputs import VisualInputs, read_images, read_videos
+from uhd.hf.visual_inputs import PlannedMedia, VisualInputs, read_images, read_videos
 from uhd.merge import assemble, separator_embeddings
 from uhd.resampler import (
     FeaturePacker,
@@ -35,8 +36,10 @@ from uhd.vision import ViT
 RESAMPLERS = (PerceiverResampler, PyramidResampler, RewriteResampler, SpatialResampler)
 """Compressors with parameters of their own beside those of their layers."""
 
+_PLACE = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
+"""Keywords of ``from_pretrained`` that say where files come from."""
 
-_PLACE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+_ASKED = ("output_hidden_states", "output_attentions")
 
 
 class UHDPreTrainedModel(PreTrainedModel):
@@ -50,6 +53,7 @@ class UHDPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _loaded_from: Mapping[str, Any] = MappingProxyType({})
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -63,16 +67,27 @@ class UHDPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.learned_separators, std=0.02)
 
     @classmethod
-    def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> UHDPreTrainedModel:
-        """As in transformers. Both sides keep the dtypes they were saved in, unless ``dtype`` says otherwise."""
+    def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, with all its keywords.
+
+        Both sides keep the dtypes they were saved in, unless ``dtype`` says otherwise. The model's ``processor`` comes
+        from the same place: same ``subfolder``, ``revision``, ``cache_dir`` and ``token``.
+        """
         if kwargs.get("dtype", "auto") not in ("auto", None) and kwargs.get("config") is None:
             kwargs.setdefault("visual_dtype", None)
+        place = {name: kwargs[name] for name in _PLACE if kwargs.get(name) is not None}
         if kwargs.get("quantization_config") is not None:
-            config = kwargs.get("config") or cls.config_class.from_pretrained(
-                source, **{name: kwargs[name] for name in _PLACE if name in kwargs}
-            )
+            config = kwargs.get("config") or cls.config_class.from_pretrained(pretrained_model_name_or_path, **place)
             kwargs["quantization_config"] = leave_alone(kwargs["quantization_config"], config.text_config)
-        return super().from_pretrained(source, *args, **kwargs)
+        found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        (found[0] if isinstance(found, tuple) else found)._loaded_from = place
+        return found
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """As the language model's own class does it, embeddings that it has beside its first ones included."""
+        resized = self.language_model.resize_token_embeddings(*args, **kwargs)
+        self.vocab_size = self.config.get_text_config().vocab_size
+        return resized
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -119,6 +134,8 @@ class UHDVisualModel(UHDPreTrainedModel):
         pixel_values: Tensor | None = None,
         *,
         image_indices: Sequence[int] | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Each image as it stands in the language model's sequence, separators included.
@@ -126,26 +143,95 @@ class UHDVisualModel(UHDPreTrainedModel):
         Args:
             pixel_values: (N, P) uint8 raw or floating normalised patches of all views.
             image_indices: (I,) number of each image in its sample, for schemas that write it; ``None``: all 0.
+            output_hidden_states, output_attentions: Return those of the vision encoder, where it is a
+                :class:`uhd.vision.ViT`; ``None``: as ``config.vision_config`` says.
             kwargs: The other fields of :class:`uhd.hf.visual_inputs.VisualInputs` that are of images.
 
         Returns:
             ``pooler_output``: I tensors (T_i, D) in the dtype and on the device of the language model's embeddings;
-            ``last_hidden_state``: (M, D) visual tokens of all views, packed, without separators.
+            ``last_hidden_state``: (N', D_v) features of the vision encoder, packed, ``None`` for encoded images;
+            ``hidden_states``: of as many rows, after the embedding and after every block; ``attentions``: for every
+            block one (heads, T_v, T_v) for each view, class and register tokens first, without gradients.
 
         Raises:
             ValueError: Inputs are missing, or do not agree with each other or with the model's strategy.
         """
-        media = read_images(self.visual, VisualInputs.take({"pixel_values": pixel_values, **kwargs})).media()
-        return self._features(media, [0] * len(media.plans) if image_indices is None else image_indices)
+        planned = read_images(self.visual, VisualInputs.take({"pixel_values": pixel_values, **kwargs}))
+        asked = self._asked(output_hidden_states=output_hidden_states, output_attentions=output_attentions)
+        return self._features(planned, image_indices, asked)
 
     @can_return_tuple
     def get_video_features(
-        self, pixel_values_videos: Tensor | None = None, **kwargs: Any
+        self,
+        pixel_values_videos: Tensor | None = None,
+        *,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Each video as it stands in the language model's sequence; as :meth:`get_image_features`."""
         visual = VisualInputs.take({"pixel_values_videos": pixel_values_videos, **kwargs})
-        media = read_videos(self.visual, visual).media()
-        return self._features(media, [0] * len(media.plans))
+        planned = read_videos(self.visual, visual)
+        asked = self._asked(output_hidden_states=output_hidden_states, output_attentions=output_attentions)
+        return self._features(planned, None, asked)
+
+    def _asked(self, **given: bool | None) -> dict[str, bool]:
+        """Which of the vision encoder's hidden states and attentions are wanted: as given, else by its config."""
+        config = self.config.vision_config
+        told = {name: given.get(name) for name in _ASKED}
+        return {
+            name.removeprefix("output_"): bool(getattr(config, name) if value is None else value)
+            for name, value in told.items()
+        }
+
+    def _positions_of(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """(B, T) bool on the CPU for images and for videos."""
+        ids = input_ids.cpu()
+        image, video = self.config.image_token_id, self.config.video_token_id
+        none = torch.zeros_like(ids, dtype=torch.bool)
+        return {"image": ids == image, "video": none if video is None else ids == video}
+
+    def _check_length(
+        self, input_ids: Tensor, attention_mask: Tensor | None, visual_positions: Sequence[int], *, new_tokens: int = 0
+    ) -> None:
+        """Raise where a sample (and what is to be generated) is longer than the language model's positions."""
+        limit = self.config.max_positions
+        if limit is None or input_ids.shape[1] + new_tokens <= limit:
+            return
+        lengths = [input_ids.shape[1]] * len(input_ids)
+        if attention_mask is not None and attention_mask.shape == input_ids.shape:
+            lengths = attention_mask.sum(1).tolist()
+        for sample, (length, visual) in enumerate(zip(lengths, visual_positions, strict=True)):
+            if length + new_tokens > limit:
+                asked = f" and {new_tokens} new ones" if new_tokens else ""
+                raise ValueError(
+                    f"sample {sample} has {length} positions ({visual} of them images or videos){asked}, the language "
+                    f"model has {limit}: lower max_tokens or max_slices of the images, shorten the text, or raise "
+                    "config.text_config.max_position_embeddings if the model can take more"
+                )
+
+    def _ids_of(self, inputs_embeds: Tensor) -> Tensor:
+        """(B, T) ids that hold an image's (and a video's) token where its embedding stands, else the fill token.
+
+        Raises:
+            ValueError: The language model reads the ids themselves, or does not embed the image token.
+        """
+        text = self.config.text_config.get_text_config()
+        tokens = [token for token in (self.config.image_token_id, self.config.video_token_id) if token is not None]
+        if self.config.injection_mode == "hook" or min(tokens) >= text.vocab_size:
+            why = "reads the ids beside their embeddings"
+            if self.config.injection_mode != "hook":
+                why = f"embeds {text.vocab_size} ids and not the image token {self.config.image_token_id}"
+            raise ValueError(
+                f"images with inputs_embeds go where the image token's embedding stands, and this language model {why}"
+                ": pass input_ids" + ("" if "beside" in why else ", or resize_token_embeddings to the tokenizer first")
+            )
+        found = torch.full(inputs_embeds.shape[:2], self.config.fill_token_id, device=inputs_embeds.device)
+        for token in tokens:
+            if token < text.vocab_size:
+                [[row]] = self.get_input_embeddings()(torch.tensor([[token]], device=self._embedding_device()))
+                found[(inputs_embeds == row.to(inputs_embeds)).all(-1)] = token
+        return found
 
     def num_image_tokens(self, image_sizes: Sequence[Sequence[int]]) -> list[int]:
         """Positions that images of these (height, width), px, take in the language model's sequence."""
@@ -156,14 +242,25 @@ class UHDVisualModel(UHDPreTrainedModel):
         """(B, T) bool on the CPU: where ``input_ids`` (B, T) hold the image or the video token."""
         return torch.stack(list(self._positions_of(input_ids).values())).any(0)
 
-    def _positions_of(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """(B, T) bool on the CPU for images and for videos."""
-        ids = input_ids.cpu()
-        image, video = self.config.image_token_id, self.config.video_token_id
-        none = torch.zeros_like(ids, dtype=torch.bool)
-        return {"image": ids == image, "video": none if video is None else ids == video}
+    def _features(
+        self,
+        planned: PlannedMedia,
+        indices: Sequence[int] | None,
+        asked: Mapping[str, bool] | None,
+        kept: Sequence[int] | None = None,
+    ) -> BaseModelOutputWithPooling:
+        """Encode images or videos, those of the numbers ``kept``, and lay them out, see :meth:`get_image_features`.
 
-    def _features(self, media: Media, indices: Sequence[int]) -> BaseModelOutputWithPooling:
+        ``asked`` is ``None`` where nothing of the vision encoder will be read: what is recorded stays in memory.
+        """
+        seen: dict[str, Any] = {}
+        if asked is None:
+            media = planned.media(kept)
+        else:
+            with recorded(self.visual.vision, **asked) as recording:
+                media = planned.media(kept)
+            seen = recording.output()
+        indices = [0] * len(media.plans) if indices is None else indices
         separators = self._separators()
         fill = torch.tensor([[self.config.fill_token_id]], device=self._embedding_device())
         like = self.get_input_embeddings()(fill)
@@ -171,7 +268,7 @@ class UHDVisualModel(UHDPreTrainedModel):
         parts = tokens.to(like.device, like.dtype).split(media.rows)
         laid = zip(parts, media.layouts(indices), strict=True)
         features = [assemble(part, layout, separators) for part, layout in laid]
-        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=features)
+        return BaseModelOutputWithPooling(pooler_output=features, **seen)
 
     def _separators(self) -> dict[str, Tensor]:
         """Symbol -> (D,), with gradients to the language model's embeddings or to the learned ones."""

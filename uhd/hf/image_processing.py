@@ -8,13 +8,14 @@ return. The plan and the bytes of an image are the same on every device.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from http.client import HTTPException
 from types import MappingProxyType
 from typing import Any
 from urllib.request import urlopen
 
+import torch
 from PIL import Image
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
@@ -71,6 +72,10 @@ class UHDImagesKwargs(ImagesKwargs, total=False):
     pad_patches: bool | None
 
 
+UHDImageProcessorKwargs = UHDImagesKwargs
+"""The name by which transformers finds the keywords of :class:`UHDImageProcessor`."""
+
+
 @dataclass(frozen=True, eq=False)
 class PlannedImage:
     """An upright RGB picture and its plan, which was made together with those of its sample."""
@@ -120,12 +125,12 @@ class Planning(FromPackage):
             setattr(self, name, value)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; of a slicing function of the caller's own only the name."""
+        """What is saved, in JSON's own types; of a slicing function of the caller's own only the name."""
         found = super().to_dict()
         found["auto_map"] = auto_map(**self.auto_classes)
         if not isinstance(self.slicing, (Mapping, str)):
             found["slicing"] = find(self.slicing).to_dict()
-        return found
+        return json.loads(json.dumps(found))  # so that it is equal after loading: tuples come back as lists
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers.
@@ -183,7 +188,7 @@ class Planning(FromPackage):
         )
         side = as_slicing(self.setting("slicing", kwargs)).patch_size
         batch = SliceBatch.from_images(pictures, plans, settings=settings, patch_size=side)
-        return batch.normalized(settings) if kwargs["do_normalize"] else batch
+        return _rescaled(batch, settings, kwargs["rescale_factor"]) if kwargs["do_normalize"] else batch
 
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
         if bool(kwargs.get("do_rescale")) != bool(kwargs.get("do_normalize")):
@@ -191,8 +196,6 @@ class Planning(FromPackage):
                 f"got do_rescale={kwargs.get('do_rescale')} and do_normalize={kwargs.get('do_normalize')}: set both "
                 "for normalised float32 patches, or neither for raw uint8 ones, which the model normalises"
             )
-        if kwargs.get("do_rescale") and abs(kwargs.get("rescale_factor") * 255 - 1) > 1e-6:
-            raise ValueError(f"pixels are rescaled by 1/255, got rescale_factor={kwargs.get('rescale_factor')}")
         if kwargs["resample"] is not None and int(kwargs["resample"]) not in _FILTER_NAMES:
             raise ValueError(f"resample must be one of {_FILTER_NAMES} (Pillow's numbers), got {kwargs['resample']!r}")
         given = [name for name in _NOT_APPLYING if kwargs.get(name)]
@@ -205,6 +208,16 @@ class Planning(FromPackage):
         """The tensors of a call, on the device that it asks for."""
         batch = BatchFeature(data, tensor_type=kwargs.get("return_tensors") or self.default_return_tensors)
         return batch if kwargs.get("device") is None else batch.to(kwargs["device"])
+
+
+def _rescaled(batch: SliceBatch, settings: PixelSettings, factor: float) -> SliceBatch:
+    """Normalised patches of pixels that are multiplied by another factor than 1 / 255 before."""
+    batch, times = batch.normalized(settings), 255 * factor
+    if abs(times - 1) <= 1e-6:
+        return batch
+    mean, std = map(torch.tensor, settings.mean_std())
+    shift = ((times - 1) * mean / std).repeat_interleave(batch.patches.shape[1] // 3)
+    return replace(batch, patches=batch.patches * times + shift)
 
 
 def _settings(slicing: SlicingLike, pixels: PixelSettings) -> dict[str, Any]:
@@ -249,10 +262,9 @@ class UHDImageProcessorPil(Planning, PilBackend):
         pad_patches: For trainers that cut a batch by its images, as GRPO and RLOO of TRL do; docs/training.md.
 
     Raises:
-        ValueError: Only one of ``do_rescale`` and ``do_normalize``, another ``rescale_factor`` than 1/255, a filter
-            that is not supported, an image that :func:`uhd.pixels.load_image` refuses or the slicing does, a budget
-            that not even the smallest plans fit, or, with ``pad_patches``, one that plans images otherwise than their
-            sizes alone.
+        ValueError: Only one of ``do_rescale`` and ``do_normalize``, a filter that is not supported, an image that
+            :func:`uhd.pixels.load_image` refuses or the slicing does, a budget that not even the smallest plans fit,
+            or, with ``pad_patches``, one that plans images otherwise than their sizes alone.
     """
 
     valid_kwargs = UHDImagesKwargs

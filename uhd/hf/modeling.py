@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,9 @@ from transformers.utils import PROCESSOR_NAME, can_return_tuple
 from uhd.encoder import VisualEncoder
 from uhd.hf.attach import attach
 from uhd.hf.configuration import UHDConfig
-from uhd.hf.conversation import cached_columns, cached_length, remember
+from uhd.hf.conversation import cached_length
 from uhd.hf.features import UHDVisualModel
+from uhd.hf.generation import GeneratesByLanguageModel
 from uhd.hf.image_processing import refuse_own_function
 from uhd.hf.injection import inject
 from uhd.hf.labels import count_without_visual, ignore_visual, refuse_counted
@@ -32,7 +32,6 @@ from uhd.hf.outputs import with_media
 from uhd.hf.packing import check_packed, samples_in_rows
 from uhd.hf.placing import match_new
 from uhd.hf.processing import UHDProcessor
-from uhd.hf.prompt_text import PromptText, reading_text
 from uhd.hf.quantized import refuse_unsaved, take_over
 from uhd.hf.versions import cache_name, take_cache
 from uhd.hf.visual_inputs import VisualInputs, read_images, read_videos
@@ -55,7 +54,7 @@ class _Prompt:
     new_ids: Tensor
     visual: Tensor
     change: Callable[[Tensor], Tensor] | None
-    media: dict[str, tuple[Tensor, ...]]
+    media: dict[str, Any]
 
 
 class UHDModel(UHDVisualModel):
@@ -82,11 +81,12 @@ class UHDModel(UHDVisualModel):
         *,
         cached: int = 0,
         samples: Tensor | None = None,
+        asked: Mapping[str, bool] | None = None,
     ) -> _Prompt:
         """Match images and videos with their positions, encode them, and say how the embeddings change.
 
         Of the first ``cached`` positions, which a cache holds, images may be left out, and are not encoded again.
-        Where rows are packed, ``samples`` (B, T) numbers the sample of each position.
+        Where rows are packed, ``samples`` (B, T) numbers the sample of each position. ``asked``: see ``_features``.
 
         Raises:
             ValueError: A sample's image or video positions are not those of its images or videos, or it is longer than
@@ -96,7 +96,7 @@ class UHDModel(UHDVisualModel):
         together = torch.stack(list(positions.values())).any(0)
         if samples is None:
             self._check_length(input_ids, attention_mask, together.sum(1).tolist())
-        media: dict[str, tuple[Tensor, ...]] = {}
+        media: dict[str, Any] = {}
         places: list[tuple[Tensor, list[int], Tensor]] = []
         for kind, mask in positions.items():
             new = mask[:, cached:]
@@ -112,9 +112,9 @@ class UHDModel(UHDVisualModel):
             old = mask[:, :cached].sum(1).tolist() if samples is None else [0] * len(of_samples)
             kept, indices = match_new(of_samples.tolist(), old, planned.lengths, kind, numbered=numbered)
             if kept:
-                features = self._features(planned.media(kept), indices).pooler_output
-                media[f"{kind}_hidden_states"] = tuple(features)
-                places.append((new, counts, torch.cat(features)))
+                output = self._features(planned, indices, asked, kept)
+                media[f"{kind}_outputs"], media[f"{kind}_hidden_states"] = output, tuple(output.pooler_output)
+                places.append((new, counts, torch.cat(output.pooler_output)))
         ids = input_ids.masked_fill(together.to(input_ids.device), self.config.fill_token_id)
         idle = self._idle(visual.have_pixels)
         if not places and idle is None:
@@ -127,25 +127,6 @@ class UHDModel(UHDVisualModel):
 
         return _Prompt(ids, ids[:, cached:], together, change, media)
 
-    def _check_length(
-        self, input_ids: Tensor, attention_mask: Tensor | None, visual_positions: Sequence[int], *, new_tokens: int = 0
-    ) -> None:
-        """Raise where a sample (and what is to be generated) is longer than the language model's positions."""
-        limit = self.config.max_positions
-        if limit is None or input_ids.shape[1] + new_tokens <= limit:
-            return
-        lengths = [input_ids.shape[1]] * len(input_ids)
-        if attention_mask is not None and attention_mask.shape == input_ids.shape:
-            lengths = attention_mask.sum(1).tolist()
-        for sample, (length, visual) in enumerate(zip(lengths, visual_positions, strict=True)):
-            if length + new_tokens > limit:
-                asked = f" and {new_tokens} new ones" if new_tokens else ""
-                raise ValueError(
-                    f"sample {sample} has {length} positions ({visual} of them images or videos){asked}, the language "
-                    f"model has {limit}: lower max_tokens or max_slices of the images, shorten the text, or raise "
-                    "config.text_config.max_position_embeddings if the model can take more"
-                )
-
     def _call(
         self,
         lm: Callable[..., ModelOutput],
@@ -157,15 +138,16 @@ class UHDModel(UHDVisualModel):
         position_ids: Tensor | None,
         labels: Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[ModelOutput, dict[str, tuple[Tensor, ...]]]:
+    ) -> tuple[ModelOutput, dict[str, Any]]:
         """Run the language model (or its trunk) on text, images and videos; what is ``None`` is not passed on.
 
         Returns:
             Its output, and the images and videos as they were laid out.
         """
-        if (input_ids is None) == (inputs_embeds is None) or (visual.any and input_ids is None):
-            raise ValueError("pass either input_ids, with or without images, or inputs_embeds alone")
-        cache = take_cache(kwargs)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass either input_ids or inputs_embeds, with or without images")
+        asked = self._asked(**kwargs)
+        cache = take_cache(kwargs, cache_name(lm))
         samples = samples_in_rows(position_ids, attention_mask)
         if samples is not None:
             check_packed(self.language_model, attention_mask, position_ids, cache)
@@ -177,8 +159,10 @@ class UHDModel(UHDVisualModel):
         passed = {name: value for name, value in {**passed, **kwargs}.items() if value is not None}
         decoding = cache is not None and input_ids is not None and input_ids.shape[1] == 1
         prompt = None
-        if input_ids is not None and (visual.any or not decoding):
-            prompt = self._read(input_ids, visual, attention_mask, samples=samples)
+        if visual.any or (input_ids is not None and not decoding):
+            ids = self._ids_of(inputs_embeds) if input_ids is None else input_ids
+            wanted = asked if any(asked.values()) else None
+            prompt = self._read(ids, visual, attention_mask, samples=samples, asked=wanted)
             if labels is not None and prompt.media:
                 kept = ignore_visual(labels, prompt.visual.to(labels.device), self)
                 if kept is not labels and "num_items_in_batch" in passed:
@@ -191,7 +175,8 @@ class UHDModel(UHDVisualModel):
             return lm(**text, return_dict=True, **passed), {}
         embed = self.get_input_embeddings()
         if self.config.injection_mode == "embeds":
-            return lm(inputs_embeds=prompt.change(embed(prompt.ids)), return_dict=True, **passed), prompt.media
+            embeds = embed(prompt.ids) if inputs_embeds is None else inputs_embeds
+            return lm(inputs_embeds=prompt.change(embeds), return_dict=True, **passed), prompt.media
         with inject(embed, prompt.ids, prompt.change):
             return lm(input_ids=prompt.ids, return_dict=True, **passed), prompt.media
 
@@ -229,34 +214,36 @@ class UHDModel(UHDVisualModel):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         cache: Any = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> ModelOutput:
         """The language model on text and images.
 
         Args:
-            input_ids: (B, T), the image token at every position of an image, the video token at every position of a
-                video. Images and videos are taken in order, row by row.
+            input_ids: (B, T), the image or video token at every position of an image or a video. They are taken in
+                order, row by row.
             pixel_values, pixel_values_videos: See :class:`uhd.hf.visual_inputs.VisualInputs`, whose other fields are
-                keywords here too; none of them where there are no images and no videos.
+                keywords here too; none of them without images and videos.
             attention_mask: (B, T). Without ``position_ids`` and cache, positions are counted along it, so a
                 left-padded row gives what it gives alone.
-            inputs_embeds: Instead of ``input_ids`` and images.
+            inputs_embeds: (B, T, D) instead of ``input_ids``. Images go where the image token's embedding stands: the
+                language model must embed it, and ``config.injection_mode`` be ``"embeds"``.
             labels: (B, T); image and video positions count as -100 whatever they hold, with one warning where that is
                 something else. ``num_items_in_batch`` is corrected where it is the count of these labels.
-            past_key_values, cache: The language model's cache, under either name.
-            logits_to_keep and the rest: As the language model takes them.
+            output_hidden_states, output_attentions: Of the language model and of the vision encoder.
+            cache and the rest: As the language model takes them, the cache also as ``past_key_values``.
 
         Returns:
             What the language model returns, under its own names, ``loss`` (with labels) and ``logits`` first, then
-            ``image_hidden_states`` and ``video_hidden_states``: (T_i, D) for each image or video, as laid out.
+            the fields of :data:`uhd.hf.outputs.MEDIA`.
 
         Raises:
             ValueError: A sample's image positions are not those of its images, inputs of images are missing or
                 disagree, a sample is longer than the language model's positions, or ``num_items_in_batch`` counts
                 image positions of other batches too.
         """
-        kwargs.update(pixel_values=pixel_values, pixel_values_videos=pixel_values_videos)
-        visual = VisualInputs.take(kwargs)
+        visual = VisualInputs.take(kwargs, pixel_values=pixel_values, pixel_values_videos=pixel_values_videos)
         if isinstance(logits_to_keep, Tensor) or logits_to_keep:
             kwargs["logits_to_keep"] = logits_to_keep
         output, media = self._call(
@@ -270,12 +257,14 @@ class UHDModel(UHDVisualModel):
             cache=cache,
             labels=labels,
             use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
             **kwargs,
         )
         return with_media(output, media)
 
 
-class UHDForConditionalGeneration(UHDModel, GenerationMixin):
+class UHDForConditionalGeneration(UHDModel, GeneratesByLanguageModel, GenerationMixin):
     """Any causal language model of transformers, with eyes: :class:`UHDModel` with the language model's own head.
 
     Both have the same parameters under the same names. :meth:`from_vision_and_lm` is the way to attach eyes.
@@ -363,7 +352,7 @@ class UHDForConditionalGeneration(UHDModel, GenerationMixin):
         if self._processor is None:
             if not self.config.name_or_path:
                 raise ValueError("this model has no processor: load one with AutoProcessor.from_pretrained(folder)")
-            self._processor = UHDProcessor.from_pretrained(self.config.name_or_path)
+            self._processor = UHDProcessor.from_pretrained(self.config.name_or_path, **self._loaded_from)
         if self._followed != (self.visual.slicing, self.visual.pixels):
             self._followed = self.visual.slicing, self.visual.pixels
             self._processor.follow(*self._followed)
@@ -408,103 +397,9 @@ class UHDForConditionalGeneration(UHDModel, GenerationMixin):
         seen = next((str(p.dtype).removeprefix("torch.") for p in self.visual.parameters()), None)
         self.config.visual_dtype = None if seen == str(self.dtype).removeprefix("torch.") else seen
         self.config.describe(encoder)
-        if self._processor is None and (Path(self.config.name_or_path) / PROCESSOR_NAME).is_file():
+        loaded_from = Path(self.config.name_or_path) / self._loaded_from.get("subfolder", "")
+        if self._processor is None and (loaded_from / PROCESSOR_NAME).is_file():
             self._processor = self.processor  # loaded on first use, which may not have been
         super().save_pretrained(save_directory, *args, **kwargs)
         if self._processor is not None and kwargs.get("is_main_process", True):
             self.processor.save_pretrained(save_directory)
-
-    @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
-        """The language model's own ``generate`` on text and images, which are encoded once.
-
-        To go on from a cache that an earlier call returned, give it with the ids of the whole conversation, and either
-        all its images, of which only those are encoded that the cache does not hold, or just these.
-
-        Args:
-            inputs: ``input_ids`` (B, T), as the processor gives them; also by that name.
-            generation_config: ``None`` is ``self.generation_config``.
-            kwargs: The processor's other outputs, and everything the language model's ``generate`` takes: beams,
-                sampling, streamers, caches, assistants. What reads ids (penalties, n-gram rules, streamers, stopping
-                criteria, prompt look-up, assistant models) reads the prompt's text, without the positions of images.
-
-        Returns:
-            As the language model's ``generate``: prompts and new ids, with the image token at image positions.
-
-        Raises:
-            ValueError: As in :meth:`forward`; a sample and its new tokens must fit the language model's positions;
-                new images cannot be given with ``prefill_chunk_size``; the cache is not one of this conversation.
-        """
-        visual = VisualInputs.take(kwargs)
-        lm = self.language_model
-        lm.generation_config = self.generation_config
-        config = generation_config or self.generation_config
-        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        if input_ids is None and not visual.any:
-            return lm.generate(generation_config=generation_config, **kwargs)
-        if input_ids is None or (visual.any and kwargs.get("inputs_embeds") is not None):
-            raise ValueError("pass either input_ids, with or without images, or inputs_embeds alone")
-        if visual.any and _setting("prefill_chunk_size", config, kwargs):
-            raise ValueError("a prompt with images is fed at once: leave prefill_chunk_size out")
-        mask, cache = kwargs.get("attention_mask"), take_cache(kwargs)
-        if cache is not None:
-            kwargs[cache_name(lm)] = cache
-        cached = cached_columns(input_ids, mask, cache)
-        positions = sum(mask.sum(1) for mask in self._positions_of(input_ids).values()).tolist()
-        new = _new_tokens(config, kwargs, input_ids.shape[1])
-        self._check_length(input_ids, mask, positions, new_tokens=new)
-        prompt = self._read(input_ids, visual, mask, cached=cached)
-        if not prompt.visual.any() and prompt.change is None:
-            return lm.generate(input_ids, generation_config=generation_config, **kwargs)
-        text = PromptText.of(prompt.ids, prompt.visual, mask)
-        fed = prompt.ids
-        if cached and cached_length(cache) is None:  # transformers cuts off what a cache holds, but not for a state
-            fed = prompt.new_ids
-            mask = None if mask is None else mask[:, cached:]
-        kwargs["attention_mask"] = torch.ones_like(fed) if mask is None else mask
-        lm = reading_text(lm, replace(text, ids=fed), kwargs)
-        run = partial(lm.generate, fed, generation_config=generation_config, **kwargs)
-        embed = self.get_input_embeddings()
-        if prompt.change is None:
-            found = run()
-        elif self._may_give_embeds(config, kwargs) and cached_length(cache) == 0:
-            found = run(inputs_embeds=prompt.change(embed(prompt.ids)))
-        else:
-            with inject(embed, prompt.new_ids, prompt.change):
-                found = run()
-        ids = found if isinstance(found, Tensor) else found.sequences
-        asked = input_ids.repeat_interleave(len(ids) // len(input_ids), 0).to(ids.device)
-        ids = torch.cat([asked, ids[:, fed.shape[1] :]], dim=1)
-        if isinstance(found, Tensor):
-            found = ids
-        else:
-            found.sequences = ids
-            cache = take_cache(dict(found)) or cache
-        remember(cache, input_ids, ids)
-        return found
-
-    def _may_give_embeds(self, config: Any, kwargs: Mapping[str, Any]) -> bool:
-        """Whether the prompt's embeddings, given once, reach every call of the language model that needs them.
-
-        Without a cache the prompt is embedded again in each step, and drafts are checked with ids.
-        """
-        drafted = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
-        return (
-            self.config.injection_mode == "embeds"
-            and _setting("use_cache", config, kwargs) is not False
-            and not any(_setting(name, config, kwargs) for name in drafted)
-        )
-
-
-def _setting(name: str, config: Any, kwargs: Mapping[str, Any]) -> Any:
-    """What ``generate`` goes by: its keyword, else the generation config."""
-    return kwargs.get(name, getattr(config, name, None))
-
-
-def _new_tokens(config: Any, kwargs: Mapping[str, Any], length: int) -> int:
-    """How many tokens are surely asked for; 0 where that is left to the language model."""
-    new = _setting("max_new_tokens", config, kwargs)
-    if new is not None:
-        return new
-    total = _setting("max_length", config, kwargs)
-    return max(total - length, 0) if total is not None else 0

@@ -7,17 +7,17 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
-from torch import Tensor
 from transformers.modeling_outputs import ModelOutput
 
-MEDIA = ("image_hidden_states", "video_hidden_states")
-"""(T_i, D) for each image, as it was laid out, and the same for each video."""
+MEDIA = ("image_outputs", "video_outputs", "image_hidden_states", "video_hidden_states")
+"""What ``get_image_features`` and ``get_video_features`` return, the vision encoder's states only where asked for; and
+of that (T_i, D) for each image, as it was laid out, and for each video."""
 
 LEADING = ("loss", "logits")
 """What comes first where the language model returns it, as trainers read outputs by position."""
 
 
-def with_media(output: ModelOutput, media: Mapping[str, tuple[Tensor, ...]]) -> ModelOutput:
+def with_media(output: ModelOutput, media: Mapping[str, Any]) -> ModelOutput:
     """The language model's output with the fields of :data:`MEDIA` last.
 
     The result is of a dataclass made for the language model's own output type, so that ``DistributedDataParallel``,

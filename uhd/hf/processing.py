@@ -2,29 +2,29 @@
 
 # no `from __future__ import annotations`: transformers reads the types of the keywords below at run time
 
-import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
-from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 from transformers.processing_utils import BatchFeature, MultiModalData, ProcessingKwargs, ProcessorMixin
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from uhd.encoded import EncodedImage, EncodedVideo
 from uhd.hf.bare import FromPackage, auto_map, write_module
+from uhd.hf.chat import as_dict, chosen_template, is_message, kind_of, parts_of, sources, takes_lists, used_tokens
 from uhd.hf.image_processing import (
     Made,
     PlannedImage,
+    UHDImageProcessor,
     UHDImagesKwargs,
     arrange_images,
     check_backbone,
     refuse_own_function,
 )
 from uhd.hf.labels import LabelledBatch
-from uhd.hf.versions import processor_defaults, without_marked_text
+from uhd.hf.versions import MARKS_WORDS, processor_defaults, without_marked_text
 from uhd.hf.video_processing import (
     PlannedVideo,
     UHDVideoProcessor,
@@ -33,6 +33,7 @@ from uhd.hf.video_processing import (
     same_slicing,
 )
 from uhd.hf.visual_inputs import pack_encoded, pack_encoded_videos
+from uhd.hf.words import spelling, words_stay_words
 from uhd.loading import named
 from uhd.pixels import PixelSettings
 from uhd.slicing import SlicingLike
@@ -78,7 +79,7 @@ class UHDProcessorKwargs(ProcessingKwargs, total=False):
         "videos_kwargs": {"return_tensors": "pt"},
     }
 )
-class UHDProcessor(FromPackage, ProcessorMixin):
+class UHDProcessor(ProcessorMixin):
     """A tokenizer, an image processor and a video processor.
 
     Every image token in the text stands for one image, every video token for one video, in order; each becomes as many
@@ -107,6 +108,9 @@ class UHDProcessor(FromPackage, ProcessorMixin):
     """
 
     valid_processor_kwargs = UHDProcessorKwargs
+    _by_name: Mapping[str, type] = MappingProxyType({})
+    # not a base: transformers' testers take the first base for the one whose methods are overridden
+    register_for_auto_class = vars(FromPackage)["register_for_auto_class"]
 
     def __init__(
         self,
@@ -134,6 +138,11 @@ class UHDProcessor(FromPackage, ProcessorMixin):
             )
         super().__init__(image_processor, tokenizer, video_processor, chat_template=chat_template, **kwargs)
 
+    @property
+    def pad_token_id(self) -> int | None:
+        """The tokenizer's, as trainers ask what they train with."""
+        return self.tokenizer.pad_token_id
+
     def follow(self, slicing: SlicingLike, pixels: PixelSettings) -> None:
         """Plan and cut from now on as an encoder with this slicing and these pixels; budgets and the rest stay."""
         self.image_processor.follow(slicing, pixels)
@@ -142,10 +151,6 @@ class UHDProcessor(FromPackage, ProcessorMixin):
     @property
     def unused_input_names(self) -> list[str]:
         return ["num_image_tokens", "num_video_tokens"]
-
-    @property
-    def model_input_names(self) -> list[str]:
-        return [*super().model_input_names, "image_tokens", "video_tokens"]
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers.
@@ -183,9 +188,7 @@ class UHDProcessor(FromPackage, ProcessorMixin):
             found["num_video_tokens"] = [item.num_tokens for item in clips]
         return MultiModalData(**found)
 
-    def __call__(
-        self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
-    ) -> BatchFeature:
+    def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> BatchFeature:
         """Text with its images and videos as the model's inputs.
 
         Args:
@@ -199,7 +202,7 @@ class UHDProcessor(FromPackage, ProcessorMixin):
         Raises:
             ValueError: See the class; or a ``slicing`` that plans for another view or patch size than the model's.
         """
-        if audio is not None:
+        if kwargs.pop("audio", None) is not None:
             raise ValueError(f"{type(self).__name__} takes text, images and videos, got audio")
         if images is None and videos is None:
             images, videos = _MEDIA_OF_CHAT.get()
@@ -226,7 +229,8 @@ class UHDProcessor(FromPackage, ProcessorMixin):
             counts, clip_counts = counts + [0] * len(clip_counts), [0] * len(counts) + clip_counts
         given = self._made(flat, counts, clips, clip_counts, kwargs)
         with _TOKENIZING:
-            batch = super().__call__(images=given[0] or None, text=text, videos=given[1] or None, **kwargs)
+            processor = spelling(self)
+            batch = ProcessorMixin.__call__(processor, given[0] or None, text, given[1] or None, **kwargs)
         return LabelledBatch.of(batch, self)
 
     def _made(
@@ -252,7 +256,7 @@ class UHDProcessor(FromPackage, ProcessorMixin):
         for number, item in enumerate([] if encoded[0] else images):
             with named("image", number, item):
                 pictures.append(self.image_processor.fetch_images(item, for_images))
-        loaded = [] if encoded[1] else [self.video_processor.load(v, n, for_videos) for n, v in enumerate(videos)]
+        loaded = [] if encoded[1] else self.video_processor.load_all(videos, for_videos)
         settings = {
             "slicing": self.image_processor.planner(for_images),
             "video_slicing": self.video_processor.planner(for_videos),
@@ -290,6 +294,24 @@ class UHDProcessor(FromPackage, ProcessorMixin):
             )
         return next(iter(given), None)
 
+    @classmethod
+    def load_by_name(cls, part: type) -> None:
+        """Load and take an image or video processor of this class where transformers has no Auto class for it."""
+        cls._by_name = {**cls._by_name, part.__name__: part}
+        setattr(cls, "image_processor_class" if part is UHDImageProcessor else "video_processor_class", part.__name__)
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        """As in transformers, which has no base class to compare with where there is no Auto class."""
+        if isinstance(argument, known := tuple(self._by_name.values())):
+            return known
+        return super().check_argument_for_proper_class(argument_name, argument)
+
+    @staticmethod
+    def get_possibly_dynamic_module(module_name: str) -> Any:
+        """As in transformers, which looks for classes by name among those of Auto classes."""
+        found = UHDProcessor._by_name.get(module_name)
+        return ProcessorMixin.get_possibly_dynamic_module(module_name) if found is None else found
+
     def validate_inputs(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: inputs are checked before they are planned, in the call."""
 
@@ -317,14 +339,24 @@ class UHDProcessor(FromPackage, ProcessorMixin):
                     )
 
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
-        """As in transformers; see the class for templates that take text only."""
-        template = _chosen_template(self.chat_template, chat_template)
-        batched = not _is_message(conversation[0])
+        """As in transformers; see the class for templates that take text only.
+
+        A template's variables ``image_token`` and ``video_token`` are this processor's tokens unless they are given.
+        """
+        template = chosen_template(self.chat_template, chat_template)
+        if kwargs.get("sanitize_control_tokens") and not MARKS_WORDS:
+            if not kwargs.get("tokenize") or kwargs.get("return_assistant_tokens_mask"):
+                raise ValueError("sanitize_control_tokens needs tokenize=True, and no return_assistant_tokens_mask")
+            kwargs.pop("sanitize_control_tokens")
+            with words_stay_words(self.tokenizer, template, conversation, kwargs) as (conversation, kwargs):
+                return self.apply_chat_template(conversation, template, **kwargs)
+        batched = not is_message(conversation[0])
         conversations = list(conversation) if batched else [conversation]
-        special = json.dumps(self.tokenizer.special_tokens_map)
-        kinds = {"image"} | {"video" for messages in conversations for message in messages if _has_video(message)}
         tokens = {"image": self.image_token, "video": self.video_token}
-        if all(tokens[kind] and _writes(template, kind, tokens[kind], special) for kind in kinds):
+        kwargs = {**used_tokens(template, tokens), **kwargs}
+        found = {kind_of(part) for messages in conversations for message in messages for part in parts_of(message)}
+        kinds = [kind for kind in tokens if kind in found]
+        if takes_lists(template, kinds, tokens, {**self.tokenizer.special_tokens_map, **kwargs}):
             return super().apply_chat_template(conversation, template, **kwargs)
         images: list[list[Any]] = [[] for _ in conversations]
         videos: list[list[Any]] = [[] for _ in conversations]
@@ -357,42 +389,25 @@ class UHDProcessor(FromPackage, ProcessorMixin):
 
     def _as_text(self, message: Any, images: list[Any], videos: list[Any]) -> dict[str, Any]:
         """A message with its content as one string; its images and videos are appended to the lists."""
-        message = message if isinstance(message, dict) else vars(message)
+        message = as_dict(message)
         content = message.get("content")
         if content is None or isinstance(content, str):
             return message
         image_place, *video_place = self._stand_ins()
         parts: list[str] = []
-        for part in content:
-            kind = {"image_url": "image"}.get(part["type"], part["type"])
+        for part in parts_of(message):
+            kind = kind_of(part)
             if kind == "text":
                 parts.append(part["text"])
             elif kind == "image":
                 parts.append(image_place + "\n")
-                images += _sources(part, "image", "url", "path", "base64", "image_url")
+                images += sources(part, "image", "url", "path", "base64", "image_url")
             elif kind == "video" and video_place:
                 parts.append(video_place[0] + "\n")
-                videos += _sources(part, "video", "url", "path")
+                videos += sources(part, "video", "url", "path")
             else:
                 raise ValueError(f"a message's content is of images, videos and text, got type {kind!r}")
         return {**message, "content": "".join(parts)}
-
-
-def _chosen_template(own: str | dict[str, str] | None, chat_template: str | None) -> str:
-    """A template's text, given it, its name, or nothing."""
-    if chat_template is not None:
-        return own.get(chat_template, chat_template) if isinstance(own, dict) else chat_template
-    template = own.get("default") if isinstance(own, dict) else own
-    if template is None:
-        names = f"; it has those named {', '.join(own)}" if isinstance(own, dict) else ""
-        raise ValueError(f"this processor has no default chat template{names}: pass chat_template")
-    return template
-
-
-def _sources(part: dict[str, Any], *keys: str) -> list[Any]:
-    """What a part of a message holds under these keys; OpenAI's messages have an address in a dictionary there."""
-    given = [part[key] for key in keys if key in part]
-    return [item["url"] if isinstance(item, dict) and "url" in item else item for item in given]
 
 
 def placeholder_id(tokenizer: Any, token: str, kind: str = "image") -> int:
@@ -433,12 +448,13 @@ def _per_sample(
     if text is None:
         return [1] * given if nested is None else nested
     counts = [0 if token is None else sample.count(token) for sample in text]
+    rule = f"the {token} tokens in the prompts should be the same as the number of {kind}s, in each sample: "
     if nested is not None:
         if len(text) != len(nested):
-            raise ValueError(f"got {len(text)} texts and lists of {kind}s for {len(nested)}: need as many")
+            raise ValueError(f"{rule}got {len(text)} texts and lists of {kind}s for {len(nested)}: need as many")
         for sample, (count, number) in enumerate(zip(counts, nested, strict=True)):
             if count != number:
-                raise ValueError(f"sample {sample} has {count} {token} and {number} {kind}s")
+                raise ValueError(f"{rule}sample {sample} has {count} {token} and {number} {kind}s")
         return counts
     left = given
     if sum(counts) == given:
@@ -446,12 +462,12 @@ def _per_sample(
     for sample, count in enumerate(counts):
         if count > left:
             raise ValueError(
-                f"sample {sample} has {count} {token} and {left} {kind}s are left for it; in all "
+                f"{rule}sample {sample} has {count} {token} and {left} {kind}s are left for it; in all "
                 f"{sum(counts)} {token} and {given} {kind}s"
             )
         left -= count
     raise ValueError(
-        f"the {len(text)} samples have {sum(counts)} {token} (per sample: {counts}) and there are "
+        f"{rule}the {len(text)} samples have {sum(counts)} {token} (per sample: {counts}) and there are "
         f"{given} {kind}s: each {kind} needs its own {token} in the text"
     )
 
@@ -459,30 +475,6 @@ def _per_sample(
 def _unmarked(text: list[str] | None, kwargs: dict[str, Any]) -> list[str] | None:
     """The text without what transformers marked as the user's own words, in which a token is no placeholder."""
     return text if text is None or not kwargs.get("sanitize_control_tokens") else without_marked_text(text)
-
-
-def _is_message(item: Any) -> bool:
-    return isinstance(item, dict) or hasattr(item, "content")
-
-
-def _has_video(message: Any) -> bool:
-    content = message.get("content") if isinstance(message, dict) else message.content
-    return isinstance(content, (list, tuple)) and any(
-        isinstance(part, dict) and part.get("type") == "video" for part in content
-    )
-
-
-@lru_cache(maxsize=32)
-def _writes(template: str, kind: str, token: str, special_tokens: str) -> bool:
-    """Whether a chat template renders a list of an image or video and text with exactly one such token."""
-    message = {"role": "user", "content": [{"type": kind}, {"type": "text", "text": "x"}]}
-    try:
-        [text], _ = render_jinja_template(
-            conversations=[[message]], chat_template=template, **json.loads(special_tokens)
-        )
-    except Exception:  # templates raise what they like on content that they do not know
-        return False
-    return text.count(token) == 1
 
 
 __all__ = [

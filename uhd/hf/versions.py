@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -27,6 +28,9 @@ VideoProcessorBase: type = getattr(
     video_processing_utils, "VideoProcessorMixin", video_processing_utils.BaseVideoProcessor
 )
 """Loads and saves a video processor; before 5.19 the class also brings tensor transforms, which are not used here."""
+
+MARKS_WORDS = "sanitize_control_tokens" in inspect.signature(ProcessorMixin.apply_chat_template).parameters
+"""Whether transformers itself (from 5.23) keeps the user's own words from being control tokens."""
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")
 """What releases and model types call the key-value cache, or the state, in inputs and outputs."""
@@ -72,8 +76,10 @@ def check_hooks(*classes: type) -> None:
 check_hooks(ProcessorMixin, PilBackend, PreTrainedModel, GenerationMixin, PreTrainedConfig)
 
 
-def take_cache(kwargs: dict[str, Any]) -> Any:
+def take_cache(kwargs: dict[str, Any], wanted: str | None = None) -> Any:
     """Remove the cache from ``kwargs``, whatever it is called there, and return it; ``None`` where there is none.
+
+    Another name than the ``wanted`` one warns where that is ``cache``, as the language models' own ``forward`` do.
 
     Raises:
         ValueError: It was given under several names.
@@ -82,6 +88,8 @@ def take_cache(kwargs: dict[str, Any]) -> Any:
     given = {name: value for name, value in given.items() if value is not None}
     if len(given) > 1:
         raise ValueError(f"the cache was given as {' and as '.join(given)}: give it once")
+    if wanted == "cache" and given.keys() - {wanted}:
+        warnings.warn(f"`{next(iter(given))}` is deprecated: use `cache` instead", FutureWarning, stacklevel=4)
     return next(iter(given.values()), None)
 
 

@@ -44,6 +44,10 @@ class UHDVideosKwargs(VideosKwargs, total=False):
     pixel_backend: str | None
 
 
+UHDVideoProcessorKwargs = UHDVideosKwargs
+"""The name by which transformers finds the keywords of :class:`UHDVideoProcessor`."""
+
+
 @dataclass(frozen=True, eq=False)
 class PlannedVideo:
     """The upright RGB frames of a video and its plan, which was made together with those of its sample."""
@@ -69,8 +73,9 @@ class UHDVideoProcessor(Planning, VideoProcessorBase, PilBackend):
     Args:
         frames: How frames are planned: ``"video"`` as the strategy plans videos, ``"single"`` one view each,
             ``"rule"`` as images.
-        num_frames, fps: As many frames of a video, or a second of it, at equal distances; ``None`` takes all. A list
-            of frames does not tell its speed, so ``fps`` is for files.
+        num_frames, fps: As many frames of a video, or a second of it, at equal distances; ``None`` takes all. Frames
+            that are decoded already do not tell their speed: ``fps`` needs a call's ``video_metadata`` for them, whose
+            ``fps`` says it, one for each video.
         do_sample_frames: ``False`` takes all whatever those say.
         slicing and the rest: As in :class:`uhd.hf.UHDImageProcessor`; ``max_tokens`` bounds all videos of a sample
             together.
@@ -105,8 +110,21 @@ class UHDVideoProcessor(Planning, VideoProcessorBase, PilBackend):
         planner, frames = self.planner(kwargs), self.setting("frames", kwargs)
         return plan_sample([], videos, planner, frames=frames, max_tokens=self.setting("max_tokens", kwargs))[1]
 
-    def load(self, video: Any, number: int, kwargs: Mapping[str, Any]) -> tuple[Image.Image, ...]:
-        """The frames of one video, sampled, as upright RGB Pillow images; errors call it video ``number``."""
+    def load_all(self, videos: list[Any], kwargs: Mapping[str, Any]) -> list[tuple[Image.Image, ...]]:
+        """The frames of each video, sampled, as upright RGB Pillow images; errors number the videos.
+
+        Raises:
+            ValueError: ``video_metadata`` describes another number of videos; or as the class says.
+        """
+        told = _metadata(kwargs.get("video_metadata"))
+        if told and len(told) != len(videos):
+            raise ValueError(f"got {len(videos)} videos and video_metadata of {len(told)}: give as many, in order")
+        each = told or [None] * len(videos)
+        return [self._load(video, number, kwargs, each[number]) for number, video in enumerate(videos)]
+
+    def _load(
+        self, video: Any, number: int, kwargs: Mapping[str, Any], told: VideoMetadata | None
+    ) -> tuple[Image.Image, ...]:
         num_frames, fps = self.setting("num_frames", kwargs), self.setting("fps", kwargs)
         if self.setting("do_sample_frames", kwargs) is False:
             num_frames = fps = None
@@ -118,10 +136,16 @@ class UHDVideoProcessor(Planning, VideoProcessorBase, PilBackend):
             )
             video = list(decoded)
         elif fps is not None:
-            raise ValueError(
-                f"fps={fps} needs a file, the speed of the frames of video {number} is not known: choose them "
-                "yourself, or give num_frames"
-            )
+            if told is None or not told.fps:
+                raise ValueError(
+                    f"fps={fps} needs a file, the speed of the frames of video {number} is not known: give "
+                    "num_frames, or their fps in video_metadata"
+                )
+            if told.total_num_frames not in (None, len(video)):
+                raise ValueError(
+                    f"video {number} has {len(video)} frames, its video_metadata says {told.total_num_frames}"
+                )
+            video = [video[place] for place in _evenly(len(video), max(int(len(video) / told.fps * fps), 1), number)]
         elif num_frames is not None and len(video):
             video = [video[place] for place in _evenly(len(video), num_frames, number)]
         found = tuple(self.picture(frame, kwargs) for frame in video)
@@ -131,6 +155,12 @@ class UHDVideoProcessor(Planning, VideoProcessorBase, PilBackend):
                 f"video {number} has {len(found)} frames of the sizes {sizes} (height, width): need one size"
             )
         return found
+
+    def sample_frames(
+        self, metadata: VideoMetadata, num_frames: int | None = None, fps: float | None = None, **kwargs: Any
+    ) -> np.ndarray:
+        """Places of frames at equal distances, as transformers chooses them; raises where the speed is not known."""
+        return default_sample_indices_fn(metadata, num_frames, fps)
 
     def preprocess(self, videos: Any, **kwargs: Any) -> BatchFeature:
         """See the class."""
@@ -153,7 +183,7 @@ class UHDVideoProcessor(Planning, VideoProcessorBase, PilBackend):
     def _planned(self, videos: Any, kwargs: Mapping[str, Any]) -> list[PlannedVideo]:
         flat, counts = arrange_videos(videos)
         found, start = [], 0
-        loaded = [self.load(video, number, kwargs) for number, video in enumerate(flat)]
+        loaded = self.load_all(flat, kwargs)
         for count in [1] * len(flat) if counts is None else counts:
             sample = loaded[start : start + count]
             plans = self.plan_videos([_described(frames) for frames in sample], **kwargs)
@@ -163,9 +193,17 @@ class UHDVideoProcessor(Planning, VideoProcessorBase, PilBackend):
 
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
         super()._validate_preprocess_kwargs(**kwargs)
-        for name in ("video_metadata", "return_metadata"):
-            if kwargs.get(name):
-                raise ValueError(f"{name} does not apply: nothing here reads it. Leave it out")
+        if kwargs.get("return_metadata"):
+            raise ValueError("return_metadata does not apply: nothing here reads it. Leave it out")
+
+
+def _metadata(given: Any) -> list[VideoMetadata]:
+    """One for each video: from one, a list of them, or a list of the samples' lists; none where none is given."""
+    if given is None:
+        return []
+    if isinstance(given, Mapping):  # VideoMetadata is one, too
+        return [VideoMetadata(**given)]
+    return [item for part in given for item in _metadata(part)]
 
 
 def same_slicing(one: Planning, other: Planning) -> bool:

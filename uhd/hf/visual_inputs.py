@@ -62,12 +62,20 @@ class VisualInputs:
                 )
 
     @classmethod
-    def take(cls, kwargs: dict[str, Any]) -> VisualInputs:
-        """Remove from ``kwargs`` what is an image's or a video's: by name, or together as ``visual``."""
+    def take(cls, kwargs: dict[str, Any], **more: Any) -> VisualInputs:
+        """Remove from ``kwargs`` what is an image's or a video's: by name, or together as ``visual``.
+
+        ``more`` of it is what was passed beside them.
+        """
         together = kwargs.pop("visual", None)
         if together is not None:
             return together
-        return cls(**{field.name: kwargs.pop(field.name) for field in fields(cls) if field.name in kwargs})
+        return cls(**more, **{field.name: kwargs.pop(field.name) for field in fields(cls) if field.name in kwargs})
+
+    def given(self) -> dict[str, Any]:
+        """What there is, by name."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in named.items() if value is not None}
 
     def to(self, *args: Any, **kwargs: Any) -> VisualInputs:
         """All tensors moved, as by ``Tensor.to``."""
@@ -78,7 +86,7 @@ class VisualInputs:
     @property
     def any(self) -> bool:
         """Whether anything was given at all."""
-        return any(getattr(self, field.name) is not None for field in fields(self))
+        return bool(self.given())
 
     @property
     def kinds(self) -> set[str]:
