@@ -275,7 +275,7 @@ def test_what_does_not_pack():
         PackedStream([], collate, buffer=0)
     batch = PackingCollator(found.processor, max_tokens=60)(prepared(found))
     with pytest.raises(ValueError, match="are for training: leave the cache out"):
-        found(**batch, past_key_values=object())
+        found(**batch, cache=object())
     mask = torch.ones_like(batch["input_ids"])
     mask[0, :2] = 0
     with pytest.raises(ValueError, match="have padding before a sample"):

@@ -229,8 +229,8 @@ class UHDModel(UHDVisualModel):
                 left-padded row gives what it gives alone.
             inputs_embeds: (B, T, D) instead of ``input_ids``. Images go where the image token's embedding stands: the
                 language model must embed it, and ``config.injection_mode`` be ``"embeds"``.
-            labels: (B, T); image and video positions count as -100 whatever they hold, with one warning where that is
-                something else. ``num_items_in_batch`` is corrected where it is the count of these labels.
+            position_ids: (B, T). Where they start again at 0 rows are packed, see :mod:`uhd.hf.packing`.
+            labels: (B, T); image and video positions count as -100, with one warning where they hold something else.
             output_hidden_states, output_attentions: Of the language model and of the vision encoder.
             cache and the rest: As the language model takes them, the cache also as ``past_key_values``.
 
@@ -240,8 +240,7 @@ class UHDModel(UHDVisualModel):
 
         Raises:
             ValueError: A sample's image positions are not those of its images, inputs of images are missing or
-                disagree, a sample is longer than the language model's positions, or ``num_items_in_batch`` counts
-                image positions of other batches too.
+                disagree, a sample is too long, or ``num_items_in_batch`` counts image positions of other batches.
         """
         visual = VisualInputs.take(kwargs, pixel_values=pixel_values, pixel_values_videos=pixel_values_videos)
         if isinstance(logits_to_keep, Tensor) or logits_to_keep:

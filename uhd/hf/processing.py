@@ -227,72 +227,11 @@ class UHDProcessor(ProcessorMixin):
         clip_counts = _per_sample(unmarked, self.video_token, len(clips), clip_counts, "video")
         if text is None:  # nothing says which of them belong together
             counts, clip_counts = counts + [0] * len(clip_counts), [0] * len(counts) + clip_counts
-        given = self._made(flat, counts, clips, clip_counts, kwargs)
+        given = _made(self, flat, counts, clips, clip_counts, kwargs)
         with _TOKENIZING:
             processor = spelling(self)
             batch = ProcessorMixin.__call__(processor, given[0] or None, text, given[1] or None, **kwargs)
         return LabelledBatch.of(batch, self)
-
-    def _made(
-        self,
-        images: list[Any],
-        image_counts: list[int],
-        videos: list[Any],
-        video_counts: list[int],
-        kwargs: dict[str, Any],
-    ) -> tuple[list[Any], list[Any]]:
-        """All tensors of images and videos, those of a sample planned together; what is encoded stays as it is."""
-        encoded = _all_encoded(images, EncodedImage, "images"), _all_encoded(videos, EncodedVideo, "videos")
-        if all(encoded):
-            return images, videos
-        merged = self._merge_kwargs(
-            self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
-        )
-        for_images, for_videos = merged["images_kwargs"], merged["videos_kwargs"]
-        for given in (for_images.get("slicing"), for_videos.get("slicing")):
-            if given is not None:
-                check_backbone(given, self.image_processor.slicing)
-        pictures = []
-        for number, item in enumerate([] if encoded[0] else images):
-            with named("image", number, item):
-                pictures.append(self.image_processor.fetch_images(item, for_images))
-        loaded = [] if encoded[1] else self.video_processor.load_all(videos, for_videos)
-        settings = {
-            "slicing": self.image_processor.planner(for_images),
-            "video_slicing": self.video_processor.planner(for_videos),
-            "frames": self.video_processor.setting("frames", for_videos),
-            "max_tokens": self._budget(for_images, for_videos),
-            "multi_image": bool(self.image_processor.setting("multi_image", for_images)),
-        }
-        none = [0] * len(image_counts)
-        rows = zip(none if encoded[0] else image_counts, none if encoded[1] else video_counts, strict=True)
-        still, moving = iter(pictures), iter(loaded)
-        found, clips = [], []
-        for number, (num_images, num_videos) in enumerate(rows):
-            sample = [next(still) for _ in range(num_images)]
-            frames = [next(moving) for _ in range(num_videos)]
-            sizes = [((clip[0].height, clip[0].width), len(clip)) for clip in frames]
-            with named("sample", number):
-                plans, video_plans = plan_sample([(item.height, item.width) for item in sample], sizes, **settings)
-            found += map(PlannedImage, sample, plans)
-            clips += map(PlannedVideo, frames, video_plans)
-        return (
-            images if encoded[0] else [Made(self.image_processor(found, **for_images))] * len(found),
-            videos if encoded[1] else [Made(self.video_processor(clips, **for_videos))] * len(clips),
-        )
-
-    def _budget(self, for_images: dict[str, Any], for_videos: dict[str, Any]) -> int | None:
-        """The one bound on a sample's tokens."""
-        given = {
-            self.image_processor.setting("max_tokens", for_images),
-            self.video_processor.setting("max_tokens", for_videos),
-        } - {None}
-        if len(given) > 1:
-            raise ValueError(
-                f"max_tokens is {sorted(given)} for images and videos: it bounds both of a sample together, so give "
-                "one number"
-            )
-        return next(iter(given), None)
 
     @classmethod
     def load_by_name(cls, part: type) -> None:
@@ -408,6 +347,69 @@ class UHDProcessor(ProcessorMixin):
             else:
                 raise ValueError(f"a message's content is of images, videos and text, got type {kind!r}")
         return {**message, "content": "".join(parts)}
+
+
+def _made(
+    processor: UHDProcessor,
+    images: list[Any],
+    image_counts: list[int],
+    videos: list[Any],
+    video_counts: list[int],
+    kwargs: dict[str, Any],
+) -> tuple[list[Any], list[Any]]:
+    """All tensors of images and videos, those of a sample planned together; what is encoded stays as it is."""
+    encoded = _all_encoded(images, EncodedImage, "images"), _all_encoded(videos, EncodedVideo, "videos")
+    if all(encoded):
+        return images, videos
+    merged = processor._merge_kwargs(
+        processor.valid_processor_kwargs, tokenizer_init_kwargs=processor.tokenizer.init_kwargs, **kwargs
+    )
+    for_images, for_videos = merged["images_kwargs"], merged["videos_kwargs"]
+    for given in (for_images.get("slicing"), for_videos.get("slicing")):
+        if given is not None:
+            check_backbone(given, processor.image_processor.slicing)
+    pictures = []
+    for number, item in enumerate([] if encoded[0] else images):
+        with named("image", number, item):
+            pictures.append(processor.image_processor.fetch_images(item, for_images))
+    loaded = [] if encoded[1] else processor.video_processor.load_all(videos, for_videos)
+    settings = {
+        "slicing": processor.image_processor.planner(for_images),
+        "video_slicing": processor.video_processor.planner(for_videos),
+        "frames": processor.video_processor.setting("frames", for_videos),
+        "max_tokens": _budget(processor, for_images, for_videos),
+        "multi_image": bool(processor.image_processor.setting("multi_image", for_images)),
+    }
+    none = [0] * len(image_counts)
+    rows = zip(none if encoded[0] else image_counts, none if encoded[1] else video_counts, strict=True)
+    still, moving = iter(pictures), iter(loaded)
+    found, clips = [], []
+    for number, (num_images, num_videos) in enumerate(rows):
+        sample = [next(still) for _ in range(num_images)]
+        frames = [next(moving) for _ in range(num_videos)]
+        sizes = [((clip[0].height, clip[0].width), len(clip)) for clip in frames]
+        with named("sample", number):
+            plans, video_plans = plan_sample([(item.height, item.width) for item in sample], sizes, **settings)
+        found += map(PlannedImage, sample, plans)
+        clips += map(PlannedVideo, frames, video_plans)
+    return (
+        images if encoded[0] else [Made(processor.image_processor(found, **for_images))] * len(found),
+        videos if encoded[1] else [Made(processor.video_processor(clips, **for_videos))] * len(clips),
+    )
+
+
+def _budget(processor: UHDProcessor, for_images: dict[str, Any], for_videos: dict[str, Any]) -> int | None:
+    """The one bound on a sample's tokens."""
+    given = {
+        processor.image_processor.setting("max_tokens", for_images),
+        processor.video_processor.setting("max_tokens", for_videos),
+    } - {None}
+    if len(given) > 1:
+        raise ValueError(
+            f"max_tokens is {sorted(given)} for images and videos: it bounds both of a sample together, so give "
+            "one number"
+        )
+    return next(iter(given), None)
 
 
 def placeholder_id(tokenizer: Any, token: str, kind: str = "image") -> int:

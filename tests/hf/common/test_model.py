@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel, LlamaConfig
 from transformers.initialization import no_init_weights
 
 from tests.hf.common.eyes import CLASSES, GREEDY, IMAGES, KINDS, PLACES, TEXTS, batch_of, fresh, shared, visual
+from tests.hf.tiny import targets
 from tests.tiny import silent
 from uhd.hf import UHDConfig, UHDForConditionalGeneration, UHDModel
 from uhd.hf.configuration import max_positions
@@ -165,7 +166,7 @@ def test_every_parameter_trains_with_and_without_checkpoints(kind):
     dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0) if kind == "gpt2" else {}
     model = fresh(kind, **dropout).train()
     batch = batch_of(kind)
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    labels = targets(model, batch)
     gradients = []
     for checkpoints in (False, True):
         model.zero_grad()
