@@ -49,14 +49,15 @@ for _auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
 AutoProcessor.register(UHDConfig, UHDProcessor, exist_ok=True)
 # without torchvision transformers has no usable Auto class for videos, nor in older releases for images; ours need no
 # torchvision, and are then found by their names
-for _auto, _class, _classes in (
-    (AutoImageProcessor, UHDImageProcessor, {"torchvision": UHDImageProcessor, "pil": UHDImageProcessorPil}),
-    (AutoVideoProcessor, UHDVideoProcessor, None),
-):
-    try:
-        if _classes is None:
-            _auto.register(UHDConfig, _class, exist_ok=True)
-        else:
-            _auto.register(UHDConfig, image_processor_classes=_classes, exist_ok=True)
-    except ImportError:
-        UHDProcessor.load_by_name(_class)
+try:
+    AutoImageProcessor.register(
+        UHDConfig,
+        image_processor_classes={"torchvision": UHDImageProcessor, "pil": UHDImageProcessorPil},
+        exist_ok=True,
+    )
+except ImportError:
+    UHDProcessor.load_by_name("image_processor", UHDImageProcessor)
+try:
+    AutoVideoProcessor.register(UHDConfig, UHDVideoProcessor, exist_ok=True)
+except ImportError:
+    UHDProcessor.load_by_name("video_processor", UHDVideoProcessor)

@@ -6,8 +6,12 @@ library is copied, and the classes are the package's own.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+
+from transformers import ProcessorMixin
 
 MODULE = "uhd_classes"
 
@@ -61,3 +65,27 @@ class FromPackage:
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
         """Nothing to do: ``auto_map`` is written by uhd."""
+
+
+class FoundByName(FromPackage, ProcessorMixin):
+    """A processor whose parts are found by their names, too, where transformers cannot be told of them."""
+
+    _by_name: Mapping[str, type] = MappingProxyType({})
+
+    @classmethod
+    def load_by_name(cls, attribute: str, part: type) -> None:
+        """Load and take an image or video processor of this class where transformers has no Auto class for it."""
+        FoundByName._by_name = {**cls._by_name, part.__name__: part}
+        setattr(cls, f"{attribute}_class", part.__name__)
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        """As in transformers, which has no base class to compare with where there is no Auto class."""
+        if isinstance(argument, known := tuple(self._by_name.values())):
+            return known
+        return super().check_argument_for_proper_class(argument_name, argument)
+
+    @staticmethod
+    def get_possibly_dynamic_module(module_name: str) -> Any:
+        """As in transformers, which looks for classes by name among those of Auto classes."""
+        found = FoundByName._by_name.get(module_name)
+        return ProcessorMixin.get_possibly_dynamic_module(module_name) if found is None else found

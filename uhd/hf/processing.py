@@ -4,20 +4,18 @@
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextvars import ContextVar
-from types import MappingProxyType
 from typing import Any
 
 from transformers.processing_utils import BatchFeature, MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from uhd.encoded import EncodedImage, EncodedVideo
-from uhd.hf.bare import FromPackage, auto_map, write_module
+from uhd.hf.bare import FoundByName, auto_map, write_module
 from uhd.hf.chat import as_dict, chosen_template, is_message, kind_of, parts_of, sources, takes_lists, used_tokens
 from uhd.hf.image_processing import (
     Made,
     PlannedImage,
-    UHDImageProcessor,
     UHDImagesKwargs,
     arrange_images,
     check_backbone,
@@ -79,7 +77,7 @@ class UHDProcessorKwargs(ProcessingKwargs, total=False):
         "videos_kwargs": {"return_tensors": "pt"},
     }
 )
-class UHDProcessor(ProcessorMixin):
+class UHDProcessor(FoundByName):
     """A tokenizer, an image processor and a video processor.
 
     Every image token in the text stands for one image, every video token for one video, in order; each becomes as many
@@ -108,9 +106,6 @@ class UHDProcessor(ProcessorMixin):
     """
 
     valid_processor_kwargs = UHDProcessorKwargs
-    _by_name: Mapping[str, type] = MappingProxyType({})
-    # not a base: transformers' testers take the first base for the one whose methods are overridden
-    register_for_auto_class = vars(FromPackage)["register_for_auto_class"]
 
     def __init__(
         self,
@@ -233,24 +228,6 @@ class UHDProcessor(ProcessorMixin):
             batch = ProcessorMixin.__call__(processor, given[0] or None, text, given[1] or None, **kwargs)
         return LabelledBatch.of(batch, self)
 
-    @classmethod
-    def load_by_name(cls, part: type) -> None:
-        """Load and take an image or video processor of this class where transformers has no Auto class for it."""
-        cls._by_name = {**cls._by_name, part.__name__: part}
-        setattr(cls, "image_processor_class" if part is UHDImageProcessor else "video_processor_class", part.__name__)
-
-    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-        """As in transformers, which has no base class to compare with where there is no Auto class."""
-        if isinstance(argument, known := tuple(self._by_name.values())):
-            return known
-        return super().check_argument_for_proper_class(argument_name, argument)
-
-    @staticmethod
-    def get_possibly_dynamic_module(module_name: str) -> Any:
-        """As in transformers, which looks for classes by name among those of Auto classes."""
-        found = UHDProcessor._by_name.get(module_name)
-        return ProcessorMixin.get_possibly_dynamic_module(module_name) if found is None else found
-
     def validate_inputs(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: inputs are checked before they are planned, in the call."""
 
@@ -284,9 +261,6 @@ class UHDProcessor(ProcessorMixin):
         """
         template = chosen_template(self.chat_template, chat_template)
         if kwargs.get("sanitize_control_tokens") and not MARKS_WORDS:
-            if not kwargs.get("tokenize") or kwargs.get("return_assistant_tokens_mask"):
-                raise ValueError("sanitize_control_tokens needs tokenize=True, and no return_assistant_tokens_mask")
-            kwargs.pop("sanitize_control_tokens")
             with words_stay_words(self.tokenizer, template, conversation, kwargs) as (conversation, kwargs):
                 return self.apply_chat_template(conversation, template, **kwargs)
         batched = not is_message(conversation[0])

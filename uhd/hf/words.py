@@ -17,7 +17,9 @@ _SPELLED: ContextVar[Mapping[str, str]] = ContextVar("letters for the control to
 
 
 @contextmanager
-def words_stay_words(tokenizer: Any, template: str, *given: Any) -> Iterator[list[Any]]:
+def words_stay_words(
+    tokenizer: Any, template: str, conversation: Any, kwargs: Mapping[str, Any]
+) -> Iterator[tuple[Any, dict[str, Any]]]:
     """While open, :func:`spelling` encodes as text what the user's strings hold of control tokens.
 
     Control tokens are the tokenizer's special tokens, and those that it added and the template writes.
@@ -25,15 +27,21 @@ def words_stay_words(tokenizer: Any, template: str, *given: Any) -> Iterator[lis
     Args:
         tokenizer: Of the processor that is called meanwhile.
         template: The chat template.
-        given: Conversations, tools, documents, variables: whatever strings users can write. They are given back with a
-            letter of the private use area for each such token.
+        conversation, kwargs: Of ``apply_chat_template``: whatever strings users can write. They are given back with a
+            letter of the private use area for each such token, ``sanitize_control_tokens`` left out.
+
+    Raises:
+        ValueError: Nothing is tokenized, or the mask of the assistant's tokens is asked for: it needs their places.
     """
+    if not kwargs.get("tokenize") or kwargs.get("return_assistant_tokens_mask"):
+        raise ValueError("sanitize_control_tokens needs tokenize=True, and no return_assistant_tokens_mask")
+    others = {name: value for name, value in kwargs.items() if name != "sanitize_control_tokens"}
     added = [token for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
     control = [token.content for token in added if token.special or token.content in template]
     letters = {token: chr(_FIRST + number) for number, token in enumerate(sorted(control, key=len, reverse=True))}
     told = _SPELLED.set({letter: token for token, letter in letters.items()})
     try:
-        yield [_replaced(item, letters) for item in given]
+        yield _replaced(conversation, letters), _replaced(others, letters)
     finally:
         _SPELLED.reset(told)
 
