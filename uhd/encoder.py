@@ -31,7 +31,7 @@ class VisualEncoder(PackedEncoder):
 
     Any part may be the caller's own. ``vision(patches (N, P), grids) -> (N', D_v)`` needs a ``patch_size``; where its
     output has another grid than its input, ``output_grids(grids)``. ``compressor(features (N', D_v), grids)`` gives
-    (V, Q, D), or packed (N'', D) and then has ``output_lengths(grids)``.
+    (V, Q, D) and then has ``tokens_per_view``, or packed (N'', D) and then has ``output_lengths(grids)``.
 
     Args:
         vision: The vision encoder, e.g. :class:`uhd.vision.ViT` or :class:`uhd.vision.VisionTower`.
@@ -242,7 +242,8 @@ class VisualEncoder(PackedEncoder):
         counts = [count for each in wanted for count in each]
         for (image, view), count, got in zip(views, counts, lengths, strict=True):
             if got != count:
-                advice = "set slicing.tokens_per_view, or slicing.merge to the patches that one token covers per side"
+                advice = f"give the compressor an attribute tokens_per_view = {got}, if it gives every view as many, "
+                advice += "else set slicing.merge to the patches that one token covers per side"
                 if not self.slicing.uses_schema:
                     advice = "take a compressor that gives as many, or set the strategy's merge or rate, if it has one"
                 raise ValueError(

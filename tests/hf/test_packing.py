@@ -244,6 +244,8 @@ def test_a_batch_that_was_cut_is_refused_with_the_way_out():
         found(**cut)
     whole = together(batch)
     assert found(**whole).logits.equal(found(**batch).logits)
+    with pytest.raises(ValueError, match="come as visual, got pixel_values, grids as well"):
+        found(**whole, pixel_values=batch["pixel_values"], grids=batch["grids"])
     assert whole["visual"].to("cpu").pixel_values.equal(batch["pixel_values"])
 
 

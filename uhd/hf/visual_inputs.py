@@ -29,7 +29,7 @@ class VisualInputs:
         pixel_values: (N, P) uint8 raw or floating normalised patches of all views; or (I, L, P), an image a row and
             zeros behind its patches, which needs ``image_sizes`` alone, see :func:`pad_patches`.
         grids: (V, 2) (rows, columns) of each view in patches.
-        num_patches: (I,) views of each image.
+        num_patches: (I,) VIEWS of each image, not patches of the ViT: transformers' name for them.
         image_sizes: (I, 2) (height, width) in px.
         image_plans: (I, L) uint8, see :func:`uhd.hf.plans.write_plans`; ``None`` plans ``image_sizes`` anew.
         image_tokens: Instead of pixels: encoded images, or their packed tokens (M, D) with ``image_plans``.
@@ -69,6 +69,11 @@ class VisualInputs:
         """
         together = kwargs.pop("visual", None)
         if together is not None:
+            beside = [field.name for field in fields(cls) if {**kwargs, **more}.get(field.name) is not None]
+            if beside:
+                raise ValueError(
+                    f"images and videos come as visual, got {', '.join(beside)} as well: give one of them"
+                )
             return together
         return cls(**more, **{field.name: kwargs.pop(field.name) for field in fields(cls) if field.name in kwargs})
 
