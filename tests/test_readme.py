@@ -186,8 +186,8 @@ def test_linked_tests_exist():
         assert f"def {name}(" in (ROOT / path).read_text(), (path, name)
 
 
-ARGUMENTS = {"04_train_the_resampler": ["--steps", "40"]}
-"""Fewer than its own 200; the whole run is a slow test."""
+ARGUMENTS = {"04_train_the_resampler": ["--steps", "40"], "05_pack_and_train": ["--steps", "20"]}
+"""Fewer than their own."""
 
 
 def run_example(path, folder, *arguments):
@@ -209,7 +209,7 @@ def test_examples_run(path, tmp_path):
     if path.stem in ARGUMENTS:
         losses = [float(found) for found in re.findall(r"steps: (\d+\.\d+)", said)]
         assert losses[-1] < losses[0]
-        assert "resumed at step 20" in said
+        assert "resumed" in said
 
 
 @pytest.mark.slow
