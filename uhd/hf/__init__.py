@@ -17,6 +17,7 @@ from uhd.hf.configuration import UHDConfig, UHDResamplerConfig, UHDVisionConfig
 from uhd.hf.features import UHDPreTrainedModel
 from uhd.hf.image_processing import UHDImageProcessor, UHDImageProcessorPil
 from uhd.hf.injection import choose_injection, explain_injection, inject
+from uhd.hf.labels import labels_of
 from uhd.hf.modeling import UHDForConditionalGeneration, UHDModel
 from uhd.hf.processing import UHDProcessor
 from uhd.hf.video_processing import UHDVideoProcessor
@@ -38,6 +39,7 @@ __all__ = [
     "choose_injection",
     "explain_injection",
     "inject",
+    "labels_of",
     "together",
 ]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import IterableDataset
 
+from uhd.hf.labels import labels_of
 from uhd.hf.visual_inputs import VISUAL_KEYS, together
 from uhd.merge import IGNORE
 
@@ -129,14 +130,10 @@ class PackingCollator:
         kept = torch.ones_like(ids, dtype=torch.bool)
         if given.get("attention_mask") is not None:
             kept = torch.as_tensor(given["attention_mask"]).flatten().bool()
-        labels = ids.clone()
-        if given.get("labels") is not None:
-            labels = torch.as_tensor(given["labels"]).long().flatten()
-        for name in ("assistant_masks", "completion_mask"):
-            if given.get("labels") is None and given.get(name) is not None:
-                labels[~torch.as_tensor(given[name]).flatten().bool()] = IGNORE
-        for token in (self.processor.image_token_id, self.processor.video_token_id):
-            labels[ids == token] = IGNORE
+        masks = {} if given.get("labels") is not None else given
+        labels = labels_of({**masks, "input_ids": ids}, self.processor)
+        if masks is not given:
+            labels = torch.where(labels == IGNORE, IGNORE, torch.as_tensor(given["labels"]).long().flatten())
         if not kept.any():
             raise ValueError("a sample has no tokens: leave it out")
         found = {"input_ids": ids[kept], "labels": labels[kept]}

@@ -25,6 +25,29 @@ _WARNED: WeakSet[Any] = WeakSet()
 """Models and processors that have warned."""
 
 
+def labels_of(batch: Mapping[str, Any], processor: Any) -> Tensor:
+    """Labels of a batch, or of one sample: its ids, and -100 at padding, images and videos.
+
+    Where the batch has ``assistant_masks``, as ``apply_chat_template(..., return_assistant_tokens_mask=True)`` gives
+    them, or a ``completion_mask``, everything outside is -100 too.
+
+    Args:
+        batch: ``input_ids`` (..., T) and its masks, tensors or lists.
+        processor: Which knows the image and the video token.
+
+    Returns:
+        (..., T) int64.
+    """
+    ids = torch.as_tensor(batch["input_ids"]).long()
+    kept = torch.ones_like(ids, dtype=torch.bool)
+    for name in ("attention_mask", "assistant_masks", "completion_mask"):
+        if batch.get(name) is not None:
+            kept &= torch.as_tensor(batch[name]).view_as(ids).bool()
+    for token in (processor.image_token_id, processor.video_token_id):
+        kept &= ids != (IGNORE if token is None else token)
+    return ids.masked_fill(~kept, IGNORE)
+
+
 def ignore_visual(labels: Tensor, visual: Tensor, owner: Any) -> Tensor:
     """``labels`` (B, T) with -100 at ``visual`` (B, T) positions; ``owner`` warns the first time that some differ.
 
