@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 
 from tests.hf.tiny import IMAGES, attach, encoder, language_model, model, tokenizer
-from tests.scripts import load_script
+from tests.scripts import FOLDER, load_script
 from uhd.hf.collating import PackedStream, PackingCollator, pack_rows
 from uhd.hf.packing import samples_in_rows
 from uhd.hf.visual_inputs import together
@@ -293,6 +293,10 @@ def test_the_benchmark_runs_small_and_reports_only_what_is_equal(tmp_path, capsy
     assert packed["first_loss"] == pytest.approx(padded["first_loss"], rel=1e-5)
     assert packed["full"] > 0.9 > by_length["full"]
     assert benchmark.table(result) in capsys.readouterr().out
+    stored = json.loads((FOLDER / "results/packing.json").read_text())
+    page = (FOLDER.parent / "docs/performance.md").read_text()
+    assert benchmark.table(stored) in page
+    assert stored["about"] in page
     (tmp_path / "packing.json").unlink()
     monkeypatch.setattr(benchmark, "check", lambda *_: 0.5)
     assert benchmark.main(small) == 1
