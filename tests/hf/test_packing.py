@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import accelerate
 import pytest
 import torch
 from hypothesis import given
@@ -214,6 +215,11 @@ def padded(found):
 @pytest.mark.parametrize("kind", ["map", "stream", "packed stream", "padded stream"])
 def test_trainer_trains_with_its_default_settings(kind, tmp_path):
     """accelerate cuts the batches of streams by their first dimension: patches and views must come through whole."""
+    if kind != "map":
+        try:
+            accelerate.utils.concatenate([object()])
+        except TypeError:
+            pytest.skip("this accelerate joins the batches of a stream even where there is one")
     found = trained("llama")
     collate = padded(found) if kind == "padded stream" else PackingCollator(found.processor, max_tokens=60)
     dataset = {
