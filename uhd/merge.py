@@ -159,7 +159,9 @@ def merge_samples(
     padding_side: str = "right",
     device: torch.device | str | None = None,
 ) -> MergedBatch:
-    """Build a padded batch from rows of text in which one placeholder stands for each image. Nothing is truncated.
+    """Build a padded batch from rows of text in which ONE placeholder stands for each image. Nothing is truncated.
+
+    :class:`uhd.hf.UHDProcessor` writes one for every position of an image instead, see :func:`merge_visual`.
 
     Args:
         input_ids: B rows of ids; a row without placeholders is text alone and takes no image.

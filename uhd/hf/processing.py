@@ -367,6 +367,7 @@ def _made(
         found += map(PlannedImage, sample, plans)
         clips += map(PlannedVideo, frames, video_plans)
     return (
+        # transformers counts these lists; each entry is the whole batch
         images if encoded[0] else [Made(processor.image_processor(found, **for_images))] * len(found),
         videos if encoded[1] else [Made(processor.video_processor(clips, **for_videos))] * len(clips),
     )

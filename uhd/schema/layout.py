@@ -225,7 +225,7 @@ class TokenLayout:
 
     @property
     def tokens_per_view(self) -> tuple[int, ...]:
-        """Visual tokens of every view, in the order of ``plan.views``."""
+        """Visual tokens of every view, in the order of ``plan.views``; with a packing, of the whole image."""
         return tuple(stop - start for start, stop in self._spans)
 
     @cached_property

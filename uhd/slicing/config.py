@@ -75,7 +75,7 @@ class Slicing(Settings):
     least_view: tuple[int, int] | None = (
         None  # (rows, columns) of the smallest view, in patches; None: it does not say
     )
-    uses_schema: bool = False  # whether a schema lays its views out, so that the grid of slices tells every position
+    uses_schema: bool = False  # whether it counts a schema's separators itself; for others uhd.schema.counted does
     learned: tuple[str, ...] = ()  # embeddings that its plans' packings may need: "newline", "separator"
     nested: bool = False  # whether a view that it counts fewer tokens for takes a resampler's first latents only
 

@@ -162,7 +162,8 @@ class SlicePlan(Settings):
         canvases: In the order in which their views are fed.
         grid: (rows, columns) of the slices, or ``None``: the image is not cut.
         num_visual_tokens: Tokens of all views.
-        num_separators: Positions that the layout adds between and around them.
+        num_separators: Positions of no view: those of the schema's symbols, or with a packing its learned newlines and
+            separator, which then are rows of the tokens.
         strategy: The name of the rule that made it.
         packing: How feature maps become tokens; ``None``: every view gives its own tokens, one view after the other.
         resample: The filter that the rule was released with: ``"bicubic"``, ``"bilinear"`` or ``"lanczos"``.
