@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from uhd.files import damage_named
-from uhd.parts import describe_part, rebuild_part
+from uhd.parts import ROLES, describe_part, rebuild_part
 from uhd.pixels import PixelSettings
 from uhd.resampler import FeaturePacker
 from uhd.schema import SpatialSchema
@@ -37,8 +37,8 @@ class EncoderDescription:
     Every file that describes an encoder is made of this: ``uhd_encoder.json``, and a model's ``config.json``.
 
     Attributes:
-        vision, compressor: ``{"kind": ..., "config": ...}`` of a part; kind ``"custom"`` where only its maker can
-            build it again.
+        vision, compressor: ``{"kind": ..., "config": ...}`` of a part; of a registered one its class and sizes too,
+            for whoever reads the file; kind ``"custom"`` where only its maker can build it again.
         slicing: ``to_dict()`` of any slicing; of a function of the caller's own only its name.
         schema, pixels: ``to_dict()`` of a :class:`uhd.SpatialSchema` and of :class:`uhd.PixelSettings`.
         packer: ``to_dict()`` of the :class:`uhd.resampler.FeaturePacker`, where there is one.
@@ -57,7 +57,7 @@ class EncoderDescription:
     @classmethod
     def of(cls, encoder: Any) -> EncoderDescription:
         """Describe an encoder as it is now."""
-        parts = {name: describe_part(getattr(encoder, name)) for name in ("vision", "compressor")}
+        parts = {role: describe_part(getattr(encoder, role), role) for role in ROLES}
         settings = {name: getattr(encoder, name).to_dict() for name in ("slicing", "schema", "pixels")}
         packer = encoder.packer and encoder.packer.to_dict()
         return cls(**parts, **settings, packer=packer, check_image_size=encoder.check_image_size, note=encoder.note)
