@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from uhd.files import damage_named
 from uhd.parts import ROLES, describe_part, rebuild_part
@@ -79,6 +80,14 @@ class EncoderDescription:
             raise ValueError(f"it has format {found!r}; this version reads format {FORMAT}")
         return cls(**data)
 
+    def resized(self, sizes: Mapping[str, int]) -> EncoderDescription:
+        """The same with other settings of the compressor; a ``ValueError`` where it has no such setting."""
+        settings = self.compressor.get("config") or {}
+        unknown = [name for name in sizes if name not in settings]
+        if unknown:
+            raise ValueError(f"the compressor, {self.compressor['kind']!r}, has no {' or '.join(unknown)} to change")
+        return replace(self, compressor={**self.compressor, "config": {**settings, **sizes}})
+
     def arguments(
         self,
         *,
@@ -120,25 +129,53 @@ def save(encoder: Any, folder: str | os.PathLike) -> None:
     (folder / CONFIG_FILE).write_text(description + "\n")
 
 
-def load(kind: type[_Encoder], folder: Path, **given: Any) -> _Encoder:
+def load(kind: type[_Encoder], folder: Path, *, sizes: Mapping[str, int] | None = None, **given: Any) -> _Encoder:
     """Read what :func:`save` wrote as an encoder of this class, in eval mode.
 
-    ``given`` is as in :meth:`EncoderDescription.arguments`. A ``ValueError`` names a damaged file.
+    ``given`` is as in :meth:`EncoderDescription.arguments`; ``sizes`` are settings of the compressor to change: its
+    weights of other shapes than the saved ones are new, and ``note`` says so. A ``ValueError`` names a damaged file.
     """
     with damage_named(folder / CONFIG_FILE):
         description = EncoderDescription.from_dict(json.loads((folder / CONFIG_FILE).read_text()))
-        encoder = kind(**description.arguments(**given))
+    settings = description.compressor.get("config") or {}
+    sizes = {name: size for name, size in (sizes or {}).items() if size != settings.get(name)}
+    resized = description.resized(sizes)
+    with damage_named(folder / CONFIG_FILE):
+        encoder = kind(**resized.arguments(**given))
     new = _take_packer(encoder, description.packer)
     with damage_named(folder / WEIGHTS_FILE):
         # assigned, not copied: every tensor keeps the dtype it was saved in
-        found = encoder.load_state_dict(load_file(folder / WEIGHTS_FILE), strict=False, assign=True)
-        missing = [name for name in found.missing_keys if name not in new]
+        weights = load_file(folder / WEIGHTS_FILE)
+        other = _leave_out(weights, encoder) if sizes else []
+        found = encoder.load_state_dict(weights, strict=False, assign=True)
+        missing = [name for name in found.missing_keys if name not in (*new, *other)]
         if missing or found.unexpected_keys:
             raise ValueError(f"missing {missing}, unexpected {found.unexpected_keys}")
     if new:
-        note = f"{', '.join(new)}: new, UNTRAINED weights, since the saved encoder had another slicing"
-        encoder.note = "; ".join(filter(None, (encoder.note, note)))
+        add_note(encoder, f"{', '.join(new)}: new, UNTRAINED weights, since the saved encoder had another slicing")
+    if sizes:
+        changed = ", ".join(f"{name}={size} (trained with {settings[name]})" for name, size in sizes.items())
+        learned = [name for name in other if name in dict(encoder.named_parameters())]
+        untrained = f"; {', '.join(learned)}: new, UNTRAINED weights" if learned else ""
+        add_note(encoder, f"the compressor has {changed} and must be trained again{untrained}")
     return encoder.eval()
+
+
+def add_note(encoder: Any, note: str) -> None:
+    """Say one thing more that a user of the encoder must know."""
+    if note not in encoder.note:
+        encoder.note = "; ".join(filter(None, (encoder.note, note)))
+
+
+def _leave_out(weights: dict[str, Tensor], encoder: nn.Module) -> list[str]:
+    """Take the compressor's weights that have another shape now out of the saved ones; return their names."""
+    own = {name: tensor.shape for name, tensor in encoder.state_dict().items() if name.startswith("compressor.")}
+    other = [name for name, shape in own.items() if name in weights and weights[name].shape != shape]
+    for name in other:
+        dtype = weights.pop(name).dtype
+        tensor = encoder.get_parameter(name) if name in dict(encoder.named_parameters()) else encoder.get_buffer(name)
+        tensor.data = tensor.data.to(dtype)
+    return other
 
 
 def _take_packer(encoder: Any, saved: dict[str, Any] | None) -> list[str]:

@@ -37,9 +37,11 @@ from uhd.hf.versions import cache_name, take_cache
 from uhd.hf.visual_inputs import VisualInputs, read_images, read_videos
 from uhd.merge import merge_visual
 from uhd.parts import ROLES, check_described
-from uhd.saving import EncoderDescription
+from uhd.saving import EncoderDescription, add_note
 from uhd.torch_private import shared_view
 from uhd.vision.int8 import refuse_int8
+
+NEW_SEPARATORS = "the learned separators have new, UNTRAINED weights"
 
 
 @dataclass(frozen=True, eq=False)
@@ -341,6 +343,7 @@ class UHDForConditionalGeneration(UHDModel, GeneratesByLanguageModel, Generation
         model.generation_config = lm.generation_config
         take_over(model, lm)
         model._processor = processor
+        add_note(encoder, NEW_SEPARATORS if encoder.schema.learned else "")
         return model.train(lm.training)
 
     @property
