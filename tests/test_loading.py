@@ -9,7 +9,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
@@ -245,6 +245,48 @@ class TestState:
         assert list(again) == whole
         assert len(again) == len(whole)
 
+    @given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 9)), min_size=1, max_size=3), st.integers(1, 5))
+    def test_other_numbers_of_ranks_take_what_is_left_of_the_epoch(self, kills, ranks):
+        """Every sample exactly once, however often the number of ranks changes on the way, and whole epochs then."""
+        costs = even_costs(9)
+        state, used = None, []
+        for replicas, steps in [*kills, (ranks, None)]:
+            samplers = [TokenBudgetSampler(costs, 5000, rank=rank, num_replicas=replicas) for rank in range(replicas)]
+            for sampler in samplers:
+                sampler.set_epoch(1) if state is None else sampler.load_state_dict(state)
+            promised = [len(sampler) for sampler in samplers]
+            shares = [list(islice(sampler, steps)) for sampler in samplers]
+            assert len({*promised, *map(len, shares)} if steps is None else {*map(len, shares)}) == 1
+            assert all(sum(loads(costs, [batch])) <= 5000 for share in shares for batch in share)
+            used += [item for share in shares for batch in share for item in batch]
+            states = [json.loads(json.dumps(sampler.state_dict())) for sampler in samplers]
+            assert states[1:] == states[:-1]
+            state = states[0]
+        assert sorted(used) == list(range(len(costs)))
+        whole = TokenBudgetSampler(costs, 5000, rank=0, num_replicas=ranks)
+        whole.set_epoch(2)
+        samplers[0].set_epoch(2)
+        assert list(samplers[0]) == list(whole)
+        assert len(samplers[0]) == len(whole)
+
+    def test_a_state_from_before_ranks_could_change_is_read(self):
+        sampler = TokenBudgetSampler(even_costs(7), 5000)
+        state = sampler.state_dict(3)
+        state.pop("before")
+        whole = list(sampler)
+        sampler.load_state_dict(state)
+        assert list(sampler) == whole[3:]
+
+    def test_too_few_left_for_the_ranks(self):
+        one = TokenBudgetSampler([90] * 10, 100)
+        state = one.state_dict(7)
+        three = TokenBudgetSampler([90] * 10, 100, rank=0, num_replicas=2, uneven="error")
+        three.set_epoch(4)
+        with pytest.raises(ValueError, match="3 items make 3 batches, which 2 ranks cannot share evenly"):
+            three.load_state_dict(state)
+        assert three.epoch == 4  # nothing was taken over
+        assert len(three) == 5
+
     def test_a_copy_goes_on_like_the_original(self):
         sampler = TokenBudgetSampler(even_costs(6), 5000)
         sampler.load_state_dict({**sampler.state_dict(4), "epoch": 2})
@@ -254,7 +296,7 @@ class TestState:
         ("changes", "named"),
         [
             ({"budget": 6000}, "budget: saved 5000, now 6000"),
-            ({"rank": 0, "num_replicas": 2}, "num_replicas: saved 1, now 2"),
+            ({"max_items": 9}, "max_items: saved"),
             ({"seed": 1}, "seed"),
             ({"costs": even_costs(8)}, "costs"),
         ],
