@@ -280,8 +280,17 @@ class TokenBudgetSampler(Sampler[list[int]]):
         self._start, self._before, self._begun = start, before, False
 
     def set_epoch(self, epoch: int) -> None:
-        """Call it before every epoch: without, all epochs have the same batches in the same order."""
+        """Call it before every epoch: without, all epochs have the same batches in the same order.
+
+        Raises:
+            ValueError: A state of a later epoch was loaded, and no batch of it given yet: it would be lost.
+        """
         epoch = _whole("epoch", epoch, least=0)
+        if epoch < self.epoch and not self._begun and (self._start or self._before):
+            raise ValueError(
+                f"the state that was loaded stands in epoch {self.epoch}, and set_epoch({epoch}) would lose it: count "
+                f"epochs from there; a loader that counts them itself, as accelerate's, needs set_epoch({self.epoch})"
+            )
         if epoch != self.epoch:
             self.epoch = epoch
             self._begin_at(0, ())
