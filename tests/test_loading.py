@@ -14,6 +14,7 @@ from itertools import islice, pairwise
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator, skip_first_batches
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
@@ -244,6 +245,60 @@ class TestState:
         assert used + list(again) == whole
         assert list(again) == whole
         assert len(again) == len(whole)
+
+    @pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:.set_vital.")
+    @pytest.mark.parametrize("persistent", [False, True])
+    @pytest.mark.parametrize("workers", [0, 1, 4])
+    def test_a_stateful_loader_carries_the_state(self, workers, persistent):
+        stateful = pytest.importorskip("torchdata.stateful_dataloader")
+        costs = even_costs(4)
+
+        def loader():
+            sampler = TokenBudgetSampler(costs, 5000)
+            sampler.set_epoch(2)
+            settings = {"num_workers": workers, "persistent_workers": persistent and workers > 0}
+            return stateful.StatefulDataLoader(range(len(costs)), batch_sampler=sampler, collate_fn=list, **settings)
+
+        whole = list(loader())
+        first = loader()
+        used = list(islice(first, 5))
+        state = copy.deepcopy(first.state_dict())
+        second = loader()
+        second.load_state_dict(state)
+        rest = iter(second)
+        assert len(second) == len(whole) - 5  # the state is handed on where the loader is iterated
+        assert used + list(rest) == whole
+        assert list(second) == whole
+
+    def test_accelerate_counts_epochs_itself_and_says_so(self):
+        costs = even_costs(4)
+
+        def prepared(state=None):
+            sampler = TokenBudgetSampler(costs, 5000)
+            if state is not None:
+                sampler.load_state_dict(state)
+            settings = {"batch_sampler": sampler, "collate_fn": torch.tensor}
+            return sampler, Accelerator(cpu=True).prepare(DataLoader(range(len(costs)), **settings))
+
+        def lists(batches):
+            return [batch.tolist() for batch in batches]
+
+        sampler, loader = prepared()
+        loader.set_epoch(3)
+        whole = lists(loader)
+        sampler.set_epoch(3)
+        assert whole == list(sampler)
+        loader.set_epoch(3)
+        used = lists(islice(loader, 4))
+        _, again = prepared(sampler.state_dict(4))
+        with pytest.raises(ValueError, match=r"stands in epoch 3, and set_epoch\(0\) would lose it.* set_epoch\(3\)"):
+            next(iter(again))
+        again.set_epoch(3)
+        assert len(again) == len(whole) - 4
+        assert used + lists(again) == whole
+        _, again = prepared()
+        again.set_epoch(3)
+        assert used + lists(skip_first_batches(again, 4)) == whole
 
     @given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 9)), min_size=1, max_size=3), st.integers(1, 5))
     def test_other_numbers_of_ranks_take_what_is_left_of_the_epoch(self, kills, ranks):

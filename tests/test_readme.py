@@ -134,6 +134,9 @@ def test_the_training_page_runs_from_top_to_bottom(tmp_path, monkeypatch):
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     for block in python_blocks((ROOT / "docs/training.md").read_text()):
         exec(compile(block, "docs/training.md", "exec"), names)
+    assert sorted(item for batch in names["used"] for item in batch) == sorted(
+        [*range(3)] * 2
+    )  # two epochs, the first in two parts
     labels = names["collate"](samples)["labels"]
     assert (labels != -100).sum(1).tolist() == [len(answer) for answer in answers]
     assert all(not torch.equal(p, start[name]) for name, p in names["model"].named_parameters() if "q_proj" in name)
