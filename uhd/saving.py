@@ -118,9 +118,9 @@ class EncoderDescription:
 def save(encoder: Any, folder: str | os.PathLike) -> None:
     """Write an encoder's two files; errors as in :meth:`uhd.VisualEncoder.save_pretrained`."""
     refuse_int8(encoder)
+    description = json.dumps(EncoderDescription.of(encoder).to_dict(), indent=2)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    description = json.dumps(EncoderDescription.of(encoder).to_dict(), indent=2)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     try:
         save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})

@@ -190,7 +190,7 @@ def test_what_cannot_be_saved_is_refused_at_attach(part, words):
     refuses(words, attach, tiny_encoder(part(), slicing=SlicingConfig(image_size=56, tokens_per_view=None)))
 
 
-def test_arguments_that_are_not_kept_are_named():
+def test_arguments_that_are_not_kept_are_named(tmp_path):
     @partial(uhd.register_compressor, "keeps-nothing")
     class KeepsNothing(nn.Module):
         tokens_per_view, out_dim = 1, WIDTH
@@ -205,7 +205,8 @@ def test_arguments_that_are_not_kept_are_named():
 
     eyes = tiny_encoder(KeepsNothing(2))
     refuses("does not keep gain of its constructor's arguments as attributes", attach, eyes)
-    refuses("does not keep gain", eyes.save_pretrained, "never_written")
+    refuses("does not keep gain", eyes.save_pretrained, tmp_path / "never_written")
+    assert not list(tmp_path.iterdir())
 
 
 def test_names_that_are_taken_and_what_is_no_part():
