@@ -28,7 +28,7 @@ from uhd.resampler import (
     SpatialResampler,
 )
 from uhd.settings import check_free, place_of
-from uhd.vision import CompressedViT, CompressedViTConfig, ViT, ViTConfig
+from uhd.vision import CompressedViT, CompressedViTConfig, VisionTower, ViT, ViTConfig
 
 _PARTS: dict[str, tuple[type[nn.Module], type | None]] = {
     "vit": (ViT, ViTConfig),
@@ -216,6 +216,8 @@ def check_described(part: nn.Module, role: str) -> dict[str, Any]:
         how = f"register its class with uhd.register_{role}(name, {name})"
         if type(part) in (cls for cls, _ in _PARTS.values()):
             how = "its stem is your own: make a subclass that builds it, and register that"
+        if type(part) is VisionTower:
+            how = "make a subclass whose constructor builds the backbone, and register that with uhd.register_vision"
         raise ValueError(f"the {role} is a {name}, which uhd cannot build again: {how}")
     return described
 

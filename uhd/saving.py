@@ -129,6 +129,15 @@ def save(encoder: Any, folder: str | os.PathLike) -> None:
     (folder / CONFIG_FILE).write_text(description + "\n")
 
 
+def refuse_shared(encoder: nn.Module) -> None:
+    """Raise a ``ValueError`` where one weight has two names: no file of ours, or of transformers, would hold both."""
+    names: dict[int, str] = {}
+    for name, parameter in encoder.named_parameters(remove_duplicate=False):
+        if names.setdefault(id(parameter), name) != name:
+            both = f"{names[id(parameter)]} and {name}"
+            raise ValueError(f"weights that share memory cannot be saved: {both} are one, untie them first")
+
+
 def load(kind: type[_Encoder], folder: Path, *, sizes: Mapping[str, int] | None = None, **given: Any) -> _Encoder:
     """Read what :func:`save` wrote as an encoder of this class, in eval mode.
 

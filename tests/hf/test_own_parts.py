@@ -32,6 +32,9 @@ class Louder(ViT):
         return 1.5 * super().forward(patches, grids, **how)
 
 
+TOWER = {"patch_size": 32, "out_dim": 16}
+
+
 class ConvNeXt(VisionTower):
     """timm's, with a table that its constructor computes and no file holds, as many backbones have."""
 
@@ -110,12 +113,13 @@ def test_tables_keep_their_precision_where_the_model_is_loaded_in_another(tmp_pa
     assert torch.equal(half.visual.vision.table, found.visual.vision.table.bfloat16())
 
 
-def test_trainer_goes_on_from_a_checkpoint_with_them(tmp_path):
+@KINDS
+def test_trainer_goes_on_from_a_checkpoint_with_them(kind, tmp_path):
     registered()
 
     def run():
         torch.manual_seed(0)
-        found = attach(own_encoder("subclass and function"), language_model("llama", max_position_embeddings=1024))
+        found = attach(own_encoder(kind), language_model("llama", max_position_embeddings=1024))
         optimizer = torch.optim.AdamW(training.tune_all(found, lr=1e-2, vision_lr=1e-3))
         return trainer(found, tmp_path, optimizers=(optimizer, None))
 
@@ -188,6 +192,16 @@ class Unwritable(Scaled):
 )
 def test_what_cannot_be_saved_is_refused_at_attach(part, words):
     refuses(words, attach, tiny_encoder(part(), slicing=SlicingConfig(image_size=56, tokens_per_view=None)))
+
+
+def test_towers_and_tied_weights_are_refused_at_attach():
+    tower = VisionTower(timm.create_model("convnext_atto", dims=(8, 8, 16, 16), depths=(1, 1, 1, 1)), **TOWER)
+    slicing = SlicingConfig(image_size=64, patch_size=32, tokens_per_view=None)
+    eyes = tiny_encoder(MLPProjector(16, WIDTH), vision=tower, slicing=slicing)
+    refuses("make a subclass whose constructor builds", attach, eyes)
+    tied = encoder()
+    tied.vision.blocks[1].mlp.fc1.weight = tied.vision.blocks[0].mlp.fc1.weight
+    refuses(r"blocks.0.mlp.fc1.weight and vision.blocks.1.mlp.fc1.weight are one, untie them first", attach, tied)
 
 
 def test_arguments_that_are_not_kept_are_named(tmp_path):

@@ -18,7 +18,7 @@ from uhd.hf.image_processing import UHDImageProcessor, refuse_own_function
 from uhd.hf.injection import choose_injection
 from uhd.hf.processing import IMAGE_TOKEN, PLAIN_CHAT_TEMPLATE, VIDEO_TOKEN, UHDProcessor, placeholder_id
 from uhd.parts import ROLES, check_rebuilt
-from uhd.saving import EncoderDescription
+from uhd.saving import EncoderDescription, refuse_shared
 from uhd.schema import SeparatorIds, resolve_schema
 
 OTHER_IMAGE_TOKEN, OTHER_VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
@@ -113,6 +113,7 @@ def _check_parts(encoder: VisualEncoder, lm: PreTrainedModel, *, unsaved: bool) 
         )
     if not unsaved:
         refuse_own_function(encoder.slicing)
+        refuse_shared(encoder)
         for role in ROLES:
             check_rebuilt(getattr(encoder, role), role)
 
