@@ -4,6 +4,9 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import copy
+import sys
+
 import pytest
 from hypothesis import settings
 
@@ -21,3 +24,15 @@ def silenced(tmp_path, capsys):
         assert not list(tmp_path.iterdir())
 
     return check
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_registered():
+    """Names that a test, or a page, gives to its own parts are its own."""
+    from uhd.slicing import rules
+
+    strategies, parts = dict(rules._REGISTERED), copy.deepcopy(getattr(sys.modules.get("uhd.parts"), "_OWN", {}))
+    yield
+    rules._REGISTERED = strategies
+    if "uhd.parts" in sys.modules:
+        sys.modules["uhd.parts"]._OWN.update({"vision": {}, "compressor": {}} | parts)

@@ -9,11 +9,12 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator, skip_first_batches
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
@@ -245,6 +246,102 @@ class TestState:
         assert list(again) == whole
         assert len(again) == len(whole)
 
+    @pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:.set_vital.")
+    @pytest.mark.parametrize("persistent", [False, True])
+    @pytest.mark.parametrize("workers", [0, 1, 4])
+    def test_a_stateful_loader_carries_the_state(self, workers, persistent):
+        stateful = pytest.importorskip("torchdata.stateful_dataloader")
+        costs = even_costs(4)
+
+        def loader():
+            sampler = TokenBudgetSampler(costs, 5000)
+            sampler.set_epoch(2)
+            settings = {"num_workers": workers, "persistent_workers": persistent and workers > 0}
+            return stateful.StatefulDataLoader(range(len(costs)), batch_sampler=sampler, collate_fn=list, **settings)
+
+        whole = list(loader())
+        first = loader()
+        used = list(islice(first, 5))
+        state = copy.deepcopy(first.state_dict())
+        second = loader()
+        second.load_state_dict(state)
+        rest = iter(second)
+        assert len(second) == len(whole) - 5  # the state is handed on where the loader is iterated
+        assert used + list(rest) == whole
+        assert list(second) == whole
+
+    def test_accelerate_counts_epochs_itself_and_says_so(self):
+        costs = even_costs(4)
+
+        def prepared(state=None):
+            sampler = TokenBudgetSampler(costs, 5000)
+            if state is not None:
+                sampler.load_state_dict(state)
+            settings = {"batch_sampler": sampler, "collate_fn": torch.tensor}
+            return sampler, Accelerator(cpu=True).prepare(DataLoader(range(len(costs)), **settings))
+
+        def lists(batches):
+            return [batch.tolist() for batch in batches]
+
+        sampler, loader = prepared()
+        loader.set_epoch(3)
+        whole = lists(loader)
+        sampler.set_epoch(3)
+        assert whole == list(sampler)
+        loader.set_epoch(3)
+        used = lists(islice(loader, 4))
+        _, again = prepared(sampler.state_dict(4))
+        with pytest.raises(ValueError, match=r"stands in epoch 3, and set_epoch\(0\) would lose it.* set_epoch\(3\)"):
+            next(iter(again))
+        again.set_epoch(3)
+        assert len(again) == len(whole) - 4
+        assert used + lists(again) == whole
+        _, again = prepared()
+        again.set_epoch(3)
+        assert used + lists(skip_first_batches(again, 4)) == whole
+
+    @given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 9)), min_size=1, max_size=3), st.integers(1, 5))
+    def test_other_numbers_of_ranks_take_what_is_left_of_the_epoch(self, kills, ranks):
+        """Every sample exactly once, however often the number of ranks changes on the way, and whole epochs then."""
+        costs = even_costs(9)
+        state, used = None, []
+        for replicas, steps in [*kills, (ranks, None)]:
+            samplers = [TokenBudgetSampler(costs, 5000, rank=rank, num_replicas=replicas) for rank in range(replicas)]
+            for sampler in samplers:
+                sampler.set_epoch(1) if state is None else sampler.load_state_dict(state)
+            promised = [len(sampler) for sampler in samplers]
+            shares = [list(islice(sampler, steps)) for sampler in samplers]
+            assert len({*promised, *map(len, shares)} if steps is None else {*map(len, shares)}) == 1
+            assert all(sum(loads(costs, [batch])) <= 5000 for share in shares for batch in share)
+            used += [item for share in shares for batch in share for item in batch]
+            states = [json.loads(json.dumps(sampler.state_dict())) for sampler in samplers]
+            assert states[1:] == states[:-1]
+            state = states[0]
+        assert sorted(used) == list(range(len(costs)))
+        whole = TokenBudgetSampler(costs, 5000, rank=0, num_replicas=ranks)
+        whole.set_epoch(2)
+        samplers[0].set_epoch(2)
+        assert list(samplers[0]) == list(whole)
+        assert len(samplers[0]) == len(whole)
+
+    def test_a_state_from_before_ranks_could_change_is_read(self):
+        sampler = TokenBudgetSampler(even_costs(7), 5000)
+        state = sampler.state_dict(3)
+        state.pop("before")
+        whole = list(sampler)
+        sampler.load_state_dict(state)
+        assert list(sampler) == whole[3:]
+
+    def test_too_few_left_for_the_ranks(self):
+        one = TokenBudgetSampler([90] * 10, 100)
+        state = one.state_dict(7)
+        three = TokenBudgetSampler([90] * 10, 100, rank=0, num_replicas=2, uneven="error")
+        three.set_epoch(4)
+        with pytest.raises(ValueError, match="3 items make 3 batches, which 2 ranks cannot share evenly"):
+            three.load_state_dict(state)
+        assert three.epoch == 4  # nothing was taken over
+        assert len(three) == 5
+
     def test_a_copy_goes_on_like_the_original(self):
         sampler = TokenBudgetSampler(even_costs(6), 5000)
         sampler.load_state_dict({**sampler.state_dict(4), "epoch": 2})
@@ -254,7 +351,7 @@ class TestState:
         ("changes", "named"),
         [
             ({"budget": 6000}, "budget: saved 5000, now 6000"),
-            ({"rank": 0, "num_replicas": 2}, "num_replicas: saved 1, now 2"),
+            ({"max_items": 9}, "max_items: saved"),
             ({"seed": 1}, "seed"),
             ({"costs": even_costs(8)}, "costs"),
         ],

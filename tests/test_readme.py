@@ -136,6 +136,8 @@ def test_the_training_page_runs_from_top_to_bottom(tmp_path, monkeypatch):
         exec(compile(block, "docs/training.md", "exec"), names)
     marked = names["marked"]["labels"]
     assert model.processor.tokenizer.decode(marked[marked != -100]) == answers[0]
+    # two epochs, the first in two parts
+    assert sorted(item for batch in names["used"] for item in batch) == sorted([*range(3)] * 2)
     labels = names["collate"](samples)["labels"]
     assert (labels != -100).sum(1).tolist() == [len(answer) for answer in answers]
     assert all(not torch.equal(p, start[name]) for name, p in names["model"].named_parameters() if "q_proj" in name)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from uhd.loading import Preparation, TokenBudgetSampler, image_costs, image_sizes_hw
     from uhd.merge import assemble, merge_samples, merge_visual, separator_embeddings
     from uhd.nano import load_nano
+    from uhd.parts import register_compressor, register_vision
     from uhd.pixels import PixelSettings
     from uhd.schema import SpatialSchema, TokenLayout, layout, resolve_schema
     from uhd.slicing import (
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
         plan_images,
         plan_many,
         plan_video,
+        register_strategy,
         strategies,
         strategy,
     )
@@ -50,12 +52,13 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "uhd.slicing": "SlicePlan SlicingConfig candidates grid_score plan plan_images plan_many plan_video "
-    "strategies strategy",
+    "register_strategy strategies strategy",
     "uhd.schema": "SpatialSchema TokenLayout layout resolve_schema",
     "uhd.pixels": "PixelSettings",
     "uhd.batch": "SliceBatch",
     "uhd.encoded": "EncodedImage EncodedVideo",
     "uhd.encoder": "VisualEncoder",
+    "uhd.parts": "register_compressor register_vision",
     "uhd.loading": "Preparation TokenBudgetSampler image_costs image_sizes_hw",
     "uhd.nano": "load_nano",
     "uhd.token_files": "load_tokens save_tokens",

@@ -110,8 +110,10 @@ class VisualEncoder(PackedEncoder):
         schema = schema if isinstance(schema, SpatialSchema) else SpatialSchema.preset(schema or "llava-uhd")
         _check_backbone(self.vision, rule, self.check_image_size)
         slicing = counted(rule, getattr(self.compressor, "tokens_per_view", None), schema)
-        self.packer = _fitted_packer(self.packer, slicing, self.compressor)
-        self._slicing, self._schema = slicing, schema
+        packer, changed = _fitted_packer(self.packer, slicing, self.compressor), hasattr(self, "_slicing")
+        if changed and packer is not self.packer:
+            saving.add_note(self, "the learned newlines have new, UNTRAINED weights")
+        self.packer, self._slicing, self._schema = packer, slicing, schema
 
     def plan(self, image_hw: tuple[int, int]) -> SlicePlan:
         """The plan this encoder makes for an image of this (height, width), px."""
@@ -267,6 +269,8 @@ class VisualEncoder(PackedEncoder):
         source: str | os.PathLike | nn.Module,
         *,
         out_dim: int | None = None,
+        num_latents: int | None = None,
+        num_heads: int | None = None,
         vision: nn.Module | None = None,
         compressor: nn.Module | None = None,
         slicing: SlicingLike | None = None,
@@ -282,6 +286,8 @@ class VisualEncoder(PackedEncoder):
                 SigLIP2 or DINOv2 vision encoder, or a timm ViT. The latter get a new, untrained perceiver resampler,
                 and ``encoder.note`` says so. Nothing is downloaded.
             out_dim: Width of that resampler's tokens, the language model's ``hidden_size``.
+            num_latents, num_heads: Its tokens a view (64) and heads (of 128, or wider). In a saved encoder they change
+                the compressor: what does not fit then is new, which ``encoder.note`` says.
             vision, compressor: The caller's own parts. Needed to load an encoder that was saved with such.
             slicing, schema: As in the constructor; they replace what was saved. A schema for the adaptive planner does
                 not outlive another strategy, nor the other way round: the default is taken. Newlines that the saved
@@ -294,26 +300,37 @@ class VisualEncoder(PackedEncoder):
         Raises:
             ValueError: Something needed is missing, or a file is damaged; the message names it.
         """
+        given = {"num_latents": num_latents, "num_heads": num_heads}
+        sizes = {name: size for name, size in given.items() if size is not None}
+        if sizes and compressor is not None:
+            raise ValueError(f"{' and '.join(sizes)} are those of the compressor, which is given: build it with them")
         saved = None if isinstance(source, nn.Module) else Path(source) / saving.CONFIG_FILE
         if saved is not None and not saved.parent.is_dir():
             raise ValueError(f"{source} is not a folder; give a local one, nothing is downloaded")
         if saved is not None and saved.is_file():
             if out_dim is not None:
                 raise ValueError(f"{source} holds a whole encoder; out_dim is only for a new compressor")
-            parts = {"vision": vision, "compressor": compressor}
+            parts = {"vision": vision, "compressor": compressor, "sizes": sizes}
             return saving.load(cls, saved.parent, slicing=slicing, schema=schema, pixels=pixels, **parts)
-        vision, note = load_vision(source) if vision is None else vision, ""
-        if compressor is None:
-            if out_dim is None or not hasattr(vision, "out_dim"):
-                raise ValueError(
-                    "a new compressor needs out_dim, the language model's hidden_size, and a vision encoder that "
-                    "tells its own out_dim; or pass compressor=..."
-                )
-            sizes = {"width": out_dim, "vision_width": vision.out_dim, "num_heads": default_heads(out_dim)}
-            compressor = PerceiverResampler(PerceiverConfig(**sizes))
-            note = "the compressor has new, UNTRAINED weights"
+        vision, new = load_vision(source) if vision is None else vision, compressor is None
+        compressor = _new_resampler(vision, out_dim, sizes) if new else compressor
         pixels = find_pixels(source) if pixels is None else pixels
-        return cls(vision, compressor, slicing=slicing, schema=schema, pixels=pixels, note=note).eval()
+        encoder = cls(vision, compressor, slicing=slicing, schema=schema, pixels=pixels).eval()
+        if new:
+            saving.add_note(encoder, "the compressor has new, UNTRAINED weights")
+        if encoder.packer is not None:
+            saving.add_note(encoder, "the learned newlines have new, UNTRAINED weights")
+        return encoder
+
+
+def _new_resampler(vision: nn.Module, out_dim: int | None, sizes: dict[str, int]) -> PerceiverResampler:
+    if out_dim is None or not hasattr(vision, "out_dim"):
+        raise ValueError(
+            "a new compressor needs out_dim, the language model's hidden_size, and a vision encoder that "
+            "tells its own out_dim; or pass compressor=..."
+        )
+    sizes = {"num_heads": default_heads(out_dim), **sizes}
+    return PerceiverResampler(PerceiverConfig(width=out_dim, vision_width=vision.out_dim, **sizes))
 
 
 def _check_backbone(vision: nn.Module, slicing: Slicing, check_image_size: bool) -> None:
@@ -324,7 +341,8 @@ def _check_backbone(vision: nn.Module, slicing: Slicing, check_image_size: bool)
         raise ValueError(
             f"slicing {slicing.name!r} plans for image_size={side}, patch_size={slicing.patch_size}; the vision "
             f"encoder has image_size={image_size}, patch_size={patch_size}: use slicing.for_vision(image_size="
-            f"{wanted[0]}, patch_size={patch_size}); slicing = uhd.strategy({slicing.name!r}), where you gave its name"
+            f"{wanted[0]}, patch_size={patch_size}); slicing = uhd.strategy({slicing.name!r}), where you gave a name. "
+            "check_image_size=False lets it see at other sizes than its own"
         )
 
 

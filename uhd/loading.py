@@ -45,6 +45,9 @@ _SLACK = 200
 _DRAWS = 4
 """Of an epoch's order, each with half of the last one's jitter, the last without any."""
 
+Before = tuple[tuple[int, int], ...]
+"""(number of ranks, batches that each of them took), one after the other, of one epoch."""
+
 
 @dataclass(frozen=True)
 class Preparation:
@@ -248,32 +251,50 @@ class TokenBudgetSampler(Sampler[list[int]]):
         self.shuffle, self.jitter, self.uneven = bool(shuffle), float(jitter), uneven
         self.epoch = self._start = self._first = self._taken = 0  # batches: to begin at, begun at, taken
         self._begun = False  # whether an iteration has given a batch since then
+        self._before: Before = ()  # what other numbers of ranks took of the epoch that is to begin,
+        self._first_before: Before = ()  # and of the one that has begun
+        self._kept: tuple[Any, tuple[TokenBudgetSampler | None, np.ndarray]] | None = None  # what _rest found
         self._in_all = self._settle()
         self._num_batches = self._per_rank()
 
     def __len__(self) -> int:
-        return self._num_batches - self._start
+        return self._count(self._before) - self._start
 
     def __iter__(self) -> Iterator[list[int]]:
         if self._begun:
-            self._start, self._begun = 0, False
-        self._first = self._taken = self._start
-        return self._given(self._start)
+            self._begin_at(0, ())
+        self._first, self._taken, self._first_before = self._start, self._start, self._before
+        return self._given(self._start, self._before)
 
-    def _given(self, start: int) -> Iterator[list[int]]:
+    def _given(self, start: int, before: Before) -> Iterator[list[int]]:
         """Nothing is used up before the first batch: a ``DataLoader`` makes iterators that it never asks."""
-        self._first = self._taken = start
+        self._first, self._taken, self._first_before = start, start, before
         self._begun = True
-        for batch in self._batches()[start:]:
+        rest, items = self._rest(before)
+        for batch in () if rest is None else rest._batches()[start:]:
             self._taken += 1
-            yield batch
-        self._start, self._begun = 0, False
+            yield items[batch].tolist()
+        self._begin_at(0, ())
+
+    def _begin_at(self, start: int, before: Before) -> None:
+        self._start, self._before, self._begun = start, before, False
 
     def set_epoch(self, epoch: int) -> None:
-        """Call it before every epoch: without, all epochs have the same batches in the same order."""
+        """Call it before every epoch: without, all epochs have the same batches in the same order.
+
+        Raises:
+            ValueError: A state of a later epoch was loaded, and no batch of it given yet: it would be lost.
+        """
         epoch = _whole("epoch", epoch, least=0)
+        if epoch < self.epoch and not self._begun and (self._start or self._before):
+            raise ValueError(
+                f"the state that was loaded stands in epoch {self.epoch}, and set_epoch({epoch}) would lose it: count "
+                f"epochs from there; a loader that counts them itself, as accelerate's, needs set_epoch({self.epoch})"
+            )
         if epoch != self.epoch:
-            self.epoch, self._start, self._first, self._taken, self._begun = epoch, 0, 0, 0, False
+            self.epoch = epoch
+            self._begin_at(0, ())
+            self._first, self._taken, self._first_before = 0, 0, ()
 
     def state_dict(self, used: int | None = None) -> dict[str, Any]:
         """Where this epoch stands, the same for all ranks; plain JSON types.
@@ -283,32 +304,76 @@ class TokenBudgetSampler(Sampler[list[int]]):
                 are too many where a ``DataLoader`` with workers has asked for some ahead.
         """
         taken = self._taken if used is None else self._first + _whole("used", used, least=0)
-        return {"epoch": self.epoch, "batches": self._check_taken(taken), **self._fingerprint()}
+        before = self._first_before
+        taken = _check_taken(taken, self._count(before))
+        state = {"epoch": self.epoch, "batches": taken, "num_replicas": self.num_replicas, **self._fingerprint()}
+        return {**state, "before": [list(some) for some in before]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The next iteration begins where the state stood; those after it begin at the beginning.
 
+        With another number of ranks than the state's, the epoch goes on with the items that are left of it, in new
+        batches under the same budget. The number of batches of that epoch is then its own.
+
         Raises:
-            ValueError: The state is of other costs, settings or ranks, which have other batches.
+            ValueError: The state is of other costs or settings, which have other batches; or the ranks cannot share
+                what is left evenly.
         """
         mine = self._fingerprint()
         other = [key for key, value in mine.items() if state.get(key) != value]
-        if other or not {"epoch", "batches"} <= set(state):
+        if other or not {"epoch", "batches", "num_replicas"} <= set(state):
             changes = ", ".join(f"{key}: saved {state.get(key)!r}, now {mine[key]!r}" for key in other)
             raise ValueError(f"the state is of a sampler with other batches ({changes or 'no epoch or batches'})")
-        self.epoch, self._start = _whole("epoch", state["epoch"], least=0), self._check_taken(state["batches"])
-        self._first = self._taken = self._start
-        self._begun = False
-
-    def _check_taken(self, batches: Any) -> int:
-        batches = _whole("batches", batches, least=0)
-        if batches > self._num_batches:
-            raise ValueError(f"an epoch has {self._num_batches} batches, got batches={batches}")
-        return batches
+        now = self.epoch
+        ranks, batches = (_whole(key, state[key], least=0) for key in ("num_replicas", "batches"))
+        before = tuple((int(replicas), int(steps)) for replicas, steps in state.get("before", ()))
+        self.epoch = _whole("epoch", state["epoch"], least=0)
+        try:
+            if ranks != self.num_replicas:
+                before, batches = (*before, (ranks, batches)), 0
+            _check_taken(batches, self._count(before))
+        except ValueError:
+            self.epoch = now
+            raise
+        self._begin_at(batches, before)
+        self._first, self._taken, self._first_before = batches, batches, before
 
     def _fingerprint(self) -> dict[str, Any]:
-        names = ("budget", "max_items", "shuffle", "seed", "jitter", "num_replicas", "uneven")
+        names = ("budget", "max_items", "shuffle", "seed", "jitter", "uneven")
         return {"costs": zlib.crc32(self.costs.tobytes()), **{name: getattr(self, name) for name in names}}
+
+    def _count(self, before: Before) -> int:
+        rest = self._rest(before)[0] if before else self
+        return 0 if rest is None else rest._num_batches
+
+    def _rest(self, before: Before) -> tuple[TokenBudgetSampler | None, np.ndarray]:
+        """The sampler of what is left of the epoch, ``None`` where nothing is, and the items that it numbers."""
+        if not before:
+            return self, np.arange(len(self.costs))
+        if self._kept is None or self._kept[0] != (self.epoch, before):
+            items = self._left(before)
+            rest = self._of(items, self.num_replicas, self.rank) if len(items) else None
+            self._kept = (self.epoch, before), (rest, items)
+        return self._kept[1]
+
+    def _left(self, before: Before) -> np.ndarray:
+        items = np.arange(len(self.costs))
+        for ranks, steps in before:
+            if len(items):
+                over = self._of(items, ranks, 0)
+                _check_taken(steps, over._num_batches)
+                members, dealt = over._steps()
+                taken = [members[batch] for batch in dealt[:steps].ravel()]
+                items = np.delete(items, np.concatenate(taken)) if taken else items
+        return items
+
+    def _of(self, items: np.ndarray, ranks: int, rank: int) -> TokenBudgetSampler:
+        """The same for some of the items, and other ranks, in this epoch."""
+        names = ("budget", "shuffle", "seed", "jitter", "uneven")
+        same = {name: getattr(self, name) for name in names}
+        found = TokenBudgetSampler(self.costs[items], **same, max_items=self.max_items, rank=rank, num_replicas=ranks)
+        found.epoch = self.epoch
+        return found
 
     def _settle(self) -> int:
         """How many batches every epoch has, those of all ranks together."""
@@ -360,14 +425,18 @@ class TokenBudgetSampler(Sampler[list[int]]):
                 heapq.heapreplace(heap, (cost + costs[item], items + 1, batch))
         return np.array(home), count
 
-    def _batches(self) -> list[list[int]]:
+    def _batches(self) -> list[np.ndarray]:
+        members, steps = self._steps()
+        return [members[batch] for batch in steps[:, self.rank]]
+
+    def _steps(self) -> tuple[list[np.ndarray], np.ndarray]:
+        """The items of every batch of this epoch, and (steps, ranks) numbers of batches."""
         draws = range(_DRAWS) if self.shuffle else (_DRAWS - 1,)
         filled = (self._fill(self._order(self.epoch, draw), self._in_all) for draw in draws)
         home = next(home for home, count in filled if count == self._in_all)
         sizes = np.bincount(home)
         members = np.split(np.argsort(home, kind="stable"), np.cumsum(sizes)[:-1])
-        steps = self._deal(np.bincount(home, weights=self.costs), np.array([some[0] for some in members]))
-        return [members[batch].tolist() for batch in steps[:, self.rank]]
+        return members, self._deal(np.bincount(home, weights=self.costs), np.array([some[0] for some in members]))
 
     def _deal(self, costs: np.ndarray, firsts: np.ndarray) -> np.ndarray:
         """(steps, ranks) numbers of batches, from what each costs and its first item."""
@@ -389,6 +458,12 @@ def _whole(name: str, value: Any, *, least: int) -> int:
     if isinstance(value, bool) or number < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
     return number
+
+
+def _check_taken(batches: int, count: int) -> int:
+    if batches > count:
+        raise ValueError(f"an epoch has {count} batches, got batches={batches}")
+    return batches
 
 
 def _check_costs(costs: Any, budget: int) -> np.ndarray:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from uhd.files import damage_named
-from uhd.parts import describe_part, rebuild_part
+from uhd.parts import ROLES, describe_part, rebuild_part
 from uhd.pixels import PixelSettings
 from uhd.resampler import FeaturePacker
 from uhd.schema import SpatialSchema
@@ -37,8 +38,8 @@ class EncoderDescription:
     Every file that describes an encoder is made of this: ``uhd_encoder.json``, and a model's ``config.json``.
 
     Attributes:
-        vision, compressor: ``{"kind": ..., "config": ...}`` of a part; kind ``"custom"`` where only its maker can
-            build it again.
+        vision, compressor: ``{"kind": ..., "config": ...}`` of a part; of a registered one its class and sizes too,
+            for whoever reads the file; kind ``"custom"`` where only its maker can build it again.
         slicing: ``to_dict()`` of any slicing; of a function of the caller's own only its name.
         schema, pixels: ``to_dict()`` of a :class:`uhd.SpatialSchema` and of :class:`uhd.PixelSettings`.
         packer: ``to_dict()`` of the :class:`uhd.resampler.FeaturePacker`, where there is one.
@@ -57,7 +58,7 @@ class EncoderDescription:
     @classmethod
     def of(cls, encoder: Any) -> EncoderDescription:
         """Describe an encoder as it is now."""
-        parts = {name: describe_part(getattr(encoder, name)) for name in ("vision", "compressor")}
+        parts = {role: describe_part(getattr(encoder, role), role) for role in ROLES}
         settings = {name: getattr(encoder, name).to_dict() for name in ("slicing", "schema", "pixels")}
         packer = encoder.packer and encoder.packer.to_dict()
         return cls(**parts, **settings, packer=packer, check_image_size=encoder.check_image_size, note=encoder.note)
@@ -78,6 +79,14 @@ class EncoderDescription:
         if (found := data.pop("format")) != FORMAT:
             raise ValueError(f"it has format {found!r}; this version reads format {FORMAT}")
         return cls(**data)
+
+    def resized(self, sizes: Mapping[str, int]) -> EncoderDescription:
+        """The same with other settings of the compressor; a ``ValueError`` where it has no such setting."""
+        settings = self.compressor.get("config") or {}
+        unknown = [name for name in sizes if name not in settings]
+        if unknown:
+            raise ValueError(f"the compressor, {self.compressor['kind']!r}, has no {' or '.join(unknown)} to change")
+        return replace(self, compressor={**self.compressor, "config": {**settings, **sizes}})
 
     def arguments(
         self,
@@ -109,9 +118,9 @@ class EncoderDescription:
 def save(encoder: Any, folder: str | os.PathLike) -> None:
     """Write an encoder's two files; errors as in :meth:`uhd.VisualEncoder.save_pretrained`."""
     refuse_int8(encoder)
+    description = json.dumps(EncoderDescription.of(encoder).to_dict(), indent=2)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    description = json.dumps(EncoderDescription.of(encoder).to_dict(), indent=2)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     try:
         save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -120,25 +129,62 @@ def save(encoder: Any, folder: str | os.PathLike) -> None:
     (folder / CONFIG_FILE).write_text(description + "\n")
 
 
-def load(kind: type[_Encoder], folder: Path, **given: Any) -> _Encoder:
+def refuse_shared(encoder: nn.Module) -> None:
+    """Raise a ``ValueError`` where one weight has two names: no file of ours, or of transformers, would hold both."""
+    names: dict[int, str] = {}
+    for name, parameter in encoder.named_parameters(remove_duplicate=False):
+        if names.setdefault(id(parameter), name) != name:
+            both = f"{names[id(parameter)]} and {name}"
+            raise ValueError(f"weights that share memory cannot be saved: {both} are one, untie them first")
+
+
+def load(kind: type[_Encoder], folder: Path, *, sizes: Mapping[str, int] | None = None, **given: Any) -> _Encoder:
     """Read what :func:`save` wrote as an encoder of this class, in eval mode.
 
-    ``given`` is as in :meth:`EncoderDescription.arguments`. A ``ValueError`` names a damaged file.
+    ``given`` is as in :meth:`EncoderDescription.arguments`; ``sizes`` are settings of the compressor to change: its
+    weights of other shapes than the saved ones are new, and ``note`` says so. A ``ValueError`` names a damaged file.
     """
     with damage_named(folder / CONFIG_FILE):
         description = EncoderDescription.from_dict(json.loads((folder / CONFIG_FILE).read_text()))
-        encoder = kind(**description.arguments(**given))
+    settings = description.compressor.get("config") or {}
+    sizes = {name: size for name, size in (sizes or {}).items() if size != settings.get(name)}
+    resized = description.resized(sizes)
+    with damage_named(folder / CONFIG_FILE):
+        encoder = kind(**resized.arguments(**given))
     new = _take_packer(encoder, description.packer)
     with damage_named(folder / WEIGHTS_FILE):
         # assigned, not copied: every tensor keeps the dtype it was saved in
-        found = encoder.load_state_dict(load_file(folder / WEIGHTS_FILE), strict=False, assign=True)
-        missing = [name for name in found.missing_keys if name not in new]
+        weights = load_file(folder / WEIGHTS_FILE)
+        other = _leave_out(weights, encoder) if sizes else []
+        found = encoder.load_state_dict(weights, strict=False, assign=True)
+        missing = [name for name in found.missing_keys if name not in (*new, *other)]
         if missing or found.unexpected_keys:
             raise ValueError(f"missing {missing}, unexpected {found.unexpected_keys}")
     if new:
-        note = f"{', '.join(new)}: new, UNTRAINED weights, since the saved encoder had another slicing"
-        encoder.note = "; ".join(filter(None, (encoder.note, note)))
+        add_note(encoder, f"{', '.join(new)}: new, UNTRAINED weights, since the saved encoder had another slicing")
+    if sizes:
+        changed = ", ".join(f"{name}={size} (trained with {settings[name]})" for name, size in sizes.items())
+        learned = [name for name in other if name in dict(encoder.named_parameters())]
+        untrained = f"; {', '.join(learned)}: new, UNTRAINED weights" if learned else ""
+        add_note(encoder, f"the compressor has {changed} and must be trained again{untrained}")
     return encoder.eval()
+
+
+def add_note(encoder: Any, note: str) -> None:
+    """Say one thing more that a user of the encoder must know."""
+    if note not in encoder.note:
+        encoder.note = "; ".join(filter(None, (encoder.note, note)))
+
+
+def _leave_out(weights: dict[str, Tensor], encoder: nn.Module) -> list[str]:
+    """Take the compressor's weights that have another shape now out of the saved ones; return their names."""
+    own = {name: tensor.shape for name, tensor in encoder.state_dict().items() if name.startswith("compressor.")}
+    other = [name for name, shape in own.items() if name in weights and weights[name].shape != shape]
+    for name in other:
+        dtype = weights.pop(name).dtype
+        tensor = encoder.get_parameter(name) if name in dict(encoder.named_parameters()) else encoder.get_buffer(name)
+        tensor.data = tensor.data.to(dtype)
+    return other
 
 
 def _take_packer(encoder: Any, saved: dict[str, Any] | None) -> list[str]:

@@ -83,3 +83,45 @@ def unknown_name(kind: str, name: Any, known: Iterable[str], listed: str | None 
     near = [repr(one) for one in difflib.get_close_matches(plain_name(name), known, n=3, cutoff=0.5)]
     nearest = f"did you mean {', '.join(near[:-1])}{' or ' * (len(near) > 1)}{near[-1]}? " if near else ""
     return ValueError(f"no {kind} named {name!r}: {nearest}{listed or 'There are: ' + ', '.join(known)}")
+
+
+def check_free(kind: str, name: Any, taken: Mapping[str, Any], new: Any) -> None:
+    """Refuse a name under which something else is known, and something that has another name already.
+
+    The same definition run again, as a notebook's cell is or a module that is reloaded, replaces the old one.
+
+    Raises:
+        TypeError: The name is no text.
+        ValueError: It is taken, or empty.
+
+    >>> check_free("strategy", "Square", {"square": len}, max)
+    Traceback (most recent call last):
+    ValueError: the strategy name 'Square' is taken by builtins.len: choose another for builtins.max
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"a {kind} is registered under a name, a str, got {type(name).__name__}")
+    if not name.strip():
+        raise ValueError(f"a {kind} is registered under a name that is not empty, got {name!r}")
+    for known, old in taken.items():
+        same_name = plain_name(known) == plain_name(name)
+        if same_name and not _same_definition(old, new):
+            raise ValueError(
+                f"the {kind} name {name!r} is taken by {place_of(old)}: choose another for {place_of(new)}"
+            )
+        if old is new and not same_name:
+            raise ValueError(f"{place_of(new)} is registered as the {kind} {known!r} already: it has one name")
+
+
+def place_of(one: Any) -> str:
+    """Module and name of a class or function; anything else as it shows itself.
+
+    >>> place_of(Settings)
+    'uhd.settings.Settings'
+    """
+    return f"{one.__module__}.{one.__qualname__}" if hasattr(one, "__qualname__") else repr(one)
+
+
+def _same_definition(old: Any, new: Any) -> bool:
+    if hasattr(old, "__qualname__") and hasattr(new, "__qualname__"):
+        return old is new or ("<" not in place_of(new) and place_of(old) == place_of(new))
+    return bool(old == new)

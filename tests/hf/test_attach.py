@@ -116,7 +116,9 @@ class TestParts:
         pixels = PixelSettings(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
         slicing = SlicingConfig(image_size=56, patch_size=14, tokens_per_view=None)
         eyes = uhd.VisualEncoder(Means(), MLPProjector(3, WIDTH), slicing=slicing, pixels=pixels)
-        found = attach(eyes, language_model("llama"), tokenizer())
+        with pytest.raises(ValueError, match="the vision is a Means, which uhd cannot build again: register"):
+            attach(eyes, language_model("llama"), tokenizer())
+        found = attach(eyes, language_model("llama"), tokenizer(), unsaved=True)
         assert found(**found.processor(text=TEXTS, images=IMAGES)).logits.isfinite().all()
         with pytest.raises(ValueError, match="the vision is a Means, which uhd cannot build again"):
             found.save_pretrained(tmp_path)

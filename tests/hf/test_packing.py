@@ -1,5 +1,6 @@
 """Packed rows give what their samples give alone."""
 
+import copy
 import itertools
 import json
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import Trainer, TrainingArguments
 
 from tests.hf.tiny import IMAGES, attach, encoder, language_model, model, tokenizer
@@ -189,6 +190,100 @@ def test_streams_fill_rows():
     counts = [int((torch.cat(rows) == place).sum()) for place in range(200)]
     assert counts[:100] == [lengths[place] + lengths[place + 200] for place in range(100)]
     assert counts[100:] == lengths[100:200]
+
+
+class Numbers(IterableDataset):
+    """Samples of different lengths, each worker its share; with ``state_dict`` as ``datasets`` has it."""
+
+    def __init__(self, lengths):
+        self.lengths, self.epoch, self.place, self.start, self.read = lengths, 0, 0, 0, 0
+
+    def __iter__(self):
+        worker = get_worker_info()
+        share = range(len(self.lengths))[worker.id :: worker.num_workers] if worker else range(len(self.lengths))
+        self.place = self.start
+        for number in share[self.start :]:
+            self.place, self.read = self.place + 1, self.read + 1
+            yield {"input_ids": [number % 200] * self.lengths[number], "number": number}
+
+
+class Marked(Numbers):
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def state_dict(self):
+        return {"place": self.place, "epoch": self.epoch}
+
+    def load_state_dict(self, state):
+        self.start = self.place = state["place"]  # and stays so for every pass, as in datasets
+
+
+LENGTHS = torch.randint(1, 40, (150,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+class TestStreamState:
+    def stream(self, kind, buffer=16, max_tokens=100):
+        collate = PackingCollator(model("llama").processor, max_tokens=max_tokens)
+        return PackedStream(kind(LENGTHS), collate, buffer=buffer)
+
+    def rows(self, rows):
+        return [[int(sample["input_ids"][0]) for sample in row] for row in rows]
+
+    @pytest.mark.parametrize("kind", [Numbers, Marked])
+    @pytest.mark.parametrize("done", [0, 1, 7, 23, "all but one", "all"])
+    def test_resumed_is_uninterrupted(self, kind, done):
+        whole = self.rows(self.stream(kind))
+        assert sorted(itertools.chain(*whole)) == list(range(150))
+        done = {"all but one": len(whole) - 1, "all": len(whole)}.get(done, done)
+        stream = self.stream(kind)
+        rows = iter(stream)
+        used = self.rows(itertools.islice(rows, done)) + ([] if done < len(whole) else self.rows(rows))
+        state = json.loads(json.dumps(stream.state_dict()))
+        assert len(json.dumps(state)) < 500  # no patches
+        other = self.stream(kind)
+        other.load_state_dict(state)
+        assert other.state_dict() == state
+        rest = iter(other)
+        again = self.rows(itertools.islice(rest, 3))  # and is interrupted once more
+        third = self.stream(kind)
+        third.load_state_dict(json.loads(json.dumps(other.state_dict())))
+        assert used + again + self.rows(third) == whole
+        assert self.rows(third) == whole  # the state is used once
+        if kind is Marked and 7 <= done < len(whole):
+            assert third.dataset.read < 150 + 150 - done  # not from the beginning
+
+    def test_what_is_refused(self):
+        state = self.stream(Numbers).state_dict()
+        for changes in ({"buffer": 8}, {"max_tokens": 120}):
+            with pytest.raises(ValueError, match=f"of a stream with other rows \\({next(iter(changes))}: saved"):
+                self.stream(Numbers, **changes).load_state_dict(state)
+        stream = self.stream(Marked)
+        stream.set_epoch(3)
+        next(iter(stream))
+        other = self.stream(Marked)
+        other.load_state_dict({**stream.state_dict(), "first": 5, "mark": {"place": 5, "epoch": 3}})
+        with pytest.raises(ValueError, match=r"stands in epoch 3 of the stream, which is in 0: set_epoch\(3\)"):
+            next(iter(other))
+
+    @pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:.set_vital.")
+    @pytest.mark.parametrize("kind", [Numbers, Marked])
+    @pytest.mark.parametrize("workers", [0, 1, 4])
+    def test_a_stateful_loader_resumes_with_workers(self, workers, kind):
+        stateful = pytest.importorskip("torchdata.stateful_dataloader")
+
+        def loader():
+            settings = {"num_workers": workers, "persistent_workers": workers > 0}
+            return stateful.StatefulDataLoader(self.stream(kind), batch_size=2, collate_fn=self.rows, **settings)
+
+        whole = list(loader())
+        assert sorted(itertools.chain(*itertools.chain(*whole))) == list(range(150))
+        first = loader()
+        used = list(itertools.islice(first, 9))
+        state = copy.deepcopy(first.state_dict())
+        second = loader()
+        second.load_state_dict(state)
+        assert used + list(second) == whole
+        assert list(second) == whole
 
 
 class Endless(IterableDataset):

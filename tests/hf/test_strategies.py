@@ -148,7 +148,7 @@ def test_a_hook_and_a_schema_around_views():
 
 class TestOwnFunction:
     def test_it_runs_and_is_not_saved(self, tmp_path):
-        found = attached(packed_encoder(whole_and_middle, packer=FeaturePacker(WIDTH)))
+        found = attached(packed_encoder(whole_and_middle, packer=FeaturePacker(WIDTH)), unsaved=True)
         batch = found.processor(text=TEXTS, images=IMAGES)
         with torch.no_grad():
             got = found(**batch).image_hidden_states
@@ -166,7 +166,10 @@ class TestOwnFunction:
 
     def test_counted_by_a_compressor(self, tmp_path):
         perceiver = PerceiverResampler(PerceiverConfig(width=WIDTH, vision_width=32, num_heads=2, num_latents=4))
-        found = attached(packed_encoder(whole_and_middle, perceiver, schema="llava-uhd"))
+        eyes = packed_encoder(whole_and_middle, perceiver, schema="llava-uhd")
+        with pytest.raises(ValueError, match="which cannot be saved: give it a name with uhd.register_strategy"):
+            attached(eyes)
+        found = attached(eyes, unsaved=True)
         batch = found.processor(text="<image>", images=IMAGES[0])
         assert batch["input_ids"].shape[1] == 4 + 1 + 4
         assert found(**batch).logits.shape[1] == 9

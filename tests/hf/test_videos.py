@@ -474,3 +474,6 @@ def test_the_page_on_images_and_videos_runs_from_top_to_bottom(tmp_path, monkeyp
         exec(compile(block, "docs/models.md", "exec"), names)
     assert names["answer"].shape[0] == 2
     assert names["batch"]["video_plans"].shape[0] == 1
+    with torch.no_grad():
+        asked = names["eyes"].processor(text="<image>", images=STILLS[0])
+        assert torch.equal(names["again"](**asked).logits, names["eyes"].eval()(**asked).logits)

@@ -180,10 +180,11 @@ COMPRESSORS = {
 """Strategies of every kind (one view, stitched and un-padded, apart, native, several canvases) and what fits them."""
 
 
-def attached(name, kind="llama", **changes):
+def attached(name, kind="llama", *, unsaved=False, **changes):
     """A fresh model of a strategy of COMPRESSORS, or around a ready encoder."""
     eyes = packed_encoder(name, COMPRESSORS[name]()) if isinstance(name, str) else name
-    return attach(eyes, language_model(kind, **{"max_position_embeddings": 1024, **changes}))
+    lm = language_model(kind, **{"max_position_embeddings": 1024, **changes})
+    return attach(eyes, lm, unsaved=unsaved)
 
 
 @functools.cache

@@ -14,10 +14,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from uhd.encoder import VisualEncoder
 from uhd.hf.configuration import INJECTION_MODES, UHDConfig, encoder_fields
-from uhd.hf.image_processing import UHDImageProcessor
+from uhd.hf.image_processing import UHDImageProcessor, refuse_own_function
 from uhd.hf.injection import choose_injection
 from uhd.hf.processing import IMAGE_TOKEN, PLAIN_CHAT_TEMPLATE, VIDEO_TOKEN, UHDProcessor, placeholder_id
-from uhd.saving import EncoderDescription
+from uhd.parts import ROLES, check_rebuilt
+from uhd.saving import EncoderDescription, refuse_shared
 from uhd.schema import SeparatorIds, resolve_schema
 
 OTHER_IMAGE_TOKEN, OTHER_VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
@@ -39,12 +40,13 @@ def attach(
     separator_ids: Mapping[str, int | Sequence[int]] | None = None,
     numbered_images: int = 10,
     chat_template: str | None = None,
+    unsaved: bool = False,
 ) -> tuple[UHDConfig, UHDProcessor]:
     """The config and the processor of a vision encoder and a language model; neither of them is changed.
 
     Arguments and errors as in :meth:`uhd.hf.UHDForConditionalGeneration.from_vision_and_lm`.
     """
-    _check_parts(encoder, lm)
+    _check_parts(encoder, lm, unsaved=unsaved)
     if mode not in ("auto", *INJECTION_MODES):
         raise ValueError(f"mode must be 'auto' or one of {INJECTION_MODES}, got {mode!r}")
     text = lm.config.get_text_config()
@@ -94,7 +96,7 @@ def _check_separators(separators: Mapping[str, SeparatorIds], vocab_size: int) -
             )
 
 
-def _check_parts(encoder: VisualEncoder, lm: PreTrainedModel) -> None:
+def _check_parts(encoder: VisualEncoder, lm: PreTrainedModel, *, unsaved: bool) -> None:
     if not isinstance(encoder, VisualEncoder):
         raise TypeError(
             f"the encoder must be a uhd.VisualEncoder, got {type(encoder).__name__}: put your parts in one"
@@ -109,6 +111,11 @@ def _check_parts(encoder: VisualEncoder, lm: PreTrainedModel) -> None:
             f"{type(lm).__name__} is not a causal language model of AutoModelForCausalLM: load it with that class, or "
             "register yours with AutoModelForCausalLM.register"
         )
+    if not unsaved:
+        refuse_own_function(encoder.slicing)
+        refuse_shared(encoder)
+        for role in ROLES:
+            check_rebuilt(getattr(encoder, role), role)
 
 
 def with_image_token(tokenizer: Any, image_token: str | None, symbols: Sequence[str]) -> tuple[Any, str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -141,11 +143,25 @@ class PackingCollator:
         return found | {name: _tensor(name, given[name]) for name in VISUAL_KEYS if given.get(name) is not None}
 
 
+@dataclass(frozen=True)
+class _Waiting:
+    """A sample in the buffer: its number in the stream, the stream's state before it, and what was made of it."""
+
+    number: int
+    mark: Any
+    sample: dict[str, Tensor]
+
+
 class PackedStream(IterableDataset):
     """Rows from a stream: each item is the list of samples, prepared, of one row that is nearly full.
 
     A row begins with the sample that has waited longest; of those in the buffer the longest that still fits is added
     until none does. At most ``buffer`` samples wait, with their patches, in each worker.
+
+    It resumes as ``torchdata``'s ``StatefulDataLoader`` asks for it, with workers too: :meth:`state_dict` after some
+    rows, and the same rows again follow after :meth:`load_state_dict`. No patches are in the state: samples that
+    waited are read and prepared again. The stream must give the same samples in the same order; where it has
+    ``state_dict`` and ``load_state_dict``, as those of ``datasets`` have, it is not read again from its beginning.
 
     Args:
         dataset: Any iterable of samples; with several workers it gives each its own share, as streams do.
@@ -157,27 +173,97 @@ class PackedStream(IterableDataset):
         if buffer < 1:
             raise ValueError(f"the buffer must hold 1 sample or more, got {buffer}")
         self.dataset, self.collator, self.buffer = dataset, collator, buffer
+        self._waiting: list[_Waiting] = []
+        self._read, self._mark = 0, None  # how many samples were read, and the stream's state after them
+        self._loaded: Mapping[str, Any] | None = None
+        self._fresh: Any = None  # the stream's state before one was loaded into it
 
     def __iter__(self) -> Iterator[list[dict[str, Tensor]]]:
-        waiting: list[dict[str, Tensor]] = []
-        for sample in self.dataset:
-            waiting.append(self.collator.read(sample))
-            pack_rows([len(waiting[-1]["input_ids"])], self.collator.max_tokens)  # longer than a row: refused here
+        state, self._loaded = self._loaded, None
+        self._waiting = waiting = []
+        for number, mark, sample in self._samples(state):
+            if state is None or number >= state["read"] or number in state["waiting"]:
+                waiting.append(_Waiting(number, mark, self.collator.read(sample)))
+                pack_rows([_length(waiting[-1])], self.collator.max_tokens)  # longer than a row: refused here
             if len(waiting) > self.buffer:
                 yield self._row(waiting)
         while waiting:
             yield self._row(waiting)
 
-    def _row(self, waiting: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    def _samples(self, state: Mapping[str, Any] | None) -> Iterator[tuple[int, Any, Any]]:
+        """Numbered samples, each with the stream's state before it, from the oldest that waited under a state."""
+        first, mark = (0, None) if state is None else (state["first"], state["mark"])
+        keeps = hasattr(self.dataset, "state_dict") and hasattr(self.dataset, "load_state_dict")
+        if keeps and mark is not None:
+            self._check_epoch(mark)
+            self._fresh = self.dataset.state_dict() if self._fresh is None else self._fresh
+            self.dataset.load_state_dict(mark)
+        elif keeps and self._fresh is not None:  # those of datasets would begin every pass where the mark was
+            self.dataset.load_state_dict(self._fresh)
+        stream = islice(self.dataset, first if mark is None or not keeps else 0, None)
+        self._read, self._mark = first, mark
+        for number, sample in enumerate(stream, first):
+            before, self._read = self._mark, number + 1
+            self._mark = self.dataset.state_dict() if keeps else None
+            yield number, before, sample
+
+    def _check_epoch(self, mark: Any) -> None:
+        """Those of datasets begin at the beginning, without a word, where a state is of another epoch."""
+        saved = mark.get("epoch") if isinstance(mark, Mapping) else None
+        now = getattr(self.dataset, "epoch", None)
+        if None not in (saved, now) and saved != now:
+            raise ValueError(f"the state stands in epoch {saved} of the stream, which is in {now}: set_epoch({saved})")
+
+    def set_epoch(self, epoch: int) -> None:
+        """That of the stream, where it has such: with it a shuffled one comes in another order."""
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where this pass over the stream stands behind the last row that was given, in plain types of JSON."""
+        if self._loaded is not None:
+            return dict(self._loaded)
+        oldest = self._waiting[0] if self._waiting else None
+        return {
+            "read": self._read,
+            "waiting": [waiting.number for waiting in self._waiting],
+            "first": self._read if oldest is None else oldest.number,
+            "mark": self._mark if oldest is None else oldest.mark,
+            **self._settings(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The next pass begins behind the row where the state stood; those after it begin at the beginning.
+
+        Raises:
+            ValueError: The state is of other settings, under which other rows were packed. A pass raises where the
+                stream says that it is in another epoch.
+        """
+        mine = self._settings()
+        other = [
+            f"{name}: saved {state.get(name)!r}, now {mine[name]!r}" for name in mine if state.get(name) != mine[name]
+        ]
+        if other:
+            raise ValueError(f"the state is of a stream with other rows ({', '.join(other)})")
+        self._loaded = dict(state)
+
+    def _settings(self) -> dict[str, int]:
+        return {"buffer": self.buffer, "max_tokens": self.collator.max_tokens}
+
+    def _row(self, waiting: list[_Waiting]) -> list[dict[str, Tensor]]:
         """Take one row's samples out of those that wait."""
         row, space = [], self.collator.max_tokens
         fitting = [0]
         while fitting:
-            place = max(fitting, key=lambda place: len(waiting[place]["input_ids"]))
-            row.append(waiting.pop(place))
-            space -= len(row[-1]["input_ids"])
-            fitting = [place for place, sample in enumerate(waiting) if len(sample["input_ids"]) <= space]
+            place = max(fitting, key=lambda place: _length(waiting[place]))
+            space -= _length(waiting[place])
+            row.append(waiting.pop(place).sample)
+            fitting = [place for place, one in enumerate(waiting) if _length(one) <= space]
         return row
+
+
+def _length(waiting: _Waiting) -> int:
+    return len(waiting.sample["input_ids"])
 
 
 def _filled(parts: list[Tensor], length: int, fill: int) -> Tensor:

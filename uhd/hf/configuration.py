@@ -16,7 +16,7 @@ from uhd.resampler import PerceiverConfig
 from uhd.resampler.config import default_heads
 from uhd.saving import EncoderDescription
 from uhd.schema import SeparatorIds, SpatialSchema
-from uhd.schema.counted import own_function, slicing_from_dict
+from uhd.schema.counted import named_function, slicing_from_dict
 from uhd.slicing import Slicing, find
 from uhd.vision import CompressedViTConfig, ViTConfig
 
@@ -31,9 +31,10 @@ _VIT_CONFIGS = {"vit": ViTConfig, "compressed_vit": CompressedViTConfig}
 class UHDVisionConfig(PreTrainedConfig):
     """The fields of :class:`uhd.vision.ViTConfig`, and which kind of vision encoder they are for.
 
-    ``kind`` is ``"vit"``, ``"compressed_vit"`` for a :class:`uhd.vision.CompressedViT`, whose two fields come last, or
-    ``"custom"`` for a module of the caller's own, which only they can build again. The defaults are CLIP ViT-L/14 at
-    336 px, read at the layer before the last.
+    ``kind`` is ``"vit"``, ``"compressed_vit"`` for a :class:`uhd.vision.CompressedViT`, whose two fields follow the
+    ViT's, or the name that :func:`uhd.register_vision` gave a class: that is built of ``settings``, and of the other
+    fields only sizes hold. ``"custom"`` is a module that only its maker can build again. The defaults are CLIP
+    ViT-L/14 at 336 px, read at the layer before the last.
     """
 
     model_type = "uhd_vision"
@@ -75,6 +76,8 @@ class UHDVisionConfig(PreTrainedConfig):
     select_layer: int = -2
     compress_after: tuple[int, ...] | list[int] | None = None
     compressor: str = "window"
+    settings: dict[str, Any] | None = None
+    class_name: str | None = None
 
     @classmethod
     def from_vit(cls, config: ViTConfig) -> UHDVisionConfig:
@@ -91,14 +94,16 @@ class UHDVisionConfig(PreTrainedConfig):
         if self.kind not in _VIT_CONFIGS:
             raise ValueError(
                 f"the vision encoder is of kind {self.kind!r}: only its maker can build it. Build it, put it in a "
-                "VisualEncoder and attach that with from_vision_and_lm"
+                "VisualEncoder and attach that with from_vision_and_lm, or register its class before it is saved "
+                "(uhd.register_vision)"
             )
         config_class = _VIT_CONFIGS[self.kind]
         return config_class(**{field.name: getattr(self, field.name) for field in dataclasses.fields(config_class)})
 
 
 class UHDResamplerConfig(PreTrainedConfig):
-    """The compressor: ``kind`` is one of those that :class:`uhd.VisualEncoder` can build again, or ``"custom"``.
+    """The compressor: ``kind`` is one of those that :class:`uhd.VisualEncoder` can build again, those that
+    :func:`uhd.register_compressor` names included, or ``"custom"``.
 
     ``settings`` are its constructor's (for the perceiver :class:`uhd.resampler.PerceiverConfig`'s); ``None`` is a
     perceiver of 64 latents between the vision encoder's width and the language model's.
@@ -109,6 +114,7 @@ class UHDResamplerConfig(PreTrainedConfig):
 
     kind: str = "perceiver"
     settings: dict[str, Any] | None = None
+    class_name: str | None = None
 
 
 class UHDConfig(FromPackage, PreTrainedConfig):
@@ -181,7 +187,7 @@ class UHDConfig(FromPackage, PreTrainedConfig):
         for name, config_class in self.sub_configs.items():
             setattr(self, name, _built(config_class, getattr(self, name)))
         super().__post_init__(**kwargs)
-        if not (self.slicing_config and own_function(self.slicing_config)):
+        if self.slicing_config is None or not named_function(self.slicing_config):
             self.slicing_config = self.slicing.to_dict()
         self.schema_config = self.schema.to_dict()
         self.pixel_config = self.pixels.to_dict()
@@ -213,12 +219,14 @@ class UHDConfig(FromPackage, PreTrainedConfig):
         """The encoder's description.
 
         Raises:
-            ValueError: The vision encoder is the caller's own.
+            ValueError: The vision encoder is the caller's own, and not registered.
         """
-        vision = self.vision_config
+        vision, compressor = self.vision_config, self.resampler_config
+        own = vision.kind not in (*_VIT_CONFIGS, "custom")
+        settings = vision.settings if own else vision.to_vit().to_dict()
         return EncoderDescription(
-            vision={"kind": vision.kind, "config": vision.to_vit().to_dict()},
-            compressor={"kind": self.resampler_config.kind, "config": self.resampler_config.settings},
+            vision=_described(vision, settings),
+            compressor=_described(compressor, compressor.settings),
             slicing=self.slicing_config,
             schema=self.schema_config,
             pixels=self.pixel_config,
@@ -269,12 +277,11 @@ class UHDConfig(FromPackage, PreTrainedConfig):
 
 def encoder_fields(encoder: EncoderDescription) -> dict[str, Any]:
     """The fields of a :class:`UHDConfig` that describe an encoder."""
-    kind, settings = encoder.vision["kind"], encoder.vision.get("config", {})
-    own = kind in _VIT_CONFIGS
+    compressor = encoder.compressor
     return {
-        "vision_config": UHDVisionConfig(kind=kind if own else "custom", **settings),
+        "vision_config": _vision_config(encoder.vision),
         "resampler_config": UHDResamplerConfig(
-            kind=encoder.compressor["kind"], settings=encoder.compressor.get("config", {})
+            kind=compressor["kind"], settings=compressor.get("config", {}), class_name=compressor.get("class")
         ),
         "slicing_config": encoder.slicing,
         "schema_config": encoder.schema,
@@ -283,6 +290,22 @@ def encoder_fields(encoder: EncoderDescription) -> dict[str, Any]:
         "check_image_size": encoder.check_image_size,
         "encoder_note": encoder.note,
     }
+
+
+def _vision_config(described: Mapping[str, Any]) -> UHDVisionConfig:
+    kind, settings = described["kind"], described.get("config", {})
+    if kind in (*_VIT_CONFIGS, "custom"):
+        return UHDVisionConfig(kind=kind, **settings)
+    sizes = {"patch_size": described.get("patch_size"), "width": described.get("out_dim")}
+    sizes = {name: size for name, size in sizes.items() if size is not None}
+    told = {"class_name": described.get("class"), "image_size": described.get("image_size")}
+    return UHDVisionConfig(kind=kind, settings=settings, **told, **sizes)
+
+
+def _described(config: UHDVisionConfig | UHDResamplerConfig, settings: dict[str, Any] | None) -> dict[str, Any]:
+    """A part's description, without what its class is called where none is."""
+    named = {} if config.class_name is None else {"class": config.class_name}
+    return {"kind": config.kind, "config": settings, **named}
 
 
 def _built(config_class: type, given: dict[str, Any] | PreTrainedConfig | None) -> PreTrainedConfig:

@@ -21,6 +21,7 @@ from uhd.hf.recording import recorded
 from uhd.hf.versions import CACHE_NAMES
 from uhd.hf.visual_inputs import PlannedMedia, VisualInputs, read_images, read_videos
 from uhd.merge import assemble, separator_embeddings
+from uhd.parts import ROLES, own_tables
 from uhd.resampler import (
     FeaturePacker,
     PerceiverResampler,
@@ -80,7 +81,9 @@ class UHDPreTrainedModel(PreTrainedModel):
             config = kwargs.get("config") or cls.config_class.from_pretrained(pretrained_model_name_or_path, **place)
             kwargs["quantization_config"] = leave_alone(kwargs["quantization_config"], config.text_config)
         found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        (found[0] if isinstance(found, tuple) else found)._loaded_from = place
+        model = found[0] if isinstance(found, tuple) else found
+        model._loaded_from = place
+        model._restore_tables()
         return found
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -119,7 +122,12 @@ class UHDVisualModel(UHDPreTrainedModel):
         if language_model is None:
             language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.language_model = language_model  # first: a model's dtype and device are those of its first parameter
-        self.visual = _built_encoder(config) if visual is None else visual
+        self._tables: dict[str, Tensor] = {}
+        if visual is None:
+            visual = _built_encoder(config)
+            own = {role: own_tables(getattr(visual, role), role) for role in ROLES}
+            self._tables = {f"{role}.{name}": table for role, some in own.items() for name, table in some.items()}
+        self.visual = visual
         config.text_config = language_model.config  # one object, so that resizing the vocabulary is seen here too
         self.supports_gradient_checkpointing = language_model.supports_gradient_checkpointing
         learned = self.visual.schema.learned
@@ -127,6 +135,14 @@ class UHDVisualModel(UHDPreTrainedModel):
         self.learned_separators = nn.Parameter(0.02 * torch.randn(len(learned), width)) if learned else None
         self.encode_without_images: bool | None = None
         self.post_init()
+
+    def _restore_tables(self) -> None:
+        """Put back what parts of the caller's own computed on construction and no file holds: loading empties it."""
+        for name, table in self._tables.items():
+            module, _, buffer = name.rpartition(".")
+            empty = self.visual.get_buffer(name)
+            setattr(self.visual.get_submodule(module), buffer, table.to(empty.device, empty.dtype))
+        self._tables = {}
 
     @can_return_tuple
     def get_image_features(

@@ -26,7 +26,7 @@ from uhd.encoded import EncodedImage
 from uhd.hf.bare import FromPackage, auto_map, write_module
 from uhd.hf.visual_inputs import describe_plans, pad_patches, pairs
 from uhd.pixels import RESAMPLE, PixelSettings, load_image
-from uhd.schema.counted import own_function, slicing_from_dict
+from uhd.schema.counted import named_function, own_function, slicing_from_dict
 from uhd.slicing import SlicePlan, Slicing, SlicingLike, find
 from uhd.slicing.config import positive_int
 from uhd.slicing.sample import plan_sample
@@ -351,7 +351,11 @@ def as_slicing(given: Any) -> Slicing:
     Raises:
         ValueError: Not such a dictionary, no such name, or what was saved of a function of the caller's own.
     """
-    return _parsed(json.dumps(given, sort_keys=True)) if isinstance(given, Mapping) else find(given)
+    if not isinstance(given, Mapping):
+        return find(given)
+    if named_function(given):
+        return slicing_from_dict(given)  # its function may be defined again
+    return _parsed(json.dumps(given, sort_keys=True))
 
 
 @lru_cache(maxsize=64)
@@ -364,9 +368,8 @@ def refuse_own_function(slicing: Any) -> None:
     name = None if isinstance(slicing, str) else own_function(slicing)
     if name is not None:
         raise ValueError(
-            f"the slicing is a function of your own, {name!r}, which cannot be saved: save visual and language_model "
-            "with their own save_pretrained, load the encoder with slicing=your function and attach it again with "
-            "from_vision_and_lm"
+            f"the slicing is a function of your own, {name!r}, which cannot be saved: give it a name with "
+            f"uhd.register_strategy(name, {name}), and set it as slicing by that name"
         )
 
 

@@ -36,9 +36,12 @@ from uhd.hf.quantized import refuse_unsaved, take_over
 from uhd.hf.versions import cache_name, take_cache
 from uhd.hf.visual_inputs import VisualInputs, read_images, read_videos
 from uhd.merge import merge_visual
-from uhd.saving import EncoderDescription
+from uhd.parts import ROLES, check_described
+from uhd.saving import EncoderDescription, add_note
 from uhd.torch_private import shared_view
 from uhd.vision.int8 import refuse_int8
+
+NEW_SEPARATORS = "the learned separators have new, UNTRAINED weights"
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,6 +298,7 @@ class UHDForConditionalGeneration(UHDModel, GeneratesByLanguageModel, Generation
         separator_ids: Mapping[str, int | Sequence[int]] | None = None,
         numbered_images: int = 10,
         chat_template: str | None = None,
+        unsaved: bool = False,
     ) -> UHDForConditionalGeneration:
         """Attach a vision encoder to a loaded language model; both are used as they are, on their devices.
 
@@ -314,10 +318,12 @@ class UHDForConditionalGeneration(UHDModel, GeneratesByLanguageModel, Generation
             separator_ids: Ids chosen by hand, by symbol; the others are looked up in the tokenizer.
             numbered_images: For schemas that number images: how many a sample, or frames a video, may have.
             chat_template: Replaces the tokenizer's.
+            unsaved: Take parts and a slicing that cannot be saved, for a model that never will be.
 
         Raises:
-            TypeError, ValueError: Parts that do not fit, ids outside the embeddings, a separator the tokenizer cannot
-                write, a scale that is 0 or infinite, a language model that takes images in neither way.
+            TypeError, ValueError: Parts that do not fit or could not be saved, ids outside the embeddings, a separator
+                the tokenizer cannot write, a scale that is 0 or infinite, a language model that takes images in
+                neither way.
         """
         config, processor = attach(
             encoder,
@@ -330,12 +336,14 @@ class UHDForConditionalGeneration(UHDModel, GeneratesByLanguageModel, Generation
             separator_ids=separator_ids,
             numbered_images=numbered_images,
             chat_template=chat_template,
+            unsaved=unsaved,
         )
         with no_init_weights():
             model = cls(config, visual=encoder, language_model=lm)
         model.generation_config = lm.generation_config
         take_over(model, lm)
         model._processor = processor
+        add_note(encoder, NEW_SEPARATORS if encoder.schema.learned else "")
         return model.train(lm.training)
 
     @property
@@ -383,16 +391,11 @@ class UHDForConditionalGeneration(UHDModel, GeneratesByLanguageModel, Generation
                 is quantised, or the language model by a library whose weights transformers does not save.
         """
         refuse_own_function(self.visual.slicing)
+        for role in ROLES:
+            check_described(getattr(self.visual, role), role)
         refuse_int8(self.visual)
         refuse_unsaved(self)
         encoder = EncoderDescription.of(self.visual)
-        for role in ("vision", "compressor"):
-            if getattr(encoder, role)["kind"] == "custom":
-                part = getattr(self.visual, role)
-                raise ValueError(
-                    f"the {role} is a {type(part).__name__}, which uhd cannot build again: save its weights yourself, "
-                    "and attach again with from_vision_and_lm"
-                )
         seen = next((str(p.dtype).removeprefix("torch.") for p in self.visual.parameters()), None)
         self.config.visual_dtype = None if seen == str(self.dtype).removeprefix("torch.") else seen
         self.config.describe(encoder)

@@ -9,7 +9,7 @@ from typing import Any
 
 from uhd.schema.layout import Entry, SpatialSchema, TokenLayout, layout
 from uhd.slicing import SlicePlan, Slicing, SlicingLike, VideoPlan, find
-from uhd.slicing.config import OWN, Recounted
+from uhd.slicing.config import OWN, REGISTERED, Recounted
 from uhd.slicing.rules import slicing_from_dict as uncounted_from_dict
 
 PLAIN = SpatialSchema(name="plain", column="", row="")
@@ -149,4 +149,24 @@ def own_function(slicing: SlicingLike | Mapping[str, Any]) -> str | None:
     return data["name"] if data.get("rule") == OWN else None
 
 
-__all__ = ["PLAIN", "Counted", "counted", "layout_of", "own_function", "slicing_from_dict", "video_layout"]
+def named_function(data: Mapping[str, Any]) -> str | None:
+    """The name of a function in a slicing's dictionary, registered or not: what the dictionary alone does not bring
+    back.
+
+    >>> named_function({"rule": "registered", "name": "halves"})
+    'halves'
+    """
+    data = data.get("base", data)
+    return data["name"] if data.get("rule") in (OWN, REGISTERED) else None
+
+
+__all__ = [
+    "PLAIN",
+    "Counted",
+    "counted",
+    "layout_of",
+    "named_function",
+    "own_function",
+    "slicing_from_dict",
+    "video_layout",
+]

@@ -21,7 +21,7 @@ from uhd.slicing.coordinates import (
 from uhd.slicing.grids import Candidate, grid_score
 from uhd.slicing.many import plan_many
 from uhd.slicing.plan import Box, Canvas, Packing, SlicePlan, View
-from uhd.slicing.rules import SlicingLike, candidates, find, plan, strategies, strategy
+from uhd.slicing.rules import SlicingLike, candidates, find, plan, register_strategy, strategies, strategy
 from uhd.slicing.sample import VideoPlan, plan_images, plan_video
 
 __all__ = [
@@ -55,6 +55,7 @@ __all__ = [
     "plan_images",
     "plan_many",
     "plan_video",
+    "register_strategy",
     "strategies",
     "strategy",
     "token_range",

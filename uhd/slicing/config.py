@@ -19,6 +19,9 @@ Rule = Callable[[tuple[int, int]], SlicePlan]
 OWN = "custom"
 """What the dictionary of such a function has in place of a rule's name."""
 
+REGISTERED = "registered"
+"""The same where it is registered, so that its name stands for it."""
+
 MAX_VIEWS = 65_536
 """Most views of one image: a plan lists every one, so rules are stopped here."""
 
@@ -135,12 +138,20 @@ class Slicing(Settings):
 
 @dataclass(frozen=True)
 class OwnRule(Slicing):
-    """A function of your own from (height, width) to a plan; it is not written to JSON, only its name is."""
+    """A function of your own from (height, width) to a plan; it is not written to JSON, only its name is.
+
+    Attributes:
+        function: It.
+        registered: The name that :func:`uhd.register_strategy` gave it, by which it is found again.
+    """
 
     function: Rule
+    registered: str | None = None
 
     @property
     def name(self) -> str:
+        if self.registered is not None:
+            return self.registered
         function = getattr(self.function, "func", self.function)  # of a partial
         return getattr(self.function, "name", None) or getattr(function, "__name__", type(self.function).__name__)
 
@@ -155,7 +166,7 @@ class OwnRule(Slicing):
 
     def to_dict(self) -> dict[str, Any]:
         """That it is a function, and its name."""
-        return {"rule": OWN, "name": self.name}
+        return {"rule": OWN if self.registered is None else REGISTERED, "name": self.name}
 
 
 class Recounted(Slicing):

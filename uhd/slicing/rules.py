@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from uhd.settings import plain_name, unknown_name
+from uhd.settings import check_free, place_of, plain_name, unknown_name
 from uhd.slicing.adaptive import DEFAULT, PRESETS, RULES, SlicingConfig
-from uhd.slicing.config import OWN, OwnRule, Rule, Slicing
+from uhd.slicing.config import OWN, REGISTERED, OwnRule, Rule, Slicing
 from uhd.slicing.grids import Candidate
 from uhd.slicing.plan import SlicePlan
 from uhd.slicing.strategies import ALIASES, STRATEGIES
 
 SlicingLike = Slicing | Rule | str
 """What stands for a slicing wherever one is asked for: itself, your own function, or a name."""
+
+_REGISTERED: dict[str, Slicing] = {}
 
 _ADAPTIVE = {
     "llava-uhd": "adaptive grid of up to 7 slices near 336 px, overview last; the released LLaVA-UHD rule",
@@ -85,7 +87,69 @@ def strategies() -> dict[str, str]:
     'gemma3-896: stretched to 896 px, 256 tokens; Gemma 3 by default'
     """
     named = {name: entry.summary for name, entry in STRATEGIES.items()}
-    return {**_ADAPTIVE, **named, **{alias: f"{name}: {named[name]}" for alias, name in ALIASES.items()}}
+    short = {alias: f"{name}: {named[name]}" for alias, name in ALIASES.items()}
+    return {**_ADAPTIVE, **named, **short, **{name: _line_about(rule) for name, rule in _REGISTERED.items()}}
+
+
+def _line_about(rule: Slicing) -> str:
+    told = (getattr(rule.function, "__doc__", None) or "").strip() if isinstance(rule, OwnRule) else repr(rule)
+    return told.partition("\n")[0] or "a function of your own"
+
+
+def register_strategy(name: str, rule: Slicing | Rule | None = None) -> Any:
+    """Give a rule of your own a name, which then stands for it wherever a strategy's name does, and is what is saved.
+
+    What was saved with it loads in a process that has registered it too; any other says what to register. Settings of
+    a class of your own, a :class:`uhd.slicing.strategies.StrategyConfig`, are saved as they are once one of them has
+    a name.
+
+    Args:
+        name: A dash and an underscore are the same, and so are capital and small letters.
+        rule: A function from (height, width) to a :class:`SlicePlan`, or settings. Without it, a decorator.
+
+    Returns:
+        The rule.
+
+    Raises:
+        TypeError: Neither a function nor settings.
+        ValueError: The name stands for another rule, or the rule has another name. The same function defined again, as
+            in a notebook, takes the place of the old one.
+
+    >>> @register_strategy("stretched-small")
+    ... def stretched_small(image_hw):
+    ...     return plan(image_hw, "blip2")
+    >>> strategy("stretched-small") == find(stretched_small)
+    True
+    """
+    if rule is None:
+        return lambda given: register_strategy(name, given)
+    if not callable(rule) or isinstance(rule, type):
+        raise TypeError(f"a strategy is a function from (height, width) to a SlicePlan, or settings; got {rule!r}")
+    given = rule.function if isinstance(rule, OwnRule) else rule
+    if isinstance(given, Slicing):
+        _check_settings(given)
+    taken = {known: find(known) for known in (*ALIASES, *PRESETS, *STRATEGIES, *_REGISTERED)}
+    taken = {known: one.function if isinstance(one, OwnRule) else one for known, one in taken.items()}
+    check_free("strategy", name, taken, given)
+    name = plain_name(name)
+    _REGISTERED[name] = given if isinstance(given, Slicing) else OwnRule(given, registered=name)
+    return rule
+
+
+def _check_settings(rule: Slicing) -> None:
+    """Refuse settings that their dictionary would not bring back."""
+    kind, word, known = type(rule), rule.to_dict().get("rule"), _settings_classes()
+    if word not in known and word != kind.__name__:
+        raise TypeError(f"{kind.__name__}.to_dict() has not its class's name as 'rule': make it a StrategyConfig")
+    if place_of(known.get(word, kind)) != place_of(kind):
+        raise ValueError(f"settings named {word!r} are {place_of(known[word])} already: rename {place_of(kind)}")
+
+
+def _settings_classes() -> dict[str, type[Slicing]]:
+    """Every class of settings by the ``rule`` of its dictionary."""
+    configs = [*_REGISTERED.values(), *(entry.config for entry in STRATEGIES.values())]
+    classes = {type(config).__name__: type(config) for config in configs if not isinstance(config, OwnRule)}
+    return {**classes, **dict.fromkeys(RULES, SlicingConfig)}
 
 
 def strategy(name: str) -> Slicing:
@@ -120,10 +184,13 @@ def find(rule: SlicingLike | None) -> Slicing:
             return PRESETS[key]
         if key in STRATEGIES:
             return STRATEGIES[key].config
-        known = [*PRESETS, *ALIASES, *STRATEGIES]
+        if key in _REGISTERED:
+            return _REGISTERED[key]
+        known = [*PRESETS, *ALIASES, *STRATEGIES, *_REGISTERED]
         raise unknown_name("strategy", rule, known, f"uhd.strategies() lists all {len(known)} names")
     if callable(rule):
-        return OwnRule(rule)
+        named = (one for one in _REGISTERED.values() if isinstance(one, OwnRule) and one.function is rule)
+        return next(named, OwnRule(rule))
     raise TypeError(
         "a strategy is a name, a SlicingConfig, another strategy's config, or a function from (height, width) to a "
         f"SlicePlan; got {type(rule).__name__}"
@@ -139,7 +206,7 @@ def slicing_from_dict(data: Mapping[str, Any]) -> Slicing:
     """The inverse of any slicing's ``to_dict``, also after JSON text; see also :mod:`uhd.schema.counted`.
 
     Raises:
-        ValueError: An unknown rule or setting, or a function of your own.
+        ValueError: An unknown rule or setting, a function of your own, or a name that is not registered.
 
     >>> slicing_from_dict({"rule": "PixtralConfig", "longest": 512}).longest
     512
@@ -150,8 +217,17 @@ def slicing_from_dict(data: Mapping[str, Any]) -> Slicing:
             f"it was saved with a slicing function of the caller's own, {data.get('name')!r}: pass slicing=... to "
             "VisualEncoder.from_pretrained"
         )
-    strategies = {type(entry.config).__name__: type(entry.config) for entry in STRATEGIES.values()}
-    known = {**dict.fromkeys(RULES, SlicingConfig), **strategies}
+    if kind == REGISTERED:
+        if data.get("name") not in _REGISTERED:
+            raise ValueError(
+                f"it was saved with the strategy {data.get('name')!r}, which is not registered here: call "
+                f"uhd.register_strategy({data.get('name')!r}, your function) before loading, or pass slicing=..."
+            )
+        return _REGISTERED[data["name"]]
+    known = _settings_classes()
     if kind not in known:
-        raise ValueError(f"unknown rule {kind!r}; known are {', '.join(known)}")
+        raise ValueError(
+            f"unknown rule {kind!r}; known are {', '.join(known)}. Settings of a class of your own need "
+            "uhd.register_strategy first"
+        )
     return known[kind].from_dict(data)
