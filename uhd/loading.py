@@ -184,7 +184,7 @@ def named(kind: str, number: int, image: Any = None) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError) as problem:
-        path = repr(str(image)) if isinstance(image, (str, os.PathLike)) else ""
+        path = f"{str(image)!r:.200}" if isinstance(image, (str, os.PathLike)) else ""
         where = f" ({path})" if path not in str(problem) else ""
         error = TypeError if isinstance(problem, TypeError) else ValueError
         raise error(f"{kind} {number}{where}: {problem}") from problem

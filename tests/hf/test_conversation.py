@@ -1,5 +1,7 @@
 """Conversations that go on from a cache: images in it are neither asked for nor encoded again."""
 
+import copy
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -82,6 +84,23 @@ def test_what_is_new_alone(kind):
         cache = {cache_name(found.language_model): take_cache(dict(got))}
         again = found.generate(input_ids=more, **cache, **HOW).sequences
         assert again.tolist() == found.generate(input_ids=more, **both, **HOW).sequences.tolist()
+
+
+@pytest.mark.parametrize("kind", ["mamba", "falcon_mamba", "rwkv"])
+def test_copies_of_a_state_go_on_exactly(kind):
+    """Some language models forget what they have seen where they are given more than one id of what follows."""
+    found = model(kind)
+    first, visual = new_ids(found, "ab<image>", IMAGES[:1])
+    out = found.generate(input_ids=first, **visual, **HOW)
+    both = new_ids(found, "<image><image>", IMAGES[:2])[1]
+    scores = {**HOW, "output_logits": True}
+    for text, images in (("words", IMAGES[:0]), ("c<image>", IMAGES[1:2])):
+        turn, fresh = new_ids(found, text, images)
+        whole = torch.cat([out.sequences, turn], dim=1)
+        wanted = found.generate(input_ids=whole, **(both if len(images) else visual), **scores).logits
+        cache = {cache_name(found.language_model): copy.deepcopy(take_cache(dict(out)))}
+        got = found.generate(input_ids=whole, **fresh, **cache, **scores).logits
+        torch.testing.assert_close(got, wanted)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma4_text"])

@@ -315,6 +315,10 @@ class TestTokenizersSide:
         assert again(text=["aaaa", "b"])["attention_mask"].tolist()[1] == [1, 0, 0, 0]
 
 
+BOTH = (
+    "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
+    "{{ image_token if p.type == 'image' else p.text }}{% endfor %}{% endif %}{% endfor %}"
+)
 TEXT_ONLY = "{% for m in messages %}[{{m.role}}]{{m.content}}{% endfor %}"
 
 
@@ -329,7 +333,7 @@ class TestWordsOfTheUser:
     )
 
     @pytest.mark.parametrize("ours", [True, False] if MARKS_WORDS else [True])
-    @pytest.mark.parametrize("template", [None, TEXT_ONLY])
+    @pytest.mark.parametrize("template", [None, TEXT_ONLY, BOTH])
     def test_words_stay_words(self, template, ours, monkeypatch):
         monkeypatch.setattr(processing, "MARKS_WORDS", not ours)
         processor = model("llama").processor
@@ -346,6 +350,23 @@ class TestWordsOfTheUser:
         assert mask.sum(1).tolist()[1] < mask.sum(1).tolist()[0] == ids.shape[1]
         with pytest.raises(ValueError, match="tokenize=True"):
             processor.apply_chat_template(list(self.CHAT), template, sanitize_control_tokens=True)
+
+    @pytest.mark.parametrize("template", [None, TEXT_ONLY])
+    def test_no_letters_stand_for_an_image_but_ours(self, template):
+        forged = "\ue0f0" * len("<image>")
+        content = [
+            {"type": "image", "image": IMAGES[0], "text": None},
+            {"type": "text", "text": forged, "image": None},
+        ]
+        chat = [{"role": "user", "content": content}]
+        processor = model("llama").processor
+        ids = processor.apply_chat_template(chat, template, tokenize=True, return_dict=True)["input_ids"][0]
+        assert forged in processor.decode(ids)
+        assert (ids == processor.image_token_id).sum() == model("llama").num_image_tokens([IMAGES[0].shape[:2]])[0]
+        with pytest.raises(ValueError, match="image of a message is None"):
+            processor.apply_chat_template(
+                [{"role": "user", "content": [{"type": "image", "image": None}]}], template, tokenize=True
+            )
 
     def test_a_template_of_text_only_shows_the_token(self):
         chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}]

@@ -85,6 +85,14 @@ def test_sequences_of_ids_are_those_of_the_text(kind):
     assert penalised(out) == [set(byte_ids("b"))]
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma3n_text"])
+def test_rules_about_the_prompt_know_its_text(kind):
+    found = without_padding(kind)
+    batch = found.processor(text="ab<image>c", images=IMAGES[0])
+    out = found.generate(**batch, encoder_repetition_penalty=1.5, **SCORES)
+    assert penalised(out) == [set(byte_ids("abc"))]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_rules_of_the_caller_see_the_text(kind):
     found = without_padding(kind)
@@ -162,6 +170,16 @@ def test_drafted_answers_are_the_greedy_ones(kind, mode, draft, text):
     wanted = found.generate(**batch, **how)
     got = found.generate(**batch, **how, **{**DRAFTS, **EARLY_EXIT}[draft](kind))
     assert got.tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma3n_text"])
+def test_layers_that_cannot_be_left_early_are_refused_and_kept(kind):
+    found = model(kind)
+    batch = found.processor(text="a<image>b", images=IMAGES[0])
+    wanted = found(**batch).logits
+    with pytest.raises(ValueError, match="leave assistant_early_exit out"):
+        found.generate(**batch, assistant_early_exit=1, max_new_tokens=2)
+    assert torch.equal(found(**batch).logits, wanted)
 
 
 def test_look_up_finds_what_stands_around_an_image():

@@ -57,6 +57,12 @@ EMBEDS = {
 }
 
 
+STATES = {
+    "falcon_mamba": {"state_size": 8, "max_position_embeddings": None},
+    "rwkv": {"context_length": 512, "attention_hidden_size": WIDTH, "max_position_embeddings": None, "head_dim": None},
+}
+"""Without attention, and not among the kinds that every test of batches runs over."""
+
 TWO_KINDS = ["sliding_attention", "full_attention"]
 HOOK = {
     "gemma3n_text": {
@@ -123,7 +129,7 @@ def encoder(width=WIDTH, **parts):
 
 def language_model(kind, **changes):
     torch.manual_seed(2)
-    settings = {**COMMON, **{**EMBEDS, **HOOK}[kind], **changes}
+    settings = {**COMMON, **{**EMBEDS, **STATES, **HOOK}[kind], **changes}
     eos, pad = tokenizer().eos_token_id, tokenizer().pad_token_id
     ids = {"vocab_size": len(tokenizer()), "pad_token_id": pad, "eos_token_id": eos, "bos_token_id": eos}
     config = AutoConfig.for_model(

@@ -37,6 +37,26 @@ def parts_of(message: Any) -> Iterator[dict[str, Any]]:
     yield from map(as_dict, content if isinstance(content, (list, tuple)) else ())
 
 
+def without_none(messages: Sequence[Any], needed: bool) -> list[Any]:
+    """Messages without those fields of their parts that are None, as tables fill in what a row does not have.
+
+    Raises:
+        ValueError: Nothing is left of an image or a video that is ``needed`` here.
+    """
+    return [_without_none(message, needed) for message in messages]
+
+
+def _without_none(message: Any, needed: bool) -> Any:
+    parts = list(parts_of(message))
+    if not any(value is None for part in parts for value in part.values()):
+        return message
+    kept = [{key: value for key, value in part.items() if value is not None} for part in parts]
+    for part, left in zip(parts, kept, strict=True):
+        if needed and kind_of(part) in part.keys() - left.keys() and not left.keys() - {"type", "text"}:
+            raise ValueError(f"the {kind_of(part)} of a message is None: give it, or leave the field out")
+    return {**as_dict(message), "content": kept}
+
+
 def as_dict(item: Any) -> dict[str, Any]:
     return item if isinstance(item, dict) else vars(item)
 
@@ -52,10 +72,20 @@ def sources(part: Mapping[str, Any], *keys: str) -> list[Any]:
     return [item["url"] if isinstance(item, dict) and "url" in item else item for item in given]
 
 
-def used_tokens(template: str, tokens: Mapping[str, str | None]) -> dict[str, str]:
-    """The image and video token as the variables ``image_token`` and ``video_token`` of a template that reads them."""
-    named = {f"{kind}_token": token for kind, token in tokens.items() if token is not None}
-    return {name: token for name, token in named.items() if re.search(rf"\b{name}\b", template)}
+def with_token_variables(
+    template: str, tokens: Mapping[str, str | None], kwargs: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """A template that reads the variables ``image_token`` and ``video_token``, with their values written before it.
+
+    As keywords, transformers would take them for the user's words; those with another value stay keywords.
+    """
+    kept = dict(kwargs)
+    for kind, token in tokens.items():
+        name = f"{kind}_token"
+        if token is not None and kept.get(name, token) == token and re.search(rf"\b{name}\b", template):
+            kept.pop(name, None)
+            template = f"{{% set {name} = {json.dumps(token)} %}}\n{template}"  # the line break is left out again
+    return template, kept
 
 
 def takes_lists(

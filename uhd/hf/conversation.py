@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from uhd.hf.injection import starts_with
 
-_CONSUMED: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()
-"""The ids behind states that cannot tell how many they have seen, as those of attention-free models."""
+_SEEN = "seen_by_uhd"
+"""Attribute with the ids that a state has seen which cannot tell, as in attention-free models; copies have it, too."""
 
 
 def cached_length(cache: Any) -> int | None:
@@ -24,6 +23,12 @@ def cached_length(cache: Any) -> int | None:
         return None
 
 
+def is_filled(state: Any) -> bool:
+    """Whether a state, which cannot tell how much it has seen, has seen anything."""
+    seen = getattr(state, "has_previous_state", None)
+    return bool(seen() if callable(seen) else seen)
+
+
 def cached_columns(ids: Tensor, attention_mask: Tensor | None, cache: Any) -> int:
     """How many leading columns of (B, T) ids a cache holds; 0 where the ids are only what is new.
 
@@ -34,7 +39,7 @@ def cached_columns(ids: Tensor, attention_mask: Tensor | None, cache: Any) -> in
     """
     length = cached_length(cache)
     if length is None:
-        consumed = _CONSUMED.get(cache)
+        consumed = getattr(_lasting(cache), _SEEN, None)
         return consumed.shape[1] if consumed is not None and starts_with(ids, consumed) else 0
     if not length or (attention_mask is not None and attention_mask.shape[1] == length + ids.shape[1]):
         return 0
@@ -44,6 +49,11 @@ def cached_columns(ids: Tensor, attention_mask: Tensor | None, cache: Any) -> in
             f"what is new with an attention_mask of {length + ids.shape[1]} columns"
         )
     return length
+
+
+def _lasting(state: Any) -> Any:
+    """What of a state can be remembered: of a list of tensors, which change in place, the first."""
+    return state[0] if isinstance(state, list) else state
 
 
 def remember(cache: Any, ids: Tensor, sequences: Tensor) -> None:
@@ -56,8 +66,8 @@ def remember(cache: Any, ids: Tensor, sequences: Tensor) -> None:
     """
     if cached_length(cache) is not None:
         return
-    before = _CONSUMED.get(cache)
+    before = getattr(_lasting(cache), _SEEN, None)
     seen = sequences[:, :-1]
     if before is not None and not starts_with(ids, before) and len(before) == len(seen):
         seen = torch.cat([before.to(seen.device), seen], dim=1)
-    _CONSUMED[cache] = seen.clone()
+    setattr(_lasting(cache), _SEEN, seen.clone())

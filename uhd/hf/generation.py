@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
-from uhd.hf.conversation import cached_columns, cached_length, remember
+from uhd.hf.conversation import cached_columns, cached_length, is_filled, remember
 from uhd.hf.injection import inject
 from uhd.hf.prompt_text import PromptText, reading_text
 from uhd.hf.versions import cache_name, take_cache
@@ -115,6 +115,9 @@ class GeneratesByLanguageModel(GenerationMixin):
         fed, held = prompt.ids, cached_length(cache)
         if held is None:  # transformers cuts off what a cache holds, but not for a state
             fed = prompt.new_ids
+            if self.config.injection_mode == "embeds" and is_filled(cache):
+                rows = self._advance(prompt, cache)
+                kwargs["inputs_embeds"], prompt, fed = rows, replace(prompt, change=None), fed[:, -1:]
             mask = None if mask is None else mask[:, -fed.shape[1] :]
         kwargs["attention_mask"] = torch.ones_like(fed) if mask is None else mask
         lm = reading_text(self.language_model, replace(text, ids=fed), kwargs)
@@ -127,6 +130,18 @@ class GeneratesByLanguageModel(GenerationMixin):
             return run(inputs_embeds=prompt.change(embed(prompt.ids))), fed.shape[1]
         with inject(embed, prompt.new_ids, prompt.change):
             return run(), fed.shape[1]
+
+    def _advance(self, prompt: Any, state: Any) -> Tensor:
+        """Bring a state up to the last id, whose embedding (B, 1, D) is left.
+
+        In steps of one: some models forget what they have seen where they are given more at once.
+        """
+        embeds = self.get_input_embeddings()(prompt.new_ids)
+        embeds = embeds if prompt.change is None else prompt.change(embeds)
+        told = {cache_name(self.language_model): state, "use_cache": True}
+        for place in range(embeds.shape[1] - 1):
+            self.language_model(inputs_embeds=embeds[:, place : place + 1], **told)
+        return embeds[:, -1:]
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def fetch_bytes(address: str) -> bytes:
         with urlopen(address, timeout=30) as answer:
             return answer.read()
     except (OSError, HTTPException) as problem:
-        raise ValueError(f"{address[:100]!r} cannot be fetched: {str(problem)[:100]}") from problem
+        raise ValueError(f"{address!r:.200} cannot be fetched: {str(problem)[:100]}") from problem
 
 
 class UHDImagesKwargs(ImagesKwargs, total=False):
@@ -408,6 +408,9 @@ def arrange_images(images: Any) -> tuple[list[Any], list[int] | None]:
     if not isinstance(images, (list, tuple)):
         return [images], None
     if not any(isinstance(item, (list, tuple)) for item in images):
+        place = next((place for place, item in enumerate(images) if item is None), None)
+        if place is not None:
+            raise ValueError(f"image {place} is None: leave it out; a sample without images has an empty list")
         return list(images), None
     nested = [list(item) if isinstance(item, (list, tuple)) else [] if item is None else [item] for item in images]
     return [item for sample in nested for item in sample], [len(sample) for sample in nested]

@@ -12,7 +12,17 @@ from transformers.processing_utils import BatchFeature, MultiModalData, Processi
 
 from uhd.encoded import EncodedImage, EncodedVideo
 from uhd.hf.bare import FoundByName, auto_map, write_module
-from uhd.hf.chat import as_dict, chosen_template, is_message, kind_of, parts_of, sources, takes_lists, used_tokens
+from uhd.hf.chat import (
+    as_dict,
+    chosen_template,
+    is_message,
+    kind_of,
+    parts_of,
+    sources,
+    takes_lists,
+    with_token_variables,
+    without_none,
+)
 from uhd.hf.image_processing import (
     Made,
     PlannedImage,
@@ -59,8 +69,9 @@ if hasattr(os, "register_at_fork"):  # a worker forked while another thread toke
     )
 
 
-_MEDIA_OF_CHAT: ContextVar[tuple[Any, Any]] = ContextVar("media of the chat being tokenized", default=(None, None))
-"""Images and videos of a conversation whose template takes text only; transformers finds none in such messages."""
+_CHAT: ContextVar[tuple[Any, Any, dict[str, str]]] = ContextVar("chat of strings", default=(None, None, {}))
+"""Of a conversation whose template takes text only: its images and videos, which transformers does not find in such
+messages, and what stands there for their tokens."""
 
 
 class UHDProcessorKwargs(ProcessingKwargs, total=False):
@@ -200,7 +211,7 @@ class UHDProcessor(FoundByName):
         if kwargs.pop("audio", None) is not None:
             raise ValueError(f"{type(self).__name__} takes text, images and videos, got audio")
         if images is None and videos is None:
-            images, videos = _MEDIA_OF_CHAT.get()
+            images, videos, _ = _CHAT.get()
         if images is None and text is None and videos is None:
             raise ValueError(f"{type(self).__name__} was given neither text nor images nor videos")
         text = [text] if isinstance(text, str) else None if text is None else list(text)
@@ -214,7 +225,7 @@ class UHDProcessor(FoundByName):
             )
         if self.image_processor.pad_patches and "text_kwargs" not in kwargs:
             kwargs = {"padding": False, "return_tensors": None, **kwargs}
-        text = None if text is None else list(map(self._with_tokens, text))
+        text = None if text is None else list(map(_with_tokens, text))
         unmarked = _unmarked(text, kwargs)
         flat, counts = arrange_images(images)
         clips, clip_counts = ([], None) if videos is None else arrange_videos(videos)
@@ -264,63 +275,69 @@ class UHDProcessor(FoundByName):
             with words_stay_words(self.tokenizer, template, conversation, kwargs) as (conversation, kwargs):
                 return self.apply_chat_template(conversation, template, **kwargs)
         batched = not is_message(conversation[0])
-        conversations = list(conversation) if batched else [conversation]
+        needed = bool(kwargs.get("tokenize"))
+        conversations = [without_none(messages, needed) for messages in (conversation if batched else [conversation])]
         tokens = {"image": self.image_token, "video": self.video_token}
-        kwargs = {**used_tokens(template, tokens), **kwargs}
+        template, kwargs = with_token_variables(template, tokens, kwargs)
         found = {kind_of(part) for messages in conversations for message in messages for part in parts_of(message)}
         kinds = [kind for kind in tokens if kind in found]
         if takes_lists(template, kinds, tokens, {**self.tokenizer.special_tokens_map, **kwargs}):
-            return super().apply_chat_template(conversation, template, **kwargs)
+            return super().apply_chat_template(conversations if batched else conversations[0], template, **kwargs)
         images: list[list[Any]] = [[] for _ in conversations]
         videos: list[list[Any]] = [[] for _ in conversations]
+        places = self._places(conversations)
         texts = [
-            [self._as_text(message, *media) for message in messages]
+            [self._as_text(message, places, *media) for message in messages]
             for messages, *media in zip(conversations, images, videos, strict=True)
         ]
-        told = _MEDIA_OF_CHAT.set((images if any(images) else None, videos if any(videos) else None))
+        stand_ins = {place: tokens[kind] for kind, place in places.items()}
+        told = _CHAT.set((images if any(images) else None, videos if any(videos) else None, stand_ins))
         try:
             found = super().apply_chat_template(texts if batched else texts[0], template, **kwargs)
+            if kwargs.get("tokenize"):
+                return found
+            return _with_tokens(found) if isinstance(found, str) else list(map(_with_tokens, found))
         finally:
-            _MEDIA_OF_CHAT.reset(told)
-        if isinstance(found, str):
-            return self._with_tokens(found)
-        return list(map(self._with_tokens, found)) if batched and not kwargs.get("tokenize") else found
+            _CHAT.reset(told)
 
-    def _stand_ins(self) -> dict[str, str]:
-        """What stands for the image and video token in a message, so that no one takes it for the user's words.
+    def _places(self, conversations: list[Any]) -> dict[str, str]:
+        """What stands for the image and the video token in messages: letters that nobody wrote.
 
         As long as the token, so that places in the text stay the same.
         """
-        tokens = {"\ue0f0": self.image_token, "\ue0f1": self.video_token}
-        return {letter * len(token): token for letter, token in tokens.items() if token is not None}
+        words = repr(conversations)
+        free = (letter for letter in map(chr, range(0xE0F0, 0xE200)) if repr(letter)[1:-1] not in words)
+        tokens = {"image": self.image_token, "video": self.video_token}
+        return {kind: next(free) * len(token) for kind, token in tokens.items() if token is not None}
 
-    def _with_tokens(self, text: str) -> str:
-        """A rendered text with the tokens in place of their stand-ins."""
-        for stand_in, token in self._stand_ins().items():
-            text = text.replace(stand_in, token)
-        return text
-
-    def _as_text(self, message: Any, images: list[Any], videos: list[Any]) -> dict[str, Any]:
+    @staticmethod
+    def _as_text(message: Any, places: dict[str, str], images: list[Any], videos: list[Any]) -> dict[str, Any]:
         """A message with its content as one string; its images and videos are appended to the lists."""
         message = as_dict(message)
         content = message.get("content")
         if content is None or isinstance(content, str):
             return message
-        image_place, *video_place = self._stand_ins()
         parts: list[str] = []
         for part in parts_of(message):
             kind = kind_of(part)
             if kind == "text":
                 parts.append(part["text"])
             elif kind == "image":
-                parts.append(image_place + "\n")
+                parts.append(places[kind] + "\n")
                 images += sources(part, "image", "url", "path", "base64", "image_url")
-            elif kind == "video" and video_place:
-                parts.append(video_place[0] + "\n")
+            elif kind == "video" and kind in places:
+                parts.append(places[kind] + "\n")
                 videos += sources(part, "video", "url", "path")
             else:
                 raise ValueError(f"a message's content is of images, videos and text, got type {kind!r}")
         return {**message, "content": "".join(parts)}
+
+
+def _with_tokens(text: str) -> str:
+    """A rendered chat with the tokens in place of their stand-ins."""
+    for stand_in, token in _CHAT.get()[2].items():
+        text = text.replace(stand_in, token)
+    return text
 
 
 def _made(

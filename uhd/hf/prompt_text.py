@@ -136,14 +136,36 @@ class _TextCandidates(CandidateGenerator):
         self.drafter.update_candidate_strategy(self.prompt(input_ids), scores, num_matches)
 
 
+class _EarlyExits(CandidateGenerator):
+    """Drafts of the first layers alone; language models that cannot run these are refused, and left whole."""
+
+    def __init__(self, drafter: CandidateGenerator, lm: PreTrainedModel) -> None:
+        self.drafter, self.config = drafter, lm.base_model.config
+        self.layers = self.config.num_hidden_layers
+        self.update_candidate_strategy = drafter.update_candidate_strategy
+
+    def get_candidates(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        try:
+            return self.drafter.get_candidates(input_ids, **kwargs)
+        except (IndexError, RuntimeError) as problem:
+            raise ValueError(
+                f"this language model cannot be left after a few layers ({type(problem).__name__}: {problem}): leave "
+                "assistant_early_exit out"
+            ) from problem
+        finally:
+            self.config.num_hidden_layers = self.layers
+
+
 class _ReadsText(GenerationMixin):
     """In front of a language model's own class: its generation, with rules and drafters that read the text."""
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        prompt: PromptText = vars(self)["_prompt_text"]
         if kwargs.get("model_kwargs"):  # whose mask says where padding is: the text has none
             kwargs["model_kwargs"] = {**kwargs["model_kwargs"], "attention_mask": None}
+        if kwargs.get("encoder_input_ids") is not None:
+            kwargs["encoder_input_ids"] = prompt.text
         rules = super()._get_logits_processor(*args, **kwargs)
-        prompt = vars(self)["_prompt_text"]
         return LogitsProcessorList(
             rule if isinstance(rule, (COUNTING, _TextProcessor)) else _TextProcessor(rule, prompt) for rule in rules
         )
@@ -159,7 +181,8 @@ class _ReadsText(GenerationMixin):
         )
         from_model = ("assistant_early_exit", "use_mtp", "speculation_type")
         if any(getattr(config, name, None) for name in from_model):  # drafted by what has seen the images
-            return super()._get_candidate_generator(**kwargs)
+            drafter = super()._get_candidate_generator(**kwargs)
+            return _EarlyExits(drafter, self) if getattr(config, "assistant_early_exit", None) else drafter
         config = copy.deepcopy(config)
         for name in ("max_length", "min_length"):
             if getattr(config, name, None) is not None:

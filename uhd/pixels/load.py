@@ -104,12 +104,13 @@ def _size_hw(source: Any) -> tuple[int, int]:
     name = name_of(source)
     with opened(source, name) as image, pillow_errors(name):
         if image is source:
-            image.load()  # it will be decoded anyway, and only then do all formats agree on size and orientation
+            decode(image)  # it will be anyway, and only then do all formats agree on size and orientation
         if image is not source and image.format == "TIFF":
             # newer Pillow turns a TIFF's size on opening, older on loading: the tags are what the file says
-            width, height, orientation = image.tag_v2[256], image.tag_v2[257], image.tag_v2.get(ORIENTATION, 1)
+            width, height = image.tag_v2[256], image.tag_v2[257]
         else:
-            (width, height), orientation = image.size, orientation_of(image, header_only=image is not source)
+            width, height = image.size
+        orientation = orientation_of(image, header_only=image is not source)
     return (width, height) if orientation in _SIDEWAYS else (height, width)
 
 
@@ -152,7 +153,7 @@ def orientation_of(image: Image.Image, *, header_only: bool = False) -> int:
 def plain_source(source: Any) -> Any:
     """Take the picture out of what datasets and web services wrap it in; anything else comes back as it is.
 
-    A file object gives its bytes and stays where it stands; of a dataset's row the bytes are taken, else the path.
+    A file object gives all its bytes and stays where it stands; of a dataset's row the bytes are taken, else the path.
 
     >>> plain_source("data:image/png;base64,iVBORw0KGgo=")
     b'\\x89PNG\\r\\n\\x1a\\n'
@@ -163,20 +164,30 @@ def plain_source(source: Any) -> Any:
             raise ValueError("this row of a dataset has neither bytes nor a path: leave it out, or give it a picture")
         return inner
     if hasattr(source, "read") and not isinstance(source, os.PathLike):
-        position = source.tell() if source.seekable() else None
+        if not (hasattr(source, "seekable") and source.seekable()):
+            return source.read()
+        position = source.tell()
+        source.seek(0)  # as Pillow does, so that a file which was just written is read whole
         file = source.read()
-        if position is not None:
-            source.seek(position)
+        source.seek(position)
         return file
     if not isinstance(source, str):
         return source
     with suppress(ValueError):
-        if source.startswith("data:"):
+        if source[:5].lower() == "data:":
             head, _, data = source.partition(",")
-            return b64decode(data) if head.endswith(";base64") else unquote_to_bytes(data)
-        if len(source) >= 64 and not os.path.exists(source):
-            return b64decode(source, validate=True)
+            file = unquote_to_bytes(data)
+            return _from_base64(file.decode()) if head.lower().endswith(";base64") else file
+        # the smallest pictures are GIFs, whose first bytes are known
+        if (len(source) >= 64 or source.startswith("R0lGOD")) and not os.path.exists(source):
+            return _from_base64(source)
     return source
+
+
+def _from_base64(text: str) -> bytes:
+    """Decode base64 of either alphabet, broken into lines or not, with or without padding at its end."""
+    text = "".join(text.split()).rstrip("=").translate({ord("-"): "+", ord("_"): "/"})
+    return b64decode(text + "=" * (-len(text) % 4), validate=True)
 
 
 def name_of(source: Any) -> str:
@@ -186,8 +197,8 @@ def name_of(source: Any) -> str:
         return f"{str(filename)!r:.200}" if filename else "this Pillow image"
     if isinstance(source, (str, os.PathLike)):
         name = str(source)
-        if name.startswith(("http://", "https://", "data:")):
-            raise ValueError(f"{name[:60]!r} is not a path, and nothing is downloaded: fetch it and pass its bytes")
+        if name[:8].lower().startswith(("http://", "https://", "data:")):
+            raise ValueError(f"{name!r:.200} is not a path, and nothing is downloaded: fetch it and pass its bytes")
         return f"{name!r:.200}"
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"these {len(source)} bytes"
@@ -200,11 +211,18 @@ def opened(source: Any, name: str) -> Iterator[Image.Image]:
     if isinstance(source, Image.Image):
         yield source
         return
-    with open(source, "rb") if isinstance(source, (str, os.PathLike)) else io.BytesIO(source) as file:
+    with _file(source) if isinstance(source, (str, os.PathLike)) else io.BytesIO(source) as file:
         with pillow_errors(name):
             image = Image.open(file)
         with image:
             yield image
+
+
+def _file(path: str | os.PathLike[str]) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:  # which quotes the path, that may be a broken base64 text, at any length
+        raise type(error)(error.errno, error.strerror, f"{path!s:.200}") from None
 
 
 @contextmanager
@@ -243,6 +261,16 @@ def check_frame(frame: int | None, frames: int, name: str) -> None:
         raise ValueError(f"{name} has {frames} frame{'s' * (frames > 1)}, numbered from 0; got frame={frame!r}")
 
 
+def decode(image: Image.Image) -> None:
+    """Decode a picture's pixels, whatever stands behind them in its file."""
+    try:
+        image.load()
+    except Exception:
+        if getattr(image, "tile", None) != []:
+            raise
+        image.load()  # the pixels are whole: it was metadata
+
+
 def upright_frame(image: Image.Image, frame: int | None, name: str) -> Image.Image:
     """Decode the asked frame and apply its EXIF orientation. A caller's image is left at its own frame."""
     with pillow_errors(name):
@@ -254,7 +282,7 @@ def upright_frame(image: Image.Image, frame: int | None, name: str) -> Image.Ima
     check_frame(frame, frames, name)
     with pillow_errors(name):
         if frame is None or frame == stands:
-            image.load()
+            decode(image)
             picture = image
         else:
             try:
