@@ -51,11 +51,10 @@ def main():
     steps = parser.parse_args().steps
     cuda = torch.cuda.is_available()
     dist.init_process_group("nccl" if cuda else "gloo")
-    rank, device = (
-        dist.get_rank(),
-        torch.device("cuda" if cuda else "cpu", int(os.environ["LOCAL_RANK"]) if cuda else 0),
-    )
-    torch.cuda.set_device(device) if cuda else torch.set_num_threads(1)
+    rank, device = dist.get_rank(), torch.device("cpu")
+    if cuda:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     model = uhd.load_nano().to(device).train()
     processor = model.processor
     collate = PackingCollator(processor, max_tokens=512)
