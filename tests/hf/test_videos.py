@@ -1,5 +1,7 @@
 """Videos as inputs of the processor and the model: forms, order among text and images, counts, budgets, refusals."""
 
+import base64
+import io
 import pathlib
 import re
 
@@ -133,6 +135,9 @@ def test_every_form_of_a_video_is_the_same(tmp_path):
         paths,
         [str(path) for path in paths],
         [path.read_bytes() for path in paths],
+        [io.BytesIO(path.read_bytes()) for path in paths],
+        [{"bytes": bytearray(path.read_bytes()), "path": None} for path in paths],
+        [base64.b64encode(path.read_bytes()).decode() for path in paths],
         array,
         torch.from_numpy(array),
         array.transpose(0, 3, 1, 2),

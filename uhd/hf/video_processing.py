@@ -21,6 +21,7 @@ from uhd.hf.image_processing import Planning, as_slicing
 from uhd.hf.plans import write_plans
 from uhd.hf.versions import VideoProcessorBase
 from uhd.hf.visual_inputs import pairs
+from uhd.pixels.load import plain_source
 from uhd.slicing import VideoPlan
 from uhd.slicing.sample import plan_sample
 
@@ -252,8 +253,14 @@ def _is_video(item: Any) -> bool:
 def _is_frame(item: Any) -> bool:
     if isinstance(item, (str, Path)):
         text = str(item)
-        return text.startswith("data:image") or Path(text.partition("?")[0]).suffix.lower() in _PICTURE_SUFFIXES
-    return isinstance(item, (Image.Image, bytes)) or _ndim(item) in (2, 3)
+        if text.startswith("data:image") or Path(text.partition("?")[0]).suffix.lower() in _PICTURE_SUFFIXES:
+            return True
+        return not text.startswith("data:") and isinstance(plain_source(item), bytes)  # base64
+    if isinstance(item, Mapping):
+        return bool(item.keys() & {"bytes", "path"})
+    return (
+        isinstance(item, (Image.Image, bytes, bytearray, memoryview)) or hasattr(item, "read") or _ndim(item) in (2, 3)
+    )
 
 
 def _ndim(item: Any) -> int | None:
