@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import uhd
 from tests.tiny import refuses
-from uhd import UHDForConditionalGeneration, VisualEncoder
+from uhd import UHDForConditionalGeneration, VisualEncoder, register_strategy
 from uhd.nano import load_nano
 from uhd.nano.answer import answer_many, ask
 from uhd.nano.build import BEGIN, NanoConfig, build_nano
@@ -187,7 +187,8 @@ def test_codes_where_views_overlap(parts):
     def overlapping(image_hw):
         return config.finish(image_hw, (tiled((1, 2), (32, 32), 9, stride_hw=(32, 16)),))
 
-    plan = build_nano(SMALL, slicing=overlapping).visual.plan((32, 48))
+    register_strategy("overlapping", overlapping)
+    plan = build_nano(SMALL, slicing="overlapping").visual.plan((32, 48))
     found = told(parts, plan, ((10.0, 24.0), "K"), ((20.0, 8.0), "7"))
     assert found[0] == {(0, (0, 2), (1, 0), K), (1, (0, 0), (1, 2), K), (0, (1, 0), (1, 2), SEVEN)}
     assert found[1] == {(0, (1, 3), K), (1, (1, 1), K), (0, (2, 1), SEVEN)}
