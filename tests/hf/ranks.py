@@ -33,6 +33,8 @@ from uhd.vision import ViT
 ROOT = Path(__file__).parents[2]
 KINDS = ("text", "image", "image+video", "encoded")
 MIXES = tuple(itertools.combinations(KINDS, 2))
+SCHEMAS = ("llava-onevision", "llava-uhd-better")
+"""A strategy with learned newlines, and a schema with learned separators beside those of the vocabulary."""
 SAVED = ("model_state_dict", "optim_state_dict")
 
 
@@ -105,6 +107,7 @@ def zero(model, stage):
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 10000},
         "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,
     }
     return deepspeed.initialize(model=model, config=settings, optimizer=_optimizer(model))[0]
 
@@ -186,9 +189,10 @@ def check(folder, backend, kinds, strategy):
     by_deepspeed = hasattr(wrapped, "zero_optimization_stage")
     optimizer = wrapped.optimizer if by_deepspeed else _optimizer(wrapped)
     backward = wrapped.backward if by_deepspeed else torch.Tensor.backward
-    for gradients in alone.gradients:  # static_graph and ZeRO-3 learn in the first step what to expect in the second
+    # static_graph and ZeRO-3 learn in the first step what to expect in the second
+    for step, gradients in enumerate(alone.gradients):
         backward(wrapped(**batch).loss)
-        _close(_gradients(wrapped, model), gradients, "gradients")
+        _close(_gradients(wrapped, model), gradients, f"gradients of step {step}")
         (wrapped if by_deepspeed else optimizer).step()
         optimizer.zero_grad()
     wrapped.eval()
