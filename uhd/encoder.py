@@ -151,8 +151,7 @@ class VisualEncoder(PackedEncoder):
     ) -> list[EncodedImage] | Tensor:
         """Encode a list of images, or a batch that :meth:`prepare` made; arguments as there.
 
-        A function is called, and its tensor returned: work with the encoder's other methods (:meth:`encode`), done
-        inside ``forward``, because that is where FSDP gathers the encoder's parameters.
+        A function is called, and its tensor returned: :meth:`encode` inside ``forward``, where FSDP gathers parameters.
 
         Returns:
             One :class:`EncodedImage` an image, on the encoder's device and in its dtype.
@@ -192,20 +191,14 @@ class VisualEncoder(PackedEncoder):
         flat = [frame for video in loaded for frame in video]
         tokens = self.encode(prepare.cut(flat, [p for video in plans for p in video.plans]), videos=plans)
         parts = tokens.split(list(map(num_rows, plans))) if plans else ()
-        return [
-            EncodedVideo(part, video, video_layout(video, self.schema))
-            for part, video in zip(parts, plans, strict=True)
-        ]
+        pairs = zip(parts, plans, strict=True)
+        return [EncodedVideo(part, video, video_layout(video, self.schema)) for part, video in pairs]
 
     def encode(self, batch: SliceBatch, *, videos: Sequence[VideoPlan] = (), whole: bool = False) -> Tensor:
         """Encode all views of a batch: (the :func:`uhd.encoded.num_rows` of all, D), in order, with gradients.
 
-        Errors as in :meth:`forward`.
-
-        Args:
-            batch: Of images, or of videos' frames.
-            videos: Of which videos the frames are; some end with a newline, so there are more rows then.
-            whole: Also give learned embeddings of the packing that no image needs a gradient, which is 0.
+        Errors as in :meth:`forward`. ``videos``: whose frames the images are; some end with a newline, a row more.
+        ``whole``: embeddings of the packing that no image needs have a gradient too, which is 0.
         """
         return self._encode(batch, videos, whole)[0]
 

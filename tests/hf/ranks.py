@@ -7,6 +7,7 @@ logits, ``generate`` with its tokens, and a checkpoint that one rank resumes as 
 
 import contextlib
 import functools
+import importlib.util
 import itertools
 import json
 import os
@@ -282,5 +283,30 @@ def run(jobs, world=2):
     return found
 
 
-if __name__ == "__main__" and sys.argv[1:2] == ["work"]:
-    work(int(sys.argv[5]), int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4]))
+def table(backends):
+    """Rows of the page's table, with what does not work below it; the schema with both kinds of separators."""
+    rows = ["| backend | " + " | ".join(" / ".join(mix) for mix in MIXES) + " |", "|---" * (len(MIXES) + 1) + "|"]
+    notes = []
+    for backend in backends:
+        found = run([[backend, mix, SCHEMAS[1]] for mix in MIXES])
+        rows.append(f"| {backend} | " + " | ".join("works" if said == "ok" else "fails" for said in found) + " |")
+        failed = zip(MIXES, found, strict=True)
+        notes += [f"* {backend}, {' / '.join(mix)}: {said[:200]}" for mix, said in failed if said != "ok"]
+        print(rows[-1], *notes, sep="\n", flush=True)
+    return "\n".join([*rows, "", *notes]).strip()
+
+
+def main():
+    have = importlib.util.find_spec("deepspeed") is not None
+    backends = [name for name in BACKENDS if have or not name.startswith("DeepSpeed")]
+    page = ROOT / "docs" / "training.md"
+    begin, end = "<!-- ranks: python -m tests.hf.ranks -->\n", "\n<!-- end of ranks -->"
+    before, rest = page.read_text().split(begin)
+    page.write_text(before + begin + table(backends) + end + rest.split(end)[1])
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["work"]:
+        work(int(sys.argv[5]), int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4]))
+    else:
+        main()

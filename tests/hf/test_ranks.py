@@ -18,6 +18,14 @@ def test_fsdp2_text_and_image():
     check([[backend, ("text", "image"), SCHEMAS[1]] for backend in BACKENDS if backend.startswith("FSDP2")])
 
 
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("backend", DEEPSPEED)
+@pytest.mark.parametrize("mixes", [MIXES[:1], pytest.param(MIXES[1:], marks=pytest.mark.slow)])
+def test_deepspeed(backend, mixes):
+    pytest.importorskip("deepspeed")
+    check([[backend, mix, SCHEMAS[1]] for mix in mixes])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("schema", SCHEMAS)
 @pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend not in DEEPSPEED])
