@@ -151,7 +151,7 @@ class VisualEncoder(PackedEncoder):
     ) -> list[EncodedImage] | Tensor:
         """Encode a list of images, or a batch that :meth:`prepare` made; arguments as there.
 
-        A function is called, and its tensor returned: :meth:`encode` inside ``forward``, where FSDP gathers parameters.
+        A function is called for its tensor: :meth:`encode` inside ``forward``, where FSDP gathers parameters.
 
         Returns:
             One :class:`EncodedImage` an image, on the encoder's device and in its dtype.
@@ -213,8 +213,7 @@ class VisualEncoder(PackedEncoder):
         self._check_tokens(batch, wanted, lengths)
         learned = {} if self.packer is None else self.packer()
         if any(p.packing is not None for p in batch.plans):
-            parts = tokens.split([sum(counts) for counts in wanted])
-            packed = zip(parts, batch.plans, strict=True)
+            packed = zip(tokens.split(list(map(sum, wanted))), batch.plans, strict=True)
             tokens = torch.cat([pack_features(part, p, **learned) for part, p in packed])
         if any(video.newline for video in videos):
             tokens = _with_newlines(tokens, videos, learned.get("newline"))
