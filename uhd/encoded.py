@@ -49,11 +49,13 @@ class EncodedVideo:
     layout: TokenLayout
 
 
-def num_rows(plan: SlicePlan) -> int:
-    """Rows of an image's :attr:`EncodedImage.tokens`.
+def num_rows(plan: SlicePlan | VideoPlan) -> int:
+    """Rows of an image's :attr:`EncodedImage.tokens`, or of a video's, its newline included.
 
     >>> from uhd.slicing import plan
     >>> num_rows(plan((1008, 672), "llava-uhd")), num_rows(plan((1008, 672), "llava-next"))
     (448, 2160)
     """
+    if isinstance(plan, VideoPlan):
+        return sum(map(num_rows, plan.plans)) + plan.newline
     return plan.num_visual_tokens if plan.packing is None else plan.num_tokens

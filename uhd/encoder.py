@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,8 @@ class VisualEncoder(PackedEncoder):
         max_patches_per_step: Most patches that are encoded at once, which bounds the memory; a view is never divided.
             Results do not depend on it beyond rounding, unless a part looks at all views together, as BatchNorm does
             in training. ``None``: on a CPU in eval mode ``STEP_PATCHES`` for each thread, since activations then stay
-            near the cores; else no bound. An attribute, not saved.
+            near the cores; else no bound. An attribute, not saved. Refused where FSDP or ZeRO-3 spread the parameters
+            over ranks: these must all take the same steps, so there is no bound.
 
     Raises:
         ValueError: Parts do not fit: another patch or image size, other widths, no mean and std.
@@ -144,9 +145,15 @@ class VisualEncoder(PackedEncoder):
         return Preparation.of(self)(images, max_tokens=max_tokens, multi_image=multi_image)
 
     def forward(
-        self, images: Sequence[Any] | SliceBatch, *, max_tokens: int | None = None, multi_image: bool = False
-    ) -> list[EncodedImage]:
+        self,
+        images: Sequence[Any] | SliceBatch | Callable[[], Tensor],
+        *,
+        max_tokens: int | None = None,
+        multi_image: bool = False,
+    ) -> list[EncodedImage] | Tensor:
         """Encode a list of images, or a batch that :meth:`prepare` made; arguments as there.
+
+        A function is called for its tensor: :meth:`encode` inside ``forward``, where FSDP gathers parameters.
 
         Returns:
             One :class:`EncodedImage` an image, on the encoder's device and in its dtype.
@@ -154,6 +161,8 @@ class VisualEncoder(PackedEncoder):
         Raises:
             ValueError: A part returned another number of features or tokens than the plan counts.
         """
+        if callable(images):
+            return images()
         if not isinstance(images, SliceBatch):
             images = self.prepare(images, max_tokens=max_tokens, multi_image=multi_image)
         elif max_tokens is not None or multi_image:
@@ -182,32 +191,36 @@ class VisualEncoder(PackedEncoder):
         options: dict[str, Any] = {"frames": frames, "max_tokens": max_tokens}
         plans = [self.plan_video(size, len(video), **options) for size, video in zip(sizes, loaded, strict=True)]
         flat = [frame for video in loaded for frame in video]
-        tokens = self.encode(prepare.cut(flat, [p for video in plans for p in video.plans]))
-        parts = tokens.split([sum(map(num_rows, video.plans)) for video in plans]) if plans else ()
-        encoded = []
-        for part, video in zip(parts, plans, strict=True):
-            if video.newline:
-                part = torch.cat([part, self.packer.newline.to(part).unsqueeze(0)])
-            encoded.append(EncodedVideo(part, video, video_layout(video, self.schema)))
-        return encoded
+        tokens = self.encode(prepare.cut(flat, [p for video in plans for p in video.plans]), videos=plans)
+        parts = tokens.split(list(map(num_rows, plans))) if plans else ()
+        pairs = zip(parts, plans, strict=True)
+        return [EncodedVideo(part, video, video_layout(video, self.schema)) for part, video in pairs]
 
-    def encode(self, batch: SliceBatch) -> Tensor:
-        """Encode all views of a batch: (the :func:`uhd.encoded.num_rows` of all images, D), in order, with gradients.
+    def encode(self, batch: SliceBatch, *, videos: Sequence[VideoPlan] = (), whole: bool = False) -> Tensor:
+        """Encode all views of a batch: (the :func:`uhd.encoded.num_rows` of all, D), in order, with gradients.
 
-        Errors as in :meth:`forward`.
+        Errors as in :meth:`forward`. ``videos``: whose frames the images are; some end with a newline, a row more.
+        ``whole``: embeddings of the packing that no image needs have a gradient too, which is 0.
         """
-        return self._encode(batch)[0]
+        return self._encode(batch, videos, whole)[0]
 
-    def _encode(self, batch: SliceBatch) -> tuple[Tensor, list[TokenLayout]]:
+    def _encode(
+        self, batch: SliceBatch, videos: Sequence[VideoPlan] = (), whole: bool = False
+    ) -> tuple[Tensor, list[TokenLayout]]:
         """As :meth:`encode`, and each image's layout, whose counts are checked before anything is computed."""
         layouts = [self._checked_layout(p, number) for number, p in enumerate(batch.plans)]
         tokens, lengths = self.encode_packed(batch.patches, batch.grids, inner=batch.inner)
         tokens, lengths = self._nested(tokens, lengths, batch)
         wanted = [feature_lengths(p) for p in batch.plans]
         self._check_tokens(batch, wanted, lengths)
+        learned = {} if self.packer is None else self.packer()
         if any(p.packing is not None for p in batch.plans):
-            parts = tokens.split([sum(counts) for counts in wanted])
-            tokens = torch.cat([self.pack(part, p) for part, p in zip(parts, batch.plans, strict=True)])
+            packed = zip(tokens.split(list(map(sum, wanted))), batch.plans, strict=True)
+            tokens = torch.cat([pack_features(part, p, **learned) for part, p in packed])
+        if any(video.newline for video in videos):
+            tokens = _with_newlines(tokens, videos, learned.get("newline"))
+        if whole and learned:
+            tokens = tokens + 0 * sum(embedding.sum() for embedding in learned.values()).to(tokens)
         return tokens, layouts
 
     def _nested(self, tokens: Tensor, lengths: list[int], batch: SliceBatch) -> tuple[Tensor, list[int]]:
@@ -365,6 +378,19 @@ def _fitted_packer(packer: FeaturePacker | None, slicing: Slicing, compressor: n
     weight = next(compressor.parameters(), torch.empty(0))
     packer = FeaturePacker(out_dim, **{kind: kind in learned for kind in saving.LEARNED})
     return packer.to(weight.device, weight.dtype)
+
+
+def _with_newlines(tokens: Tensor, videos: Sequence[VideoPlan], newline: Tensor | None) -> Tensor:
+    """The tokens of videos' frames, and a newline behind those of every video whose plan ends with one."""
+    if newline is None:
+        raise ValueError(
+            "a video's plan ends with a newline, this model's strategy has none: its processor plans "
+            "otherwise than this model"
+        )
+    end, rows = newline.to(tokens)[None], []
+    for part, video in zip(tokens.split([num_rows(v) - v.newline for v in videos]), videos, strict=True):
+        rows += [part, end] if video.newline else [part]
+    return torch.cat(rows)
 
 
 def _frames_of(video: Any, number: int) -> list[Any]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from uhd.grids import check_grids
 from uhd.pixels import PixelSettings, reorder
 from uhd.pixels.normalize import normalize
+from uhd.ranks import is_sharded
 from uhd.resampler import MergeProjector, MLPProjector, PixelShuffleProjector, PoolProjector
 from uhd.shortcuts import float_parameter, in_fastest_dtype, transformed
 from uhd.vision import ViT, ViTConfig
@@ -97,6 +98,13 @@ class PackedEncoder(nn.Module):
 
     def _step_bound(self, patches: Tensor) -> int | None:
         bound = self.max_patches_per_step
+        if is_sharded(self):  # in as many steps as the images ask for, each rank would gather another number of times
+            if bound is not None:
+                raise ValueError(
+                    f"max_patches_per_step is {bound}, and the encoder's parameters are spread over ranks, which must "
+                    "all take the same steps: set it to None, and bound the images of a batch"
+                )
+            return None
         if bound is not None:
             if isinstance(bound, bool) or not hasattr(bound, "__index__") or bound < 1:
                 raise ValueError(f"max_patches_per_step must be a positive integer or None, got {bound!r}")

@@ -13,15 +13,18 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
+from uhd.encoded import num_rows
 from uhd.encoder import VisualEncoder
 from uhd.hf.attach import native_side
 from uhd.hf.configuration import UHDConfig
+from uhd.hf.placing import planned_layout
 from uhd.hf.quantized import leave_alone
-from uhd.hf.recording import recorded
+from uhd.hf.recording import Recording, recorded
 from uhd.hf.versions import CACHE_NAMES
 from uhd.hf.visual_inputs import PlannedMedia, VisualInputs, read_images, read_videos
 from uhd.merge import assemble, separator_embeddings
 from uhd.parts import ROLES, own_tables
+from uhd.ranks import gathered_between, unwrapped
 from uhd.resampler import (
     FeaturePacker,
     PerceiverResampler,
@@ -31,7 +34,7 @@ from uhd.resampler import (
 )
 from uhd.resampler.attention import LatentAttention
 from uhd.schema.counted import layout_of
-from uhd.slicing import plan
+from uhd.slicing import SlicePlan, VideoPlan, plan
 from uhd.vision import ViT
 
 RESAMPLERS = (PerceiverResampler, PyramidResampler, RewriteResampler, SpatialResampler)
@@ -135,6 +138,8 @@ class UHDVisualModel(UHDPreTrainedModel):
         self.learned_separators = nn.Parameter(0.02 * torch.randn(len(learned), width)) if learned else None
         self.encode_without_images: bool | None = None
         self.post_init()
+        present = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = set(self._no_split_modules) & present  # accelerate looks each of them up
 
     def _restore_tables(self) -> None:
         """Put back what parts of the caller's own computed on construction and no file holds: loading empties it."""
@@ -232,6 +237,11 @@ class UHDVisualModel(UHDPreTrainedModel):
         Raises:
             ValueError: The language model reads the ids themselves, or does not embed the image token.
         """
+        if self._embeds_inside:
+            raise ValueError(
+                "images with inputs_embeds need the embedding before the language model runs, and FSDP gathers this "
+                "one inside it: pass input_ids, or shard the language model's layers and the whole model only"
+            )
         text = self.config.text_config.get_text_config()
         tokens = [token for token in (self.config.image_token_id, self.config.video_token_id) if token is not None]
         if self.config.injection_mode == "hook" or min(tokens) >= text.vocab_size:
@@ -259,32 +269,50 @@ class UHDVisualModel(UHDPreTrainedModel):
         return torch.stack(list(self._positions_of(input_ids).values())).any(0)
 
     def _features(
-        self,
-        planned: PlannedMedia,
-        indices: Sequence[int] | None,
-        asked: Mapping[str, bool] | None,
-        kept: Sequence[int] | None = None,
+        self, planned: PlannedMedia, indices: Sequence[int] | None, asked: Mapping[str, bool]
     ) -> BaseModelOutputWithPooling:
-        """Encode images or videos, those of the numbers ``kept``, and lay them out, see :meth:`get_image_features`.
-
-        ``asked`` is ``None`` where nothing of the vision encoder will be read: what is recorded stays in memory.
-        """
-        seen: dict[str, Any] = {}
-        if asked is None:
-            media = planned.media(kept)
-        else:
-            with recorded(self.visual.vision, **asked) as recording:
-                media = planned.media(kept)
-            seen = recording.output()
-        indices = [0] * len(media.plans) if indices is None else indices
-        separators = self._separators()
+        """Encode images or videos and lay them out, see :meth:`get_image_features`."""
+        tokens, seen = self._encoded(planned, None, asked)
         fill = torch.tensor([[self.config.fill_token_id]], device=self._embedding_device())
-        like = self.get_input_embeddings()(fill)
-        tokens = media.tokens * self.config.visual_scale
-        parts = tokens.to(like.device, like.dtype).split(media.rows)
-        laid = zip(parts, media.layouts(indices), strict=True)
-        features = [assemble(part, layout, separators) for part, layout in laid]
-        return BaseModelOutputWithPooling(pooler_output=features, **seen)
+        like, separators = self.get_input_embeddings()(fill), self._separators()
+        indices = [0] * len(planned.plans) if indices is None else indices
+        return BaseModelOutputWithPooling(
+            pooler_output=self._laid(tokens, planned.plans, indices, separators, like), **seen
+        )
+
+    def _encoded(
+        self, planned: PlannedMedia, kept: Sequence[int] | None, asked: Mapping[str, bool] | None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Scaled visual tokens (M, D) of those of the numbers ``kept``, and what was recorded of the vision encoder.
+
+        ``asked`` is ``None`` where nothing of it will be read: what is recorded stays in memory.
+        """
+        whole = self.training and torch.is_grad_enabled() and self._has_ranks()
+
+        def work() -> Tensor:  # scaled here, as FSDP2 wants no view of another tensor from a module
+            return planned.encode(kept, whole=whole) * self.config.visual_scale
+
+        if planned.tokens is not None:
+            return work(), {} if asked is None else Recording().output()
+        if asked is None:
+            return self.visual(work), {}
+        with recorded(self.visual.vision, **asked) as recording:
+            tokens = self.visual(work)
+        return tokens, recording.output()
+
+    def _laid(
+        self,
+        tokens: Tensor,
+        plans: Sequence[SlicePlan | VideoPlan],
+        indices: Sequence[int],
+        separators: Mapping[str, Tensor],
+        like: Tensor,
+    ) -> list[Tensor]:
+        """(T_i, D) of each image or video, the ``indices``-th of its sample, in ``like``'s dtype and device."""
+        parts = tokens.to(like.device, like.dtype).split(list(map(num_rows, plans)))
+        schema = self.visual.schema
+        layouts = [planned_layout(plan, schema, index) for plan, index in zip(plans, indices, strict=True)]
+        return [assemble(part, layout, separators) for part, layout in zip(parts, layouts, strict=True)]
 
     def _separators(self) -> dict[str, Tensor]:
         """Symbol -> (D,), with gradients to the language model's embeddings or to the learned ones."""
@@ -296,48 +324,48 @@ class UHDVisualModel(UHDPreTrainedModel):
             found.update(zip(self.visual.schema.learned, learned, strict=True))
         return found
 
+    @property
+    def _embeds_inside(self) -> bool:
+        """Whether the embedding has its weights only while the language model runs, which is then given ids."""
+        return gathered_between(self.language_model, self.get_input_embeddings())
+
     def _embedding_device(self) -> torch.device:
         """Where ids go; offloaded embeddings are on no device and move their ids themselves."""
         found = next((p.device for p in self.get_input_embeddings().parameters()), self.device)
         return torch.device("cpu") if found.type == "meta" else found
 
-    def _idle(self, encoded: bool) -> Tensor | None:
-        """0 with a gradient to every visual parameter that may have none in this batch, where that is wanted.
+    def _has_ranks(self) -> bool:
+        """Whether ranks may hold other kinds of batches, and all must give gradients to the same parameters."""
+        ranks = dist.is_available() and dist.is_initialized()
+        return ranks if self.encode_without_images is None else self.encode_without_images
 
-        All ranks gather sharded parameters together, so there the encoder runs on every rank, in evaluation too.
+    def _idle(self, encoded: int, sharded: bool) -> list[Tensor]:
+        """What is to be added with weight 0 to a batch of which ``encoded`` kinds of media were encoded.
+
+        It gives every visual parameter a gradient that may have none in this batch. Where parameters are spread over
+        ranks, all of them gather together, so there every kind that is missing is encoded blank, in evaluation too.
         """
-        wanted = self.encode_without_images
-        if wanted is None:
-            wanted = dist.is_available() and dist.is_initialized()
+        if not self._has_ranks():
+            return []
         trains = self.training and torch.is_grad_enabled()
-        sharded = wanted and _is_sharded(self.visual)
-        if not (wanted and (trains or sharded)):
-            return None
-        learned = [] if self.visual.packer is None else list(self.visual.packer.parameters())
-        learned += [] if self.learned_separators is None else [self.learned_separators]
-        parts = [embedding.sum() for embedding in learned if trains and embedding.requires_grad]
-        if not encoded and (sharded or any(p.requires_grad for p in self.visual.parameters())):
-            parts.append(self._encoded_blank().sum())
-        return 0 * sum(part.to(parts[-1]) for part in parts) if parts else None
+        blanks = int(trains and not encoded and any(p.requires_grad for p in self.visual.parameters()))
+        if sharded:
+            blanks = (1 if self.config.video_token_id is None else 2) - encoded
+        learned = self.learned_separators
+        parts = [learned.sum()] if trains and learned is not None and learned.requires_grad else []
+        return [self.visual(self._blank).sum() for _ in range(blanks)] + parts
 
-    def _encoded_blank(self) -> Tensor:
-        """The tokens of the smallest blank view that every part takes."""
+    def _blank(self) -> Tensor:
+        """The tokens of the smallest blank view that every part takes, and the packing's learned embeddings."""
         vision, slicing = self.visual.vision, self.visual.slicing
-        grid = slicing.least_view if isinstance(vision, ViT) else None
+        grid = slicing.least_view if isinstance(unwrapped(vision), ViT) else None
         if grid is None:
             side = native_side(self.visual)
             grid = self.visual.plan((side, side)).views[0].patches_hw
         patches = torch.zeros(grid[0] * grid[1], getattr(vision, "in_channels", 3) * vision.patch_size**2)
-        return self.visual.encode_packed(patches, [grid])[0]
-
-
-def _is_sharded(module: nn.Module) -> bool:
-    """Whether parameters are spread over ranks, as FSDP2 does; never where torch was built without ranks."""
-    if not dist.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+        tokens = self.visual.encode_packed(patches, [grid])[0].flatten()
+        learned = {} if self.visual.packer is None else self.visual.packer()
+        return torch.cat([tokens, *(embedding.to(tokens) for embedding in learned.values())])
 
 
 def _built_encoder(config: UHDConfig) -> VisualEncoder:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import GenerationMixin
 
 from uhd.hf.conversation import cached_columns, cached_length, is_filled, remember
@@ -20,6 +21,7 @@ from uhd.hf.injection import inject
 from uhd.hf.prompt_text import PromptText, reading_text
 from uhd.hf.versions import cache_name, take_cache
 from uhd.hf.visual_inputs import VisualInputs
+from uhd.ranks import is_sharded, is_unit
 
 _SHOWN: ContextVar[VisualInputs | None] = ContextVar("images of the prompt that is being generated from", default=None)
 
@@ -59,7 +61,8 @@ class GeneratesByLanguageModel(GenerationMixin):
             inputs: ``input_ids`` (B, T), as the processor gives them; also by that name.
             generation_config: ``None`` is ``self.generation_config``.
             kwargs: The processor's other outputs, and everything the language model's ``generate`` takes: beams,
-                sampling, streamers, caches, assistants. What reads ids (penalties, n-gram rules, streamers, stopping
+                sampling, streamers, caches, assistants. Where parameters are spread over ranks, all call ``generate``,
+                and ``synced_gpus`` is on unless told. What reads ids (penalties, n-gram rules, streamers, stopping
                 criteria, prompt look-up, assistant models) reads the prompt's text, without the positions of images.
 
         Returns:
@@ -69,6 +72,11 @@ class GeneratesByLanguageModel(GenerationMixin):
             ValueError: As in :meth:`forward`; a sample and its new tokens must fit the language model's positions;
                 new images cannot be given with ``prefill_chunk_size``; the cache is not one of this conversation.
         """
+        if is_unit(self) and "generate" not in vars(self):  # FSDP2 gathers for what it is told beside forward
+            register_fsdp_forward_method(self, "generate")
+            return self.generate(inputs, generation_config, **kwargs)
+        if is_sharded(self):
+            kwargs.setdefault("synced_gpus", True)  # ranks that are done go on until all are
         visual = VisualInputs.take(kwargs)
         if self._steps_are_prepared:
             return self._generate_by_steps(visual, inputs=inputs, generation_config=generation_config, **kwargs)
@@ -126,7 +134,8 @@ class GeneratesByLanguageModel(GenerationMixin):
         if prompt.change is None:
             return run(), fed.shape[1]
         # without a cache the prompt is embedded again in each step, and drafts are checked with ids
-        if self.config.injection_mode == "embeds" and held == 0 and not asked.reads_ids:
+        inside = asked.reads_ids or self._embeds_inside
+        if self.config.injection_mode == "embeds" and held == 0 and not inside:
             return run(inputs_embeds=prompt.change(embed(prompt.ids))), fed.shape[1]
         with inject(embed, prompt.new_ids, prompt.change):
             return run(), fed.shape[1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import PROCESSOR_NAME, can_return_tuple
 
 from uhd.encoder import VisualEncoder
@@ -37,7 +38,9 @@ from uhd.hf.versions import cache_name, take_cache
 from uhd.hf.visual_inputs import VisualInputs, read_images, read_videos
 from uhd.merge import merge_visual
 from uhd.parts import ROLES, check_described
+from uhd.ranks import is_sharded, unwrapped
 from uhd.saving import EncoderDescription, add_note
+from uhd.slicing import SlicePlan, VideoPlan
 from uhd.torch_private import shared_view
 from uhd.vision.int8 import refuse_int8
 
@@ -50,7 +53,7 @@ class _Prompt:
 
     ``ids`` (B, T) hold the fill token at visual positions; ``visual`` (B, T) bool on the CPU says where those are;
     ``new_ids`` are those that no cache holds yet; ``change`` turns their embeddings into the prompt's, ``None`` where
-    they are it. ``media`` are the fields of the output.
+    they are it. ``media`` are the fields of the output, there after ``change``.
     """
 
     ids: Tensor
@@ -58,6 +61,23 @@ class _Prompt:
     visual: Tensor
     change: Callable[[Tensor], Tensor] | None
     media: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """Images or videos of a batch as visual tokens (M, D), before they are laid out.
+
+    ``mask`` (B, T) bool on the CPU is their positions among the new ids, ``counts`` those of each row, ``indices``
+    their numbers in their samples, and ``recording`` what was recorded of the vision encoder.
+    """
+
+    kind: str
+    mask: Tensor
+    counts: list[int]
+    tokens: Tensor
+    plans: tuple[SlicePlan | VideoPlan, ...]
+    indices: list[int]
+    recording: dict[str, Any]
 
 
 class UHDModel(UHDVisualModel):
@@ -89,7 +109,7 @@ class UHDModel(UHDVisualModel):
         """Match images and videos with their positions, encode them, and say how the embeddings change.
 
         Of the first ``cached`` positions, which a cache holds, images may be left out, and are not encoded again.
-        Where rows are packed, ``samples`` (B, T) numbers the sample of each position. ``asked``: see ``_features``.
+        Where rows are packed, ``samples`` (B, T) numbers the sample of each position. ``asked``: see ``_encoded``.
 
         Raises:
             ValueError: A sample's image or video positions are not those of its images or videos, or it is longer than
@@ -99,8 +119,8 @@ class UHDModel(UHDVisualModel):
         together = torch.stack(list(positions.values())).any(0)
         if samples is None:
             self._check_length(input_ids, attention_mask, together.sum(1).tolist())
-        media: dict[str, Any] = {}
-        places: list[tuple[Tensor, list[int], Tensor]] = []
+        seen: list[_Seen] = []
+        encoded = 0
         for kind, mask in positions.items():
             new = mask[:, cached:]
             counts = new.sum(1).tolist()
@@ -115,20 +135,42 @@ class UHDModel(UHDVisualModel):
             old = mask[:, :cached].sum(1).tolist() if samples is None else [0] * len(of_samples)
             kept, indices = match_new(of_samples.tolist(), old, planned.lengths, kind, numbered=numbered)
             if kept:
-                output = self._features(planned, indices, asked, kept)
-                media[f"{kind}_outputs"], media[f"{kind}_hidden_states"] = output, tuple(output.pooler_output)
-                places.append((new, counts, torch.cat(output.pooler_output)))
+                encoded += planned.tokens is None
+                tokens, recording = self._encoded(planned, kept, asked)
+                seen.append(_Seen(kind, new, counts, tokens, planned.chosen(kept), indices, recording))
         ids = input_ids.masked_fill(together.to(input_ids.device), self.config.fill_token_id)
-        idle = self._idle(visual.have_pixels)
-        if not places and idle is None:
-            return _Prompt(ids, ids[:, cached:], together, None, media)
-
-        def change(embeds: Tensor) -> Tensor:
-            for mask, counts, rows in places:
-                embeds = merge_visual(embeds, mask, rows, counts=counts)
-            return embeds if idle is None else embeds + idle.to(embeds.device, embeds.dtype)
-
+        sharded = self._has_ranks() and is_sharded(self)
+        idle = self._idle(encoded, sharded)
+        if not (seen or idle or sharded):
+            return _Prompt(ids, ids[:, cached:], together, None, {})
+        separators = None if self._embeds_inside else self._separators()
+        media: dict[str, Any] = {}
+        change = partial(self._with_media, media, seen, separators, idle, sharded)
         return _Prompt(ids, ids[:, cached:], together, change, media)
+
+    def _with_media(
+        self,
+        media: dict[str, Any],
+        seen: Sequence[_Seen],
+        separators: Mapping[str, Tensor] | None,
+        idle: Sequence[Tensor],
+        sharded: bool,
+        embeds: Tensor,
+    ) -> Tensor:
+        """Put what was encoded into the embeddings (B, T, D) of the new ids, and the output's fields into ``media``.
+
+        ``separators`` are ``None`` where only the running language model can embed them. Sharded, they have gradients
+        even where no image needs any: ranks meet in every call, forwards and backwards.
+        """
+        separators = self._separators() if separators is None else separators
+        if sharded:
+            idle = [*idle, *(separator.sum() for separator in separators.values())]
+        for one in seen:
+            rows = self._laid(one.tokens, one.plans, one.indices, separators, embeds)
+            media[f"{one.kind}_outputs"] = BaseModelOutputWithPooling(pooler_output=rows, **one.recording)
+            media[f"{one.kind}_hidden_states"] = tuple(rows)
+            embeds = merge_visual(embeds, one.mask, torch.cat(rows), counts=one.counts)
+        return embeds + 0 * sum(part.to(embeds.device, embeds.dtype) for part in idle) if idle else embeds
 
     def _call(
         self,
@@ -162,11 +204,11 @@ class UHDModel(UHDVisualModel):
         passed = {name: value for name, value in {**passed, **kwargs}.items() if value is not None}
         decoding = cache is not None and input_ids is not None and input_ids.shape[1] == 1
         prompt = None
-        if visual.any or (input_ids is not None and not decoding):
+        if visual.any or (input_ids is not None and not decoding) or self._ranks_embed(inputs_embeds, cache):
             ids = self._ids_of(inputs_embeds) if input_ids is None else input_ids
             wanted = asked if any(asked.values()) else None
             prompt = self._read(ids, visual, attention_mask, samples=samples, asked=wanted)
-            if labels is not None and prompt.media:
+            if labels is not None and prompt.visual.any() and visual.any:
                 kept = ignore_visual(labels, prompt.visual.to(labels.device), self)
                 if kept is not labels and "num_items_in_batch" in passed:
                     passed["num_items_in_batch"] = count_without_visual(passed["num_items_in_batch"], labels, kept)
@@ -177,11 +219,15 @@ class UHDModel(UHDVisualModel):
             text = {"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
             return lm(**text, return_dict=True, **passed), {}
         embed = self.get_input_embeddings()
-        if self.config.injection_mode == "embeds":
+        if inputs_embeds is not None or (self.config.injection_mode == "embeds" and not self._embeds_inside):
             embeds = embed(prompt.ids) if inputs_embeds is None else inputs_embeds
             return lm(inputs_embeds=prompt.change(embeds), return_dict=True, **passed), prompt.media
         with inject(embed, prompt.ids, prompt.change):
             return lm(input_ids=prompt.ids, return_dict=True, **passed), prompt.media
+
+    def _ranks_embed(self, inputs_embeds: Tensor | None, cache: Any) -> bool:
+        """Whether text alone, embedded already, needs the work of images that other ranks may have beside theirs."""
+        return inputs_embeds is not None and cache is None and self._has_ranks() and is_sharded(self)
 
     def _positions(self, attention_mask: Tensor | None, length: int, cache: Any) -> Tensor | None:
         """(B, length) positions of the inputs that do not count padding, as ``generate`` makes them.
@@ -193,7 +239,7 @@ class UHDModel(UHDVisualModel):
         cached = cached_length(cache)
         if cached is not None and attention_mask.shape[1] != cached + length:
             return None
-        if "position_ids" not in inspect.signature(self.language_model.forward).parameters:
+        if "position_ids" not in inspect.signature(unwrapped(self.language_model).forward).parameters:
             return None
         positions = (attention_mask.long().cumsum(-1) - 1).masked_fill(attention_mask == 0, 0)
         return positions[:, -length:]
@@ -380,7 +426,7 @@ class UHDForConditionalGeneration(UHDModel, GeneratesByLanguageModel, Generation
     @property
     def accepts_loss_kwargs(self) -> bool:
         """Whether ``num_items_in_batch`` and the like may be passed; read by ``Trainer``."""
-        parameters = inspect.signature(self.language_model.forward).parameters.values()
+        parameters = inspect.signature(unwrapped(self.language_model).forward).parameters.values()
         return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:

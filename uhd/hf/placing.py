@@ -3,37 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from torch import Tensor
-
-from uhd.encoded import EncodedImage, EncodedVideo, num_rows
+from uhd.encoded import EncodedImage, EncodedVideo
 from uhd.schema import SpatialSchema, TokenLayout
 from uhd.schema.counted import layout_of, video_layout
 from uhd.slicing import SlicePlan, VideoPlan
-
-
-@dataclass(frozen=True, eq=False)
-class Media:
-    """Visual tokens (M, D) of the images, or of the videos, of a batch, with their plans and the schema over them."""
-
-    tokens: Tensor
-    plans: tuple[SlicePlan | VideoPlan, ...]
-    schema: SpatialSchema
-
-    @property
-    def rows(self) -> list[int]:
-        """Visual tokens of each."""
-        return [token_rows(plan) for plan in self.plans]
-
-    def layouts(self, indices: Sequence[int]) -> list[TokenLayout]:
-        """Where the tokens of each go, as the image of this index in its sample."""
-        return [planned_layout(plan, self.schema, index) for plan, index in zip(self.plans, indices, strict=True)]
-
-
-def token_rows(plan: SlicePlan | VideoPlan) -> int:
-    """Visual tokens of an image or a video, a video's newline included."""
-    return num_rows(plan) if isinstance(plan, SlicePlan) else sum(map(num_rows, plan.plans)) + plan.newline
 
 
 def planned_layout(plan: SlicePlan | VideoPlan, schema: SpatialSchema, index: int = 0) -> TokenLayout:

@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from uhd.grids import check_grids
+from uhd.ranks import unwrapped
 from uhd.vision import ViT
 from uhd.vision.groups import ViewGroups
 
@@ -48,6 +49,7 @@ def recorded(vision: nn.Module, *, hidden_states: bool = False, attentions: bool
     Attentions are computed a second time, in float32 and without gradients, so they cost as much as all blocks do.
     """
     found = Recording()
+    vision = unwrapped(vision)
     with ExitStack() as hooks:
         if isinstance(vision, ViT) and (hidden_states or attentions):
             handles = [vision.register_forward_pre_hook(_ask_for_states, with_kwargs=True)]

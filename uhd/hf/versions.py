@@ -24,6 +24,8 @@ from transformers import (
 )
 from transformers.image_processing_backends import PilBackend
 
+from uhd.ranks import unwrapped
+
 VideoProcessorBase: type = getattr(
     video_processing_utils, "VideoProcessorMixin", video_processing_utils.BaseVideoProcessor
 )
@@ -95,7 +97,7 @@ def take_cache(kwargs: dict[str, Any], wanted: str | None = None) -> Any:
 
 def cache_name(lm: nn.Module) -> str:
     """The keyword under which a language model's ``forward`` takes its cache."""
-    return _cache_name(type(lm).forward)
+    return _cache_name(type(unwrapped(lm)).forward)
 
 
 @lru_cache(maxsize=256)

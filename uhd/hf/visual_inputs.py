@@ -13,7 +13,7 @@ from torch import Tensor
 from uhd.batch import SliceBatch
 from uhd.encoded import EncodedImage, EncodedVideo, num_rows
 from uhd.encoder import VisualEncoder
-from uhd.hf.placing import Media, check_schemas, planned_layout, token_rows
+from uhd.hf.placing import check_schemas, planned_layout
 from uhd.hf.plans import read_plans, write_plans
 from uhd.slicing import SlicePlan, VideoPlan
 
@@ -218,20 +218,19 @@ class PlannedMedia:
         """Positions that each takes, separators included."""
         return [planned_layout(plan, self.encoder.schema).num_tokens for plan in self.plans]
 
-    def media(self, kept: Sequence[int] | None = None) -> Media:
-        """Encode those of these numbers; ``None``: all."""
-        chosen = self.plans if kept is None else tuple(self.plans[place] for place in kept)
+    def chosen(self, kept: Sequence[int] | None = None) -> tuple[SlicePlan | VideoPlan, ...]:
+        """The plans of these numbers; ``None``: all."""
+        return self.plans if kept is None else tuple(self.plans[place] for place in kept)
+
+    def encode(self, kept: Sequence[int] | None = None, *, whole: bool = False) -> Tensor:
+        """Tokens (M, D) of those of these numbers; ``None``: all. ``whole``: see :meth:`uhd.VisualEncoder.encode`."""
         if self.tokens is not None:
-            return Media(
-                _rows(self.tokens, [token_rows(plan) for plan in self.plans], kept), chosen, self.encoder.schema
-            )
+            return _rows(self.tokens, [num_rows(plan) for plan in self.plans], kept)
         patches = _rows(self.patches, [sum(frame.num_patches for frame in _frames(plan)) for plan in self.plans], kept)
-        frames = [frame for plan in chosen for frame in _frames(plan)]
-        rows = self.encoder.encode(SliceBatch.from_patches(patches, frames))
-        if any(isinstance(plan, VideoPlan) for plan in chosen):
-            parts = rows.split([sum(map(num_rows, _frames(plan))) for plan in chosen])
-            rows = torch.cat([_ended(self.encoder, part, plan) for part, plan in zip(parts, chosen, strict=True)])
-        return Media(rows, chosen, self.encoder.schema)
+        plans = self.chosen(kept)
+        frames = [frame for plan in plans for frame in _frames(plan)]
+        videos = [plan for plan in plans if isinstance(plan, VideoPlan)]
+        return self.encoder.encode(SliceBatch.from_patches(patches, frames), videos=videos, whole=whole)
 
 
 def read_images(encoder: VisualEncoder, visual: VisualInputs) -> PlannedMedia:
@@ -297,7 +296,7 @@ def _checked(
     """Compare counts with the plans before anything is encoded."""
     media = PlannedMedia(encoder, plans, patches if tokens is None else None, tokens)
     if tokens is not None:
-        rows = sum(map(token_rows, plans))
+        rows = sum(map(num_rows, plans))
         if len(tokens) != rows:
             raise ValueError(f"got {len(tokens)} {kind}_tokens, their plans count {rows}")
         return media
@@ -332,16 +331,3 @@ def _require(what: str, given: Mapping[str, Any], advice: str = "") -> None:
     missing = [name for name, value in given.items() if value is None]
     if missing:
         raise ValueError(f"{what} need {', '.join(missing)}: {MISSING}{advice}")
-
-
-def _ended(encoder: VisualEncoder, tokens: Tensor, video: VideoPlan) -> Tensor:
-    """A video's tokens with the newline that its plan ends with."""
-    newline = getattr(encoder.packer, "newline", None)
-    if not video.newline:
-        return tokens
-    if newline is None:
-        raise ValueError(
-            "a video's plan ends with a newline, this model's strategy has none: its processor plans "
-            "otherwise than this model"
-        )
-    return torch.cat([tokens, newline.to(tokens)[None]])

@@ -212,7 +212,15 @@ class FeaturePacker(nn.Module):
         newline, separator = self.newline is not None, self.separator is not None
         return {"width": self.width, "newline": newline, "separator": separator}
 
-    def forward(self, features: Tensor | Sequence[Tensor], plan: SlicePlan) -> Tensor:
-        """Turn features into tokens like :func:`pack_features`, with the embeddings held here."""
+    def forward(
+        self, features: Tensor | Sequence[Tensor] | None = None, plan: SlicePlan | None = None
+    ) -> Tensor | dict[str, Tensor]:
+        """Turn features into tokens like :func:`pack_features`, with the embeddings held here.
+
+        Without features: the embeddings by its keywords, copied, for many images at one call.
+        """
         separator = self.newline if self.separator is None else self.separator
-        return pack_features(features, plan, newline=self.newline, separator=separator)
+        learned = {"newline": self.newline, "separator": separator}
+        if features is None:
+            return {name: value.clone() for name, value in learned.items() if value is not None}
+        return pack_features(features, plan, **learned)
