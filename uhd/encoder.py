@@ -40,10 +40,9 @@ class VisualEncoder(PackedEncoder):
             :func:`uhd.strategies`), or your own function from (height, width) to a plan; ``None`` is
             ``"llava-uhd-safe"`` for this vision encoder. Counts and order are set to what the compressor and the
             schema say: a compressor with fixed ``tokens_per_view`` takes the place of a strategy's counts and packing.
-            Where the strategy is ``nested`` (OpenAI's), a view keeps as many of its first latents as the strategy
-            counts for it.
+            Of a ``nested`` one (OpenAI's) a view keeps as many of its first latents as the strategy counts for it.
         schema: How tokens are laid out; ``None`` is the ``"llava-uhd"`` schema for the adaptive planner. Other
-            strategies then have none: views in their own order, learned newlines where their packing has them.
+            strategies have none: views in their own order, learned newlines where their packing has them.
         packer: The learned embeddings of a strategy's packing; ``None`` makes new ones where a named strategy has any.
         pixels: Mean and std that the vision encoder was trained with, and a filter; with ``resample=None`` every rule
             has the one that it was released with.
@@ -51,11 +50,7 @@ class VisualEncoder(PackedEncoder):
             for other sizes (MiniCPM-V: 448 px slices, a 980 px encoder) turn it off.
         note: What a user of the tokens must know, such as untrained weights. Saved, and shown by the command line;
             set ``encoder.note = ""`` once it is no longer true.
-        max_patches_per_step: Most patches that are encoded at once, which bounds the memory; a view is never divided.
-            Results do not depend on it beyond rounding, unless a part looks at all views together, as BatchNorm does
-            in training. ``None``: on a CPU in eval mode ``STEP_PATCHES`` for each thread, since activations then stay
-            near the cores; else no bound. An attribute, not saved. Refused where FSDP or ZeRO-3 spread the parameters
-            over ranks: these must all take the same steps, so there is no bound.
+        max_patches_per_step: See :class:`uhd.packed_encoder.PackedEncoder`.
 
     Raises:
         ValueError: Parts do not fit: another patch or image size, other widths, no mean and std.
@@ -257,8 +252,9 @@ class VisualEncoder(PackedEncoder):
         counts = [count for each in wanted for count in each]
         for (image, view), count, got in zip(views, counts, lengths, strict=True):
             if got != count:
-                advice = f"give the compressor an attribute tokens_per_view = {got}, if it gives every view as many, "
-                advice += "else set slicing.merge to the patches that one token covers per side"
+                advice = (
+                    f"give the compressor tokens_per_view = {got} if that is so for every view, or set slicing.merge"
+                )
                 if not self.slicing.uses_schema:
                     advice = "take a compressor that gives as many, or set the strategy's merge or rate, if it has one"
                 raise ValueError(
@@ -267,9 +263,7 @@ class VisualEncoder(PackedEncoder):
                 )
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write ``model.safetensors`` and ``uhd_encoder.json``, which describes the encoder as it is now.
-
-        A slicing function of the caller's own is not written: loading asks for it.
+        """Write ``model.safetensors`` and ``uhd_encoder.json``: the encoder as it is now, but no slicing function.
 
         Raises:
             ValueError: The encoder is quantised, or weights share memory.

@@ -38,7 +38,15 @@ def split_steps(sizes: Sequence[int], bound: int | None) -> list[slice]:
 
 
 class PackedEncoder(nn.Module):
-    """The half of :class:`uhd.VisualEncoder` that no plan enters; arguments and errors as there."""
+    """The half of :class:`uhd.VisualEncoder` that no plan enters; arguments and errors as there.
+
+    Args:
+        max_patches_per_step: Most patches that are encoded at once, which bounds the memory; a view is never divided.
+            Results do not depend on it beyond rounding, unless a part looks at all views together, as BatchNorm does
+            in training. ``None``: on a CPU in eval mode ``STEP_PATCHES`` for each thread, since activations then stay
+            near the cores; else no bound. An attribute, not saved. Refused where FSDP or ZeRO-3 spread the parameters
+            over ranks: these must all take the same steps, so there is no bound.
+    """
 
     def __init__(
         self,
