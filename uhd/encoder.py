@@ -46,10 +46,9 @@ class VisualEncoder(PackedEncoder):
         packer: The learned embeddings of a strategy's packing; ``None`` makes new ones where a named strategy has any.
         pixels: Mean and std that the vision encoder was trained with, and a filter; with ``resample=None`` every rule
             has the one that it was released with.
-        check_image_size: Require ``slicing.image_size`` to be the vision encoder's native size. Models that are meant
-            for other sizes (MiniCPM-V: 448 px slices, a 980 px encoder) turn it off.
-        note: What a user of the tokens must know, such as untrained weights. Saved, and shown by the command line;
-            set ``encoder.note = ""`` once it is no longer true.
+        check_image_size: Require ``slicing.image_size`` to be the vision encoder's native size. Models for other sizes
+            (MiniCPM-V: 448 px slices, a 980 px encoder) turn it off.
+        note: What a user of the tokens must know, such as untrained weights: saved and shown until it is set to "".
         max_patches_per_step: See :class:`uhd.packed_encoder.PackedEncoder`.
 
     Raises:
@@ -80,10 +79,7 @@ class VisualEncoder(PackedEncoder):
 
     @property
     def slicing(self) -> Slicing:
-        """How images are cut and counted. Another one may be set, by name too, and is what is saved.
-
-        A schema that does not go with it gives way to the default.
-        """
+        """How images are cut and counted. Another may be set, by name too; a schema that does not fit gives way."""
         return self._slicing
 
     @slicing.setter
