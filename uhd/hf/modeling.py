@@ -30,7 +30,7 @@ from uhd.hf.image_processing import refuse_own_function
 from uhd.hf.injection import inject
 from uhd.hf.labels import count_without_visual, ignore_visual, refuse_counted
 from uhd.hf.outputs import with_media
-from uhd.hf.packing import check_packed, samples_in_rows
+from uhd.hf.packing import check_packed, mixing, samples_in_rows
 from uhd.hf.placing import match_new
 from uhd.hf.processing import UHDProcessor
 from uhd.hf.quantized import refuse_unsaved, take_over
@@ -197,6 +197,8 @@ class UHDModel(UHDVisualModel):
         if samples is not None:
             check_packed(self.language_model, attention_mask, position_ids, cache)
             attention_mask, kwargs["use_cache"] = None, False  # either would let samples see each other
+        elif position_ids is not None and is_sharded(self.language_model):
+            mixing(self.language_model)  # another rank may have packed rows, and all try at once
         if position_ids is None:
             length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
             position_ids = self._positions(attention_mask, length, cache)

@@ -69,20 +69,27 @@ def check_packed(lm: nn.Module, attention_mask: Tensor | None, position_ids: Ten
     refuse_mixing(lm)
 
 
-def refuse_mixing(lm: nn.Module) -> None:
-    """Raise a ``ValueError`` where a language model does not keep the samples of a packed row apart.
+def mixing(lm: nn.Module) -> float:
+    """How far the logits of a packed row are from those of its samples alone, over the largest.
 
-    It runs twice on a few ids, the first time for each way of attention; the answer is kept.
+    The language model runs on a few ids the first time for each way of attention; the answer is kept. Where parameters
+    are spread over ranks, all of these must ask together.
     """
     attention = str(lm.config._attn_implementation)
     known = _TRIED.setdefault(lm, {})
     if attention not in known:
         known[attention] = _difference(lm)
+    return known[attention]
+
+
+def refuse_mixing(lm: nn.Module) -> None:
+    """Raise a ``ValueError`` where a language model does not keep the samples of a packed row apart."""
+    found = mixing(lm)
     dtype = next((parameter.dtype for parameter in lm.parameters()), torch.float32)
-    if not known[attention] <= _TOLERANCE.get(dtype, 2e-2):
+    if not found <= _TOLERANCE.get(dtype, 2e-2):
         raise ValueError(
-            f"{type(lm).__name__} with {attention} attention does not keep packed samples apart (logits differ by "
-            f"{known[attention]:.1%} of the largest): give it one sample a row"
+            f"{type(lm).__name__} with {lm.config._attn_implementation} attention does not keep packed samples apart "
+            f"(logits differ by {found:.1%} of the largest): give it one sample a row"
         )
 
 
