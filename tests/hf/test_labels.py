@@ -8,7 +8,8 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from tests.hf.test_training import fresh
-from tests.hf.tiny import IMAGES, TEXTS, attached, targets
+from tests.hf.tiny import IMAGES, TEXTS, attached, model, targets
+from uhd.hf import labels_of
 
 NAIVE = "labels were given at positions of images or videos"
 SAMPLES = [("<image>ab", IMAGES[:1]), ("hello", []), ("<image>or<image>?", IMAGES[1:])]
@@ -151,3 +152,35 @@ def test_labels_that_are_counted_around_the_forward_are_refused():
         found(**batch, labels=batch["input_ids"], fused_lm_head=True)
     assert found(**batch, labels=targets(found, batch), fused_lm_head=True)["fused_lm_head"]
     assert found(**batch, labels=batch["input_ids"])["labels"] is batch["input_ids"]
+
+
+KNOWS_IMAGES = (
+    "{% for m in messages %}{% for part in m.content %}{% if part.type == 'image' %}<image>"
+    "{% elif m.role == 'assistant' %}{% generation %}{{ part.text }}{% endgeneration %}"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}"
+)
+TEXT_ONLY = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [KNOWS_IMAGES, TEXT_ONLY])
+def test_the_assistants_words_are_marked_wherever_images_stand(template):
+    """Some releases of transformers count an image as one place when they mark words."""
+    found = model("llama")
+
+    def turn(role, text, *images):
+        parts = [{"type": "image", "image": image} for image in images]
+        return {"role": role, "content": [*parts, {"type": "text", "text": text}]}
+
+    asked = turn("user", "ab", IMAGES[0]), turn("user", "ef", *IMAGES[1:3])
+    chats = [
+        [asked[0], turn("assistant", "cd"), asked[1], turn("assistant", "g")],
+        [turn("user", "hi"), turn("assistant", "jk")],
+    ]
+    batch = found.processor.apply_chat_template(
+        chats, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    labels = labels_of(batch, found.processor)
+    assert [found.processor.tokenizer.decode(row[row != -100]) for row in labels] == ["cdg", "jk"]

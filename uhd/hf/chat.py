@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+import torch
 from transformers.utils.chat_template_utils import render_jinja_template
 
 _PROBE = "uhd probe"
@@ -137,3 +138,42 @@ def _is_json(value: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return True
+
+
+def mark_words(
+    found: Any, tokenizer: Any, conversations: list[Any], template: Any, kwargs: Mapping[str, Any], visual: set[int]
+) -> Any:
+    """Mark the assistant's words in a tokenized chat with images, whose positions some releases do not count.
+
+    The same chat is tokenized with one placeholder an image, and the marks of its words go to the same words here.
+
+    Args:
+        found: What ``apply_chat_template`` made; nothing happens unless it has ``assistant_masks``.
+        tokenizer, conversations, template, kwargs: What it was made of.
+        visual: Ids of the image and the video token.
+
+    Raises:
+        ValueError: The words are not the same, so nothing can be marked.
+    """
+    if not isinstance(found, Mapping) or "assistant_masks" not in found:
+        return found
+    own = ("tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask", "padding", "truncation")
+    others = {name: value for name, value in kwargs.items() if name not in (*own, "max_length")}
+    asked = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    told = tokenizer.apply_chat_template(conversations, chat_template=template, **asked, **others)
+    masks = []
+    for ids, words, marks in zip(found["input_ids"], told["input_ids"], told["assistant_masks"], strict=True):
+        places = [place for place, token in enumerate(map(int, ids)) if token not in visual]
+        kept = [(word, mark) for word, mark in zip(words, marks, strict=True) if word not in visual]
+        row, wanted = [int(ids[place]) for place in places], [word for word, _ in kept]
+        starts = range(len(row) - len(wanted) + 1)  # padding and special tokens may stand around them
+        start = next((start for start in starts if row[start : start + len(wanted)] == wanted), None)
+        if start is None:
+            raise ValueError("the assistant's words cannot be marked: truncation, or the tokenizer, changed the text")
+        mask = [0] * len(ids)
+        for place, (_, mark) in zip(places[start:], kept, strict=False):
+            mask[place] = mark
+        masks.append(mask)
+    as_list = isinstance(found["assistant_masks"], list)
+    found["assistant_masks"] = masks if as_list else torch.tensor(masks)
+    return found

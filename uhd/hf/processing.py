@@ -17,6 +17,7 @@ from uhd.hf.chat import (
     chosen_template,
     is_message,
     kind_of,
+    mark_words,
     parts_of,
     sources,
     takes_lists,
@@ -282,7 +283,8 @@ class UHDProcessor(FoundByName):
         found = {kind_of(part) for messages in conversations for message in messages for part in parts_of(message)}
         kinds = [kind for kind in tokens if kind in found]
         if takes_lists(template, kinds, tokens, {**self.tokenizer.special_tokens_map, **kwargs}):
-            return super().apply_chat_template(conversations if batched else conversations[0], template, **kwargs)
+            found = super().apply_chat_template(conversations if batched else conversations[0], template, **kwargs)
+            return mark_words(found, self.tokenizer, conversations, template, kwargs, self._visual_ids)
         images: list[list[Any]] = [[] for _ in conversations]
         videos: list[list[Any]] = [[] for _ in conversations]
         places = self._places(conversations)
@@ -295,10 +297,15 @@ class UHDProcessor(FoundByName):
         try:
             found = super().apply_chat_template(texts if batched else texts[0], template, **kwargs)
             if kwargs.get("tokenize"):
-                return found
+                words = [[{**m, "content": _with_tokens(m["content"] or "")} for m in chat] for chat in texts]
+                return mark_words(found, self.tokenizer, words, template, kwargs, self._visual_ids)
             return _with_tokens(found) if isinstance(found, str) else list(map(_with_tokens, found))
         finally:
             _CHAT.reset(told)
+
+    @property
+    def _visual_ids(self) -> set[int]:
+        return {token for token in (self.image_token_id, self.video_token_id) if token is not None}
 
     def _places(self, conversations: list[Any]) -> dict[str, str]:
         """What stands for the image and the video token in messages: letters that nobody wrote.
