@@ -51,6 +51,14 @@ def test_files_import_in_no_circle():
     list(graphlib.TopologicalSorter(graph).static_order())  # raises, naming the circle
 
 
+def test_torch_without_ranks_imports():
+    """Built so, torch has ``torch.distributed`` and nothing in it: what lies inside is imported where ranks exist."""
+    for folder in ("uhd", "kernels"):
+        for path in (ROOT / folder).rglob("*.py"):
+            at_once = re.findall(r"^(?:from|import) (torch\.distributed\.\S+)", path.read_text(), re.M)
+            assert at_once == [], path
+
+
 def test_a_circle_would_be_seen(tmp_path):
     (tmp_path / "one.py").write_text("def f():\n    from uhd.two import g\n")
     (tmp_path / "two.py").write_text("from . import one\n")

@@ -46,6 +46,13 @@ def gathered_between(outer: nn.Module, inner: nn.Module) -> bool:
     return any(part is inner for unit in units for part in unit.modules())
 
 
+def gather_for(module: nn.Module, method: str) -> None:
+    """Let FSDP2 gather parameters for calls of this method too, as it does for ``forward``."""
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    register_fsdp_forward_method(module, method)
+
+
 def unwrapped(module: nn.Module) -> nn.Module:
     """Return the module inside FSDP1's wrapper, or the module itself: to look at, while the wrapper is what is called.
 

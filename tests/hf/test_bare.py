@@ -26,6 +26,9 @@ import uhd.hf
 for name, kind in {"config": "UHDConfig", "model": "UHDForConditionalGeneration", "processor": "UHDProcessor",
                    "images": "UHDImageProcessor", "videos": "UHDVideoProcessor"}.items():
     assert type(got[name]) is getattr(uhd.hf, kind), name
+from transformers.models.auto import modeling_auto
+for table in ("MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"):
+    assert getattr(modeling_auto, table)["uhd"] == "UHDForConditionalGeneration"  # where transformers serve looks
 ask = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
 image = Image.new("RGB", (40, 60), "teal")
 print(ask(images=image, text="a<image>b", generate_kwargs={"max_new_tokens": 2, "do_sample": False}))

@@ -134,6 +134,16 @@ def test_samples_as_lists_and_raw_ones():
             assert got.equal(value), name
 
 
+def test_samples_with_an_image_a_row():
+    """As ``pad_patches`` makes them: images of other samples have other lengths."""
+    found = attach(encoder(), "llama")
+    wanted = found(**PackingCollator(found.processor, max_tokens=100)(prepared(found))).logits
+    found.processor.image_processor.pad_patches = True
+    batch = PackingCollator(found.processor, max_tokens=100)(prepared(found))
+    assert batch["visual"].pixel_values.dim() == 3
+    assert found(**batch).logits.equal(wanted)
+
+
 def test_padding_of_prepared_samples_is_cut_off():
     found = model("llama")
     both = found.processor(text=["a", "long one"], padding=True)

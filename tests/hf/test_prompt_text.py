@@ -9,7 +9,7 @@ from transformers import (
     StoppingCriteria,
     TextStreamer,
 )
-from transformers.generation import BaseStreamer
+from transformers.generation import BaseStreamer, CandidateGenerator
 
 from tests.hf.tiny import IMAGES, TEXTS, attach, encoder, language_model, model, tokenizer
 from tests.tiny import noise
@@ -180,6 +180,33 @@ def test_layers_that_cannot_be_left_early_are_refused_and_kept(kind):
     with pytest.raises(ValueError, match="leave assistant_early_exit out"):
         found.generate(**batch, assistant_early_exit=1, max_new_tokens=2)
     assert torch.equal(found(**batch).logits, wanted)
+
+
+class Follows(CandidateGenerator):
+    """Drafts nothing, and asks for the outputs of the model that it follows, as Gemma 4's assistants do."""
+
+    requires_model_outputs = True
+    model_kwargs_overrides = {"output_hidden_states": True}  # noqa: RUF012
+    seen = None
+
+    def get_candidates(self, input_ids, **kwargs):
+        type(self).seen = input_ids.shape[1]
+        return input_ids, None
+
+    def update_candidate_strategy(self, *args):
+        """Nothing to learn."""
+
+
+def test_drafters_that_follow_the_model_see_its_positions(monkeypatch):
+    found = attach(encoder(), "llama")
+    monkeypatch.setattr(type(found.language_model), "_get_candidate_generator", lambda self, **how: Follows())
+    if not hasattr(CandidateGenerator, "requires_model_outputs"):
+        pytest.skip("this transformers has no such drafters")
+    batch = found.processor(text="ab<image>", images=IMAGES[0])
+    how = {"max_new_tokens": 4, "do_sample": False}
+    got = found.generate(**batch, **how, prompt_lookup_num_tokens=2)
+    assert got.tolist() == found.generate(**batch, **how).tolist()
+    assert batch["input_ids"].shape[1] < Follows.seen < got.shape[1]
 
 
 def test_look_up_finds_what_stands_around_an_image():

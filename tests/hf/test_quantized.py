@@ -1,9 +1,11 @@
 """Language models whose weights torchao, bitsandbytes or quanto keep in few bits: extra ``quantized``."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPTQConfig, QuantoConfig, TorchAoConfig
 
 from tests.hf.tiny import IMAGES, attach, encoder, language_model
 from uhd.hf import UHDForConditionalGeneration
@@ -77,9 +79,9 @@ def test_a_quantized_language_model_is_attached_and_saved(library, folders, tmp_
 
 
 @pytest.mark.parametrize("asked", [False, True])
-@pytest.mark.parametrize("library", [*SETTINGS, "4 bits"])
+@pytest.mark.parametrize("library", [*SETTINGS, "4 bits", "a dictionary"])
 def test_a_whole_model_spares_the_stem_and_the_compressor_unless_asked(library, asked, folders, tmp_path):
-    if library == "4 bits":
+    if library in ("4 bits", "a dictionary"):
         pytest.importorskip("bitsandbytes")
         config = BitsAndBytesConfig(load_in_4bit=True)
     else:
@@ -88,7 +90,9 @@ def test_a_whole_model_spares_the_stem_and_the_compressor_unless_asked(library, 
     if asked:
         setattr(config, field, ["language_model.lm_head"])
     model = UHDForConditionalGeneration.from_pretrained(
-        folders / "eyes", quantization_config=config, dtype=torch.float32
+        folders / "eyes",
+        quantization_config=config.to_dict() if library == "a dictionary" else config,
+        dtype=torch.float32,
     )
     assert getattr(config, field) == (["language_model.lm_head"] if asked else None)
     names = converted(model)
@@ -102,3 +106,12 @@ def test_a_whole_model_spares_the_stem_and_the_compressor_unless_asked(library, 
         again = UHDForConditionalGeneration.from_pretrained(tmp_path)
         assert converted(again) == names
         assert again(**batch).logits.equal(model(**batch).logits)
+
+
+def test_a_quantization_that_cannot_spare_the_eyes_is_refused_at_saving(tmp_path):
+    """GPTQ's config names what it converts by block, not what it leaves alone."""
+    lm = language_model("llama")
+    lm.hf_quantizer = SimpleNamespace(quantization_config=GPTQConfig(bits=4), is_serializable=lambda: True)
+    model = attach(encoder(), lm)
+    with pytest.raises(ValueError, match="quantized with gptq, which cannot be saved with eyes"):
+        model.save_pretrained(tmp_path)

@@ -20,6 +20,7 @@ from uhd.hf.injection import choose_injection, explain_injection, inject
 from uhd.hf.labels import labels_of
 from uhd.hf.modeling import UHDForConditionalGeneration, UHDModel
 from uhd.hf.processing import UHDProcessor
+from uhd.hf.versions import name_for_servers
 from uhd.hf.video_processing import UHDVideoProcessor
 from uhd.hf.visual_inputs import together
 
@@ -48,6 +49,7 @@ for _config in (UHDConfig, UHDVisionConfig, UHDResamplerConfig):
 AutoModel.register(UHDConfig, UHDModel, exist_ok=True)
 for _auto in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
     _auto.register(UHDConfig, UHDForConditionalGeneration, exist_ok=True)
+name_for_servers(UHDConfig.model_type, UHDForConditionalGeneration.__name__)
 AutoProcessor.register(UHDConfig, UHDProcessor, exist_ok=True)
 # without torchvision transformers has no usable Auto class for videos, nor in older releases for images; ours need no
 # torchvision, and are then found by their names

@@ -19,27 +19,9 @@ SOURCE = '''\
 """Finds the classes of this folder in the installed package, for trust_remote_code=True."""
 
 try:
-    from uhd.hf import (
-        UHDConfig,
-        UHDForConditionalGeneration,
-        UHDImageProcessor,
-        UHDImageProcessorPil,
-        UHDModel,
-        UHDProcessor,
-        UHDVideoProcessor,
-    )
+    from uhd.hf import *
 except ImportError as problem:
     raise ImportError(f"this model needs the package llava-uhd ({problem}): pip install llava-uhd") from problem
-
-__all__ = [
-    "UHDConfig",
-    "UHDForConditionalGeneration",
-    "UHDImageProcessor",
-    "UHDImageProcessorPil",
-    "UHDModel",
-    "UHDProcessor",
-    "UHDVideoProcessor",
-]
 '''
 
 

@@ -141,7 +141,12 @@ def _is_json(value: Any) -> bool:
 
 
 def mark_words(
-    found: Any, tokenizer: Any, conversations: list[Any], template: Any, kwargs: Mapping[str, Any], visual: set[int]
+    found: Any,
+    tokenizer: Any,
+    conversations: list[Any],
+    template: str,
+    kwargs: Mapping[str, Any],
+    visual: set[int | None],
 ) -> Any:
     """Mark the assistant's words in a tokenized chat with images, whose positions some releases do not count.
 
@@ -150,7 +155,7 @@ def mark_words(
     Args:
         found: What ``apply_chat_template`` made; nothing happens unless it has ``assistant_masks``.
         tokenizer, conversations, template, kwargs: What it was made of.
-        visual: Ids of the image and the video token.
+        visual: Ids of the image token, and of the video token or ``None``.
 
     Raises:
         ValueError: The words are not the same, so nothing can be marked.

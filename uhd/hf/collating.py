@@ -284,8 +284,9 @@ def _tensor(name: str, value: Any) -> Tensor:
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """Behind each other; plans, which are bytes of unequal lengths, with zeros behind them."""
+    """Behind each other; plans and padded patches, which are of unequal lengths, with zeros behind them."""
     if parts[0].dim() == 1:
         return torch.cat(parts)
-    width = max(part.shape[1] for part in parts)
-    return torch.cat([functional.pad(part, (0, width - part.shape[1])) for part in parts])
+    length = max(part.shape[1] for part in parts)
+    inner = [0, 0] * (parts[0].dim() - 2)
+    return torch.cat([functional.pad(part, (*inner, 0, length - part.shape[1])) for part in parts])

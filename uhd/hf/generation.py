@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import GenerationMixin
 
 from uhd.hf.conversation import cached_columns, cached_length, is_filled, remember
@@ -21,7 +20,7 @@ from uhd.hf.injection import inject
 from uhd.hf.prompt_text import PromptText, reading_text
 from uhd.hf.versions import cache_name, take_cache
 from uhd.hf.visual_inputs import VisualInputs
-from uhd.ranks import is_sharded, is_unit
+from uhd.ranks import gather_for, is_sharded, is_unit
 
 _SHOWN: ContextVar[VisualInputs | None] = ContextVar("images of the prompt that is being generated from", default=None)
 
@@ -72,8 +71,8 @@ class GeneratesByLanguageModel(GenerationMixin):
             ValueError: As in :meth:`forward`; a sample and its new tokens must fit the language model's positions;
                 new images cannot be given with ``prefill_chunk_size``; the cache is not one of this conversation.
         """
-        if is_unit(self) and "generate" not in vars(self):  # FSDP2 gathers for what it is told beside forward
-            register_fsdp_forward_method(self, "generate")
+        if is_unit(self) and "generate" not in vars(self):
+            gather_for(self, "generate")
             return self.generate(inputs, generation_config, **kwargs)
         if is_sharded(self):
             kwargs.setdefault("synced_gpus", True)  # ranks that are done go on until all are

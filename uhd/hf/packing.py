@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from uhd.hf.injection import constants_shaken, probe_ids
+from uhd.ranks import unwrapped
 
 _TRIED: WeakKeyDictionary[nn.Module, dict[str, float]] = WeakKeyDictionary()
 """By language model and attention: how far logits of a packed row are from those of its samples alone."""
@@ -88,8 +89,8 @@ def refuse_mixing(lm: nn.Module) -> None:
     dtype = next((parameter.dtype for parameter in lm.parameters()), torch.float32)
     if not found <= _TOLERANCE.get(dtype, 2e-2):
         raise ValueError(
-            f"{type(lm).__name__} with {lm.config._attn_implementation} attention does not keep packed samples apart "
-            f"(logits differ by {found:.1%} of the largest): give it one sample a row"
+            f"{type(unwrapped(lm)).__name__} with {lm.config._attn_implementation} attention does not keep packed "
+            f"samples apart (logits differ by {found:.1%} of the largest): give it one sample a row"
         )
 
 
@@ -98,7 +99,7 @@ def _difference(lm: nn.Module) -> float:
     ids = probe_ids(lm, lm.get_input_embeddings())
     half = ids.shape[1] // 2
     positions = torch.cat([torch.arange(half), torch.arange(ids.shape[1] - half)])[None].to(ids.device)
-    if "position_ids" not in inspect.signature(lm.forward).parameters:
+    if "position_ids" not in inspect.signature(unwrapped(lm).forward).parameters:
         return float("inf")
     training = [module for module in lm.modules() if module.training]
     lm.eval()

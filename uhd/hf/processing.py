@@ -284,7 +284,7 @@ class UHDProcessor(FoundByName):
         kinds = [kind for kind in tokens if kind in found]
         if takes_lists(template, kinds, tokens, {**self.tokenizer.special_tokens_map, **kwargs}):
             found = super().apply_chat_template(conversations if batched else conversations[0], template, **kwargs)
-            return mark_words(found, self.tokenizer, conversations, template, kwargs, self._visual_ids)
+            return self._marked(found, conversations, template, kwargs)
         images: list[list[Any]] = [[] for _ in conversations]
         videos: list[list[Any]] = [[] for _ in conversations]
         places = self._places(conversations)
@@ -298,14 +298,15 @@ class UHDProcessor(FoundByName):
             found = super().apply_chat_template(texts if batched else texts[0], template, **kwargs)
             if kwargs.get("tokenize"):
                 words = [[{**m, "content": _with_tokens(m["content"] or "")} for m in chat] for chat in texts]
-                return mark_words(found, self.tokenizer, words, template, kwargs, self._visual_ids)
+                return self._marked(found, words, template, kwargs)
             return _with_tokens(found) if isinstance(found, str) else list(map(_with_tokens, found))
         finally:
             _CHAT.reset(told)
 
-    @property
-    def _visual_ids(self) -> set[int]:
-        return {token for token in (self.image_token_id, self.video_token_id) if token is not None}
+    def _marked(self, found: Any, conversations: list[Any], template: str, kwargs: dict[str, Any]) -> Any:
+        visual = {self.image_token_id, self.video_token_id}
+        with _TOKENIZING:
+            return mark_words(found, self.tokenizer, conversations, template, kwargs, visual)
 
     def _places(self, conversations: list[Any]) -> dict[str, str]:
         """What stands for the image and the video token in messages: letters that nobody wrote.

@@ -124,7 +124,6 @@ class _TextCandidates(CandidateGenerator):
 
     def __init__(self, drafter: CandidateGenerator, prompt: PromptText) -> None:
         self.drafter, self.prompt = drafter, prompt
-        self.requires_model_outputs = getattr(drafter, "requires_model_outputs", False)
 
     def get_candidates(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         text = self.prompt(input_ids)
@@ -179,10 +178,9 @@ class _ReadsText(GenerationMixin):
         kwargs["logits_processor"] = LogitsProcessorList(
             rule.rule if isinstance(rule, _TextProcessor) else rule for rule in rules
         )
-        from_model = ("assistant_early_exit", "use_mtp", "speculation_type")
-        if any(getattr(config, name, None) for name in from_model):  # drafted by what has seen the images
-            drafter = super()._get_candidate_generator(**kwargs)
-            return _EarlyExits(drafter, self) if getattr(config, "assistant_early_exit", None) else drafter
+        if getattr(config, "assistant_early_exit", None):  # drafted by what has seen the images
+            return _EarlyExits(super()._get_candidate_generator(**kwargs), self)
+        whole = dict(kwargs)
         config = copy.deepcopy(config)
         for name in ("max_length", "min_length"):
             if getattr(config, name, None) is not None:
@@ -192,7 +190,10 @@ class _ReadsText(GenerationMixin):
         for name in ("position_ids", "inputs_embeds"):
             inputs.pop(name, None)
         kwargs |= {"generation_config": config, "input_ids": text, "inputs_tensor": text, "model_kwargs": inputs}
-        return _TextCandidates(super()._get_candidate_generator(**kwargs), prompt)
+        drafter = super()._get_candidate_generator(**kwargs)
+        if getattr(drafter, "requires_model_outputs", False):  # these follow what has seen the images
+            return super()._get_candidate_generator(**whole)
+        return _TextCandidates(drafter, prompt)
 
     def get_compiled_call(self, *args: Any, **kwargs: Any) -> Any:
         return vars(self)["_whole"].get_compiled_call(*args, **kwargs)  # which keeps it for the next prompt

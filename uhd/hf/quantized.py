@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers import AutoQuantizationConfig
 
 LEFT_ALONE = ("visual.vision.stem", "visual.compressor")
 """Unless asked: what sees raw pixels, and what every visual token passes; both are small."""
@@ -21,9 +22,12 @@ _MARKS += ("quantization_method",)
 
 
 def take_over(model: PreTrainedModel, lm: PreTrainedModel) -> None:
-    """Make a language model's quantization the whole model's, which saves and loads by it; nothing if it has none."""
+    """Make a language model's quantization the whole model's, which saves and loads by it; nothing if it has none.
+
+    One that cannot be told what to spare stays the language model's, and :func:`refuse_unsaved` refuses to save it.
+    """
     quantizer = getattr(lm, "hf_quantizer", None)
-    if quantizer is None:
+    if quantizer is None or _skip_field(quantizer.quantization_config) is None:
         return
     config = copy.deepcopy(quantizer.quantization_config)
     whole = [name for name, module in lm.named_modules() if type(module) is nn.Linear and _is_plain(module.weight)]
@@ -39,8 +43,10 @@ def take_over(model: PreTrainedModel, lm: PreTrainedModel) -> None:
 def leave_alone(quantization_config: Any, text_config: Any) -> Any:
     """A quantization config that also spares the ViT's stem, the compressor and the language model's head.
 
-    As it is where it names what to spare itself, or knows no such names.
+    As it is where it names what to spare itself, or knows no such names; a dictionary becomes a config.
     """
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
     field = _skip_field(quantization_config)
     if field is None or getattr(quantization_config, field) is not None:
         return quantization_config
@@ -53,12 +59,14 @@ def leave_alone(quantization_config: Any, text_config: Any) -> Any:
 
 
 def refuse_unsaved(model: PreTrainedModel) -> None:
-    """Raise a ``ValueError`` where the weights are of a library whose tensors transformers does not save."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and not quantizer.is_serializable():
+    """Raise a ``ValueError`` where transformers cannot save the quantized weights, or not load them with eyes."""
+    quantizer = getattr(model, "hf_quantizer", None) or getattr(model.language_model, "hf_quantizer", None)
+    if quantizer is None:
+        return
+    if not quantizer.is_serializable() or _skip_field(quantizer.quantization_config) is None:
         method = quantizer.quantization_config.quant_method
         raise ValueError(
-            f"the model is quantized with {getattr(method, 'value', method)}, which transformers cannot save: save "
+            f"the model is quantized with {getattr(method, 'value', method)}, which cannot be saved with eyes: save "
             "the vision side with model.visual.save_pretrained(folder) and attach it again to the language model that "
             "you load, or quantize with torchao or bitsandbytes"
         )

@@ -23,6 +23,7 @@ from transformers import (
     video_processing_utils,
 )
 from transformers.image_processing_backends import PilBackend
+from transformers.models.auto import modeling_auto
 
 from uhd.ranks import unwrapped
 
@@ -104,6 +105,14 @@ def cache_name(lm: nn.Module) -> str:
 def _cache_name(forward: Any) -> str:
     parameters = inspect.signature(forward).parameters
     return next((name for name in CACHE_NAMES if name in parameters), "past_key_values")
+
+
+def name_for_servers(model_type: str, model_class: str) -> None:
+    """Name a model type where ``transformers serve`` looks for those that take images; registering it does not."""
+    for table in ("MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"):
+        names = getattr(modeling_auto, table, None)
+        if names is not None:
+            names[model_type] = model_class
 
 
 def processor_defaults(defaults: Mapping[str, Mapping[str, Any]]) -> Any:
