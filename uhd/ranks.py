@@ -42,6 +42,8 @@ def gathered_between(outer: nn.Module, inner: nn.Module) -> bool:
     >>> gathered_between(net, net[0])
     False
     """
+    if not _ranks():
+        return False
     units = (unit for unit in outer.modules() if unit is not inner and is_unit(unit))
     return any(part is inner for unit in units for part in unit.modules())
 
