@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.tiny import encoded, picture, png_chunk, refuses
+from tests.tiny import encoded, exif, picture, png_chunk, refuses
 from uhd.hf.image_processing import arrange_images, fetch_bytes
 from uhd.loading import named
 from uhd.pixels import image_size_hw, load_image
@@ -81,9 +81,10 @@ def damaged():
         segment = b"\xff" + bytes([marker]) + struct.pack(">H", len(data) + 2) + data
         yield f"jpeg {name}", jpeg[:2] + segment + jpeg[2:], jpeg
     for kind in ("PNG", "WEBP", "JPEG"):
-        for exif in (b"Exif\0\0" + bytes(40), b"Exif\0\0XX\0*\0\0\0\x08" + bytes(20)):
-            yield f"{kind} exif", encoded(image, kind, exif=exif), encoded(image, kind)
-    yield "webp cut", encoded(image, "WEBP", lossless=True, xmp=b"<x/>" * 9)[:-5], png
+        for junk in (b"Exif\0\0" + bytes(40), b"Exif\0\0XX\0*\0\0\0\x08" + bytes(20)):
+            yield f"{kind} exif", encoded(image, kind, exif=junk), encoded(image, kind)
+    for name, extra in (("xmp", {"xmp": b"<x/>" * 9}), ("exif", {"exif": exif(1)})):
+        yield f"webp cut in {name}", encoded(image, "WEBP", lossless=True, **extra)[:-5], png
     tiff = encoded(image, "TIFF", tiffinfo={270: "words"})
     place = tiff.index(struct.pack("<HHI", 270, 2, 6)) + 8
     yield "tiff", tiff[:place] + b"\xff\xff\xff\x7f" + tiff[place + 4 :], png
@@ -116,7 +117,10 @@ def test_xmp_turns_a_picture(kind):
 def test_errors_are_short():
     with pytest.raises(FileNotFoundError):
         load_image("no/such/file.png")
-    for source in ("data:image/png;base64," + "A" * 10_000, "A" * 10_000, "A" * 10_000 + "!"):
+    with pytest.raises(FileNotFoundError):  # it is no base64 text, whose letters are of one alphabet
+        load_image("/data/of_mine/" + "A" * 60)
+    texts = ("A" * 10_000, "A" * 10_000 + "!")
+    for source in (*texts, *(f"data:image/png;base64,{text}" for text in texts)):
         with pytest.raises((ValueError, OSError)) as caught, named("image", 0, source):
             load_image(source)
         assert str(caught.value).count("A") <= 200

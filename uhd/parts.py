@@ -96,6 +96,7 @@ def register_compressor(name: str, cls: type[nn.Module] | None = None) -> Any:
 
 def _register(role: str, name: str, cls: type[nn.Module] | None) -> Any:
     if cls is None:
+        check_free(role, name, {}, None)  # a decorator without a name is told where it stands
         return lambda given: _register(role, name, given)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"a {role} is registered as a class of torch.nn.Module, got {cls!r}")

@@ -233,6 +233,8 @@ def test_names_that_are_taken_and_what_is_no_part():
     refuses("Louder is registered as the vision 'louder' already", uhd.register_vision, "other", Louder)
     refuses("a class of torch.nn.Module, got <function", uhd.register_vision, "f", stretched, error=TypeError)
     refuses("under a name, a str, got type", uhd.register_vision, Louder, Louder, error=TypeError)
+    refuses("under a name, a str, got type", uhd.register_vision, Louder, error=TypeError)
+    refuses("under a name, a str, got function", uhd.register_strategy, stretched, error=TypeError)
     refuses("the strategy name 'InternVL' is taken by InternVLConfig", uhd.register_strategy, "InternVL", stretched)
     refuses("registered as the strategy 'stretched' already", uhd.register_strategy, "other", stretched)
     refuses("a strategy is a function", uhd.register_strategy, "x", 3, error=TypeError)
@@ -256,6 +258,13 @@ class TestStrategies:
         assert find(stretched) == find("in-a-square")  # so that an encoder that was given the function is saved too
         assert uhd.image_costs([(30, 50)], "in-a-square").tolist() == [16]
         refuses("did you mean 'in-a-square'", uhd.plan, (3, 5), "in-a-squre")
+
+    def test_a_method_and_a_partial(self):
+        whole = partial(stretched)
+        uhd.register_strategy("method", find("blip2").plan)
+        uhd.register_strategy("partial", whole)
+        assert [find(rule).name for rule in (find("blip2").plan, whole)] == ["method", "partial"]
+        assert uhd.strategies()["partial"] == "The whole image in a square."
 
     def test_the_processor_follows_a_function_that_is_defined_again(self):
         cell = "def rule(image_hw):\n    return make(image_hw)\nuhd.register_strategy('rule', rule)"

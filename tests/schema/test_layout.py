@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -265,6 +266,7 @@ def test_names_and_settings():
     ]:
         with pytest.raises(error, match=message):
             SpatialSchema(**settings)
+    assert SpatialSchema(around_slice=(np.str_("<a>"), "</a>")) == SpatialSchema(around_slice=("<a>", "</a>"))
     for grid in [(0, 2), (2,), (1.5, 2), 4]:
         with pytest.raises(ValueError, match="a grid"):
             SpatialSchema().symbols(grid)

@@ -682,11 +682,14 @@ def test_the_documentation_has_every_name_and_what_the_docstrings_say():
     [
         (
             lambda: InternVLConfig(max_tiles="12"),
-            "max_tiles of InternVLConfig must be a whole number, e.g. 12, got '12",
+            "max_tiles of InternVLConfig must be a whole number, e.g. 12, got '12'",
         ),
         (lambda: StretchConfig(tile=0), "tile of StretchConfig must be positive, got 0"),
         (lambda: InternVLConfig(min_tiles=5, max_tiles=4), "min_tiles 5 is above max_tiles 4"),
-        (lambda: InternVLConfig(resample="nearest"), "resample must be 'bicubic', 'bilinear' or 'lanczos', got 'nea"),
+        (
+            lambda: InternVLConfig(resample="nearest"),
+            "resample must be 'bicubic', 'bilinear' or 'lanczos', got 'nearest'",
+        ),
         (lambda: OpenAIConfig(remainder="crop"), "remainder must be"),
         (lambda: AnyResConfig(unpad_rounding="up"), "unpad_rounding"),
         (lambda: anyres.AriaPortConfig(tile=600), "once or twice"),

@@ -62,7 +62,7 @@ def read_picture(source: Any, settings: PixelSettings) -> Picture:
         return picture
     pixels = None if array is None else channels_last(array)
     if pixels is None or pixels.shape[2:] != (3,) or pixels.dtype != np.uint8:
-        pixels = np.array(load_image(source, settings=settings))
+        pixels = np.array(load_image(source if array is None else array, settings=settings))
     pixels = np.require(pixels, requirements=["C", "W"])  # torch wants to be allowed to write
     return Picture(*pixels.shape[:2], pixels)
 

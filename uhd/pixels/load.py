@@ -186,8 +186,11 @@ def plain_source(source: Any) -> Any:
 
 def _from_base64(text: str) -> bytes:
     """Decode base64 of either alphabet, broken into lines or not, with or without padding at its end."""
-    text = "".join(text.split()).rstrip("=").translate({ord("-"): "+", ord("_"): "/"})
-    return b64decode(text + "=" * (-len(text) % 4), validate=True)
+    text = "".join(text.split())
+    plain = text.translate({ord("-"): "+", ord("_"): "/"})
+    if plain != text and ("+" in text or "/" in text):
+        raise ValueError("letters of both alphabets: it is a path, say")
+    return b64decode(plain + "=" * (-len(plain) % 4), validate=True)
 
 
 def name_of(source: Any) -> str:

@@ -10,8 +10,7 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT"}
 _JPEG = b"\xff\xd8"
 _START_OF_SCAN = 0xDA
-_WEBP_PIXELS = {b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF"}
-_WEBP_FLAGS = {b"ICCP": 0x20, b"EXIF": 0x08, b"XMP ": 0x04}
+_WEBP_PIXELS = {b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF"}
 _TIFF_ORDER = {b"II*\0": "<", b"MM\0*": ">"}
 _TIFF_PIXELS = {*range(254, 260), 262, 266, 273, 274, *range(277, 280), 284, 292, 293, 317, *range(320, 326)}
 _TIFF_PIXELS |= {330, 332, *range(338, 342), 347, *range(529, 533)}
@@ -60,16 +59,14 @@ def _jpeg_segments(file: bytes) -> Iterator[bytes]:
 
 
 def _webp(file: bytes) -> bytes:
+    """Whole EXIF stays, for the orientation; the flags of VP8X may tell of parts that are gone, no decoder minds."""
     chunks, place = [], 12
     while place + 8 <= len(file):
         kind, length = struct.unpack_from("<4sI", file, place)
         end = place + 8 + length + length % 2
-        if kind in _WEBP_PIXELS or kind == b"VP8X" or (kind == b"EXIF" and end <= len(file)):
-            chunks.append(bytearray(file[place:end]))
+        if kind in _WEBP_PIXELS or (kind == b"EXIF" and end <= len(file)):
+            chunks.append(file[place:end])
         place = end
-    if chunks and chunks[0][:4] == b"VP8X":
-        kept = {bytes(chunk[:4]) for chunk in chunks}
-        chunks[0][8] &= 0xFF - sum(flag for kind, flag in _WEBP_FLAGS.items() if kind not in kept)
     body = b"WEBP" + b"".join(chunks)
     return struct.pack("<4sI", b"RIFF", len(body)) + body
 

@@ -72,7 +72,8 @@ class PixelSettings(Settings):
             object.__setattr__(self, "std", _three("std", self.std))
             if not all(0 <= value <= 1 for value in self.mean) or not all(value > 0 for value in self.std):
                 got = f"mean={self.mean}, std={self.std}"
-                raise ValueError(f"mean must lie in 0..1 and std above 0, got {got}: divide both by 255, say")
+                hint = "divide both by 255 where they are in 0..255 units"
+                raise ValueError(f"mean must lie in 0..1 and std above 0, got {got}: {hint}")
         if self.resample is not None:
             check_filter(self.resample)
         background = tuple(self.background)

@@ -107,6 +107,8 @@ def released_tensors(encoder: VisualEncoder, recipe: Recipe) -> dict[str, Tensor
 
 def _plain(vit: ViT) -> ViT:
     """Return the same weights in a ViT without compressors."""
+    if not isinstance(vit, CompressedViT):
+        return vit
     fields = {field.name: getattr(vit.config, field.name) for field in dataclasses.fields(ViTConfig)}
     with torch.device("meta"):
         plain = ViT(ViTConfig(**fields))

@@ -65,7 +65,7 @@ class SpatialSchema(Settings):
                 raise TypeError(f'{key} must be a string ("" for none), got {getattr(self, key)!r}')
         for key in ("around_slice", "around_slices", "around_overview", "around_image", "image_id"):
             marks = getattr(self, key)
-            is_pair = isinstance(marks, tuple) and [type(mark) for mark in marks] == [str, str]
+            is_pair = isinstance(marks, tuple) and len(marks) == 2 and all(isinstance(mark, str) for mark in marks)
             if not is_pair and not (key == "image_id" and marks is None):
                 raise TypeError(f'{key} must be a tuple of two strings ("" for none), got {marks!r}')
         check_choice("overview", self.overview, ("first", "last"))

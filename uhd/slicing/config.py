@@ -75,9 +75,7 @@ class Slicing(Settings):
     name: str  # what its plans say that made them
     patch_size: int | None = None  # side of a ViT patch, px; None where only its plans tell
     view_side: int | None = None  # side of the square that its views are made for, px; None where it sets none
-    least_view: tuple[int, int] | None = (
-        None  # (rows, columns) of the smallest view, in patches; None: it does not say
-    )
+    least_view: tuple[int, int] | None = None  # (rows, columns) of its smallest view, in patches; None: unknown
     uses_schema: bool = False  # whether it counts a schema's separators itself; for others uhd.schema.counted does
     learned: tuple[str, ...] = ()  # embeddings that its plans' packings may need: "newline", "separator"
     nested: bool = False  # whether a view that it counts fewer tokens for takes a resampler's first latents only

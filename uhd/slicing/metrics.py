@@ -359,15 +359,16 @@ def summarize(rule: SlicingLike, sizes_hw: Iterable[Sequence[int]], **system: An
     >>> summarize("llava-uhd", [(500, 900), (300, 1200)]).tokens_max
     324
     """
-    plans, refused = [], 0
+    found, refused = [], 0
     for size in map(check_size, sizes_hw):
         try:
-            plans.append(plan(size, rule))
+            planned = plan(size, rule)
         except ValueError:
             refused += 1
-    if not plans:
+        else:
+            found.append(measure(planned, **system))
+    if not found:
         raise ValueError(f"nothing to summarize: the rule refused all of {refused} sizes")
-    found = [measure(each, **system) for each in plans]
 
     def column(name: str) -> np.ndarray:
         return np.array([attrgetter(name)(item) for item in found], dtype=float)

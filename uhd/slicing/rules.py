@@ -92,8 +92,10 @@ def strategies() -> dict[str, str]:
 
 
 def _line_about(rule: Slicing) -> str:
-    told = (getattr(rule.function, "__doc__", None) or "").strip() if isinstance(rule, OwnRule) else repr(rule)
-    return told.partition("\n")[0] or "a function of your own"
+    if not isinstance(rule, OwnRule):
+        return repr(rule)
+    function = getattr(rule.function, "func", rule.function)  # of a partial
+    return (function.__doc__ or "").strip().partition("\n")[0] or "a function of your own"
 
 
 def register_strategy(name: str, rule: Slicing | Rule | None = None) -> Any:
@@ -122,6 +124,7 @@ def register_strategy(name: str, rule: Slicing | Rule | None = None) -> Any:
     True
     """
     if rule is None:
+        check_free("strategy", name, {}, None)  # a decorator without a name is told where it stands
         return lambda given: register_strategy(name, given)
     if not callable(rule) or isinstance(rule, type):
         raise TypeError(f"a strategy is a function from (height, width) to a SlicePlan, or settings; got {rule!r}")
@@ -189,7 +192,8 @@ def find(rule: SlicingLike | None) -> Slicing:
         known = [*PRESETS, *ALIASES, *STRATEGIES, *_REGISTERED]
         raise unknown_name("strategy", rule, known, f"uhd.strategies() lists all {len(known)} names")
     if callable(rule):
-        named = (one for one in _REGISTERED.values() if isinstance(one, OwnRule) and one.function is rule)
+        # by ==: a bound method is another object every time it is taken
+        named = (one for one in _REGISTERED.values() if isinstance(one, OwnRule) and one.function == rule)
         return next(named, OwnRule(rule))
     raise TypeError(
         "a strategy is a name, a SlicingConfig, another strategy's config, or a function from (height, width) to a "
