@@ -12,7 +12,7 @@ from uhd.positions import sincos_2d
 from uhd.resampler.attention import LatentAttention
 from uhd.resampler.config import ResamplerConfig
 from uhd.resampler.protocol import CompressorModule
-from uhd.resampler.weights import draw_linear
+from uhd.weights import draw_linear
 
 
 class LatentResampler(CompressorModule):

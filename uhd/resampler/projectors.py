@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from uhd.grids import Grid, check_grids, join_blocks, map_by_grid, shrink_grids, split_views
 from uhd.resampler.protocol import CompressorModule
-from uhd.resampler.weights import load_exactly, shape_of
 from uhd.settings import check_choice
+from uhd.weights import load_exactly, shape_of
 
 
 class Projector(CompressorModule):

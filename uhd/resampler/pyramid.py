@@ -17,8 +17,8 @@ from uhd.resampler.attention import LatentAttention
 from uhd.resampler.config import ResamplerConfig
 from uhd.resampler.latents import LatentResampler
 from uhd.resampler.protocol import check_features
-from uhd.resampler.weights import draw_linear, load_exactly, shape_of, sizes_of
 from uhd.resampler.windows import attend_windows, pool_windows
+from uhd.weights import draw_linear, load_exactly, shape_of, sizes_of
 
 NUM_SETS = 4
 """Sets of latents, as released; their results are joined into one token a window."""
