@@ -32,9 +32,6 @@ class LatentResampler(CompressorModule):
         """Count the tokens of every view: Q, whatever the grid."""
         return [self.tokens_per_view] * len(grids)
 
-    def _anchor(self) -> Tensor:
-        return self.query
-
     def _make_kv_proj(self) -> nn.Module:
         """The features' projection to the latents' width, where these differ."""
         return nn.Identity() if self.in_dim == self.out_dim else nn.Linear(self.in_dim, self.out_dim, bias=False)
