@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import platform
 import sys
 import warnings
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 import transformers
 from einops import rearrange
+from reporting import measured, written
 from resampler import DTYPES, ROUNDING, SLACK, cpu_times, device, gemm_rate, relative
 from torch import Tensor, nn
 from transformers import Siglip2VisionConfig, Siglip2VisionModel
@@ -226,23 +226,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--eager", action="store_true", help="without the compiled contenders")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(argv)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=DeprecationWarning)  # inside torch.compile
-            result = run(args.depth, args.dtypes, args.repeats, args.width, compiled=not args.eager)
-    except RuntimeError as problem:
-        print(f"nothing is reported: {problem}", file=sys.stderr)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)  # inside torch.compile
+        result = measured(lambda: run(args.depth, args.dtypes, args.repeats, args.width, compiled=not args.eager))
+    if result is None:
         return 1
-    finally:
-        torch.set_num_threads(threads)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "encoder.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (args.out / "encoder.svg").write_text(plot(result) + "\n", encoding="utf-8")
-    for part in ("versions", "device", "gemm_gflops", "work"):
-        print(", ".join(f"{key} {value}" for key, value in result[part].items()))
-    print(f"{result['about']}\n\n{table(result)}\n")
+    parts = ("versions", "device", "gemm_gflops", "work")
+    written(result, args.out / "encoder.json", {"encoder.svg": plot(result)}, parts)
+    print(f"\n{table(result)}\n")
     for target in result["targets"]:
         verdict = "reached" if target["ok"] else "NOT reached"
         print(f"{target['dtype']}, {target['contender']}: {target['ratio']} of {target['wanted']} wanted: {verdict}")

@@ -23,7 +23,6 @@ import argparse
 import copy
 import dataclasses
 import io
-import json
 import statistics
 import sys
 import tempfile
@@ -40,6 +39,7 @@ import torch
 import transformers
 from end_to_end_peers import EXACT_WAY, HEAD_DIM, LM_WIDTH, MAKERS, Peer, make_peer, scatter
 from PIL import Image
+from reporting import measured, written
 from resampler import DTYPES, ROUNDING, SLACK, cpu_times, device, gemm_rate, relative
 from torch import Tensor
 
@@ -319,23 +319,17 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", category=DeprecationWarning)  # torchvision's decoder, which the peers need
     transformers.utils.logging.disable_progress_bar()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    cases = None if args.all else SHORT
     try:
         with torch.no_grad():
-            result = run(args.width, args.depth, args.dtypes, args.repeats, None if args.all else SHORT)
-    except RuntimeError as problem:
-        print(f"nothing is reported: {problem}", file=sys.stderr)
-        return 1
+            result = measured(lambda: run(args.width, args.depth, args.dtypes, args.repeats, cases))
     finally:
-        torch.set_num_threads(threads)
         transformers.utils.logging.enable_progress_bar()
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "end_to_end.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (args.out / "end_to_end.svg").write_text(plot(result) + "\n", encoding="utf-8")
-    for part in ("versions", "device", "gemm_gflops"):
-        print(", ".join(f"{key} {value}" for key, value in result[part].items()))
-    print(f"{result['about']}\n\n{table(result)}\n\n{summary(result)}")
+    if result is None:
+        return 1
+    parts = ("versions", "device", "gemm_gflops")
+    written(result, args.out / "end_to_end.json", {"end_to_end.svg": plot(result)}, parts)
+    print(f"\n{table(result)}\n\n{summary(result)}")
     return 0
 
 

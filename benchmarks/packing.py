@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from preprocess import versions
+from reporting import measured, written
 from resampler import device
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -186,20 +186,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-tokens", type=int, default=768, help="of a packed row")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(argv)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        result = run(args.samples, args.width, args.depth, args.max_tokens)
-    except RuntimeError as problem:
-        print(f"nothing is reported: {problem}", file=sys.stderr)
+    result = measured(lambda: run(args.samples, args.width, args.depth, args.max_tokens))
+    if result is None:
         return 1
-    finally:
-        torch.set_num_threads(threads)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "packing.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    for part in ("versions", "device"):
-        print(", ".join(f"{key} {value}" for key, value in result[part].items()))
-    print(f"{result['about']}\n\n{table(result)}")
+    written(result, args.out / "packing.json", {})
+    print(f"\n{table(result)}")
     return 0
 
 

@@ -12,7 +12,6 @@ from float64 as the peer in bfloat16. Times are process CPU time, contenders int
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import platform
 import statistics
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from reporting import measured, written
 from torch import Tensor, nn
 
 import uhd
@@ -239,22 +239,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(argv)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.no_grad():
-            result = run(args.widths, args.dtypes, args.repeats)
-    except RuntimeError as problem:
-        print(f"nothing is reported: {problem}", file=sys.stderr)
+    with torch.no_grad():
+        result = measured(lambda: run(args.widths, args.dtypes, args.repeats))
+    if result is None:
         return 1
-    finally:
-        torch.set_num_threads(threads)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "resampler.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (args.out / "resampler.svg").write_text(plot(result) + "\n", encoding="utf-8")
-    for part in ("versions", "device", "gemm_gflops"):
-        print(", ".join(f"{key} {value}" for key, value in result[part].items()))
-    print(f"{result['about']}\n\n{table(result)}\n")
+    parts = ("versions", "device", "gemm_gflops")
+    written(result, args.out / "resampler.json", {"resampler.svg": plot(result)}, parts)
+    print(f"\n{table(result)}\n")
     for target in result["targets"]:
         verdict = "reached" if target["ok"] else "NOT reached"
         print(f"{target['width']} {target['dtype']}: {target['ratio']} of {target['wanted']} wanted: {verdict}")

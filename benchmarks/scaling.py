@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from preprocess import jpeg, made_picture, versions
+from reporting import measured, written
 from resampler import ROUNDING, device, relative
 
 import uhd
@@ -313,26 +314,15 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--points must be at least 3, for a line")
     shape = Shape(args.width, args.depth, args.points)
     warnings.filterwarnings("ignore", category=DeprecationWarning)  # torchvision's decoder
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.no_grad():
-            if args.memory:
-                print(json.dumps(memory(shape)))
-                return 0
-            result = run(shape, args.repeats)
-    except RuntimeError as problem:
-        print(f"nothing is reported: {problem}", file=sys.stderr)
+    with torch.no_grad():
+        result = measured(lambda: memory(shape) if args.memory else run(shape, args.repeats))
+    if result is None:
         return 1
-    finally:
-        torch.set_num_threads(threads)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "scaling.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    for name, drawn in plots(result).items():
-        (args.out / name).write_text(drawn + "\n", encoding="utf-8")
-    for part in ("versions", "device"):
-        print(", ".join(f"{key} {value}" for key, value in result[part].items()))
-    print(f"{result['about']}\n\n{table(result)}\n\n{fit_table(result)}")
+    if args.memory:
+        print(json.dumps(result))
+        return 0
+    written(result, args.out / "scaling.json", plots(result))
+    print(f"\n{table(result)}\n\n{fit_table(result)}")
     return 0
 
 

@@ -118,6 +118,12 @@ def test_only_one_module_imports_the_kernels():
     assert {user for user in users if user.startswith("uhd.")} == {"uhd.resampler.attention"}
 
 
+def test_a_vision_encoder_loads_no_compressor():
+    code = "import sys, uhd.vision; print([m for m in ('uhd.resampler', 'uhd_kernels') if m in sys.modules])"
+    found = run(code, ROOT)
+    assert found.stdout.strip() == "[]", found.stderr
+
+
 def test_every_public_name_loads():
     import uhd
 

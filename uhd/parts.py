@@ -27,7 +27,7 @@ from uhd.resampler import (
     SpatialConfig,
     SpatialResampler,
 )
-from uhd.settings import check_free, place_of
+from uhd.settings import check_free, kept_arguments, place_of
 from uhd.vision import CompressedViT, CompressedViTConfig, VisionTower, ViT, ViTConfig
 
 _PARTS: dict[str, tuple[type[nn.Module], type | None]] = {
@@ -130,14 +130,7 @@ def _settings(part: nn.Module) -> dict[str, Any]:
     if hasattr(part, "to_dict"):
         settings = part.to_dict()
     else:
-        names = _argument_names(cls)
-        missing = [name for name in names if not hasattr(part, name)]
-        if missing:
-            raise ValueError(
-                f"{place_of(cls)} cannot be saved: it does not keep {', '.join(missing)} of its constructor's "
-                "arguments as attributes; let it, or give it a to_dict()"
-            )
-        settings = {name: getattr(part, name) for name in names}
+        settings = kept_arguments(part, _argument_names(cls))
         if "config" in settings and _config_class(cls) is not None:
             settings["config"] = part.config.to_dict()
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 _Own = TypeVar("_Own", bound="Settings")
@@ -110,6 +110,21 @@ def check_free(kind: str, name: Any, taken: Mapping[str, Any], new: Any) -> None
             )
         if old is new and not same_name:
             raise ValueError(f"{place_of(new)} is registered as the {kind} {known!r} already: it has one name")
+
+
+def kept_arguments(one: Any, names: Collection[str]) -> dict[str, Any]:
+    """The attributes of something that are its constructor's arguments.
+
+    Raises:
+        ValueError: It does not keep them all; the message says what to do.
+    """
+    missing = [name for name in names if not hasattr(one, name)]
+    if missing:
+        raise ValueError(
+            f"{place_of(type(one))} cannot be saved: it does not keep {', '.join(missing)} of its constructor's "
+            "arguments as attributes; let it, or give it a to_dict()"
+        )
+    return {name: getattr(one, name) for name in names}
 
 
 def place_of(one: Any) -> str:

@@ -220,6 +220,14 @@ def test_arguments_that_are_not_kept_are_named(tmp_path):
     eyes = tiny_encoder(KeepsNothing(2))
     refuses("does not keep gain of its constructor's arguments as attributes", attach, eyes)
     refuses("does not keep gain", eyes.save_pretrained, tmp_path / "never_written")
+
+    @partial(uhd.register_compressor, "passes-them-on")
+    class PassesThemOn(MLPProjector):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+
+    eyes = tiny_encoder(PassesThemOn(32, WIDTH))
+    refuses("does not keep sizes of its constructor's arguments", eyes.save_pretrained, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -161,6 +161,20 @@ def test_bfloat16_weights_and_autocast(name):
 
 
 @every_part
+def test_weights_need_not_be_parameters(name):
+    """FSDP1 without `use_orig_params` makes plain tensors of them, and so does DataParallel."""
+    module, grids = randomised(name), grids_for(name)
+    features = features_for(module, grids)
+    wanted = module(features, grids)
+    for part in module.modules():
+        for key, weight in list(part.named_parameters(recurse=False)):
+            delattr(part, key)
+            setattr(part, key, weight.detach())
+    assert not list(module.parameters())
+    assert torch.equal(module(features, grids), wanted)
+
+
+@every_part
 def test_bad_input_says_what_was_expected(name):
     module, grids = randomised(name), grids_for(name)
     features = features_for(module, grids)

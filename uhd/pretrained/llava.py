@@ -17,11 +17,11 @@ from uhd.checkpoint import Checkpoint
 from uhd.pixels import PixelSettings
 from uhd.pretrained.recipe import Prefixes, Recipe, filter_of, preprocessor_of
 from uhd.resampler import MLPProjector
-from uhd.resampler.weights import load_exactly, shape_of
 from uhd.slicing.strategies.anyres import AnyResConfig
 from uhd.slicing.strategies.base import StrategyConfig
 from uhd.slicing.strategies.fixed import CenterCropConfig, SquarePadConfig, StretchConfig
 from uhd.vision import ViTConfig, config_from_hf
+from uhd.weights import load_exactly, shape_of
 
 KINDS = {"llava-1.5": "llava", "llava-next": "llava_next", "llava-onevision": "llava_onevision"}
 """Families, and what transformers calls them."""

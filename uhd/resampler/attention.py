@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from uhd_kernels import varlen_cross_attention
 
 from uhd.grids import Grid
-from uhd.resampler.weights import draw_linear
+from uhd.weights import draw_linear
 
 
 def attend(

@@ -12,7 +12,7 @@ from uhd.positions import sincos_2d
 from uhd.resampler.attention import LatentAttention
 from uhd.resampler.config import ResamplerConfig
 from uhd.resampler.protocol import CompressorModule
-from uhd.resampler.weights import draw_linear
+from uhd.weights import draw_linear
 
 
 class LatentResampler(CompressorModule):
@@ -31,9 +31,6 @@ class LatentResampler(CompressorModule):
     def output_lengths(self, grids: Sequence[Grid]) -> list[int]:
         """Count the tokens of every view: Q, whatever the grid."""
         return [self.tokens_per_view] * len(grids)
-
-    def _anchor(self) -> Tensor:
-        return self.query
 
     def _make_kv_proj(self) -> nn.Module:
         """The features' projection to the latents' width, where these differ."""

@@ -15,9 +15,9 @@ from uhd.resampler import folded
 from uhd.resampler.attention import LatentAttention, join_tables
 from uhd.resampler.config import PerceiverConfig
 from uhd.resampler.latents import ReleasedResampler
-from uhd.resampler.weights import draw_linear, load_exactly, sizes_of
 from uhd.settings import check_choice
 from uhd.shortcuts import is_plain, transformed, wants_gradients
+from uhd.weights import draw_linear, load_exactly, sizes_of
 
 
 class FeedForward(nn.Module):

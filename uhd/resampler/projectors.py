@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from uhd.grids import Grid, check_grids, join_blocks, map_by_grid, shrink_grids, split_views
 from uhd.resampler.protocol import CompressorModule
-from uhd.resampler.weights import load_exactly, shape_of
-from uhd.settings import check_choice
+from uhd.settings import check_choice, kept_arguments
+from uhd.weights import load_exactly, shape_of
 
 
 class Projector(CompressorModule):
@@ -28,7 +28,7 @@ class Projector(CompressorModule):
 
     def to_dict(self) -> dict[str, Any]:
         """Give the constructor's arguments in values that JSON takes."""
-        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+        return kept_arguments(self, inspect.signature(type(self)).parameters)
 
 
 class MLPProjector(Projector):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from uhd.grids import Grid, check_grids
+from uhd.shortcuts import float_parameter
 
 
 class Compressor(Protocol):
@@ -53,12 +54,8 @@ class CompressorModule(nn.Module):
             TypeError: the dtype is not that of the weights, outside autocast.
         """
         grids = check_grids(grids)
-        check_features(features, grids, self._anchor(), self.in_dim)
+        check_features(features, grids, float_parameter(self, features), self.in_dim)
         return self.compress(features, grids)
-
-    def _anchor(self) -> Tensor:
-        """A weight, whose dtype features must have."""
-        return next(self.parameters())
 
     def output_lengths(self, grids: Sequence[Grid]) -> list[int]:
         """Count the tokens of every view, in order."""

@@ -17,8 +17,8 @@ from uhd.resampler.attention import LatentAttention
 from uhd.resampler.config import ResamplerConfig
 from uhd.resampler.latents import LatentResampler
 from uhd.resampler.protocol import check_features
-from uhd.resampler.weights import draw_linear, load_exactly, shape_of, sizes_of
 from uhd.resampler.windows import attend_windows, pool_windows
+from uhd.weights import draw_linear, load_exactly, shape_of, sizes_of
 
 NUM_SETS = 4
 """Sets of latents, as released; their results are joined into one token a window."""
@@ -85,7 +85,7 @@ class PyramidResampler(LatentResampler):
         for query in self._queries():
             nn.init.trunc_normal_(query, std=0.02)
         for scale in self.config.levels:
-            nn.init.zeros_(self.get_parameter(f"feature_{scale}x_embedding"))
+            nn.init.zeros_(getattr(self, f"feature_{scale}x_embedding"))
         nn.init.normal_(self.proj, std=self.config.width**-0.5)
 
     @classmethod
@@ -144,8 +144,8 @@ class PyramidResampler(LatentResampler):
         heads = self.ln_proj(self.attn.out_proj(torch.stack(mixed)))
         return self.ln_post(self.cat_proj(rearrange(heads, "v s q d -> v q (s d)"))) @ self.proj
 
-    def _queries(self) -> list[nn.Parameter]:
-        return [self.get_parameter(f"query_{number}") for number in range(1, NUM_SETS + 1)]
+    def _queries(self) -> list[Tensor]:
+        return [getattr(self, f"query_{number}") for number in range(1, NUM_SETS + 1)]
 
     def _projector(self, scale: int) -> nn.Linear:
         return self.get_submodule(f"features_{scale}x_projector")
@@ -180,7 +180,7 @@ class PyramidResampler(LatentResampler):
             x = self.ln_kv(self._projector(scale)(torch.stack([maps[view] for view in views])))  # (V, h*s, w*s, D)
             size = (grid_hw[0] * scale, grid_hw[1] * scale)
             table = interpolate_pos_embed(self.pos_embed, (self.config.side,) * 2, size).unflatten(0, size)
-            keys.append(pool(x + table + self.get_parameter(f"feature_{scale}x_embedding")))
+            keys.append(pool(x + table + getattr(self, f"feature_{scale}x_embedding")))
             values.append(pool(x))
         # projected after pooling: the finest level has far more features than its windows have keys
         _, w_k, w_v = self.attn.in_proj_weight.chunk(3)

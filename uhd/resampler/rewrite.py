@@ -16,7 +16,7 @@ from uhd.positions import interpolate_pos_embed, sincos_2d
 from uhd.resampler.attention import LatentAttention, join_tables
 from uhd.resampler.config import ResamplerConfig
 from uhd.resampler.latents import LatentResampler
-from uhd.resampler.weights import load_exactly, shape_of, sizes_of
+from uhd.weights import load_exactly, shape_of, sizes_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,8 @@ from uhd.grids import Grid, map_by_grid, split_views
 from uhd.positions import interpolate_pos_embed
 from uhd.resampler.config import ResamplerConfig
 from uhd.resampler.latents import ReleasedResampler
-from uhd.resampler.weights import load_exactly, sizes_of
 from uhd.resampler.windows import attend_windows, pool_windows
+from uhd.weights import load_exactly, sizes_of
 
 
 @dataclass(frozen=True, kw_only=True)

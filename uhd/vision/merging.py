@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from uhd.grids import Grid, join_blocks, shrink_grids
-from uhd.resampler.weights import check_weights, draw_linear
 from uhd.settings import check_choice
 from uhd.shortcuts import float_parameter, in_fastest_dtype
+from uhd.weights import check_weights, draw_linear
 
 from .blocks import MLP, Attention, Block
 from .config import ViTConfig

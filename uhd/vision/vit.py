@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from uhd.grids import Grid, check_grids
 from uhd.pixels.normalize import fold_pixels
 from uhd.positions import bucket_position_ids, interpolate_pos_embed
-from uhd.resampler.weights import draw_linear
 from uhd.shortcuts import is_plain
+from uhd.weights import draw_linear
 
 from .blocks import Block
 from .compiled import BlockRunner, CompiledBlocks
