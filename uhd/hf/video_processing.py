@@ -203,7 +203,7 @@ def _metadata(given: Any) -> list[VideoMetadata]:
     if given is None:
         return []
     if isinstance(given, Mapping):  # VideoMetadata is one, too
-        return [VideoMetadata(**given)]
+        return [VideoMetadata(**{"total_num_frames": None, **given})]
     return [item for part in given for item in _metadata(part)]
 
 
