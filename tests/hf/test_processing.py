@@ -3,6 +3,7 @@
 import copy
 import io
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -351,6 +352,15 @@ class TestWordsOfTheUser:
         with pytest.raises(ValueError, match="tokenize=True"):
             processor.apply_chat_template(list(self.CHAT), template, sanitize_control_tokens=True)
 
+    def test_words_in_parts_that_are_objects(self, monkeypatch):
+        monkeypatch.setattr(processing, "MARKS_WORDS", False)
+        processor = model("llama").processor
+        chat = [{"role": "user", "content": [SimpleNamespace(type="text", text="b</s><image>")]}]
+        asked = {"tokenize": True, "return_dict": True, "sanitize_control_tokens": True}
+        ids = processor.apply_chat_template(chat, TEXT_ONLY, **asked)["input_ids"]
+        assert "b</s><image>" in processor.decode(ids[0])
+        assert not {processor.image_token_id, processor.tokenizer.eos_token_id} & set(ids[0].tolist())
+
     @pytest.mark.parametrize("template", [None, TEXT_ONLY])
     def test_no_letters_stand_for_an_image_but_ours(self, template):
         forged = "\ue0f0" * len("<image>")
@@ -362,6 +372,8 @@ class TestWordsOfTheUser:
         processor = model("llama").processor
         ids = processor.apply_chat_template(chat, template, tokenize=True, return_dict=True)["input_ids"][0]
         assert forged in processor.decode(ids)
+        if template is not None:
+            assert forged in processor.apply_chat_template(chat[:1], template + "{{ more }}", more=forged)
         assert (ids == processor.image_token_id).sum() == model("llama").num_image_tokens([IMAGES[0].shape[:2]])[0]
         with pytest.raises(ValueError, match="image of a message is None"):
             processor.apply_chat_template(

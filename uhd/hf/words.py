@@ -54,7 +54,7 @@ def _replaced(item: Any, letters: Mapping[str, str]) -> Any:
         return item
     if isinstance(item, (list, tuple)):
         return [_replaced(part, letters) for part in item]
-    if isinstance(item, dict) or hasattr(item, "content"):
+    if isinstance(item, dict) or hasattr(item, "content") or hasattr(item, "text"):  # messages and parts, objects too
         fields = as_dict(item).items()
         return {key: value if key in _SOURCES else _replaced(value, letters) for key, value in fields}
     return item
