@@ -355,11 +355,16 @@ class TestWordsOfTheUser:
     def test_words_in_parts_that_are_objects(self, monkeypatch):
         monkeypatch.setattr(processing, "MARKS_WORDS", False)
         processor = model("llama").processor
-        chat = [{"role": "user", "content": [SimpleNamespace(type="text", text="b</s><image>")]}]
+        letters = "".join(map(chr, range(0xE200, 0xE210)))  # that stand for control tokens meanwhile
+        chat = [{"role": "user", "content": [SimpleNamespace(type="text", text=f"b</s><image>{letters}")]}]
         asked = {"tokenize": True, "return_dict": True, "sanitize_control_tokens": True}
-        ids = processor.apply_chat_template(chat, TEXT_ONLY, **asked)["input_ids"]
-        assert "b</s><image>" in processor.decode(ids[0])
-        assert not {processor.image_token_id, processor.tokenizer.eos_token_id} & set(ids[0].tolist())
+        [ids] = processor.apply_chat_template(chat, TEXT_ONLY, **asked)["input_ids"].tolist()
+        shown = processor.decode(ids)
+        assert shown.startswith("[user]b</s><image>")
+        assert (shown.count("</s>"), shown.count("<image>")) == (1, 1)
+        assert not {processor.image_token_id, processor.tokenizer.eos_token_id} & set(ids)
+        short = processor.apply_chat_template(chat, TEXT_ONLY, **asked, truncation=True, max_length=9)
+        assert short["input_ids"].tolist() == [ids[:9]]
 
     @pytest.mark.parametrize("template", [None, TEXT_ONLY])
     def test_no_letters_stand_for_an_image_but_ours(self, template):
@@ -372,8 +377,6 @@ class TestWordsOfTheUser:
         processor = model("llama").processor
         ids = processor.apply_chat_template(chat, template, tokenize=True, return_dict=True)["input_ids"][0]
         assert forged in processor.decode(ids)
-        if template is not None:
-            assert forged in processor.apply_chat_template(chat[:1], template + "{{ more }}", more=forged)
         assert (ids == processor.image_token_id).sum() == model("llama").num_image_tokens([IMAGES[0].shape[:2]])[0]
         with pytest.raises(ValueError, match="image of a message is None"):
             processor.apply_chat_template(
@@ -383,5 +386,8 @@ class TestWordsOfTheUser:
     def test_a_template_of_text_only_shows_the_token(self):
         chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}]
         processor = model("llama").processor
+        forged = "\ue0f0" * len("<image>")
+        text = processor.apply_chat_template(chat, TEXT_ONLY + "{{ more }}", more=forged)
+        assert text == f"[user]<image>\na{forged}"
         assert processor.apply_chat_template(chat, TEXT_ONLY) == "[user]<image>\na"
         assert processor.apply_chat_template([chat, chat], TEXT_ONLY) == ["[user]<image>\na"] * 2
