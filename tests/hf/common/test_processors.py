@@ -42,6 +42,7 @@ def test_a_templates_variables_are_heeded():
     chat = [{"role": "user", "content": [{"type": "image", "image": IMAGES[0]}, {"type": "text", "text": "a"}]}]
     assert processor.apply_chat_template(chat, ASKS, bold=True) == "*<image>a"
     assert processor.apply_chat_template(chat, ASKS, image_token="<image>") == "<image>a"
+    assert processor.apply_chat_template(chat, ASKS, image_token="[i]") == "[i]a"
     batch = processor.apply_chat_template(chat, ASKS, tokenize=True, return_dict=True)
     assert torch.equal(torch.as_tensor(batch["input_ids"]), processor(text="<image>a", images=IMAGES[0])["input_ids"])
 
