@@ -145,4 +145,5 @@ def test_an_address_gives_the_file_or_a_sentence():
         address = f"http://127.0.0.1:{server.server_port}"
         assert fetch_bytes(f"{address}/a.png") == file
         refuses("cannot be fetched", fetch_bytes, f"{address}/b.png")
+        refuses("cannot be fetched: URL can't contain", fetch_bytes, f"{address}/a b.png")
         server.shutdown()

@@ -221,6 +221,9 @@ class TestRefused:
         found = model(kind)
         batch = dict(found.processor(text=TEXTS, images=IMAGES))
         embeds = found.get_input_embeddings()(torch.tensor([[1, 2]]))
+        if kind == "llama":
+            want = found.language_model(inputs_embeds=embeds).logits
+            assert torch.equal(found(inputs_embeds=embeds).logits, want)
         batch.pop("input_ids")
         with pytest.raises(ValueError, match=message):
             found(inputs_embeds=embeds, **batch)

@@ -3,6 +3,7 @@
 import copy
 import io
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -351,6 +352,20 @@ class TestWordsOfTheUser:
         with pytest.raises(ValueError, match="tokenize=True"):
             processor.apply_chat_template(list(self.CHAT), template, sanitize_control_tokens=True)
 
+    def test_words_in_parts_that_are_objects(self, monkeypatch):
+        monkeypatch.setattr(processing, "MARKS_WORDS", False)
+        processor = model("llama").processor
+        letters = "".join(map(chr, range(0xE200, 0xE210)))  # that stand for control tokens meanwhile
+        chat = [{"role": "user", "content": [SimpleNamespace(type="text", text=f"b</s><image>{letters}")]}]
+        asked = {"tokenize": True, "return_dict": True, "sanitize_control_tokens": True}
+        [ids] = processor.apply_chat_template(chat, TEXT_ONLY, **asked)["input_ids"].tolist()
+        shown = processor.decode(ids)
+        assert shown.startswith("[user]b</s><image>")
+        assert (shown.count("</s>"), shown.count("<image>")) == (1, 1)
+        assert not {processor.image_token_id, processor.tokenizer.eos_token_id} & set(ids)
+        short = processor.apply_chat_template(chat, TEXT_ONLY, **asked, truncation=True, max_length=9)
+        assert short["input_ids"].tolist() == [ids[:9]]
+
     @pytest.mark.parametrize("template", [None, TEXT_ONLY])
     def test_no_letters_stand_for_an_image_but_ours(self, template):
         forged = "\ue0f0" * len("<image>")
@@ -371,5 +386,8 @@ class TestWordsOfTheUser:
     def test_a_template_of_text_only_shows_the_token(self):
         chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}]
         processor = model("llama").processor
+        forged = "\ue0f0" * len("<image>")
+        text = processor.apply_chat_template(chat, TEXT_ONLY + "{{ more }}", more=forged)
+        assert text == f"[user]<image>\na{forged}"
         assert processor.apply_chat_template(chat, TEXT_ONLY) == "[user]<image>\na"
         assert processor.apply_chat_template([chat, chat], TEXT_ONLY) == ["[user]<image>\na"] * 2

@@ -61,27 +61,32 @@ def losses(run):
     return [float(entry["loss"]) for entry in run.state.log_history if "loss" in entry]
 
 
-def test_a_stage_in_trainer_falls_and_resumes(tmp_path):
-    def stage(found):
-        return torch.optim.AdamW(training.tune_all(found, lr=1e-2, vision_lr=1e-3), weight_decay=0.0), None
-
-    found = fresh()
-    whole = trainer(found, tmp_path, optimizers=stage(found))
+def goes_on_exactly(make, folder):
+    """Check that the trainers that ``make`` gives end alike, one resumed half-way; that one, and its end as loaded."""
+    whole, resumed = make(folder), make(folder)
     whole.train()
-    assert losses(whole)[-1] < losses(whole)[0]
-    rates = [group["lr"] for group in whole.optimizer.param_groups]
-    assert rates[0] == rates[1] == 10 * rates[2]  # the schedule keeps the ratio
-    again = fresh()
-    resumed = trainer(again, tmp_path, optimizers=stage(again))
-    resumed.train(resume_from_checkpoint=tmp_path / "checkpoint-2")
+    resumed.train(resume_from_checkpoint=folder / "checkpoint-2")
     assert losses(resumed) == losses(whole)
-    for (name, want), got in zip(found.named_parameters(), again.parameters(), strict=True):
+    for (name, want), got in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(got, want), name
-    loaded = UHDForConditionalGeneration.from_pretrained(tmp_path / "checkpoint-4")
-    assert loaded.processor.image_token == "<image>"  # the processor is in every checkpoint
-    batch = collate(SAMPLES, loaded.processor)
+    loaded = UHDForConditionalGeneration.from_pretrained(folder / "checkpoint-4").eval()
+    batch = collate(SAMPLES, loaded.processor)  # the processor is in every checkpoint
     with torch.no_grad():
-        assert torch.equal(loaded(**batch).loss, found.eval()(**batch).loss)
+        assert torch.equal(loaded(**batch).loss, whole.model.eval()(**batch).loss)
+    return resumed, loaded
+
+
+def test_a_stage_in_trainer_falls_and_resumes(tmp_path):
+    def make(folder):
+        found = fresh()
+        groups = training.tune_all(found, lr=1e-2, vision_lr=1e-3)
+        return trainer(found, folder, optimizers=(torch.optim.AdamW(groups, weight_decay=0.0), None))
+
+    resumed, loaded = goes_on_exactly(make, tmp_path)
+    assert losses(resumed)[-1] < losses(resumed)[0]
+    rates = [group["lr"] for group in resumed.optimizer.param_groups]
+    assert rates[0] == rates[1] == 10 * rates[2]  # the schedule keeps the ratio
+    assert loaded.processor.image_token == "<image>"
 
 
 def test_accumulated_steps_equal_one_large_batch(tmp_path):

@@ -287,7 +287,7 @@ class UHDProcessor(FoundByName):
             return self._marked(found, conversations, template, kwargs)
         images: list[list[Any]] = [[] for _ in conversations]
         videos: list[list[Any]] = [[] for _ in conversations]
-        places = self._places(conversations)
+        places = self._places((conversations, kwargs))
         texts = [
             [self._as_text(message, places, *media) for message in messages]
             for messages, *media in zip(conversations, images, videos, strict=True)
@@ -308,12 +308,12 @@ class UHDProcessor(FoundByName):
         with _TOKENIZING:
             return mark_words(found, self.tokenizer, conversations, template, kwargs, visual)
 
-    def _places(self, conversations: list[Any]) -> dict[str, str]:
-        """What stands for the image and the video token in messages: letters that nobody wrote.
+    def _places(self, written: Any) -> dict[str, str]:
+        """What stands for the image and the video token in messages: letters that nobody has written.
 
         As long as the token, so that places in the text stay the same.
         """
-        words = repr(conversations)
+        words = repr(written)
         free = (letter for letter in map(chr, range(0xE0F0, 0xE200)) if repr(letter)[1:-1] not in words)
         tokens = {"image": self.image_token, "video": self.video_token}
         return {kind: next(free) * len(token) for kind, token in tokens.items() if token is not None}

@@ -2,6 +2,7 @@
 
 # no `from __future__ import annotations`: transformers reads the types of the keywords below at run time
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,7 +204,7 @@ def _metadata(given: Any) -> list[VideoMetadata]:
     if given is None:
         return []
     if isinstance(given, Mapping):  # VideoMetadata is one, too
-        return [VideoMetadata(**given)]
+        return [VideoMetadata(**{"total_num_frames": None, **given})]
     return [item for part in given for item in _metadata(part)]
 
 
@@ -253,7 +254,8 @@ def _is_video(item: Any) -> bool:
 def _is_frame(item: Any) -> bool:
     if isinstance(item, (str, Path)):
         text = str(item)
-        if text.startswith("data:image") or Path(text.partition("?")[0]).suffix.lower() in _PICTURE_SUFFIXES:
+        suffix = os.path.splitext(text.partition("?")[0])[1]  # pathlib takes a third of a second for 8 MB of base64
+        if text.startswith("data:image") or suffix.lower() in _PICTURE_SUFFIXES:
             return True
         return not text.startswith("data:") and isinstance(plain_source(item), bytes)  # base64
     if isinstance(item, Mapping):

@@ -54,7 +54,7 @@ def _replaced(item: Any, letters: Mapping[str, str]) -> Any:
         return item
     if isinstance(item, (list, tuple)):
         return [_replaced(part, letters) for part in item]
-    if isinstance(item, dict) or hasattr(item, "content"):
+    if isinstance(item, dict) or hasattr(item, "content") or hasattr(item, "text"):  # messages and parts, objects too
         fields = as_dict(item).items()
         return {key: value if key in _SOURCES else _replaced(value, letters) for key, value in fields}
     return item
@@ -81,14 +81,8 @@ class _Spelling:
 
     def __call__(self, text: list[str], **kwargs: Any) -> Any:
         """As a tokenizer's, for plain lists of texts."""
-        names = (
-            "padding",
-            "max_length",
-            "pad_to_multiple_of",
-            "padding_side",
-            "return_tensors",
-            "return_attention_mask",
-        )
+        names = ["padding", "pad_to_multiple_of", "padding_side", "return_tensors", "return_attention_mask"]
+        names += ["max_length"] * (kwargs.get("padding") == "max_length")  # else `pad` warns that it is ignored
         rows = [self._row(line, kwargs.get("add_special_tokens", True)) for line in text]
         if kwargs.get("truncation"):
             rows = [row[: kwargs.get("max_length") or self._tokenizer.model_max_length] for row in rows]

@@ -42,6 +42,7 @@ def test_a_templates_variables_are_heeded():
     chat = [{"role": "user", "content": [{"type": "image", "image": IMAGES[0]}, {"type": "text", "text": "a"}]}]
     assert processor.apply_chat_template(chat, ASKS, bold=True) == "*<image>a"
     assert processor.apply_chat_template(chat, ASKS, image_token="<image>") == "<image>a"
+    assert processor.apply_chat_template(chat, ASKS, image_token="[i]") == "[i]a"
     batch = processor.apply_chat_template(chat, ASKS, tokenize=True, return_dict=True)
     assert torch.equal(torch.as_tensor(batch["input_ids"]), processor(text="<image>a", images=IMAGES[0])["input_ids"])
 
@@ -93,7 +94,7 @@ def test_decoded_frames_have_the_speed_that_they_are_told(told):
     places = processor.video_processor.sample_frames(VideoMetadata(total_num_frames=8, fps=4), fps=1.5)
     assert len(places) == 3  # of two seconds
     want = processor(text="<video>", videos=[frames[place] for place in places])
-    for metadata in (told, [told], [[told]]):
+    for metadata in (told, [told], [[told]], {"fps": told["fps"]}):
         got = processor(text="<video>", videos=[frames], fps=1.5, video_metadata=metadata)
         assert all(torch.equal(got[name], want[name]) for name in want)
     with pytest.raises(ValueError, match="video 0 has 7 frames, its video_metadata says 8"):
