@@ -24,6 +24,7 @@ from uhd.resampler.stitch import feature_lengths
 from uhd.schema import SpatialSchema, TokenLayout
 from uhd.schema.counted import PLAIN, counted, layout_of, video_layout
 from uhd.slicing import SlicePlan, Slicing, SlicingLike, VideoPlan, find, plan_images, plan_video
+from uhd.writing import finish, read_whole
 
 
 class VisualEncoder(PackedEncoder):
@@ -261,8 +262,11 @@ class VisualEncoder(PackedEncoder):
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write ``model.safetensors`` and ``uhd_encoder.json``: the encoder as it is now, but no slicing function.
 
+        Both are there at once, see :mod:`uhd.writing`.
+
         Raises:
-            ValueError: The encoder is quantised, or weights share memory.
+            ValueError: The encoder is quantised, weights share memory, or the folder is a file.
+            OSError: The folder cannot be written; what was there before is unchanged.
         """
         saving.save(self, folder)
 
@@ -310,11 +314,14 @@ class VisualEncoder(PackedEncoder):
         saved = None if isinstance(source, nn.Module) else Path(source) / saving.CONFIG_FILE
         if saved is not None and not saved.parent.is_dir():
             raise ValueError(f"{source} is not a folder; give a local one, nothing is downloaded")
+        if saved is not None:
+            finish(saved.parent)
         if saved is not None and saved.is_file():
             if out_dim is not None:
                 raise ValueError(f"{source} holds a whole encoder; out_dim is only for a new compressor")
             parts = {"vision": vision, "compressor": compressor, "sizes": sizes}
-            return saving.load(cls, saved.parent, slicing=slicing, schema=schema, pixels=pixels, **parts)
+            with read_whole(saved.parent, saved.name):
+                return saving.load(cls, saved.parent, slicing=slicing, schema=schema, pixels=pixels, **parts)
         vision, new = load_vision(source) if vision is None else vision, compressor is None
         compressor = _new_resampler(vision, out_dim, sizes) if new else compressor
         pixels = find_pixels(source) if pixels is None else pixels

@@ -21,6 +21,7 @@ from uhd.schema.counted import slicing_from_dict
 from uhd.slicing import SlicingLike, find
 from uhd.slicing.adaptive import RULES
 from uhd.vision.int8 import refuse_int8
+from uhd.writing import new_files
 
 CONFIG_FILE = "uhd_encoder.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -119,14 +120,13 @@ def save(encoder: Any, folder: str | os.PathLike) -> None:
     """Write an encoder's two files; errors as in :meth:`uhd.VisualEncoder.save_pretrained`."""
     refuse_int8(encoder)
     description = json.dumps(EncoderDescription.of(encoder).to_dict(), indent=2)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
-    try:
-        save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    except RuntimeError as problem:  # before the description is written, so that an older save stays whole
-        raise ValueError(f"weights that share memory cannot be saved: untie them first. {problem}") from None
-    (folder / CONFIG_FILE).write_text(description + "\n")
+    with new_files(folder) as new:
+        try:
+            save_file(weights, new / WEIGHTS_FILE, metadata={"format": "pt"})
+        except RuntimeError as problem:
+            raise ValueError(f"weights that share memory cannot be saved: untie them first. {problem}") from None
+        (new / CONFIG_FILE).write_text(description + "\n")
 
 
 def refuse_shared(encoder: nn.Module) -> None:

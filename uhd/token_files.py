@@ -16,6 +16,7 @@ from uhd.files import damage_named
 from uhd.schema import SpatialSchema, TokenLayout
 from uhd.schema.counted import layout_of, video_layout
 from uhd.slicing import SlicePlan, VideoPlan
+from uhd.writing import check_place, new_file
 
 
 def save_tokens(
@@ -34,6 +35,10 @@ def save_tokens(
         schema: The encoder's.
         names: Where each of them came from.
         note: Free text for whoever reads the file, e.g. that the weights are untrained.
+
+    Raises:
+        ValueError: Nothing to save, another schema's layouts, or no such place.
+        OSError: The file cannot be written; what stood there before is unchanged.
     """
     if not encoded:
         raise ValueError("no images to save")
@@ -48,8 +53,9 @@ def save_tokens(
     metadata = {"format": "uhd-tokens-1", "images": json.dumps(images), "schema": json.dumps(schema.to_dict())}
     if note:
         metadata["note"] = note
-    check_output(path)
-    save_file({"tokens": tokens.contiguous()}, path, metadata=metadata)
+    _check_name(path)
+    with new_file(path) as new:
+        save_file({"tokens": tokens.contiguous()}, new, metadata=metadata)
 
 
 def _layout_under(schema: SpatialSchema, plan: SlicePlan | VideoPlan) -> TokenLayout:
@@ -57,12 +63,14 @@ def _layout_under(schema: SpatialSchema, plan: SlicePlan | VideoPlan) -> TokenLa
 
 
 def check_output(path: str | os.PathLike) -> None:
-    """Raise a ``ValueError`` where :func:`save_tokens` could not write, before any work is done."""
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"tokens are written to a .safetensors file, got {str(path)!r}")
-    if not path.parent.is_dir():
-        raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
+    """Raise what :func:`save_tokens` would where it could not write, before any work is done."""
+    _check_name(path)
+    check_place(path)
+
+
+def _check_name(path: str | os.PathLike) -> None:
+    if Path(path).suffix != ".safetensors":
+        raise ValueError(f"tokens are written to a .safetensors file, got {os.fspath(path)!r}")
 
 
 def load_tokens(path: str | os.PathLike) -> list[EncodedImage | EncodedVideo]:

@@ -6,12 +6,14 @@ library is copied, and the classes are the package's own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from transformers import ProcessorMixin
+
+from uhd.writing import finish, new_files
 
 MODULE = "uhd_classes"
 
@@ -34,11 +36,15 @@ def auto_map(**classes: str) -> dict[str, str]:
     return {auto: f"{MODULE}.{name}" for auto, name in classes.items()}
 
 
-def write_module(folder: Any) -> None:
-    """Write the module that the names of :func:`auto_map` point to; the folder is made where it is missing."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{MODULE}.py").write_text(SOURCE, encoding="utf-8")
+def save_beside(save: Callable[..., Any], folder: Any, *args: Any, **kwargs: Any) -> Any:
+    """Save as transformers does, with the module that the names of :func:`auto_map` point to, all at once.
+
+    Returns what it returns, the paths of files as they are in the end.
+    """
+    with new_files(folder) as new:
+        (new / f"{MODULE}.py").write_text(SOURCE, encoding="utf-8")
+        found = save(str(new), *args, **kwargs)
+    return [str(Path(folder, Path(file).relative_to(new))) for file in found] if isinstance(found, list) else found
 
 
 class FromPackage:
@@ -53,6 +59,12 @@ class FoundByName(FromPackage, ProcessorMixin):
     """A processor whose parts are found by their names, too, where transformers cannot be told of them."""
 
     _by_name: Mapping[str, type] = MappingProxyType({})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a save that was killed is finished first, see :mod:`uhd.writing`."""
+        finish(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
     def load_by_name(cls, attribute: str, part: type) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from uhd.hf.bare import FromPackage, auto_map, write_module
+from uhd.hf.bare import FromPackage, auto_map, save_beside
 from uhd.hf.outputs import MEDIA
 from uhd.hf.versions import CACHE_NAMES
 from uhd.pixels import PixelSettings
@@ -199,7 +199,6 @@ class UHDConfig(FromPackage, PreTrainedConfig):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in transformers, with what a process without uhd imported needs, see :mod:`uhd.hf.bare`."""
-        write_module(save_directory)
         self.auto_map = auto_map(
             AutoConfig="UHDConfig",
             AutoModel="UHDModel",
@@ -207,7 +206,7 @@ class UHDConfig(FromPackage, PreTrainedConfig):
             AutoModelForMultimodalLM="UHDForConditionalGeneration",
             AutoProcessor="UHDProcessor",
         )
-        super().save_pretrained(save_directory, *args, **kwargs)
+        save_beside(super().save_pretrained, save_directory, *args, **kwargs)
 
     def describe(self, encoder: EncoderDescription) -> None:
         """Take an encoder's description, part by part."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import can_return_tuple
+from transformers.utils import CONFIG_NAME, can_return_tuple
 
 from uhd.encoded import num_rows
 from uhd.encoder import VisualEncoder
@@ -36,6 +38,7 @@ from uhd.resampler.attention import LatentAttention
 from uhd.schema.counted import layout_of
 from uhd.slicing import SlicePlan, VideoPlan, plan
 from uhd.vision import ViT
+from uhd.writing import finish, read_whole
 
 RESAMPLERS = (PerceiverResampler, PyramidResampler, RewriteResampler, SpatialResampler)
 """Compressors with parameters of their own beside those of their layers."""
@@ -76,14 +79,22 @@ class UHDPreTrainedModel(PreTrainedModel):
 
         Both sides keep the dtypes they were saved in, unless ``dtype`` says otherwise. The model's ``processor`` comes
         from the same place: same ``subfolder``, ``revision``, ``cache_dir`` and ``token``.
+
+        Raises:
+            ValueError: Only now was a save finished there that had been killed, see :mod:`uhd.writing`, and the config
+                that was read before may be older.
         """
+        folder = Path(pretrained_model_name_or_path or os.devnull, kwargs.get("subfolder") or "")
+        if finish(folder) and kwargs.get("config") is not None:
+            raise ValueError(f"{folder} held a save that was killed, which is finished now: load it again")
         if kwargs.get("dtype", "auto") not in ("auto", None) and kwargs.get("config") is None:
             kwargs.setdefault("visual_dtype", None)
         place = {name: kwargs[name] for name in _PLACE if kwargs.get(name) is not None}
         if kwargs.get("quantization_config") is not None:
             config = kwargs.get("config") or cls.config_class.from_pretrained(pretrained_model_name_or_path, **place)
             kwargs["quantization_config"] = leave_alone(kwargs["quantization_config"], config.text_config)
-        found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        with read_whole(folder, CONFIG_NAME):
+            found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = found[0] if isinstance(found, tuple) else found
         model._loaded_from = place
         model._restore_tables()

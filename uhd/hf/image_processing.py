@@ -23,7 +23,7 @@ from transformers.processing_utils import ImagesKwargs
 
 from uhd.batch import SliceBatch
 from uhd.encoded import EncodedImage
-from uhd.hf.bare import FromPackage, auto_map, write_module
+from uhd.hf.bare import FromPackage, auto_map, save_beside
 from uhd.hf.visual_inputs import describe_plans, pad_patches, pairs
 from uhd.pixels import RESAMPLE, PixelSettings, load_image
 from uhd.schema.counted import named_function, own_function, slicing_from_dict
@@ -139,8 +139,7 @@ class Planning(FromPackage):
             ValueError: The slicing is a function of the caller's own.
         """
         refuse_own_function(self.slicing)
-        write_module(save_directory)
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        return save_beside(super().save_pretrained, save_directory, *args, **kwargs)
 
     def planner(self, kwargs: Mapping[str, Any]) -> Slicing:
         """What images, or frames, are planned by under a call's keywords.

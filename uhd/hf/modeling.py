@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,7 @@ from uhd.saving import EncoderDescription, add_note
 from uhd.slicing import SlicePlan, VideoPlan
 from uhd.torch_private import shared_view
 from uhd.vision.int8 import refuse_int8
+from uhd.writing import new_files
 
 NEW_SEPARATORS = "the learned separators have new, UNTRAINED weights"
 
@@ -432,7 +434,7 @@ class UHDForConditionalGeneration(UHDModel, GeneratesByLanguageModel, Generation
         return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As in transformers, and the processor beside it where there is one.
+        """As in transformers, and the processor beside it where there is one, all at once; see :mod:`uhd.writing`.
 
         Raises:
             ValueError: A part, or the slicing, is the caller's own, so that it could not be built again; the encoder
@@ -450,6 +452,9 @@ class UHDForConditionalGeneration(UHDModel, GeneratesByLanguageModel, Generation
         loaded_from = Path(self.config.name_or_path) / self._loaded_from.get("subfolder", "")
         if self._processor is None and (loaded_from / PROCESSOR_NAME).is_file():
             self._processor = self.processor  # loaded on first use, which may not have been
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if self._processor is not None and kwargs.get("is_main_process", True):
-            self.processor.save_pretrained(save_directory)
+        # ranks that write one checkpoint together cannot do so in a folder of each one's own
+        together = kwargs.get("distributed_checkpoint", False)
+        with nullcontext(save_directory) if together else new_files(save_directory) as new:
+            super().save_pretrained(str(new), *args, **kwargs)
+            if self._processor is not None and kwargs.get("is_main_process", True):
+                self.processor.save_pretrained(str(new))

@@ -11,7 +11,7 @@ from typing import Any
 from transformers.processing_utils import BatchFeature, MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from uhd.encoded import EncodedImage, EncodedVideo
-from uhd.hf.bare import FoundByName, auto_map, write_module
+from uhd.hf.bare import FoundByName, auto_map, save_beside
 from uhd.hf.chat import (
     as_dict,
     chosen_template,
@@ -166,8 +166,7 @@ class UHDProcessor(FoundByName):
             ValueError: The slicing is a function of the caller's own.
         """
         refuse_own_function(self.image_processor.slicing)
-        write_module(save_directory)
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        return save_beside(super().save_pretrained, save_directory, *args, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """The image token once for every position of an image."""

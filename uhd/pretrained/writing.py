@@ -18,6 +18,7 @@ from uhd.encoder import VisualEncoder
 from uhd.pretrained.recipe import Recipe
 from uhd.vision import CompressedViT, ViT, ViTConfig, to_source_state_dict
 from uhd.vision.weights import vision_names
+from uhd.writing import new_files
 
 
 def write(encoder: VisualEncoder, folder: str | os.PathLike, recipe: Recipe, *, visual_only: bool) -> None:
@@ -38,10 +39,17 @@ def write(encoder: VisualEncoder, folder: str | os.PathLike, recipe: Recipe, *, 
         file = like.files[name].with_suffix(".safetensors").name.replace("pytorch_model", "model")
         by_file.setdefault(file, []).append(name)
     _check_empty(folder, set(by_file))
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in sorted(like.folder.iterdir()):
-        if file.is_file() and file.suffix not in (".safetensors", ".bin") and file.name not in (SAFE[1], PICKLED[1]):
-            shutil.copy2(file, folder / file.name)
+    with new_files(folder) as new:
+        for file in sorted(like.folder.iterdir()):
+            ours = file.suffix in (".safetensors", ".bin") or file.name in (SAFE[1], PICKLED[1])
+            if file.is_file() and not ours:
+                shutil.copy2(file, new / file.name)
+        _write_weights(new, by_file, tensors, like)
+
+
+def _write_weights(
+    folder: Path, by_file: Mapping[str, list[str]], tensors: Mapping[str, Tensor], like: Checkpoint
+) -> None:
     sizes = 0
     for file, inside in by_file.items():
         content = dict(like.read([name for name in inside if name not in tensors]))

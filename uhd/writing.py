@@ -1,0 +1,264 @@
+"""Files and folders that are written whole or not at all, whatever ends the process that writes them.
+
+A file is written under a hidden name beside its place and moved there at once. The files of a folder are written in a
+hidden folder inside it, which then gets the name :data:`READY`: from that moment the save has happened, and moving the
+files to their places, which a kill may cut short, is finished by whoever reads or writes the folder next. Files that
+others put there stay. What a killed writer left under its hidden name is taken over by the next one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+try:
+    import fcntl
+except ImportError:  # not POSIX: no writer knows that another is gone, so each has names of its own
+    fcntl = None  # type: ignore[assignment]
+
+STAGE, READY, _DROPPED, _TEMPORARY = ".uhd-saving-", ".uhd-saved", ".uhd-dropped", ".uhd-tmp-"
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_PROBE = 1 << 16  # bytes
+
+
+@contextmanager
+def new_file(path: str | os.PathLike) -> Iterator[Path]:
+    """Give a path to write to; what is there at the end is moved to ``path`` at once, and after an error removed.
+
+    A link stays, what it points to is replaced; permissions of a file that is replaced are kept.
+
+    Raises:
+        ValueError: There is no such folder, or something else than a file stands there.
+        OSError: It cannot be written, e.g. on a full disk; what was there before is unchanged.
+    """
+    place = _checked(path)
+    with _trouble_named(path), _claimed(_hidden(place)) as temporary:
+        yield temporary
+        _settle(temporary, place)
+        os.replace(temporary, place)
+
+
+def check_place(path: str | os.PathLike) -> None:
+    """Before any work: raise what :func:`new_file` would where nothing could be written there. Nothing is changed."""
+    place = _checked(path)
+    with _trouble_named(path), _claimed(_hidden(place)) as temporary:
+        temporary.write_bytes(bytes(_PROBE))
+
+
+@contextmanager
+def new_files(folder: str | os.PathLike) -> Iterator[Path]:
+    """Give a folder to write to; at the end all its files are in ``folder`` at once, and after an error none is.
+
+    ``folder`` is made where it is missing. Its other files stay, but for weights (``model*.safetensors``) where new
+    ones were written, since a loader would take the old ones for the new. Inside another such block the folder that
+    was given there is itself given.
+
+    Raises:
+        ValueError: A file stands where the folder, or a folder where one of its files should be.
+        OSError: It cannot be written, e.g. on a full disk; what was there before is unchanged.
+    """
+    folder = Path(folder)
+    if folder.parent.name.startswith(STAGE):
+        yield folder
+        return
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"cannot save to {folder}: it is a file, expected a folder")
+    with _trouble_named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        finish(folder)
+        with _claimed(folder / STAGE, folder=True) as hidden:
+            stage = hidden / folder.resolve().name  # by that name transformers calls a repository
+            stage.mkdir()
+            yield stage
+            new = _files(stage)
+            for file in new:
+                _settle(file, _checked(folder / file.relative_to(stage), made=True))
+            if new:
+                _drop(stage, folder)
+                _commit(stage, folder)
+
+
+def finish(folder: str | os.PathLike) -> bool:
+    """Move what a killed save left in ``folder`` to its places, and return whether there was anything.
+
+    Others may do the same at the same time.
+
+    Raises:
+        OSError: The files cannot be moved, e.g. in a folder that can only be read: neither the old nor the new whole
+            is there.
+    """
+    folder = Path(folder)
+    ready = folder / READY
+    if ready.is_symlink() or not ready.is_dir():
+        return False
+    try:
+        with suppress(FileNotFoundError):
+            for name in json.loads((ready / _DROPPED).read_text(encoding="utf-8")):
+                (folder / Path(name).name).unlink(missing_ok=True)
+            (ready / _DROPPED).unlink()
+        for file in _files(ready):
+            place = folder / file.relative_to(ready)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):
+                os.replace(file, place)
+        with suppress(OSError):  # another process did, or has the next save there by now
+            for inner in sorted((path for path in ready.rglob("*") if path.is_dir()), reverse=True):
+                inner.rmdir()
+            ready.rmdir()
+    except (OSError, ValueError, TypeError) as problem:
+        raise OSError(
+            f"{folder} is half old and half new: a save was killed as its files were moved there, and moving the rest "
+            f"from {READY} fails ({_reason(problem)}): save it again, or load it once where it can be written"
+        ) from problem
+    return True
+
+
+@contextmanager
+def read_whole(folder: str | os.PathLike, description: str) -> Iterator[None]:
+    """Read files of a folder that belong together, of which ``description`` is one.
+
+    Raises:
+        OSError: As :func:`finish`.
+        ValueError: They were saved anew meanwhile.
+    """
+    finish(folder)
+    before = _stamp(Path(folder, description))
+    yield
+    if Path(folder, READY).exists() or _stamp(Path(folder, description)) != before:
+        raise ValueError(f"{folder} was saved anew while it was read: load it again")
+
+
+def _hidden(place: Path) -> Path:
+    """How names of files on their way to this place begin: with none that a reader of such files would take."""
+    return place.parent / f".{place.name[:200]}{_TEMPORARY}"
+
+
+def _stamp(file: Path) -> tuple[int, int] | None:
+    with suppress(OSError):
+        found = file.stat()
+        return found.st_ino, found.st_mtime_ns
+    return None
+
+
+def _checked(path: str | os.PathLike, *, made: bool = False) -> Path:
+    """The file that ``path`` leads to, which can be written as far as one can see; ``made``: its folder will be."""
+    place = Path(os.path.realpath(path))
+    if not made and not place.parent.is_dir():
+        raise ValueError(f"cannot write {path}: there is no folder {place.parent if place.parent.name else '.'}")
+    if place.is_dir():
+        raise ValueError(f"cannot write {path}: it is a folder, expected a file")
+    if place.exists() and not place.is_file():
+        raise ValueError(f"cannot write {path}: it is a pipe or a device, expected a file")
+    if place.exists() and not os.access(place, os.W_OK):
+        raise PermissionError(f"cannot write {path}: it can only be read")
+    return place
+
+
+def _settle(file: Path, place: Path) -> None:
+    """Have the file on the disk, with the permissions of the one that it will replace, before it is moved."""
+    handle = os.open(file, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    if place.exists():
+        os.chmod(file, stat.S_IMODE(place.stat().st_mode))
+
+
+def _drop(stage: Path, folder: Path) -> None:
+    """List in the stage which weights of the folder the new ones replace under other names."""
+    if any(_WEIGHTS.fullmatch(file.name) for file in stage.iterdir()):
+        old = [file.name for file in folder.iterdir() if _WEIGHTS.fullmatch(file.name)]
+        dropped = [name for name in old if not (stage / name).exists()]
+        if dropped:
+            (stage / _DROPPED).write_text(json.dumps(dropped), encoding="utf-8")
+            _settle(stage / _DROPPED, stage / _DROPPED)
+
+
+def _commit(stage: Path, folder: Path) -> None:
+    while True:
+        try:
+            os.rename(stage, folder / READY)
+            break
+        except OSError:  # there is one of a save that came in between
+            if not finish(folder):
+                raise
+    finish(folder)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _DROPPED)
+
+
+@contextmanager
+def _claimed(base: Path, *, folder: bool = False) -> Iterator[Path]:
+    """Give an empty file or folder that is this writer's alone, and remove it at the end."""
+    path, handle = _claim(base, folder)
+    try:
+        if folder:
+            for old in path.iterdir():
+                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True) if folder else path.unlink(missing_ok=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def _claim(base: Path, folder: bool) -> tuple[Path, int | None]:
+    """Take the first name that no living writer has: each holds a lock, which ends with its process."""
+    for number in range(1000) if fcntl else ():
+        path = base.with_name(f"{base.name}{number}")
+        try:
+            if folder:
+                path.mkdir(exist_ok=True)
+            how = os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT
+            handle = os.open(path, how | os.O_NOFOLLOW, 0o666)
+        except OSError:
+            if os.path.lexists(path):  # another user's
+                continue
+            raise
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(handle), os.lstat(path)):  # it was not moved before it was locked
+                if not folder:
+                    os.ftruncate(handle, 0)
+                return path, handle
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        except OSError:  # there are no locks here
+            os.close(handle)
+            shutil.rmtree(path, ignore_errors=True) if folder else path.unlink(missing_ok=True)
+            break
+        os.close(handle)
+    path = base.with_name(f"{base.name}{os.getpid()}-{secrets.token_hex(4)}")
+    path.mkdir() if folder else path.touch(exist_ok=False)
+    return path, None
+
+
+@contextmanager
+def _trouble_named(path: str | os.PathLike) -> Iterator[None]:
+    """Say of what the system refuses where it was, and that nothing happened."""
+    try:
+        yield
+    except (OSError, SafetensorError) as problem:
+        if isinstance(problem, OSError) and problem.errno is None:  # said already, or not the system's
+            raise
+        kind = type(problem) if type(problem).__module__ == "builtins" else OSError
+        raise kind(f"cannot write {path}: {_reason(problem)}; nothing there was changed") from problem
+
+
+def _reason(problem: Exception) -> str:
+    if not isinstance(problem, OSError) or not problem.strerror:
+        return str(problem)
+    ours = any(part in str(problem.filename) for part in ("None", STAGE, _TEMPORARY))
+    return problem.strerror if ours else f"{problem.strerror} ({problem.filename})"
