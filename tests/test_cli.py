@@ -103,7 +103,7 @@ def test_plan_in_words(capsys):
 
 def test_plan_says_what_is_wrong(page, tmp_path, capsys):
     status, out, _ = run("plan", "nowhere.jpg", "672x1008", capsys=capsys)
-    assert status == 1
+    assert status == 3
     assert "'nowhere.jpg' is neither an image file nor a size" in out
     assert "454 tokens" in out
     fails("nothing to plan", "plan", capsys=capsys)
@@ -175,7 +175,7 @@ def test_encode_goes_on_past_a_bad_image(page, tmp_path, capsys):
     (tmp_path / "bad.png").write_bytes(b"no image")
     out_file = tmp_path / "t.safetensors"
     status, out, err = run("encode", tmp_path / "bad.png", page, "-o", out_file, capsys=capsys)
-    assert status == 1
+    assert status == 3
     assert "bad.png" in err
     assert "tokens (448, 256)" in out
     assert out_file.exists()

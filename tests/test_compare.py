@@ -282,7 +282,7 @@ def test_command_says_what_is_wrong(args, message, capsys):
 
 def test_command_goes_on_past_a_bad_file(tmp_path, capsys):
     status, out, err = run(tmp_path / "none.png", "30x40", "--strategies", "clip", capsys=capsys)
-    assert status == 1
+    assert status == 3
     assert "none.png" in err
     assert "30x40: 30x40 px" in out
 

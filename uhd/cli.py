@@ -4,36 +4,36 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uhd.slicing import PRESETS, SlicePlan, Slicing, candidates, find, plan
+from uhd import commands
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # nothing heavy before `commands.run` is there to take an interrupt
     from uhd.encoder import VisualEncoder
     from uhd.schema import SpatialSchema
+    from uhd.slicing import SlicePlan, Slicing
 
-_STRATEGY_HELP = f"{', '.join(PRESETS)} (default llava-uhd-safe), or any name of docs/strategies.md"
 _SIZE = re.compile(r"([0-9]+)[xX×]([0-9]+)")  # noqa: RUF001
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point. Returns the exit status: 0, or 1 where an input could not be read or an output not written."""
-    args = _parser().parse_args(argv)
+    """Entry point. Returns the exit status, see :mod:`uhd.commands`; a wrong call exits with 2."""
     for stream in (sys.stdout, sys.stderr):  # a file's name may not be writable to the terminal
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    try:
+    words = sys.argv[1:] if argv is None else argv
+    name = " ".join(["uhd", *(word for word in words[:1] if not word.startswith("-"))])
+
+    def command() -> int:
+        args = _parser().parse_args(argv)
         return args.run(args)
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        sys.stdout = None
-        return 0
-    except (ValueError, OSError) as problem:
-        print(f"uhd {args.command}: {problem}", file=sys.stderr)
-        return 1
+
+    return commands.run(name, command)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -41,57 +41,60 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(prog="uhd", description="Native-resolution eyes for any causal language model.")
     parser.add_argument("--version", action="version", version=f"uhd {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_planning(commands)
-    _add_encoding(commands)
+    known = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_planning(known)
+    _add_encoding(known)
     return parser
 
 
-def _add_planning(commands: Any) -> None:
+def _add_planning(known: Any) -> None:
     """The commands that load no model."""
-    command = commands.add_parser("plan", help="where images are cut, and what that costs")
+    command = known.add_parser("plan", help="where images are cut, and what that costs")
     command.add_argument("inputs", nargs="*", metavar="IMAGE|WxH", help="an image file, or WIDTHxHEIGHT in px")
     command.add_argument("--sizes", type=Path, metavar="FILE", help="a JSON list of [width, height]")
     command.add_argument("--candidates", action="store_true", help="every grid that was considered, with its score")
     command.add_argument("--json", action="store_true", help="one JSON object a line")
+    _many_arguments(command)
     _slicing_arguments(command)
     command.set_defaults(run=_plan)
 
-    command = commands.add_parser("layout", help='where slices, overview, "," and "\\n" go')
+    command = known.add_parser("layout", help='where slices, overview, "," and "\\n" go')
     command.add_argument("input", metavar="IMAGE|WxH")
     command.add_argument("--json", action="store_true", help="the list of symbols, as JSON")
     _slicing_arguments(command)
     command.set_defaults(run=_layout)
 
-    command = commands.add_parser("show", help="a picture of the cut")
+    command = known.add_parser("show", help="a picture of the cut")
     command.add_argument("image")
     command.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the picture to write")
     _slicing_arguments(command)
     command.set_defaults(run=_show)
 
-    command = commands.add_parser("compare", help="what many slicing rules do to an image, side by side")
+    command = known.add_parser("compare", help="what many slicing rules do to an image, side by side")
     command.add_argument("inputs", nargs="+", metavar="IMAGE|WxH", help="an image file, or WIDTHxHEIGHT in px")
     command.add_argument("--strategies", metavar="A,B,C", help="names of docs/strategies.md (default: all)")
     command.add_argument("--html", type=Path, metavar="FILE.html", help="one page with the drawn cuts and curves")
     command.add_argument("--json", action="store_true", help="one JSON object an image")
+    _many_arguments(command)
     command.add_argument("--budget", type=int, metavar="N", help="tokens an image should cost: adds tokens / N")
     for part, default in (("vit", "clip-l"), ("resampler", "none, an MLP"), ("lm", "llama-13b")):
         command.add_argument(f"--{part}", metavar="NAME", help=f"what FLOPs are counted for (default {default})")
     command.set_defaults(run=_compare)
 
 
-def _add_encoding(commands: Any) -> None:
+def _add_encoding(known: Any) -> None:
     """The commands that load an encoder or a language model."""
     folder: Any = {"type": Path, "metavar": "DIR", "help": "a folder written by VisualEncoder.save_pretrained"}
-    command = commands.add_parser("encode", help="images to visual tokens, in a safetensors file")
+    command = known.add_parser("encode", help="images to visual tokens, in a safetensors file")
     command.add_argument("images", nargs="+")
     command.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.safetensors")
     command.add_argument("--encoder", **folder)
-    command.add_argument("--strategy", metavar="NAME", help=_STRATEGY_HELP)
+    command.add_argument("--strategy", metavar="NAME", help=_strategy_help())
     command.add_argument("--video", action="store_true", help="the images are the frames of one video, in order")
+    _many_arguments(command)
     command.set_defaults(run=_encode)
 
-    command = commands.add_parser("demo", help="the whole way on one image, step by step, up to an answer")
+    command = known.add_parser("demo", help="the whole way on one image, step by step, up to an answer")
     command.add_argument("image", nargs="?", help="default: one drawn on the spot, which the shipped model reads")
     command.add_argument(
         "--ask", action="append", default=[], metavar="QUESTION", help="ask the shipped model, e.g. 'all?'; repeatable"
@@ -101,7 +104,7 @@ def _add_encoding(commands: Any) -> None:
     command.add_argument("--encoder", **folder)
     command.set_defaults(run=_demo)
 
-    command = commands.add_parser("doctor", help="what is installed and will run, or how eyes would fit a model")
+    command = known.add_parser("doctor", help="what is installed and will run, or how eyes would fit a model")
     command.add_argument("lm", type=Path, nargs="?", metavar="LM_DIR", help="how eyes would fit the model in there")
     command.add_argument("--schema", metavar="NAME", default="llava-uhd", help="a token layout (default llava-uhd)")
     command.add_argument("--json", action="store_true", help="one JSON object")
@@ -111,8 +114,23 @@ def _add_encoding(commands: Any) -> None:
 _ADAPTIVE_ONLY = ("max_slices", "max_tokens", "schema", "candidates")
 
 
+def _strategy_help() -> str:
+    from uhd.slicing import PRESETS
+
+    return f"{', '.join(PRESETS)} (default llava-uhd-safe), or any name of docs/strategies.md"
+
+
+def _many_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--on-error",
+        choices=("report", "stop"),
+        default="report",
+        help="report an image that cannot be read and go on, exiting with 3 (default), or stop there",
+    )
+
+
 def _slicing_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--strategy", metavar="NAME", help=_STRATEGY_HELP)
+    command.add_argument("--strategy", metavar="NAME", help=_strategy_help())
     command.add_argument("--schema", metavar="NAME", help="a token layout; it brings its slicing and its counts")
     command.add_argument("--max-slices", type=int, metavar="N", help="cap on slices; 1 never cuts")
     command.add_argument("--max-tokens", type=int, metavar="N", help="fewer slices until a plan costs at most that")
@@ -120,6 +138,8 @@ def _slicing_arguments(command: argparse.ArgumentParser) -> None:
 
 def _config(args: argparse.Namespace) -> Slicing:
     """The slicing that was asked for; a schema brings its own, and its counts in any case."""
+    from uhd.slicing import PRESETS, find
+
     rule = find(args.strategy or "llava-uhd-safe")
     if not rule.uses_schema:
         given = [f"--{key.replace('_', '-')}" for key in _ADAPTIVE_ONLY if getattr(args, key, None)]
@@ -144,16 +164,20 @@ def _schema(args: argparse.Namespace) -> SpatialSchema | None:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    from uhd.slicing import candidates, plan
+
     config = _config(args)
     inputs = list(args.inputs) + ([] if args.sizes is None else _read_sizes(args.sizes))
     if not inputs and args.sizes is None:
         raise ValueError("nothing to plan: give images, sizes such as 672x1008, or --sizes FILE")
-    status = 0
+    failed = 0
     for item in _progress(inputs, "sizes", quiet_below=5000):
         try:
             record: dict[str, Any] = {"image_hw": _size_hw(item)}
         except (ValueError, OSError) as problem:
-            status = 1
+            if args.on_error == "stop":
+                raise ValueError(f"{item}: {problem}") from problem
+            failed += 1
             record = {"input": str(item), "error": str(problem)}
         else:
             try:
@@ -166,10 +190,12 @@ def _plan(args: argparse.Namespace) -> int:
             except ValueError as problem:  # this size is refused; the others go on
                 record["error"] = str(problem)
         print(json.dumps(record) if args.json else _sentences(item, record, config))
-    return status
+    return commands.status(failed, len(inputs))
 
 
 def _sentences(item: Any, record: dict[str, Any], config: Slicing) -> str:
+    from uhd.slicing import plan
+
     name = "{1}x{0}".format(*item) if isinstance(item, tuple) else str(item)
     if "error" in record:
         return f"{name}: {record['error']}"
@@ -201,6 +227,7 @@ def _summary(found: SlicePlan) -> str:
 
 def _layout(args: argparse.Namespace) -> int:
     from uhd.schema import layout
+    from uhd.slicing import PRESETS, plan
 
     schema = _schema(args)
     if schema is None:
@@ -215,14 +242,16 @@ def _layout(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    from uhd.draw import draw_plan
+    from uhd.draw import draw_plan, write_picture
     from uhd.pixels import image_size_hw
+    from uhd.slicing import plan
 
     if _SIZE.fullmatch(args.image) and not Path(args.image).exists():
         raise ValueError(f"{args.image} is a size, a picture is drawn of an image file: uhd compare takes sizes")
     _check_output(args.output, [args.image])
-    found = plan(image_size_hw(args.image), _config(args))
-    draw_plan(args.image, found, schema=_schema(args)).save(args.output)
+    image, config = commands.picture(args.image), _config(args)
+    found = plan(image_size_hw(image), config)
+    write_picture(args.output, draw_plan(image, found, schema=_schema(args)))
     print(f"{args.image}: {_summary(found)}")
     print(f"wrote {args.output}")
     return 0
@@ -230,6 +259,7 @@ def _show(args: argparse.Namespace) -> int:
 
 def _compare(args: argparse.Namespace) -> int:
     from uhd.compare import compare, picture_of, system_of, table, write_page
+    from uhd.slicing import find
 
     rules = None if args.strategies is None else [name.strip() for name in args.strategies.split(",") if name.strip()]
     for rule in rules or ():
@@ -237,22 +267,25 @@ def _compare(args: argparse.Namespace) -> int:
     if args.html is not None:
         _check_output(args.html, args.inputs, page=True)
     system = system_of(args.vit, args.resampler, args.lm)
-    found, status = [], 0
-    for item in args.inputs:
-        try:
-            size_hw, image = _size_hw(item), None
-            if args.html is not None and not _SIZE.fullmatch(item):
-                image, size_hw = picture_of(item)
-            found.append(compare(size_hw, rules, name=Path(item).name, image=image, budget=args.budget, **system))
-        except (ValueError, OSError) as problem:  # the other images go on
-            print(f"uhd compare: {item}: {problem}", file=sys.stderr)
-            status = 1
-            continue
-        print(json.dumps(found[-1].to_dict()) if args.json else table(found[-1]) + "\n")
+    found: list[Any] = []
+
+    def one(item: str) -> str:
+        if args.html is not None and not _SIZE.fullmatch(item):
+            image, size_hw = picture_of(commands.picture(item))
+        else:
+            image, size_hw = None, _size_hw(item)
+        found.append(compare(size_hw, rules, name=Path(item).name, image=image, budget=args.budget, **system))
+        return json.dumps(found[-1].to_dict()) if args.json else table(found[-1]) + "\n"
+
+    failed, stop = commands.each("uhd compare", args.inputs, one, stop=args.on_error == "stop")
     if args.html is not None and found:
         write_page(args.html, found)
+        stop = stop and type(stop)(f"{len(found)} of {len(args.inputs)} images are in {args.html}")
+    if stop:
+        raise stop
+    if args.html is not None and found:
         print(f"wrote {args.html}: open it in a browser", file=sys.stderr if args.json else sys.stdout)
-    return status
+    return commands.status(failed, len(args.inputs))
 
 
 def _encode(args: argparse.Namespace) -> int:
@@ -262,34 +295,36 @@ def _encode(args: argparse.Namespace) -> int:
 
     check_output(args.output)
     encoder = _encoder(args.encoder, args.strategy)
-    encoded, names, lines, status = [], [], [], 0
+    done: list[tuple[str, str, Any]] = []  # name, what is said of it, tokens
+
+    def one(image: str) -> None:
+        (tokens,) = encoder([commands.picture(image)])
+        done.append((image, _summary(tokens.plan), tokens))
+
+    images = () if args.video else _progress(args.images, "images", quiet_below=1)
     with torch.inference_mode():
+        failed, stop = commands.each("uhd encode", images, one, stop=args.on_error == "stop")
         if args.video:
-            encoded, names = encoder.encode_videos([args.images]), [f"{len(args.images)} frames"]
-            video = encoded[0]
-            lines = [f"{names[0]}: {_summary(video.plan.plans[0])} each\n  {video.plan.num_tokens} tokens in all"]
-        for image in () if args.video else _progress(args.images, "images", quiet_below=1):
-            try:
-                encoded += encoder([image])
-                names.append(image)
-                lines.append(f"{image}: {_summary(encoded[-1].plan)}")
-            except (ValueError, OSError) as problem:  # the other images go on
-                print(f"uhd encode: {image}: {problem}", file=sys.stderr)
-                status = 1
+            (video,) = encoder.encode_videos([[commands.picture(image) for image in args.images]])
+            words = f"{_summary(video.plan.plans[0])} each\n  {video.plan.num_tokens} tokens in all"
+            done = [(f"{len(args.images)} frames", words, video)]
+    if stop and not done:
+        raise stop
+    names, _, encoded = zip(*done, strict=True) if done else ((), (), ())
     save_tokens(args.output, encoded, schema=encoder.schema, names=names, note=encoder.note)
-    for line, item in zip(lines, encoded, strict=True):
-        print(f"{line}\n  tokens {tuple(item.tokens.shape)}")
+    if stop:
+        raise type(stop)(f"{len(done)} of {len(args.images)} images are in {args.output}")
+    for name, words, tokens in done:
+        print(f"{name}: {words}\n  tokens {tuple(tokens.tokens.shape)}")
     print(f"wrote {args.output}")
     if encoder.note:
         print(f"note: {encoder.note}", file=sys.stderr)
-    return status
+    return commands.status(failed, len(args.images))
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from PIL.PngImagePlugin import PngInfo
-
     from uhd import demo
-    from uhd.draw import draw_plan
+    from uhd.draw import draw_plan, write_picture
     from uhd.pixels import load_image
 
     _check_output(args.output, filter(None, [args.image]))
@@ -302,13 +337,13 @@ def _demo(args: argparse.Namespace) -> int:
     name, eyes = "a page drawn for this demo", "a small ViT and perceiver resampler"
     if reader:
         name, eyes = reader.name, "the shipped nano model"
-    source = args.image if args.image is not None else reader.scene.image if reader else demo.page_image()
+    own = None if args.image is None else commands.picture(args.image)
+    source = own if own is not None else reader.scene.image if reader else demo.page_image()
     image = load_image(source, settings=encoder.pixels)
     found = encoder.plan((image.height, image.width))
-    info = PngInfo()
-    info.add_text("note", encoder.note)
     schema = encoder.schema if found.packing is None else None
-    draw_plan(image, found, schema=schema, settings=encoder.pixels).save(args.output, pnginfo=info)
+    drawn = draw_plan(image, found, schema=schema, settings=encoder.pixels)
+    write_picture(args.output, drawn, note=encoder.note)
     print(f"image: {args.image or name}: {_summary(found)}\nencoder: {args.encoder or eyes}")
     if encoder.note:
         print(f"note: {encoder.note}")
@@ -342,11 +377,14 @@ def _check_output(output: Path, inputs: Iterable[str], *, page: bool = False) ->
     """Before any work: a page or picture can be written there, and is none of the inputs."""
     from PIL import Image
 
-    if output.suffix.lower() not in ([".html", ".htm"] if page else Image.registered_extensions()):
-        wanted = "a page ends in .html" if page else "its ending names no picture format, as .png does"
-        raise ValueError(f"cannot write {output}: {wanted}")
-    if not output.parent.is_dir():
-        raise ValueError(f"cannot write {output}: there is no folder {output.parent}")
+    from uhd.draw import picture_file
+    from uhd.writing import check_place
+
+    if page and output.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"cannot write {output}: a page ends in .html")
+    if not page:
+        picture_file(output, Image.new("RGB", (1, 1)))
+    check_place(output)
     if output.exists() and any(Path(item).exists() and output.samefile(item) for item in inputs):
         raise ValueError(f"{output} is the image itself: choose another output")
 
@@ -359,7 +397,9 @@ def _encoder(folder: Path | None, strategy: str | None = None) -> VisualEncoder:
         return demo.untrained_encoder(strategy=strategy)
     from uhd.encoder import VisualEncoder
     from uhd.saving import CONFIG_FILE
+    from uhd.writing import finish
 
+    finish(folder)
     if not (folder / CONFIG_FILE).is_file():
         raise ValueError(f"{folder} holds no {CONFIG_FILE}: give a folder that VisualEncoder.save_pretrained wrote")
     return VisualEncoder.from_pretrained(folder, slicing=strategy)
@@ -372,21 +412,27 @@ def _size_hw(item: Any) -> tuple[Any, Any]:
     found = _SIZE.fullmatch(item)
     if found:
         return int(found[2]), int(found[1])
-    if not Path(item).is_file():
+    if not Path(item).exists() or Path(item).is_dir():
         raise ValueError(f"{item!r} is neither an image file nor a size such as 672x1008 (WIDTHxHEIGHT)")
     from uhd.pixels import image_size_hw
 
-    return image_size_hw(item)
+    return image_size_hw(commands.picture(item))
 
 
 def _read_sizes(path: Path) -> list[tuple[Any, Any]]:
     try:
-        sizes = json.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        sizes = json.loads(text, parse_constant=str, parse_float=_number)
         if not isinstance(sizes, list) or not all(isinstance(size, list) for size in sizes):
             raise ValueError("it holds something else")
         return [(height, width) for width, height in sizes]
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise ValueError(f"{path} must hold a JSON list of [width, height]: {problem}") from None
+
+
+def _number(digits: str) -> float | str:
+    """No infinite size: JSON could not say it again."""
+    return float(digits) if math.isfinite(float(digits)) else digits
 
 
 def _progress(items: Sequence[Any], unit: str, *, quiet_below: int) -> Iterator[Any]:

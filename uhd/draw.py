@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import math
 import textwrap
 from collections.abc import Sequence
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from uhd.pixels import DEFAULT, PixelSettings, load_image, render
 from uhd.schema import SpatialSchema, layout
 from uhd.slicing import SlicePlan, View, grid_score, view_box
+from uhd.writing import new_file
 
 Color = tuple[int, int, int]
 
@@ -64,6 +68,32 @@ def draw_plan(
     page.paste(right, (left.width + 2 * _MARGIN, body))
     page.paste(foot, (_MARGIN, page.height - foot.height - _MARGIN))
     return page
+
+
+def picture_file(path: Path, picture: Image.Image, note: str = "") -> bytes:
+    """Return a picture in the format that a file's ending names, with a note where that is PNG.
+
+    Raises:
+        ValueError: The ending names no format, or one that Pillow cannot write this picture in.
+    """
+    info, file = PngInfo(), io.BytesIO()
+    if note:
+        info.add_text("note", note)
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    try:
+        if kind not in Image.SAVE:
+            raise ValueError("its ending names no picture format that is written here, as .png does")
+        picture.save(file, kind, pnginfo=info)
+    except Exception as problem:  # what a format's writer raises is its own
+        raise ValueError(f"cannot write {path}: {problem}") from problem
+    return file.getvalue()
+
+
+def write_picture(path: Path, picture: Image.Image, *, note: str = "") -> None:
+    """Write :func:`picture_file` by :func:`uhd.writing.new_file`; errors as of both."""
+    content = picture_file(path, picture, note)
+    with new_file(path) as new:
+        new.write_bytes(content)
 
 
 def _token_lines(plan: SlicePlan, schema: SpatialSchema | None, names: Sequence[str]) -> list[str]:

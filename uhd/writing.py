@@ -153,7 +153,7 @@ def _checked(path: str | os.PathLike, *, made: bool = False) -> Path:
     """The file that ``path`` leads to, which can be written as far as one can see; ``made``: its folder will be."""
     place = Path(os.path.realpath(path))
     if not made and not place.parent.is_dir():
-        raise ValueError(f"cannot write {path}: there is no folder {place.parent if place.parent.name else '.'}")
+        raise ValueError(f"cannot write {path}: there is no folder {Path(path).parent}")
     if place.is_dir():
         raise ValueError(f"cannot write {path}: it is a folder, expected a file")
     if place.exists() and not place.is_file():

@@ -301,7 +301,6 @@ def test_it_is_measured_by_one_command(tmp_path, capsys):
         (("--images", "0"), "--images must be at least 1"),
         (("--seed", "-1"), "--seed must be at least 0"),
         (("--model", "nowhere"), "nowhere is no folder with a saved model"),
-        (("--json", "nowhere/out.json"), "cannot write nowhere"),
         (("--kinds", "zoom"), "invalid choice: 'zoom'"),
     ],
 )
@@ -310,6 +309,12 @@ def test_the_command_says_what_is_wrong_before_any_work(args, problem, capsys):
         main([*args])
     assert stopped.value.code == 2
     assert problem in capsys.readouterr().err
+
+
+def test_the_command_refuses_a_place_that_cannot_be_written_before_any_work(tmp_path, capsys):
+    for place, problem in (("nowhere/out.json", "there is no folder nowhere"), (str(tmp_path), "it is a folder")):
+        assert main(["--json", place]) == 1
+        assert f"cannot write {place}: {problem}" in capsys.readouterr().err
 
 
 def test_the_command_says_when_images_may_have_been_trained_on_and_counts_none_twice(tmp_path, capsys):

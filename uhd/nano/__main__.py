@@ -11,10 +11,12 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+from uhd import commands
 from uhd.hf import UHDForConditionalGeneration
 from uhd.nano.answer import load_nano
 from uhd.nano.evaluate import EVALUATION_SEED, evaluate, summary, table
 from uhd.nano.task import LEARNED, QUESTIONS
+from uhd.writing import check_place, new_file
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,18 +32,14 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--images must be at least 1, got {args.images}")
     if args.seed < 0:
         parser.error(f"--seed must be at least 0, got {args.seed}")
-    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
-        parser.error(f"--json: cannot write {args.json}, it is a folder or in none")
     if args.model and not (args.model / "config.json").is_file():
         parser.error(f"{args.model} is no folder with a saved model (config.json)")
-    try:
-        return measure(args)
-    except (ValueError, OSError) as problem:
-        print(f"python -m uhd.nano: {problem}", file=sys.stderr)
-        return 1
+    return commands.run("python -m uhd.nano", lambda: measure(args))
 
 
 def measure(args: argparse.Namespace) -> int:
+    if args.json:
+        check_place(args.json)
     logging.disable_progress_bar()
     model = load_nano() if args.model is None else UHDForConditionalGeneration.from_pretrained(args.model).eval()
     start = time.perf_counter()
@@ -52,7 +50,8 @@ def measure(args: argparse.Namespace) -> int:
     if args.seed < EVALUATION_SEED:
         print(f"seeds below {EVALUATION_SEED} are for training: the model may have seen these images")
     if args.json:
-        args.json.write_text(json.dumps({"summary": found, "items": [asdict(item) for item in items]}) + "\n")
+        with new_file(args.json) as new:
+            new.write_text(json.dumps({"summary": found, "items": [asdict(item) for item in items]}) + "\n")
     return 0
 
 

@@ -1,0 +1,119 @@
+"""How a command ends: its exit status and the one line that it says, interrupted or on any error."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+DONE, REFUSED, SOME_FAILED, INTERRUPTED, TERMINATED = 0, 1, 3, 130, 143
+"""Exit statuses; 2, a wrong call, is argparse's own."""
+
+MOST_BYTES = 1 << 28
+"""Of a picture that comes through a pipe."""
+
+
+def status(failed: int, total: int) -> int:
+    """The exit status after so many of all items failed."""
+    return DONE if not failed else REFUSED if failed == total else SOME_FAILED
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: whoever keeps finished work on Ctrl-C keeps it then, too."""
+
+
+def run(name: str, command: Callable[[], int]) -> int:
+    """Run a command and return its exit status; what goes wrong is one line on stderr, after ``name``.
+
+    SIGTERM raises :class:`Terminated` in it. The message of a ``KeyboardInterrupt`` is said, where it has one.
+    ``UHD_DEBUG=1`` in the environment shows tracebacks, too.
+    """
+    try:
+        with _sigterm_raised():
+            status = command()
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return status
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        sys.stdout = None
+        return DONE
+    except KeyboardInterrupt as stop:
+        kind = "terminated" if isinstance(stop, Terminated) else "interrupted"
+        _say(name, ", ".join([kind, *map(str, stop.args)]))
+        return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
+    except (ValueError, OSError) as problem:
+        _say(name, str(problem) or repr(problem))
+    except Exception as problem:
+        _say(name, f"{type(problem).__name__}: {problem} (UHD_DEBUG=1 shows where)")
+    return REFUSED
+
+
+def each(
+    name: str, items: Iterable[str], one: Callable[[str], str | None], *, stop: bool = False
+) -> tuple[int, KeyboardInterrupt | None]:
+    """Do one thing with every item and print what it says; return how many failed, and what interrupted it.
+
+    An item that fails is reported and the others go on; with ``stop`` a ``ValueError`` ends the run.
+    """
+    failed = 0
+    try:
+        for item in items:
+            try:
+                said = one(item)
+            except (ValueError, OSError) as problem:
+                if stop:
+                    raise ValueError(f"{item}: {problem}") from problem
+                _say(name, f"{item}: {problem}")
+                failed += 1
+            else:
+                print(said) if said else None
+    except KeyboardInterrupt as interrupt:
+        return failed, interrupt
+    return failed, None
+
+
+def picture(item: str) -> str | bytes:
+    """An image file; or the bytes of a pipe, such as ``<(...)``, which can be read only once.
+
+    Raises:
+        ValueError: It is a device, or too much comes through the pipe.
+    """
+    kind = os.stat(item).st_mode if os.path.exists(item) else 0
+    if stat.S_ISFIFO(kind):
+        with open(item, "rb") as pipe:
+            content = pipe.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise ValueError(f"more than {MOST_BYTES >> 20} MiB come through this pipe: write a file first")
+        return content
+    if kind and not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
+        raise ValueError(f"{item} is a device or a socket, expected an image file or a pipe")
+    return item
+
+
+def _say(name: str, words: str) -> None:
+    if os.environ.get("UHD_DEBUG") == "1":
+        traceback.print_exc()
+    print(f"{name}: {' '.join(line.strip() for line in words.splitlines())}", file=sys.stderr)
+
+
+@contextmanager
+def _sigterm_raised() -> Iterator[None]:
+    alone = threading.current_thread() is threading.main_thread()  # only that one may set a handler
+    if not alone or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def terminate(*_: Any) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
