@@ -380,11 +380,11 @@ def _check_output(output: Path, inputs: Iterable[str], *, page: bool = False) ->
     from uhd.draw import picture_file
     from uhd.writing import check_place
 
+    check_place(output)
     if page and output.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"cannot write {output}: a page ends in .html")
     if not page:
         picture_file(output, Image.new("RGB", (1, 1)))
-    check_place(output)
     if output.exists() and any(Path(item).exists() and output.samefile(item) for item in inputs):
         raise ValueError(f"{output} is the image itself: choose another output")
 

@@ -24,18 +24,26 @@ def status(failed: int, total: int) -> int:
     return DONE if not failed else REFUSED if failed == total else SOME_FAILED
 
 
-class Terminated(KeyboardInterrupt):
+class Stopped(KeyboardInterrupt):
+    """A signal came; with a message, finished work was kept. Python exits by SIGINT itself after some of the plain."""
+
+    word, status = "interrupted", INTERRUPTED
+
+
+class Terminated(Stopped):
     """SIGTERM came: whoever keeps finished work on Ctrl-C keeps it then, too."""
+
+    word, status = "terminated", TERMINATED
 
 
 def run(name: str, command: Callable[[], int]) -> int:
     """Run a command and return its exit status; what goes wrong is one line on stderr, after ``name``.
 
-    SIGTERM raises :class:`Terminated` in it. The message of a ``KeyboardInterrupt`` is said, where it has one.
+    Ctrl-C raises :class:`Stopped` in it, SIGTERM :class:`Terminated`.
     ``UHD_DEBUG=1`` in the environment shows tracebacks, too.
     """
     try:
-        with _sigterm_raised():
+        with _signals_raised():
             status = command()
             if sys.stdout is not None:
                 sys.stdout.flush()
@@ -44,9 +52,9 @@ def run(name: str, command: Callable[[], int]) -> int:
         sys.stdout = None
         return DONE
     except KeyboardInterrupt as stop:
-        kind = "terminated" if isinstance(stop, Terminated) else "interrupted"
-        _say(name, ", ".join([kind, *map(str, stop.args)]))
-        return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
+        kind = stop if isinstance(stop, Stopped) else Stopped
+        _say(name, ", ".join([kind.word, *map(str, stop.args)]))
+        return kind.status
     except (ValueError, OSError) as problem:
         _say(name, str(problem) or repr(problem))
     except Exception as problem:
@@ -103,17 +111,20 @@ def _say(name: str, words: str) -> None:
 
 
 @contextmanager
-def _sigterm_raised() -> Iterator[None]:
-    alone = threading.current_thread() is threading.main_thread()  # only that one may set a handler
-    if not alone or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
+def _signals_raised() -> Iterator[None]:
+    """Handlers of others stay."""
+    ours = {signal.SIGINT: (signal.default_int_handler, Stopped), signal.SIGTERM: (signal.SIG_DFL, Terminated)}
+    if threading.current_thread() is not threading.main_thread():  # only that one may set a handler
+        ours = {}
+    ours = {number: pair for number, pair in ours.items() if signal.getsignal(number) == pair[0]}
 
-    def terminate(*_: Any) -> None:
-        raise Terminated
+    def stop(number: int, _: Any) -> None:
+        raise ours[number][1]
 
-    signal.signal(signal.SIGTERM, terminate)
+    for number in ours:
+        signal.signal(number, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, (before, _) in ours.items():
+            signal.signal(number, before)

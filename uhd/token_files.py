@@ -64,8 +64,8 @@ def _layout_under(schema: SpatialSchema, plan: SlicePlan | VideoPlan) -> TokenLa
 
 def check_output(path: str | os.PathLike) -> None:
     """Raise what :func:`save_tokens` would where it could not write, before any work is done."""
-    _check_name(path)
     check_place(path)
+    _check_name(path)
 
 
 def _check_name(path: str | os.PathLike) -> None:

@@ -1,6 +1,6 @@
 """Files and folders that are written whole or not at all, whatever ends the process that writes them.
 
-A file is written under a hidden name beside its place and moved there at once. The files of a folder are written in a
+A file is written in a hidden folder beside its place and moved there at once. The files of a folder are written in a
 hidden folder inside it, which then gets the name :data:`READY`: from that moment the save has happened, and moving the
 files to their places, which a kill may cut short, is finished by whoever reads or writes the folder next. Files that
 others put there stay. What a killed writer left under its hidden name is taken over by the next one.
@@ -13,7 +13,6 @@ import os
 import re
 import secrets
 import shutil
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -34,6 +33,8 @@ _PROBE = 1 << 16  # bytes
 def new_file(path: str | os.PathLike) -> Iterator[Path]:
     """Give a path to write to; what is there at the end is moved to ``path`` at once, and after an error removed.
 
+    It has no suffix: say in which format to write.
+
     A link stays, what it points to is replaced; permissions of a file that is replaced are kept.
 
     Raises:
@@ -41,17 +42,18 @@ def new_file(path: str | os.PathLike) -> Iterator[Path]:
         OSError: It cannot be written, e.g. on a full disk; what was there before is unchanged.
     """
     place = _checked(path)
-    with _trouble_named(path), _claimed(_hidden(place)) as temporary:
-        yield temporary
-        _settle(temporary, place)
-        os.replace(temporary, place)
+    with _trouble_named(path), _claimed(_hidden(place)) as hidden:
+        new = hidden / "new"  # no name that a search for such files would find
+        yield new
+        _settle(new, place, hidden)
+        os.replace(new, place)
 
 
 def check_place(path: str | os.PathLike) -> None:
     """Before any work: raise what :func:`new_file` would where nothing could be written there. Nothing is changed."""
     place = _checked(path)
-    with _trouble_named(path), _claimed(_hidden(place)) as temporary:
-        temporary.write_bytes(bytes(_PROBE))
+    with _trouble_named(path), _claimed(_hidden(place)) as hidden:
+        (hidden / "probe").write_bytes(bytes(_PROBE))
 
 
 @contextmanager
@@ -75,13 +77,13 @@ def new_files(folder: str | os.PathLike) -> Iterator[Path]:
     with _trouble_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
         finish(folder)
-        with _claimed(folder / STAGE, folder=True) as hidden:
-            stage = hidden / folder.resolve().name  # by that name transformers calls a repository
+        with _claimed(folder / STAGE) as hidden:
+            stage = hidden / (folder.resolve().name or "root")  # by that name transformers calls a repository
             stage.mkdir()
             yield stage
             new = _files(stage)
             for file in new:
-                _settle(file, _checked(folder / file.relative_to(stage), made=True))
+                _settle(file, _checked(folder / file.relative_to(stage), made=True), hidden)
             if new:
                 _drop(stage, folder)
                 _commit(stage, folder)
@@ -101,12 +103,15 @@ def finish(folder: str | os.PathLike) -> bool:
     if ready.is_symlink() or not ready.is_dir():
         return False
     try:
+        inside = {file: folder / file.relative_to(ready) for file in _files(ready)}
+        for place in inside.values():
+            if not place.parent.resolve().is_relative_to(folder.resolve()):  # by a link that somebody put there
+                raise ValueError(f"{place.parent} leads out of it")
         with suppress(FileNotFoundError):
             for name in json.loads((ready / _DROPPED).read_text(encoding="utf-8")):
                 (folder / Path(name).name).unlink(missing_ok=True)
             (ready / _DROPPED).unlink()
-        for file in _files(ready):
-            place = folder / file.relative_to(ready)
+        for file, place in inside.items():
             place.parent.mkdir(parents=True, exist_ok=True)
             with suppress(FileNotFoundError):
                 os.replace(file, place)
@@ -114,7 +119,7 @@ def finish(folder: str | os.PathLike) -> bool:
             for inner in sorted((path for path in ready.rglob("*") if path.is_dir()), reverse=True):
                 inner.rmdir()
             ready.rmdir()
-    except (OSError, ValueError, TypeError) as problem:
+    except (OSError, ValueError, TypeError, RecursionError) as problem:
         raise OSError(
             f"{folder} is half old and half new: a save was killed as its files were moved there, and moving the rest "
             f"from {READY} fails ({_reason(problem)}): save it again, or load it once where it can be written"
@@ -138,7 +143,7 @@ def read_whole(folder: str | os.PathLike, description: str) -> Iterator[None]:
 
 
 def _hidden(place: Path) -> Path:
-    """How names of files on their way to this place begin: with none that a reader of such files would take."""
+    """How names of folders begin from which a file is moved to this place."""
     return place.parent / f".{place.name[:200]}{_TEMPORARY}"
 
 
@@ -163,15 +168,18 @@ def _checked(path: str | os.PathLike, *, made: bool = False) -> Path:
     return place
 
 
-def _settle(file: Path, place: Path) -> None:
-    """Have the file on the disk, with the permissions of the one that it will replace, before it is moved."""
+def _settle(file: Path, place: Path, hidden: Path) -> None:
+    """Have the file on the disk before it is moved, with the permissions of the one that it replaces.
+
+    A new one has those that the hidden folder got: safetensors and others let only the user read theirs.
+    """
+    with suppress(OSError):  # not every file system has any
+        os.chmod(file, (place if place.exists() else hidden).stat().st_mode & 0o666)
     handle = os.open(file, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-    if place.exists():
-        os.chmod(file, stat.S_IMODE(place.stat().st_mode))
 
 
 def _drop(stage: Path, folder: Path) -> None:
@@ -181,7 +189,7 @@ def _drop(stage: Path, folder: Path) -> None:
         dropped = [name for name in old if not (stage / name).exists()]
         if dropped:
             (stage / _DROPPED).write_text(json.dumps(dropped), encoding="utf-8")
-            _settle(stage / _DROPPED, stage / _DROPPED)
+            _settle(stage / _DROPPED, stage / _DROPPED, stage)
 
 
 def _commit(stage: Path, folder: Path) -> None:
@@ -200,48 +208,43 @@ def _files(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def _claimed(base: Path, *, folder: bool = False) -> Iterator[Path]:
-    """Give an empty file or folder that is this writer's alone, and remove it at the end."""
-    path, handle = _claim(base, folder)
+def _claimed(base: Path) -> Iterator[Path]:
+    """Give an empty folder that is this writer's alone, and remove it at the end."""
+    path, handle = _claim(base)
     try:
-        if folder:
-            for old in path.iterdir():
-                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+        for old in path.iterdir():
+            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
         yield path
     finally:
-        shutil.rmtree(path, ignore_errors=True) if folder else path.unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
         if handle is not None:
             os.close(handle)
 
 
-def _claim(base: Path, folder: bool) -> tuple[Path, int | None]:
+def _claim(base: Path) -> tuple[Path, int | None]:
     """Take the first name that no living writer has: each holds a lock, which ends with its process."""
     for number in range(1000) if fcntl else ():
         path = base.with_name(f"{base.name}{number}")
         try:
-            if folder:
-                path.mkdir(exist_ok=True)
-            how = os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT
-            handle = os.open(path, how | os.O_NOFOLLOW, 0o666)
+            path.mkdir(exist_ok=True)
+            handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError:
             if os.path.lexists(path):  # another user's
                 continue
             raise
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(handle), os.lstat(path)):  # it was not moved before it was locked
-                if not folder:
-                    os.ftruncate(handle, 0)
+            if os.path.samestat(os.fstat(handle), os.lstat(path)):  # it was not removed before it was locked
                 return path, handle
+            os.close(handle)
         except (BlockingIOError, FileNotFoundError):
-            pass
+            os.close(handle)
         except OSError:  # there are no locks here
             os.close(handle)
-            shutil.rmtree(path, ignore_errors=True) if folder else path.unlink(missing_ok=True)
+            path.rmdir()
             break
-        os.close(handle)
     path = base.with_name(f"{base.name}{os.getpid()}-{secrets.token_hex(4)}")
-    path.mkdir() if folder else path.touch(exist_ok=False)
+    path.mkdir()
     return path, None
 
 

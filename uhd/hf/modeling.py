@@ -458,3 +458,5 @@ class UHDForConditionalGeneration(UHDModel, GeneratesByLanguageModel, Generation
             super().save_pretrained(str(new), *args, **kwargs)
             if self._processor is not None and kwargs.get("is_main_process", True):
                 self.processor.save_pretrained(str(new))
+        # ranks that transformers made wait were let go before the files were in place
+        self.barrier_after_gathered_checkpoint_save(getattr(self.config, "distributed_config", None))
