@@ -17,8 +17,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 try:
     import fcntl
 except ImportError:  # not POSIX: no writer knows that another is gone, so each has names of its own
@@ -86,45 +84,55 @@ def new_files(folder: str | os.PathLike) -> Iterator[Path]:
                 _settle(file, _checked(folder / file.relative_to(stage), made=True), hidden)
             if new:
                 _drop(stage, folder)
-                _commit(stage, folder)
+                with _locked(folder):
+                    _move(folder)  # of a save that came in between and was killed
+                    os.rename(stage, folder / READY)
+                    _move(folder)
 
 
 def finish(folder: str | os.PathLike) -> bool:
     """Move what a killed save left in ``folder`` to its places, and return whether there was anything.
-
-    Others may do the same at the same time.
 
     Raises:
         OSError: The files cannot be moved, e.g. in a folder that can only be read: neither the old nor the new whole
             is there.
     """
     folder = Path(folder)
-    ready = folder / READY
-    if ready.is_symlink() or not ready.is_dir():
+    if not _is_ready(folder):
         return False
+    with _locked(folder):
+        _move(folder)
+    return True
+
+
+def _is_ready(folder: Path) -> bool:
+    return (folder / READY).is_dir() and not (folder / READY).is_symlink()
+
+
+def _move(folder: Path) -> None:
+    if not _is_ready(folder):  # another process was faster
+        return
+    ready = folder / READY
     try:
-        inside = {file: folder / file.relative_to(ready) for file in _files(ready)}
-        for place in inside.values():
+        places = {file: folder / file.relative_to(ready) for file in _files(ready)}
+        for place in places.values():
             if not place.parent.resolve().is_relative_to(folder.resolve()):  # by a link that somebody put there
                 raise ValueError(f"{place.parent} leads out of it")
-        with suppress(FileNotFoundError):
+        if (ready / _DROPPED).exists():
             for name in json.loads((ready / _DROPPED).read_text(encoding="utf-8")):
                 (folder / Path(name).name).unlink(missing_ok=True)
             (ready / _DROPPED).unlink()
-        for file, place in inside.items():
+        for file, place in places.items():
             place.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(FileNotFoundError):
-                os.replace(file, place)
-        with suppress(OSError):  # another process did, or has the next save there by now
-            for inner in sorted((path for path in ready.rglob("*") if path.is_dir()), reverse=True):
-                inner.rmdir()
-            ready.rmdir()
+            os.replace(file, place)
+        for inner in sorted((path for path in ready.rglob("*") if path.is_dir()), reverse=True):
+            inner.rmdir()
+        ready.rmdir()
     except (OSError, ValueError, TypeError, RecursionError) as problem:
         raise OSError(
             f"{folder} is half old and half new: a save was killed as its files were moved there, and moving the rest "
             f"from {READY} fails ({_reason(problem)}): save it again, or load it once where it can be written"
         ) from problem
-    return True
 
 
 @contextmanager
@@ -192,15 +200,19 @@ def _drop(stage: Path, folder: Path) -> None:
             _settle(stage / _DROPPED, stage / _DROPPED, stage)
 
 
-def _commit(stage: Path, folder: Path) -> None:
-    while True:
-        try:
-            os.rename(stage, folder / READY)
-            break
-        except OSError:  # there is one of a save that came in between
-            if not finish(folder):
-                raise
-    finish(folder)
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time, where the file system has locks."""
+    handle = None
+    try:
+        with suppress(OSError):
+            if fcntl:
+                handle = os.open(folder, os.O_RDONLY)
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -253,10 +265,12 @@ def _trouble_named(path: str | os.PathLike) -> Iterator[None]:
     """Say of what the system refuses where it was, and that nothing happened."""
     try:
         yield
-    except (OSError, SafetensorError) as problem:
-        if isinstance(problem, OSError) and problem.errno is None:  # said already, or not the system's
+    except Exception as problem:
+        # safetensors has an error of its own, tokenizers none; an OSError without a number was said already
+        if not getattr(problem, "errno", None) and "os error" not in str(problem):
             raise
-        kind = type(problem) if type(problem).__module__ == "builtins" else OSError
+        builtin = isinstance(problem, OSError) and type(problem).__module__ == "builtins"
+        kind = type(problem) if builtin else OSError
         raise kind(f"cannot write {path}: {_reason(problem)}; nothing there was changed") from problem
 
 
