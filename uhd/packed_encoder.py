@@ -147,8 +147,8 @@ class PackedEncoder(nn.Module):
         return tokens, lengths
 
     def _compress(self, features: Tensor, grids: tuple[tuple[int, int], ...]) -> Tensor:
-        """The compressor's tokens; a projector of a compiled encoder in the dtype that is fastest here."""
-        if not (getattr(self.vision, "compiled", False) and isinstance(self.compressor, PROJECTORS)):
+        """The compressor's tokens; a projector's in the dtype that is fastest here."""
+        if not isinstance(self.compressor, PROJECTORS):
             return self.compressor(features, grids)
         compressor = in_fastest_dtype(self.compressor, features)
         weight = float_parameter(compressor, features)
