@@ -367,7 +367,7 @@ def _fitted_packer(packer: FeaturePacker | None, slicing: Slicing, compressor: n
         )
     weight = next(compressor.parameters(), torch.empty(0))
     packer = FeaturePacker(out_dim, **{kind: kind in learned for kind in saving.LEARNED})
-    return packer.to(weight.device, weight.dtype)
+    return packer if weight.is_meta else packer.to(weight.device, weight.dtype)
 
 
 def _with_newlines(tokens: Tensor, videos: Sequence[VideoPlan], newline: Tensor | None) -> Tensor:

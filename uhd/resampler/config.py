@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from uhd.settings import Settings, check_choice
+from uhd.settings import Settings, check_choice, check_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,7 @@ class ResamplerConfig(Settings):
     square_advice: ClassVar[str] = "take 64 or 144, say"
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in self.counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")

@@ -44,6 +44,8 @@ class MLPProjector(Projector):
         ValueError: another activation.
     """
 
+    later = ("bias", "activation")
+
     def __init__(
         self, in_dim: int, out_dim: int, *, hidden_dim: int | None = None, bias: bool = True, activation: str = "gelu"
     ) -> None:

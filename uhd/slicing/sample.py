@@ -23,8 +23,6 @@ class VideoPlan(Settings):
     plans: tuple[SlicePlan, ...]
     newline: bool = False
 
-    readers = {"plans": lambda frames: tuple(map(SlicePlan.from_dict, frames))}  # noqa: RUF012
-
     @property
     def num_frames(self) -> int:
         return len(self.plans)
