@@ -22,7 +22,7 @@ from uhd.resampler import FeaturePacker, PerceiverConfig, PerceiverResampler, pa
 from uhd.resampler.config import default_heads
 from uhd.resampler.stitch import feature_lengths
 from uhd.schema import SpatialSchema, TokenLayout
-from uhd.schema.counted import PLAIN, counted, layout_of, video_layout
+from uhd.schema.counted import PLAIN, checked_layout, counted, video_layout
 from uhd.slicing import SlicePlan, Slicing, SlicingLike, VideoPlan, find, plan_images, plan_video
 
 
@@ -231,15 +231,9 @@ class VisualEncoder(PackedEncoder):
         if plan.patch_size != (patch_size := self.vision.patch_size):
             planned = f"image {number} is planned for patch_size={plan.patch_size}"
             raise ValueError(f"{planned}, the vision encoder has {patch_size}: {advice}")
-        laid = layout_of(plan, self.schema)
-        if plan.packing is None and plan.num_separators != laid.num_separators:
-            if self.schema == PLAIN:
-                advice = "give the encoder the schema that they are in, or let the plan count none"
-            raise ValueError(
-                f"image {number} is planned by {plan.strategy!r} with {plan.num_separators} separators, schema "
-                f"{self.schema.name!r} has {laid.num_separators}: {advice}"
-            )
-        return laid
+        if self.schema == PLAIN:
+            advice = "give the encoder the schema that they are in, or let the plan count none"
+        return checked_layout(plan, self.schema, where=f"image {number}", advice=advice)
 
     def _check_tokens(self, batch: SliceBatch, wanted: Sequence[Sequence[int]], lengths: Sequence[int]) -> None:
         views = [(number, view) for number, p in enumerate(batch.plans) for view in p.views]

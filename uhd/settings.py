@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import math
 import numbers
 import operator
 import sys
@@ -87,6 +88,19 @@ def check_types(settings: Any) -> None:
     for field in dataclasses.fields(settings):
         value = _read_at("." + field.name, readers[field.name], getattr(settings, field.name))
         object.__setattr__(settings, field.name, value)
+
+
+def check_range(settings: Any, names: Iterable[str], least: float = 1, most: float = math.inf) -> None:
+    """Raise a ``ValueError`` that names the first of these numbers out of range; ``None`` is in any."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not least <= value <= most:
+            bound = f"least {least}" if value < least else f"most {most}"
+            raise ValueError(f"{name} must be at {bound}; got {value}")
+
+
+MOST_LAYERS = 512
+"""Of any part: to build one of a mistaken number would take for ever."""
 
 
 @cache
