@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -23,7 +22,7 @@ from uhd.settings import Settings, read_arguments
 from uhd.slicing import SlicingLike, find
 from uhd.slicing.adaptive import RULES
 from uhd.vision.int8 import refuse_int8
-from uhd.weights import check_numbers
+from uhd.weights import check_numbers, check_weights
 
 CONFIG_FILE = "uhd_encoder.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -86,6 +85,10 @@ class EncoderDescription(Settings):
         if unknown:
             raise ValueError(f"the compressor, {self.compressor['kind']!r}, has no {' or '.join(unknown)} to change")
         return replace(self, compressor={**self.compressor, "config": {**settings, **sizes}})
+
+    def made_packer(self) -> FeaturePacker | None:
+        """The packer, with new weights."""
+        return None if self.packer is None else read_arguments(FeaturePacker, self.packer)
 
     def arguments(
         self,
@@ -155,15 +158,14 @@ def load(kind: type[_Encoder], folder: Path, *, sizes: Mapping[str, int] | None 
     resized = description.resized(sizes)
     with damage_named(folder / CONFIG_FILE):
         encoder = kind(**resized.arguments(**given, empty=ROLES[:1] if sizes else ROLES))
-        new = _take_packer(encoder, description.packer)
+        new = _take_packer(encoder, description)
     with damage_named(folder / WEIGHTS_FILE):
         # assigned, not copied: every tensor keeps the dtype it was saved in
         weights = load_file(folder / WEIGHTS_FILE)
         other = _leave_out(weights, encoder) if sizes else []
-        found = encoder.load_state_dict(weights, strict=False, assign=True)
-        missing = [name for name in found.missing_keys if name not in (*new, *other)]
-        if missing or found.unexpected_keys:
-            raise ValueError(f"missing {missing}, unexpected {found.unexpected_keys}")
+        wanted = {name: tensor for name, tensor in encoder.state_dict().items() if name not in (*new, *other)}
+        check_weights(weights, wanted, f"what {CONFIG_FILE} describes")
+        encoder.load_state_dict(weights, strict=False, assign=True)
         _check_read(weights, description)
     if new:
         add_note(encoder, f"{', '.join(new)}: new, UNTRAINED weights, since the saved encoder had another slicing")
@@ -204,16 +206,11 @@ def _leave_out(weights: dict[str, Tensor], encoder: nn.Module) -> list[str]:
     return other
 
 
-def _take_packer(encoder: Any, saved: dict[str, Any] | None) -> list[str]:
+def _take_packer(encoder: Any, description: EncoderDescription) -> list[str]:
     """Make room for a saved packer's embeddings; return the names of those that are needed and were not saved."""
-    if saved is None:
-        saved = dict.fromkeys(LEARNED, False)
-    else:
-        with torch.device("meta"):
-            saved = read_arguments(FeaturePacker, saved).to_dict()
-        if encoder.out_dim not in (None, saved["width"]):
-            raise ValueError(f"the packer has width {saved['width']}, the compressor gives {encoder.out_dim}")
+    made = description.made_packer()
+    saved = {kind: getattr(made, kind, None) is not None for kind in LEARNED}
     own = {kind: getattr(encoder.packer, kind, None) is not None for kind in LEARNED}
     if any(saved[kind] and not own[kind] for kind in LEARNED):
-        encoder.packer = FeaturePacker(saved["width"], **{kind: saved[kind] or own[kind] for kind in LEARNED})
+        encoder.packer = FeaturePacker(made.width, **{kind: saved[kind] or own[kind] for kind in LEARNED})
     return [f"packer.{kind}" for kind in LEARNED if own[kind] and not saved[kind]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -103,14 +104,24 @@ MOST_LAYERS = 512
 """Of any part: to build one of a mistaken number would take for ever."""
 
 
+def check_fields(settings: Any, names: Iterable[str]) -> None:
+    """Raise a ``ValueError`` that names the first of these attributes that is not what its class annotates it as."""
+    readers = _readers(type(settings))
+    for name in names:
+        _read_at("." + name, readers[name], getattr(settings, name))
+
+
 @cache
 def _readers(cls: type) -> dict[str, _Reader]:
     """What reads each argument of a class."""
-    try:
-        hints = typing.get_type_hints(cls if dataclasses.is_dataclass(cls) else cls.__init__)
-    except (NameError, TypeError):  # of a caller's class, names that type checkers alone know
-        hints = {}
-    return {name: _reader(hints.get(name, Any)) for name in inspect.signature(cls).parameters}
+    names, hints = inspect.signature(cls).parameters, {}
+    for one in reversed(cls.__mro__) if dataclasses.is_dataclass(cls) else (cls.__init__,):
+        own = {name: kind for name, kind in inspect.get_annotations(one).items() if name in names}
+        with contextlib.suppress(NameError):  # names that type checkers alone know: nothing is checked by them
+            hints |= typing.get_type_hints(
+                types.SimpleNamespace(__annotations__=own), vars(sys.modules[one.__module__])
+            )
+    return {name: _reader(hints.get(name, Any)) for name in names}
 
 
 def _read_at(place: str, read: _Reader, value: Any) -> Any:
@@ -130,7 +141,9 @@ def _reader(kind: Any) -> _Reader:
     if origin is tuple and parts:
         return _many(_reader(parts[0])) if parts[-1] is ... else _row([_reader(part) for part in parts], tuple)
     if origin in (dict, Mapping):
-        return _mapping
+        return _mapping(None if parts[1] is Any else _reader(parts[1]))
+    if origin is list:
+        return _many(_reader(parts[0]))
     if isinstance(kind, type) and issubclass(kind, Settings):
         return kind.from_dict
     if isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_make"):
@@ -168,12 +181,6 @@ def _text(value: Any) -> str:
     return value
 
 
-def _mapping(value: Any) -> Any:
-    if not isinstance(value, Mapping):
-        raise _wrong("an object of settings", value)
-    return value
-
-
 _PLAIN: dict[Any, _Reader] = {int: _whole, float: _number, bool: _truth, str: _text}
 
 
@@ -187,6 +194,19 @@ def _one_of(readers: list[_Reader], optional: bool) -> _Reader:
             except ValueError:
                 continue
         return readers[-1](value)
+
+    return read
+
+
+def _mapping(reader: _Reader | None) -> _Reader:
+    def read(values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            raise _wrong("an object of settings", values)
+        return (
+            values
+            if reader is None
+            else {key: _read_at(f"[{key!r:.40}]", reader, value) for key, value in values.items()}
+        )
 
     return read
 
