@@ -144,6 +144,9 @@ class VisualEncoder(PackedEncoder):
     ) -> list[EncodedImage] | Tensor:
         """Encode a list of images, or a batch that :meth:`prepare` made; arguments as there.
 
+        In eval mode an image's tokens are the same alone and among others, but for the last bits: matrix products of
+        other sizes may be summed in another order. At most 4 eps of the dtype times the largest token is left of that.
+
         A function is called for its tensor: :meth:`encode` inside ``forward``, where FSDP gathers parameters.
 
         Returns:
