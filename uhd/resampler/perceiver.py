@@ -113,8 +113,8 @@ class PerceiverResampler(ReleasedResampler):
         rounds otherwise, and tokens would depend on the batch. "plain", "absorbed" and "narrow" ask for one. Whatever
         is asked for, "plain" is taken in training, under compilation, tracing, autocast and functorch, while a CUDA
         graph is captured, with more layers than one or an FFN, and where weights or layers are not what they were made
-        as (quantised, parametrised, distributed, wrapped, hooked). LoRA or hooks on
-        kv_proj or ln_kv leave "absorbed". `inference_path` tells.
+        as (quantised, parametrised, distributed, wrapped, hooked). LoRA or hooks on kv_proj or ln_kv leave "absorbed".
+        `inference_path` tells.
 
         Raises (on setting):
             ValueError: an unknown name, or one that this layer cannot take (depth above 1, an FFN).
