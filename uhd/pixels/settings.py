@@ -56,6 +56,8 @@ class PixelSettings(Settings):
     (255, 255, 255)
     """
 
+    later = ("draft",)
+
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
     resample: str | None = None
