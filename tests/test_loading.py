@@ -79,7 +79,7 @@ class TestBatches:
         assert sorted(map(len, batches)) == [1] * 19 + [2]
 
     def test_no_batch_is_empty_however_fast_their_number_grows(self, monkeypatch):
-        monkeypatch.setattr("uhd.loading._SLACK", 1)
+        monkeypatch.setattr("uhd.sampling._SLACK", 1)
         assert list(map(len, TokenBudgetSampler([51] * 20 + [3], 100))) == [1] * 21
 
     def test_without_shuffling_batches_come_by_their_first_items(self):

@@ -38,12 +38,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from uhd import __version__
+    from uhd.datasets import command_line as datasets
 
     parser = argparse.ArgumentParser(prog="uhd", description="Native-resolution eyes for any causal language model.")
     parser.add_argument("--version", action="version", version=f"uhd {__version__}")
     known = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_planning(known)
     _add_encoding(known)
+    datasets.add(known)
     return parser
 
 
@@ -291,31 +293,34 @@ def _compare(args: argparse.Namespace) -> int:
 def _encode(args: argparse.Namespace) -> int:
     import torch
 
-    from uhd.token_files import check_output, save_tokens
+    from uhd.token_files import check_output, token_file
 
     check_output(args.output)
     encoder = _encoder(args.encoder, args.strategy)
-    done: list[tuple[str, str, Any]] = []  # name, what is said of it, tokens
+    done: list[str] = []
+    failed, stop = 0, None
+    with token_file(args.output, schema=encoder.schema, note=encoder.note) as add:
 
-    def one(image: str) -> None:
-        (tokens,) = encoder([commands.picture(image)])
-        done.append((image, _summary(tokens.plan), tokens))
+        def one(image: str) -> None:
+            (tokens,) = encoder([commands.picture(image)])
+            add(image, tokens)
+            done.append(f"{image}: {_summary(tokens.plan)}\n  tokens {tuple(tokens.tokens.shape)}")
 
-    images = () if args.video else _progress(args.images, "images", quiet_below=1)
-    with torch.inference_mode():
-        failed, stop = commands.each("uhd encode", images, one, stop=args.on_error == "stop")
-        if args.video:
-            (video,) = encoder.encode_videos([[commands.picture(image) for image in args.images]])
-            words = f"{_summary(video.plan.plans[0])} each\n  {video.plan.num_tokens} tokens in all"
-            done = [(f"{len(args.images)} frames", words, video)]
-    if stop and not done:
-        raise stop
-    names, _, encoded = zip(*done, strict=True) if done else ((), (), ())
-    save_tokens(args.output, encoded, schema=encoder.schema, names=names, note=encoder.note)
+        with torch.inference_mode():
+            if args.video:
+                (video,) = encoder.encode_videos([[commands.picture(image) for image in args.images]])
+                add(name := f"{len(args.images)} frames", video)
+                words = f"{_summary(video.plan.plans[0])} each\n  {video.plan.num_tokens} tokens in all"
+                done.append(f"{name}: {words}\n  tokens {tuple(video.tokens.shape)}")
+            else:
+                images = _progress(args.images, "images", quiet_below=1)
+                failed, stop = commands.each("uhd encode", images, one, stop=args.on_error == "stop")
+        if not done:
+            raise stop or ValueError("no images to save")
     if stop:
         raise type(stop)(f"{len(done)} of {len(args.images)} images are in {args.output}")
-    for name, words, tokens in done:
-        print(f"{name}: {words}\n  tokens {tuple(tokens.tokens.shape)}")
+    for words in done:
+        print(words)
     print(f"wrote {args.output}")
     if encoder.note:
         print(f"note: {encoder.note}", file=sys.stderr)

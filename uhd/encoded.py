@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -10,8 +11,17 @@ from uhd.schema import TokenLayout
 from uhd.slicing import SlicePlan, VideoPlan
 
 
+class _OwnTokens:
+    """Pickled, or copied, with its own rows: they are a view of all tokens of their batch."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        tokens = self.tokens
+        own = tokens.untyped_storage().nbytes() == tokens.numel() * tokens.element_size()
+        return {**self.__dict__, "tokens": tokens if own else tokens.clone()}
+
+
 @dataclass(frozen=True, eq=False)
-class EncodedImage:
+class EncodedImage(_OwnTokens):
     """One image's visual tokens, with the plan and the layout that say what they are.
 
     Attributes:
@@ -35,7 +45,7 @@ class EncodedImage:
 
 
 @dataclass(frozen=True, eq=False)
-class EncodedVideo:
+class EncodedVideo(_OwnTokens):
     """A video's visual tokens.
 
     Attributes:

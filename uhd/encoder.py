@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from uhd import saving
 from uhd.batch import SliceBatch
 from uhd.encoded import EncodedImage, EncodedVideo, num_rows
-from uhd.loading import Preparation
+from uhd.loading import Errors, Preparation
 from uhd.packed_encoder import PackedEncoder
 from uhd.parts import find_pixels, load_vision
 from uhd.pixels import PixelSettings
@@ -125,16 +125,17 @@ class VisualEncoder(PackedEncoder):
         return plan_video(frame_hw, num_frames, self.slicing, frames=frames, max_tokens=max_tokens)
 
     def prepare(
-        self, images: Sequence[Any], *, max_tokens: int | None = None, multi_image: bool = False
-    ) -> SliceBatch:
+        self, images: Sequence[Any], *, max_tokens: int | None = None, multi_image: bool = False, errors: str = "raise"
+    ) -> SliceBatch | tuple[SliceBatch, Errors]:
         """Load, plan, resize and cut images; uint8 patches on the CPU. For workers: :class:`uhd.Preparation`.
 
         Args:
             images: A list of what :func:`uhd.pixels.load_image` takes: PIL, path, bytes, array, tensor.
             max_tokens: Bound on the tokens of all images together; see :func:`uhd.slicing.plan_images`.
             multi_image: The images are one sample's, and are planned as the strategy does with several.
+            errors: ``"collect"``: images that are refused are left out, see :class:`uhd.Preparation`.
         """
-        return Preparation.of(self)(images, max_tokens=max_tokens, multi_image=multi_image)
+        return Preparation.of(self, errors=errors)(images, max_tokens=max_tokens, multi_image=multi_image)
 
     def forward(
         self,
@@ -142,7 +143,8 @@ class VisualEncoder(PackedEncoder):
         *,
         max_tokens: int | None = None,
         multi_image: bool = False,
-    ) -> list[EncodedImage] | Tensor:
+        errors: str = "raise",
+    ) -> list[EncodedImage] | tuple[list[EncodedImage | None], Errors] | Tensor:
         """Encode a list of images, or a batch that :meth:`prepare` made; arguments as there.
 
         In eval mode an image's tokens are the same alone and among others, but for the last bits: matrix products of
@@ -151,17 +153,23 @@ class VisualEncoder(PackedEncoder):
         A function is called for its tensor: :meth:`encode` inside ``forward``, where FSDP gathers parameters.
 
         Returns:
-            One :class:`EncodedImage` an image, on the encoder's device and in its dtype.
+            One :class:`EncodedImage` an image, on the encoder's device and in its dtype. With ``errors="collect"``
+            that list, ``None`` where an image is refused, and ``{number: error}``.
 
         Raises:
-            ValueError: A part returned another number of features or tokens than the plan counts.
+            ValueError: The encoder was only described; a part returned another number of features or tokens than the
+                plan counts.
         """
         if callable(images):
             return images()
         if not isinstance(images, SliceBatch):
-            images = self.prepare(images, max_tokens=max_tokens, multi_image=multi_image)
-        elif max_tokens is not None or multi_image:
-            raise ValueError("a prepared batch is planned already: give max_tokens and multi_image to prepare")
+            images = self.prepare(images, max_tokens=max_tokens, multi_image=multi_image, errors=errors)
+        elif max_tokens is not None or multi_image or errors != "raise":
+            raise ValueError("a prepared batch is planned already: give max_tokens, multi_image and errors to prepare")
+        if errors == "collect":
+            batch, refused = images
+            some = iter(self(batch))
+            return [None if n in refused else next(some) for n in range(len(batch.plans) + len(refused))], refused
         tokens, layouts = self._encode(images)
         parts = tokens.split([num_rows(p) for p in images.plans]) if images.plans else ()
         return [EncodedImage(*each) for each in zip(parts, images.plans, layouts, strict=True)]
@@ -203,6 +211,10 @@ class VisualEncoder(PackedEncoder):
         self, batch: SliceBatch, videos: Sequence[VideoPlan] = (), whole: bool = False
     ) -> tuple[Tensor, list[TokenLayout]]:
         """As :meth:`encode`, and each image's layout, whose counts are checked before anything is computed."""
+        if any(weight.is_meta for weight in self.parameters()):
+            raise ValueError(
+                "this encoder was described without its weights: VisualEncoder.from_pretrained loads them"
+            )
         layouts = [self._checked_layout(p, number) for number, p in enumerate(batch.plans)]
         tokens, lengths = self.encode_packed(batch.patches, batch.grids, inner=batch.inner)
         tokens, lengths = self._nested(tokens, lengths, batch)
@@ -266,6 +278,21 @@ class VisualEncoder(PackedEncoder):
             OSError: The folder cannot be written; what was there before is unchanged.
         """
         saving.save(self, folder)
+
+    @classmethod
+    def describe(cls, folder: str | os.PathLike) -> VisualEncoder:
+        """The encoder of a folder that :meth:`save_pretrained` wrote without its weights: it plans, and prepares.
+
+        Its parameters are on torch's ``meta`` device, so that only ``uhd_encoder.json`` is read; encoding raises.
+
+        Raises:
+            ValueError: There is no such folder or description, it is damaged, or a part is the caller's own.
+        """
+        folder = Path(folder)
+        finish(folder)
+        if not (folder / saving.CONFIG_FILE).is_file():
+            raise ValueError(f"{folder} holds no {saving.CONFIG_FILE}: give a folder that save_pretrained wrote")
+        return saving.described(cls, folder)
 
     @classmethod
     def from_pretrained(

@@ -145,6 +145,15 @@ def refuse_shared(encoder: nn.Module) -> None:
             raise ValueError(f"weights that share memory cannot be saved: {both} are one, untie them first")
 
 
+def described(kind: type[_Encoder], folder: Path) -> _Encoder:
+    """An encoder of this class without weights, in eval mode; a ``ValueError`` names a damaged description."""
+    with damage_named(folder / CONFIG_FILE):
+        description = EncoderDescription.from_dict(read_json(folder / CONFIG_FILE))
+        encoder = kind(**description.arguments(empty=ROLES))
+        _take_packer(encoder, description)
+    return encoder.eval()
+
+
 def load(kind: type[_Encoder], folder: Path, *, sizes: Mapping[str, int] | None = None, **given: Any) -> _Encoder:
     """Read what :func:`save` wrote as an encoder of this class, in eval mode.
 

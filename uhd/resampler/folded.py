@@ -28,9 +28,9 @@ these few logits are interpolated. A sincos table of the view's own grid is a pa
 part that depends on the row: two small products and a sum.
 
 `flops` counts each way from host integers, and the least for `usual_views` is taken; softmax, norms and positions are
-not counted, the check below is. Where a half type is multiplied slower than float32 (`uhd.machine`), "absorbed" and "narrow"
-run in float32. "absorbed" is there for D_v = D, where W_v still acts in the weights' own dtype, and for LoRA or a hook
-on kv_proj or LN_kv.
+not counted, the check below is. Where a half type is multiplied slower than float32 (`uhd.machine`), "absorbed" and
+"narrow" run in float32. "absorbed" is there for D_v = D, where W_v still acts in the weights' own dtype, and for LoRA
+or a hook on kv_proj or LN_kv.
 
 What is kept is used only while each tensor it was made from has the same storage, shape, dtype, device and version,
 and the same contents: a sum over all of its bits, and a sample with an entry of every row and column. For a version

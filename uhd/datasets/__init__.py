@@ -1,0 +1,26 @@
+"""Data sets of images that outgrow a process and a machine: their visual tokens on disk, and these read again.
+
+A source is listed in a fixed order and divided into units of :data:`uhd.datasets.sources.UNIT` images. A unit is read,
+prepared, encoded and written as one file, which appears at once: whoever maps over units, a loop here or Ray
+elsewhere, killed or not, ends with the same bytes. What a folder of units holds is said in its ``README.md``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from uhd.datasets.inspecting import inspect
+    from uhd.datasets.running import encode, estimate
+    from uhd.datasets.tokens import Tokens
+
+_HOMES = {"Tokens": "tokens", "encode": "running", "estimate": "running", "inspect": "inspecting"}
+__all__ = ["Tokens", "encode", "estimate", "inspect"]
+
+
+def __getattr__(name: str) -> Any:
+    """Loaded on first use: the command line asks for its words only."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'uhd.datasets' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"uhd.datasets.{_HOMES[name]}"), name)

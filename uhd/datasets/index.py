@@ -1,0 +1,193 @@
+"""The index of a folder of units: made of theirs once all are there, and read in Parquet or JSON lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from uhd.datasets.units import file_of, header_of, index_of
+from uhd.files import damage_named, read_json
+from uhd.writing import new_file
+
+RUN, INDEX, ERRORS = "run.json", "index", "errors"
+_UNIT = re.compile(r"unit-([0-9]{8})\.safetensors")
+_ROWS = 10_000  # that are written together
+
+README = """# Visual tokens of a data set
+
+Written by `uhd encode-dataset`, format 1. `uhd.datasets.Tokens` reads it, and so does anything that reads safetensors
+and Parquet (or JSON lines, where pyarrow was missing).
+
+* `unit-NNNNNNNN.safetensors`: the images of one unit. `tokens` (n, D): rows of all its images, in order; `offsets`
+  (images + 1): where each begins; `index`: UTF-8 bytes of JSON, the unit's rows of `index` and `errors`. Its metadata,
+  `uhd`, is JSON: the unit's number, a digest of its keys, counts, and the sha256 of the three tensors' bytes in that
+  order.
+* `index.parquet`: a row an image, in the order of the source. `key`; `sha256` of its file; `height` and `width`, px,
+  upright; `grid_rows` and `grid_columns` of its slices, 0 where it is not cut; `num_views`; `num_patches`;
+  `num_tokens`: positions in a language model's sequence, separators included; `num_visual_tokens` = stop - start;
+  `shard`, `start`, `stop`: the file, and rows of its `tokens`; columns of the source that were asked for, as text.
+* `errors.parquet`: `key`, `stage` (read, decode, plan) and `error` of every image that was refused. Images + errors =
+  inputs.
+* `run.json`: the recipe (the encoder's description, sha256 of its weights, settings), what every worker computed with,
+  versions, and counts.
+"""
+
+COLUMNS = (
+    *("key", "sha256", "height", "width", "grid_rows", "grid_columns", "num_views", "num_patches", "num_tokens"),
+    *("num_visual_tokens", "shard", "start", "stop"),
+)
+"""Of every index; those of the source come after them."""
+
+TABLES = {INDEX: COLUMNS, ERRORS: ("key", "stage", "error")}
+TEXTS = ("key", "sha256", "shard", "stage", "error")
+Write = Callable[[list[dict[str, Any]]], object]
+
+
+def units_in(out: Path) -> list[int]:
+    """Numbers of the units whose files are there, sorted."""
+    with os.scandir(out) as entries:
+        return sorted(int(found[1]) for entry in entries if (found := _UNIT.fullmatch(entry.name)))
+
+
+def finish(out: Path, inputs: int, units: int) -> dict[str, Any]:
+    """Write the index where all units are there, as whichever run is the last finds; counts of what is.
+
+    Raises:
+        ValueError: A unit is damaged, or of another number; or there are more units than the source has.
+        RuntimeError: Images and errors are not the inputs.
+    """
+    there = units_in(out)
+    counts: dict[str, Any] = {"inputs": 0, "images": 0, "errors": 0, "tokens": 0, "units": len(there)}
+    for number in there:
+        header = header_of(file_of(out, number)) or {}
+        counts["inputs"] += header.get("inputs", 0)
+        counts["images"] += header.get("images", 0)
+        counts["tokens"] += header.get("tokens", 0)
+    counts["errors"] = counts["inputs"] - counts["images"]
+    if over := [number for number in there if number >= units]:
+        raise ValueError(f"{file_of(out, over[0])} is past the source's {units} units: the source has changed since")
+    if len(there) < units:
+        return {**counts, "complete": False}
+    run = read_json(out / RUN)
+    images, errors = (_write(out, name, rows_of(out, there, name, run["recipe"]["columns"])) for name in TABLES)
+    if (images, errors, images + errors) != (counts["images"], counts["errors"], inputs):
+        raise RuntimeError(f"{out}: {images} images + {errors} errors of {inputs} inputs: uhd inspect tells which")
+    write_json(out / RUN, {**run, "counts": counts})
+    return {**counts, "complete": True}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    with new_file(path) as new:
+        new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def rows_of(out: Path, units: Iterable[int], name: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The rows of units as a table has them: values of the source's columns as text, JSON where they were none."""
+    for number in units:
+        for row in index_of(file_of(out, number))["images" if name == INDEX else name]:
+            if name == INDEX:
+                own = {column: row.get(column) for column in columns}
+                row = {column: row[column] for column in COLUMNS}
+                row |= {
+                    column: value if value is None or isinstance(value, str) else json.dumps(value, default=str)
+                    for column, value in own.items()
+                }
+            yield row
+
+
+def _write(out: Path, name: str, rows: Iterator[dict[str, Any]]) -> int:
+    """Write a table, in blocks; how many rows it has."""
+    pyarrow, number = _pyarrow(), 0
+    suffix, other = (".parquet", ".jsonl") if pyarrow else (".jsonl", ".parquet")
+    table = _parquet_of if pyarrow else _lines_of
+    with new_file((out / name).with_suffix(suffix)) as new, table(new, TABLES[name]) as write:
+        while some := list(islice(rows, _ROWS)):
+            write(some)
+            number += len(some)
+    (out / name).with_suffix(other).unlink(missing_ok=True)
+    return number
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow.parquet
+
+        return pyarrow
+    except ImportError:
+        return None
+
+
+@contextmanager
+def _lines_of(path: Path, _: Sequence[str]) -> Iterator[Write]:
+    with open(path, "w", encoding="utf-8") as file:
+        yield lambda rows: file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+@contextmanager
+def _parquet_of(path: Path, columns: Sequence[str]) -> Iterator[Write]:
+    pyarrow = _pyarrow()
+    kinds = {column: pyarrow.string() if column in TEXTS else pyarrow.int64() for column in columns}
+    writer = None
+
+    def write(rows: list[dict[str, Any]]) -> None:
+        nonlocal writer
+        schema = pyarrow.schema({**dict.fromkeys(rows[0] if rows else (), pyarrow.string()), **kinds}.items())
+        schema = pyarrow.schema([schema.field(name) for name in (rows[0] if rows else columns)])
+        writer = writer or pyarrow.parquet.ParquetWriter(path, schema)
+        writer.write_table(pyarrow.Table.from_pylist(rows, schema))
+
+    yield write
+    if writer is None:
+        write([])
+    writer.close()
+
+
+def read_rows(out: Path, name: str) -> Iterator[dict[str, Any]]:
+    """A table's rows, in order; a ``ValueError`` where it is missing or damaged."""
+    path = table_of(out, name)
+    with damage_named(path):
+        if path.suffix == ".jsonl":
+            with open(path, encoding="utf-8") as file:
+                yield from map(json.loads, file)
+            return
+        with _needed(path).parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(_ROWS):
+                yield from batch.to_pylist()
+
+
+def read_columns(out: Path, columns: Sequence[str]) -> dict[str, Any]:
+    """Columns of the index: arrays of integers, and of texts what has an item for every row."""
+    path = table_of(out, INDEX)
+    if path.suffix == ".parquet":
+        with damage_named(path):
+            table = _needed(path).parquet.read_table(path, columns=list(columns))
+            found = {name: table[name].combine_chunks() for name in columns}
+    else:
+        rows = list(read_rows(out, INDEX))
+        found = {name: [row[name] for row in rows] for name in columns}
+    return {name: values if name in TEXTS else np.asarray(values, np.int64) for name, values in found.items()}
+
+
+def table_of(out: Path, name: str) -> Path:
+    """The file of a table; a ``ValueError`` where there is none."""
+    for suffix in (".parquet", ".jsonl"):
+        if (path := (out / name).with_suffix(suffix)).is_file():
+            return path
+    there = f"{len(units_in(out))} units are there" if out.is_dir() else "there is no such folder"
+    raise ValueError(
+        f"{out} has no {name}.parquet or .jsonl ({there}): the command that encodes it writes it at its end"
+    )
+
+
+def _needed(path: Path) -> Any:
+    if (pyarrow := _pyarrow()) is None:
+        raise ValueError(f"{path} is read by pyarrow, which is missing here: install it")
+    return pyarrow

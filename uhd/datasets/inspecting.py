@@ -1,0 +1,95 @@
+"""What a folder of units holds, and whether it is all there, bit by bit."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from uhd.datasets import index
+from uhd.datasets.units import digest, file_of, header_of
+from uhd.files import DAMAGE, read_json
+
+
+def inspect(out: str | os.PathLike) -> dict[str, Any]:
+    """Look through a folder that ``uhd encode-dataset`` wrote, reading every byte of it.
+
+    Returns:
+        ``units``, ``inputs``, ``images``, ``errors``, ``tokens``, ``bytes``, ``dtype`` and ``width`` of its files,
+        ``stages``: how many images were refused where; ``complete``; and ``problems``: a sentence for whatever is
+        missing, damaged or contradicts something else, with what to do.
+
+    Raises:
+        ValueError: It is no such folder.
+    """
+    out = Path(out)
+    if not (out / index.RUN).is_file():
+        raise ValueError(f"{out} holds no {index.RUN}: give a folder that uhd encode-dataset wrote")
+    run = read_json(out / index.RUN)
+    numbers = index.units_in(out)
+    found: dict[str, Any] = {"units": len(numbers), **dict.fromkeys(("inputs", "images", "errors", "tokens"), 0)}
+    found |= {"bytes": 0, "dtype": "", "width": 0, "stages": {}, "complete": "counts" in run}
+    counts, problems, whole = run.get("counts") or {}, [], []
+    units = counts.get("units", max(numbers, default=-1) + 1)
+    if not counts:
+        problems.append("the run has not ended: the same command goes on")
+    for number in sorted({*range(units), *numbers}):
+        path = file_of(out, number)
+        problem = _looked(path, number, found) if path.exists() else f"{path.name} is missing"
+        if problem:
+            problems.append(f"{problem}: remove what is left of it, and the same command makes it again")
+        else:
+            whole.append(number)
+    if counts:
+        problems += _compared(out, whole, run["recipe"]["columns"], found)
+        told = {name: found[name] for name in ("units", "inputs", "images", "errors", "tokens")}
+        if len(whole) == units and told != counts:
+            problems.append(f"{index.RUN} counts {counts}, the files hold {told}: the same command counts again")
+    return {**found, "problems": problems}
+
+
+def _looked(path: Path, number: int, found: dict[str, Any]) -> str:
+    """What is wrong with a unit; else what it holds is added to what was found."""
+    header = header_of(path)
+    if header is None:
+        return f"{path.name} is damaged"
+    try:
+        tensors, told = load_file(path), index.index_of(path)
+        same = (header["unit"], header["images"], header["sha256"]) == (number, len(told["images"]), digest(tensors))
+        tokens, stages = tensors["tokens"], Counter(row["stage"] for row in told["errors"])
+    except (*DAMAGE, OSError) as problem:
+        return f"{path.name} is damaged ({problem})"
+    if not same or header["inputs"] != len(told["images"]) + len(told["errors"]):
+        return f"{path.name} is damaged: its bytes are not those that were written, or it is another unit's"
+    found |= {"dtype": str(tokens.dtype).removeprefix("torch."), "width": tokens.shape[1] or found["width"]}
+    found["bytes"] += path.stat().st_size
+    found["stages"] = dict(Counter(found["stages"]) + stages)
+    for name, more in (("inputs", header["inputs"]), ("images", len(told["images"])), ("tokens", len(tokens))):
+        found[name] += more
+    found["errors"] = found["inputs"] - found["images"]
+    return ""
+
+
+def _compared(out: Path, units: list[int], columns: list[str], found: dict[str, Any]) -> Iterator[str]:
+    """Where the tables are not what the units say; images of missing units are told already."""
+    names = {file_of(out, number).name for number in units}
+    for name in index.TABLES:
+        try:
+            rows = index.read_rows(out, name)
+            if name == index.INDEX:
+                rows = (row for row in rows if row["shard"] in names)
+            pairs = zip_longest(rows, index.rows_of(out, units, name, columns))
+            other = [number for number, (one, two) in enumerate(pairs) if one != two]
+        except (*DAMAGE, OSError) as problem:
+            yield f"{name}: {problem}: the same command writes it again"
+            continue
+        if other and (name == index.INDEX or len(units) == found["units"]):
+            yield (
+                f"{index.table_of(out, name).name}: {len(other)} rows, the first number {other[0]}, are not what the "
+                "units say: the same command writes it again"
+            )

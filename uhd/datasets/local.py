@@ -1,0 +1,150 @@
+"""Units on this machine: processes that each hold the encoder, with a thread that prepares the next part."""
+
+from __future__ import annotations
+
+import multiprocessing
+import queue
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from uhd.datasets.units import Encoder, Job, Unit, prepare
+
+_AHEAD = 2  # units that a process has: one to encode, one to prepare
+_TRIES = 3  # of a unit whose process dies
+_GONE = "the process that encoded this was killed"
+
+Done = tuple[int, dict[str, int]]
+"""A unit's number, and counts of what was written."""
+
+
+def here(job: Job, units: Iterable[Unit]) -> Iterator[Done]:
+    """Encode units one after the other in this process, while a thread prepares what comes next.
+
+    Raises:
+        ValueError, OSError: As of :func:`uhd.datasets.units.prepare` and of writing.
+    """
+    encoder, ready, over = Encoder(job), queue.Queue(1), threading.Event()
+
+    def put(item: Any) -> None:
+        while not over.is_set():
+            with suppress(queue.Full):
+                return ready.put(item, timeout=0.1)
+        raise SystemExit  # nobody takes it any more
+
+    def work() -> None:
+        try:
+            for unit in units:
+                put(unit)
+                for part in prepare(unit, job):
+                    put(part)
+                put(None)
+            put(None)
+        except Exception as problem:  # of a picture, or of the source: told where it is waited for
+            put(problem)
+
+    def got() -> Any:
+        item = ready.get()
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while (unit := got()) is not None:
+            yield unit.number, encoder(unit, iter(got, None))
+    finally:
+        over.set()
+
+
+def in_processes(job: Job, units: Iterable[Unit], processes: int) -> Iterator[Done]:
+    """Encode units in so many processes; one that dies is replaced, and its units are done by another.
+
+    Raises:
+        ValueError, OSError: As of :func:`here`.
+        RuntimeError: A unit's process died again and again.
+    """
+    stream, again, tries = iter(units), [], {}
+    workers: dict[Connection, tuple[Any, dict[int, Unit]]] = {}
+    devices = [f"{job.device}:{number}" for number in range(_gpus())] if job.device == "cuda" else [job.device]
+    try:
+        for number in range(processes):
+            _start(workers, job, devices[number % len(devices)])
+        while True:
+            for line, (_, mine) in workers.items():
+                while len(mine) < _AHEAD and (unit := again.pop() if again else next(stream, None)) is not None:
+                    mine[unit.number] = unit
+                    with suppress(OSError):  # it is dead: told below
+                        line.send(unit)
+            if not any(mine for _, mine in workers.values()):
+                return
+            for line in wait(list(workers)):
+                process, mine = workers[line]
+                try:
+                    number, found = line.recv()
+                except (EOFError, OSError):
+                    del workers[line]
+                    for unit in mine.values():
+                        tries[unit.number] = tries.get(unit.number, 0) + 1
+                        if tries[unit.number] == _TRIES:
+                            raise RuntimeError(
+                                f"unit {unit.number}, from {unit.items[0].key!r} on: {_GONE} {_TRIES} times, by the "
+                                "system where memory is short: take fewer processes or a smaller budget"
+                            ) from None
+                    again += mine.values()
+                    process.join()
+                    _start(workers, job, devices[len(workers) % len(devices)])
+                    continue
+                if isinstance(found, Exception):
+                    raise found
+                del mine[number]
+                yield number, found
+    finally:
+        for line, (process, _) in workers.items():
+            process.terminate()
+            line.close()
+            process.join()
+
+
+def _start(workers: dict[Connection, Any], job: Job, device: str) -> None:
+    context = multiprocessing.get_context("spawn")  # a copy of this process would have torch's threads in no state
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_worker, args=(job, device, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    workers[ours] = process, {}
+
+
+def _worker(job: Job, device: str, line: Connection) -> None:
+    """Until nobody is there who asks; the interrupt of a terminal is for whoever does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    from dataclasses import replace
+
+    def units() -> Iterator[Unit]:
+        with suppress(EOFError, OSError):
+            while True:
+                yield line.recv()
+
+    with suppress(BrokenPipeError):
+        try:
+            for done in here(replace(job, device=device), units()):
+                line.send(done)
+        except Exception as problem:
+            line.send((-1, problem))
+
+
+def run(job: Job, units: Iterable[Unit], processes: int) -> Iterator[Done]:
+    """Encode units in ``processes``, 0: in this one; errors as of :func:`in_processes`."""
+    return in_processes(job, units, processes) if processes else here(job, units)
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+Engine = Callable[[Job, Iterable[Unit]], Iterator[Done]]

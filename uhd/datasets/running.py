@@ -1,0 +1,248 @@
+"""A run over a data set: what is settled before, the units that are still to do, and the index at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import uhd
+from uhd import machine
+from uhd.datasets import index, local
+from uhd.datasets.sources import Item, listed, units
+from uhd.datasets.units import FORMAT, Job, Unit, file_of, header_of
+from uhd.files import read_json
+from uhd.loading import Preparation
+from uhd.saving import CONFIG_FILE, WEIGHTS_FILE
+from uhd.settings import check_choice
+from uhd.writing import finish, new_file
+
+try:
+    import fcntl
+except ImportError:  # not POSIX: two runs are told apart by nothing, and write the same bytes
+    fcntl = None  # type: ignore[assignment]
+
+RULES = 1
+"""Raised where this library gives an encoder's images other plans, pixels or tokens than before, beyond rounding."""
+
+BUDGET = 16_384
+"""Patches that are encoded at once: some 30 views of 336 px."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+ENGINES = ("local", "ray")
+
+
+def encode(
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    encoder: Any,
+    *,
+    budget_patches: int = BUDGET,
+    dtype: str | None = None,
+    columns: Sequence[str] = (),
+    limit: int | None = None,
+    shard: tuple[int, int] = (0, 1),
+    engine: str = "local",
+    processes: int | None = None,
+    on_error: str = "record",
+    device: str | None = None,
+    progress: Callable[[Iterator[tuple[int, dict[str, int]]]], Iterator[Any]] | None = None,
+    **ray: Any,
+) -> dict[str, Any]:
+    """Encode every image of a source into a folder, or the rest of it where an earlier call was ended.
+
+    What is written does not depend on engine, processes or kills, bit by bit, on CPUs or GPUs of one model.
+
+    Args:
+        source: What :func:`uhd.datasets.sources.listed` takes.
+        out: The folder; :class:`uhd.datasets.Tokens` reads it.
+        encoder: A folder of :meth:`uhd.VisualEncoder.save_pretrained`, or an encoder, which is saved for the workers.
+        budget_patches: Most patches that are encoded at once, unless an image alone has more.
+        dtype: Of the tokens, one of :data:`DTYPES`; ``None``: the encoder's own.
+        columns: What of the source is kept in the index.
+        limit: The first so many images only.
+        shard: (i, n): the i-th, from 0, of n runs that together do all of it, at once or one after the other.
+        engine: ``"local"``, or ``"ray"`` with its settings (see :func:`uhd.datasets.on_ray.run`) as further keywords.
+        processes: Of the local engine; 0: this one alone. ``None``: as many as there are CPU cores, or GPUs.
+        on_error: ``"record"`` images that are refused, or ``"stop"`` at the first.
+        device: ``"cpu"`` or ``"cuda"``; ``None``: a GPU where there is one.
+        progress: Wraps what comes while units are done: (number, counts).
+
+    Returns:
+        ``inputs``, ``images``, ``errors``, ``tokens``, ``units`` of ``out``, ``done``: how many of these this call
+        did, and ``complete``: whether all are there and the index is written. If not, counts are of those there.
+
+    Raises:
+        ValueError: There is no image; ``out`` is of another recipe or source, or another run is writing there; a
+            setting is out of range; or an image is refused, and ``on_error`` says stop.
+        OSError: ``out`` cannot be written. What was done is kept, and the same call goes on.
+    """
+    check_choice("on_error", on_error, ("record", "stop"))
+    check_choice("engine", engine, ENGINES)
+    _check_numbers(budget_patches, limit, shard, processes)
+    if dtype is not None:
+        check_choice("dtype", dtype, DTYPES)
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file, expected a folder for the tokens")
+    with _saved(encoder) as folder:
+        described = uhd.VisualEncoder.describe(folder)
+        recipe = {
+            "encoder": read_json(folder / CONFIG_FILE),
+            "weights": _digest(folder / WEIGHTS_FILE),
+            "rules": RULES,
+            "dtype": dtype,
+            "budget_patches": budget_patches,
+            "columns": list(columns),
+            "limit": limit,
+        }
+        first = next(iter(listed(source, columns=columns, skip=out)), None)
+        if first is None:
+            raise ValueError(f"{source} holds no images")
+        out.mkdir(parents=True, exist_ok=True)
+        with _alone(out, shard):
+            settled = _settle(out, recipe, device)
+            how = Preparation.of(described)
+            job = Job(str(out), str(folder), how, budget_patches, dtype, on_error == "stop", **settled)
+            plan = Plan(out, listed(source, columns=columns, skip=out), limit, shard)
+            if engine == "ray":
+                from uhd.datasets import on_ray
+
+                running = on_ray.run(job, iter(plan), **ray)
+            else:
+                running = local.run(job, iter(plan), _processes(processes, job))
+            done = 0
+            for _ in progress(running) if progress else running:
+                done += 1
+            return {**index.finish(out, plan.inputs, plan.units), "done": done}
+
+
+class Plan:
+    """The units of a source that are this run's, and not done; iterated once, it knows how many there are in all."""
+
+    def __init__(self, out: Path, items: Iterator[Item], limit: int | None, shard: tuple[int, int]) -> None:
+        self.out, self.items, self.shard = out, islice(items, limit), shard
+        self.inputs = self.units = 0
+
+    def __iter__(self) -> Iterator[Unit]:
+        for number, items in zip(count(), units(self.items)):
+            self.inputs, self.units = self.inputs + len(items), number + 1
+            unit = Unit(number, items)
+            path = file_of(self.out, number)
+            if number % self.shard[1] != self.shard[0]:
+                continue
+            header = header_of(path)
+            if header is None:  # missing, or damaged
+                yield unit
+            elif (header["unit"], header["keys"]) != (number, unit.keys):
+                raise ValueError(
+                    f"{path} is of other images than the source has there now, from {items[0].key!r} on: the source "
+                    "has changed since; encode it into another folder"
+                )
+
+
+@contextmanager
+def _saved(encoder: Any) -> Iterator[Path]:
+    """The folder of an encoder."""
+    if isinstance(encoder, (str, os.PathLike)):
+        finish(encoder)
+        yield Path(encoder)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        encoder.save_pretrained(folder)
+        yield Path(folder)
+
+
+@contextmanager
+def _alone(out: Path, shard: tuple[int, int]) -> Iterator[None]:
+    """No other run of this shard."""
+    path = out / ".lock-{}-{}".format(*shard)
+    with open(path, "w") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run is writing to {out}: wait for its end, or end it") from None
+        except OSError:  # no locks here: two runs write the same bytes
+            pass
+        yield
+        path.unlink(missing_ok=True)
+
+
+def _settle(out: Path, recipe: dict[str, Any], device: str | None) -> dict[str, Any]:
+    """Where and how every worker multiplies, from now on; ``run.json`` says so, and of what the folder is."""
+    path = out / index.RUN
+    if path.exists():
+        run = read_json(path)
+        if run.get("format") != FORMAT:
+            raise ValueError(f"{path} has format {run.get('format')!r}, this version writes {FORMAT}: another folder")
+        if other := [name for name in {**recipe, **run["recipe"]} if run["recipe"].get(name) != recipe.get(name)]:
+            told = "; ".join(f"{name}: {_shown(run['recipe'], recipe, name)}" for name in other)
+            raise ValueError(f"{out} is of another recipe ({told}): give it another folder, or what it was made with")
+        if device not in (None, run["settled"]["device"]):
+            raise ValueError(f"{out} was begun on {run['settled']['device']}, and device={device!r} rounds otherwise")
+        return run["settled"]
+    if index.units_in(out):
+        raise ValueError(f"{out} holds units and no {index.RUN}, so nobody knows their recipe: another folder")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    threads = max(1, (os.cpu_count() or 1) // torch.cuda.device_count()) if device == "cuda" else 1
+    settled = {"device": device, "threads": threads, "products": _products(threads)}
+    on = {"cpu": machine.cpu(), **({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {})}
+    versions = {"uhd": uhd.__version__, "torch": torch.__version__, **on}
+    index.write_json(path, {"format": FORMAT, "recipe": recipe, "settled": settled, "versions": versions})
+    with new_file(out / "README.md") as new:
+        new.write_text(index.README, encoding="utf-8")
+    return settled
+
+
+def _products(threads: int) -> dict[str, str]:
+    """As a worker with so many threads would choose them."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        return machine.products()
+    finally:
+        torch.set_num_threads(before)
+
+
+def _shown(old: dict[str, Any], new: dict[str, Any], name: str) -> str:
+    """How one entry of two recipes differs, without what they share."""
+    one, two = old.get(name), new.get(name)
+    while isinstance(one, dict) and isinstance(two, dict):
+        name = next(name for name in {**one, **two} if one.get(name) != two.get(name))
+        one, two = one.get(name), two.get(name)
+    return f"{json.dumps(one)[:80]} there, {json.dumps(two)[:80]} asked for"
+
+
+def _digest(path: Path) -> str:
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while some := file.read(1 << 22):
+            found.update(some)
+    return found.hexdigest()
+
+
+def _processes(processes: int | None, job: Job) -> int:
+    if processes is not None:
+        return processes
+    return torch.cuda.device_count() if job.device == "cuda" else len(os.sched_getaffinity(0))
+
+
+def _check_numbers(budget: int, limit: int | None, shard: tuple[int, int], processes: int | None) -> None:
+    if budget < 1 or (limit is not None and limit < 1) or (processes is not None and processes < 0):
+        raise ValueError(f"budget_patches and limit are at least 1, processes 0; got {budget}, {limit}, {processes}")
+    if not 0 <= shard[0] < shard[1]:
+        raise ValueError(f"shard is i/n with i of 0 to n - 1, got {shard[0]}/{shard[1]}")
+
+
+def estimate(source: str | os.PathLike, encoder: str | os.PathLike, **settings: Any) -> dict[str, Any]:
+    raise NotImplementedError(time)

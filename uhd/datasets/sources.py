@@ -1,0 +1,274 @@
+"""Where images come from: folders, lists of files, tar archives, Parquet files and ``datasets`` on disk.
+
+An image is a key and a place, which is what is read. Sources are listed in one order, and never held whole. What
+cannot be listed, such as the rest of a torn archive, is an image that cannot be read, so that it is counted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_NAMES = """apng avif avifs bmp dib gif heic heif ico j2k jfif jp2 jpe jpeg jpf jpg jpx jxl pbm pcx pgm png pnm ppm
+psd qoi tga tif tiff webp"""
+SUFFIXES = frozenset(f".{name}" for name in _NAMES.split())
+"""Every file with one of these is an image, damaged or not."""
+
+UNIT = 64
+"""Images of a unit."""
+
+
+class Item(NamedTuple):
+    """An image of a source.
+
+    Attributes:
+        key: What the source calls it.
+        kind: ``"file"``, ``"tar"``, ``"rows"``, or ``"error"``: what could not be listed.
+        place: Of the kind: (path,), (path, (name, offset, size) ...), (path, group, row, columns) or (sentence,).
+    """
+
+    key: str
+    kind: str
+    place: tuple
+
+
+def listed(source: str | os.PathLike, *, columns: Sequence[str] = (), skip: Path | None = None) -> Iterator[Item]:
+    """The images of a source, in order.
+
+    Args:
+        source: A folder, which is searched with all below it; a ``.tar`` or ``.parquet`` file; a folder that
+            ``datasets`` saved; or a text file with a path in every line, relative to its own folder.
+        columns: What to keep beside each image: columns of Parquet or of ``datasets``; in a tar the files of other
+            suffixes with the image's name. Of several columns of images, name the one to read.
+        skip: A folder that is none of it.
+
+    Raises:
+        ValueError: There is no such source, or it has no such columns.
+    """
+    source = Path(source)
+    if source.is_dir():
+        yield from _folder(source, "", tuple(columns), skip, ())
+    elif not source.exists():
+        raise ValueError(f"there is no {source}: give a folder, a list of files, a .tar or a .parquet file")
+    elif source.suffix.lower() in _ARCHIVES:
+        yield from _ARCHIVES[source.suffix.lower()](source, source.name, tuple(columns), True)
+    else:
+        yield from _lines(source, tuple(columns))
+
+
+def units(items: Iterator[Item]) -> Iterator[list[Item]]:
+    """Neighbouring images, :data:`UNIT` of them each but for the last."""
+    while some := list(islice(items, UNIT)):
+        yield some
+
+
+def read(item: Item) -> tuple[bytes, dict[str, Any]]:
+    """An image's file, and what else of it is kept; a ``ValueError`` or ``OSError`` where it cannot be read."""
+    if item.kind == "error":
+        raise ValueError(item.place[0])
+    if item.kind == "file":
+        if not os.path.isfile(item.place[0]):  # a pipe would be waited for
+            raise ValueError("it is no file" if os.path.lexists(item.place[0]) else "there is no such file")
+        return Path(item.place[0]).read_bytes(), {}
+    if item.kind == "tar":
+        path, *parts = item.place
+        with open(path, "rb") as file:
+            found = {name: _window(file, offset, size) for name, offset, size in parts}
+        return found.pop(""), {name: text.decode("utf-8", "backslashreplace") for name, text in found.items()}
+    path, group, row, names = item.place
+    values = [column[row].as_py() for column in _rows(path, group, names)]
+    content = values[0]
+    if isinstance(content, dict):
+        content, path = content.get("bytes"), content.get("path")
+        content = Path(path).read_bytes() if content is None and path and os.path.isfile(path) else content
+    if not content:
+        raise ValueError("this row has no bytes of an image")
+    return content, dict(zip(names[1:], values[1:], strict=True))
+
+
+def _window(file: Any, offset: int, size: int) -> bytes:
+    file.seek(offset)
+    content = file.read(size)
+    if len(content) < size:
+        raise ValueError(f"the archive ends after {len(content)} of its {size} bytes")
+    return content
+
+
+def _folder(
+    folder: Path, prefix: str, columns: tuple[str, ...], skip: Path | None, above: tuple[tuple[int, int], ...]
+) -> Iterator[Item]:
+    """In the order of names. Links are followed, but not into a folder that they are in."""
+    here = folder.stat()
+    here = (here.st_dev, here.st_ino)
+    if here in above or (skip is not None and skip.is_dir() and folder.samefile(skip)):
+        return
+    if (saved := _saved(folder)) is not None:
+        for name in saved:
+            yield from _table(folder / name, prefix + name, columns, True)
+        return
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in entries)
+    except OSError as problem:
+        yield Item(prefix.rstrip("/") or str(folder), "error", (f"cannot list this folder: {problem.strerror}",))
+        return
+    for name in names:
+        path, key = os.path.join(folder, name), prefix + _text(name)
+        suffix = os.path.splitext(name)[1].lower()
+        if os.path.isdir(path):
+            yield from _folder(Path(path), key + "/", columns, skip, (*above, here))
+        elif suffix in _ARCHIVES:
+            yield from _ARCHIVES[suffix](Path(path), key, columns, False)
+        elif suffix in SUFFIXES:
+            yield Item(key, "file", (path,))
+
+
+def _text(name: str) -> str:
+    """A file's name as UTF-8 can hold it."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _lines(source: Path, columns: tuple[str, ...]) -> Iterator[Item]:
+    with open(source, encoding="utf-8-sig") as file:
+        try:
+            for line in file:
+                name = line.rstrip("\r\n")
+                if "\0" in name:
+                    raise ValueError("it holds bytes of 0")
+                path = source.parent / name
+                if path.suffix.lower() in _ARCHIVES and path.exists():
+                    yield from _ARCHIVES[path.suffix.lower()](path, name, columns, True)
+                elif name.strip():
+                    yield Item(name, "file", (str(path),))
+        except ValueError as problem:
+            raise ValueError(
+                f"{source} is no source of images ({problem}): expected a folder, a .tar or .parquet file, or a list "
+                "of paths, one a line in UTF-8"
+            ) from None
+
+
+def _tar(path: Path, key: str, columns: tuple[str, ...], _: bool) -> Iterator[Item]:
+    """Members in their order; of those with one name up to its first dot, the images, with the others beside them."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for _, group in groupby(_members(tar), key=lambda member: _stem(member.name)):
+                some = list(group)
+                ends = {member.name[len(_stem(member.name)) + 1 :]: member for member in some}
+                beside = [(name, ends[name].offset_data, ends[name].size) for name in columns if name in ends]
+                for member in some:
+                    if os.path.splitext(member.name)[1].lower() in SUFFIXES and not member.isdir():
+                        own = _text(f"{key}/{member.name}")
+                        if member.isreg() and not member.sparse:
+                            yield Item(own, "tar", (str(path), ("", member.offset_data, member.size), *beside))
+                        else:
+                            yield Item(own, "error", ("it is a link or a device in its archive, not a file",))
+    except (tarfile.TarError, OSError) as problem:
+        yield Item(
+            key, "error", (f"this tar archive is compressed, torn or damaged, its rest is not read: {problem}",)
+        )
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    while (member := tar.next()) is not None:
+        tar.members = []  # or it would keep them all
+        yield member
+    tar.fileobj.seek(0, os.SEEK_END)
+    if tar.fileobj.tell() < tar.offset + tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("it has no end")
+
+
+def _stem(name: str) -> str:
+    folder, _, base = name.rpartition("/")
+    return f"{folder}/{base.partition('.')[0]}".lstrip("/") if folder else base.partition(".")[0]
+
+
+def _parquet(path: Path, key: str, columns: tuple[str, ...], asked: bool) -> Iterator[Item]:
+    """Rows in their order. In a folder, a table that has no images is none of its images; ``asked``: it is refused."""
+    from pyarrow import ArrowException, parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = _columns(path, file.schema_arrow, columns, asked)
+            sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    except (ArrowException, OSError) as problem:
+        yield Item(key, "error", (f"this Parquet file is damaged: {problem}",))
+        return
+    row = 0
+    for group, size in enumerate(sizes) if names else ():
+        for place in range(size):
+            yield Item(f"{key}#{row}", "rows", (str(path), group, place, names))
+            row += 1
+
+
+def _table(path: Path, key: str, columns: tuple[str, ...], asked: bool) -> Iterator[Item]:
+    from pyarrow import ArrowException
+
+    try:
+        table = _arrow(str(path))
+        names = _columns(path, table.schema, columns, asked)
+    except (ArrowException, OSError) as problem:
+        yield Item(key, "error", (f"this Arrow file is damaged: {problem}",))
+        return
+    for row in range(len(table)):
+        yield Item(f"{key}#{row}", "rows", (str(path), None, row, names))
+
+
+_ARCHIVES = {".tar": _tar, ".parquet": _parquet}
+
+
+def _saved(folder: Path) -> list[str] | None:
+    """The Arrow files of a folder that ``datasets`` saved."""
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return [str(file["filename"]) for file in state["_data_files"]]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _columns(path: Path, schema: Any, columns: tuple[str, ...], asked: bool) -> tuple[str, ...]:
+    """The column of images, and those that are kept beside it; () where there is none of images."""
+    from pyarrow import types
+
+    def holds_images(kind: Any) -> bool:
+        if types.is_struct(kind):
+            return any(kind.field(place).name == "bytes" for place in range(kind.num_fields))
+        return types.is_binary(kind) or types.is_large_binary(kind)
+
+    images = [field.name for field in schema if holds_images(field.type)]
+    named = [name for name in images if name in columns] or images
+    if not images and not asked:
+        return ()
+    if missing := [name for name in columns if name not in schema.names]:
+        raise ValueError(f"{path} has no column {', '.join(missing)}; it has {', '.join(schema.names)}")
+    if len(named) != 1:
+        told = (
+            f"several columns of image bytes ({', '.join(named)}): name one" if named else "no column of image bytes"
+        )
+        raise ValueError(f"{path} has {told}; its columns are {', '.join(schema.names)}")
+    return (named[0], *(name for name in columns if name != named[0]))
+
+
+@lru_cache(maxsize=2)
+def _rows(path: str, group: int | None, names: tuple[str, ...]) -> list[Any]:
+    """Columns of a file, or of one group of its rows."""
+    if group is None:
+        return [_arrow(path)[name] for name in names]
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path) as file:
+        table = file.read_row_group(group, columns=list(names))
+    return [table[name] for name in names]
+
+
+@lru_cache(maxsize=2)
+def _arrow(path: str) -> Any:
+    """A table whose rows are read where they are asked for."""
+    import pyarrow
+
+    return pyarrow.ipc.open_stream(pyarrow.memory_map(path)).read_all()

@@ -1,0 +1,158 @@
+"""Tokens read from a folder of units: by number and by key, only the pages that are asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from operator import index as whole
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from uhd.datasets.index import RUN, read_columns, read_rows
+from uhd.datasets.units import FORMAT
+from uhd.encoded import EncodedImage, num_rows
+from uhd.files import damage_named, read_json
+from uhd.saving import EncoderDescription
+from uhd.schema import SpatialSchema
+from uhd.schema.counted import layout_of, slicing_from_dict
+
+_COLUMNS = ("key", "height", "width", "shard", "start", "stop")
+_OPEN = 64  # files that are kept mapped
+_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "F64": np.float64}
+
+
+class Tokens:
+    """The images of a folder that ``uhd encode-dataset`` wrote, as a map-style data set.
+
+    ``tokens[3]``, ``tokens[-1]`` and ``tokens["cats/1.jpg"]`` are an :class:`uhd.EncodedImage` each, whose tokens are
+    copied from a memory-mapped file. Processes, forked or spawned, and threads may read at once; what is pickled is
+    the folder's name.
+
+    Args:
+        out: The folder.
+
+    Raises:
+        ValueError: It is no such folder, not finished, or damaged.
+    """
+
+    def __init__(self, out: str | os.PathLike) -> None:
+        self.out = Path(out)
+        run = self.out / RUN
+        if not run.is_file():
+            raise ValueError(f"{self.out} holds no {RUN}: give a folder that uhd encode-dataset wrote")
+        with damage_named(run):
+            self.run = read_json(run)
+            if self.run.get("format") != FORMAT:
+                raise ValueError(f"format {self.run.get('format')!r}, this version reads {FORMAT}")
+            self.description = EncoderDescription.from_dict(self.run["recipe"]["encoder"])
+            self.slicing = slicing_from_dict(self.description.slicing)
+            self.schema = SpatialSchema.from_dict(self.description.schema)
+        self._columns = read_columns(self.out, _COLUMNS)
+        self._maps: dict[str, np.ndarray] = {}
+        self._by_key: tuple[np.ndarray, np.ndarray] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self.out),)
+
+    def __len__(self) -> int:
+        return len(self._columns["start"])
+
+    def __iter__(self) -> Iterator[EncodedImage]:
+        return map(self.__getitem__, range(len(self)))
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and bool(self._numbers(key))
+
+    def __getitem__(self, which: int | str) -> EncodedImage:
+        """The image of a number, in the order of the source, or of a key.
+
+        Raises:
+            IndexError: There is no such number.
+            KeyError: There is no such key, or an image of it was refused.
+            ValueError: Several images have the key; or the file is damaged.
+        """
+        number = self.number(which) if isinstance(which, str) else whole(which)
+        number += len(self) if number < 0 else 0
+        if not 0 <= number < len(self):
+            raise IndexError(f"images are numbered from 0 to {len(self) - 1}, got {which}")
+        one = {name: self._value(name, number) for name in _COLUMNS}
+        plan = self.slicing.plan((one["height"], one["width"]))
+        tokens = self._rows(one["shard"], one["start"], one["stop"])
+        if len(tokens) != num_rows(plan):
+            raise ValueError(f"{self.out}: {one['key']!r} has {len(tokens)} tokens, its plan counts {num_rows(plan)}")
+        return EncodedImage(tokens, plan, layout_of(plan, self.schema))
+
+    def number(self, key: str) -> int:
+        """The number of the image with this key; errors as of indexing."""
+        numbers = self._numbers(key)
+        if len(numbers) > 1:
+            raise ValueError(
+                f"{len(numbers)} images of {self.out} have the key {key!r}: take their numbers, {numbers}"
+            )
+        if not numbers:
+            raise KeyError(f"{self.out} has no image {key!r}: its errors may tell why")
+        return numbers[0]
+
+    def key(self, number: int) -> str:
+        """The key of an image."""
+        return self._value("key", number)
+
+    def keys(self) -> Iterator[str]:
+        """In the order of the source."""
+        return map(self.key, range(len(self)))
+
+    def items(self) -> Iterator[tuple[str, EncodedImage]]:
+        """Keys and images, in the order of the source: what a stream is made of."""
+        return zip(self.keys(), self, strict=True)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The rows of the index, with all of its columns."""
+        return read_rows(self.out, "index")
+
+    def errors(self) -> Iterator[dict[str, str]]:
+        """``key``, ``stage`` and ``error`` of every image that was refused."""
+        return read_rows(self.out, "errors")
+
+    def _value(self, name: str, number: int) -> Any:
+        value = self._columns[name][number]
+        return value.as_py() if hasattr(value, "as_py") else value.item() if hasattr(value, "item") else value
+
+    def _numbers(self, key: str) -> list[int]:
+        if self._by_key is None:  # numbers in the order of hashes, which are of this process
+            hashes = np.fromiter(map(hash, self.keys()), np.int64, len(self))
+            order = np.argsort(hashes, kind="stable")
+            self._by_key = hashes[order], order
+        hashes, order = self._by_key
+        some = order[np.searchsorted(hashes, hash(key)) : np.searchsorted(hashes, hash(key), side="right")]
+        return [number for number in some.tolist() if self.key(number) == key]
+
+    def _rows(self, shard: str, start: int, stop: int) -> Tensor:
+        mapped = self._maps.get(shard)
+        if mapped is None:
+            mapped = _mapped(self.out / shard)
+            for old in list(self._maps)[: len(self._maps) + 1 - _OPEN]:
+                self._maps.pop(old, None)
+            self._maps[shard] = mapped
+        found = torch.from_numpy(np.array(mapped[start:stop]))
+        return found.view(torch.bfloat16) if mapped.dtype == np.uint16 else found
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """A unit's ``tokens``, none of them read; bfloat16 as uint16."""
+    try:
+        with damage_named(path), open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > os.path.getsize(path):
+                raise ValueError("its header is longer than the file")
+            told = json.loads(file.read(size))["tokens"]
+            where, shape = 8 + size + told["data_offsets"][0], tuple(told["shape"])
+            if not shape[0]:
+                return np.zeros(shape, _DTYPES[told["dtype"]])
+            return np.memmap(path, _DTYPES[told["dtype"]], "r", where, shape)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: uhd inspect tells what else is") from None

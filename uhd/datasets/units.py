@@ -1,0 +1,207 @@
+"""A unit of a data set: its images read, prepared, encoded and written, in this process and by whoever calls."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from uhd.batch import SliceBatch
+from uhd.datasets.sources import Item, read
+from uhd.encoded import num_rows
+from uhd.files import DAMAGE, damage_named
+from uhd.loading import REFUSALS, Preparation
+from uhd.machine import in_threads, use_products
+from uhd.pixels.render import load_picture
+from uhd.writing import new_file
+
+FORMAT = 1
+"""Of a folder of units."""
+
+_SHOWN = 500  # characters of an error
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker of a run is told, so that all of them compute the same.
+
+    Attributes:
+        out: Where units are written.
+        encoder: The encoder's folder.
+        preparation: Its own.
+        budget_patches: Most patches that are encoded at once, unless an image alone has more.
+        dtype: Of the tokens that are written; ``None``: the encoder's.
+        stop: Whether an image that is refused ends the run.
+        device, threads, products: Where and how an encoder multiplies, see :mod:`uhd.machine`.
+    """
+
+    out: str
+    encoder: str
+    preparation: Preparation
+    budget_patches: int
+    dtype: str | None
+    stop: bool
+    device: str
+    threads: int
+    products: dict[str, str]
+
+
+class Unit(NamedTuple):
+    """Neighbouring images of a source, and their number among units."""
+
+    number: int
+    items: list[Item]
+
+    @property
+    def keys(self) -> str:
+        """A digest of its images' keys, in order."""
+        return hashlib.sha256("\n".join(item.key for item in self.items).encode()).hexdigest()
+
+
+class Part(NamedTuple):
+    """Images of a unit that are encoded together: packed, what is known of each, and those refused up to here."""
+
+    batch: SliceBatch
+    rows: list[dict[str, Any]]
+    errors: list[dict[str, str]]
+
+
+def file_of(out: str | os.PathLike, number: int) -> Path:
+    """A unit's file."""
+    return Path(out) / f"unit-{number:08d}.safetensors"
+
+
+def prepare(unit: Unit, job: Job) -> Iterator[Part]:
+    """Read, decode, plan and cut a unit's images, a part of at most ``budget_patches`` after the other.
+
+    Raises:
+        ValueError: An image is refused, and the job stops there.
+    """
+    some, rows, errors, filled, threads = [], [], [], 0, torch.get_num_threads()
+    for start in range(0, len(unit.items), threads):
+        for batch, row in in_threads(lambda item: _prepared(item, job), unit.items[start : start + threads]):
+            if batch is None:
+                errors.append(row)
+                continue
+            if some and filled + len(batch.patches) > job.budget_patches:
+                yield Part(SliceBatch.cat(some), rows, errors)
+                some, rows, errors, filled = [], [], [], 0
+            some.append(batch)
+            rows.append(row)
+            filled += len(batch.patches)
+    yield Part(SliceBatch.cat(some), rows, errors)
+
+
+def _prepared(item: Item, job: Job) -> tuple[SliceBatch | None, dict[str, Any]]:
+    stage, how = "read", job.preparation
+    try:
+        content, kept = read(item)
+        stage = "decode"
+        picture = load_picture(content, settings=how.pixels)
+        stage = "plan"
+        plan = how.slicing.plan((picture.height, picture.width))
+        batch = how.cut([picture], [plan])
+    except REFUSALS as problem:
+        told = f"{problem}"[:_SHOWN] or repr(problem)
+        if job.stop:
+            raise ValueError(f"{item.key} ({stage}): {told}") from problem
+        return None, {"key": item.key, "stage": stage, "error": told}
+    rows, columns = plan.grid or (0, 0)
+    return batch, {
+        "key": item.key,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "height": picture.height,
+        "width": picture.width,
+        "grid_rows": rows,
+        "grid_columns": columns,
+        "num_views": plan.num_views,
+        "num_patches": plan.num_patches,
+        "num_tokens": plan.num_tokens,
+        "num_visual_tokens": num_rows(plan),
+        **kept,
+    }
+
+
+class Encoder:
+    """The second half of the work: parts to a unit's file."""
+
+    def __init__(self, job: Job) -> None:
+        from uhd.encoder import VisualEncoder
+
+        torch.set_num_threads(job.threads)
+        use_products(job.products)
+        self.job, self.encoder = job, VisualEncoder.from_pretrained(job.encoder).to(job.device)
+        weight = next((one for one in self.encoder.parameters() if one.is_floating_point()), torch.empty(0))
+        self.dtype = getattr(torch, job.dtype) if job.dtype else weight.dtype
+        self.width = getattr(self.encoder.compressor, "out_dim", 0)
+
+    def __call__(self, unit: Unit, parts: Iterable[Part]) -> dict[str, int]:
+        """Encode and write; counts of what was.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        images, errors, tokens = [], [], []
+        with torch.inference_mode():
+            for part in parts:
+                errors += part.errors
+                images += part.rows
+                if part.rows:
+                    tokens.append(self.encoder.encode(part.batch.to(self.job.device)).to("cpu", self.dtype))
+        none = torch.empty(0, self.width, dtype=self.dtype)
+        return _write(unit, self.job.out, torch.cat(tokens or [none]), images, errors)
+
+
+def _write(
+    unit: Unit, out: str, tokens: Tensor, images: list[dict[str, Any]], errors: list[dict[str, str]]
+) -> dict[str, int]:
+    if len(images) + len(errors) != len(unit.items):
+        raise RuntimeError(f"unit {unit.number}: {len(images)} images + {len(errors)} errors of {len(unit.items)}")
+    path, start = file_of(out, unit.number), 0
+    for row in images:
+        row |= {"shard": path.name, "start": start, "stop": start + row["num_visual_tokens"]}
+        start = row["stop"]
+    if start != len(tokens):
+        raise RuntimeError(f"unit {unit.number}: its plans count {start} tokens, the encoder gave {len(tokens)}")
+    offsets = torch.tensor([0, *(row["stop"] for row in images)])
+    told = torch.frombuffer(bytearray(json.dumps({"images": images, "errors": errors}).encode()), dtype=torch.uint8)
+    tensors = {"tokens": tokens.contiguous(), "offsets": offsets, "index": told}
+    header = {"format": FORMAT, "unit": unit.number, "inputs": len(unit.items), "keys": unit.keys}
+    header |= {"images": len(images), "tokens": len(tokens), "sha256": digest(tensors)}
+    with new_file(path) as new:  # one entry: those of several come in any order
+        save_file(tensors, new, metadata={"uhd": json.dumps(header)})
+    return {"inputs": len(unit.items), "images": len(images), "errors": len(errors), "tokens": len(tokens)}
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """Of a unit's tensors, bit by bit."""
+    found = hashlib.sha256()
+    for name in ("tokens", "offsets", "index"):
+        if tensors[name].numel():
+            found.update(tensors[name].view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def header_of(path: Path) -> dict[str, Any] | None:
+    """What a unit's file says of itself; ``None`` where it is missing, or damaged as far as its header shows."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads(file.metadata()["uhd"])
+        return header if header["format"] == FORMAT else None
+    except (*DAMAGE, OSError):
+        return None
+
+
+def index_of(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """A unit's ``images`` and ``errors``; a ``ValueError`` names a damaged file."""
+    with damage_named(path), safe_open(path, framework="pt") as file:
+        return json.loads(file.get_tensor("index").numpy().tobytes())
