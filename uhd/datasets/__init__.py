@@ -11,11 +11,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from uhd.datasets.estimating import estimate
     from uhd.datasets.inspecting import inspect
-    from uhd.datasets.running import encode, estimate
+    from uhd.datasets.running import encode
     from uhd.datasets.tokens import Tokens
 
-_HOMES = {"Tokens": "tokens", "encode": "running", "estimate": "running", "inspect": "inspecting"}
+_HOMES = {"Tokens": "tokens", "encode": "running", "estimate": "estimating", "inspect": "inspecting"}
 __all__ = ["Tokens", "encode", "estimate", "inspect"]
 
 

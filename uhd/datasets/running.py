@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count, islice
@@ -17,7 +16,7 @@ import torch
 
 import uhd
 from uhd import machine
-from uhd.datasets import index, local
+from uhd.datasets import index, local, sources
 from uhd.datasets.sources import Item, listed, units
 from uhd.datasets.units import FORMAT, Job, Unit, file_of, header_of
 from uhd.files import read_json
@@ -91,18 +90,21 @@ def encode(
     _check_numbers(budget_patches, limit, shard, processes)
     if dtype is not None:
         check_choice("dtype", dtype, DTYPES)
+    if taken := set(columns) & set(index.COLUMNS):
+        raise ValueError(f"{', '.join(sorted(taken))}: the index itself has columns of these names")
+    columns = list(dict.fromkeys(columns))
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file, expected a folder for the tokens")
     with _saved(encoder) as folder:
-        described = uhd.VisualEncoder.describe(folder)
         recipe = {
             "encoder": read_json(folder / CONFIG_FILE),
             "weights": _digest(folder / WEIGHTS_FILE),
             "rules": RULES,
+            "unit": sources.UNIT,
             "dtype": dtype,
             "budget_patches": budget_patches,
-            "columns": list(columns),
+            "columns": columns,
             "limit": limit,
         }
         first = next(iter(listed(source, columns=columns, skip=out)), None)
@@ -111,8 +113,7 @@ def encode(
         out.mkdir(parents=True, exist_ok=True)
         with _alone(out, shard):
             settled = _settle(out, recipe, device)
-            how = Preparation.of(described)
-            job = Job(str(out), str(folder), how, budget_patches, dtype, on_error == "stop", **settled)
+            job = job_of(out, folder, budget_patches, dtype, stop=on_error == "stop", settled=settled)
             plan = Plan(out, listed(source, columns=columns, skip=out), limit, shard)
             if engine == "ray":
                 from uhd.datasets import on_ray
@@ -124,6 +125,12 @@ def encode(
             for _ in progress(running) if progress else running:
                 done += 1
             return {**index.finish(out, plan.inputs, plan.units), "done": done}
+
+
+def job_of(out: Any, folder: Path, budget: int, dtype: str | None, *, stop: bool, settled: dict[str, Any]) -> Job:
+    """What every worker is told; a ``ValueError`` where the folder holds no encoder."""
+    how = Preparation.of(uhd.VisualEncoder.describe(folder))
+    return Job(str(out), str(folder), how, budget, dtype, stop, **settled)
 
 
 class Plan:
@@ -155,6 +162,8 @@ def _saved(encoder: Any) -> Iterator[Path]:
     """The folder of an encoder."""
     if isinstance(encoder, (str, os.PathLike)):
         finish(encoder)
+        if not (Path(encoder) / CONFIG_FILE).is_file():
+            raise ValueError(f"{encoder} holds no {CONFIG_FILE}: give a folder that save_pretrained wrote")
         yield Path(encoder)
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -193,10 +202,8 @@ def _settle(out: Path, recipe: dict[str, Any], device: str | None) -> dict[str, 
         return run["settled"]
     if index.units_in(out):
         raise ValueError(f"{out} holds units and no {index.RUN}, so nobody knows their recipe: another folder")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    threads = max(1, (os.cpu_count() or 1) // torch.cuda.device_count()) if device == "cuda" else 1
-    settled = {"device": device, "threads": threads, "products": _products(threads)}
-    on = {"cpu": machine.cpu(), **({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {})}
+    settled = settled_on(device)
+    on = {"cpu": machine.cpu(), **({"gpu": torch.cuda.get_device_name()} if settled["device"] == "cuda" else {})}
     versions = {"uhd": uhd.__version__, "torch": torch.__version__, **on}
     index.write_json(path, {"format": FORMAT, "recipe": recipe, "settled": settled, "versions": versions})
     with new_file(out / "README.md") as new:
@@ -204,12 +211,17 @@ def _settle(out: Path, recipe: dict[str, Any], device: str | None) -> dict[str, 
     return settled
 
 
-def _products(threads: int) -> dict[str, str]:
-    """As a worker with so many threads would choose them."""
+def settled_on(device: str | None) -> dict[str, Any]:
+    """Device, threads, and the products that a worker with so many threads would choose."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_choice("device", device, ("cpu", "cuda"))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device='cuda': torch finds no GPU here")
+    threads = max(1, (os.cpu_count() or 1) // torch.cuda.device_count()) if device == "cuda" else 1
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        return machine.products()
+        return {"device": device, "threads": threads, "products": machine.products()}
     finally:
         torch.set_num_threads(before)
 
@@ -242,7 +254,3 @@ def _check_numbers(budget: int, limit: int | None, shard: tuple[int, int], proce
         raise ValueError(f"budget_patches and limit are at least 1, processes 0; got {budget}, {limit}, {processes}")
     if not 0 <= shard[0] < shard[1]:
         raise ValueError(f"shard is i/n with i of 0 to n - 1, got {shard[0]}/{shard[1]}")
-
-
-def estimate(source: str | os.PathLike, encoder: str | os.PathLike, **settings: Any) -> dict[str, Any]:
-    raise NotImplementedError(time)

@@ -144,6 +144,11 @@ class Encoder:
         self.dtype = getattr(torch, job.dtype) if job.dtype else weight.dtype
         self.width = getattr(self.encoder.compressor, "out_dim", 0)
 
+    @torch.inference_mode()
+    def encode(self, batch: SliceBatch) -> Tensor:
+        """(n, D) on the host, in the dtype that is written."""
+        return self.encoder.encode(batch.to(self.job.device)).to("cpu", self.dtype)
+
     def __call__(self, unit: Unit, parts: Iterable[Part]) -> dict[str, int]:
         """Encode and write; counts of what was.
 
@@ -151,12 +156,10 @@ class Encoder:
             OSError: The file cannot be written.
         """
         images, errors, tokens = [], [], []
-        with torch.inference_mode():
-            for part in parts:
-                errors += part.errors
-                images += part.rows
-                if part.rows:
-                    tokens.append(self.encoder.encode(part.batch.to(self.job.device)).to("cpu", self.dtype))
+        for part in parts:
+            errors += part.errors
+            images += part.rows
+            tokens += [self.encode(part.batch)] if part.rows else []
         none = torch.empty(0, self.width, dtype=self.dtype)
         return _write(unit, self.job.out, torch.cat(tokens or [none]), images, errors)
 

@@ -1,0 +1,101 @@
+"""What encoding a data set would give and cost, from its headers and ten seconds of work."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from uhd.datasets.running import BUDGET, job_of, settled_on
+from uhd.datasets.sources import Item, listed, read, units
+from uhd.datasets.units import Encoder, Unit, prepare
+from uhd.encoded import num_rows
+from uhd.loading import collected
+from uhd.pixels import image_size_hw
+
+SECONDS = 10.0
+"""Most that the rate is measured for, but for the first part."""
+
+
+def estimate(
+    source: str | os.PathLike,
+    encoder: str | os.PathLike,
+    *,
+    budget_patches: int = BUDGET,
+    dtype: str | None = None,
+    columns: Sequence[str] = (),
+    limit: int | None = None,
+    shard: tuple[int, int] = (0, 1),
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Read the headers of a source, and encode some of it without writing; arguments as of :func:`encode`.
+
+    Returns:
+        ``inputs``, ``images`` and ``errors`` as headers tell, ``views``, ``patches``, ``tokens`` (rows on disk),
+        ``bytes`` of these, ``tflops``, ``images_a_second`` of one process, and ``hours`` of it.
+    """
+    job = job_of("", Path(encoder), budget_patches, dtype, stop=False, settled=settled_on(device))
+    found = dict.fromkeys(("inputs", "images", "errors", "views", "patches", "tokens"), 0)
+    some: list[Unit] = []
+
+    def cost(_: int, item: Item) -> tuple[int, int, int]:
+        plan = job.preparation.slicing.plan(image_size_hw(item.place[0] if item.kind == "file" else read(item)[0]))
+        return plan.num_views, plan.num_patches, num_rows(plan)
+
+    for number, items in enumerate(units(islice(listed(source, columns=columns), limit))):
+        if number % shard[1] == shard[0]:
+            costs, errors = collected(cost, items)
+            found["inputs"] += len(items)
+            found["errors"] += len(errors)
+            for one in filter(None, costs):
+                for name, more in zip(("views", "patches", "tokens"), one, strict=True):
+                    found[name] += more
+            some += [Unit(number, items)] if len(some) < 64 else []
+    if not found["inputs"]:
+        raise ValueError(f"{source} holds no images")
+    found["images"] = found["inputs"] - found["errors"]
+    work = Encoder(job)
+    images, patches, seconds, flops = _rate(work, some)
+    scale = found["patches"] / max(patches, 1)
+    found |= {"bytes": found["tokens"] * work.width * work.dtype.itemsize, "tflops": flops * scale / 1e12}
+    rate = images / seconds if images else 0.0
+    return {**found, "images_a_second": rate, "hours": seconds * scale / 3600}
+
+
+def _rate(work: Encoder, units: list[Unit]) -> tuple[int, int, float, float]:
+    """Images and patches that were encoded, in how many seconds, and FLOPs as torch counts its own products."""
+    images, patches, flops, seconds, counted = 0, 0, 0, 0.0, 0
+    for unit in units:
+        start = time.perf_counter()
+        for part in prepare(unit, work.job):
+            if part.rows:
+                if not counted:
+                    with _Flops() as counter:
+                        work.encode(part.batch)
+                    flops, counted, start = counter.total, len(part.batch.patches), time.perf_counter()
+                work.encode(part.batch)
+                images, patches = images + len(part.rows), patches + len(part.batch.patches)
+            if seconds + time.perf_counter() - start > SECONDS:
+                break
+        seconds += time.perf_counter() - start
+        if seconds > SECONDS:
+            break
+    return images, patches, seconds, flops * patches / max(counted, 1)
+
+
+class _Flops(TorchDispatchMode):
+    """Adds up; torch's own counter needs gradients."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        if count := flop_registry.get(function._overloadpacket):
+            self.total += count(*args, **(kwargs or {}), out_val=found)
+        return found
