@@ -95,7 +95,10 @@ class _Flops(TorchDispatchMode):
     total = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        with self:
+            found = function.decompose(*args, **kwargs)  # inference mode leaves products inside other operators
+        found = function(*args, **kwargs) if found is NotImplemented else found
         if count := flop_registry.get(function._overloadpacket):
-            self.total += count(*args, **(kwargs or {}), out_val=found)
+            self.total += count(*args, **kwargs, out_val=found)
         return found

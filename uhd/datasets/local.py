@@ -6,12 +6,16 @@ import multiprocessing
 import queue
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import torch
+
 from uhd.datasets.units import Encoder, Job, Unit, prepare
+from uhd.machine import use_products
 
 _AHEAD = 2  # units that a process has: one to encode, one to prepare
 _TRIES = 3  # of a unit whose process dies
@@ -27,13 +31,14 @@ def here(job: Job, units: Iterable[Unit]) -> Iterator[Done]:
     Raises:
         ValueError, OSError: As of :func:`uhd.datasets.units.prepare` and of writing.
     """
+    before = torch.get_num_threads()
     encoder, ready, over = Encoder(job), queue.Queue(1), threading.Event()
 
     def put(item: Any) -> None:
         while not over.is_set():
             with suppress(queue.Full):
                 return ready.put(item, timeout=0.1)
-        raise SystemExit  # nobody takes it any more
+        raise _Over
 
     def work() -> None:
         try:
@@ -43,8 +48,11 @@ def here(job: Job, units: Iterable[Unit]) -> Iterator[Done]:
                     put(part)
                 put(None)
             put(None)
+        except _Over:
+            pass
         except Exception as problem:  # of a picture, or of the source: told where it is waited for
-            put(problem)
+            with suppress(_Over):
+                put(problem)
 
     def got() -> Any:
         item = ready.get()
@@ -58,6 +66,12 @@ def here(job: Job, units: Iterable[Unit]) -> Iterator[Done]:
             yield unit.number, encoder(unit, iter(got, None))
     finally:
         over.set()
+        torch.set_num_threads(before)
+        use_products(None)
+
+
+class _Over(Exception):
+    """Nobody takes what is prepared any more."""
 
 
 def in_processes(job: Job, units: Iterable[Unit], processes: int) -> Iterator[Done]:
@@ -68,21 +82,21 @@ def in_processes(job: Job, units: Iterable[Unit], processes: int) -> Iterator[Do
         RuntimeError: A unit's process died again and again.
     """
     stream, again, tries = iter(units), [], {}
-    workers: dict[Connection, tuple[Any, dict[int, Unit]]] = {}
-    devices = [f"{job.device}:{number}" for number in range(_gpus())] if job.device == "cuda" else [job.device]
+    workers: dict[Connection, tuple[Any, dict[int, Unit], str]] = {}
+    gpus = torch.cuda.device_count() if job.device == "cuda" else 0
     try:
         for number in range(processes):
-            _start(workers, job, devices[number % len(devices)])
+            _start(workers, job, f"cuda:{number % gpus}" if gpus else job.device)
         while True:
-            for line, (_, mine) in workers.items():
+            for line, (_, mine, _) in workers.items():
                 while len(mine) < _AHEAD and (unit := again.pop() if again else next(stream, None)) is not None:
                     mine[unit.number] = unit
                     with suppress(OSError):  # it is dead: told below
                         line.send(unit)
-            if not any(mine for _, mine in workers.values()):
+            if not any(mine for _, mine, _ in workers.values()):
                 return
             for line in wait(list(workers)):
-                process, mine = workers[line]
+                process, mine, device = workers[line]
                 try:
                     number, found = line.recv()
                 except (EOFError, OSError):
@@ -96,14 +110,14 @@ def in_processes(job: Job, units: Iterable[Unit], processes: int) -> Iterator[Do
                             ) from None
                     again += mine.values()
                     process.join()
-                    _start(workers, job, devices[len(workers) % len(devices)])
+                    _start(workers, job, device)
                     continue
                 if isinstance(found, Exception):
                     raise found
                 del mine[number]
                 yield number, found
     finally:
-        for line, (process, _) in workers.items():
+        for line, (process, *_) in workers.items():
             process.terminate()
             line.close()
             process.join()
@@ -115,13 +129,12 @@ def _start(workers: dict[Connection, Any], job: Job, device: str) -> None:
     process = context.Process(target=_worker, args=(job, device, theirs), daemon=True)
     process.start()
     theirs.close()
-    workers[ours] = process, {}
+    workers[ours] = process, {}, device
 
 
 def _worker(job: Job, device: str, line: Connection) -> None:
     """Until nobody is there who asks; the interrupt of a terminal is for whoever does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    from dataclasses import replace
 
     def units() -> Iterator[Unit]:
         with suppress(EOFError, OSError):
@@ -139,12 +152,3 @@ def _worker(job: Job, device: str, line: Connection) -> None:
 def run(job: Job, units: Iterable[Unit], processes: int) -> Iterator[Done]:
     """Encode units in ``processes``, 0: in this one; errors as of :func:`in_processes`."""
     return in_processes(job, units, processes) if processes else here(job, units)
-
-
-def _gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
-
-
-Engine = Callable[[Job, Iterable[Unit]], Iterator[Done]]
