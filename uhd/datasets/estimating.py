@@ -12,9 +12,10 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from uhd.datasets.plan import Unit
 from uhd.datasets.running import BUDGET, job_of, settled_on
 from uhd.datasets.sources import Item, listed, read, units
-from uhd.datasets.units import Encoder, Unit, prepare
+from uhd.datasets.units import Encoder, prepare
 from uhd.encoded import num_rows
 from uhd.loading import collected
 from uhd.pixels import image_size_hw

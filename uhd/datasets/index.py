@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from uhd.datasets.units import file_of, header_of, index_of
+from uhd.datasets.plan import file_of, header_of, index_of
 from uhd.files import damage_named, read_json
 from uhd.writing import new_file
 

@@ -12,7 +12,8 @@ from typing import Any
 from safetensors.torch import load_file
 
 from uhd.datasets import index
-from uhd.datasets.units import digest, file_of, header_of
+from uhd.datasets.plan import file_of, header_of
+from uhd.datasets.units import digest
 from uhd.files import DAMAGE, read_json
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from uhd.datasets.units import Encoder, Job, Unit, prepare
+from uhd.datasets.plan import Unit
+from uhd.datasets.units import Encoder, Job, prepare
 from uhd.machine import use_products
 
 _AHEAD = 2  # units that a process has: one to encode, one to prepare

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from uhd.datasets.local import Done
-from uhd.datasets.units import Encoder, Job, Part, Unit, prepare
+from uhd.datasets.plan import Unit
+from uhd.datasets.units import Encoder, Job, Part, prepare
 from uhd.machine import use_products
 
 _RETRIES = 5

@@ -8,7 +8,6 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ import torch
 import uhd
 from uhd import machine
 from uhd.datasets import index, local, sources
-from uhd.datasets.sources import Item, listed, units
-from uhd.datasets.units import FORMAT, Job, Unit, file_of, header_of
+from uhd.datasets.plan import FORMAT, Plan
+from uhd.datasets.sources import listed
+from uhd.datasets.units import Job
 from uhd.files import read_json
 from uhd.loading import Preparation
 from uhd.saving import CONFIG_FILE, WEIGHTS_FILE
@@ -131,30 +131,6 @@ def job_of(out: Any, folder: Path, budget: int, dtype: str | None, *, stop: bool
     """What every worker is told; a ``ValueError`` where the folder holds no encoder."""
     how = Preparation.of(uhd.VisualEncoder.describe(folder))
     return Job(str(out), str(folder), how, budget, dtype, stop, **settled)
-
-
-class Plan:
-    """The units of a source that are this run's, and not done; iterated once, it knows how many there are in all."""
-
-    def __init__(self, out: Path, items: Iterator[Item], limit: int | None, shard: tuple[int, int]) -> None:
-        self.out, self.items, self.shard = out, islice(items, limit), shard
-        self.inputs = self.units = 0
-
-    def __iter__(self) -> Iterator[Unit]:
-        for number, items in zip(count(), units(self.items)):
-            self.inputs, self.units = self.inputs + len(items), number + 1
-            unit = Unit(number, items)
-            path = file_of(self.out, number)
-            if number % self.shard[1] != self.shard[0]:
-                continue
-            header = header_of(path)
-            if header is None:  # missing, or damaged
-                yield unit
-            elif (header["unit"], header["keys"]) != (number, unit.keys):
-                raise ValueError(
-                    f"{path} is of other images than the source has there now, from {items[0].key!r} on: the source "
-                    "has changed since; encode it into another folder"
-                )
 
 
 @contextmanager

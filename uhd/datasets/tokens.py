@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from uhd.datasets.index import RUN, read_columns, read_rows
-from uhd.datasets.units import FORMAT
+from uhd.datasets.plan import FORMAT
 from uhd.encoded import EncodedImage, num_rows
 from uhd.files import damage_named, read_json
 from uhd.saving import EncoderDescription

@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from uhd.batch import SliceBatch
+from uhd.datasets.plan import FORMAT, Unit, file_of
 from uhd.datasets.sources import Item, read
 from uhd.encoded import num_rows
-from uhd.files import DAMAGE, damage_named
 from uhd.loading import REFUSALS, Preparation
 from uhd.machine import in_threads, use_products
 from uhd.pixels.render import load_picture
 from uhd.writing import new_file
-
-FORMAT = 1
-"""Of a folder of units."""
 
 _SHOWN = 500  # characters of an error
 
@@ -55,29 +49,12 @@ class Job:
     products: dict[str, str]
 
 
-class Unit(NamedTuple):
-    """Neighbouring images of a source, and their number among units."""
-
-    number: int
-    items: list[Item]
-
-    @property
-    def keys(self) -> str:
-        """A digest of its images' keys, in order."""
-        return hashlib.sha256("\n".join(item.key for item in self.items).encode()).hexdigest()
-
-
 class Part(NamedTuple):
     """Images of a unit that are encoded together: packed, what is known of each, and those refused up to here."""
 
     batch: SliceBatch
     rows: list[dict[str, Any]]
     errors: list[dict[str, str]]
-
-
-def file_of(out: str | os.PathLike, number: int) -> Path:
-    """A unit's file."""
-    return Path(out) / f"unit-{number:08d}.safetensors"
 
 
 def prepare(unit: Unit, job: Job) -> Iterator[Part]:
@@ -192,19 +169,3 @@ def digest(tensors: dict[str, Tensor]) -> str:
         if tensors[name].numel():
             found.update(tensors[name].view(torch.uint8).numpy().data)
     return found.hexdigest()
-
-
-def header_of(path: Path) -> dict[str, Any] | None:
-    """What a unit's file says of itself; ``None`` where it is missing, or damaged as far as its header shows."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads(file.metadata()["uhd"])
-        return header if header["format"] == FORMAT else None
-    except (*DAMAGE, OSError):
-        return None
-
-
-def index_of(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """A unit's ``images`` and ``errors``; a ``ValueError`` names a damaged file."""
-    with damage_named(path), safe_open(path, framework="pt") as file:
-        return json.loads(file.get_tensor("index").numpy().tobytes())
