@@ -279,12 +279,11 @@ def _compare(args: argparse.Namespace) -> int:
 
     failed, stop = commands.each("uhd compare", args.inputs, one, stop=args.on_error == "stop")
     if args.html is not None and found:
-        write_page(args.html, found)
-        stop = stop and type(stop)(f"{len(found)} of {len(args.inputs)} images are in {args.html}")
-    if stop:
-        raise stop
-    if args.html is not None and found:
+        words = f"{len(found)} of {len(args.inputs)} images are in {args.html}"
+        commands.keep(stop, lambda: write_page(args.html, found), words)
         print(f"wrote {args.html}: open it in a browser", file=sys.stderr if args.json else sys.stdout)
+    elif stop:
+        raise stop
     return commands.status(failed, len(args.inputs))
 
 
@@ -311,9 +310,9 @@ def _encode(args: argparse.Namespace) -> int:
     if stop and not done:
         raise stop
     names, _, encoded = zip(*done, strict=True) if done else ((), (), ())
-    save_tokens(args.output, encoded, schema=encoder.schema, names=names, note=encoder.note)
-    if stop:
-        raise type(stop)(f"{len(done)} of {len(args.images)} images are in {args.output}")
+    about = {"schema": encoder.schema, "names": names, "note": encoder.note}
+    words = f"{len(done)} of {len(args.images)} images are in {args.output}"
+    commands.keep(stop, lambda: save_tokens(args.output, encoded, **about), words)
     for name, words, tokens in done:
         print(f"{name}: {words}\n  tokens {tuple(tokens.tokens.shape)}")
     print(f"wrote {args.output}")

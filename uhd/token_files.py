@@ -37,11 +37,13 @@ def save_tokens(
         note: Free text for whoever reads the file, e.g. that the weights are untrained.
 
     Raises:
-        ValueError: Nothing to save, another schema's layouts, or no such place.
+        ValueError: Nothing to save, another schema's layouts, a note that is no string, or no such place.
         OSError: The file cannot be written; what stood there before is unchanged.
     """
     if not encoded:
         raise ValueError("no images to save")
+    if not isinstance(note, str):
+        raise ValueError(f"note must be a string, got {note!r:.80}")
     names = [""] * len(encoded) if names is None else list(names)
     if len(names) != len(encoded):
         raise ValueError(f"got {len(encoded)} encoded images and {len(names)} names")
