@@ -332,22 +332,19 @@ def test_a_pipe_without_end_is_refused(tmp_path, monkeypatch, capsys):
     assert (status, "more than 1 MiB come through this pipe" in out) == (1, True)
 
 
+def many(tmp_path):
+    """Commands of many images."""
+    return ("plan",), ("compare", "--strategies", "clip"), ("encode", "-o", tmp_path / "t.safetensors")
+
+
 def test_status_says_whether_some_failed_or_all(page, tmp_path, capsys):
-    for command, *rest in (
-        ("plan",),
-        ("compare", "--strategies", "clip"),
-        ("encode", "-o", tmp_path / "t.safetensors"),
-    ):
+    for command, *rest in many(tmp_path):
         for inputs, wanted in ((["no.png", page], 3), (["no.png"], 1), (["no.png", "nor.png"], 1), ([page, page], 0)):
             assert run(command, *inputs, *rest, capsys=capsys)[0] == wanted, (command, inputs)
 
 
 def test_the_first_bad_image_stops_where_asked(page, tmp_path, capsys):
-    for command, *rest in (
-        ("plan",),
-        ("compare", "--strategies", "clip"),
-        ("encode", "-o", tmp_path / "t.safetensors"),
-    ):
+    for command, *rest in many(tmp_path):
         words = f"uhd {command}: no.png: "
         out = fails(words, command, page, "no.png", page, *rest, "--on-error", "stop", capsys=capsys)
         assert out.count("\n") < 40
