@@ -396,10 +396,9 @@ def _encoder(folder: Path | None, strategy: str | None = None) -> VisualEncoder:
         return demo.untrained_encoder(strategy=strategy)
     from uhd.encoder import VisualEncoder
     from uhd.saving import CONFIG_FILE
-    from uhd.writing import finish
+    from uhd.writing import is_file
 
-    finish(folder)
-    if not (folder / CONFIG_FILE).is_file():
+    if not is_file(folder / CONFIG_FILE):
         raise ValueError(f"{folder} holds no {CONFIG_FILE}: give a folder that VisualEncoder.save_pretrained wrote")
     return VisualEncoder.from_pretrained(folder, slicing=strategy)
 

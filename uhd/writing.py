@@ -105,6 +105,12 @@ def finish(folder: str | os.PathLike) -> bool:
     return True
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is such a file once its folder is whole; errors as of :func:`finish`."""
+    finish(path.parent)
+    return path.is_file()
+
+
 def _is_ready(folder: Path) -> bool:
     return (folder / READY).is_dir() and not (folder / READY).is_symlink()
 
