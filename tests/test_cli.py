@@ -2,16 +2,18 @@
 
 import io
 import json
+import os
 import pathlib
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from uhd import cli
+from uhd import cli, commands
 from uhd.demo import page_image
 from uhd.slicing import PRESETS
 
@@ -151,7 +153,7 @@ def test_encode_says_loudly_that_it_is_untrained(page, tmp_path, capsys):
     with safe_open(tmp_path / "t.safetensors", framework="np") as file:
         assert "UNTRAINED" in file.metadata()["note"]
         assert file.get_tensor("tokens").shape == (896, 256)
-        names = [image["name"] for image in json.loads(file.metadata()["images"])]
+        names = [image["name"] for image in json.loads(bytes(file.get_tensor("images")))]
     assert names == [str(page), str(page)]
 
 
@@ -285,6 +287,99 @@ def test_demo_says_which_answer_is_doubtful(tmp_path, capsys):
     assert "doubtful: 'line 4?': it reads 3 lines in all" in lines[place + 1]
     assert out.count("doubtful") == 1
     assert "far from" not in out
+
+
+def piped(path, content):
+    """A picture that comes through a pipe: it can be read once."""
+    os.mkfifo(path)
+    threading.Thread(target=path.write_bytes, args=(content,)).start()
+    return path
+
+
+def test_every_command_reads_pipes(page, tmp_path, capsys):
+    content = page.read_bytes()
+    for number, (command, *rest) in enumerate(
+        (
+            ("plan", "--json"),
+            ("layout", "--json"),
+            ("show", "-o", tmp_path / "out.png"),
+            ("compare", "--strategies", "clip"),
+            ("compare", "--strategies", "clip", "--html", tmp_path / "out.html"),
+            ("encode", "-o", tmp_path / "t.safetensors"),
+            ("encode", "--video", "-o", tmp_path / "t.safetensors"),
+            ("demo", "-o", tmp_path / "demo.png"),
+        )
+    ):
+        outs = []
+        for image in (page, piped(tmp_path / f"pipe{number}", content)):
+            status, out, err = run(command, image, *rest, capsys=capsys)
+            assert status == 0, err
+            lines = out.replace(str(image), "IMAGE").replace(image.name, "NAME").splitlines()
+            outs.append([line for line in lines if " ms" not in line and line.strip("- ")])
+        assert [" ".join(line.split()) for line in outs[0]] == [" ".join(line.split()) for line in outs[1]]
+
+
+def test_devices_are_refused(page, capsys):
+    status, out, _ = run("plan", "/dev/zero", page, capsys=capsys)
+    assert (status, "/dev/zero is a device or a socket" in out) == (3, True)
+    fails("/dev/zero is a device or a socket", "show", "/dev/zero", "-o", page.with_name("o.png"), capsys=capsys)
+
+
+def test_a_pipe_without_end_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(commands, "MOST_BYTES", 1 << 20)
+    pipe = piped(tmp_path / "pipe", bytes((1 << 20) + 1))
+    status, out, _ = run("plan", pipe, capsys=capsys)
+    assert (status, "more than 1 MiB come through this pipe" in out) == (1, True)
+
+
+def many(tmp_path):
+    """Commands of many images."""
+    return ("plan",), ("compare", "--strategies", "clip"), ("encode", "-o", tmp_path / "t.safetensors")
+
+
+def test_status_says_whether_some_failed_or_all(page, tmp_path, capsys):
+    for command, *rest in many(tmp_path):
+        for inputs, wanted in ((["no.png", page], 3), (["no.png"], 1), (["no.png", "nor.png"], 1), ([page, page], 0)):
+            assert run(command, *inputs, *rest, capsys=capsys)[0] == wanted, (command, inputs)
+
+
+def test_the_first_bad_image_stops_where_asked(page, tmp_path, capsys):
+    for command, *rest in many(tmp_path):
+        words = f"uhd {command}: no.png: "
+        out = fails(words, command, page, "no.png", page, *rest, "--on-error", "stop", capsys=capsys)
+        assert out.count("\n") < 40
+        assert not (tmp_path / "t.safetensors").exists()
+
+
+def test_pictures_are_written_in_formats_that_pillow_writes(page, tmp_path, capsys):
+    for ending, words in ((".psd", "no picture format that is written"), (".xbm", "RGB"), (".h5", "not installed")):
+        fails(f"cannot write {tmp_path / 'o'}{ending}: ", "show", page, "-o", tmp_path / f"o{ending}", capsys=capsys)
+        fails(words, "show", page, "-o", tmp_path / f"o{ending}", capsys=capsys)
+    for ending in (".JPG", ".webp", ".gif", ".tiff", ".pdf"):
+        assert run("show", page, "-o", tmp_path / f"o{ending}", capsys=capsys)[0] == 0
+    assert sorted(path.suffix for path in tmp_path.glob("o.*")) == [".JPG", ".gif", ".pdf", ".tiff", ".webp"]
+
+
+def test_sizes_that_json_cannot_say_again(tmp_path, capsys):
+    file = tmp_path / "sizes.json"
+    file.write_text("[[NaN, 5], [1e999, -Infinity], [[1], 2], [3, 4]]")
+    status, out, _ = run("plan", "--sizes", file, "--json", capsys=capsys)
+    lines = [json.loads(line, parse_constant=lambda word: pytest.fail(word)) for line in out.splitlines()]
+    assert (status, ["error" in line for line in lines]) == (0, [True, True, True, False])
+    file.write_text("[" * 100_000)
+    fails("must hold a JSON list of [width, height]", "plan", "--sizes", file, capsys=capsys)
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_traceback_is_shown_only_where_asked(debug, monkeypatch, capsys):
+    def broken(*_):
+        raise KeyError("a mistake\n  of ours")
+
+    monkeypatch.setenv("UHD_DEBUG", str(int(debug)))
+    monkeypatch.setattr(cli, "_plan", broken)
+    status, out, err = run("plan", "10x20", capsys=capsys)
+    assert (status, out, "Traceback" in err) == (1, "", debug)
+    assert err.endswith(r"uhd plan: KeyError: 'a mistake\n  of ours' (UHD_DEBUG=1 shows where)" + "\n")
 
 
 def test_a_closed_pipe_is_no_error(monkeypatch):

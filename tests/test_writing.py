@@ -113,9 +113,10 @@ def test_what_a_killed_writer_left_is_taken_over(tmp_path):
 
 
 def test_a_folder_of_its_own_name_keeps_files_of_others(tmp_path):
+    """But for old files that would be taken for new ones."""
     folder = tmp_path / "model"
     for names in (("config.json", "model.safetensors"), ("config.json", "model-00001-of-00001.safetensors")):
-        with new_files(folder) as new:
+        with new_files(folder, one_of=r"model.*\.safetensors") as new:
             assert new.name == "model"
             for name in names:
                 (new / name).write_text("new")
@@ -209,6 +210,12 @@ def test_a_model_in_shards_takes_the_place_of_one_in_a_file(tmp_path):
     weights = zip(found.visual.parameters(), encoder.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in weights)
     assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_an_encoder_leaves_weights_of_others(tmp_path):
+    (tmp_path / "model-00001-of-00001.safetensors").write_text("a language model")
+    encoders()[0].save_pretrained(tmp_path)
+    assert (tmp_path / "model-00001-of-00001.safetensors").read_text() == "a language model"
 
 
 def test_new_files_can_be_read_by_whom_the_user_lets(tmp_path):

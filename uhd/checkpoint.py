@@ -17,7 +17,7 @@ from torch import Tensor
 
 from uhd.files import damage_named, read_json
 from uhd.pixels.settings import image_processors
-from uhd.writing import finish
+from uhd.writing import is_file
 
 SAFE = ("model.safetensors", "model.safetensors.index.json")
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -44,8 +44,7 @@ class Checkpoint:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{folder} is not a folder; give a local one, nothing is downloaded")
-        finish(self.folder)
-        if not (self.folder / "config.json").is_file():
+        if not is_file(self.folder / "config.json"):
             raise FileNotFoundError(f"{folder} has no config.json: copy the whole release, its *.json files included")
         self.config = read_json(self.folder / "config.json")
         self.pickled = False

@@ -281,12 +281,11 @@ def _compare(args: argparse.Namespace) -> int:
 
     failed, stop = commands.each("uhd compare", args.inputs, one, stop=args.on_error == "stop")
     if args.html is not None and found:
-        write_page(args.html, found)
-        stop = stop and type(stop)(f"{len(found)} of {len(args.inputs)} images are in {args.html}")
-    if stop:
-        raise stop
-    if args.html is not None and found:
+        words = f"{len(found)} of {len(args.inputs)} images are in {args.html}"
+        commands.keep(stop, lambda: write_page(args.html, found), words)
         print(f"wrote {args.html}: open it in a browser", file=sys.stderr if args.json else sys.stdout)
+    elif stop:
+        raise stop
     return commands.status(failed, len(args.inputs))
 
 
@@ -299,26 +298,24 @@ def _encode(args: argparse.Namespace) -> int:
     encoder = _encoder(args.encoder, args.strategy)
     done: list[str] = []
     failed, stop = 0, None
-    with token_file(args.output, schema=encoder.schema, note=encoder.note) as add:
+    with token_file(args.output, schema=encoder.schema, note=encoder.note) as file, torch.inference_mode():
 
         def one(image: str) -> None:
             (tokens,) = encoder([commands.picture(image)])
-            add(image, tokens)
+            file.add(image, tokens)
             done.append(f"{image}: {_summary(tokens.plan)}\n  tokens {tuple(tokens.tokens.shape)}")
 
-        with torch.inference_mode():
-            if args.video:
-                (video,) = encoder.encode_videos([[commands.picture(image) for image in args.images]])
-                add(name := f"{len(args.images)} frames", video)
-                words = f"{_summary(video.plan.plans[0])} each\n  {video.plan.num_tokens} tokens in all"
-                done.append(f"{name}: {words}\n  tokens {tuple(video.tokens.shape)}")
-            else:
-                images = _progress(args.images, "images", quiet_below=1)
-                failed, stop = commands.each("uhd encode", images, one, stop=args.on_error == "stop")
-        if not done:
-            raise stop or ValueError("no images to save")
-    if stop:
-        raise type(stop)(f"{len(done)} of {len(args.images)} images are in {args.output}")
+        if args.video:
+            (video,) = encoder.encode_videos([[commands.picture(image) for image in args.images]])
+            file.add(name := f"{len(args.images)} frames", video)
+            words = f"{_summary(video.plan.plans[0])} each\n  {video.plan.num_tokens} tokens in all"
+            done.append(f"{name}: {words}\n  tokens {tuple(video.tokens.shape)}")
+        else:
+            images = _progress(args.images, "images", quiet_below=1)
+            failed, stop = commands.each("uhd encode", images, one, stop=args.on_error == "stop")
+        if stop and not file.size:
+            raise stop
+        commands.keep(stop, file.finish, f"{file.size} of {len(args.images)} images are in {args.output}")
     for words in done:
         print(words)
     print(f"wrote {args.output}")
@@ -402,10 +399,9 @@ def _encoder(folder: Path | None, strategy: str | None = None) -> VisualEncoder:
         return demo.untrained_encoder(strategy=strategy)
     from uhd.encoder import VisualEncoder
     from uhd.saving import CONFIG_FILE
-    from uhd.writing import finish
+    from uhd.writing import is_file
 
-    finish(folder)
-    if not (folder / CONFIG_FILE).is_file():
+    if not is_file(folder / CONFIG_FILE):
         raise ValueError(f"{folder} holds no {CONFIG_FILE}: give a folder that VisualEncoder.save_pretrained wrote")
     return VisualEncoder.from_pretrained(folder, slicing=strategy)
 

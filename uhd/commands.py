@@ -86,6 +86,17 @@ def each(
     return failed, None
 
 
+def keep(stop: KeyboardInterrupt | None, write: Callable[[], None], words: str) -> None:
+    """Write what is finished, again where a signal came meanwhile; then raise what stopped the run, with ``words``."""
+    try:
+        write()
+    except KeyboardInterrupt as late:
+        stop = stop or late
+        write()
+    if stop:
+        raise type(stop)(words)
+
+
 def picture(item: str) -> str | bytes:
     """An image file; or the bytes of a pipe, such as ``<(...)``, which can be read only once.
 

@@ -24,7 +24,7 @@ from uhd.resampler.stitch import feature_lengths
 from uhd.schema import SpatialSchema, TokenLayout
 from uhd.schema.counted import PLAIN, checked_layout, counted, video_layout
 from uhd.slicing import SlicePlan, Slicing, SlicingLike, VideoPlan, find, plan_images, plan_video
-from uhd.writing import finish, read_whole
+from uhd.writing import is_file, read_whole
 
 
 class VisualEncoder(PackedEncoder):
@@ -269,13 +269,10 @@ class VisualEncoder(PackedEncoder):
                 )
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write ``model.safetensors`` and ``uhd_encoder.json``: the encoder as it is now, but no slicing function.
-
-        Both are there at once, see :mod:`uhd.writing`.
+        """Write ``model.safetensors`` and ``uhd_encoder.json`` at once: the encoder as it is, but no slicing function.
 
         Raises:
-            ValueError: The encoder is quantised, weights share memory, or the folder is a file.
-            OSError: The folder cannot be written; what was there before is unchanged.
+            ValueError: The encoder is quantised, or weights share memory; and as :func:`uhd.writing.new_files`.
         """
         saving.save(self, folder)
 
@@ -289,8 +286,7 @@ class VisualEncoder(PackedEncoder):
             ValueError: There is no such folder or description, it is damaged, or a part is the caller's own.
         """
         folder = Path(folder)
-        finish(folder)
-        if not (folder / saving.CONFIG_FILE).is_file():
+        if not is_file(folder / saving.CONFIG_FILE):
             raise ValueError(f"{folder} holds no {saving.CONFIG_FILE}: give a folder that save_pretrained wrote")
         return saving.described(cls, folder)
 
@@ -338,9 +334,7 @@ class VisualEncoder(PackedEncoder):
         saved = None if isinstance(source, nn.Module) else Path(source) / saving.CONFIG_FILE
         if saved is not None and not saved.parent.is_dir():
             raise ValueError(f"{source} is not a folder; give a local one, nothing is downloaded")
-        if saved is not None:
-            finish(saved.parent)
-        if saved is not None and saved.is_file():
+        if saved is not None and is_file(saved):
             if out_dim is not None:
                 raise ValueError(f"{source} holds a whole encoder; out_dim is only for a new compressor")
             parts = {"vision": vision, "compressor": compressor, "sizes": sizes}

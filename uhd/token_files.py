@@ -7,10 +7,11 @@ import os
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
@@ -27,11 +28,11 @@ FORMAT = "uhd-tokens-2"
 """``tokens`` (n, D) and ``images``, JSON of names and plans; in "uhd-tokens-1" that was metadata, whose size is
 bounded."""
 
-NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 """What safetensors calls the dtypes that tokens have."""
 
 _DIGITS = 160  # bytes that sizes and offsets of a file add to a header of none, at most
-Add = Callable[[str, EncodedImage | EncodedVideo], None]
 
 
 @dataclass(frozen=True)
@@ -60,71 +61,97 @@ def save_tokens(
         note: Free text for whoever reads the file, e.g. that the weights are untrained.
 
     Raises:
-        ValueError: Nothing to save, another schema's layouts, or no such place.
+        ValueError: Nothing to save, another schema's layouts, a note that is no string, or no such place.
         OSError: The file cannot be written; what stood there before is unchanged.
     """
     if not encoded:
         raise ValueError("no images to save")
+    if not isinstance(note, str):
+        raise ValueError(f"note must be a string, got {note!r:.80}")
     names = [""] * len(encoded) if names is None else list(names)
     if len(names) != len(encoded):
         raise ValueError(f"got {len(encoded)} encoded images and {len(names)} names")
-    with token_file(path, schema=schema, note=note) as add:
+    with token_file(path, schema=schema, note=note) as file:
         for name, item in zip(names, encoded, strict=True):
-            add(name, item)
+            file.add(name, item)
 
 
 @contextmanager
-def token_file(path: str | os.PathLike, *, schema: SpatialSchema, note: str = "") -> Iterator[Add]:
-    """Give a function of a name and an encoded image or video that writes it to a file of :func:`save_tokens`.
+def token_file(path: str | os.PathLike, *, schema: SpatialSchema, note: str = "") -> Iterator[TokenFile]:
+    """Give a file to add encoded images or videos to; errors as of :func:`save_tokens`.
 
-    Nothing is kept in memory; the file is there at the end, whole, and after an error not at all. Errors as there.
+    It is there at the end, or once its ``finish`` has returned, and never after an error before.
     """
     _check_name(path)
-    settings = {"format": FORMAT, "schema": json.dumps(schema.to_dict()), **({"note": note} if note else {})}
-    shape, dtype, size = [0, 0], None, 0
+    with ThreadPoolExecutor(1) as thread, ExitStack() as stack:
+        new = stack.enter_context(new_file(path))
+        body, items = (stack.enter_context(open(each, "w+b")) for each in (new, new.with_name("images")))
+        file = TokenFile(schema, note, body, items, lambda: thread.submit(stack.close))
+        yield file
+        file.finish()
 
-    def add(name: str, item: EncodedImage | EncodedVideo) -> None:
-        nonlocal dtype, size
-        if _layout_under(schema, item.plan).symbols != item.layout.symbols:
-            raise ValueError(f"image {size} was laid out by another schema than {schema.name!r}: give the encoder's")
+
+class TokenFile:
+    """A safetensors file that grows on disk: the header, which tells sizes, has room before them, and comes last."""
+
+    def __init__(
+        self, schema: SpatialSchema, note: str, body: BinaryIO, items: BinaryIO, move: Callable[[], Future]
+    ) -> None:
+        self.schema, self.size, self.moved = schema, 0, None
+        self._settings = {"format": FORMAT, "schema": json.dumps(schema.to_dict()), **({"note": note} if note else {})}
+        self._body, self._items, self._move = body, items, move
+        self._room = (len(self._header(0, 0, "F32", 0)) + _DIGITS) // 8 * 8
+        self._kind: tuple[torch.dtype, int] | None = None
+        self._ends = 0, 8 + self._room, 0  # rows, and where both files end, of what was added whole
+
+    def add(self, name: str, item: EncodedImage | EncodedVideo) -> None:
+        """Write one more."""
+        number, (rows, end, end_of_items) = self.size, self._ends
+        if _layout_under(self.schema, item.plan).symbols != item.layout.symbols:
+            named = self.schema.name
+            raise ValueError(f"image {number} was laid out by another schema than {named!r}: give the encoder's")
         tokens = item.tokens.detach().cpu().contiguous()
-        if dtype is None:
-            dtype, shape[1] = tokens.dtype, tokens.shape[1]
-        if (tokens.dtype, tokens.shape[1]) != (dtype, shape[1]):
-            told = f"image {size} has {tokens.dtype} tokens of width {tokens.shape[1]}"
-            raise ValueError(f"{told}, those before have {dtype} and {shape[1]}: save them to another file")
-        told = {"name": name, "plan": item.plan.to_dict()}
+        kind = tokens.dtype, tokens.shape[1]
+        if self._kind not in (None, kind):
+            told = f"image {number} has tokens of {kind[0]} and width {kind[1]}, those before of {self._kind[0]} and "
+            raise ValueError(f"{told}{self._kind[1]}: save them to another file")
+        data = tokens.view(torch.uint8).numpy().data
+        told = ("," if number else "[").encode() + json.dumps({"name": name, "plan": item.plan.to_dict()}).encode()
         try:
-            body.write(tokens.view(torch.uint8).numpy().data)
-            items.write((",\n" if size else "").encode() + json.dumps(told).encode())
+            for file, start, content in ((self._body, end, data), (self._items, end_of_items, told)):
+                file.seek(start)
+                file.write(content)
         except OSError as problem:
             raise _Unwritable(problem) from problem
-        shape[0] += len(tokens)
-        size += 1
+        self._ends = rows + len(tokens), end + data.nbytes, end_of_items + len(told)
+        self._kind, self.size = kind, number + 1
 
-    def header() -> bytes:
-        bounds = [0, shape[0] * shape[1] * (dtype.itemsize if dtype else 1)]
+    def finish(self) -> None:
+        """Write the rest and move the file to its place, even where a signal comes; the same again does nothing."""
+        if not self.size:
+            raise ValueError("no images to save")
+        if self.moved is None:
+            rows, end, end_of_items = self._ends
+            for file, place in ((self._body, end), (self._items, end_of_items)):
+                file.truncate(place)  # what an interrupt left of one more
+                file.seek(place)
+            self._items.write(b"]")
+            self._items.seek(0)
+            shutil.copyfileobj(self._items, self._body)
+            header = self._header(rows, self._kind[1], NAMES[self._kind[0]], end_of_items + 1)
+            self._body.seek(0)
+            self._body.write(struct.pack("<Q", self._room) + header.ljust(self._room))
+            self.moved = self._move()
+        self.moved.result()
+
+    def _header(self, rows: int, width: int, dtype: str, images: int) -> bytes:
+        size = rows * width * torch.empty(0, dtype=DTYPES[dtype]).element_size()
         fields = {
-            "__metadata__": settings,
-            "tokens": {"dtype": NAMES.get(dtype, "F32"), "shape": shape, "data_offsets": bounds},
-            "images": {"dtype": "U8", "shape": [images], "data_offsets": [bounds[1], bounds[1] + images]},
+            "__metadata__": self._settings,
+            "tokens": {"dtype": dtype, "shape": [rows, width], "data_offsets": [0, size]},
+            "images": {"dtype": "U8", "shape": [images], "data_offsets": [size, size + images]},
         }
         return json.dumps(fields).encode()
-
-    images = 0
-    room = (len(header()) + _DIGITS) // 8 * 8
-    with new_file(path) as new, open(new, "wb") as body, open(new.with_name("images"), "w+b") as items:
-        body.write(bytes(8 + room))
-        items.write(b"[")
-        yield add
-        if not size:
-            raise ValueError("no images to save")
-        items.write(b"]")
-        images = items.tell()
-        items.seek(0)
-        shutil.copyfileobj(items, body)
-        body.seek(0)
-        body.write(struct.pack("<Q", room) + header().ljust(room))
 
 
 class _Unwritable(RuntimeError):

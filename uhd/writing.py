@@ -23,7 +23,6 @@ except ImportError:  # not POSIX: no writer knows that another is gone, so each 
     fcntl = None  # type: ignore[assignment]
 
 STAGE, READY, _DROPPED, _TEMPORARY = ".uhd-saving-", ".uhd-saved", ".uhd-dropped", ".uhd-tmp-"
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 _PROBE = 1 << 16  # bytes
 
 
@@ -55,12 +54,12 @@ def check_place(path: str | os.PathLike) -> None:
 
 
 @contextmanager
-def new_files(folder: str | os.PathLike) -> Iterator[Path]:
+def new_files(folder: str | os.PathLike, *, one_of: str | None = None) -> Iterator[Path]:
     """Give a folder to write to; at the end all its files are in ``folder`` at once, and after an error none is.
 
-    ``folder`` is made where it is missing. Its other files stay, but for weights (``model*.safetensors``) where new
-    ones were written, since a loader would take the old ones for the new. Inside another such block the folder that
-    was given there is itself given.
+    ``folder`` is made where it is missing. Its other files stay, but for those whose names match ``one_of``, a regular
+    expression, where new ones do: a loader would take the old ones for the new. Inside another such block the folder
+    that was given there is itself given.
 
     Raises:
         ValueError: A file stands where the folder, or a folder where one of its files should be.
@@ -83,7 +82,8 @@ def new_files(folder: str | os.PathLike) -> Iterator[Path]:
             for file in new:
                 _settle(file, _checked(folder / file.relative_to(stage), made=True), hidden)
             if new:
-                _drop(stage, folder)
+                if one_of:
+                    _drop(stage, folder, re.compile(one_of))
                 with _locked(folder):
                     _move(folder)  # of a save that came in between and was killed
                     os.rename(stage, folder / READY)
@@ -103,6 +103,12 @@ def finish(folder: str | os.PathLike) -> bool:
     with _locked(folder):
         _move(folder)
     return True
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file once its folder is whole; errors as of :func:`finish`."""
+    finish(path.parent)
+    return path.is_file()
 
 
 def _is_ready(folder: Path) -> bool:
@@ -190,10 +196,10 @@ def _settle(file: Path, place: Path, hidden: Path) -> None:
         os.close(handle)
 
 
-def _drop(stage: Path, folder: Path) -> None:
-    """List in the stage which weights of the folder the new ones replace under other names."""
-    if any(_WEIGHTS.fullmatch(file.name) for file in stage.iterdir()):
-        old = [file.name for file in folder.iterdir() if _WEIGHTS.fullmatch(file.name)]
+def _drop(stage: Path, folder: Path, kind: re.Pattern[str]) -> None:
+    """List in the stage which files of the folder the new ones replace under other names."""
+    if any(kind.fullmatch(file.name) for file in stage.iterdir()):
+        old = [file.name for file in folder.iterdir() if kind.fullmatch(file.name)]
         dropped = [name for name in old if not (stage / name).exists()]
         if dropped:
             (stage / _DROPPED).write_text(json.dumps(dropped), encoding="utf-8")

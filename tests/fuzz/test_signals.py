@@ -71,6 +71,22 @@ def test_nothing_is_written_where_nothing_was_finished(tmp_path, capsys):
     assert out.read_text() == "old"
 
 
+def test_what_is_being_written_is_written(capsys):
+    """A signal while finished work is written; a second one ends that, too."""
+    for signals, wanted in ((1, ["begun", "begun", "whole"]), (2, ["begun", "begun"])):
+        told, left = [], [commands.Terminated] * signals
+
+        def write(told=told, left=left):
+            told.append("begun")
+            if left:
+                raise left.pop()
+            told.append("whole")
+
+        assert commands.run("x", lambda write=write: commands.keep(None, write, "2 of 4")) == 143
+        assert told == wanted
+        assert capsys.readouterr().err == ("x: terminated, 2 of 4\n" if signals == 1 else "x: terminated\n")
+
+
 def test_handlers_of_others_stay():
     """A program that runs a command inside itself keeps its own."""
     got = []

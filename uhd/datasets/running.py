@@ -23,7 +23,7 @@ from uhd.files import read_json
 from uhd.loading import Preparation
 from uhd.saving import CONFIG_FILE, WEIGHTS_FILE
 from uhd.settings import check_choice
-from uhd.writing import finish, new_file
+from uhd.writing import is_file, new_file
 
 try:
     import fcntl
@@ -137,8 +137,7 @@ def job_of(out: Any, folder: Path, budget: int, dtype: str | None, *, stop: bool
 def _saved(encoder: Any) -> Iterator[Path]:
     """The folder of an encoder."""
     if isinstance(encoder, (str, os.PathLike)):
-        finish(encoder)
-        if not (Path(encoder) / CONFIG_FILE).is_file():
+        if not is_file(Path(encoder) / CONFIG_FILE):
             raise ValueError(f"{encoder} holds no {CONFIG_FILE}: give a folder that save_pretrained wrote")
         yield Path(encoder)
         return

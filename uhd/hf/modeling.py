@@ -46,6 +46,7 @@ from uhd.torch_private import shared_view
 from uhd.vision.int8 import refuse_int8
 from uhd.writing import new_files
 
+_WEIGHTS = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
 NEW_SEPARATORS = "the learned separators have new, UNTRAINED weights"
 
 
@@ -454,7 +455,7 @@ class UHDForConditionalGeneration(UHDModel, GeneratesByLanguageModel, Generation
             self._processor = self.processor  # loaded on first use, which may not have been
         # ranks that write one checkpoint together cannot do so in a folder of each one's own
         together = kwargs.get("distributed_checkpoint", False)
-        with nullcontext(save_directory) if together else new_files(save_directory) as new:
+        with nullcontext(save_directory) if together else new_files(save_directory, one_of=_WEIGHTS) as new:
             super().save_pretrained(str(new), *args, **kwargs)
             if self._processor is not None and kwargs.get("is_main_process", True):
                 self.processor.save_pretrained(str(new))

@@ -16,11 +16,15 @@ from uhd.hf import UHDForConditionalGeneration
 from uhd.nano.answer import load_nano
 from uhd.nano.evaluate import EVALUATION_SEED, evaluate, summary, table
 from uhd.nano.task import LEARNED, QUESTIONS
-from uhd.writing import check_place, new_file
+from uhd.writing import check_place, is_file, new_file
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Returns the exit status."""
+    return commands.run("python -m uhd.nano", lambda: measure(_arguments(argv)))
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m uhd.nano", description=__doc__.partition(": ")[2])
     parser.add_argument("--images", type=int, default=2000, metavar="N")
     parser.add_argument("--seed", type=int, default=EVALUATION_SEED, help=f"default {EVALUATION_SEED}")
@@ -32,9 +36,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--images must be at least 1, got {args.images}")
     if args.seed < 0:
         parser.error(f"--seed must be at least 0, got {args.seed}")
-    if args.model and not (args.model / "config.json").is_file():
+    if args.model and not is_file(args.model / "config.json"):
         parser.error(f"{args.model} is no folder with a saved model (config.json)")
-    return commands.run("python -m uhd.nano", lambda: measure(args))
+    return args
 
 
 def measure(args: argparse.Namespace) -> int:
