@@ -160,11 +160,32 @@ def test_the_commands_of_the_page_run(tmp_path, monkeypatch, capsys):
     pathlib.Path("sizes.json").write_text("[[672, 1008], [30, 20]]")
     block = re.search(r"```\n(uhd plan .*?)```", (ROOT / "docs/command_line.md").read_text(), re.S)[1]
     commands = [shlex.split(line, comments=True)[1:] for line in block.splitlines()]
-    assert {words[0] for words in commands} == {"plan", "layout", "show", "encode", "compare", "doctor"}
+    assert {words[0] for words in commands} == {
+        *("plan", "layout", "show", "encode", "encode-dataset", "inspect", "compare", "doctor")
+    }
     for words in commands:
         assert cli.main(words) == 0, words
         assert capsys.readouterr().out, words
     assert all(pathlib.Path(name).stat().st_size > 1000 for name in ("cut.png", "tokens.safetensors", "compare.html"))
+
+
+def test_the_page_of_data_sets_runs(tmp_path, monkeypatch):
+    import torch
+
+    from tests.tiny import picture, tiny_encoder
+
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("pictures/cats").mkdir(parents=True)
+    picture(90, 60).save("pictures/cats/1.png")
+    pathlib.Path("pictures/2.png").write_bytes(b"no image")
+    names = {"encoder": tiny_encoder()}
+    (block,) = python_blocks((ROOT / "docs/datasets.md").read_text())
+    exec(compile(block, "docs/datasets.md", "exec"), names)
+    with torch.no_grad():
+        (alone,) = names["encoder"]([picture(90, 60)])
+    torch.testing.assert_close(names["image"].tokens, alone.tokens)
+    assert names["image"].plan == alone.plan
+    assert [row[:2] for row in names["refused"]] == [("2.png", "decode")]
 
 
 def test_linked_files_and_headings_exist():
