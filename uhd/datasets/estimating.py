@@ -9,8 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
 from uhd.datasets.plan import Unit
 from uhd.datasets.running import BUDGET, job_of, settled_on
@@ -77,9 +76,9 @@ def _rate(work: Encoder, units: list[Unit]) -> tuple[int, int, float, float]:
         for part in prepare(unit, work.job):
             if part.rows:
                 if not counted:
-                    with _Flops() as counter:
+                    with FlopCounterMode(display=False) as counter:
                         work.encode(part.batch)
-                    flops, counted, start = counter.total, len(part.batch.patches), time.perf_counter()
+                    flops, counted, start = counter.get_total_flops(), len(part.batch.patches), time.perf_counter()
                 work.encode(part.batch)
                 images, patches = images + len(part.rows), patches + len(part.batch.patches)
             if seconds + time.perf_counter() - start > SECONDS:
@@ -88,18 +87,3 @@ def _rate(work: Encoder, units: list[Unit]) -> tuple[int, int, float, float]:
         if seconds > SECONDS:
             break
     return images, patches, seconds, flops * patches / max(counted, 1)
-
-
-class _Flops(TorchDispatchMode):
-    """Adds up; torch's own counter needs gradients."""
-
-    total = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        with self:
-            found = function.decompose(*args, **kwargs)  # inference mode leaves products inside other operators
-        found = function(*args, **kwargs) if found is NotImplemented else found
-        if count := flop_registry.get(function._overloadpacket):
-            self.total += count(*args, **kwargs, out_val=found)
-        return found

@@ -116,7 +116,7 @@ class Encoder:
 
         torch.set_num_threads(job.threads)
         use_products(job.products)
-        self.job, self.encoder = job, VisualEncoder.from_pretrained(job.encoder).to(job.device)
+        self.job, self.encoder = job, VisualEncoder.from_pretrained(job.encoder).to(job.device).requires_grad_(False)
         weight = next((one for one in self.encoder.parameters() if one.is_floating_point()), torch.empty(0))
         self.dtype = getattr(torch, job.dtype) if job.dtype else weight.dtype
         self.width = getattr(self.encoder.compressor, "out_dim", 0)
