@@ -511,3 +511,20 @@ def test_a_model_learns_the_same_from_tokens_as_from_pixels(tmp_path):
     ]
     losses = [model(**batch, labels=small.targets(model, batch)).loss for batch in batches]
     assert losses[0] == losses[1] > 0
+
+
+@pytest.mark.slow
+def test_ray_writes_the_same_bytes(whole, tmp_path, folder):
+    ray = pytest.importorskip("ray")
+    counts = run(whole[0], tmp_path / "out", folder, processes=None, engine="ray", actors=2)
+    assert counts["complete"]
+    assert not ray.is_initialized()
+    assert files(tmp_path / "out") == files(whole[1])
+    with pytest.raises(ValueError, match="torn.png \\(decode\\)"):
+        run(whole[0], tmp_path / "stop", folder, processes=None, engine="ray", actors=1, on_error="stop")
+
+
+def test_ray_is_asked_for_where_it_is_missing(whole, tmp_path, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match=r"pip install llava-uhd\[ray\]"):
+        run(whole[0], tmp_path / "out", folder, engine="ray")

@@ -7,7 +7,10 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 _UNITS = ("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)
@@ -62,9 +65,9 @@ def _encode(args: argparse.Namespace) -> int:
         found = datasets.estimate(args.source, args.encoder, **given)
         print("\n".join(f"{name}: {_worded(value)}" for name, value in found.items()))
         return 0
-    own = {"engine": args.engine, "processes": args.processes, "on_error": args.on_error, "progress": _bar}
+    own = {"engine": args.engine, "processes": args.processes, "on_error": args.on_error}
     try:
-        found = datasets.encode(args.source, args.output, args.encoder, **given, **own)
+        found = datasets.encode(args.source, args.output, args.encoder, **given, **own, progress=partial(_bar, args))
     except commands.Stopped as stop:
         raise type(stop)(f"what is done is in {args.output}: the same command goes on") from None
     print(f"{found['images']:,} images + {found['errors']:,} errors = {found['inputs']:,} inputs", end=", ")
@@ -80,17 +83,28 @@ def _worded(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _bar(done: Iterator[tuple[int, dict[str, int]]]) -> Iterator[Any]:
-    """Images done and a second, on a terminal's stderr."""
+def _bar(args: argparse.Namespace, done: Iterator[tuple[int, dict[str, int]]]) -> Iterator[Any]:
+    """On a terminal's stderr: images done, a second, and the time left, once the source has been listed beside."""
     if not sys.stderr.isatty():
         yield from done
         return
     from tqdm import tqdm
 
+    from uhd.datasets import index, sources
+
+    def count() -> None:
+        place, shards = args.shard
+        there = len([one for one in index.units_in(args.output) if one % shards == place])
+        inputs = sum(1 for _ in islice(sources.listed(args.source, skip=args.output), args.limit))
+        bar.total = max(0, inputs // shards - there * sources.UNIT)
+
     with tqdm(unit=" images", smoothing=0.05) as bar:
+        Thread(target=count, daemon=True).start()
+        errors = 0
         for number, counts in done:
+            errors += counts["errors"]
+            bar.set_postfix(errors=errors, refresh=False)
             bar.update(counts["inputs"])
-            bar.set_postfix(errors=counts["errors"], unit=number, refresh=False)
             yield number, counts
 
 

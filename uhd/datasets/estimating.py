@@ -14,9 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from uhd.datasets.plan import Unit
 from uhd.datasets.running import BUDGET, job_of, settled_on
 from uhd.datasets.sources import Item, listed, read, units
-from uhd.datasets.units import Encoder, prepare
+from uhd.datasets.units import Encoder, as_before, prepare
 from uhd.encoded import num_rows
 from uhd.loading import collected
+from uhd.machine import NATIVE, use_products
 from uhd.pixels import image_size_hw
 
 SECONDS = 10.0
@@ -60,8 +61,9 @@ def estimate(
     if not found["inputs"]:
         raise ValueError(f"{source} holds no images")
     found["images"] = found["inputs"] - found["errors"]
-    work = Encoder(job)
-    images, patches, seconds, flops = _rate(work, some)
+    with as_before():
+        work = Encoder(job)
+        images, patches, seconds, flops = _rate(work, some)
     scale = found["patches"] / max(patches, 1)
     found |= {"bytes": found["tokens"] * work.width * work.dtype.itemsize, "tflops": flops * scale / 1e12}
     rate = images / seconds if images else 0.0
@@ -76,8 +78,10 @@ def _rate(work: Encoder, units: list[Unit]) -> tuple[int, int, float, float]:
         for part in prepare(unit, work.job):
             if part.rows:
                 if not counted:
+                    use_products(NATIVE)  # the counter knows no others
                     with FlopCounterMode(display=False) as counter:
                         work.encode(part.batch)
+                    use_products(work.job.products)
                     flops, counted, start = counter.get_total_flops(), len(part.batch.patches), time.perf_counter()
                 work.encode(part.batch)
                 images, patches = images + len(part.rows), patches + len(part.batch.patches)

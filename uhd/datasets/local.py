@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 from uhd.datasets.plan import Unit
-from uhd.datasets.units import Encoder, Job, prepare
-from uhd.machine import use_products
+from uhd.datasets.units import Encoder, Job, as_before, prepare
 
 _AHEAD = 2  # units that a process has: one to encode, one to prepare
 _TRIES = 3  # of a unit whose process dies
@@ -32,8 +31,7 @@ def here(job: Job, units: Iterable[Unit]) -> Iterator[Done]:
     Raises:
         ValueError, OSError: As of :func:`uhd.datasets.units.prepare` and of writing.
     """
-    before = torch.get_num_threads()
-    encoder, ready, over = Encoder(job), queue.Queue(1), threading.Event()
+    ready, over = queue.Queue(1), threading.Event()
 
     def put(item: Any) -> None:
         while not over.is_set():
@@ -61,14 +59,14 @@ def here(job: Job, units: Iterable[Unit]) -> Iterator[Done]:
             raise item
         return item
 
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        while (unit := got()) is not None:
-            yield unit.number, encoder(unit, iter(got, None))
-    finally:
-        over.set()
-        torch.set_num_threads(before)
-        use_products(None)
+    with as_before():
+        encoder = Encoder(job)
+        threading.Thread(target=work, daemon=True).start()
+        try:
+            while (unit := got()) is not None:
+                yield unit.number, encoder(unit, iter(got, None))
+        finally:
+            over.set()
 
 
 class _Over(Exception):

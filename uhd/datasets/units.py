@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -108,8 +109,19 @@ def _prepared(item: Item, job: Job) -> tuple[SliceBatch | None, dict[str, Any]]:
     }
 
 
+@contextmanager
+def as_before() -> Iterator[None]:
+    """What an :class:`Encoder` settles for its process is undone at the end."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        use_products(None)
+
+
 class Encoder:
-    """The second half of the work: parts to a unit's file."""
+    """The second half of the work: parts to a unit's file. It settles the threads and products of its process."""
 
     def __init__(self, job: Job) -> None:
         from uhd.encoder import VisualEncoder
