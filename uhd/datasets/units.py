@@ -17,7 +17,8 @@ from uhd.batch import SliceBatch
 from uhd.datasets.plan import FORMAT, Unit, file_of
 from uhd.datasets.sources import Item, read
 from uhd.encoded import num_rows
-from uhd.loading import REFUSALS, Preparation
+from uhd.files import DAMAGE
+from uhd.loading import Preparation
 from uhd.machine import in_threads, use_products
 from uhd.pixels.render import load_picture
 from uhd.writing import new_file
@@ -88,7 +89,7 @@ def _prepared(item: Item, job: Job) -> tuple[SliceBatch | None, dict[str, Any]]:
         stage = "plan"
         plan = how.slicing.plan((picture.height, picture.width))
         batch = how.cut([picture], [plan])
-    except REFUSALS as problem:
+    except (*DAMAGE, OSError) as problem:  # a decoder may raise anything
         told = f"{problem}"[:_SHOWN] or repr(problem)
         if job.stop:
             raise ValueError(f"{item.key} ({stage}): {told}") from problem
