@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -110,6 +111,15 @@ def _prepared(item: Item, job: Job) -> tuple[SliceBatch | None, dict[str, Any]]:
     }
 
 
+def give_back() -> None:
+    """Return memory that is free to the system, where glibc has kept it.
+
+    Blocks of many sizes come and go: what lies between them would grow by hundreds of MiB over a run.
+    """
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @contextmanager
 def as_before() -> Iterator[None]:
     """What an :class:`Encoder` settles for its process is undone at the end."""
@@ -151,7 +161,9 @@ class Encoder:
             images += part.rows
             tokens += [self.encode(part.batch)] if part.rows else []
         none = torch.empty(0, self.width, dtype=self.dtype)
-        return _write(unit, self.job.out, torch.cat(tokens or [none]), images, errors)
+        counts = _write(unit, self.job.out, torch.cat(tokens or [none]), images, errors)
+        give_back()
+        return counts
 
 
 def _write(
