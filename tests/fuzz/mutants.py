@@ -193,8 +193,7 @@ def outcome(tree: Path, tests: list[str]) -> str:
 
 def run(group: str, chosen: list[dict[str, Any]], out: Path) -> None:
     """Try mutants one by one and write down what became of each."""
-    import hypothesis  # noqa: F401 - once for all forks
-    import numpy  # noqa: F401
+    import numpy  # noqa: F401 - once for all forks
     import PIL.Image  # noqa: F401
     import pytest  # noqa: F401
     import safetensors.torch  # noqa: F401
