@@ -88,6 +88,8 @@ def test_a_packing_that_counts_otherwise_is_refused():
     data = plan(WIDE_HW, "llava-next").to_dict()
     refuses("its packing makes", SlicePlan.from_dict, changed(data, ["num_separators"], 99))
     refuses("its packing makes", SlicePlan.from_dict, changed(data, ["packing", "merge"], 2))
+    for name, value in (("merge", 0), ("pooled_hw", [0, 3]), ("separator", "x"), ("kept", [3, 0, 1, 4])):
+        refuses(f"packing: .*{name}", SlicePlan.from_dict, changed(data, ["packing", name], value))
     refuses("packing.*newline must be True or False", SlicePlan.from_dict, changed(data, ["packing", "newline"], 1))
 
 
@@ -188,7 +190,7 @@ def torn(saved, tmp_path):
         (["vision", "config", "eps"], ..., "missing eps"),
         (["vision", "config"], ..., "missing patch_size"),
         (["vision", "kind"], ..., "kind"),
-        (["vision", "kind"], ["vit"], "unhashable"),
+        (["vision", "kind"], ["vit"], "kind must be a text"),
         (["compressor", "config", "num_latents"], "4", "num_latents must be a whole number, got '4'"),
         (["slicing", "patch_size"], None, "patch_size must be a whole number"),
         (["slicing", "rule"], ..., "unknown rule None"),
@@ -200,6 +202,7 @@ def torn(saved, tmp_path):
         (["note"], 3, "note must be a text"),
         (["note"], ..., "missing note"),
         (["format"], ..., "format None"),
+        (["compressor", "config"], "abc", "config must be an object"),
         (["vision"], [], "vision must be an object"),
     ],
 )
