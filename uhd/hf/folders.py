@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,21 @@ def check_processor(source: Any, subfolder: str | None = None) -> None:
             settings = read_json(file)
             if file.name == PROCESSOR_FILES[0]:
                 _check_settings(file, settings)
+
+
+@contextmanager
+def processor_checked(source: Any, subfolder: str | None) -> Iterator[Callable[[Any], Any]]:
+    """Where a processor is loaded: its files before, what was loaded by the function given, errors named."""
+
+    def checked(found: Any) -> Any:
+        processor = found[0] if isinstance(found, tuple) else found
+        processor.image_processor.check_settings()
+        processor.video_processor.check_settings()
+        return found
+
+    check_processor(source, subfolder)
+    with folder_named(source, PROCESSOR_FILES, subfolder):
+        yield checked
 
 
 def _check_settings(file: Path, settings: Mapping[str, Any]) -> None:
