@@ -14,6 +14,7 @@ from uhd.slicing import PRESETS, SlicePlan, Slicing, candidates, find, plan
 
 if TYPE_CHECKING:
     from uhd.encoder import VisualEncoder
+    from uhd.pixels import PixelSettings
     from uhd.schema import SpatialSchema
 
 _STRATEGY_HELP = f"{', '.join(PRESETS)} (default llava-uhd-safe), or any name of docs/strategies.md"
@@ -41,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(prog="uhd", description="Native-resolution eyes for any causal language model.")
     parser.add_argument("--version", action="version", version=f"uhd {__version__}")
+    parser.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger pictures (default 33554432)")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_planning(commands)
     _add_encoding(commands)
@@ -151,7 +153,7 @@ def _plan(args: argparse.Namespace) -> int:
     status = 0
     for item in _progress(inputs, "sizes", quiet_below=5000):
         try:
-            record: dict[str, Any] = {"image_hw": _size_hw(item)}
+            record: dict[str, Any] = {"image_hw": _size_hw(item, _pixels(args))}
         except (ValueError, OSError) as problem:
             status = 1
             record = {"input": str(item), "error": str(problem)}
@@ -205,7 +207,7 @@ def _layout(args: argparse.Namespace) -> int:
     schema = _schema(args)
     if schema is None:
         raise ValueError(f"{args.strategy!r} has no schema of separators; layouts are for {', '.join(PRESETS)}")
-    laid = layout(plan(_size_hw(args.input), _config(args)), schema)
+    laid = layout(plan(_size_hw(args.input, _pixels(args)), _config(args)), schema)
     if args.json:
         print(json.dumps(laid.symbols))
     else:
@@ -216,13 +218,14 @@ def _layout(args: argparse.Namespace) -> int:
 
 def _show(args: argparse.Namespace) -> int:
     from uhd.draw import draw_plan
-    from uhd.pixels import image_size_hw
+    from uhd.pixels import load_image
 
     if _SIZE.fullmatch(args.image) and not Path(args.image).exists():
         raise ValueError(f"{args.image} is a size, a picture is drawn of an image file: uhd compare takes sizes")
     _check_output(args.output, [args.image])
-    found = plan(image_size_hw(args.image), _config(args))
-    draw_plan(args.image, found, schema=_schema(args)).save(args.output)
+    image = load_image(_source(args.image, _pixels(args)), settings=_pixels(args))
+    found = plan((image.height, image.width), _config(args))
+    draw_plan(image, found, schema=_schema(args)).save(args.output)
     print(f"{args.image}: {_summary(found)}")
     print(f"wrote {args.output}")
     return 0
@@ -240,9 +243,10 @@ def _compare(args: argparse.Namespace) -> int:
     found, status = [], 0
     for item in args.inputs:
         try:
-            size_hw, image = _size_hw(item), None
+            source, image = _source(item, _pixels(args)), None
+            size_hw = _size_hw(source, _pixels(args))
             if args.html is not None and not _SIZE.fullmatch(item):
-                image, size_hw = picture_of(item)
+                image, size_hw = picture_of(source, _pixels(args))
             found.append(compare(size_hw, rules, name=Path(item).name, image=image, budget=args.budget, **system))
         except (ValueError, OSError) as problem:  # the other images go on
             print(f"uhd compare: {item}: {problem}", file=sys.stderr)
@@ -262,15 +266,17 @@ def _encode(args: argparse.Namespace) -> int:
 
     check_output(args.output)
     encoder = _encoder(args.encoder, args.strategy)
+    encoder.pixels = _pixels(args, encoder.pixels)
     encoded, names, lines, status = [], [], [], 0
     with torch.inference_mode():
         if args.video:
-            encoded, names = encoder.encode_videos([args.images]), [f"{len(args.images)} frames"]
+            frames = [_source(frame, encoder.pixels) for frame in args.images]
+            encoded, names = encoder.encode_videos([frames]), [f"{len(frames)} frames"]
             video = encoded[0]
             lines = [f"{names[0]}: {_summary(video.plan.plans[0])} each\n  {video.plan.num_tokens} tokens in all"]
         for image in () if args.video else _progress(args.images, "images", quiet_below=1):
             try:
-                encoded += encoder([image])
+                encoded += encoder([_source(image, encoder.pixels)])
                 names.append(image)
                 lines.append(f"{image}: {_summary(encoded[-1].plan)}")
             except (ValueError, OSError) as problem:  # the other images go on
@@ -302,7 +308,9 @@ def _demo(args: argparse.Namespace) -> int:
     name, eyes = "a page drawn for this demo", "a small ViT and perceiver resampler"
     if reader:
         name, eyes = reader.name, "the shipped nano model"
-    source = args.image if args.image is not None else reader.scene.image if reader else demo.page_image()
+    encoder.pixels = _pixels(args, encoder.pixels)
+    given = None if args.image is None else _source(args.image, encoder.pixels)
+    source = given if given is not None else reader.scene.image if reader else demo.page_image()
     image = load_image(source, settings=encoder.pixels)
     found = encoder.plan((image.height, image.width))
     info = PngInfo()
@@ -365,18 +373,33 @@ def _encoder(folder: Path | None, strategy: str | None = None) -> VisualEncoder:
     return VisualEncoder.from_pretrained(folder, slicing=strategy)
 
 
-def _size_hw(item: Any) -> tuple[Any, Any]:
+def _pixels(args: argparse.Namespace, settings: PixelSettings | None = None) -> PixelSettings:
+    """The settings, or the default ones, with the limit that was asked for."""
+    from uhd.pixels import DEFAULT
+
+    settings = settings or DEFAULT
+    return settings if args.max_pixels is None else settings.replace(max_pixels=args.max_pixels)
+
+
+def _source(item: str, pixels: PixelSettings) -> str | bytes:
+    """An image's path, or all of a FIFO such as ``<(...)``, whatever the command does with it then."""
+    from uhd.pixels.source import command_source
+
+    return command_source(item, pixels)
+
+
+def _size_hw(item: Any, pixels: PixelSettings) -> tuple[Any, Any]:
     """(height, width) of ``WIDTHxHEIGHT`` or of an image file; an entry of a sizes file is one already."""
     if isinstance(item, tuple):
         return item
-    found = _SIZE.fullmatch(item)
-    if found:
+    if isinstance(item, str) and (found := _SIZE.fullmatch(item)):
         return int(found[2]), int(found[1])
-    if not Path(item).is_file():
-        raise ValueError(f"{item!r} is neither an image file nor a size such as 672x1008 (WIDTHxHEIGHT)")
     from uhd.pixels import image_size_hw
 
-    return image_size_hw(item)
+    source = _source(item, pixels) if isinstance(item, str) else item
+    if isinstance(source, str) and not Path(source).is_file():
+        raise ValueError(f"{item!r} is neither an image file nor a size such as 672x1008 (WIDTHxHEIGHT)")
+    return image_size_hw(source, settings=pixels)
 
 
 def _read_sizes(path: Path) -> list[tuple[Any, Any]]:
