@@ -13,6 +13,8 @@ from typing import Any
 
 from transformers import ProcessorMixin
 
+from uhd.checkpoint import own_code_named
+
 MODULE = "uhd_classes"
 
 SOURCE = '''\
@@ -53,6 +55,13 @@ class FoundByName(FromPackage, ProcessorMixin):
     """A processor whose parts are found by their names, too, where transformers cannot be told of them."""
 
     _by_name: Mapping[str, type] = MappingProxyType({})
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; code that the folder brings is run only where ``trust_remote_code=True`` asks for it."""
+        kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))
+        with own_code_named(args[0] if args else "the processor", "pass trust_remote_code=True if you trust it"):
+            return super().from_pretrained(*args, **kwargs)
 
     @classmethod
     def load_by_name(cls, attribute: str, part: type) -> None:

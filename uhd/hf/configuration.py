@@ -314,8 +314,21 @@ def _built(config_class: type, given: dict[str, Any] | PreTrainedConfig | None) 
         return given
     given = dict(given or {})
     if config_class is AutoConfig:
+        _refuse_kernels(given)
         return AutoConfig.for_model(given.pop("model_type", "llama"), **given)
     return config_class(**given)
+
+
+def _refuse_kernels(given: Mapping[str, Any]) -> None:
+    """Refuse attention whose code transformers would download, where a file names it and no caller."""
+    for name, value in given.items():
+        if isinstance(value, Mapping) and "attn_implementation" not in name:
+            _refuse_kernels(value)
+        if "attn_implementation" in name and "/" in str(value):
+            raise ValueError(
+                f"text_config names the code of {value!r:.200} as its {name}, which would be downloaded and run: "
+                "leave it out, and give attn_implementation to from_pretrained if you trust it"
+            )
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:

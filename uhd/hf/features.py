@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
+from uhd.checkpoint import own_code_named, refuse_pickled
 from uhd.encoded import num_rows
 from uhd.encoder import VisualEncoder
 from uhd.hf.attach import native_side
@@ -74,9 +76,18 @@ class UHDPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, with all its keywords.
 
+        Pickled weights are read, and code that the folder brings is run, only where ``use_safetensors=False`` and
+        ``trust_remote_code=True`` ask for it.
+
         Both sides keep the dtypes they were saved in, unless ``dtype`` says otherwise. The model's ``processor`` comes
         from the same place: same ``subfolder``, ``revision``, ``cache_dir`` and ``token``.
         """
+        kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))
+        if kwargs.get("use_safetensors") is None:
+            if pretrained_model_name_or_path is not None:
+                folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+                refuse_pickled(folder, "use_safetensors=False, which reads tensors with torch.load(weights_only=True)")
+            kwargs["use_safetensors"] = True
         if kwargs.get("dtype", "auto") not in ("auto", None) and kwargs.get("config") is None:
             kwargs.setdefault("visual_dtype", None)
         place = {name: kwargs[name] for name in _PLACE if kwargs.get(name) is not None}
@@ -85,7 +96,7 @@ class UHDPreTrainedModel(PreTrainedModel):
             kwargs["quantization_config"] = leave_alone(kwargs["quantization_config"], config.text_config)
         found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = found[0] if isinstance(found, tuple) else found
-        model._loaded_from = place
+        model._loaded_from = {**place, "trust_remote_code": kwargs["trust_remote_code"]}
         model._restore_tables()
         return found
 
@@ -123,7 +134,8 @@ class UHDVisualModel(UHDPreTrainedModel):
     ) -> None:
         super().__init__(config)
         if language_model is None:
-            language_model = AutoModelForCausalLM.from_config(config.text_config)
+            with own_code_named("text_config", "load the language model yourself, and attach it"):
+                language_model = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
         self.language_model = language_model  # first: a model's dtype and device are those of its first parameter
         self._tables: dict[str, Tensor] = {}
         if visual is None:
