@@ -235,6 +235,17 @@ class UHDConfig(FromPackage, PreTrainedConfig):
             note=self.encoder_note,
         )
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers.
+
+        Raises:
+            ValueError: It names code of the hub as its attention, where no keyword ``attn_implementation`` does.
+        """
+        asked = {} if kwargs.get("attn_implementation") is None else {"attn_implementation": None}
+        _refuse_kernels({**config_dict, **asked})
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def slicing(self) -> Slicing:
         """How images are cut."""
@@ -314,7 +325,6 @@ def _built(config_class: type, given: dict[str, Any] | PreTrainedConfig | None) 
         return given
     given = dict(given or {})
     if config_class is AutoConfig:
-        _refuse_kernels(given)
         return AutoConfig.for_model(given.pop("model_type", "llama"), **given)
     return config_class(**given)
 
@@ -326,8 +336,8 @@ def _refuse_kernels(given: Mapping[str, Any]) -> None:
             _refuse_kernels(value)
         if "attn_implementation" in name and "/" in str(value):
             raise ValueError(
-                f"text_config names the code of {value!r:.200} as its {name}, which would be downloaded and run: "
-                "leave it out, and give attn_implementation to from_pretrained if you trust it"
+                f"this configuration names the code of {value!r:.200} as its {name}, which would be downloaded and "
+                "run: leave it out, and give attn_implementation to from_pretrained if you trust it"
             )
 
 

@@ -155,7 +155,7 @@ def orientation_of(image: Image.Image, *, header_only: bool = False) -> int:
     with warnings.catch_warnings(), suppress(Exception):
         warnings.simplefilter("ignore")  # Pillow's, about damaged tags
         if image.format == "PNG" and not (header_only and not _png_late_metadata(image.fp)):
-            image.load()
+            decode(image)
         if not heavy_tags(io.BytesIO(_exif_block(image))):
             found = Image.Image.getexif(image).get(ORIENTATION)  # PNG's own decodes the pixels first
     if found is None:
