@@ -10,6 +10,7 @@ import sys
 import threading
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,9 +21,10 @@ from tests.tiny import encoded, exif, noise, picture, png_chunk, refuses
 from uhd.cli import main
 from uhd.hf import UHDImageProcessor, UHDVideoProcessor
 from uhd.loading import image_sizes_hw
-from uhd.pixels import PixelSettings, image_size_hw, load_image
+from uhd.pixels import MAX_PIXELS, PixelSettings, image_size_hw, load_image
 from uhd.pixels.render import load_picture
-from uhd.pixels.source import FORMATS, read_whole
+from uhd.pixels.source import FORMATS, most_bytes, read_whole
+from uhd.slicing.plan import MAX_SIDE
 
 FAST = PixelSettings(backend="fast")
 READERS = {
@@ -382,3 +384,14 @@ def test_loading_the_result_again_changes_nothing(kind, block):
                 found = load_image(source)
                 assert (type(found), found.info, dict(found.getexif())) == (Image.Image, {}, {})
                 assert load_image(found) is found
+
+
+def test_the_page_states_the_limits_of_the_code():
+    page = (Path(__file__).parents[1] / "SECURITY.md").read_text()
+    assert f"more than {MAX_PIXELS:,} pixels" in page
+    assert f"more than {MAX_SIDE:,} px" in page
+    assert most_bytes(PixelSettings()) == 4 * MAX_PIXELS + (16 << 20)
+    named = {"JPEG": "JPEG", "WEBP": "WebP", "PPM": "PNM", "HEIF": "HEIC"}
+    assert all(named.get(name, name) in page for name in FORMATS)
+    for place in re.findall(r"`(tests/[a-z_/]+\.py)`", page):
+        assert (Path(__file__).parents[1] / place).is_file()
