@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from uhd import saving
 from uhd.batch import SliceBatch
 from uhd.encoded import EncodedImage, EncodedVideo, num_rows
-from uhd.loading import Preparation
+from uhd.loading import Preparation, named
 from uhd.packed_encoder import PackedEncoder
 from uhd.parts import find_pixels, load_vision
 from uhd.pixels import PixelSettings
@@ -178,7 +178,11 @@ class VisualEncoder(PackedEncoder):
             ValueError: A video has no frames, or frames of different sizes; as in :meth:`forward`.
         """
         prepare = Preparation.of(self)
-        loaded = [prepare.load(_frames_of(video, number)) for number, video in enumerate(videos)]
+        loaded = []
+        for number, video in enumerate(videos):
+            frames_of_it = _frames_of(video, number)
+            with named("video", number):
+                loaded.append(prepare.load(frames_of_it))
         sizes = [_one_size(video, number) for number, video in enumerate(loaded)]
         options: dict[str, Any] = {"frames": frames, "max_tokens": max_tokens}
         plans = [self.plan_video(size, len(video), **options) for size, video in zip(sizes, loaded, strict=True)]

@@ -27,7 +27,7 @@ from torch import Tensor, distributed
 from torch.utils.data import Sampler
 
 from uhd.batch import SliceBatch
-from uhd.pixels import PixelSettings, image_size_hw
+from uhd.pixels import DEFAULT, PixelSettings, image_size_hw
 from uhd.pixels.render import load_picture
 from uhd.settings import check_choice
 from uhd.slicing import SlicePlan, SlicingLike, find, plan, plan_many
@@ -117,7 +117,7 @@ class Preparation:
         return SliceBatch.from_images(loaded, plans, **how)
 
 
-def image_sizes_hw(images: Iterable[Any], *, threads: int = 1) -> np.ndarray:
+def image_sizes_hw(images: Iterable[Any], *, threads: int = 1, settings: PixelSettings = DEFAULT) -> np.ndarray:
     """The sizes of many images as :func:`uhd.pixels.load_image` gives them, upright; of files the headers are read.
 
     >>> image_sizes_hw([np.zeros((30, 50, 3), np.uint8), Image.new("L", (8, 4))]).tolist()
@@ -127,6 +127,7 @@ def image_sizes_hw(images: Iterable[Any], *, threads: int = 1) -> np.ndarray:
         images: Paths, bytes, arrays, tensors or Pillow images: a list, a dataset of them, a generator. A Pillow image
             is decoded, and keeps its pixels.
         threads: More than one help where files are far away.
+        settings: The pixel limit, as of :func:`uhd.pixels.load_image`.
 
     Returns:
         (M, 2) int64, (height, width) in px.
@@ -144,7 +145,7 @@ def image_sizes_hw(images: Iterable[Any], *, threads: int = 1) -> np.ndarray:
 
     def size_hw(item: tuple[int, Any]) -> tuple[int, int]:
         with named("item", *item):
-            return image_size_hw(item[1])
+            return image_size_hw(item[1], settings=settings)
 
     items, found = enumerate(stream), []
     with ThreadPoolExecutor(threads) as pool:

@@ -234,6 +234,17 @@ class UHDConfig(FromPackage, PreTrainedConfig):
             note=self.encoder_note,
         )
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers.
+
+        Raises:
+            ValueError: It names code of the hub as its attention, where no keyword ``attn_implementation`` does.
+        """
+        asked = {} if kwargs.get("attn_implementation") is None else {"attn_implementation": None}
+        _refuse_kernels({**config_dict, **asked})
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def slicing(self) -> Slicing:
         """How images are cut."""
@@ -315,6 +326,18 @@ def _built(config_class: type, given: dict[str, Any] | PreTrainedConfig | None) 
     if config_class is AutoConfig:
         return AutoConfig.for_model(given.pop("model_type", "llama"), **given)
     return config_class(**given)
+
+
+def _refuse_kernels(given: Mapping[str, Any]) -> None:
+    """Refuse attention whose code transformers would download, where a file names it and no caller."""
+    for name, value in given.items():
+        if isinstance(value, Mapping) and "attn_implementation" not in name:
+            _refuse_kernels(value)
+        if "attn_implementation" in name and "/" in str(value):
+            raise ValueError(
+                f"this configuration names the code of {value!r:.200} as its {name}, which would be downloaded and "
+                "run: leave it out, and give attn_implementation to from_pretrained if you trust it"
+            )
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import CONFIG_NAME, can_return_tuple
 
+from uhd.checkpoint import own_code_named, refuse_pickled
 from uhd.encoded import num_rows
 from uhd.encoder import VisualEncoder
 from uhd.hf.attach import native_side
@@ -77,6 +78,9 @@ class UHDPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, with all its keywords.
 
+        Pickled weights are read, and code that the folder brings is run, only where ``use_safetensors=False`` and
+        ``trust_remote_code=True`` ask for it.
+
         Both sides keep the dtypes they were saved in, unless ``dtype`` says otherwise. The model's ``processor`` comes
         from the same place: same ``subfolder``, ``revision``, ``cache_dir`` and ``token``.
 
@@ -87,6 +91,10 @@ class UHDPreTrainedModel(PreTrainedModel):
         folder = Path(pretrained_model_name_or_path or os.devnull, kwargs.get("subfolder") or "")
         if finish(folder) and kwargs.get("config") is not None:
             raise ValueError(f"{folder} held a save that was killed, which is finished now: load it again")
+        kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))
+        if kwargs.get("use_safetensors") is None:
+            refuse_pickled(folder, "use_safetensors=False, which reads tensors with torch.load(weights_only=True)")
+            kwargs["use_safetensors"] = True
         if kwargs.get("dtype", "auto") not in ("auto", None) and kwargs.get("config") is None:
             kwargs.setdefault("visual_dtype", None)
         place = {name: kwargs[name] for name in _PLACE if kwargs.get(name) is not None}
@@ -96,7 +104,7 @@ class UHDPreTrainedModel(PreTrainedModel):
         with read_whole(folder, CONFIG_NAME):
             found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = found[0] if isinstance(found, tuple) else found
-        model._loaded_from = place
+        model._loaded_from = {**place, "trust_remote_code": kwargs["trust_remote_code"]}
         model._restore_tables()
         return found
 
@@ -134,7 +142,8 @@ class UHDVisualModel(UHDPreTrainedModel):
     ) -> None:
         super().__init__(config)
         if language_model is None:
-            language_model = AutoModelForCausalLM.from_config(config.text_config)
+            with own_code_named("text_config", "load the language model yourself, and attach it"):
+                language_model = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
         self.language_model = language_model  # first: a model's dtype and device are those of its first parameter
         self._tables: dict[str, Tensor] = {}
         if visual is None:
