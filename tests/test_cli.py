@@ -15,6 +15,8 @@ from safetensors import safe_open
 
 from uhd import cli
 from uhd.demo import page_image
+from uhd.pixels import PixelSettings
+from uhd.pixels.source import most_bytes
 from uhd.slicing import PRESETS
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -323,7 +325,7 @@ def test_devices_and_pipes_without_end_are_refused(page, tmp_path, capsys):
     status, out, _ = run("plan", "/dev/zero", page, capsys=capsys)
     assert (status, "is a device" in out) == (3, True), out
     fails("is a device", "show", "/dev/zero", "-o", page.with_name("o.png"), capsys=capsys)
-    pipe = piped(tmp_path / "pipe", bytes(30_000_000))
+    pipe = piped(tmp_path / "pipe", bytes(most_bytes(PixelSettings(max_pixels=1000)) + 1))
     status, out, _ = run("--max-pixels", "1000", "plan", pipe, capsys=capsys)
     assert (status, "bytes" in out) == (1, True), out
 
