@@ -8,15 +8,18 @@ import torch
 
 import uhd
 from tests.resampler.parts import MODULES
-from tests.tiny import IMAGES, PIXELS, assert_same_images, perceiver, silent, stirred, tiny_encoder, vit
+from tests.tiny import IMAGES, PIXELS, assert_same_images, noise, perceiver, silent, stirred, tiny_encoder, vit
 from uhd.resampler import (
     MergeProjector,
     MLPProjector,
+    PerceiverConfig,
+    PerceiverResampler,
     PixelShuffleProjector,
     PoolProjector,
     PyramidConfig,
     RewriteConfig,
     SpatialConfig,
+    folded,
 )
 from uhd.slicing import SlicingConfig, find
 from uhd.vision import compress_vit
@@ -137,3 +140,27 @@ def test_a_plan_that_the_vit_cannot_halve_is_refused_with_advice():
     encoder = tiny_encoder(MODULES[SpatialConfig](FAMILY["spatial"]), vision=compress_vit(fine_vit(), 1))
     with pytest.raises(ValueError, match="both sides must be multiples of 2: .* plan with merge=2"):
         encoder([np.zeros((35, 49, 3), dtype=np.uint8)])
+
+
+def test_the_way_of_a_resampler_does_not_depend_on_other_views(monkeypatch):
+    """Each way rounds otherwise: alone, an image would have other tokens than in a batch."""
+    for width in (64, 256, 1024, 4096):
+        with torch.device("meta"):
+            resampler = PerceiverResampler(PerceiverConfig(width=width, vision_width=256, num_heads=4)).eval()
+        monkeypatch.setattr(resampler, "_foldable", lambda features: folded.PATHS)
+        paths = {resampler.inference_path(grids) for grids in ([(1, 1)], [(24, 30)], [(24, 30)] * 40)}
+        assert len(paths) == 1, width
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_neighbours_change_no_more_than_the_last_bits(dtype):
+    """The bound that `VisualEncoder.forward` states, in every dtype, at sizes where a resampler has several ways."""
+    compressor = perceiver(width=256, vision_width=128, num_latents=16)
+    encoder = tiny_encoder(compressor, vision=vit(width=128, heads=4)).to(dtype)
+    images = [*IMAGES, noise(300, 200, 4)]
+    together = encoder(images)
+    largest = max(item.tokens.abs().max().item() for item in together)
+    for image, item in zip(images, together, strict=True):
+        off = (encoder([image])[0].tokens - item.tokens).abs().max().item()
+        assert off <= 4 * torch.finfo(dtype).eps * largest

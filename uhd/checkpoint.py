@@ -124,25 +124,32 @@ class Checkpoint:
         files = dict.fromkeys(self.files[name] for name in names)
         missing = [file.name for file in files if not file.is_file()]
         if missing:
-            raise FileNotFoundError(f"{self.folder} is incomplete, visual tensors are in missing {', '.join(missing)}")
+            what = f"tensors are in missing {', '.join(missing)}"
+            raise FileNotFoundError(f"{self.folder} is incomplete: {what}, says {SAFE[1]}")
 
     def shapes(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
         """Return the shapes of these tensors without reading them."""
         shapes = {}
-        for name in names:
-            with self._opened(self.files[name]) as opened:
-                shapes[name] = tuple(opened[name].shape if self.pickled else opened.get_slice(name).get_shape())
+        for file, wanted in self._by_file(names).items():
+            with self._opened(file) as opened:
+                if lacking := set(wanted).difference(opened.keys()):
+                    raise ValueError(f"{file} does not hold {min(lacking)}, as {SAFE[1]} says that it does")
+                for name in wanted:
+                    shapes[name] = tuple(opened[name].shape if self.pickled else opened.get_slice(name).get_shape())
         return shapes
+
+    def _by_file(self, names: Iterable[str]) -> dict[Path, list[str]]:
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.files[name], []).append(name)
+        return by_file
 
     def read(self, names: Iterable[str], device: str | torch.device = "cpu") -> Iterator[tuple[str, Tensor]]:
         """Yield these tensors by name, each with memory of its own; of every file only their bytes are read.
 
         Raises a ``ValueError`` where a file is damaged, or does not hold what the index says.
         """
-        by_file: dict[Path, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self.files[name], []).append(name)
-        for file, wanted in by_file.items():
+        for file, wanted in self._by_file(names).items():
             for name, tensor in self._read_file(file, wanted):
                 yield name, tensor.to(device, copy=True)  # what goes wrong on a device is no damage of the file
 

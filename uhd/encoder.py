@@ -22,7 +22,7 @@ from uhd.resampler import FeaturePacker, PerceiverConfig, PerceiverResampler, pa
 from uhd.resampler.config import default_heads
 from uhd.resampler.stitch import feature_lengths
 from uhd.schema import SpatialSchema, TokenLayout
-from uhd.schema.counted import PLAIN, counted, layout_of, video_layout
+from uhd.schema.counted import PLAIN, checked_layout, counted, video_layout
 from uhd.slicing import SlicePlan, Slicing, SlicingLike, VideoPlan, find, plan_images, plan_video
 from uhd.writing import is_file, read_whole
 
@@ -145,6 +145,9 @@ class VisualEncoder(PackedEncoder):
     ) -> list[EncodedImage] | Tensor:
         """Encode a list of images, or a batch that :meth:`prepare` made; arguments as there.
 
+        In eval mode an image's tokens are the same alone and among others, but for the last bits: matrix products of
+        other sizes may be summed in another order. At most 4 eps of the dtype times the largest token is left of that.
+
         A function is called for its tensor: :meth:`encode` inside ``forward``, where FSDP gathers parameters.
 
         Returns:
@@ -236,15 +239,9 @@ class VisualEncoder(PackedEncoder):
         if plan.patch_size != (patch_size := self.vision.patch_size):
             planned = f"image {number} is planned for patch_size={plan.patch_size}"
             raise ValueError(f"{planned}, the vision encoder has {patch_size}: {advice}")
-        laid = layout_of(plan, self.schema)
-        if plan.packing is None and plan.num_separators != laid.num_separators:
-            if self.schema == PLAIN:
-                advice = "give the encoder the schema that they are in, or let the plan count none"
-            raise ValueError(
-                f"image {number} is planned by {plan.strategy!r} with {plan.num_separators} separators, schema "
-                f"{self.schema.name!r} has {laid.num_separators}: {advice}"
-            )
-        return laid
+        if self.schema == PLAIN:
+            advice = "give the encoder the schema that they are in, or let the plan count none"
+        return checked_layout(plan, self.schema, where=f"image {number}", advice=advice)
 
     def _check_tokens(self, batch: SliceBatch, wanted: Sequence[Sequence[int]], lengths: Sequence[int]) -> None:
         views = [(number, view) for number, p in enumerate(batch.plans) for view in p.views]
@@ -373,7 +370,7 @@ def _fitted_packer(packer: FeaturePacker | None, slicing: Slicing, compressor: n
         )
     weight = next(compressor.parameters(), torch.empty(0))
     packer = FeaturePacker(out_dim, **{kind: kind in learned for kind in saving.LEARNED})
-    return packer.to(weight.device, weight.dtype)
+    return packer if weight.is_meta else packer.to(weight.device, weight.dtype)
 
 
 def _with_newlines(tokens: Tensor, videos: Sequence[VideoPlan], newline: Tensor | None) -> Tensor:

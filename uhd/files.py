@@ -10,13 +10,19 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+DAMAGE = (
+    *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError),
+    *(AssertionError, RuntimeError, EOFError, SafetensorError),
+)
+"""What readers raise where a file's content is wrong."""
+
 
 @contextmanager
 def damage_named(path: Path) -> Iterator[None]:
     """Turn whatever is wrong with a file's content into one ``ValueError`` that names the file."""
     try:
         yield
-    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, SafetensorError) as problem:
+    except DAMAGE as problem:
         if isinstance(problem, ValueError) and str(path) in str(problem):
             raise
         detail = problem if isinstance(problem, ValueError) else repr(problem)

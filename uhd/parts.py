@@ -6,7 +6,7 @@ import inspect
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from uhd.resampler import (
     SpatialConfig,
     SpatialResampler,
 )
-from uhd.settings import check_free, kept_arguments, place_of
+from uhd.settings import check_free, kept_arguments, place_of, read_arguments
 from uhd.vision import CompressedViT, CompressedViTConfig, VisionTower, ViT, ViTConfig
 
 _PARTS: dict[str, tuple[type[nn.Module], type | None]] = {
@@ -162,16 +162,20 @@ def _argument_names(cls: type[nn.Module]) -> list[str]:
     return [name for name, one in inspect.signature(cls).parameters.items() if one.kind not in _VARIADIC]
 
 
-def rebuild_part(described: Mapping[str, Any], role: str) -> nn.Module:
+def rebuild_part(described: Mapping[str, Any], role: str, *, empty: bool = False) -> nn.Module:
     """Build a described part, with new weights.
 
+    ``empty``: one of this package's has no weights, only their shapes, which takes no time or memory whatever is
+    described; they are assigned.
+
     Raises:
-        ValueError: It is the caller's own and not registered here; the message says what to do.
+        ValueError: It is the caller's own and not registered here; the message says what to do. A setting is wrong.
     """
     kind, settings = described["kind"], described.get("config") or {}
     if kind in _PARTS:
         cls, config = _PARTS[kind]
-        return cls(config.from_dict(settings)) if config else cls(**settings)
+        with torch.device("meta") if empty else nullcontext():
+            return cls(config.from_dict(settings)) if config else read_arguments(cls, settings)
     if kind not in _OWN[role]:
         saved = described.get("class", kind)
         raise ValueError(
@@ -187,6 +191,11 @@ def rebuild_part(described: Mapping[str, Any], role: str) -> nn.Module:
         config = None if hasattr(cls, "to_dict") else _config_class(cls)
         read = {"config": config.from_dict(settings["config"])} if config and "config" in settings else {}
         return cls(**{**settings, **read})
+
+
+def is_known(described: Mapping[str, Any]) -> bool:
+    """Whether a described part is of a class of this package."""
+    return described["kind"] in _PARTS
 
 
 @contextmanager

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from uhd.files import damage_named
-from uhd.parts import ROLES, describe_part, rebuild_part
+from uhd.files import damage_named, read_json
+from uhd.parts import ROLES, describe_part, is_known, rebuild_part
 from uhd.pixels import PixelSettings
 from uhd.resampler import FeaturePacker
 from uhd.schema import SpatialSchema
 from uhd.schema.counted import slicing_from_dict
+from uhd.settings import Settings, read_arguments
 from uhd.slicing import SlicingLike, find
 from uhd.slicing.adaptive import RULES
 from uhd.vision.int8 import refuse_int8
+from uhd.weights import check_numbers, check_weights
 from uhd.writing import new_files
 
 CONFIG_FILE = "uhd_encoder.json"
@@ -33,7 +35,7 @@ _Encoder = TypeVar("_Encoder", bound=nn.Module)
 
 
 @dataclass(frozen=True)
-class EncoderDescription:
+class EncoderDescription(Settings):
     """All that makes a :class:`uhd.VisualEncoder` but its weights, in plain JSON types.
 
     Every file that describes an encoder is made of this: ``uhd_encoder.json``, and a model's ``config.json``.
@@ -46,6 +48,8 @@ class EncoderDescription:
         packer: ``to_dict()`` of the :class:`uhd.resampler.FeaturePacker`, where there is one.
         check_image_size, note: As in :class:`uhd.VisualEncoder`.
     """
+
+    later = ("packer",)
 
     vision: dict[str, Any]
     compressor: dict[str, Any]
@@ -66,20 +70,14 @@ class EncoderDescription:
 
     def to_dict(self) -> dict[str, Any]:
         """What ``uhd_encoder.json`` holds."""
-        return {"format": FORMAT, **asdict(self)}
+        return {"format": FORMAT, **super().to_dict()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> EncoderDescription:
-        """The inverse of :meth:`to_dict`.
-
-        Raises:
-            ValueError: Another format than this version's.
-            KeyError, TypeError: A field is missing, or one too many.
-        """
-        data = dict(data)
-        if (found := data.pop("format")) != FORMAT:
+        """The inverse of :meth:`to_dict`; a ``ValueError`` where it is of another format, or no such dictionary."""
+        if (found := data.get("format")) != FORMAT:
             raise ValueError(f"it has format {found!r}; this version reads format {FORMAT}")
-        return cls(**data)
+        return super().from_dict({name: value for name, value in data.items() if name != "format"})
 
     def resized(self, sizes: Mapping[str, int]) -> EncoderDescription:
         """The same with other settings of the compressor; a ``ValueError`` where it has no such setting."""
@@ -89,6 +87,10 @@ class EncoderDescription:
             raise ValueError(f"the compressor, {self.compressor['kind']!r}, has no {' or '.join(unknown)} to change")
         return replace(self, compressor={**self.compressor, "config": {**settings, **sizes}})
 
+    def made_packer(self) -> FeaturePacker | None:
+        """The packer, with new weights."""
+        return None if self.packer is None else read_arguments(FeaturePacker, self.packer)
+
     def arguments(
         self,
         *,
@@ -97,8 +99,11 @@ class EncoderDescription:
         slicing: SlicingLike | None = None,
         schema: SpatialSchema | str | None = None,
         pixels: PixelSettings | None = None,
+        empty: Collection[str] = (),
     ) -> dict[str, Any]:
         """Arguments of :class:`uhd.VisualEncoder`, but for the packer; what is given replaces what is described.
+
+        ``empty``: the parts that are built as in :func:`uhd.parts.rebuild_part`, to be filled.
 
         Raises:
             ValueError: A part or the slicing is the caller's own and was not given.
@@ -106,8 +111,10 @@ class EncoderDescription:
         if schema is None and (slicing is None or find(slicing).uses_schema == (self.slicing.get("rule") in RULES)):
             schema = SpatialSchema.from_dict(self.schema)
         return {
-            "vision": rebuild_part(self.vision, "vision") if vision is None else vision,
-            "compressor": rebuild_part(self.compressor, "compressor") if compressor is None else compressor,
+            **{
+                role: rebuild_part(getattr(self, role), role, empty=role in empty) if given is None else given
+                for role, given in (("vision", vision), ("compressor", compressor))
+            },
             "slicing": slicing_from_dict(self.slicing) if slicing is None else slicing,
             "schema": schema,
             "pixels": PixelSettings.from_dict(self.pixels) if pixels is None else pixels,
@@ -145,21 +152,21 @@ def load(kind: type[_Encoder], folder: Path, *, sizes: Mapping[str, int] | None 
     weights of other shapes than the saved ones are new, and ``note`` says so. A ``ValueError`` names a damaged file.
     """
     with damage_named(folder / CONFIG_FILE):
-        description = EncoderDescription.from_dict(json.loads((folder / CONFIG_FILE).read_text()))
+        description = EncoderDescription.from_dict(read_json(folder / CONFIG_FILE))
     settings = description.compressor.get("config") or {}
     sizes = {name: size for name, size in (sizes or {}).items() if size != settings.get(name)}
     resized = description.resized(sizes)
     with damage_named(folder / CONFIG_FILE):
-        encoder = kind(**resized.arguments(**given))
-    new = _take_packer(encoder, description.packer)
+        encoder = kind(**resized.arguments(**given, empty=ROLES[:1] if sizes else ROLES))
+        new = _take_packer(encoder, description)
     with damage_named(folder / WEIGHTS_FILE):
         # assigned, not copied: every tensor keeps the dtype it was saved in
         weights = load_file(folder / WEIGHTS_FILE)
         other = _leave_out(weights, encoder) if sizes else []
-        found = encoder.load_state_dict(weights, strict=False, assign=True)
-        missing = [name for name in found.missing_keys if name not in (*new, *other)]
-        if missing or found.unexpected_keys:
-            raise ValueError(f"missing {missing}, unexpected {found.unexpected_keys}")
+        wanted = {name: tensor for name, tensor in encoder.state_dict().items() if name not in (*new, *other)}
+        check_weights(weights, wanted, f"what {CONFIG_FILE} describes")
+        encoder.load_state_dict(weights, strict=False, assign=True)
+        _check_read(weights, description)
     if new:
         add_note(encoder, f"{', '.join(new)}: new, UNTRAINED weights, since the saved encoder had another slicing")
     if sizes:
@@ -168,6 +175,18 @@ def load(kind: type[_Encoder], folder: Path, *, sizes: Mapping[str, int] | None 
         untrained = f"; {', '.join(learned)}: new, UNTRAINED weights" if learned else ""
         add_note(encoder, f"the compressor has {changed} and must be trained again{untrained}")
     return encoder.eval()
+
+
+def _check_read(weights: Mapping[str, Tensor], description: EncoderDescription) -> None:
+    """Refuse weights that are no numbers, and parts of several dtypes; the caller's own parts may have several."""
+    check_numbers(weights)
+    own = [role for role in ROLES if not is_known(getattr(description, role))]
+    first: dict[str, str] = {}
+    for name, tensor in weights.items():
+        other = first.setdefault(name.partition(".")[0], name)
+        if tensor.dtype != weights[other].dtype and name.partition(".")[0] not in own:
+            told = f"{other} is {weights[other].dtype}, {name} is {tensor.dtype}"
+            raise ValueError(f"{told}: a part has one dtype, convert the encoder and save it again")
 
 
 def add_note(encoder: Any, note: str) -> None:
@@ -187,10 +206,11 @@ def _leave_out(weights: dict[str, Tensor], encoder: nn.Module) -> list[str]:
     return other
 
 
-def _take_packer(encoder: Any, saved: dict[str, Any] | None) -> list[str]:
+def _take_packer(encoder: Any, description: EncoderDescription) -> list[str]:
     """Make room for a saved packer's embeddings; return the names of those that are needed and were not saved."""
-    saved = saved or dict.fromkeys(LEARNED, False)
+    made = description.made_packer()
+    saved = {kind: getattr(made, kind, None) is not None for kind in LEARNED}
     own = {kind: getattr(encoder.packer, kind, None) is not None for kind in LEARNED}
     if any(saved[kind] and not own[kind] for kind in LEARNED):
-        encoder.packer = FeaturePacker(saved["width"], **{kind: saved[kind] or own[kind] for kind in LEARNED})
+        encoder.packer = FeaturePacker(made.width, **{kind: saved[kind] or own[kind] for kind in LEARNED})
     return [f"packer.{kind}" for kind in LEARNED if own[kind] and not saved[kind]]

@@ -18,16 +18,15 @@ Hypothesis is needed for :func:`image_sizes`, :func:`plans` and :func:`slicing_c
 from __future__ import annotations
 
 import json
-import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from uhd.slicing import SlicingConfig, find, plan
+from uhd.slicing.config import MAX_VIEWS
 from uhd.slicing.metrics import share_seen
-from uhd.slicing.plan import MAX_SIDE, Canvas, SlicePlan
-from uhd.slicing.strategies.base import FILTERS, MAX_VIEWS
+from uhd.slicing.plan import MAX_SIDE, SlicePlan, bad_canvases, contradictions
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -77,7 +76,6 @@ CHECKS = tuple(_ADVICE)
 
 _Found = dict[tuple[int, int], SlicePlan | Exception]
 _MOST_SHOWN = 3  # sizes named for each failure
-_MOST_PIXELS = 4_000_000_000  # px of a canvas
 
 
 @dataclass(frozen=True)
@@ -202,12 +200,12 @@ def _broken(
     """For each of :data:`CHECKS` every size that fails, with what was seen."""
     kept = [found for found in usual.values() if isinstance(found, SlicePlan)]
     plans = [found for found in {**usual, **unusual}.values() if isinstance(found, SlicePlan)]
-    sound = [found for found in kept if not any(_bad_canvases(found))]
+    sound = [found for found in kept if not any(bad_canvases(found))]
     shuffled = random.Random(0).sample(kept, len(kept))
     return {
         "returns": _raised(usual),
         "purity": _each(shuffled, lambda found: _impure(config, found)),
-        "geometry": _each(plans, _bad_geometry),
+        "geometry": _each(plans, contradictions),
         "divisibility": _each(sound, _bad_sides),
         "coverage": _each(sound, _uncovered),
         "budget": _each(plans, lambda found: _over_budget(found, max_tokens, max_patches)),
@@ -249,80 +247,6 @@ def _impure(config: Any, found: SlicePlan) -> Iterator[str]:
         return
     if restored != found:
         yield "changed by to_dict and from_dict: use plain tuples, Box and ints"
-
-
-def _bad_geometry(found: SlicePlan) -> Iterator[str]:
-    yield from _bad_canvases(found)
-    if found.resample not in FILTERS:
-        yield f"resample is {found.resample!r}: take one of {', '.join(FILTERS)}"
-    slices = sum(len(canvas.tiles) for canvas in found.canvases if canvas.kind == "slice")
-    grid = found.grid
-    if grid is None and slices:
-        yield f"{slices} slices and no grid: say how many rows and columns they are"
-    elif grid is not None and math.prod(grid) != max(slices, 1):
-        yield f"grid {tuple(grid)} (rows, columns) but {slices} slices"
-    by_view = sum(len(canvas.tiles) * canvas.tokens_per_view for canvas in found.canvases)
-    if found.packing is None and by_view != found.num_visual_tokens:
-        yield f"views hold {by_view} tokens, num_visual_tokens is {found.num_visual_tokens}, no packing explains it"
-
-
-def _bad_canvases(found: SlicePlan) -> Iterator[str]:
-    if not _is_int(found.patch_size) or found.patch_size < 1:
-        yield f"patch_size is {found.patch_size!r}: give the side of a ViT patch, px"
-    if not found.num_views:
-        yield "no view"
-    for number, canvas in enumerate(found.canvases):
-        for what in _bad_numbers(canvas) or _bad_canvas(canvas, found.image_hw):
-            yield f"canvas {number}: {what}"
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _bad_numbers(canvas: Canvas) -> list[str]:
-    pairs = ("content_hw", "size_hw", "view_hw", "grid", "first_hw", "offset", "cell")
-    given = {name: (getattr(canvas, name), 2) for name in pairs}
-    given |= {"source": (canvas.source, 4), "fill": (canvas.fill, 3)}
-    given |= {f"tile {place}": (box, 4) for place, box in enumerate(canvas.tiles)}
-    given["tokens_per_view"] = ((canvas.tokens_per_view,), 1)
-    wrong = []
-    for name, (value, length) in given.items():
-        if value is None and name in ("first_hw", "source", "fill"):
-            continue
-        if not isinstance(value, Sequence) or len(value) != length or not all(map(_is_int, value)):
-            wrong.append(f"{name} is {value!r}, not {length} whole number{'s' * (length > 1)} (plain ints)")
-        elif name in pairs[:5] and min(value) < 1:
-            wrong.append(f"{name} {tuple(value)} is below 1")
-    return wrong
-
-
-def _bad_canvas(canvas: Canvas, image_hw: tuple[int, int]) -> Iterator[str]:
-    height, width = canvas.size_hw
-    if canvas.kind not in ("slice", "overview"):
-        yield f"kind is {canvas.kind!r}, not 'slice' or 'overview'"
-    if math.prod(canvas.grid) != len(canvas.tiles):
-        yield f"its grid is {tuple(canvas.grid)} (rows, columns), its tiles are {len(canvas.tiles)}"
-    outside = [box for box in canvas.tiles if not _within(box, canvas.size_hw)]
-    if outside:
-        yield f"tile {tuple(outside[0])} is not on the {canvas.size_hw} canvas: clip it, or enlarge the canvas"
-    if canvas.source is not None and not _within(canvas.source, image_hw):
-        yield f"source {tuple(canvas.source)} is not in the image"
-    (top, left), (rows, cols) = canvas.offset, canvas.content_hw
-    full = top <= 0 and left <= 0 and top + rows >= height and left + cols >= width
-    if not full and canvas.fill is None:
-        yield "content leaves part of the canvas empty and fill is None: give an RGB fill"
-    if canvas.fill is not None and not all(0 <= level <= 255 for level in canvas.fill):
-        yield f"fill {tuple(canvas.fill)} is no RGB colour of 0..255"
-    if canvas.view_filter is not None and canvas.view_filter[0] not in FILTERS:
-        yield f"view_filter is {canvas.view_filter!r}: take one of {', '.join(FILTERS)}, and True or False"
-    if max(height * width, math.prod(canvas.first_hw or ())) > _MOST_PIXELS:
-        yield f"a canvas of {height} x {width} px would not fit in memory: bound it"
-
-
-def _within(box: Sequence[int], size_hw: tuple[int, int]) -> bool:
-    top, left, bottom, right = box
-    return 0 <= top < bottom <= size_hw[0] and 0 <= left < right <= size_hw[1]
 
 
 def _bad_sides(found: SlicePlan) -> Iterator[str]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -14,9 +16,18 @@ from safetensors.torch import save_file
 from uhd.encoded import EncodedImage, EncodedVideo
 from uhd.files import damage_named
 from uhd.schema import SpatialSchema, TokenLayout
-from uhd.schema.counted import layout_of, video_layout
+from uhd.schema.counted import checked_layout, layout_of, video_layout
+from uhd.settings import Settings
 from uhd.slicing import SlicePlan, VideoPlan
 from uhd.writing import check_place, new_file
+
+
+@dataclass(frozen=True)
+class _Item(Settings):
+    """What a file says of one image or video."""
+
+    name: str
+    plan: dict[str, Any]
 
 
 def save_tokens(
@@ -79,7 +90,8 @@ def load_tokens(path: str | os.PathLike) -> list[EncodedImage | EncodedVideo]:
     """The inverse of :func:`save_tokens`.
 
     Raises:
-        ValueError: Not such a file, or its counts disagree.
+        ValueError: Not such a file, or damaged: a field is missing or of another type, plans contradict themselves or
+            the schema, or their counts are not those of the tokens; the message names the file.
     """
     with damage_named(Path(path)):
         with safe_open(path, framework="pt") as file:
@@ -87,9 +99,14 @@ def load_tokens(path: str | os.PathLike) -> list[EncodedImage | EncodedVideo]:
             if metadata.get("format") != "uhd-tokens-1":
                 raise ValueError(f"format {metadata.get('format')!r}, so not written by `uhd encode`")
             tokens = file.get_tensor("tokens")
-        described = [item["plan"] for item in json.loads(metadata["images"])]
-        plans = [(VideoPlan if "plans" in data else SlicePlan).from_dict(data) for data in described]
+        if tokens.dim() != 2 or not tokens.is_floating_point():
+            raise ValueError(f"tokens is {tuple(tokens.shape)} of {tokens.dtype}, expected (n, D) of floats")
         schema = SpatialSchema.from_dict(json.loads(metadata["schema"]))
+        items = [_Item.from_dict(item) for item in json.loads(metadata["images"])]
+        plans = [(VideoPlan if "plans" in item.plan else SlicePlan).from_dict(item.plan) for item in items]
+        for number, p in enumerate(plans):
+            for frame in p.plans if isinstance(p, VideoPlan) else (p,):
+                checked_layout(frame, schema, where=f"image {number}", advice="its plan or its schema is another's")
         layouts = [_layout_under(schema, p) for p in plans]
         counts = [laid.num_visual_tokens for laid in layouts]
         if sum(counts) != len(tokens):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -10,12 +11,28 @@ from torch import Tensor, nn
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
+_CHECKED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def draw_linear(linear: nn.Linear) -> None:
     """Draw the weight from a truncated normal of std 0.02; the bias, where there is one, is zero."""
     nn.init.trunc_normal_(linear.weight, std=0.02)
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)
+
+
+def draw_normal(tensor: Tensor, std: float) -> None:
+    """Draw from a normal; not under the meta device, where torch would import its compiler, which takes seconds."""
+    if not tensor.is_meta:
+        nn.init.normal_(tensor, std=std)
+
+
+def check_numbers(weights: Mapping[str, Tensor]) -> None:
+    """Raise a ``ValueError`` where a weight is NaN or infinite; the message names the first."""
+    for name, tensor in weights.items():
+        checked = tensor.dtype in _CHECKED and tensor.numel() and not tensor.is_meta
+        if checked and not all(map(math.isfinite, map(float, tensor.detach().aminmax()))):
+            raise ValueError(f"{name} holds NaN or infinity, expected finite numbers: save the weights again")
 
 
 def shape_of(state: Mapping[str, Tensor], name: str, axes: int) -> tuple[int, ...]:

@@ -57,7 +57,7 @@ def test_what_does_not_fit_is_refused():
         make()(features([(2, 2), (2, 3)]), [(2, 2), (2, 3)])
     with pytest.raises(ValueError, match=r"grids\[0\] is \(4, 6\); both sides must be multiples of 4"):
         make(2).output_lengths([(4, 6)])
-    with pytest.raises(ValueError, match="rounds=0: all must be at least 1"):
+    with pytest.raises(ValueError, match="rounds must be at least 1; got 0"):
         MergeProjector(6, 10, rounds=0)
     state = make().state_dict()
     with pytest.raises(ValueError, match=r"unexpected \['mlp.0.bias'\]"):

@@ -29,7 +29,7 @@ def test_pixel_shuffle_refuses_a_grid_it_cannot_divide():
         ValueError, match=r"grids\[1\] is \(3, 4\); both sides must be multiples of 2: plan .* factor=2"
     ):
         projector(torch.zeros(16, 8), [(2, 2), (3, 4)])
-    with pytest.raises(ValueError, match="factor=0"):
+    with pytest.raises(ValueError, match="factor must be at least 1; got 0"):
         PixelShuffleProjector(8, 12, factor=0)
 
 
@@ -59,7 +59,7 @@ def test_pooling_of_non_square_views(mode):
 
 
 def test_pooling_settings_are_checked():
-    with pytest.raises(ValueError, match="factor=0"):
+    with pytest.raises(ValueError, match="factor must be at least 1; got 0"):
         PoolProjector(4, 4, factor=0)
     with pytest.raises(ValueError, match="'average' or 'bilinear'"):
         PoolProjector(4, 4, mode="max")

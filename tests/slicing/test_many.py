@@ -73,3 +73,14 @@ def test_no_sizes_give_empty_columns():
 def test_bad_sizes_name_the_row(sizes, message):
     with pytest.raises(ValueError, match=message):
         plan_many(sizes)
+
+
+@pytest.mark.parametrize("name", ["llava-uhd-paper", "llava-uhd", "minicpm-v"])
+@pytest.mark.parametrize("max_tokens", [64, 65, 127, 128, 129, 191, 193, 300, 1000])
+def test_equals_plan_at_the_edges_of_a_budget(name, max_tokens):
+    """From the overview alone, where the loop over caps goes down to none, to more than any image costs."""
+    spare = PRESETS[name].separators.per_image
+    check(random_sizes(200, seed=max_tokens), PRESETS[name].replace(max_tokens=max_tokens + spare))
+    alone = plan_many([(900, 700)], name, max_tokens=64 + spare)
+    assert alone["num_views"].tolist() == [1]
+    assert alone["num_tokens"].tolist() == [64 + spare]

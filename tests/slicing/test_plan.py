@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import uhd
-from uhd.slicing import PRESETS, SlicePlan, SlicingConfig, candidates, grid_score, plan
+from uhd.slicing import PRESETS, SlicePlan, SlicingConfig, candidates, grid_score, plan, plan_many
+from uhd.slicing.plan import MAX_SIDE
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 SIGLIP = SlicingConfig.preset("llava-uhd").for_vision(image_size=384, patch_size=14)
@@ -357,3 +358,44 @@ def test_strategies_are_presets_by_name():
     assert PRESETS.keys() <= uhd.strategies().keys()
     assert uhd.strategy("llava_uhd")((1008, 672)) == plan((1008, 672), "llava-uhd")
     assert "3x2 slices of 336x336 px" in str(plan((1008, 672)))
+
+
+@pytest.mark.parametrize(
+    "name, view_patches, seen",
+    [
+        ("llava-uhd", 576, 576),
+        ("llava-uhd-safe", 576, 576),
+        ("llava-uhd-paper", 576, 576),
+        ("minicpm-v", 1304, 1110),
+        ("minicpm-v-4.6", 2608, 1808),
+        ("minicpm-v-4.6-4x", 1368, 1280),
+    ],
+)
+def test_worst_case_is_no_looser_than_it_was(name, view_patches, seen):
+    """``seen`` is the most of some strips: at 336 px nothing lies between that and the bound."""
+    config = SlicingConfig.preset(name)
+    bound = config.worst_case()
+    assert bound.view_patches <= view_patches
+    assert bound.num_patches == bound.view_patches * bound.num_views
+    found = plan(bound.image_hw, config)
+    assert (found.num_views, found.num_tokens) == (bound.num_views, bound.num_tokens) or config.merge > 1
+    strips = [(h, h * aspect) for h in range(1, 600) for aspect in (1, 3, 10, 37, 100, 199, 200)]
+    most = max(v.num_patches for h, w in strips for size in ((h, w), (w, h)) for v in plan(size, config).views)
+    assert seen == most <= bound.view_patches
+
+
+def test_a_lone_best_grid_is_not_tied():
+    first, *others = candidates((1008, 672))
+    assert (first.grid, first.tied) == ((3, 2), False)
+    assert not any(other.tied for other in others)
+
+
+def test_the_longest_side_is_planned_and_one_more_is_not():
+    for size in ((MAX_SIDE, 300), (300, MAX_SIDE), (MAX_SIDE, MAX_SIDE)):
+        assert plan(size).image_hw == size
+        assert plan_many([size])["num_tokens"].tolist() == [plan(size).num_tokens]
+    for size in ((MAX_SIDE + 1, 300), (300, MAX_SIDE + 1)):
+        for call in (plan, lambda size: plan_many([size])):
+            with pytest.raises(ValueError, match=r"each must lie in 1\.\.1000000 px"):
+                call(size)
+    assert MAX_SIDE == 1_000_000

@@ -737,3 +737,23 @@ def test_candidate_grids_are_listed_without_trying_every_pair():
             groups.setdefault(a / (n // a), []).append((a, n // a))
     assert [(ratio, list(pairs)) for ratio, pairs in selectors.pairs_by_ratio(40).items()] == list(groups.items())
     assert len(selectors.grids_up_to(20_000)) == sum(20_000 // cols for cols in range(1, 20_001))
+
+
+def test_phi4_cuts_36_tiles_and_no_more():
+    for rows, cols in ((6, 6), (36, 1), (1, 36), (4, 9)):
+        assert plan((448 * rows, 448 * cols), "phi4").grid == (rows, cols)
+    for rows, cols in ((37, 1), (1, 37), (6, 7)):
+        found = plan((448 * rows, 448 * cols), "phi4")
+        assert math.prod(found.grid) <= 36
+        assert found.grid != (rows, cols)
+
+
+@pytest.mark.parametrize("name", ["deepseek-ocr2", "unlimited-ocr"])
+def test_an_overview_of_one_pixel_is_planned_and_of_none_refused(name):
+    """round() of half a pixel is 0: 1024 px over 2048 px of a side of 1 px are the first to be refused."""
+    for size in ((1, 2047), (2047, 1)):
+        overview = next(canvas for canvas in plan(size, name).canvases if canvas.kind == "overview")
+        assert min(overview.content_hw) == 1
+    for size in ((1, 2048), (2048, 1)):
+        with pytest.raises(ValueError, match=r"its overview would be (0x1024|1024x0) px"):
+            plan(size, name)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, PreTrainedConfig
 
+from uhd.files import damage_named
 from uhd.hf.bare import FromPackage, auto_map, save_beside
 from uhd.hf.outputs import MEDIA
 from uhd.hf.versions import CACHE_NAMES
@@ -17,6 +21,7 @@ from uhd.resampler.config import default_heads
 from uhd.saving import EncoderDescription
 from uhd.schema import SeparatorIds, SpatialSchema
 from uhd.schema.counted import named_function, slicing_from_dict
+from uhd.settings import check_fields, check_range
 from uhd.slicing import Slicing, find
 from uhd.vision import CompressedViTConfig, ViTConfig
 
@@ -37,6 +42,7 @@ class UHDVisionConfig(PreTrainedConfig):
     ViT-L/14 at 336 px, read at the layer before the last.
     """
 
+    later = ("stem_border", "stem_hidden", "stem_grey", "compress_after", "compressor", "settings", "class_name")
     model_type = "uhd_vision"
     base_config_key = "vision_config"
     attribute_map = {  # noqa: RUF012 - read by transformers as it stands
@@ -109,6 +115,7 @@ class UHDResamplerConfig(PreTrainedConfig):
     perceiver of 64 latents between the vision encoder's width and the language model's.
     """
 
+    later = ("class_name",)
     model_type = "uhd_resampler"
     base_config_key = "resampler_config"
 
@@ -145,6 +152,7 @@ class UHDConfig(FromPackage, PreTrainedConfig):
         ValueError: ``uhd_format`` or a setting is not known; the message names it.
     """
 
+    later = ("packer_config", "video_token", "video_token_id")
     model_type = "uhd"
     sub_configs = {  # noqa: RUF012 - read by transformers as it stands
         "text_config": AutoConfig,
@@ -187,6 +195,16 @@ class UHDConfig(FromPackage, PreTrainedConfig):
         for name, config_class in self.sub_configs.items():
             setattr(self, name, _built(config_class, getattr(self, name)))
         super().__post_init__(**kwargs)
+        for part in (self, self.vision_config, self.resampler_config):
+            check_fields(part, type(part).__annotations__)
+        check_range(self, ("image_token_id", "video_token_id", "fill_token_id", "visual_scale"), 0)
+        vocab, ids = self.text_config.get_text_config().vocab_size, (self.separator_ids or {}).values()
+        if beyond := [one for one in (self.fill_token_id, *itertools.chain(*ids)) if not 0 <= one < vocab]:
+            raise ValueError(f"fill_token_id and separator_ids lie in 0..{vocab - 1}, got {beyond[0]}")
+        if self.visual_dtype is not None and not _is_floating(self.visual_dtype):
+            raise ValueError(
+                f"visual_dtype must be a floating dtype of torch, such as 'float32', got {self.visual_dtype!r}"
+            )
         if self.slicing_config is None or not named_function(self.slicing_config):
             self.slicing_config = self.slicing.to_dict()
         self.schema_config = self.schema.to_dict()
@@ -196,6 +214,15 @@ class UHDConfig(FromPackage, PreTrainedConfig):
             sizes = {"width": width, "vision_width": self.vision_config.width, "num_heads": default_heads(width)}
             default = PerceiverConfig(**sizes)
             self.resampler_config.settings = default.to_dict()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, of a whole ``config.json``; a ``ValueError`` names what in it is missing or wrong."""
+        with damage_named(Path(config_dict.get("_name_or_path") or "", "config.json")):
+            _check_whole(cls, config_dict, "")
+            for name, part in (("vision_config", UHDVisionConfig), ("resampler_config", UHDResamplerConfig)):
+                _check_whole(part, config_dict[name], f"{name}.")
+            return super().from_dict(config_dict, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in transformers, with what a process without uhd imported needs, see :mod:`uhd.hf.bare`."""
@@ -316,6 +343,18 @@ def _described(config: UHDVisionConfig | UHDResamplerConfig, settings: dict[str,
     """A part's description, without what its class is called where none is."""
     named = {} if config.class_name is None else {"class": config.class_name}
     return {"kind": config.kind, "config": settings, **named}
+
+
+def _check_whole(config_class: type, given: Mapping[str, Any], where: str) -> None:
+    """Refuse settings without a field that was always written: its default is another model's."""
+    known = config_class.__annotations__
+    if missing := [where + name for name in known if name not in given and name not in config_class.later]:
+        raise ValueError(f"missing {', '.join(missing)}")
+
+
+def _is_floating(name: str) -> bool:
+    dtype = getattr(torch, name, None)
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
 
 
 def _built(config_class: type, given: dict[str, Any] | PreTrainedConfig | None) -> PreTrainedConfig:

@@ -20,6 +20,7 @@ from uhd.encoded import num_rows
 from uhd.encoder import VisualEncoder
 from uhd.hf.attach import native_side
 from uhd.hf.configuration import UHDConfig
+from uhd.hf.folders import MODEL_FILES, check_loaded, check_model, folder_named
 from uhd.hf.placing import planned_layout
 from uhd.hf.quantized import leave_alone
 from uhd.hf.recording import Recording, recorded
@@ -85,8 +86,9 @@ class UHDPreTrainedModel(PreTrainedModel):
         from the same place: same ``subfolder``, ``revision``, ``cache_dir`` and ``token``.
 
         Raises:
-            ValueError: Only now was a save finished there that had been killed, see :mod:`uhd.writing`, and the config
-                that was read before may be older.
+            ValueError, OSError: A local folder's file is damaged or missing, or does not fit the others; the message
+                names it. Or only now was a save finished there that had been killed, see :mod:`uhd.writing`, and the
+                config that was read before may be older.
         """
         folder = Path(pretrained_model_name_or_path or os.devnull, kwargs.get("subfolder") or "")
         if finish(folder) and kwargs.get("config") is not None:
@@ -97,13 +99,16 @@ class UHDPreTrainedModel(PreTrainedModel):
             kwargs["use_safetensors"] = True
         if kwargs.get("dtype", "auto") not in ("auto", None) and kwargs.get("config") is None:
             kwargs.setdefault("visual_dtype", None)
+        source = pretrained_model_name_or_path, kwargs.get("subfolder")
+        check_model(*source)
         place = {name: kwargs[name] for name in _PLACE if kwargs.get(name) is not None}
-        if kwargs.get("quantization_config") is not None:
-            config = kwargs.get("config") or cls.config_class.from_pretrained(pretrained_model_name_or_path, **place)
-            kwargs["quantization_config"] = leave_alone(kwargs["quantization_config"], config.text_config)
-        with read_whole(folder, CONFIG_NAME):
-            found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        with folder_named(source[0], MODEL_FILES, source[1]), read_whole(folder, CONFIG_NAME):
+            if kwargs.get("quantization_config") is not None:
+                config = kwargs.get("config") or cls.config_class.from_pretrained(source[0], **place)
+                kwargs["quantization_config"] = leave_alone(kwargs["quantization_config"], config.text_config)
+            found = super().from_pretrained(source[0], *args, **kwargs)
         model = found[0] if isinstance(found, tuple) else found
+        check_loaded(model.visual, *source)
         model._loaded_from = {**place, "trust_remote_code": kwargs["trust_remote_code"]}
         model._restore_tables()
         return found
@@ -390,7 +395,7 @@ class UHDVisualModel(UHDPreTrainedModel):
 
 def _built_encoder(config: UHDConfig) -> VisualEncoder:
     """The encoder that a config describes, with new weights."""
-    packer = config.packer_config and FeaturePacker(**config.packer_config)
-    visual = VisualEncoder(**config.encoder.arguments(), packer=packer)
+    described = config.encoder
+    visual = VisualEncoder(**described.arguments(), packer=described.made_packer())
     dtype = torch.get_default_dtype() if config.visual_dtype is None else getattr(torch, config.visual_dtype)
     return visual.to(dtype)  # tables too, which are computed in float32

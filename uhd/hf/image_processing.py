@@ -163,6 +163,11 @@ class Planning(FromPackage):
             found = few
         return found.uncut() if given["crop_to_patches"] is False else found
 
+    def check_settings(self) -> None:
+        """Raise a ``ValueError`` where what was loaded could not be used."""
+        self._pixels({}, mean=self.image_mean, std=self.image_std, backend=self.pixel_backend)
+        self.planner({})
+
     def setting(self, name: str, kwargs: Mapping[str, Any]) -> Any:
         """A call's keyword, or the processor's own where it was not given."""
         return kwargs[name] if kwargs.get(name) is not None else getattr(self, name)

@@ -24,6 +24,7 @@ from uhd.hf.chat import (
     with_token_variables,
     without_none,
 )
+from uhd.hf.folders import PROCESSOR_FILES, check_processor, folder_named
 from uhd.hf.image_processing import (
     Made,
     PlannedImage,
@@ -149,6 +150,22 @@ class UHDProcessor(FoundByName):
     def pad_token_id(self) -> int | None:
         """The tokenizer's, as trainers ask what they train with."""
         return self.tokenizer.pad_token_id
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers.
+
+        Raises:
+            ValueError, OSError: A local folder's file is damaged or missing; its name is in the message.
+        """
+        source = pretrained_model_name_or_path, kwargs.get("subfolder")
+        check_processor(*source)
+        with folder_named(source[0], PROCESSOR_FILES, source[1]):
+            found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            processor = found[0] if isinstance(found, tuple) else found
+            processor.image_processor.check_settings()
+            processor.video_processor.check_settings()
+        return found
 
     def follow(self, slicing: SlicingLike, pixels: PixelSettings) -> None:
         """Plan and cut from now on as an encoder with this slicing and these pixels; budgets and the rest stay."""

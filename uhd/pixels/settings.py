@@ -57,6 +57,8 @@ class PixelSettings(Settings):
     (255, 255, 255)
     """
 
+    later = ("draft",)
+
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
     resample: str | None = None

@@ -6,7 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from uhd.settings import Settings, check_choice
+from uhd.settings import MOST_LAYERS, Settings, check_choice, check_range, check_types
+
+MOST_NUMBERS = 1 << 26
+"""In the latents; their position table is made at once, with whatever weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +32,19 @@ class ResamplerConfig(Settings):
     square_advice: ClassVar[str] = "take 64 or 144, say"
 
     def __post_init__(self) -> None:
-        for name in self.counts:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        check_types(self)
+        check_range(self, self.counts)
+        check_range(self, ("eps",), 0)
         if self.width % self.num_heads:
             raise ValueError(f"width={self.width} cannot be divided among num_heads={self.num_heads}")
         if self.has_positions and self.width % 4:
             raise ValueError(f"width={self.width}: 2D sincos positions need a multiple of 4")
         if self.has_latent_table and self.side**2 != self.num_latents:
             raise ValueError(f"num_latents={self.num_latents} is not a square: {self.square_advice}")
+        if self.num_latents * self.width > MOST_NUMBERS:
+            raise ValueError(
+                f"num_latents={self.num_latents} of width={self.width} are more than {MOST_NUMBERS} numbers a view"
+            )
 
     @property
     def side(self) -> int:
@@ -73,7 +80,6 @@ class PerceiverConfig(ResamplerConfig):
     depth: int = 1  # cross-attention layers; the published ones have 1
     ffn_ratio: float = 0.0  # hidden width of an FFN after each layer, as a multiple of the width; 0 for none
 
-    counts: ClassVar[tuple[str, ...]] = (*ResamplerConfig.counts, "depth")
     square_advice: ClassVar[str] = (
         "the latents' positions are a square grid, so take 64 or 144, say, or query_position=False with "
         "key_position='direct' or 'none'"
@@ -81,6 +87,7 @@ class PerceiverConfig(ResamplerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_range(self, ("depth",), 1, MOST_LAYERS)
         check_choice("key_position", self.key_position, KEY_POSITIONS)
         if self.ffn_ratio < 0 or (self.ffn_ratio and self.ffn_width < 1):
             raise ValueError(

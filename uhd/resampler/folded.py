@@ -27,10 +27,10 @@ m . pos over a grid is cheap. Interpolation is linear: m . pos_embed is folded o
 these few logits are interpolated. A sincos table of the view's own grid is a part that depends on the column and a
 part that depends on the row: two small products and a sum.
 
-`flops` counts each way from host integers, `cheapest` takes the least; softmax, norms and positions are not counted,
-the check below is. In half precision on a CPU without matrix units for it, "absorbed" and "narrow" run in float32,
-which is faster there. "absorbed" is there for D_v = D, where W_v still acts in the weights' own dtype, and for LoRA or
-a hook on kv_proj or LN_kv.
+`flops` counts each way from host integers, and the least for `usual_views` is taken; softmax, norms and positions are
+not counted, the check below is. In half precision on a CPU without matrix units for it, "absorbed" and "narrow" run in
+float32, which is faster there. "absorbed" is there for D_v = D, where W_v still acts in the weights' own dtype, and
+for LoRA or a hook on kv_proj or LN_kv.
 
 What is kept is used only while each tensor it was made from has the same storage, shape, dtype, device and version,
 and the same contents: a sum over all of its bits, and a sample with an entry of every row and column. For a version
@@ -91,6 +91,14 @@ def cheapest(config: PerceiverConfig, grids: Sequence[Grid], among: Sequence[str
     """Choose the path of `among` with the fewest FLOPs for these views; the first of equals."""
     counts = [flops(path, config, grids) for path in among]
     return among[counts.index(min(counts))]
+
+
+def usual_views(config: PerceiverConfig) -> list[Grid]:
+    """An image's views as a path is chosen for: seven, with four patches a latent.
+
+    Not those of a call: paths round differently, and a view's tokens would depend on what else is in its batch.
+    """
+    return [(4, config.num_latents)] * 7
 
 
 class Layer(NamedTuple):

@@ -12,7 +12,7 @@ from uhd.positions import sincos_2d
 from uhd.resampler.attention import LatentAttention
 from uhd.resampler.config import ResamplerConfig
 from uhd.resampler.protocol import CompressorModule
-from uhd.weights import draw_linear
+from uhd.weights import draw_linear, draw_normal
 
 
 class LatentResampler(CompressorModule):
@@ -69,6 +69,6 @@ class ReleasedResampler(LatentResampler):
         """
         self._reset_latent_positions()
         nn.init.trunc_normal_(self.query, std=0.02)
-        nn.init.normal_(self.proj, std=self.config.width**-0.5)
+        draw_normal(self.proj, std=self.config.width**-0.5)
         if isinstance(self.kv_proj, nn.Linear):
             draw_linear(self.kv_proj)

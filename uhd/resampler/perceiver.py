@@ -109,11 +109,12 @@ class PerceiverResampler(ReleasedResampler):
     def inference(self) -> str:
         """Which products are taken in eval mode where no gradients are wanted; `uhd.resampler.folded` has the maths.
 
-        "auto" (as made) takes the way with the fewest FLOPs for the views of a call; "plain", "absorbed" and "narrow"
-        ask for one. Whatever is asked for, "plain" is taken in training, under compilation, tracing, autocast and
-        functorch, while a CUDA graph is captured, with more layers than one or an FFN, and where weights or layers
-        are not what they were made as (quantised, parametrised, distributed, wrapped, hooked). LoRA or hooks on
-        kv_proj or ln_kv leave "absorbed". `inference_path` tells.
+        "auto" (as made) takes the way with the fewest FLOPs for an image's usual views, whatever a call's are: each
+        rounds otherwise, and tokens would depend on the batch. "plain", "absorbed" and "narrow" ask for one. Whatever
+        is asked for, "plain" is taken in training, under compilation, tracing, autocast and functorch, while a CUDA
+        graph is captured, with more layers than one or an FFN, and where weights or layers are not what they were made
+        as (quantised, parametrised, distributed, wrapped, hooked). LoRA or hooks on kv_proj or ln_kv leave "absorbed".
+        `inference_path` tells.
 
         Raises (on setting):
             ValueError: an unknown name, or one that this layer cannot take (depth above 1, an FFN).
@@ -139,13 +140,14 @@ class PerceiverResampler(ReleasedResampler):
         """Tell which way a call would take now for views of these grids: "plain", "absorbed" or "narrow"."""
         grids = [as_grid(grid) for grid in grids]
         choice = self._inference
+        usual = folded.usual_views(self.config)
         if choice == "auto":
-            choice = "plain" if self.attention_impl != "auto" else folded.cheapest(self.config, grids)
+            choice = "plain" if self.attention_impl != "auto" else folded.cheapest(self.config, usual)
         if not grids or choice == "plain":  # the usual case of small layers, where the checks would take longer
             return "plain"
         paths = self._foldable(features)
         if self._inference == "auto":
-            return folded.cheapest(self.config, grids, paths)
+            return folded.cheapest(self.config, usual, paths)
         return choice if choice in paths else "plain"
 
     def _foldable(self, features: Tensor | None) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from uhd.grids import Grid, check_grids, join_blocks, map_by_grid, shrink_grids, split_views
 from uhd.resampler.protocol import CompressorModule
-from uhd.settings import check_choice, kept_arguments
+from uhd.settings import check_choice, check_range, kept_arguments
 from uhd.weights import load_exactly, shape_of
 
 
@@ -41,14 +41,17 @@ class MLPProjector(Projector):
         activation: between them: "gelu" (erf) or "gelu_tanh".
 
     Raises:
-        ValueError: another activation.
+        ValueError: another activation, or a size below 1.
     """
+
+    later = ("bias", "activation")
 
     def __init__(
         self, in_dim: int, out_dim: int, *, hidden_dim: int | None = None, bias: bool = True, activation: str = "gelu"
     ) -> None:
         hidden_dim = out_dim if hidden_dim is None else hidden_dim
         super().__init__(in_dim=in_dim, out_dim=out_dim, hidden_dim=hidden_dim, bias=bias, activation=activation)
+        check_range(self, ("in_dim", "out_dim", "hidden_dim"))
         check_choice("activation", activation, ("gelu", "gelu_tanh"))
         gelu = nn.GELU(approximate="tanh" if activation == "gelu_tanh" else "none")
         up, down = nn.Linear(in_dim, hidden_dim, bias=bias), nn.Linear(hidden_dim, out_dim, bias=bias)
@@ -73,7 +76,7 @@ class PixelShuffleProjector(Projector):
         factor: side of a block in patches; both sides of every grid must be multiples of it.
 
     Raises:
-        ValueError: a factor below 1.
+        ValueError: a size below 1.
 
     >>> PixelShuffleProjector(16, 32, factor=2)(torch.zeros(4 * 6, 16), [(4, 6)]).shape
     torch.Size([6, 32])
@@ -81,7 +84,7 @@ class PixelShuffleProjector(Projector):
 
     def __init__(self, in_dim: int, out_dim: int, *, factor: int = 2) -> None:
         super().__init__(in_dim=in_dim, out_dim=out_dim, factor=factor)
-        _check_factor(factor)
+        check_range(self, ("in_dim", "out_dim", "factor"))
         block = in_dim * factor**2
         self.mlp = nn.Sequential(
             nn.LayerNorm(block), nn.Linear(block, out_dim), nn.GELU(), nn.Linear(out_dim, out_dim)
@@ -116,8 +119,9 @@ class MergeProjector(Projector):
 
     def __init__(self, in_dim: int, out_dim: int, *, rounds: int = 1, eps: float = 1e-6) -> None:
         super().__init__(in_dim=in_dim, out_dim=out_dim, rounds=rounds, eps=eps)
-        if min(in_dim, out_dim, rounds) < 1:
-            raise ValueError(f"in_dim={in_dim}, out_dim={out_dim}, rounds={rounds}: all must be at least 1")
+        check_range(self, ("in_dim", "out_dim"))
+        check_range(self, ("rounds",), 1, 16)
+        check_range(self, ("eps",), 0)
         widths = [in_dim] * (rounds - 1) + [out_dim]
         self.mlp = nn.ModuleList(_Round(in_dim, width, eps) for width in widths)
 
@@ -172,12 +176,12 @@ class PoolProjector(Projector):
             not aligned, not antialiased.
 
     Raises:
-        ValueError: a factor below 1, or another mode.
+        ValueError: a size below 1, or another mode.
     """
 
     def __init__(self, in_dim: int, out_dim: int, *, factor: int = 2, mode: str = "average") -> None:
         super().__init__(in_dim=in_dim, out_dim=out_dim, factor=factor, mode=mode)
-        _check_factor(factor)
+        check_range(self, ("in_dim", "out_dim", "factor"))
         check_choice("mode", mode, ("average", "bilinear"))
         self.mlp = nn.Sequential(nn.Linear(in_dim, out_dim), nn.GELU(), nn.Linear(out_dim, out_dim))
 
@@ -203,11 +207,6 @@ class PoolProjector(Projector):
             size = [-(-side // self.factor) for side in grid]
             maps = F.interpolate(maps, size, mode="bilinear", align_corners=False)
         return rearrange(maps, "v d h w -> v (h w) d")
-
-
-def _check_factor(factor: int) -> None:
-    if factor < 1:
-        raise ValueError(f"factor={factor}: must be at least 1")
 
 
 def _blocks(grids: Sequence[Grid], side: int, wanted: str) -> list[int]:

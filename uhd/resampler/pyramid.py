@@ -18,7 +18,7 @@ from uhd.resampler.config import ResamplerConfig
 from uhd.resampler.latents import LatentResampler
 from uhd.resampler.protocol import check_features
 from uhd.resampler.windows import attend_windows, pool_windows
-from uhd.weights import draw_linear, load_exactly, shape_of, sizes_of
+from uhd.weights import draw_linear, draw_normal, load_exactly, shape_of, sizes_of
 
 NUM_SETS = 4
 """Sets of latents, as released; their results are joined into one token a window."""
@@ -38,7 +38,6 @@ class PyramidConfig(ResamplerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "levels", tuple(self.levels))
         known = tuple(scale for scale in SCALES if scale in self.levels)
         if self.levels != known or not known or (self.upsample and known[0] != 1):
             raise ValueError(
@@ -86,7 +85,7 @@ class PyramidResampler(LatentResampler):
             nn.init.trunc_normal_(query, std=0.02)
         for scale in self.config.levels:
             nn.init.zeros_(getattr(self, f"feature_{scale}x_embedding"))
-        nn.init.normal_(self.proj, std=self.config.width**-0.5)
+        draw_normal(self.proj, std=self.config.width**-0.5)
 
     @classmethod
     def from_state_dict(

@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from uhd.grids import Grid
+from uhd.settings import check_range
 from uhd.slicing.plan import Packing, SlicePlan
 
 
@@ -204,6 +205,7 @@ class FeaturePacker(nn.Module):
     def __init__(self, width: int, *, newline: bool = True, separator: bool = False) -> None:
         super().__init__()
         self.width = width
+        check_range(self, ("width",), 1, 1 << 20)
         self.newline = nn.Parameter(torch.randn(width) * width**-0.5) if newline else None
         self.separator = nn.Parameter(torch.randn(width) * width**-0.5) if separator else None
 

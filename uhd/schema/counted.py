@@ -37,6 +37,17 @@ def layout_of(plan: SlicePlan, schema: SpatialSchema, *, image_index: int = 0) -
     return layout(plan, schema, image_index=image_index)
 
 
+def checked_layout(plan: SlicePlan, schema: SpatialSchema, *, where: str, advice: str) -> TokenLayout:
+    """As :func:`layout_of`, or a ``ValueError`` where the plan counts other separators than the schema has."""
+    laid = layout_of(plan, schema)
+    if plan.packing is None and plan.num_separators != laid.num_separators:
+        raise ValueError(
+            f"{where} is planned by {plan.strategy!r} with {plan.num_separators} separators, schema {schema.name!r} "
+            f"has {laid.num_separators}: {advice}"
+        )
+    return laid
+
+
 def video_layout(plan: VideoPlan, schema: SpatialSchema) -> TokenLayout:
     """The frames' layouts one after the other, and the newline; view indices go on from frame to frame.
 
@@ -163,6 +174,7 @@ def named_function(data: Mapping[str, Any]) -> str | None:
 __all__ = [
     "PLAIN",
     "Counted",
+    "checked_layout",
     "counted",
     "layout_of",
     "named_function",

@@ -110,7 +110,6 @@ class SlicingConfig(Slicing):
         found = PRESETS[plain_name(name)]
         return found.replace(**changes) if changes else found
 
-    readers = {"separators": SeparatorCount.from_dict}  # noqa: RUF012
     uses_schema = True
 
     @property

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from uhd.moved import moved
-from uhd.settings import Settings
+from uhd.settings import Settings, read_arguments
 
 MAX_SIDE = 1_000_000
 """Longest image side that is planned, px. No photograph has it; larger numbers are mistaken units."""
+
+FILTERS = ("bicubic", "bilinear", "lanczos")
+"""Names of filters that a plan may carry."""
+
+_MOST_PIXELS = 4_000_000_000  # px of a canvas
 
 
 class Box(NamedTuple):
@@ -67,7 +72,7 @@ class Canvas(Settings):
     first_hw: tuple[int, int] | None = None
     view_filter: tuple[str, bool] | None = None
 
-    readers = {"tiles": lambda boxes: tuple(map(Box._make, boxes)), "source": Box._make}  # noqa: RUF012
+    later = ("cell", "first_hw", "view_filter")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +106,6 @@ class Packing(Settings):
     newline: bool = False
     overview_newline: bool = False
     separator: str | None = None
-
-    readers = {"kept": Box._make}  # noqa: RUF012
 
     @property
     def final_hw(self) -> tuple[int, int] | None:
@@ -181,7 +184,15 @@ class SlicePlan(Settings):
     resample: str = "bicubic"
     antialias: bool = True
 
-    readers = {"canvases": lambda rows: tuple(map(Canvas.from_dict, rows)), "packing": Packing.from_dict}  # noqa: RUF012
+    later = ("packing", "resample", "antialias")
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SlicePlan:
+        """The inverse of ``to_dict``, also after JSON text; a ``ValueError`` where it is no plan, or contradictory."""
+        found = super().from_dict(data)
+        if wrong := next(contradictions(found), None):
+            raise ValueError(f"the plan's parts contradict each other: {wrong}")
+        return found
 
     @property
     def num_tokens(self) -> int:
@@ -274,6 +285,83 @@ def check_size(image_hw: Sequence[int]) -> tuple[int, int]:
             f"got height {height} and width {width}; each must lie in 1..{MAX_SIDE} px: check the unit and the order"
         )
     return height, width
+
+
+def contradictions(found: SlicePlan) -> Iterator[str]:
+    """Everything in a plan that cannot be, or does not agree with another part of it."""
+    yield from bad_canvases(found)
+    if found.resample not in FILTERS:
+        yield f"resample is {found.resample!r}: take one of {', '.join(FILTERS)}"
+    overviews, slices = (sum(len(c.tiles) for c in found.canvases if c.kind == kind) for kind in ("overview", "slice"))
+    grid = found.grid
+    if grid is None and slices:
+        yield f"{slices} slices and no grid: say how many rows and columns they are"
+    elif grid is not None and (min(grid) < 1 or math.prod(grid) != max(slices, 1)):
+        yield f"grid {tuple(grid)} (rows, columns) but {slices} slices"
+    counted = found.num_visual_tokens, found.num_separators
+    if found.packing is not None:
+        if counted != (own := found.packing.counts(overviews, slices)):
+            yield f"its packing makes {own} visual tokens and newlines, it counts {counted}"
+        return
+    by_view = sum(len(canvas.tiles) * canvas.tokens_per_view for canvas in found.canvases)
+    if by_view != found.num_visual_tokens:
+        yield f"views hold {by_view} tokens, num_visual_tokens is {found.num_visual_tokens}, no packing explains it"
+    if found.num_separators < 0:
+        yield f"num_separators is {found.num_separators}"
+
+
+def bad_canvases(found: SlicePlan) -> Iterator[str]:
+    """What is wrong with sizes, patches and canvases alone."""
+    try:
+        check_size(found.image_hw)
+    except ValueError as problem:
+        yield str(problem)
+        return
+    if type(found.patch_size) is not int or found.patch_size < 1:
+        yield f"patch_size is {found.patch_size!r}: give the side of a ViT patch, px"
+    if not found.num_views:
+        yield "no view"
+    for number, canvas in enumerate(found.canvases):
+        try:
+            read_arguments(Canvas, {name: getattr(canvas, name) for name in Canvas.__slots__})
+        except ValueError as problem:
+            yield f"canvas {number}: {problem}"
+        else:
+            yield from (f"canvas {number}: {what}" for what in _bad_canvas(canvas, found.image_hw))
+
+
+def _bad_canvas(canvas: Canvas, image_hw: tuple[int, int]) -> Iterator[str]:
+    for name in ("content_hw", "size_hw", "view_hw", "grid", "first_hw"):
+        if min(getattr(canvas, name) or (1,)) < 1:
+            yield f"{name} {getattr(canvas, name)} is below 1"
+            return
+    height, width = canvas.size_hw
+    if canvas.kind not in ("slice", "overview"):
+        yield f"kind is {canvas.kind!r}, not 'slice' or 'overview'"
+    if math.prod(canvas.grid) != len(canvas.tiles):
+        yield f"its grid is {tuple(canvas.grid)} (rows, columns), its tiles are {len(canvas.tiles)}"
+    if canvas.tokens_per_view < 0:
+        yield f"tokens_per_view is {canvas.tokens_per_view}"
+    outside = [box for box in canvas.tiles if not _within(box, canvas.size_hw)]
+    if outside:
+        yield f"tile {tuple(outside[0])} is not on the {canvas.size_hw} canvas: clip it, or enlarge the canvas"
+    if canvas.source is not None and not _within(canvas.source, image_hw):
+        yield f"source {tuple(canvas.source)} is not in the image"
+    (top, left), (rows, cols) = canvas.offset, canvas.content_hw
+    full = top <= 0 and left <= 0 and top + rows >= height and left + cols >= width
+    if not full and canvas.fill is None:
+        yield "content leaves part of the canvas empty and fill is None: give an RGB fill"
+    if canvas.fill is not None and not all(0 <= level <= 255 for level in canvas.fill):
+        yield f"fill {tuple(canvas.fill)} is no RGB colour of 0..255"
+    if canvas.view_filter is not None and canvas.view_filter[0] not in FILTERS:
+        yield f"view_filter is {canvas.view_filter!r}: take one of {', '.join(FILTERS)}, and True or False"
+    if max(map(math.prod, (canvas.size_hw, canvas.view_hw, canvas.first_hw or ()))) > _MOST_PIXELS:
+        yield f"a canvas of {height} x {width} px would not fit in memory: bound it"
+
+
+def _within(box: Sequence[int], size_hw: tuple[int, int]) -> bool:
+    top, left, bottom, right = box
+    return 0 <= top < bottom <= size_hw[0] and 0 <= left < right <= size_hw[1]
 
 
 _PUBLIC = dict.fromkeys(("candidates", "grid_score", "plan"), "uhd.slicing")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from uhd.settings import Settings
 from uhd.slicing.config import Recounted, Slicing, positive_int
@@ -23,7 +24,13 @@ class VideoPlan(Settings):
     plans: tuple[SlicePlan, ...]
     newline: bool = False
 
-    readers = {"plans": lambda frames: tuple(map(SlicePlan.from_dict, frames))}  # noqa: RUF012
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> VideoPlan:
+        """The inverse of ``to_dict``; a ``ValueError`` where it is no plan, or has no frames."""
+        found = super().from_dict(data)
+        if not found.plans:
+            raise ValueError("not the dictionary of a VideoPlan: plans is empty, a video has frames")
+        return found
 
     @property
     def num_frames(self) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from uhd.grids import as_grid
 from uhd.positions import BUCKET_RULES, MODES
-from uhd.settings import Settings, check_choice
+from uhd.settings import MOST_LAYERS, Settings, check_choice, check_range, check_types
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "swiglu")
 
@@ -14,6 +14,8 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "swiglu")
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig(Settings):
     """What a packed ViT is made of; ValueError for values that do not fit together."""
+
+    later = ("stem_border", "stem_hidden", "stem_grey")
 
     patch_size: int  # px
     width: int  # D
@@ -42,11 +44,12 @@ class ViTConfig(Settings):
     select_layer: int = -1  # index into the hidden states, embeddings first: -1 last block, -2 the one before, 0 none
 
     def __post_init__(self) -> None:
-        if self.position_grid_hw is not None:  # JSON brings a list
-            object.__setattr__(self, "position_grid_hw", as_grid(self.position_grid_hw, "position_grid_hw"))
-        for name in ("patch_size", "width", "depth", "heads", "mlp_width", "channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        check_types(self)
+        if self.position_grid_hw is not None:
+            as_grid(self.position_grid_hw, "position_grid_hw")
+        check_range(self, ("patch_size", "width", "heads", "mlp_width", "channels", "image_size", "stem_hidden"))
+        check_range(self, ("depth",), 1, MOST_LAYERS)
+        check_range(self, ("num_registers", "stem_border", "eps"), 0)
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads; got {self.width} and {self.heads}")
         for name, known in (("activation", ACTIVATIONS), ("interpolation", MODES), ("bucket_rule", BUCKET_RULES)):

@@ -45,7 +45,6 @@ class CompressedViTConfig(ViTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "compress_after", tuple(self.compress_after))  # JSON brings a list
         places = self.compress_after
         if not places or list(places) != sorted(set(places)) or places[0] < 1 or places[-1] > self.num_blocks:
             raise ValueError(

@@ -13,16 +13,13 @@ import numpy as np
 
 from uhd.settings import as_tuples, check_choice
 from uhd.slicing.config import MAX_VIEWS, Slicing
-from uhd.slicing.plan import Box, Canvas, Packing, SlicePlan, check_size
+from uhd.slicing.plan import FILTERS, Box, Canvas, Packing, SlicePlan, check_size
 
 LARGEST_PAD = 13_312
 """Longest side, px, of a square that is padded at the image's own size before it is shrunk: 177 million pixels."""
 
 BLACK, GRAY, WHITE = (0, 0, 0), (127, 127, 127), (255, 255, 255)
 CLIP_MEAN = (122, 116, 104)  # int(255 * mean)
-
-FILTERS = ("bicubic", "bilinear", "lanczos")
-"""Names of filters that a plan may carry."""
 
 Size = tuple[int, int]
 Function = Callable[[Size, Any], SlicePlan]
@@ -51,6 +48,8 @@ class StrategyConfig(Slicing):
     patch_size: int = 14
     resample: str = field(default="bicubic", kw_only=True)
     antialias: bool = field(default=True, kw_only=True)
+
+    later = ("resample", "antialias", "square_fill", "uncut_grid")
 
     function: ClassVar[Function]  # (height, width) and these settings -> plan; rule_of sets it
     choices: ClassVar[dict[str, tuple[str, ...]]] = {}  # the values of a setting that has only some
