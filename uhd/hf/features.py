@@ -376,9 +376,10 @@ class UHDVisualModel(UHDPreTrainedModel):
         blanks = int(trains and not encoded and any(p.requires_grad for p in self.visual.parameters()))
         if sharded:
             blanks = (1 if self.config.video_token_id is None else 2) - encoded
+        idle = [self.visual(self._blank).sum() for _ in range(blanks)]
         learned = self.learned_separators
-        parts = [learned.sum()] if trains and learned is not None and learned.requires_grad else []
-        return [self.visual(self._blank).sum() for _ in range(blanks)] + parts
+        # behind the visual work, as where there are images: ZeRO-2 reduces gradients in the order in which they come
+        return [*idle, learned.sum()] if trains and learned is not None and learned.requires_grad else idle
 
     def _blank(self) -> Tensor:
         """The tokens of the smallest blank view that every part takes, and the packing's learned embeddings."""

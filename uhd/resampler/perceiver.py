@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uhd.grids import Grid, as_grid
-from uhd.positions import interpolate_pos_embed, sincos_2d
+from uhd.positions import sincos_2d
 from uhd.resampler import folded
 from uhd.resampler.attention import LatentAttention, join_tables
 from uhd.resampler.config import PerceiverConfig
@@ -214,7 +214,8 @@ class PerceiverResampler(ReleasedResampler):
             positions, offsets = join_tables(grids, self.key_table)
         keys = {"positions": positions, "position_offsets": offsets, "impl": self.attention_impl}
         kv = self.ln_kv(self.kv_proj(features))  # (N, D)
-        query_table = self.pos_embed if self.config.query_position else None
+        side = (self.config.side, self.config.side)
+        query_table = self._positions_over(side, self.query) if self.config.query_position else None
         queries = self.ln_q(self.query) if query_table is None else self.ln_q(self.query) + query_table
         x = self.ffn(self.attn(queries, kv, lengths, **keys))  # (V, Q, D)
         for layer in self.layers:
@@ -228,4 +229,4 @@ class PerceiverResampler(ReleasedResampler):
             raise ValueError("this resampler has no key positions (key_position='none')")
         if config.key_position == "direct":
             return sincos_2d(config.width, grid_hw, device=like.device, dtype=like.dtype)
-        return interpolate_pos_embed(self.pos_embed, (config.side, config.side), grid_hw).to(like)
+        return self._positions_over(grid_hw, like)
