@@ -17,7 +17,7 @@ from uhd import torch_private
 from uhd.hf import versions
 from uhd.torch_private import has_hooks, in_functorch, int8_product
 from uhd.vision import ViT, ViTConfig, compiled
-from uhd.vision.compiled import CompiledBlocks
+from uhd.vision.compiled import FastBlocks
 
 ROOT = Path(__file__).parent.parent
 KNOW = {
@@ -184,14 +184,14 @@ def vit() -> ViT:
 
 @pytest.mark.parametrize("gone", ["_linear_pointwise", "_reorder_linear_weight"])
 def test_without_onednn_operators_no_weights_are_packed(gone: str, vit: ViT, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_tile": True})
+    monkeypatch.setenv("UHD_PRODUCTS", "bfloat16=packed")
     vit, x = vit.to(torch.bfloat16), torch.randn(14, vit.config.patch_dim, dtype=torch.bfloat16)
     wanted = vit(x, GRIDS)
     left = {"_linear_pointwise", "_reorder_linear_weight"} - {gone}
     monkeypatch.setattr(
         torch.ops, "mkldnn", SimpleNamespace(**{name: getattr(torch.ops.mkldnn, name) for name in left})
     )
-    monkeypatch.setattr(compiled, "packed_block", None)
+    monkeypatch.setattr(compiled, "fused_block", None)
     vit.compile_blocks("none")
     torch.testing.assert_close(vit(x, GRIDS), wanted, rtol=0.02, atol=0.02)
 
@@ -202,7 +202,7 @@ def test_without_word_of_transforms_the_modules_run(vit: ViT, monkeypatch: pytes
     assert not in_functorch()
     monkeypatch.delattr(torch._C._functorch, "peek_interpreter_stack")
     assert in_functorch()
-    monkeypatch.setattr(CompiledBlocks, "_run", None)
+    monkeypatch.setattr(FastBlocks, "_run", None)
     vit.compile_blocks("none")
     assert torch.equal(vit(x, GRIDS), wanted)
 

@@ -148,19 +148,19 @@ class PackedEncoder(nn.Module):
         return tokens, lengths
 
     def _compress(self, features: Tensor, grids: tuple[tuple[int, int], ...]) -> Tensor:
-        """The compressor's tokens; a projector of a compiled encoder in the dtype that is fastest here."""
-        if not (getattr(self.vision, "compiled", False) and isinstance(self.compressor, PROJECTORS)):
+        """The compressor's tokens; a projector's in the dtype that is fastest here."""
+        if not isinstance(self.compressor, PROJECTORS):
             return self.compressor(features, grids)
         compressor = in_fastest_dtype(self.compressor, features)
         weight = float_parameter(compressor, features)
         return compressor(features.to(weight.dtype), grids).to(features.dtype)
 
     def compile(self, *, backend: str | None = "inductor") -> PackedEncoder:
-        """Run the ViT by compiled layers wherever no gradients are wanted, from now on; returns the encoder.
+        """Let the ViT keep what makes its inference faster, from now on; returns the encoder.
 
-        The layers are compiled at the first call, once for all blocks and all image sizes. A ViT in bfloat16 or
-        float16 on a CPU without a matrix unit for these computes in float32, and so does a projector behind it. See
-        :mod:`uhd.vision.compiled`. Resamplers have their own faster inference, compiled or not.
+        Its weights are kept packed for oneDNN's products, where this machine multiplies fastest by these; else its
+        layers are compiled at the first call, once for all blocks and all image sizes. See :mod:`uhd.vision.compiled`
+        and :mod:`uhd.machine`. Resamplers have their own faster inference, compiled or not.
 
         Args:
             backend: Of ``torch.compile``; ``"none"`` leaves the layers uncompiled, in the faster dtype still; ``None``

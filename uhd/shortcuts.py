@@ -1,4 +1,4 @@
-"""Whether a call may take a faster way than its layers as they are written, in which dtype, and if weights changed."""
+"""Whether a call may take a faster way than its layers as they are written, and whether weights changed."""
 
 from __future__ import annotations
 
@@ -8,19 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from uhd.machine import product_of
 from uhd.torch_private import has_hooks, in_functorch
-
-_UNITS = {torch.bfloat16: "amx_tile", torch.float16: "amx_fp16"}
-
-
-def fastest_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Choose the dtype to multiply in: float32 for a half type on a CPU without a matrix unit (AMX) for it.
-
-    Without one, oneDNN's products in bfloat16 run at half of float32's rate or below.
-    """
-    if device.type != "cpu" or dtype not in _UNITS:
-        return dtype
-    return dtype if torch.cpu.get_capabilities().get(_UNITS[dtype], False) else torch.float32
 
 
 def float_parameter(module: nn.Module, default: Tensor) -> Tensor:
@@ -54,7 +43,7 @@ def in_fastest_dtype(module: nn.Module, x: Tensor) -> nn.Module:
     if not floats or transformed() or torch.is_autocast_enabled(x.device.type) or wants_gradients((x, *tensors)):
         return module
     own = floats[0].dtype
-    dtype = fastest_dtype(own, x.device)
+    dtype = product_of(own, x.device, max(each.numel() for each in floats)).dtype
     plain = {(type(each) in (Tensor, nn.Parameter), each.device, each.dtype) for each in floats}
     alike = plain == {(True, x.device, own)}
     if dtype == own or not alike or not all(is_plain(part, type(part)) for part in module.modules()):

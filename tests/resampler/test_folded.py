@@ -84,12 +84,12 @@ def test_half_precision_is_as_good_as_the_released_layers_own(variant, dtype):
 
 def test_half_precision_where_the_cpu_has_units_for_it(monkeypatch):
     """There products stay in bfloat16, elsewhere they run in float32, which is nearer to the truth."""
+    module = made(width=64, num_heads=4, vision_width=48, num_latents=16, dtype=torch.bfloat16)
+    features = features_for(module)
+    truth = by("plain", copy.deepcopy(module).double(), features.double())
     off = []
-    for units in (False, True):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda units=units: {"amx_tile": units})
-        module = made(width=64, num_heads=4, vision_width=48, num_latents=16, dtype=torch.bfloat16)
-        features = features_for(module)
-        truth = by("plain", copy.deepcopy(module).double(), features.double())
+    for product in ("float32", "native"):
+        monkeypatch.setenv("UHD_PRODUCTS", f"bfloat16={product}")
         off.append(relative(by("narrow", module, features), truth))
     assert off[0] < off[1] < 0.02
 
@@ -266,7 +266,7 @@ def test_each_tensor_alone_is_watched():
 def test_products_are_kept_while_nothing_changes(monkeypatch):
     module, made_now, fold = made(), [], folded.fold
     features = features_for(module)
-    monkeypatch.setattr(folded, "fold", lambda path, layer: made_now.append(path) or fold(path, layer))
+    monkeypatch.setattr(folded, "fold", lambda path, *how: made_now.append(path) or fold(path, *how))
     for _ in range(3):
         for path in FOLDING:
             by(path, module, features)

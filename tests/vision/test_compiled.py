@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from tests.tiny import stirred
@@ -17,7 +18,7 @@ from uhd.torch_private import packed_products
 from uhd.vision import CompressedViT, CompressedViTConfig, ViT
 from uhd.vision import compiled as compiled_module
 from uhd.vision.blocks import Block
-from uhd.vision.compiled import CompiledBlocks
+from uhd.vision.compiled import FastBlocks
 from uhd.vision.int8 import Int8Linear, int8_linear, quantize_linears
 
 SIZES = {"width": 32, "depth": 3, "mlp_width": 48, "num_registers": 0, "pre_norm": True, "position_grid_hw": (4, 4)}
@@ -48,7 +49,7 @@ def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
 def ran(vit: ViT, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Which of the blocks' ways a call took."""
     taken = []
-    ways = {"compiled": (CompiledBlocks, "_run"), "modules": (Block, "forward")}
+    ways = {"compiled": (FastBlocks, "_run"), "modules": (Block, "forward")}
     for name, (owner, method) in ways.items():
         real = getattr(owner, method)
 
@@ -57,18 +58,20 @@ def ran(vit: ViT, monkeypatch: pytest.MonkeyPatch) -> list[str]:
             return real(*args)
 
         monkeypatch.setattr(owner, method, spy)
-    real = compiled_module.packed_block
-    monkeypatch.setattr(compiled_module, "packed_block", lambda *args: (taken.append("packed"), real(*args))[1])
+    real = compiled_module.fused_block
+    monkeypatch.setattr(compiled_module, "fused_block", lambda *args: (taken.append("fused"), real(*args))[1])
     return taken
 
 
-def pretend_unit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Say that this CPU has a matrix unit for bfloat16; skip where it cannot even pack weights as for one."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_tile": True})
-    try:
-        torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=torch.bfloat16), 4)
-    except RuntimeError as reason:
-        pytest.skip(f"oneDNN packs no bfloat16 weights here: {reason}")
+def take(monkeypatch: pytest.MonkeyPatch, products: str) -> None:
+    """Take these products; skip where oneDNN has not what they ask for."""
+    monkeypatch.setenv("UHD_PRODUCTS", products)
+    for name, way in (pair.split("=") for pair in products.split(",")):
+        if way == "packed" and name == "bfloat16":
+            try:
+                packed_products().pack(torch.zeros(16, 16, dtype=torch.bfloat16), 4)
+            except RuntimeError as reason:
+                pytest.skip(f"oneDNN packs no bfloat16 weights here: {reason}")
 
 
 @pytest.mark.parametrize("backend", ["none", "eager"])
@@ -103,17 +106,18 @@ def test_inductor_compiles_them(activation: str) -> None:
         warnings.filterwarnings("ignore", category=DeprecationWarning)  # of the compiler's own
         torch.testing.assert_close(vit(patches(), GRIDS), wanted, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(vit(patches()[:6], GRIDS[:1]), wanted[:6], rtol=1e-4, atol=1e-5)
-    assert vit._compiled_blocks.backend == "inductor"
+    assert vit._fast_blocks.backend == "inductor"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_weights_on_a_plain_cpu_compute_in_float32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    take(monkeypatch, "bfloat16=float32,float16=float32")
     vit, x = make(dtype, depth=24), patches(dtype)
     exact = copy.deepcopy(vit).double()(x.double(), GRIDS)
-    vit.compile_blocks("none")
     got = vit(x, GRIDS)
     assert got.dtype == dtype
+    vit.compile_blocks("none")
+    assert torch.equal(vit(x, GRIDS), got)
     # what is rounded before and after the blocks is half of that; rounded inside so many blocks too it is twice that
     assert error(got, exact) < torch.finfo(dtype).eps
 
@@ -121,14 +125,14 @@ def test_half_weights_on_a_plain_cpu_compute_in_float32(dtype: torch.dtype, monk
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("scale", [None, 0.5])
 def test_packed_weights_on_a_matrix_unit(activation: str, scale: float | None, monkeypatch) -> None:
-    pretend_unit(monkeypatch)
+    take(monkeypatch, "bfloat16=packed")
     vit, x = make(torch.bfloat16, activation=activation, layer_scale=scale), patches(torch.bfloat16)
     exact = copy.deepcopy(vit).double()(x.double(), GRIDS)
     eager = vit(x, GRIDS)
     taken = ran(vit, monkeypatch)
     vit.compile_blocks("none")
     got = vit(x, GRIDS)
-    assert taken == ["packed"] * CONFIG.depth
+    assert taken == ["fused"] * CONFIG.depth
     assert error(got, exact) <= 2 * error(eager, exact)
 
 
@@ -140,13 +144,13 @@ def test_packed_layers_are_exact_where_numbers_are(activation: str, scale: float
     layers = {name: getattr(halves, name).weight for name in ("qkv", "proj", "fc1", "fc2")}
     packed = {name: packed_products().pack(weight, len(x)) for name, weight in layers.items()}
     mix = vit.blocks[0].attn.mix
-    got = compiled_module.packed_block(halves, packed, x, lambda qkv: mix(qkv, [(2, 6)]))
+    got = compiled_module.fused_block(halves, packed, x, lambda qkv: mix(qkv, [(2, 6)]))
     torch.testing.assert_close(got, vit.blocks[0](x, [(2, 6)]), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("change", ["in place", "data", "one entry", "load", "replaced"])
 def test_packed_weights_are_never_stale(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_unit(monkeypatch)
+    take(monkeypatch, "bfloat16=packed")
     vit, x = make(torch.bfloat16), patches(torch.bfloat16)
     vit.compile_blocks("none")
     before = vit(x, GRIDS)
@@ -168,8 +172,8 @@ def test_packed_weights_are_never_stale(change: str, monkeypatch: pytest.MonkeyP
     assert not torch.equal(before, after)
 
 
-def test_a_watched_compressor_runs_as_it_is_between_compiled_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_tile": False})
+def test_a_watched_compressor_runs_as_it_is_between_fast_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    take(monkeypatch, "bfloat16=float32")
     vit = make_compressed(torch.bfloat16)
     grids, x = [(2, 4), (4, 2)], torch.randn(16, CONFIG.patch_dim, dtype=torch.bfloat16)
     wanted, seen = vit(x, grids), []
@@ -218,7 +222,7 @@ def test_the_modules_run_where_they_must(why: str, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("how", ["float32", "packed", "int8"])
 def test_gradients_of_what_runs_between_the_blocks(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if how == "packed":
-        pretend_unit(monkeypatch)
+        take(monkeypatch, "bfloat16=packed")
     dtype = torch.bfloat16 if how == "packed" else torch.float32
     vit, x = make_compressed(dtype), torch.randn(40, CONFIG.patch_dim, dtype=dtype)
     vit.compressors.requires_grad_(True)
@@ -313,14 +317,49 @@ def test_copies_and_pickles_compile_anew() -> None:
     vit.compile_blocks("eager")
     wanted = vit(x, GRIDS)
     for other in (copy.deepcopy(vit), pickle.loads(pickle.dumps(vit))):
-        assert other._compiled_blocks.backend == "eager"
-        assert not other._compiled_blocks._compiled
+        assert other._fast_blocks.backend == "eager"
+        assert not other._fast_blocks._compiled
         torch.testing.assert_close(other(x, GRIDS), wanted)
 
 
-def test_packing_needs_bfloat16_weights() -> None:
-    halves = [compiled_module.Halves.of(block) for block in make().blocks]
-    assert CompiledBlocks()._pack(halves, torch.zeros(3, 32)) is None
+@pytest.mark.parametrize("backend", [None, "none"])
+@pytest.mark.parametrize("way", ["onednn", "packed"])
+def test_float32_by_onednn(way: str, backend: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    vit, x = make(), patches()
+    wanted = vit(x, GRIDS)
+    vit.compile_blocks(backend)
+    take(monkeypatch, f"float32={way}")
+    taken = ran(vit, monkeypatch)
+    torch.testing.assert_close(vit(x, GRIDS), wanted, rtol=1e-5, atol=1e-5)
+    assert taken == ["fused"] * CONFIG.depth
+    assert (vit._fast_blocks._packed is not None) == (way == "packed" and backend == "none")
+    vit.blocks[0].mlp.fc1.weight.requires_grad_(True)
+    vit(x, GRIDS).sum().backward()
+    assert taken[CONFIG.depth :] == ["modules"] * CONFIG.depth
+    assert vit.blocks[0].mlp.fc1.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("products", ["bfloat16=native", "bfloat16=onednn", "bfloat16=packed"])
+def test_attention_by_products(products: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    vit, x = make(torch.bfloat16), patches(torch.bfloat16)
+    exact = copy.deepcopy(vit).double()(x.double(), GRIDS)
+    eager = vit(x, GRIDS)
+    take(monkeypatch, f"{products},bfloat16 attention=products")
+    called, real = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args: called.append(1) or real(*args))
+    got = vit(x, GRIDS)
+    assert not called
+    assert 0 < error(got, exact) <= 2 * error(eager, exact)
+
+
+def test_int8_layers_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    vit, x = make(), patches()
+    quantize_linears(vit.blocks)
+    wanted = vit(x, GRIDS)
+    take(monkeypatch, "float32=packed")
+    for backend in (None, "none"):
+        vit.compile_blocks(backend)
+        torch.testing.assert_close(vit(x, GRIDS), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -217,7 +217,14 @@ class UHDConfig(FromPackage, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers, of a whole ``config.json``; a ``ValueError`` names what in it is missing or wrong."""
+        """As in transformers, of a whole ``config.json``.
+
+        Raises:
+            ValueError: It names what is missing or wrong; or it has code of the hub as its attention, where no keyword
+                ``attn_implementation`` asks for another.
+        """
+        asked = {} if kwargs.get("attn_implementation") is None else {"attn_implementation": None}
+        _refuse_kernels({**config_dict, **asked})
         with damage_named(Path(config_dict.get("_name_or_path") or "", "config.json")):
             _check_whole(cls, config_dict, "")
             for name, part in (("vision_config", UHDVisionConfig), ("resampler_config", UHDResamplerConfig)):
@@ -260,17 +267,6 @@ class UHDConfig(FromPackage, PreTrainedConfig):
             check_image_size=self.check_image_size,
             note=self.encoder_note,
         )
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers.
-
-        Raises:
-            ValueError: It names code of the hub as its attention, where no keyword ``attn_implementation`` does.
-        """
-        asked = {} if kwargs.get("attn_implementation") is None else {"attn_implementation": None}
-        _refuse_kernels({**config_dict, **asked})
-        return super().from_dict(config_dict, **kwargs)
 
     @property
     def slicing(self) -> Slicing:

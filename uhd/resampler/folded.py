@@ -28,9 +28,9 @@ these few logits are interpolated. A sincos table of the view's own grid is a pa
 part that depends on the row: two small products and a sum.
 
 `flops` counts each way from host integers, and the least for `usual_views` is taken; softmax, norms and positions are
-not counted, the check below is. In half precision on a CPU without matrix units for it, "absorbed" and "narrow" run in
-float32, which is faster there. "absorbed" is there for D_v = D, where W_v still acts in the weights' own dtype, and
-for LoRA or a hook on kv_proj or LN_kv.
+not counted, the check below is. Where a half type is multiplied slower than float32 (`uhd.machine`), "absorbed" and
+"narrow" run in float32. "absorbed" is there for D_v = D, where W_v still acts in the weights' own dtype, and for LoRA
+or a hook on kv_proj or LN_kv.
 
 What is kept is used only while each tensor it was made from has the same storage, shape, dtype, device and version,
 and the same contents: a sum over all of its bits, and a sample with an entry of every row and column. For a version
@@ -49,10 +49,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uhd.grids import Grid, map_by_grid, split_views
+from uhd.machine import product_of
 from uhd.positions import interpolate_pos_embed, sines
 from uhd.resampler.config import PerceiverConfig
 from uhd.settings import check_choice
-from uhd.shortcuts import contents_of, fastest_dtype
+from uhd.shortcuts import contents_of
 from uhd.torch_private import version_of
 
 PATHS = ("plain", "absorbed", "narrow")
@@ -127,19 +128,21 @@ class Folded:
     def get(self, path: str, layer: Layer) -> dict[str, Tensor]:
         """Give what `path` needs; fold it anew unless every weight is what it was."""
         # before anything is made: a weight that changes meanwhile is then seen next time
-        stamps = (layer.query_eps, layer.key_eps, *map(_stamp, layer.weights.values()))
+        query, largest = layer.weights["query"], layer.weights["attn.in_proj_weight"].numel()
+        dtype = product_of(query.dtype, query.device, largest).dtype
+        stamps = (dtype, layer.query_eps, layer.key_eps, *map(_stamp, layer.weights.values()))
         contents = contents_of(layer.weights.values())
         kept = self._kept.get(path)
         if kept is None or kept[0] != stamps or not torch.equal(kept[1], contents):
             with torch.inference_mode(False), torch.no_grad():
-                kept = self._kept[path] = (stamps, contents, fold(path, layer))
+                kept = self._kept[path] = (stamps, contents, fold(path, layer, dtype))
         return kept[2]
 
 
-def fold(path: str, layer: Layer) -> dict[str, Tensor]:
-    """Multiply what is constant: see the formulas above for the parts of "absorbed" and "narrow"."""
+def fold(path: str, layer: Layer, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Multiply what is constant, kept in ``dtype``: the formulas above tell the parts of "absorbed" and "narrow"."""
     config, query = layer.config, layer.weights["query"]
-    exact, dtype = torch.promote_types(query.dtype, torch.float32), fastest_dtype(query.dtype, query.device)
+    exact = torch.promote_types(query.dtype, torch.float32)
     weights = {name: weight.detach().to(exact) for name, weight in layer.weights.items()}
     w_q, w_k, w_v = weights["attn.in_proj_weight"].chunk(3)
     b_q, _, b_v = weights["attn.in_proj_bias"].chunk(3)

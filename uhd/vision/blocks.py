@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .config import ViTConfig
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(views, heads, tokens, D / heads) queries, keys, values -> the same shape."""
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
@@ -59,12 +62,14 @@ class Attention(nn.Module):
         """(tokens, D) -> (tokens, D); `shapes` lists (views, tokens per view) of the groups, in the order of `x`."""
         return self.proj(self.mix(self.qkv(x), shapes))
 
-    def mix(self, qkv: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
+    def mix(
+        self, qkv: Tensor, shapes: Sequence[tuple[int, int]], attend: Attend = F.scaled_dot_product_attention
+    ) -> Tensor:
         """Attend with projected queries, keys and values: (tokens, 3 D) -> (tokens, D)."""
         mixed = []
         for part, (views, _) in zip(qkv.split([b * n for b, n in shapes]), shapes, strict=True):
             q, k, v = rearrange(part, "(b n) (three h d) -> three b h n d", b=views, three=3, h=self.heads)
-            mixed.append(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> (b n) (h d)"))
+            mixed.append(rearrange(attend(q, k, v), "b h n d -> (b n) (h d)"))
         if len(mixed) == 1:
             return mixed[0]
         return torch.cat(mixed) if mixed else qkv[:, : qkv.shape[1] // 3]

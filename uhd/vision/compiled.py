@@ -1,21 +1,24 @@
-"""A packed ViT's blocks at inference by compiled layers, in the dtype that the machine multiplies fastest.
+"""A packed ViT's blocks at inference, by the products that are fastest on the machine: see `uhd.machine`.
 
 Between two attentions a block is dense: LayerNorm and the product that gives queries, keys and values; after the
-attention a product, LayerNorm and the MLP. Both halves are functions of tensors alone, the same for every block and
-any number of tokens, so `torch.compile` compiles two of them, once; attention runs between them, group by group.
+attention a product, LayerNorm and the MLP. Three ways compute that, each the same for any number of tokens:
 
-* Weights in bfloat16 or float16 on a CPU that has no matrix unit for them are cast to float32 where they are used, and
-  the residual stream is float32: faster, nearer to the exact result, and nothing is kept that could be stale.
-* In bfloat16 on a CPU with such a unit (AMX) the weights are kept packed as oneDNN wants them, and GELU and the
-  residual sum happen inside its products. What is kept is compared with the weights on every call.
-* Anywhere else the halves are compiled in the dtype of the weights.
+* *fused*, where oneDNN's products are faster than torch's own: GELU and the residual sum happen inside them. Compiled
+  encoders keep the weights packed as oneDNN wants them; what is kept is compared with the weights on every call.
+* *cast*, where a half type is slower than float32: weights are cast where they are used, the residual stream is
+  float32, nearer to the exact result, and nothing is kept.
+* *compiled*, where torch's own products are fastest and compiling was asked for: both halves are functions of tensors
+  alone, so `torch.compile` compiles two of them, once; attention runs between them, group by group.
+
+Where none of these is asked for, the modules run as they are written.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import FunctionType
 from typing import NamedTuple
 
@@ -23,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uhd.shortcuts import contents_of, fastest_dtype, is_plain, transformed, wants_gradients
+from uhd.machine import attend_by_products, attention_of, product_of
+from uhd.shortcuts import contents_of, is_plain, transformed, wants_gradients
 from uhd.torch_private import packed_products
 
 from .blocks import MLP, Attention, Block, activate
@@ -31,6 +35,8 @@ from .int8 import Int8Linear, int8_linear
 
 BlockRunner = Callable[[int, Tensor, Sequence[tuple[int, int]]], Tensor]
 """(number of a block, (tokens, D), (views, tokens per view) of the groups) -> (tokens, D)."""
+
+LAYERS = ("qkv", "proj", "fc1", "fc2")
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -102,25 +108,26 @@ def _add(x: Tensor, update: Tensor, scale: Tensor | None) -> Tensor:
     return x + (update if scale is None else update * scale.to(x.dtype))
 
 
-class CompiledBlocks:
+class FastBlocks:
     """Runs a ViT's blocks where that gives what the modules would give; kept by the ViT, see `ViT.compile_blocks`.
 
-    `backend` is one of `torch.compile` (ValueError if not), or "none": the same functions uncompiled, in the fastest
-    dtype still. Where compilation fails (no C++ compiler, say) the functions run uncompiled, after one RuntimeWarning.
-    Copies and pickles keep the backend only.
+    `backend` is one of `torch.compile` (ValueError if not), or "none": the same functions uncompiled. With `None`
+    nothing is compiled or kept, and the modules run unless the machine has a faster product. Where compilation fails
+    (no C++ compiler, say) the functions run uncompiled, after one RuntimeWarning. Copies and pickles keep the backend
+    only.
     """
 
-    def __init__(self, backend: str | Callable = "inductor") -> None:
-        known = callable(backend) or backend in ("inductor", "none")  # to list them all takes seconds
+    def __init__(self, backend: str | Callable | None = None) -> None:
+        known = callable(backend) or backend in (None, "inductor", "none")  # to list them all takes seconds
         if not known and backend not in torch.compiler.list_backends(exclude_tags=()):
             usual = ", ".join(map(repr, ["none", *torch.compiler.list_backends()]))
             raise ValueError(f"backend must be one of {usual}, or another of torch.compile; got {backend!r}")
         self.backend = backend
-        self._packed: tuple[Tensor, list[dict[str, Tensor]]] | None = None  # contents of what, and that
+        self._packed: tuple[Tensor, list[Tensor]] | None = None  # contents of what, and that
         self._compiled: dict[Callable, Callable] = {}
 
     def __reduce__(self) -> tuple:
-        return CompiledBlocks, (self.backend,)
+        return FastBlocks, (self.backend,)
 
     def runner(self, blocks: Sequence[Block], x: Tensor) -> BlockRunner | None:
         """Give what runs `blocks` on tokens like `x` (tokens, D), in its own dtype; None where the modules must.
@@ -131,47 +138,54 @@ class CompiledBlocks:
         """
         if not len(blocks) or transformed() or torch.is_autocast_enabled(x.device.type) or type(x) is not Tensor:
             return None
+        compiles, numbers = self.backend is not None, blocks[0].attn.qkv.weight.numel()
+        product = product_of(x.dtype, x.device, numbers, keeps=compiles)
+        by_products = attention_of(product.dtype, x.device, numbers) == "products"
+        if not compiles and not by_products and product == (x.dtype, "native"):
+            return None
         parameters = [parameter for block in blocks for parameter in block.parameters()]
         if wants_gradients((x, *parameters)) or not all(_known(block) for block in blocks):
             return None
         kept = (Tensor, nn.Parameter)
         if any(type(each) not in kept or each.device != x.device or each.dtype not in _FLOATS for each in parameters):
             return None
-        given, dtype = x.dtype, fastest_dtype(x.dtype, x.device)
+        given, dtype = x.dtype, product.dtype
         halves = [Halves.of(block) for block in blocks]
-        packed = self._pack(halves, x) if dtype == torch.bfloat16 else None
+        weights = self._weights(halves, product.way, x)
 
         def run(number: int, x: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
             if wants_gradients((x,)):  # of what runs between the blocks
                 return blocks[number](x.to(given), shapes)
-            mix, tensors = blocks[number].attn.mix, halves[number]
-            if packed is not None:
-                return packed_block(tensors, packed[number], x, lambda qkv: mix(qkv, shapes))
             x = x.to(dtype)
-            qkv = self._run(before_attention, x, tensors)
-            return self._run(after_attention, x, mix(qkv, shapes), tensors)
+            how = {"attend": attend_by_products} if by_products else {}
+            mix = partial(blocks[number].attn.mix, shapes=shapes, **how)
+            if weights is not None:
+                return fused_block(halves[number], weights[number], x, mix)
+            mixed = mix(self._run(before_attention, x, halves[number]))
+            return self._run(after_attention, x, mixed, halves[number])
 
         return run
 
-    def _pack(self, halves: Sequence[Halves], x: Tensor) -> list[dict[str, Tensor]] | None:
-        """Every block's weights in oneDNN's own order, by layer; packed anew unless they hold the same numbers.
+    def _weights(self, halves: Sequence[Halves], way: str, x: Tensor) -> list[dict[str, Tensor]] | None:
+        """Every block's weights for `fused_block`, by layer; None where oneDNN does not multiply them.
 
-        None where they cannot be packed. `x` (tokens, D): what they will be used on.
+        Packed ones are packed anew unless they hold the same numbers. `x` (tokens, D): what they will be used on.
         """
-        weights = [{name: getattr(each, name).weight for name in ("qkv", "proj", "fc1", "fc2")} for each in halves]
+        weights = [{name: getattr(each, name).weight for name in LAYERS} for each in halves]
         flat = [weight for each in weights for weight in each.values()]
-        operators = packed_products()
-        if x.device.type != "cpu" or any(weight.dtype != torch.bfloat16 for weight in flat) or operators is None:
+        if way == "native" or any(weight.dtype != x.dtype for weight in flat):
             return None
+        if way == "onednn":
+            return weights
         contents, kept = contents_of(flat), self._packed
         if kept is None or not torch.equal(contents, kept[0]):
-            pack = operators.pack
+            pack = packed_products().pack
             packed = [{name: pack(weight.detach(), len(x)) for name, weight in each.items()} for each in weights]
             kept = self._packed = (contents, packed)
         return kept[1]
 
     def _run(self, function: Callable, *args: object) -> Tensor:
-        if self.backend == "none" or len(args[0]) < 2:  # for 0 and 1 it would compile again, each
+        if self.backend in (None, "none") or len(args[0]) < 2:  # for 0 and 1 it would compile again, each
             return function(*args)
         try:
             if function not in self._compiled:
@@ -202,18 +216,24 @@ def _known(block: Block) -> bool:
     )
 
 
-def packed_block(halves: Halves, packed: dict[str, Tensor], x: Tensor, mix: Callable[[Tensor], Tensor]) -> Tensor:
-    """A block by oneDNN's products over packed weights, GELU and residual sums inside them where they can be."""
+def fused_block(halves: Halves, weights: Mapping[str, Tensor], x: Tensor, mix: Callable[[Tensor], Tensor]) -> Tensor:
+    """A block by oneDNN's products over weights as they are, packed or not; GELU and residual sums inside them.
+
+    All is computed in the dtype of `x`, to which weights in another one are cast.
+    """
     product = packed_products().product
 
-    def residual(x: Tensor, update: Tensor, name: str, scale: Tensor | None) -> Tensor:
-        weight, bias = packed[name], getattr(halves, name).bias
-        if scale is None:
-            return product.binary(update, x, weight, bias, "add")
-        return x + product(update, weight, bias, "none", [], "") * scale
+    def dense(x: Tensor, name: str, *fused: object) -> Tensor:
+        weight, bias = weights[name].to(x.dtype), getattr(halves, name).bias
+        bias = None if bias is None else bias.to(x.dtype)
+        if fused and isinstance(fused[0], Tensor):
+            return product.binary(x, *fused, weight, bias, "add")
+        return product(x, weight, bias, *(fused or ("none", [], "")))
 
-    qkv = product(_normed(x, halves.norm1), packed["qkv"], halves.qkv.bias, "none", [], "")
-    x = residual(x, mix(qkv), "proj", halves.scale1)
+    def residual(x: Tensor, update: Tensor, name: str, scale: Tensor | None) -> Tensor:
+        return dense(update, name, x) if scale is None else _add(x, dense(update, name), scale)
+
+    x = residual(x, mix(dense(_normed(x, halves.norm1), "qkv")), "proj", halves.scale1)
     fused = {"gelu": ("gelu", [], "none"), "gelu_tanh": ("gelu", [], "tanh")}.get(halves.activation)
-    hidden = product(_normed(x, halves.norm2), packed["fc1"], halves.fc1.bias, *(fused or ("none", [], "")))
+    hidden = dense(_normed(x, halves.norm2), "fc1", *(fused or ()))
     return residual(x, hidden if fused else activate(hidden, halves.activation), "fc2", halves.scale2)

@@ -88,8 +88,7 @@ class CompressedViT(ViT):
     def _after_block(self, number: int, x: Tensor, groups: ViewGroups) -> tuple[Tensor, ViewGroups]:
         if str(number) not in self.compressors:
             return x, groups
-        compressor = self.compressors[str(number)]
-        compressor = in_fastest_dtype(compressor, x) if self.compiled else compressor
+        compressor = in_fastest_dtype(self.compressors[str(number)], x)
         dtype = float_parameter(compressor, x).dtype
         tokens = compressor(groups.restore(x).to(dtype), groups.grids).to(x.dtype)
         prefix = groups.prefixes(x) if groups.prefix else None

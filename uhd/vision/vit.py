@@ -21,7 +21,7 @@ from uhd.shortcuts import is_plain
 from uhd.weights import draw_linear
 
 from .blocks import Block
-from .compiled import BlockRunner, CompiledBlocks
+from .compiled import BlockRunner, FastBlocks
 from .config import ViTConfig
 from .groups import ViewGroups, check_packed
 from .stem import WindowStem
@@ -68,7 +68,7 @@ class ViT(nn.Module):
         self.pre_norm = nn.LayerNorm(width, eps=config.eps) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
         self.norm = nn.LayerNorm(width, eps=config.eps) if config.final_norm else nn.Identity()
-        self._compiled_blocks: CompiledBlocks | None = None
+        self._fast_blocks = FastBlocks()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -141,19 +141,18 @@ class ViT(nn.Module):
 
         `backend` is one of `torch.compile`; "none" for the same layers uncompiled; None undoes.
         """
-        self._compiled_blocks = None if backend is None else CompiledBlocks(backend)
+        self._fast_blocks = FastBlocks(backend)
 
     @property
     def compiled(self) -> bool:
         """Whether `compile_blocks` is in force."""
-        return self._compiled_blocks is not None
+        return self._fast_blocks.backend is not None
 
     def _block_runner(self, x: Tensor, *, own_modules: bool) -> BlockRunner:
-        """Give a function (number, x, shapes) -> x: compiled layers where they are wanted and would give the same."""
-        if self._compiled_blocks is not None and not own_modules:
-            run = self._compiled_blocks.runner(self.blocks, x)
-            if run is not None:
-                return run
+        """Give a function (number, x, shapes) -> x: faster layers where they would give the same."""
+        run = None if own_modules else self._fast_blocks.runner(self.blocks, x)
+        if run is not None:
+            return run
         recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
         def run(number: int, x: Tensor, shapes: Sequence[Grid]) -> Tensor:
