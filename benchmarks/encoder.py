@@ -40,7 +40,11 @@ IMAGES = ((672, 1008), (1080, 1920), (480, 640), (900, 500))
 SIDE, PATCH = 384, 16
 PEER, BY_IMAGE = "transformers, a batch", "transformers, by image"
 COMPILED_PEER = "transformers, by image, compiled"
-TARGETS = {"fp32": ("uhd", 1.15), "bf16": ("uhd, compiled", 1.5)}
+TARGETS = {
+    "fp32": (("uhd", PEER, 1.15),),
+    "bf16": (("uhd, compiled", PEER, 1.25), ("uhd, compiled", BY_IMAGE, 1.1), ("uhd, compiled", COMPILED_PEER, 1.1)),
+}
+"""By dtype: a contender, a peer, and how many times as fast it must be."""
 
 
 def build_peer(depth: int, width: int = 768) -> Siglip2VisionModel:
@@ -175,11 +179,11 @@ def run(depth: int, dtypes: Sequence[str], repeats: int, width: int = 768, *, co
             }
             for name, seconds in times.items()
         ]
-        name, wanted = TARGETS[dtype]
-        if name in times:
-            ratio = round(times[PEER] / times[name], 2)
-            target = {"dtype": dtype, "contender": name, "wanted": wanted, "ratio": ratio}
-            reached.append({**target, "ok": ratio >= wanted})
+        for name, peer, wanted in TARGETS[dtype]:
+            if name in times and peer in times:
+                ratio = round(times[peer] / times[name], 2)
+                target = {"dtype": dtype, "contender": name, "peer": peer, "wanted": wanted, "ratio": ratio}
+                reached.append({**target, "ok": ratio >= wanted})
     versions = {"uhd": uhd.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     return {
         "about": f"ViT of width {width}, {depth} blocks, patches of {PATCH} px; median process CPU time of {repeats} "
@@ -236,7 +240,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\n{table(result)}\n")
     for target in result["targets"]:
         verdict = "reached" if target["ok"] else "NOT reached"
-        print(f"{target['dtype']}, {target['contender']}: {target['ratio']} of {target['wanted']} wanted: {verdict}")
+        names = f"{target['dtype']}, {target['contender']} against {target['peer']}"
+        print(f"{names}: {target['ratio']} of {target['wanted']} wanted: {verdict}")
     return 0
 
 

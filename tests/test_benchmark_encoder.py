@@ -27,7 +27,7 @@ SMALL = ["--depth", "2", "--width", "64", "--repeats", "1", "--eager"]
 
 
 def test_small_run(small, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(small.TARGETS, "fp32", ("uhd", 1e9))
+    monkeypatch.setitem(small.TARGETS, "fp32", (("uhd", small.PEER, 1e9),))
     assert small.main([*SMALL, "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "encoder.json").read_text())
     assert len(result["rows"]) == 2 * 5

@@ -26,6 +26,7 @@ from tests.hf import tiny
 from tests.hf.test_training import fresh
 from tests.hf.tiny import targets
 from tests.tiny import noise, refuses
+from uhd import loading
 from uhd.hf import processing, training
 from uhd.loading import Preparation, TokenBudgetSampler, image_costs, image_sizes_hw
 from uhd.pixels import PixelSettings, load_image
@@ -553,6 +554,24 @@ class TestPreparation:
         assert same(prepare(large, max_tokens=few), encoder.prepare(large, max_tokens=few))
         assert not same(prepare(large, max_tokens=few), prepare(large))
         assert prepare([]).patches.shape == encoder.prepare([]).patches.shape == (0, 3 * 14**2)
+
+    @pytest.mark.parametrize("backend", ["pillow", "fast"])
+    def test_it_takes_as_many_threads_as_torch_has(self, backend, monkeypatch):
+        settings = PixelSettings(backend=backend)
+        prepare = Preparation("llava-uhd", settings, 14)
+        wanted, both = prepare(PICTURES), threading.Barrier(2, timeout=30)
+
+        def met(step):
+            def work(image, *rest, **how):
+                if any(image is each for each in PICTURES[:2]):
+                    both.wait()  # two images at once
+                return step(image, *rest, **how)
+
+            return work
+
+        monkeypatch.setattr(loading, "load_picture", met(loading.load_picture))
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+        assert same(prepare(PICTURES), wanted)
 
     def test_several_images_of_a_sample(self):
         encoder = tiny.packed_encoder("llava-onevision")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, chain, pairwise
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from uhd.grids import sent
+from uhd.machine import in_threads
 from uhd.pixels import DEFAULT, PixelSettings, cut, fold_into, inner_axes, reorder
 from uhd.pixels.normalize import normalize
 from uhd.slicing.plan import SlicePlan
@@ -79,7 +81,7 @@ class SliceBatch:
             ValueError: There is not one plan an image, an image is not its plan's size, or it is refused.
         """
         _check_count("images", images, plans)
-        views = [cut(image, plan, settings=settings) for image, plan in zip(images, plans, strict=True)]
+        views = in_threads(partial(cut, settings=settings), images, plans)
         return cls.from_views(views, plans, patch_size=patch_size, inner=inner)
 
     @classmethod

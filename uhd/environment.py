@@ -55,6 +55,7 @@ class Environment:
         packages: Every package that uhd uses, the missing ones too.
         attention: What computes the resampler's attention here, and why.
         pixels: What decodes and resizes images under each backend.
+        products: Which matrix products inference takes on this CPU, and how fast each one is.
         compiler: The C++ compiler that ``torch.compile`` would use on a CPU, or what follows without one.
     """
 
@@ -63,6 +64,7 @@ class Environment:
     packages: tuple[Package, ...]
     attention: str
     pixels: str
+    products: str
     compiler: str
 
     @property
@@ -89,6 +91,7 @@ def look() -> Environment:
         packages=tuple(_package(name, oldest.get(name)) for name in names),
         attention=_told(lambda: ": ".join(attention())),
         pixels=_told(_pixels),
+        products=_told(_products),
         compiler=compiler or "no C++ compiler: encoder.compile() and torch.compile need one on a CPU",
     )
 
@@ -133,7 +136,8 @@ def table(environment: Environment) -> str:
         newest = f"tested up to {package.newest}" if package.newest else ""
         span = ", ".join(filter(None, (f"from {package.oldest}" if package.oldest else "", newest)))
         lines.append(f"  {package.name:13}  {package.installed or '-':15}  {span}".rstrip())
-    told = {"attention": environment.attention, "pixels": environment.pixels, "torch.compile": environment.compiler}
+    told = {"attention": environment.attention, "pixels": environment.pixels}
+    told |= {"products": environment.products, "torch.compile": environment.compiler}
     lines += ["", *(f"  {name:<13}  {value}" for name, value in told.items())]
     lines += [f"\n  warning: {warning}" for warning in environment.warnings]
     return "\n".join(lines)
@@ -177,3 +181,11 @@ def _pixels() -> str:
         return "pillow by Pillow; fast by torchvision's JPEG decoder and PyTorch's resize"
     why = "is not installed" if find_spec("torchvision") is None else "does not decode as Pillow does here"
     return f"pillow by Pillow; fast by Pillow's decoder, since torchvision {why}, and PyTorch's resize"
+
+
+def _products() -> str:
+    from uhd import machine
+
+    rates = ", ".join(f"{name} {rate:.0f}" for name, rate in machine.rates().items())
+    chosen = ", ".join(f"{name} {way}" for name, way in machine.products().items())
+    return f"{chosen}; GFLOP/s: {rates or 'not told by a clock that can be trusted'}"

@@ -27,6 +27,7 @@ from torch import Tensor, distributed
 from torch.utils.data import Sampler
 
 from uhd.batch import SliceBatch
+from uhd.machine import in_threads
 from uhd.pixels import PixelSettings, image_size_hw
 from uhd.pixels.render import load_picture
 from uhd.settings import check_choice
@@ -105,11 +106,12 @@ class Preparation:
         """Upright RGB pictures with ``height`` and ``width``, as :meth:`cut` takes them; errors as of a call."""
         if not isinstance(images, (list, tuple)):
             raise TypeError(f"expected a list of images, got {type(images).__name__}: put one image into a list")
-        loaded = []
-        for number, image in enumerate(images):
+
+        def load(number: int, image: Any) -> Any:
             with named("image", number, image):
-                loaded.append(load_picture(image, settings=self.pixels))
-        return loaded
+                return load_picture(image, settings=self.pixels)
+
+        return in_threads(load, range(len(images)), images)
 
     def cut(self, loaded: Sequence[Any], plans: Sequence[SlicePlan]) -> SliceBatch:
         """The batch of pictures by plans of their sizes, one each."""

@@ -20,11 +20,12 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +62,7 @@ ATTENTION = (6, 576, 64)
 _SCORES = 1 << 22  # scores at once, which the caches hold
 _AGREE = 1.2  # the two shortest times of a product must be as near as this, or the clock is not trusted
 _ROUNDS = 8
+T = TypeVar("T")
 _pinned: dict[str, str] | None = None
 
 
@@ -222,6 +224,18 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         for some, place in zip(query.split(rows, 1), mixed.split(rows, 1), strict=True):
             place.copy_((some @ key).softmax(-1) @ value)
     return out
+
+
+def in_threads(function: Callable[..., T], *lists: Sequence[Any]) -> list[T]:
+    """``list(map(function, *lists))`` on as many threads as torch has: for work that lets go of the GIL.
+
+    The first item that fails raises, as it would in turn. Workers of a ``DataLoader`` have one thread, as torch there.
+    """
+    threads = min(torch.get_num_threads(), len(lists[0]))
+    if threads < 2:
+        return list(map(function, *lists))
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(function, *lists))
 
 
 def cpu() -> str:

@@ -155,11 +155,11 @@ class PackedEncoder(nn.Module):
         return compressor(features.to(weight.dtype), grids).to(features.dtype)
 
     def compile(self, *, backend: str | None = "inductor") -> PackedEncoder:
-        """Run the ViT by compiled layers wherever no gradients are wanted, from now on; returns the encoder.
+        """Let the ViT keep what makes its inference faster, from now on; returns the encoder.
 
-        The layers are compiled at the first call, once for all blocks and all image sizes. A ViT in bfloat16 or
-        float16 on a CPU without a matrix unit for these computes in float32, and so does a projector behind it. See
-        :mod:`uhd.vision.compiled`. Resamplers have their own faster inference, compiled or not.
+        Its weights are kept packed for oneDNN's products, where this machine multiplies fastest by these; else its
+        layers are compiled at the first call, once for all blocks and all image sizes. See :mod:`uhd.vision.compiled`
+        and :mod:`uhd.machine`. Resamplers have their own faster inference, compiled or not.
 
         Args:
             backend: Of ``torch.compile``; ``"none"`` leaves the layers uncompiled, in the faster dtype still; ``None``
