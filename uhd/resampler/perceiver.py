@@ -109,11 +109,12 @@ class PerceiverResampler(ReleasedResampler):
     def inference(self) -> str:
         """Which products are taken in eval mode where no gradients are wanted; `uhd.resampler.folded` has the maths.
 
-        "auto" (as made) takes the way with the fewest FLOPs for an image's usual views, whatever a call's are: each
-        rounds otherwise, and tokens would depend on the batch. "plain", "absorbed" and "narrow" ask for one. Whatever
-        is asked for, "plain" is taken in training, under compilation, tracing, autocast and functorch, while a CUDA
-        graph is captured, with more layers than one or an FFN, and where weights or layers are not what they were made
-        as (quantised, parametrised, distributed, wrapped, hooked). LoRA or hooks on kv_proj or ln_kv leave "absorbed".
+        "auto" (as made) takes on a CPU the way with the fewest FLOPs for an image's usual views, whatever a call's are:
+        each rounds otherwise, and tokens would depend on the batch. Elsewhere it takes "plain", since the others wait
+        for the device once a call. "plain", "absorbed" and "narrow" ask for one. Whatever is asked for, "plain" is
+        taken in training, under compilation, tracing, autocast and functorch, while a CUDA graph is captured, with
+        more layers than one or an FFN, and where weights or layers are not what they were made as (quantised,
+        parametrised, distributed, wrapped, hooked). LoRA or hooks on kv_proj or ln_kv leave "absorbed".
         `inference_path` tells.
 
         Raises (on setting):
@@ -142,7 +143,8 @@ class PerceiverResampler(ReleasedResampler):
         choice = self._inference
         usual = folded.usual_views(self.config)
         if choice == "auto":
-            choice = "plain" if self.attention_impl != "auto" else folded.cheapest(self.config, usual)
+            foldable = self.attention_impl == "auto" and self.query.device.type in folded.CHOSEN_ON
+            choice = folded.cheapest(self.config, usual) if foldable else "plain"
         if not grids or choice == "plain":  # the usual case of small layers, where the checks would take longer
             return "plain"
         paths = self._foldable(features)
