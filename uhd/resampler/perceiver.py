@@ -109,7 +109,7 @@ class PerceiverResampler(ReleasedResampler):
     def inference(self) -> str:
         """Which products are taken in eval mode where no gradients are wanted; `uhd.resampler.folded` has the maths.
 
-        "auto" (as made) takes on a CPU the way with the fewest FLOPs for an image's usual views, whatever a call's are:
+        On a CPU "auto" (as made) takes the way with the fewest FLOPs for an image's usual views, whatever a call has:
         each rounds otherwise, and tokens would depend on the batch. Elsewhere it takes "plain", since the others wait
         for the device once a call. "plain", "absorbed" and "narrow" ask for one. Whatever is asked for, "plain" is
         taken in training, under compilation, tracing, autocast and functorch, while a CUDA graph is captured, with
