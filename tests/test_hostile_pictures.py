@@ -142,7 +142,10 @@ def test_bombs_are_refused_before_they_are_decoded(name, read):
 def test_a_jpeg_of_very_many_scans_is_refused(read):
     jpeg = encoded(Image.new("RGB", (2000, 1500)), "JPEG", progressive=True)
     last = jpeg.rindex(b"\xff\xda")
-    refuses("pixels to decode in its scans", read, jpeg[:-2] + jpeg[last:-2] * 400 + jpeg[-2:])
+    file = jpeg[:-2] + jpeg[last:-2] * 400 + jpeg[-2:]
+    for source in (file, Image.open(io.BytesIO(file))):
+        refuses("pixels to decode in its scans", read, source)
+        refuses("pixels to decode in its scans", image_size_hw, Image.open(io.BytesIO(file)))
     assert read(jpeg).height == 1500
 
 

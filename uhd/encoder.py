@@ -181,11 +181,7 @@ class VisualEncoder(PackedEncoder):
             ValueError: A video has no frames, or frames of different sizes; as in :meth:`forward`.
         """
         prepare = Preparation.of(self)
-        loaded = []
-        for number, video in enumerate(videos):
-            frames_of_it = _frames_of(video, number)
-            with named("video", number):
-                loaded.append(prepare.load(frames_of_it))
+        loaded = [_loaded_frames(prepare, video, number) for number, video in enumerate(videos)]
         sizes = [_one_size(video, number) for number, video in enumerate(loaded)]
         options: dict[str, Any] = {"frames": frames, "max_tokens": max_tokens}
         plans = [self.plan_video(size, len(video), **options) for size, video in zip(sizes, loaded, strict=True)]
@@ -386,9 +382,10 @@ def _with_newlines(tokens: Tensor, videos: Sequence[VideoPlan], newline: Tensor 
     return torch.cat(rows)
 
 
-def _frames_of(video: Any, number: int) -> list[Any]:
+def _loaded_frames(prepare: Preparation, video: Any, number: int) -> list[Any]:
     if isinstance(video, (list, tuple)) or getattr(video, "ndim", None) == 4:
-        return list(video)
+        with named("video", number):
+            return prepare.load(list(video))
     shape = f" of shape {tuple(video.shape)}" if hasattr(video, "shape") else ""
     raise TypeError(
         f"video {number} is a {type(video).__name__}{shape}: expected a list of frames, or an array (T, h, w, c) or "

@@ -117,8 +117,10 @@ def image_size_hw(source: Any, *, settings: PixelSettings = DEFAULT) -> tuple[in
 
 
 def _size_hw(source: Any, settings: PixelSettings) -> tuple[int, int]:
-    with opened(source, name_of(source), settings) as image:
+    name = name_of(source)
+    with opened(source, name, settings) as image:
         if image is source:
+            check_scans(image, settings, name)
             decode(image)  # it will be anyway, and only then do all formats agree on size and orientation
         if image is not source and image.format == "TIFF":
             # newer Pillow turns a TIFF's size on opening, older on loading: the tags are what the file says
