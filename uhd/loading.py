@@ -30,7 +30,7 @@ from uhd.batch import SliceBatch
 from uhd.machine import in_threads
 from uhd.pixels import DEFAULT, PixelSettings, image_size_hw
 from uhd.pixels.render import load_picture
-from uhd.settings import check_choice
+from uhd.settings import check_choice, read_values
 from uhd.slicing import SlicePlan, SlicingLike, find, plan, plan_many
 from uhd.slicing.sample import plan_sample
 
@@ -47,6 +47,7 @@ _DRAWS = 4
 """Of an epoch's order, each with half of the last one's jitter, the last without any."""
 
 Before = tuple[tuple[int, int], ...]
+MOST_RANKS = 1 << 20
 """(number of ranks, batches that each of them took), one after the other, of one epoch."""
 
 
@@ -322,15 +323,17 @@ class TokenBudgetSampler(Sampler[list[int]]):
             ValueError: The state is of other costs or settings, which have other batches; or the ranks cannot share
                 what is left evenly.
         """
+        epoch, batches, ranks = read_values(state, "a sampler's state", epoch=int, batches=int, num_replicas=int)
+        old = {"before": state.get("before", ())}  # earlier versions wrote none
+        (before,) = read_values(old, "a sampler's state", before=tuple[tuple[int, int], ...])
         mine = self._fingerprint()
-        other = [key for key, value in mine.items() if state.get(key) != value]
-        if other or not {"epoch", "batches", "num_replicas"} <= set(state):
+        if other := [key for key, value in mine.items() if state.get(key) != value]:
             changes = ", ".join(f"{key}: saved {state.get(key)!r}, now {mine[key]!r}" for key in other)
-            raise ValueError(f"the state is of a sampler with other batches ({changes or 'no epoch or batches'})")
-        now = self.epoch
-        ranks, batches = (_whole(key, state[key], least=0) for key in ("num_replicas", "batches"))
-        before = tuple((int(replicas), int(steps)) for replicas, steps in state.get("before", ()))
-        self.epoch = _whole("epoch", state["epoch"], least=0)
+            raise ValueError(f"the state is of a sampler with other batches ({changes})")
+        for replicas, steps in (*before, (ranks, batches)):
+            if not (1 <= replicas <= MOST_RANKS and steps >= 0):
+                raise ValueError(f"the state tells of {steps} batches of {replicas} ranks: it is damaged")
+        now, self.epoch = self.epoch, _whole("epoch", epoch, least=0)
         try:
             if ranks != self.num_replicas:
                 before, batches = (*before, (ranks, batches)), 0

@@ -18,7 +18,7 @@ from uhd.pixels import PixelSettings
 from uhd.resampler import FeaturePacker
 from uhd.schema import SpatialSchema
 from uhd.schema.counted import slicing_from_dict
-from uhd.settings import Settings, read_arguments
+from uhd.settings import Settings, read_arguments, read_values
 from uhd.slicing import SlicingLike, find
 from uhd.slicing.adaptive import RULES
 from uhd.vision.int8 import refuse_int8
@@ -77,7 +77,11 @@ class EncoderDescription(Settings):
         """The inverse of :meth:`to_dict`; a ``ValueError`` where it is of another format, or no such dictionary."""
         if (found := data.get("format")) != FORMAT:
             raise ValueError(f"it has format {found!r}; this version reads format {FORMAT}")
-        return super().from_dict({name: value for name, value in data.items() if name != "format"})
+        found = super().from_dict({name: value for name, value in data.items() if name != "format"})
+        for role in ROLES:
+            part = {"config": None, **getattr(found, role)}
+            read_values(part, f"the description of the {role}", kind=str, config=dict[str, Any] | None)
+        return found
 
     def resized(self, sizes: Mapping[str, int]) -> EncoderDescription:
         """The same with other settings of the compressor; a ``ValueError`` where it has no such setting."""

@@ -83,6 +83,24 @@ def read_arguments(cls: type[_Made], data: Mapping[str, Any]) -> _Made:
         raise ValueError(f"not the dictionary of a {cls.__name__}: {problem}") from None
 
 
+def read_values(data: Any, what: str, **kinds: Any) -> list[Any]:
+    """The values of these keys of a dictionary in plain JSON types, each as its annotation says; other keys may stand.
+
+    >>> read_values({"epoch": 3, "before": [[1, 2]]}, "the state", epoch=int, before=tuple[tuple[int, int], ...])
+    [3, ((1, 2),)]
+
+    Raises:
+        ValueError: A key is missing, or its value of another type; the message names it, and ``what`` is read.
+    """
+    try:
+        values = _mapping(None)(data)
+        if missing := [name for name in kinds if name not in values]:
+            raise Misread(f"missing {', '.join(missing)}")
+        return [_read_at("." + name, _reader(kind), values[name]) for name, kind in kinds.items()]
+    except Misread as problem:
+        raise ValueError(f"{what} is not one: {problem}") from None
+
+
 def check_types(settings: Any) -> None:
     """Make the fields of a frozen dataclass what they are annotated as; a ``ValueError`` names one that is not."""
     readers = _readers(type(settings))

@@ -72,18 +72,18 @@ class TooLong(Exception):
 
 @contextlib.contextmanager
 def bounded() -> Iterator[None]:
-    """Stop what takes longer than it may."""
+    """Stop what computes longer than it may, however busy the machine is."""
 
     def stop(*_: Any) -> None:
         raise TooLong(f"more than {SECONDS} s")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def complaint(read: Callable[[], Any], name: str) -> str | None:

@@ -36,8 +36,11 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         "uhd/slicing/strategies": ("tests/slicing/test_strategies.py", "tests/slicing/test_strategies_live.py"),
         "uhd/slicing/metrics.py": ("tests/slicing/test_metrics.py",),
         "uhd/slicing/flops.py": ("tests/slicing/test_flops.py",),
-        "uhd/slicing": ("tests/slicing",),
-        "uhd/schema": ("tests/schema",),
+        "uhd/slicing/sample.py": ("tests/test_encoder_strategies.py", "tests/test_docstrings.py"),
+        "uhd/slicing/many.py": ("tests/slicing/test_many.py",),
+        "uhd/slicing": ("tests/slicing/test_plan.py", "tests/slicing", "tests/test_docstrings.py"),
+        "uhd/schema/counted.py": ("tests/schema", "tests/test_encoder_strategies.py"),
+        "uhd/schema": ("tests/schema", "tests/test_docstrings.py"),
     },
     "files": {
         "uhd/pixels/load.py": ("tests/test_pixels.py", "tests/test_pictures_in.py", "tests/test_loading.py"),

@@ -7,7 +7,7 @@ import math
 import pathlib
 import pickle
 import re
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from fractions import Fraction
 
 import numpy as np
@@ -20,7 +20,7 @@ import uhd
 from uhd.cli import main
 from uhd.draw import draw_plan
 from uhd.pixels import render
-from uhd.slicing import OwnRule, SlicePlan, SlicingConfig, find, plan
+from uhd.slicing import OwnRule, SlicePlan, SlicingConfig, find, flops, plan
 from uhd.slicing.plan import MAX_SIDE, Box, Canvas
 from uhd.slicing.rules import slicing_from_dict
 from uhd.slicing.strategies import ALIASES, STRATEGIES, anyres, base, selectors
@@ -757,3 +757,33 @@ def test_an_overview_of_one_pixel_is_planned_and_of_none_refused(name):
     for size in ((1, 2048), (2048, 1)):
         with pytest.raises(ValueError, match=r"its overview would be (0x1024|1024x0) px"):
             plan(size, name)
+
+
+def test_settings_are_those_of_the_releases():
+    """Every number of every rule, those too that no named one leaves at its default."""
+    kept = json.loads((pathlib.Path(__file__).parents[1] / "golden/settings.json").read_text())
+    classes = {type(entry.config) for entry in STRATEGIES.values()}
+    found = {
+        "rules": {name: entry.config.to_dict() for name, entry in STRATEGIES.items()},
+        "presets": {name: config.to_dict() for name, config in uhd.slicing.PRESETS.items()},
+        "defaults": {cls.__name__: {f.name: f.default for f in fields(cls)} for cls in classes},
+        "vits": {name: asdict(shape) for name, shape in flops.VITS.items()},
+        "lms": {name: asdict(shape) for name, shape in flops.LMS.items()},
+    }
+    assert json.loads(json.dumps(found)) == kept
+
+
+def test_the_most_slices_may_be_asked_for():
+    assert SlicingConfig(max_slices=65_536).max_slices == 65_536
+
+
+def test_phi4_takes_ten_pixels_and_not_nine():
+    assert plan((10, 448), "phi4").canvases[0].content_hw == (10, 448)
+    with pytest.raises(ValueError, match="fitted it would be 9x448 px, at least 10 are needed"):
+        plan((9, 448), "phi4")
+
+
+def test_overviews_of_strips_have_a_pixel():
+    for size in ((1, 4000), (4000, 1)):
+        content = [canvas.content_hw for canvas in plan(size, "deepseek-vl2").canvases]
+        assert min(map(min, content)) == 1, size

@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset
 from uhd.hf.labels import labels_of
 from uhd.hf.visual_inputs import VISUAL_KEYS, together
 from uhd.merge import IGNORE
+from uhd.settings import read_values
 
 
 def pack_rows(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -239,6 +240,10 @@ class PackedStream(IterableDataset):
             ValueError: The state is of other settings, under which other rows were packed. A pass raises where the
                 stream says that it is in another epoch.
         """
+        kinds = {"read": int, "waiting": tuple[int, ...], "first": int}
+        read, waiting, first = read_values(state, "a stream's state", **kinds)
+        if min(read, first, *waiting) < 0 or "mark" not in state:
+            raise ValueError(f"a stream's state is not one: {state!r:.200}")
         mine = self._settings()
         other = [
             f"{name}: saved {state.get(name)!r}, now {mine[name]!r}" for name in mine if state.get(name) != mine[name]

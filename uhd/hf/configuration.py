@@ -229,6 +229,8 @@ class UHDConfig(FromPackage, PreTrainedConfig):
             _check_whole(cls, config_dict, "")
             for name, part in (("vision_config", UHDVisionConfig), ("resampler_config", UHDResamplerConfig)):
                 _check_whole(part, config_dict[name], f"{name}.")
+            if "model_type" not in config_dict["text_config"]:
+                raise ValueError("missing text_config.model_type")
             return super().from_dict(config_dict, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:

@@ -300,7 +300,9 @@ def contradictions(found: SlicePlan) -> Iterator[str]:
         yield f"grid {tuple(grid)} (rows, columns) but {slices} slices"
     counted = found.num_visual_tokens, found.num_separators
     if found.packing is not None:
-        if counted != (own := found.packing.counts(overviews, slices)):
+        if what := _bad_packing(found.packing):
+            yield f"packing: {what}"
+        elif counted != (own := found.packing.counts(overviews, slices)):
             yield f"its packing makes {own} visual tokens and newlines, it counts {counted}"
         return
     by_view = sum(len(canvas.tiles) * canvas.tokens_per_view for canvas in found.canvases)
@@ -308,6 +310,22 @@ def contradictions(found: SlicePlan) -> Iterator[str]:
         yield f"views hold {by_view} tokens, num_visual_tokens is {found.num_visual_tokens}, no packing explains it"
     if found.num_separators < 0:
         yield f"num_separators is {found.num_separators}"
+
+
+def _bad_packing(packing: Packing) -> str | None:
+    for name in ("view_hw", "overview_view_hw", "pooled_hw", "map_hw", "resized_hw"):
+        if min(getattr(packing, name) or (1,)) < 1:
+            return f"{name} {getattr(packing, name)} is below 1"
+    if packing.merge < 1 or min(packing.overlap) < 0:
+        return f"merge is {packing.merge} and overlap {packing.overlap}"
+    if packing.separator not in (None, "between", "end"):
+        return f"separator is {packing.separator!r}, not 'between' or 'end'"
+    kept = packing.kept
+    if kept is not None and (
+        packing.map_hw is None or not 0 <= kept.top <= kept.bottom or not 0 <= kept.left <= kept.right
+    ):
+        return f"kept {tuple(kept)} is no part of a map of {packing.map_hw}"
+    return None
 
 
 def bad_canvases(found: SlicePlan) -> Iterator[str]:
