@@ -301,7 +301,7 @@ def work(folder, phase, jobs):
         "ignore", "torch.distributed is disabled|`_get_pg_default|Multiple backends"
     )  # of checkpoints
     store, rank, world = f"file://{folder}/store-{phase}-{len(jobs)}", int(os.environ["RANK"]), WORLDS[phase]
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=20))
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
     for number, job in jobs:
         try:
             check(f"{folder}/saved-{number}", phase, *job)
@@ -344,7 +344,7 @@ def _run_phase(folder, phase, world, jobs):
     ]
     for process in ranks:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(60 + 30 * len(jobs))
+            process.wait(300 + 60 * len(jobs))
         process.kill()
     found = []
     for number, _ in jobs:
