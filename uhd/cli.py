@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(prog="uhd", description="Native-resolution eyes for any causal language model.")
     parser.add_argument("--version", action="version", version=f"uhd {__version__}")
-    parser.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger pictures (default 33554432)")
+    parser.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger pictures (default 50331648)")
     known = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_planning(known)
     _add_encoding(known)

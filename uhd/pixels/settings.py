@@ -14,7 +14,7 @@ from PIL import Image
 from uhd.files import read_json
 from uhd.settings import Settings, check_choice
 
-MAX_PIXELS = 1 << 25
+MAX_PIXELS = 3 << 24
 """Default limit on the pixels of one picture: the costliest format takes less than 1 GiB for it, see SECURITY.md."""
 
 RESAMPLE = {

@@ -289,4 +289,4 @@ def check_scans(image: Image.Image, settings: PixelSettings, name: str) -> None:
     if image.format in ("JPEG", "MPO") and getattr(image, "fp", None) and image.tile:
         image.fp.seek(0)  # decoding seeks its own place
         scans = image.fp.read(most_bytes(settings)).count(b"\xff\xda")
-        check_work(scans * image.height * image.width, 16, "in its scans", settings, name)
+        check_work(scans * image.height * image.width, 12, "in its scans", settings, name)
