@@ -126,6 +126,6 @@ def test_attention_of_the_hub_is_not_fetched_because_a_file_says_so(name):
     for named in ({name: "kernels-community/flash-attn2"}, {name: {"": "a/b"}}, {"inner": {name: "a/b@main:c"}}):
         for config in (named, {"text_config": {"model_type": "llama", **named}}):
             refuses("would be downloaded and run", UHDConfig.from_dict, config)
-    assert UHDConfig.from_dict({name: "eager"}).text_config.model_type == "llama"
+    assert UHDConfig.from_dict({name: "eager", "id2label": {0: "a/b"}}).text_config.model_type == "llama"
     asked = UHDConfig.from_dict({"attn_implementation": "a/b"}, attn_implementation="kernels-community/flash-attn2")
     assert asked._attn_implementation == "kernels-community/flash-attn2"

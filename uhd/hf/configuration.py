@@ -368,9 +368,10 @@ def _built(config_class: type, given: dict[str, Any] | PreTrainedConfig | None) 
 def _refuse_kernels(given: Mapping[str, Any]) -> None:
     """Refuse attention whose code transformers would download, where a file names it and no caller."""
     for name, value in given.items():
-        if isinstance(value, Mapping) and "attn_implementation" not in name:
+        attention = "attn_implementation" in str(name)
+        if isinstance(value, Mapping) and not attention:
             _refuse_kernels(value)
-        if "attn_implementation" in name and "/" in str(value):
+        if attention and "/" in str(value):
             raise ValueError(
                 f"this configuration names the code of {value!r:.200} as its {name}, which would be downloaded and "
                 "run: leave it out, and give attn_implementation to from_pretrained if you trust it"
