@@ -25,7 +25,7 @@ PROCESSOR_FILES = (
 _PROCESSOR_KEYS = ("slicing", "image_mean", "image_std", "background", "max_pixels")
 
 _LAYERS = re.compile(r"(n_layers?|num\w*_layers)$")
-_SIDES = re.compile(r"((hidden|intermediate|vocab)_size|head_dim|_heads|_experts|n_embd|n_inner|n_head|d_model)$")
+_SIDES = re.compile(r"^((hidden|intermediate|vocab)_size|head_dim|num_attention_heads|n_embd|n_inner|d_model)$")
 _SLACK = 8  # numbers of few bits are saved several in one
 
 
@@ -76,16 +76,17 @@ def check_model(source: Any, subfolder: str | None = None) -> None:
 
 
 def check_loaded(visual: torch.nn.Module, source: Any, subfolder: str | None = None) -> None:
-    """Refuse a vision side whose weights are no numbers, or not all in the folder; a ``ValueError`` names the file."""
+    """Refuse a vision side whose weights are no numbers, or half in the folder; a ``ValueError`` names the file."""
     folder = _local(source, subfolder)
     weights = None if folder is None else next((folder / name for name in SAFE if (folder / name).is_file()), None)
     if weights is not None:
         saved, loaded = Checkpoint(folder).files, visual.state_dict(prefix="visual.")
-        parts = [name for name in loaded if not name.startswith("visual.packer.")]  # may be new, as its note says
-        if missing := [name for name in parts if name not in saved]:
-            raise ValueError(f"{weights} does not fit or is damaged: there is no {', '.join(missing)}")
+        for part in ("visual.vision.", "visual.compressor."):  # a whole part may be new, half of one may not
+            missing = [name for name in loaded if name.startswith(part) and name not in saved]
+            if missing and any(name.startswith(part) for name in saved):
+                raise ValueError(f"{weights} does not fit or is damaged: there is no {', '.join(missing)}")
         for name, tensor in loaded.items():
-            with damage_named(saved[name]):
+            with damage_named(saved.get(name, weights)):
                 check_numbers({name: tensor})
 
 

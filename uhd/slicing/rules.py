@@ -212,7 +212,7 @@ def slicing_from_dict(data: Mapping[str, Any]) -> Slicing:
     Raises:
         ValueError: An unknown rule or setting, a function of your own, or a name that is not registered.
 
-    >>> slicing_from_dict({"rule": "PixtralConfig", "longest": 512}).longest
+    >>> slicing_from_dict({**find("pixtral").to_dict(), "longest": 512}).longest
     512
     """
     kind = data.get("rule")
