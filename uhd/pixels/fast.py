@@ -201,7 +201,8 @@ def decoder(kind: str) -> Callable[[bytes], np.ndarray] | None:
     try:
         import torchvision.io  # noqa: F401, it brings the operators
 
-        operator = getattr(torch.ops.image, f"decode_{kind.lower()}")  # their wrappers warn that they will go
+        operators = torch.ops.image  # their wrappers warn that they will go
+        operator = operators.decode_jpeg if kind == "JPEG" else operators.decode_webp
     except (ImportError, OSError, AttributeError, RuntimeError):
         return None
 
