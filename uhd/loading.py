@@ -37,17 +37,12 @@ from uhd.slicing.sample import plan_sample
 UNITS = ("patches", "tokens")
 UNEVEN = ("error", "repeat", "drop")
 
-_READ_TOGETHER = 1024
-"""Images whose headers wait for a thread: a generator of many is never held whole."""
-
-_SLACK = 200
-"""While batches are too few, their number grows by at least this part of it."""
-
-_DRAWS = 4
-"""Of an epoch's order, each with half of the last one's jitter, the last without any."""
+_READ_TOGETHER = 1024  # images whose headers wait for a thread: a generator of many is never held whole
+_SLACK = 200  # while batches are too few, their number grows by at least this part of it
+_DRAWS = 4  # of an epoch's order, each with half of the last one's jitter, the last without any
+_MOST_RANKS = 1 << 20
 
 Before = tuple[tuple[int, int], ...]
-MOST_RANKS = 1 << 20
 """(number of ranks, batches that each of them took), one after the other, of one epoch."""
 
 
@@ -331,7 +326,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
             changes = ", ".join(f"{key}: saved {state.get(key)!r}, now {mine[key]!r}" for key in other)
             raise ValueError(f"the state is of a sampler with other batches ({changes})")
         for replicas, steps in (*before, (ranks, batches)):
-            if not (1 <= replicas <= MOST_RANKS and steps >= 0):
+            if not (1 <= replicas <= _MOST_RANKS and steps >= 0):
                 raise ValueError(f"the state tells of {steps} batches of {replicas} ranks: it is damaged")
         now, self.epoch = self.epoch, _whole("epoch", epoch, least=0)
         try:

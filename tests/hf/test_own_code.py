@@ -115,7 +115,7 @@ def test_a_language_model_of_the_folders_own_is_not_run(cls, kind, saved, tmp_pa
     """Kinds that transformers knows, but not as a language model."""
     text = {"model_type": kind, "auto_map": OWN_MODEL["auto_map"]}
     refuses(
-        "text_config asks for code",
+        "text_config is a .* not that of a language model",
         cls.from_pretrained,
         copied(saved / "model", tmp_path, config={"text_config": text}),
     )
@@ -126,6 +126,7 @@ def test_attention_of_the_hub_is_not_fetched_because_a_file_says_so(name):
     for named in ({name: "kernels-community/flash-attn2"}, {name: {"": "a/b"}}, {"inner": {name: "a/b@main:c"}}):
         for config in (named, {"text_config": {"model_type": "llama", **named}}):
             refuses("would be downloaded and run", UHDConfig.from_dict, config)
-    assert UHDConfig.from_dict({name: "eager", "id2label": {0: "a/b"}}).text_config.model_type == "llama"
-    asked = UHDConfig.from_dict({"attn_implementation": "a/b"}, attn_implementation="kernels-community/flash-attn2")
-    assert asked._attn_implementation == "kernels-community/flash-attn2"
+    whole = UHDConfig().to_dict()
+    assert UHDConfig.from_dict({**whole, name: "eager", "id2label": {0: "a/b"}}).text_config.model_type == "llama"
+    asked = UHDConfig.from_dict({**whole, "attn_implementation": "a/b"}, attn_implementation="kernels-community/fa2")
+    assert asked._attn_implementation == "kernels-community/fa2"

@@ -198,7 +198,12 @@ class UHDConfig(FromPackage, PreTrainedConfig):
         for part in (self, self.vision_config, self.resampler_config):
             check_fields(part, type(part).__annotations__)
         check_range(self, ("image_token_id", "video_token_id", "fill_token_id", "visual_scale"), 0)
-        vocab, ids = self.text_config.get_text_config().vocab_size, (self.separator_ids or {}).values()
+        text = self.text_config.get_text_config()
+        if not hasattr(text, "vocab_size"):
+            raise ValueError(
+                f"text_config is a {type(text).__name__} without a vocab_size, expected a language model's"
+            )
+        vocab, ids = text.vocab_size, (self.separator_ids or {}).values()
         if beyond := [one for one in (self.fill_token_id, *itertools.chain(*ids)) if not 0 <= one < vocab]:
             raise ValueError(f"fill_token_id and separator_ids lie in 0..{vocab - 1}, got {beyond[0]}")
         if self.visual_dtype is not None and not _is_floating(self.visual_dtype):

@@ -153,15 +153,11 @@ class UHDProcessor(FoundByName):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers.
-
-        Raises:
-            ValueError, OSError: A local folder's file is damaged or missing; its name is in the message.
-        """
+        """As in transformers; a ``ValueError`` or ``OSError`` names a local folder's file that is damaged or missing."""
         source = pretrained_model_name_or_path, kwargs.get("subfolder")
         check_processor(*source)
         with folder_named(source[0], PROCESSOR_FILES, source[1]):
-            found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            found = super().from_pretrained(source[0], *args, **kwargs)
             processor = found[0] if isinstance(found, tuple) else found
             processor.image_processor.check_settings()
             processor.video_processor.check_settings()
