@@ -153,14 +153,14 @@ class UHDProcessor(FoundByName):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; a ``ValueError`` or ``OSError`` names a local folder's file that is damaged or missing."""
-        source = pretrained_model_name_or_path, kwargs.get("subfolder")
-        check_processor(*source)
-        with folder_named(source[0], PROCESSOR_FILES, source[1]):
-            found = super().from_pretrained(source[0], *args, **kwargs)
+        """As in transformers; a ``ValueError`` or ``OSError`` names a local file that is damaged or missing."""
+        place = pretrained_model_name_or_path, kwargs.get("subfolder")
+        check_processor(*place)
+        with folder_named(place[0], PROCESSOR_FILES, place[1]):
+            found = super().from_pretrained(place[0], *args, **kwargs)
             processor = found[0] if isinstance(found, tuple) else found
-            processor.image_processor.check_settings()
-            processor.video_processor.check_settings()
+            for media in (processor.image_processor, processor.video_processor):
+                media.check_settings()
         return found
 
     def follow(self, slicing: SlicingLike, pixels: PixelSettings) -> None:
@@ -488,14 +488,7 @@ def _per_sample(
 
 def _unmarked(text: list[str] | None, kwargs: dict[str, Any]) -> list[str] | None:
     """The text without what transformers marked as the user's own words, in which a token is no placeholder."""
-    return text if text is None or not kwargs.get("sanitize_control_tokens") else without_marked_text(text)
+    return without_marked_text(text) if text is not None and kwargs.get("sanitize_control_tokens") else text
 
 
-__all__ = [
-    "BatchFeature",
-    "UHDProcessor",
-    "UHDProcessorKwargs",
-    "pack_encoded",
-    "pack_encoded_videos",
-    "placeholder_id",
-]
+__all__ = ["UHDProcessor", "UHDProcessorKwargs", "pack_encoded", "pack_encoded_videos", "placeholder_id"]
