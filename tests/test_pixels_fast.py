@@ -200,26 +200,9 @@ def test_three_rows_of_a_file_are_not_channels():
     assert farthest(data, plan((3, 50))) <= 2
 
 
-def test_webp_is_decoded_as_by_pillow(monkeypatch):
-    cat = skimage.data.chelsea()[:57, :83]
-    alpha = np.dstack([cat, np.full(cat.shape[:2], 90, np.uint8)])
-    more = {"save_all": True, "append_images": [Image.fromarray(cat[::-1].copy())]}
-    plain = [encoded(cat, "WEBP", quality=90), encoded(cat, "WEBP", lossless=True)]
-    other = [encoded(cat, "WEBP", **more), encoded(alpha, "WEBP"), encoded(cat, "WEBP", exif=exif(6))]
-    other += [encoded(cat, "PNG"), encoded(cat, "BMP")]
-    taken, real = [], fast.decoder
-    monkeypatch.setattr(fast, "decoder", lambda kind: lambda file: taken.append(kind) or real(kind)(file))
-    for data in plain + other:
-        assert np.array_equal(loaded(data), exactly(data))
-    assert taken == ["WEBP", "WEBP"]
-
-
 def test_errors_are_those_of_the_exact_backend():
     data = jpeg(skimage.data.chelsea()[:100, :150])
-    whole = [encoded(skimage.data.chelsea()[:50, :80], kind) for kind in ("PNG", "WEBP")]
-    broken = [file[:size] for file in whole for size in (20, 60, len(file) // 2, -30)]
-    broken += [file[:70] + b"x" + file[71:] for file in whole]
-    broken += [data[:-1], data[:-40], data[: len(data) // 2], data[:30], b"", b"hello", data[:700] + data[900:]]
+    broken = [data[:-1], data[:-40], data[: len(data) // 2], data[:30], b"", b"hello", data[:700] + data[900:]]
     for source in [*broken, np.zeros((3, 5, 3), np.uint8), np.full((4, 5, 3), 2.0), 7, "http://a/b.jpg"]:
         messages = []
         for chosen in (PixelSettings(), FAST):
@@ -237,7 +220,7 @@ def test_errors_are_those_of_the_exact_backend():
 
 def test_without_torchvision_pillow_decodes(monkeypatch):
     data = jpeg(skimage.data.chelsea()[:100, :150])
-    monkeypatch.setattr(fast, "decoder", lambda kind: None)
+    monkeypatch.setattr(fast, "jpeg_decoder", lambda: None)
     assert np.array_equal(loaded(data), exactly(data))
 
 

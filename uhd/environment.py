@@ -175,11 +175,10 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _pixels() -> str:
-    from uhd.pixels.fast import DECODERS, decoder
+    from uhd.pixels.fast import jpeg_decoder
 
-    kinds = [kind for kind in DECODERS if decoder(kind)]
-    if kinds:
-        return f"pillow by Pillow; fast by torchvision's decoders of {', '.join(kinds)} and PyTorch's resize"
+    if jpeg_decoder():
+        return "pillow by Pillow; fast by torchvision's JPEG decoder and PyTorch's resize"
     why = "is not installed" if find_spec("torchvision") is None else "does not decode as Pillow does here"
     return f"pillow by Pillow; fast by Pillow's decoder, since torchvision {why}, and PyTorch's resize"
 

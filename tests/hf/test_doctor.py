@@ -236,7 +236,7 @@ class TestEnvironment:
         assert "warning: uhd: not installed" in out
 
     def test_without_torchvision_and_a_compiler(self, monkeypatch, capsys):
-        monkeypatch.setattr(fast, "decoder", lambda kind: None)
+        monkeypatch.setattr(fast, "jpeg_decoder", lambda: None)
         monkeypatch.setattr(environment, "find_spec", lambda name: None)
         monkeypatch.setattr(shutil, "which", lambda name: None)
         out = run(capsys=capsys)[1]

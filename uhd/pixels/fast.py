@@ -1,4 +1,4 @@
-"""The fast backend: plain files are decoded to the array that is resized, and PyTorch resizes its bytes as they lie.
+"""The fast backend: a JPEG is decoded to the array that is resized, and PyTorch resizes its bytes as they lie.
 
 PyTorch's antialiased resize of uint8 channels-last images does Pillow's two passes over Pillow's weights, rounded to
 15 bits. So after the first pass a pixel is at most one level off; the second pass weighs those by at most 1.25
@@ -28,15 +28,6 @@ from .pillow import check_plan, cut_canvas, is_long_crop
 from .settings import RESAMPLE, PixelSettings, check_filter
 from .source import check_scans, name_of, opened, plain_source
 
-DECODERS: dict[str, tuple[dict[str, Any], ...]] = {
-    "JPEG": ({"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True}),
-    "WEBP": ({"quality": 80}, {"lossless": True}),
-}
-"""Formats that torchvision may decode, with how Pillow writes each of them to try it.
-
-Not PNG: its decoder ends the process where compressed data is damaged (torchvision 0.29).
-"""
-
 if TYPE_CHECKING:
     from uhd.slicing.plan import Canvas, SlicePlan
 
@@ -59,7 +50,7 @@ def read_picture(source: Any, settings: PixelSettings) -> Picture:
     source = plain_source(source, settings)
     name = array_name(source)
     if name is None:
-        picture = _read_plain(source, settings)
+        picture = _read_jpeg(source, settings)
         if picture is not None:
             return picture
         pixels = np.array(load_image(source, settings=settings))
@@ -87,35 +78,25 @@ def cut_fast(image: Any, plan: SlicePlan, settings: PixelSettings) -> list[np.nd
     return views
 
 
-def _read_plain(source: Any, settings: PixelSettings) -> Picture | None:
-    """Read a plain upright RGB file by a decoder of torchvision; ``None`` where Pillow must, or says what is wrong.
-
-    A JPEG with ``settings.draft`` waits for its plan.
-    """
+def _read_jpeg(source: Any, settings: PixelSettings) -> Picture | None:
+    """Read a plain upright RGB JPEG; ``None`` for anything else, and where only Pillow can tell what is wrong."""
     if isinstance(source, Image.Image):
         return None
     name = name_of(source)
     try:
         with opened(source, name, settings) as image:
-            waits = settings.draft and image.format == "JPEG"
-            if not _is_plain(image) or not (waits or decoder(image.format)):
+            plain = image.format == "JPEG" and image.mode == "RGB" and orientation_of(image) == 1
+            if not plain or not (settings.draft or jpeg_decoder()):
                 return None
             check_scans(image, settings, name)
             image.fp.seek(0)
             picture = Picture(image.height, image.width, None, image.fp.read(), name)
-            if waits:
+            if settings.draft:
                 return picture
-            pixels = decoder(image.format)(picture.file)
+            pixels = jpeg_decoder()(picture.file)
     except ValueError:
         return None
     return Picture(*pixels.shape[:2], pixels) if pixels.shape[:2] == (picture.height, picture.width) else None
-
-
-def _is_plain(image: Image.Image) -> bool:
-    """Whether a file, not decoded yet, has three channels and one frame, and is upright."""
-    if image.format not in DECODERS or image.mode != "RGB":
-        return False
-    return not getattr(image, "is_animated", False) and orientation_of(image) == 1
 
 
 def _decoded(picture: Picture, plan: SlicePlan, settings: PixelSettings) -> np.ndarray:
@@ -196,13 +177,12 @@ def _pass_orders(name: str) -> str | None:
 
 
 @cache
-def decoder(kind: str) -> Callable[[bytes], np.ndarray] | None:
-    """Return torchvision's decoder of one of :data:`DECODERS` to (h, w, 3), if it is there and does as Pillow does."""
+def jpeg_decoder() -> Callable[[bytes], np.ndarray] | None:
+    """Return torchvision's decoder to (h, w, 3), if it is installed and decodes to the same bytes as Pillow."""
     try:
-        import torchvision.io  # noqa: F401, it brings the operators
+        import torchvision.io  # noqa: F401, it brings the operator
 
-        operators = torch.ops.image  # their wrappers warn that they will go
-        operator = operators.decode_jpeg if kind == "JPEG" else operators.decode_webp
+        operator = torch.ops.image.decode_jpeg  # its wrapper in torchvision.io warns that it will go
     except (ImportError, OSError, AttributeError, RuntimeError):
         return None
 
@@ -211,12 +191,12 @@ def decoder(kind: str) -> Callable[[bytes], np.ndarray] | None:
         return operator(data, 3).permute(1, 2, 0).contiguous().numpy()  # 3: as RGB
 
     pixels = np.random.default_rng(0).integers(0, 256, (37, 51, 3), dtype=np.uint8)
-    for options in DECODERS[kind]:
+    for options in ({"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True}):
         file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "JPEG", quality=80, **options)
         try:
-            Image.fromarray(pixels).save(file, kind, **options)
             if not np.array_equal(decode(file.getvalue()), np.asarray(Image.open(file))):
                 return None
-        except (RuntimeError, OSError, KeyError):  # Pillow may have been built without the format
+        except RuntimeError:
             return None
     return decode
