@@ -115,7 +115,7 @@ def test_a_language_model_of_the_folders_own_is_not_run(cls, kind, saved, tmp_pa
     """Kinds that transformers knows, but not as a language model."""
     text = {"model_type": kind, "auto_map": OWN_MODEL["auto_map"]}
     refuses(
-        "text_config is a .* not that of a language model",
+        "text_config is a .* expected a language model's",
         cls.from_pretrained,
         copied(saved / "model", tmp_path, config={"text_config": text}),
     )
