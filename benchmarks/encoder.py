@@ -72,7 +72,7 @@ def peer_call(model: Siglip2VisionModel, patches: Tensor, batches: Sequence[Sequ
         counts = [h * w for h, w in grids]
         views = patches[first : first + sum(counts)].split(counts)
         pixels = nn.utils.rnn.pad_sequence(list(views), batch_first=True)
-        mask = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
+        mask = (torch.arange(max(counts)) < torch.tensor(counts)[:, None]).to(patches.device)
         prepared.append((pixels, mask, torch.tensor(grids)))
         first += sum(counts)
 

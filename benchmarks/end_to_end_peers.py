@@ -49,8 +49,13 @@ class Peer:
 
     def tokens(self, images: list[bytes], way: str) -> list[Tensor]:
         """(n, LM_WIDTH) of every image."""
+        return self.see(self.ways[way](images))
+
+    def see(self, pixels: Any) -> list[Tensor]:
+        """The same of what a processor made of the images."""
         model = self.model.model
-        pixels = self.ways[way](images).to(next(model.parameters()).dtype)
+        weight = next(model.parameters())
+        pixels = pixels.to(weight.device, weight.dtype)
         if "target_sizes" not in pixels:
             return list(model.get_image_features(pixels.pixel_values, pixels.image_sizes).pooler_output)
         views = iter(model.get_image_features(pixels.pixel_values, pixels.target_sizes).pooler_output)

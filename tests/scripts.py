@@ -1,11 +1,13 @@
 """The benchmark scripts as modules, and tests in a process where Triton interprets."""
 
+import contextlib
 import importlib
 import os
 import pathlib
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -14,19 +16,27 @@ FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
 
 
 def load_script(name: str) -> ModuleType:
-    """Import a benchmark, which finds its neighbours by bare name as when it is run, and forget those names again.
+    """Import a benchmark, which finds its neighbours by bare name as when it is run."""
+    with among_scripts():
+        return importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def among_scripts() -> Iterator[None]:
+    """Have benchmarks found by bare name, and those names forgotten again; what had one before has it after.
 
     They must not stay: ``kernels`` would be taken for Hugging Face's package of that name.
     """
-    before = set(sys.modules)
+    own = {path.stem for path in FOLDER.glob("*.py")}
+    aside = {name: sys.modules.pop(name) for name in own & set(sys.modules)}
     sys.path.insert(0, str(FOLDER))
     try:
-        return importlib.import_module(name)
+        yield
     finally:
         sys.path.remove(str(FOLDER))
-        for each in set(sys.modules) - before:
-            if str(getattr(sys.modules[each], "__file__", None)).startswith(str(FOLDER)):
-                del sys.modules[each]
+        for name in own & set(sys.modules):
+            del sys.modules[name]
+        sys.modules.update(aside)
 
 
 def interpreted(path, *selection: str) -> int:

@@ -603,7 +603,7 @@ class TestPreparation:
         refuses(r"nowhere\.jpg", prepare, [whole, tmp_path / "nowhere.jpg"], error=FileNotFoundError)
         deep = tmp_path / "deep.png"
         Image.fromarray(np.full((5, 7), 70000, np.int32)).save(deep.with_suffix(".tif"))
-        refuses(r"^image 0 \(.*deep\.tif'\): a gray image of mode I", prepare, [deep.with_suffix(".tif")])
+        refuses(r"^image 0: .*deep\.tif': a gray image of mode I", prepare, [deep.with_suffix(".tif")])
         long = jpeg(tmp_path, "long.jpg", (20, 6000))
         refuses(r"^image 1 \(.*long\.jpg'\): ", prepare, [whole, long])
 

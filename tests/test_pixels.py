@@ -435,19 +435,20 @@ def test_missing_files_urls_and_other_types_raise(tmp_path):
 
 
 def test_decompression_bombs_raise():
-    """A 20,000 x 20,000 PNG needs no real pixels to be refused; the default is where Pillow itself stops."""
-    bomb = png((20_000, 20_000, 1, 0), [])
-    refuses(r"400000000 pixels.*max_pixels", load_image, bomb)
+    """A 20,000 x 20,000 PNG needs no real pixels to be refused."""
+    refuses(r"400000000 pixels.*max_pixels", load_image, png((20_000, 20_000, 1, 0), []))
     small = encoded(Image.fromarray(COLOURS), "PNG")
     with pytest.raises(ValueError, match=r"6x9 px \(height x width\), 54 pixels, over max_pixels=53"):
         load_image(small, settings=PixelSettings(max_pixels=53))
     assert (pixels(small, settings=PixelSettings(max_pixels=54)) == COLOURS).all()
+    raised = PixelSettings(max_pixels=10**8)
     between = png((10_000, 10_000, 1, 0), [])
+    refuses("over max_pixels", image_size_hw, png((8_000, 8_000, 1, 0), []))
     with pytest.raises(ValueError, match=r"PIL\.Image\.MAX_IMAGE_PIXELS"):
-        image_size_hw(between)  # Pillow only warns here, which this test suite makes an error
+        image_size_hw(between, settings=raised)  # Pillow only warns here, which this test suite makes an error
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert image_size_hw(between) == (10_000, 10_000)
+        assert image_size_hw(between, settings=raised) == (10_000, 10_000)
     assert [w.category for w in caught] == [Image.DecompressionBombWarning]
 
 

@@ -1,49 +1,15 @@
 """Small pictures, parts and encoders that many test files share."""
 
-import io
-import struct
-import zlib
-
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import uhd
+from tests.files import encoded, exif, noise, picture, png_chunk  # noqa: F401, for those who take all from here
 from uhd.pixels import PixelSettings
 from uhd.resampler import PerceiverConfig, PerceiverResampler
 from uhd.vision import ViT, ViTConfig
 
 PIXELS = PixelSettings(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
-
-
-def noise(height, width, seed=0):
-    """(h, w, 3) uint8: every px of misplacement, and every other filter, gives other views of it."""
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def picture(height, width, seed=0):
-    """The same as a Pillow image, which no size makes ambiguous."""
-    return Image.fromarray(noise(height, width, seed))
-
-
-def encoded(image, kind="PNG", **options):
-    """A Pillow image or an array as the bytes of a file."""
-    file = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, kind, **options)
-    return file.getvalue()
-
-
-def png_chunk(kind, data, checksum=None):
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum or zlib.crc32(kind + data))
-
-
-def exif(orientation):
-    found = Image.Exif()
-    found[0x0112] = orientation
-    return found
-
-
 IMAGES = [noise(100, 60), noise(30, 200, 1), noise(20, 11, 2), noise(168, 112, 3)]
 
 

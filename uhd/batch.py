@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from uhd.grids import sent
 from uhd.machine import in_threads
 from uhd.pixels import DEFAULT, PixelSettings, cut, fold_into, inner_axes, reorder
 from uhd.pixels.normalize import normalize
@@ -122,7 +123,7 @@ class SliceBatch:
         """Make a batch of patches that were packed before, raw or normalised, on any device; check their number."""
         grids = tuple(view.patches_hw for plan in plans for view in plan.views)
         offsets = _offsets([rows * cols for rows, cols in grids])
-        cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=patches.device)
+        cu_seqlens = sent(torch.tensor(offsets, dtype=torch.int32, device="cpu"), patches.device)
         return cls(patches=patches, cu_seqlens=cu_seqlens, grids=grids, plans=tuple(plans), inner=inner)
 
     @classmethod

@@ -21,6 +21,41 @@ from uhd.writing import is_file
 
 SAFE = ("model.safetensors", "model.safetensors.index.json")
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_ADAPTER = (("adapter_model.safetensors",), ("adapter_model.bin",))
+
+
+def refuse_pickled(folder: Path, how: str) -> None:
+    """Raise a ``ValueError`` where weights are there in pickled form only; ``how`` says how to ask for those."""
+    for safe, pickled in ((SAFE, PICKLED), _ADAPTER):
+        found = [name for name in pickled if (folder / name).is_file()]
+        if found and not any((folder / name).is_file() for name in safe):
+            raise ValueError(
+                f"{folder} has pickled weights only ({found[0]}): save the model as safetensors, or pass {how}"
+            )
+
+
+def transformers_config(folder: Path) -> Any:
+    """Read ``config.json`` as one of transformers' own classes. Code that the folder brings is never run.
+
+    Raises:
+        ValueError: It is none; the message names the file.
+    """
+    from transformers import AutoConfig
+
+    file = folder / "config.json"
+    with damage_named(file), own_code_named(file, "load it with transformers, if you trust it, and pass the module"):
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+@contextmanager
+def own_code_named(what: Any, how: str) -> Iterator[None]:
+    """One sentence where transformers refuses code that a folder brings; ``how`` says how to ask for it."""
+    try:
+        yield
+    except ValueError as problem:
+        if "trust_remote_code" not in str(problem):
+            raise
+        raise ValueError(f"{what} asks for code that the folder brings, which is not run: {how}") from problem
 
 
 class Checkpoint:
@@ -63,11 +98,8 @@ class Checkpoint:
                     return dict.fromkeys(opened.keys(), self.folder / single)
             if (self.folder / index).is_file():
                 return self._indexed(self.folder / index)
-        if any((self.folder / name).is_file() for name in PICKLED):
-            raise ValueError(
-                f"{self.folder} has pickled weights only ({PICKLED[0]}): save the model as safetensors, or pass "
-                "pickled=True to uhd.pretrained, which reads their tensors with torch.load(weights_only=True)"
-            )
+        how = "pickled=True to uhd.pretrained, which reads their tensors with torch.load(weights_only=True)"
+        refuse_pickled(self.folder, how)
         raise FileNotFoundError(f"{self.folder} has no weights: neither {SAFE[0]} nor {SAFE[1]}")
 
     def _indexed(self, index: Path) -> dict[str, Path]:

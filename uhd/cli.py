@@ -15,6 +15,7 @@ from uhd import commands
 
 if TYPE_CHECKING:  # nothing heavy before `commands.run` is there to take an interrupt
     from uhd.encoder import VisualEncoder
+    from uhd.pixels import PixelSettings
     from uhd.schema import SpatialSchema
     from uhd.slicing import SlicePlan, Slicing
 
@@ -42,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(prog="uhd", description="Native-resolution eyes for any causal language model.")
     parser.add_argument("--version", action="version", version=f"uhd {__version__}")
+    parser.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger pictures (default 50331648)")
     known = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_planning(known)
     _add_encoding(known)
@@ -175,7 +177,7 @@ def _plan(args: argparse.Namespace) -> int:
     failed = 0
     for item in _progress(inputs, "sizes", quiet_below=5000):
         try:
-            record: dict[str, Any] = {"image_hw": _size_hw(item)}
+            record: dict[str, Any] = {"image_hw": _size_hw(item, _pixels(args))}
         except (ValueError, OSError) as problem:
             if args.on_error == "stop":
                 raise ValueError(f"{item}: {problem}") from problem
@@ -234,7 +236,7 @@ def _layout(args: argparse.Namespace) -> int:
     schema = _schema(args)
     if schema is None:
         raise ValueError(f"{args.strategy!r} has no schema of separators; layouts are for {', '.join(PRESETS)}")
-    laid = layout(plan(_size_hw(args.input), _config(args)), schema)
+    laid = layout(plan(_size_hw(args.input, _pixels(args)), _config(args)), schema)
     if args.json:
         print(json.dumps(laid.symbols))
     else:
@@ -245,14 +247,14 @@ def _layout(args: argparse.Namespace) -> int:
 
 def _show(args: argparse.Namespace) -> int:
     from uhd.draw import draw_plan, write_picture
-    from uhd.pixels import image_size_hw
+    from uhd.pixels import load_image
     from uhd.slicing import plan
 
     if _SIZE.fullmatch(args.image) and not Path(args.image).exists():
         raise ValueError(f"{args.image} is a size, a picture is drawn of an image file: uhd compare takes sizes")
     _check_output(args.output, [args.image])
-    image, config = commands.picture(args.image), _config(args)
-    found = plan(image_size_hw(image), config)
+    image = load_image(_source(args.image, _pixels(args)), settings=_pixels(args))
+    found = plan((image.height, image.width), _config(args))
     write_picture(args.output, draw_plan(image, found, schema=_schema(args)))
     print(f"{args.image}: {_summary(found)}")
     print(f"wrote {args.output}")
@@ -273,9 +275,9 @@ def _compare(args: argparse.Namespace) -> int:
 
     def one(item: str) -> str:
         if args.html is not None and not _SIZE.fullmatch(item):
-            image, size_hw = picture_of(commands.picture(item))
+            image, size_hw = picture_of(_source(item, _pixels(args)), _pixels(args))
         else:
-            image, size_hw = None, _size_hw(item)
+            image, size_hw = None, _size_hw(item, _pixels(args))
         found.append(compare(size_hw, rules, name=Path(item).name, image=image, budget=args.budget, **system))
         return json.dumps(found[-1].to_dict()) if args.json else table(found[-1]) + "\n"
 
@@ -296,17 +298,18 @@ def _encode(args: argparse.Namespace) -> int:
 
     check_output(args.output)
     encoder = _encoder(args.encoder, args.strategy)
+    encoder.pixels = _pixels(args, encoder.pixels)
     done: list[str] = []
     failed, stop = 0, None
     with token_file(args.output, schema=encoder.schema, note=encoder.note) as file, torch.inference_mode():
 
         def one(image: str) -> None:
-            (tokens,) = encoder([commands.picture(image)])
+            (tokens,) = encoder([_source(image, encoder.pixels)])
             file.add(image, tokens)
             done.append(f"{image}: {_summary(tokens.plan)}\n  tokens {tuple(tokens.tokens.shape)}")
 
         if args.video:
-            (video,) = encoder.encode_videos([[commands.picture(image) for image in args.images]])
+            (video,) = encoder.encode_videos([[_source(image, encoder.pixels) for image in args.images]])
             file.add(name := f"{len(args.images)} frames", video)
             words = f"{_summary(video.plan.plans[0])} each\n  {video.plan.num_tokens} tokens in all"
             done.append(f"{name}: {words}\n  tokens {tuple(video.tokens.shape)}")
@@ -339,7 +342,8 @@ def _demo(args: argparse.Namespace) -> int:
     name, eyes = "a page drawn for this demo", "a small ViT and perceiver resampler"
     if reader:
         name, eyes = reader.name, "the shipped nano model"
-    own = None if args.image is None else commands.picture(args.image)
+    encoder.pixels = _pixels(args, encoder.pixels)
+    own = None if args.image is None else _source(args.image, encoder.pixels)
     source = own if own is not None else reader.scene.image if reader else demo.page_image()
     image = load_image(source, settings=encoder.pixels)
     found = encoder.plan((image.height, image.width))
@@ -406,18 +410,32 @@ def _encoder(folder: Path | None, strategy: str | None = None) -> VisualEncoder:
     return VisualEncoder.from_pretrained(folder, slicing=strategy)
 
 
-def _size_hw(item: Any) -> tuple[Any, Any]:
+def _pixels(args: argparse.Namespace, settings: PixelSettings | None = None) -> PixelSettings:
+    """The settings, or the default ones, with the limit that was asked for."""
+    from uhd.pixels import DEFAULT
+
+    settings = settings or DEFAULT
+    return settings if args.max_pixels is None else settings.replace(max_pixels=args.max_pixels)
+
+
+def _source(item: str, pixels: PixelSettings) -> str | bytes:
+    """An image's path, or all of a FIFO such as ``<(...)``, whatever the command does with it then."""
+    from uhd.pixels.source import command_source
+
+    return command_source(item, pixels)
+
+
+def _size_hw(item: Any, pixels: PixelSettings) -> tuple[Any, Any]:
     """(height, width) of ``WIDTHxHEIGHT`` or of an image file; an entry of a sizes file is one already."""
     if isinstance(item, tuple):
         return item
-    found = _SIZE.fullmatch(item)
-    if found:
+    if found := _SIZE.fullmatch(item):
         return int(found[2]), int(found[1])
-    if not Path(item).exists() or Path(item).is_dir():
-        raise ValueError(f"{item!r} is neither an image file nor a size such as 672x1008 (WIDTHxHEIGHT)")
     from uhd.pixels import image_size_hw
 
-    return image_size_hw(commands.picture(item))
+    if not Path(item).exists() or Path(item).is_dir():
+        raise ValueError(f"{item!r} is neither an image file nor a size such as 672x1008 (WIDTHxHEIGHT)")
+    return image_size_hw(_source(item, pixels), settings=pixels)
 
 
 def _read_sizes(path: Path) -> list[tuple[Any, Any]]:

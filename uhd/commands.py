@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import stat
 import sys
 import threading
 import traceback
@@ -14,9 +13,6 @@ from typing import Any
 
 DONE, REFUSED, SOME_FAILED, INTERRUPTED, TERMINATED = 0, 1, 3, 130, 143
 """Exit statuses; 2, a wrong call, is argparse's own."""
-
-MOST_BYTES = 1 << 28
-"""Of a picture that comes through a pipe."""
 
 
 def status(failed: int, total: int) -> int:
@@ -95,24 +91,6 @@ def keep(stop: KeyboardInterrupt | None, write: Callable[[], None], words: str) 
         write()
     if stop:
         raise type(stop)(words)
-
-
-def picture(item: str) -> str | bytes:
-    """An image file; or the bytes of a pipe, such as ``<(...)``, which can be read only once.
-
-    Raises:
-        ValueError: It is a device, or too much comes through the pipe.
-    """
-    kind = os.stat(item).st_mode if os.path.exists(item) else 0
-    if stat.S_ISFIFO(kind):
-        with open(item, "rb") as pipe:
-            content = pipe.read(MOST_BYTES + 1)
-        if len(content) > MOST_BYTES:
-            raise ValueError(f"more than {MOST_BYTES >> 20} MiB come through this pipe: write a file first")
-        return content
-    if kind and not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
-        raise ValueError(f"{item} is a device or a socket, expected an image file or a pipe")
-    return item
 
 
 def _say(name: str, words: str) -> None:

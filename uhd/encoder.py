@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from uhd import saving
 from uhd.batch import SliceBatch
 from uhd.encoded import EncodedImage, EncodedVideo, num_rows
-from uhd.loading import Errors, Preparation
+from uhd.loading import Errors, Preparation, named
 from uhd.packed_encoder import PackedEncoder
 from uhd.parts import find_pixels, load_vision
 from uhd.pixels import PixelSettings
@@ -189,7 +189,7 @@ class VisualEncoder(PackedEncoder):
             ValueError: A video has no frames, or frames of different sizes; as in :meth:`forward`.
         """
         prepare = Preparation.of(self)
-        loaded = [prepare.load(_frames_of(video, number)) for number, video in enumerate(videos)]
+        loaded = [_loaded_frames(prepare, video, number) for number, video in enumerate(videos)]
         sizes = [_one_size(video, number) for number, video in enumerate(loaded)]
         options: dict[str, Any] = {"frames": frames, "max_tokens": max_tokens}
         plans = [self.plan_video(size, len(video), **options) for size, video in zip(sizes, loaded, strict=True)]
@@ -408,9 +408,10 @@ def _with_newlines(tokens: Tensor, videos: Sequence[VideoPlan], newline: Tensor 
     return torch.cat(rows)
 
 
-def _frames_of(video: Any, number: int) -> list[Any]:
+def _loaded_frames(prepare: Preparation, video: Any, number: int) -> list[Any]:
     if isinstance(video, (list, tuple)) or getattr(video, "ndim", None) == 4:
-        return list(video)
+        with named("video", number):
+            return prepare.load(list(video))
     shape = f" of shape {tuple(video.shape)}" if hasattr(video, "shape") else ""
     raise TypeError(
         f"video {number} is a {type(video).__name__}{shape}: expected a list of frames, or an array (T, h, w, c) or "

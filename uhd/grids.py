@@ -137,3 +137,11 @@ def made_once(make: Callable[..., np.ndarray]) -> Callable[..., Tensor]:
         return torch.from_numpy((make if torch.compiler.is_compiling() else kept)(*args, **kwargs))
 
     return table
+
+
+def sent(table: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Send a small table from the host to a device; to CUDA without waiting for what runs there.
+
+    CUDA has read ordinary memory when the call returns. Other devices may read it later, so these are waited for.
+    """
+    return table.to(device, dtype, non_blocking=device.type == "cuda")

@@ -22,7 +22,7 @@ from PIL import Image
 
 from uhd.batch import SliceBatch
 from uhd.machine import in_threads
-from uhd.pixels import PixelSettings, image_size_hw
+from uhd.pixels import DEFAULT, PixelSettings, image_size_hw
 from uhd.pixels.render import load_picture
 from uhd.sampling import TokenBudgetSampler, whole
 from uhd.settings import check_choice
@@ -37,8 +37,7 @@ REFUSALS = (ValueError, TypeError, OSError)
 
 Errors = dict[int, Exception]
 
-_READ_TOGETHER = 1024
-"""Images whose headers wait for a thread: a generator of many is never held whole."""
+_READ_TOGETHER = 1024  # images whose headers wait for a thread: a generator of many is never held whole
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,7 @@ def collected(function: Callable[[int, Any], Any], items: Sequence[Any]) -> tupl
 
 
 def image_sizes_hw(
-    images: Iterable[Any], *, threads: int = 1, errors: str = "raise"
+    images: Iterable[Any], *, threads: int = 1, settings: PixelSettings = DEFAULT, errors: str = "raise"
 ) -> np.ndarray | tuple[np.ndarray, Errors]:
     """The sizes of many images as :func:`uhd.pixels.load_image` gives them, upright; of files the headers are read.
 
@@ -160,6 +159,7 @@ def image_sizes_hw(
         images: Paths, bytes, arrays, tensors or Pillow images: a list, a dataset of them, a generator. A Pillow image
             is decoded, and keeps its pixels.
         threads: More than one help where files are far away.
+        settings: The pixel limit, as of :func:`uhd.pixels.load_image`.
         errors: ``"raise"`` where an image is refused; ``"collect"``: its size is (0, 0), and the errors come too.
 
     Returns:
@@ -182,7 +182,7 @@ def image_sizes_hw(
     def size_hw(item: tuple[int, Any]) -> tuple[int, int]:
         try:
             with named("item", *item):
-                return image_size_hw(item[1])
+                return image_size_hw(item[1], settings=settings)
         except REFUSALS as problem:
             if errors == "raise":
                 raise

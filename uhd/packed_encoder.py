@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from uhd.grids import check_grids
 from uhd.pixels import PixelSettings, reorder
 from uhd.pixels.normalize import normalize
-from uhd.ranks import is_sharded
+from uhd.ranks import gathered_dtype, is_sharded
 from uhd.resampler import MergeProjector, MLPProjector, PixelShuffleProjector, PoolProjector
 from uhd.shortcuts import float_parameter, in_fastest_dtype, transformed
 from uhd.vision import ViT, ViTConfig
@@ -137,7 +137,8 @@ class PackedEncoder(nn.Module):
             told = f"vision returned {len(features)} features for {total} patches"
             raise ValueError(f"{told}: a vision encoder of another stride needs output_grids(grids)")
         weight = float_parameter(self.compressor, features)
-        features = features.to(features.device if weight.is_meta else weight.device, weight.dtype)
+        dtype = gathered_dtype(self.compressor, weight.dtype)
+        features = features.to(features.device if weight.is_meta else weight.device, dtype)
         tokens = self._compress(features, grids)
         dense = tokens.dim() == 3
         lengths = [tokens.shape[1]] * len(tokens) if dense else list(self.compressor.output_lengths(grids))

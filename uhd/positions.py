@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uhd.grids import as_grid, made_once
+from uhd.grids import as_grid, made_once, sent
 
 MODES = ("bicubic", "bilinear", "nearest")
 BUCKET_RULES = ("integer", "transformers", "remote")
@@ -71,7 +71,7 @@ def _resized(table: Tensor, src_hw: tuple[int, int], dst_hw: tuple[int, int], mo
     image = table.unflatten(0, src_hw).to(torch.promote_types(table.dtype, torch.float32))  # (h, w, D)
     exact = np.float64 if image.dtype == torch.float64 else np.float32
     rows, columns = (
-        resize_weights(source, target, mode, antialias, exact).to(table.device)
+        sent(resize_weights(source, target, mode, antialias, exact), table.device)
         for source, target in zip(src_hw, dst_hw, strict=True)
     )
     with _without_autocast(table.device.type):
@@ -196,7 +196,8 @@ def sincos_2d(
         raise ValueError(f"dim={dim}: a 2D sincos table needs a positive multiple of 4")
     if rows < 1 or columns < 1:
         raise ValueError(f"grid_hw={(rows, columns)}: both sides must be at least 1 patch")
-    y, x = (sines(dim // 2, length).to(device, dtype) for length in (rows, columns))
+    device = torch.device(device or "cpu")
+    y, x = (sent(sines(dim // 2, length), device, dtype) for length in (rows, columns))
     table = torch.cat([x.expand(rows, -1, -1), y[:, None].expand(-1, columns, -1)], dim=-1)
     return table.flatten(0, 1)
 

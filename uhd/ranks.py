@@ -6,6 +6,7 @@ order, whatever their batches hold, and always through ``forward``, which is whe
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -66,6 +67,15 @@ def unwrapped(module: nn.Module) -> nn.Module:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     return module.module if isinstance(module, FullyShardedDataParallel) else module
+
+
+def gathered_dtype(module: nn.Module, own: torch.dtype) -> torch.dtype:
+    """Return the dtype in which FSDP1 will gather a module's parameters, which do not show it before; else ``own``.
+
+    FSDP2 casts what a module is called on by itself.
+    """
+    policy = None if unwrapped(module) is module else module.mixed_precision
+    return own if policy is None or policy.param_dtype is None else policy.param_dtype
 
 
 def _ranks() -> bool:

@@ -23,7 +23,7 @@ _SLACK = 200
 _DRAWS = 4
 """Of an epoch's order, each with half of the last one's jitter, the last without any."""
 
-MOST_RANKS = 1 << 20
+_MOST_RANKS = 1 << 20
 Before = tuple[tuple[int, int], ...]
 """(number of ranks, batches that each of them took), one after the other, of one epoch."""
 
@@ -165,7 +165,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
             changes = ", ".join(f"{key}: saved {state.get(key)!r}, now {mine[key]!r}" for key in other)
             raise ValueError(f"the state is of a sampler with other batches ({changes})")
         for replicas, steps in (*before, (ranks, batches)):
-            if not (1 <= replicas <= MOST_RANKS and steps >= 0):
+            if not (1 <= replicas <= _MOST_RANKS and steps >= 0):
                 raise ValueError(f"the state tells of {steps} batches of {replicas} ranks: it is damaged")
         now, self.epoch = self.epoch, whole("epoch", epoch, least=0)
         try:

@@ -38,15 +38,17 @@ def in_fastest_dtype(module: nn.Module, x: Tensor) -> nn.Module:
     Returns the module itself where that is its own dtype, where gradients are wanted, under autocast and transforms,
     and where anything has hooks, wrappers, or tensors of other classes, dtypes or devices than the others.
     """
+    if transformed():
+        return module
     tensors = [*module.parameters(), *module.buffers()]
     floats = [tensor for tensor in tensors if tensor.is_floating_point()]
-    if not floats or transformed() or torch.is_autocast_enabled(x.device.type) or wants_gradients((x, *tensors)):
+    own = floats[0].dtype if floats else x.dtype
+    dtype = product_of(own, x.device, max((each.numel() for each in floats), default=0)).dtype
+    if dtype == own or torch.is_autocast_enabled(x.device.type) or wants_gradients((x, *tensors)):
         return module
-    own = floats[0].dtype
-    dtype = product_of(own, x.device, max(each.numel() for each in floats)).dtype
     plain = {(type(each) in (Tensor, nn.Parameter), each.device, each.dtype) for each in floats}
     alike = plain == {(True, x.device, own)}
-    if dtype == own or not alike or not all(is_plain(part, type(part)) for part in module.modules()):
+    if not alike or not all(is_plain(part, type(part)) for part in module.modules()):
         return module
     cast = {id(each): each.detach().to(dtype) for each in floats}
     for each in module.parameters():

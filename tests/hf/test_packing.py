@@ -134,6 +134,21 @@ def test_samples_as_lists_and_raw_ones():
             assert got.equal(value), name
 
 
+def test_samples_as_columns_all_have_the_same():
+    """As ``datasets.map`` needs them, which drops what its first sample lacks."""
+    found = model("llama")
+    collate = PackingCollator(found.processor, max_tokens=40)
+    samples = prepared(found)
+    columns = [collate.columns(sample) for sample in samples]
+    assert len({tuple(sorted(sample)) for sample in columns}) == 1
+    got, wanted = collate(columns), collate(samples)
+    assert all(got[name].equal(wanted[name]) for name in wanted.keys() - {"visual"})
+    assert got["visual"].pixel_values.equal(wanted["visual"].pixel_values)
+    lost = {name: value for name, value in samples[0].items() if name in ("input_ids", "attention_mask")}
+    with pytest.raises(ValueError, match=r"\d+ image or video positions and neither images nor videos.*columns"):
+        collate([lost])
+
+
 def test_samples_with_an_image_a_row():
     """As ``pad_patches`` makes them: images of other samples have other lengths."""
     found = attach(encoder(), "llama")

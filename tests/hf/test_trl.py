@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.hf.tiny import attach, encoder, language_model
 from tests.tiny import noise
-from uhd.hf import UHDForConditionalGeneration
+from uhd.hf import PackingCollator, UHDForConditionalGeneration
 
 pytestmark = [
     pytest.mark.trl,
@@ -313,6 +313,33 @@ def test_a_collator_of_ones_own_is_refused_where_its_labels_were_counted(peft_co
     trainer = run("SFT", model, MESSAGES, tmp_path, peft_config=peft_config and peft_config(), data_collator=collate)
     with pytest.raises(ValueError, match=r"TRL has counted them already: put them into the processor's batch"):
         trainer.train()
+
+
+def test_packed_samples_that_datasets_has_prepared(tmp_path):
+    """The first has no image, so its columns are not all there are."""
+    from datasets import Dataset
+
+    model = fresh()
+
+    def prepare(sample):
+        return model.processor(text=sample["text"], images=sample["image"])
+
+    raw = [{"image": None, "text": "hello"}, {"image": LIGHT, "text": "<image>a"}, {"image": DARK, "text": "b<image>"}]
+    pack = PackingCollator(model.processor, max_tokens=256, prepare=prepare)
+    want = pack(raw)
+    samples = Dataset.from_list(raw).map(pack.columns, remove_columns=["image", "text"])
+    collate = PackingCollator(model.processor, max_tokens=256)
+    got = collate(list(samples))
+    assert all(torch.equal(got[name], want[name]) for name in want if name != "visual")
+    assert torch.equal(got["visual"].pixel_values, want["visual"].pixel_values)
+    settings = {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False, "max_steps": 2}
+    trainer = run("SFT", model, list(samples), tmp_path, data_collator=collate, **settings)
+    start = state(model)
+    trainer.train()
+    assert moved(model, start) == {"visual", "language_model"}
+    lost = Dataset.from_list(raw).map(prepare, remove_columns=["image", "text"])
+    with pytest.raises(ValueError, match=r"neither images nor videos.*map PackingCollator\.columns"):
+        collate(list(lost))
 
 
 def test_the_training_page(tmp_path, monkeypatch):

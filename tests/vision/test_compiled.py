@@ -352,6 +352,11 @@ def test_attention_by_products(products: str, monkeypatch: pytest.MonkeyPatch) -
     assert 0 < error(got, exact) <= 2 * error(eager, exact)
 
 
+def test_a_device_without_autocast_has_its_own_products() -> None:
+    vit = make().to("meta")
+    assert vit(patches().to("meta"), GRIDS).shape == (len(patches()), 32)
+
+
 def test_int8_layers_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     vit, x = make(), patches()
     quantize_linears(vit.blocks)

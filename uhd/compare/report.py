@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from uhd.pixels import load_image
+from uhd.pixels import DEFAULT, PixelSettings, load_image
 from uhd.slicing import PRESETS, SlicePlan, SlicingLike, find, plan
 from uhd.slicing.flops import LMS, RESAMPLERS, VITS, named
 from uhd.slicing.metrics import PlanMetrics, measure
@@ -228,14 +228,14 @@ def _tokens(rule: Any, sizes_hw: Sequence[tuple[int, int]], xs: Sequence[float])
     return line
 
 
-def picture_of(item: Any) -> tuple[Image.Image, tuple[int, int]]:
+def picture_of(item: Any, settings: PixelSettings = DEFAULT) -> tuple[Image.Image, tuple[int, int]]:
     """Load an image upright and RGB, with its (height, width).
 
     >>> image, size_hw = picture_of(Image.new("L", (8, 4)))
     >>> image.mode, size_hw
     ('RGB', (4, 8))
     """
-    image = load_image(item)
+    image = load_image(item, settings=settings)
     return image, (image.height, image.width)
 
 

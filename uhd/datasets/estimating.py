@@ -46,7 +46,8 @@ def estimate(
     some: list[Unit] = []
 
     def cost(_: int, item: Item) -> tuple[int, int, int]:
-        plan = job.preparation.slicing.plan(image_size_hw(item.place[0] if item.kind == "file" else read(item)[0]))
+        source, how = item.place[0] if item.kind == "file" else read(item)[0], job.preparation
+        plan = how.slicing.plan(image_size_hw(source, settings=how.pixels))
         return plan.num_views, plan.num_patches, num_rows(plan)
 
     for number, items in enumerate(units(islice(listed(source, columns=columns), limit))):

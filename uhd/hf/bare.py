@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import ProcessorMixin
 
+from uhd.checkpoint import own_code_named
 from uhd.writing import finish, new_files
 
 MODULE = "uhd_classes"
@@ -62,9 +63,14 @@ class FoundByName(FromPackage, ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; a save that was killed is finished first, see :mod:`uhd.writing`."""
+        """As in transformers; code that the folder brings is run only where ``trust_remote_code=True`` asks for it.
+
+        A save that was killed is finished first, see :mod:`uhd.writing`.
+        """
         finish(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))
+        with own_code_named(pretrained_model_name_or_path, "pass trust_remote_code=True if you trust it"):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
     def load_by_name(cls, attribute: str, part: type) -> None:

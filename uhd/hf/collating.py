@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import IterableDataset
 
-from uhd.hf.labels import labels_of
+from uhd.hf.labels import is_visual, labels_of
 from uhd.hf.visual_inputs import VISUAL_KEYS, together
 from uhd.merge import IGNORE
 from uhd.settings import read_values
@@ -120,6 +120,10 @@ class PackingCollator:
         """One sample as tensors without padding: ``input_ids`` and ``labels`` (T,), and its images and videos."""
         return self._tensors(sample if self.prepare is None else self.prepare(sample))
 
+    def columns(self, sample: Any) -> dict[str, Tensor | None]:
+        """As :meth:`read`, and ``None`` for what a sample lacks: ``datasets.map`` drops what its first lacks."""
+        return {**dict.fromkeys(VISUAL_KEYS), **self.read(sample)}
+
     def _tensors(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
         if "input_ids" not in given:
             raise ValueError(
@@ -141,7 +145,13 @@ class PackingCollator:
             raise ValueError("a sample has no tokens: leave it out")
         found = {"input_ids": ids[kept], "labels": labels[kept]}
         found["labels"][0] = IGNORE  # else the sample before would have to guess it
-        return found | {name: _tensor(name, given[name]) for name in VISUAL_KEYS if given.get(name) is not None}
+        visual = {name: _tensor(name, given[name]) for name in VISUAL_KEYS if given.get(name) is not None}
+        if not visual and (count := int(is_visual(ids, self.processor).sum())):
+            raise ValueError(
+                f"a sample has {count} image or video positions and neither images nor videos, only {sorted(given)}; "
+                "datasets.map drops the columns that its first sample lacks: map PackingCollator.columns"
+            )
+        return found | visual
 
 
 @dataclass(frozen=True)

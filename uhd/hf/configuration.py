@@ -198,7 +198,12 @@ class UHDConfig(FromPackage, PreTrainedConfig):
         for part in (self, self.vision_config, self.resampler_config):
             check_fields(part, type(part).__annotations__)
         check_range(self, ("image_token_id", "video_token_id", "fill_token_id", "visual_scale"), 0)
-        vocab, ids = self.text_config.get_text_config().vocab_size, (self.separator_ids or {}).values()
+        text = self.text_config.get_text_config()
+        if not hasattr(text, "vocab_size"):
+            raise ValueError(
+                f"text_config is a {type(text).__name__} without a vocab_size, expected a language model's"
+            )
+        vocab, ids = text.vocab_size, (self.separator_ids or {}).values()
         if beyond := [one for one in (self.fill_token_id, *itertools.chain(*ids)) if not 0 <= one < vocab]:
             raise ValueError(f"fill_token_id and separator_ids lie in 0..{vocab - 1}, got {beyond[0]}")
         if self.visual_dtype is not None and not _is_floating(self.visual_dtype):
@@ -217,7 +222,14 @@ class UHDConfig(FromPackage, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers, of a whole ``config.json``; a ``ValueError`` names what in it is missing or wrong."""
+        """As in transformers, of a whole ``config.json``.
+
+        Raises:
+            ValueError: It names what is missing or wrong; or it has code of the hub as its attention, where no keyword
+                ``attn_implementation`` asks for another.
+        """
+        asked = {} if kwargs.get("attn_implementation") is None else {"attn_implementation": None}
+        _refuse_kernels({**config_dict, **asked})
         with damage_named(Path(config_dict.get("_name_or_path") or "", "config.json")):
             _check_whole(cls, config_dict, "")
             for name, part in (("vision_config", UHDVisionConfig), ("resampler_config", UHDResamplerConfig)):
@@ -356,6 +368,19 @@ def _built(config_class: type, given: dict[str, Any] | PreTrainedConfig | None) 
     if config_class is AutoConfig:
         return AutoConfig.for_model(given.pop("model_type", "llama"), **given)
     return config_class(**given)
+
+
+def _refuse_kernels(given: Mapping[str, Any]) -> None:
+    """Refuse attention whose code transformers would download, where a file names it and no caller."""
+    for name, value in given.items():
+        attention = "attn_implementation" in str(name)
+        if isinstance(value, Mapping) and not attention:
+            _refuse_kernels(value)
+        if attention and "/" in str(value):
+            raise ValueError(
+                f"this configuration names the code of {value!r:.200} as its {name}, which would be downloaded and "
+                "run: leave it out, and give attn_implementation to from_pretrained if you trust it"
+            )
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:

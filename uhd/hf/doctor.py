@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import is_flash_attn_2_available
 
+from uhd.checkpoint import own_code_named, refuse_pickled, transformers_config
 from uhd.environment import attention
 from uhd.hf.attach import check_ids, embedding_rms, with_image_token
 from uhd.hf.configuration import UHDConfig, max_positions
@@ -151,20 +152,23 @@ def _load(folder: Path) -> tuple[PreTrainedModel, Any]:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json: give a folder that save_pretrained wrote")
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, KeyError, OSError) as problem:
+        config = transformers_config(folder)
+    except (ValueError, OSError) as problem:
         raise ValueError(f"the config.json of {folder} cannot be read: {_short(problem)}") from problem
     if isinstance(config, UHDConfig):
         raise ValueError(f"{folder} holds a model that has eyes already: give the folder of its language model")
     _check_causal(folder, config)
+    refuse_pickled(folder, "a copy whose weights are safetensors")
+    own = {"local_files_only": True, "trust_remote_code": False}
     if not any(found for name in TOKENIZER_FILES for found in folder.glob(name)):
         raise ValueError(f"{folder} holds no tokenizer: save it there with tokenizer.save_pretrained(folder)")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        with own_code_named(folder, "save it with a tokenizer of transformers"):
+            tokenizer = AutoTokenizer.from_pretrained(folder, **own)
     except Exception as problem:  # tokenizers raise what they like on files they cannot read
         raise ValueError(f"the tokenizer of {folder} cannot be read: {_short(problem)}") from problem
     try:
-        lm = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="auto").eval()
+        lm = AutoModelForCausalLM.from_pretrained(folder, **own, use_safetensors=True, dtype="auto").eval()
     except (OSError, RuntimeError, ValueError, ImportError) as problem:
         raise ValueError(f"the weights of {folder} cannot be loaded: {_short(problem)}") from problem
     return lm, tokenizer

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import CONFIG_NAME, can_return_tuple
 
+from uhd.checkpoint import own_code_named, refuse_pickled
 from uhd.encoded import num_rows
 from uhd.encoder import VisualEncoder
 from uhd.hf.attach import native_side
@@ -78,31 +79,37 @@ class UHDPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, with all its keywords.
 
+        Pickled weights are read, and code that the folder brings is run, only where ``use_safetensors=False`` and
+        ``trust_remote_code=True`` ask for it.
+
         Both sides keep the dtypes they were saved in, unless ``dtype`` says otherwise. The model's ``processor`` comes
         from the same place: same ``subfolder``, ``revision``, ``cache_dir`` and ``token``.
 
         Raises:
             ValueError, OSError: A local folder's file is damaged or missing, or does not fit the others; the message
-                names it.
-            ValueError: Only now was a save finished there that had been killed, see :mod:`uhd.writing`, and the config
-                that was read before may be older.
+                names it. Or only now was a save finished there that had been killed, see :mod:`uhd.writing`, and the
+                config that was read before may be older.
         """
         folder = Path(pretrained_model_name_or_path or os.devnull, kwargs.get("subfolder") or "")
         if finish(folder) and kwargs.get("config") is not None:
             raise ValueError(f"{folder} held a save that was killed, which is finished now: load it again")
+        kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))
+        if kwargs.get("use_safetensors") is None:
+            refuse_pickled(folder, "use_safetensors=False, which reads tensors with torch.load(weights_only=True)")
+            kwargs["use_safetensors"] = True
         if kwargs.get("dtype", "auto") not in ("auto", None) and kwargs.get("config") is None:
             kwargs.setdefault("visual_dtype", None)
         source = pretrained_model_name_or_path, kwargs.get("subfolder")
         check_model(*source)
         place = {name: kwargs[name] for name in _PLACE if kwargs.get(name) is not None}
-        with read_whole(folder, CONFIG_NAME), folder_named(source[0], MODEL_FILES, source[1]):
+        with folder_named(source[0], MODEL_FILES, source[1]), read_whole(folder, CONFIG_NAME):
             if kwargs.get("quantization_config") is not None:
                 config = kwargs.get("config") or cls.config_class.from_pretrained(source[0], **place)
                 kwargs["quantization_config"] = leave_alone(kwargs["quantization_config"], config.text_config)
             found = super().from_pretrained(source[0], *args, **kwargs)
         model = found[0] if isinstance(found, tuple) else found
         check_loaded(model.visual, *source)
-        model._loaded_from = place
+        model._loaded_from = {**place, "trust_remote_code": kwargs["trust_remote_code"]}
         model._restore_tables()
         return found
 
@@ -140,7 +147,8 @@ class UHDVisualModel(UHDPreTrainedModel):
     ) -> None:
         super().__init__(config)
         if language_model is None:
-            language_model = AutoModelForCausalLM.from_config(config.text_config)
+            with own_code_named("text_config", "load the language model yourself, and attach it"):
+                language_model = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
         self.language_model = language_model  # first: a model's dtype and device are those of its first parameter
         self._tables: dict[str, Tensor] = {}
         if visual is None:
@@ -368,9 +376,10 @@ class UHDVisualModel(UHDPreTrainedModel):
         blanks = int(trains and not encoded and any(p.requires_grad for p in self.visual.parameters()))
         if sharded:
             blanks = (1 if self.config.video_token_id is None else 2) - encoded
+        idle = [self.visual(self._blank).sum() for _ in range(blanks)]
         learned = self.learned_separators
-        parts = [learned.sum()] if trains and learned is not None and learned.requires_grad else []
-        return [self.visual(self._blank).sum() for _ in range(blanks)] + parts
+        # behind the visual work, as where there are images: ZeRO-2 reduces gradients in the order in which they come
+        return [*idle, learned.sum()] if trains and learned is not None and learned.requires_grad else idle
 
     def _blank(self) -> Tensor:
         """The tokens of the smallest blank view that every part takes, and the packing's learned embeddings."""

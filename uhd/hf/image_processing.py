@@ -25,7 +25,9 @@ from uhd.batch import SliceBatch
 from uhd.encoded import EncodedImage
 from uhd.hf.bare import FromPackage, auto_map, save_beside
 from uhd.hf.visual_inputs import describe_plans, pad_patches, pairs
-from uhd.pixels import RESAMPLE, PixelSettings, load_image
+from uhd.loading import named
+from uhd.pixels import DEFAULT, RESAMPLE, PixelSettings, load_image
+from uhd.pixels.source import read_whole
 from uhd.schema.counted import named_function, own_function, slicing_from_dict
 from uhd.slicing import SlicePlan, Slicing, SlicingLike, find
 from uhd.slicing.config import positive_int
@@ -38,17 +40,17 @@ _NOT_APPLYING = ("do_resize", "do_center_crop", "do_pad", "size", "crop_size", "
 _REMOTE = ("http://", "https://")
 
 
-def fetch_bytes(address: str) -> bytes:
+def fetch_bytes(address: str, settings: PixelSettings = DEFAULT) -> bytes:
     """The bytes behind an http address.
 
     Raises:
-        ValueError: It cannot be fetched.
+        ValueError: It cannot be fetched, or has more bytes than a picture within the limits needs.
     """
     try:
         with urlopen(address, timeout=30) as answer:
-            return answer.read()
-    except (OSError, HTTPException) as problem:
-        raise ValueError(f"{address!r:.200} cannot be fetched: {str(problem)[:100]}") from problem
+            return read_whole(answer, settings)
+    except (OSError, HTTPException, ValueError) as problem:
+        raise ValueError(f"{address!r:.200} cannot be fetched: {str(problem)[:300]}") from problem
 
 
 class UHDImagesKwargs(ImagesKwargs, total=False):
@@ -173,7 +175,7 @@ class Planning(FromPackage):
     def picture(self, source: Any, kwargs: Mapping[str, Any]) -> Image.Image:
         """What :func:`uhd.pixels.load_image` takes, or an address, as an upright RGB Pillow image."""
         if isinstance(source, str) and source.startswith(_REMOTE):
-            source = fetch_bytes(source)
+            source = fetch_bytes(source, self._pixels(kwargs))
         return load_image(source, settings=self._pixels(kwargs))
 
     def _pixels(self, kwargs: Mapping[str, Any], **changes: Any) -> PixelSettings:
@@ -287,7 +289,11 @@ class UHDImageProcessorPil(Planning, PilBackend):
     def fetch_images(self, image_url_or_urls: Any, kwargs: Mapping[str, Any] = MappingProxyType({})) -> Any:
         """What :func:`uhd.pixels.load_image` takes, or an address, as upright RGB Pillow images; nesting is kept."""
         if isinstance(image_url_or_urls, (list, tuple)):
-            return [self.fetch_images(item, kwargs) for item in image_url_or_urls]
+            found = []
+            for number, item in enumerate(image_url_or_urls):
+                with named("sample" if isinstance(item, (list, tuple)) else "image", number, item):
+                    found.append(self.fetch_images(item, kwargs))
+            return found
         ready = isinstance(image_url_or_urls, (PlannedImage, EncodedImage, Made))
         return image_url_or_urls if ready else self.picture(image_url_or_urls, kwargs)
 

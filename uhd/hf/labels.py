@@ -39,14 +39,14 @@ def labels_of(batch: Mapping[str, Any], processor: Any) -> Tensor:
         (..., T) int64.
     """
     ids = torch.as_tensor(batch["input_ids"]).long()
-    kept = ~_visual(ids, processor)
+    kept = ~is_visual(ids, processor)
     for name in ("attention_mask", "assistant_masks", "completion_mask"):
         if batch.get(name) is not None:
             kept &= torch.as_tensor(batch[name]).view_as(ids).bool()
     return ids.masked_fill(~kept, IGNORE)
 
 
-def _visual(ids: Tensor, processor: Any) -> Tensor:
+def is_visual(ids: Tensor, processor: Any) -> Tensor:
     """Where ids are the image or the video token; a processor may have no video token."""
     visual = ids == processor.image_token_id
     return visual if processor.video_token_id is None else visual | (ids == processor.video_token_id)
@@ -121,7 +121,7 @@ class LabelledBatch(BatchFeature):
     def __setitem__(self, name: str, value: Any) -> None:
         ids = self.data.get("input_ids")
         if name == "labels" and self._processor is not None and _match(value, ids):
-            kept = ignore_visual(value, _visual(ids, self._processor).to(value.device), self._processor)
+            kept = ignore_visual(value, is_visual(ids, self._processor).to(value.device), self._processor)
             shared = value.untyped_storage().data_ptr() == ids.untyped_storage().data_ptr()
             value = kept if shared or kept is value else value.copy_(kept)
         super().__setitem__(name, value)

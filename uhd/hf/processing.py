@@ -482,14 +482,7 @@ def _per_sample(
 
 def _unmarked(text: list[str] | None, kwargs: dict[str, Any]) -> list[str] | None:
     """The text without what transformers marked as the user's own words, in which a token is no placeholder."""
-    return text if text is None or not kwargs.get("sanitize_control_tokens") else without_marked_text(text)
+    return without_marked_text(text) if text is not None and kwargs.get("sanitize_control_tokens") else text
 
 
-__all__ = [
-    "BatchFeature",
-    "UHDProcessor",
-    "UHDProcessorKwargs",
-    "pack_encoded",
-    "pack_encoded_videos",
-    "placeholder_id",
-]
+__all__ = ["UHDProcessor", "UHDProcessorKwargs", "pack_encoded", "pack_encoded_videos", "placeholder_id"]

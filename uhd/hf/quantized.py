@@ -51,7 +51,7 @@ def leave_alone(quantization_config: Any, text_config: Any) -> Any:
     if field is None or getattr(quantization_config, field) is not None:
         return quantization_config
     with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(text_config)
+        lm = AutoModelForCausalLM.from_config(text_config, trust_remote_code=False)
     heads = [f"language_model.{name}" for name, module in lm.named_modules() if module is lm.get_output_embeddings()]
     config = copy.deepcopy(quantization_config)
     setattr(config, field, [*LEFT_ALONE, *heads])

@@ -22,7 +22,8 @@ from uhd.hf.image_processing import Planning, as_slicing
 from uhd.hf.plans import write_plans
 from uhd.hf.versions import VideoProcessorBase
 from uhd.hf.visual_inputs import pairs
-from uhd.pixels.load import plain_source
+from uhd.loading import named
+from uhd.pixels.source import plain_source
 from uhd.slicing import VideoPlan
 from uhd.slicing.sample import plan_sample
 
@@ -150,13 +151,16 @@ class UHDVideoProcessor(Planning, VideoProcessorBase, PilBackend):
             video = [video[place] for place in _evenly(len(video), max(int(len(video) / told.fps * fps), 1), number)]
         elif num_frames is not None and len(video):
             video = [video[place] for place in _evenly(len(video), num_frames, number)]
-        found = tuple(self.picture(frame, kwargs) for frame in video)
+        found = []
+        for place, frame in enumerate(video):
+            with named(f"video {number}, frame", place, frame):
+                found.append(self.picture(frame, kwargs))
         sizes = sorted({(frame.height, frame.width) for frame in found})
         if len(sizes) != 1:
             raise ValueError(
                 f"video {number} has {len(found)} frames of the sizes {sizes} (height, width): need one size"
             )
-        return found
+        return tuple(found)
 
     def sample_frames(
         self, metadata: VideoMetadata, num_frames: int | None = None, fps: float | None = None, **kwargs: Any

@@ -22,19 +22,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .load import (
-    as_array,
-    channels_last,
-    check_pixels,
-    load_image,
-    name_of,
-    opened,
-    orientation_of,
-    pillow_errors,
-    plain_source,
-)
+from .arrays import array_errors, array_name, as_pixels
+from .load import image_of, load_image, orientation_of, rgb
 from .pillow import check_plan, cut_canvas, is_long_crop
 from .settings import RESAMPLE, PixelSettings, check_filter
+from .source import check_scans, name_of, opened, plain_source
 
 if TYPE_CHECKING:
     from uhd.slicing.plan import Canvas, SlicePlan
@@ -55,14 +47,18 @@ def read_picture(source: Any, settings: PixelSettings) -> Picture:
     """:func:`uhd.pixels.render.load_picture` by this backend."""
     if isinstance(source, Picture):
         return source
-    source = plain_source(source)
-    array = as_array(source)
-    picture = _read_jpeg(source, settings) if array is None else None
-    if picture is not None:
-        return picture
-    pixels = None if array is None else channels_last(array)
-    if pixels is None or pixels.shape[2:] != (3,) or pixels.dtype != np.uint8:
-        pixels = np.array(load_image(source if array is None else array, settings=settings))
+    source = plain_source(source, settings)
+    name = array_name(source)
+    if name is None:
+        picture = _read_jpeg(source, settings)
+        if picture is not None:
+            return picture
+        pixels = np.array(load_image(source, settings=settings))
+    else:
+        with array_errors(name):
+            pixels = as_pixels(source, settings, name)
+            if pixels.shape[2:] != (3,):
+                pixels = np.array(rgb(image_of(pixels), settings))
     pixels = np.require(pixels, requirements=["C", "W"])  # torch wants to be allowed to write
     return Picture(*pixels.shape[:2], pixels)
 
@@ -88,17 +84,17 @@ def _read_jpeg(source: Any, settings: PixelSettings) -> Picture | None:
         return None
     name = name_of(source)
     try:
-        with opened(source, name) as image, pillow_errors(name):
+        with opened(source, name, settings) as image:
             plain = image.format == "JPEG" and image.mode == "RGB" and orientation_of(image) == 1
             if not plain or not (settings.draft or jpeg_decoder()):
                 return None
-            check_pixels(image, settings, name)
+            check_scans(image, settings, name)
             image.fp.seek(0)
             picture = Picture(image.height, image.width, None, image.fp.read(), name)
-        if settings.draft:
-            return picture
-        pixels = jpeg_decoder()(picture.file)
-    except (ValueError, RuntimeError):
+            if settings.draft:
+                return picture
+            pixels = jpeg_decoder()(picture.file)
+    except ValueError:
         return None
     return Picture(*pixels.shape[:2], pixels) if pixels.shape[:2] == (picture.height, picture.width) else None
 
@@ -111,7 +107,7 @@ def _decoded(picture: Picture, plan: SlicePlan, settings: PixelSettings) -> np.n
     whole = all(c.source is None and _in_one_step((height, width), c, plan, settings) for c in plan.canvases)
     most = min(min(height / c.content_hw[0], width / c.content_hw[1]) for c in plan.canvases) if whole else 1
     scale = next((n for n in (8, 4, 2) if n <= most and not height % n and not width % n), 1)
-    with opened(picture.file, picture.name) as image, pillow_errors(picture.name):
+    with opened(picture.file, picture.name, settings) as image:
         if scale > 1:
             image.draft("RGB", (width // scale, height // scale))
         return np.array(image)

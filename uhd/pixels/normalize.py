@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from uhd.grids import sent
 
 from .patches import inner_axes, reorder
 from .settings import PixelSettings
@@ -33,7 +37,7 @@ def normalize(patches: Tensor, settings: PixelSettings, *, inner: str = "chw") -
         raise TypeError(f"only raw uint8 patches are normalised, got {patches.dtype}: they may be normalised already")
     if patches.ndim != 2 or patches.shape[1] % 3:
         raise ValueError(f"patches are (N, 3 * p * p), got {tuple(patches.shape)}")
-    mean, std = (torch.tensor(values, dtype=torch.float32, device=patches.device) for values in (mean, std))  # (3,)
+    mean, std = (_sent(values, patches.device, torch.float32) for values in (mean, std))  # (3,)
     area = patches.shape[1] // 3
     if inner_axes(inner) == inner_axes("hwc"):  # rows as long as a patch are much quicker than rows of three
         return patches.to(torch.float32).mul_((1 / (255 * std)).repeat(area)).sub_((mean / std).repeat(area))
@@ -58,8 +62,12 @@ def fold_pixels(
     """
     channels = 3 if mean_std is None else len(mean_std[0])
     if mean_std is not None:
-        mean, std = (weight.new_tensor(values)[:, None] for values in mean_std)  # (C, 1)
+        mean, std = (_sent(values, weight.device, weight.dtype)[:, None] for values in mean_std)  # (C, 1)
         weight = weight.unflatten(1, (channels, -1)) / (255 * std)  # (D, C, p*p)
         shift = (weight * (255 * mean)).sum(dim=(1, 2))
         weight, bias = weight.flatten(1), -shift if bias is None else bias - shift
     return reorder(weight, "chw", inner, channels=channels), bias
+
+
+def _sent(values: Sequence[float], device: torch.device, dtype: torch.dtype) -> Tensor:
+    return sent(torch.tensor(values, dtype=dtype, device="cpu"), device)

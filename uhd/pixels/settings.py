@@ -14,8 +14,8 @@ from PIL import Image
 from uhd.files import read_json
 from uhd.settings import Settings, check_choice
 
-MAX_PIXELS = 178_956_970
-"""Default limit on the pixels of one file: where an unchanged Pillow refuses too (it warns from half of that on)."""
+MAX_PIXELS = 3 << 24
+"""Default limit on the pixels of one picture: the costliest format takes less than 1 GiB for it, see SECURITY.md."""
 
 RESAMPLE = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -40,8 +40,9 @@ class PixelSettings(Settings):
         resample: ``"bicubic"``, ``"lanczos"`` or ``"bilinear"``; ``None`` is the filter that each plan's rule was
             released with (``plan.resample``: bicubic for LLaVA-UHD and MiniCPM-V).
         background: RGB in 0..255 under transparent pixels; white, as most transparent pictures are drawn for a page.
-        max_pixels: A file with more pixels is refused before it is decoded. Pillow's own ``Image.MAX_IMAGE_PIXELS``
-            is left alone and refuses from twice its value on: raise both for larger pictures.
+        max_pixels: A picture with more pixels, an array too, is refused before it is decoded or converted, and so is
+            a file of more than 4 bytes for each. Pillow's own ``Image.MAX_IMAGE_PIXELS`` is left alone and refuses
+            from twice its value on: raise both for pictures above 179 million pixels.
         backend: What decodes and resizes. ``"pillow"``: equal to the reference's bytes under the same Pillow.
             ``"fast"``: within 2 of 255 levels of that at every pixel, several times faster; see
             :mod:`uhd.pixels.fast`.

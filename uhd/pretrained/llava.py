@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from uhd.checkpoint import Checkpoint
+from uhd.checkpoint import Checkpoint, transformers_config
 from uhd.pixels import PixelSettings
 from uhd.pretrained.recipe import Prefixes, Recipe, filter_of, preprocessor_of
 from uhd.resampler import MLPProjector
@@ -40,10 +40,8 @@ _ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "g
 
 def recipe(checkpoint: Checkpoint, family: str) -> Recipe:
     """Read the recipe of a family of :data:`KINDS` from the settings in a folder."""
-    from transformers import AutoConfig
-
     names, kind, preprocessor = PREFIXES.sort(checkpoint, family), KINDS[family], preprocessor_of(checkpoint)
-    config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+    config = transformers_config(checkpoint.folder)
     if config.model_type != kind:
         raise ValueError(f"config.json is that of a {config.model_type} model, not of {kind}: leave family= out")
     vit = _vit(config)

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from uhd.checkpoint import Checkpoint
+from uhd.checkpoint import Checkpoint, transformers_config
 from uhd.pixels import PixelSettings
 from uhd.pixels.settings import image_processors
 from uhd.pretrained.recipe import Names, Prefixes, Recipe, heads_of
@@ -95,14 +95,14 @@ def _spatial(state: Mapping[str, Tensor]) -> nn.Module:
 
 def _tower(checkpoint: Checkpoint, names: Names, vision_tower: str | os.PathLike | None) -> tuple[Any, Path | None]:
     """Find CLIP's config, and its folder where there is one."""
-    from transformers import AutoConfig, CLIPVisionConfig
+    from transformers import CLIPVisionConfig
 
     told = str(checkpoint.config.get("mm_vision_tower", ""))
     places = [Path(told), checkpoint.folder / told] if told else []
     places = places if vision_tower is None else [Path(vision_tower)]
     tower = next((path for path in places if (path / "config.json").is_file()), None)
     if tower is not None:
-        return AutoConfig.from_pretrained(tower, local_files_only=True), tower
+        return transformers_config(tower), tower
     if vision_tower is not None:
         raise FileNotFoundError(f"vision_tower {vision_tower} is no folder with a config.json")
     if names.vision and Path(told).name == _KNOWN_TOWER:

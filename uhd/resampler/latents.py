@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from uhd.grids import Grid
-from uhd.positions import sincos_2d
+from uhd.positions import interpolate_pos_embed, sincos_2d
 from uhd.resampler.attention import LatentAttention
 from uhd.resampler.config import ResamplerConfig
 from uhd.resampler.protocol import CompressorModule
@@ -42,6 +42,10 @@ class LatentResampler(CompressorModule):
     def _latent_positions(self) -> Tensor:
         """Sines and cosines over the latents' own square grid, (Q, D)."""
         return sincos_2d(self.out_dim, (self.config.side, self.config.side))
+
+    def _positions_over(self, grid_hw: Grid, like: Tensor) -> Tensor:
+        """`pos_embed` resized to a grid, in the dtype of a parameter: FSDP and ZeRO cast those, and no buffers."""
+        return interpolate_pos_embed(self.pos_embed, (self.config.side, self.config.side), grid_hw).to(like)
 
     def _reset_latent_positions(self) -> None:
         if self.pos_embed is not None and not self.pos_embed.is_meta:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uhd.grids import Grid, as_grid
-from uhd.positions import interpolate_pos_embed, sincos_2d
+from uhd.positions import sincos_2d
 from uhd.resampler import folded
 from uhd.resampler.attention import LatentAttention, join_tables
 from uhd.resampler.config import PerceiverConfig
@@ -109,11 +109,12 @@ class PerceiverResampler(ReleasedResampler):
     def inference(self) -> str:
         """Which products are taken in eval mode where no gradients are wanted; `uhd.resampler.folded` has the maths.
 
-        "auto" (as made) takes the way with the fewest FLOPs for an image's usual views, whatever a call's are: each
-        rounds otherwise, and tokens would depend on the batch. "plain", "absorbed" and "narrow" ask for one. Whatever
-        is asked for, "plain" is taken in training, under compilation, tracing, autocast and functorch, while a CUDA
-        graph is captured, with more layers than one or an FFN, and where weights or layers are not what they were made
-        as (quantised, parametrised, distributed, wrapped, hooked). LoRA or hooks on kv_proj or ln_kv leave "absorbed".
+        On a CPU "auto" (as made) takes the way with the fewest FLOPs for an image's usual views, whatever a call has:
+        each rounds otherwise, and tokens would depend on the batch. Elsewhere it takes "plain", since the others wait
+        for the device once a call. "plain", "absorbed" and "narrow" ask for one. Whatever is asked for, "plain" is
+        taken in training, under compilation, tracing, autocast and functorch, while a CUDA graph is captured, with
+        more layers than one or an FFN, and where weights or layers are not what they were made as (quantised,
+        parametrised, distributed, wrapped, hooked). LoRA or hooks on kv_proj or ln_kv leave "absorbed".
         `inference_path` tells.
 
         Raises (on setting):
@@ -142,7 +143,8 @@ class PerceiverResampler(ReleasedResampler):
         choice = self._inference
         usual = folded.usual_views(self.config)
         if choice == "auto":
-            choice = "plain" if self.attention_impl != "auto" else folded.cheapest(self.config, usual)
+            foldable = self.attention_impl == "auto" and self.query.device.type in folded.CHOSEN_ON
+            choice = folded.cheapest(self.config, usual) if foldable else "plain"
         if not grids or choice == "plain":  # the usual case of small layers, where the checks would take longer
             return "plain"
         paths = self._foldable(features)
@@ -214,7 +216,8 @@ class PerceiverResampler(ReleasedResampler):
             positions, offsets = join_tables(grids, self.key_table)
         keys = {"positions": positions, "position_offsets": offsets, "impl": self.attention_impl}
         kv = self.ln_kv(self.kv_proj(features))  # (N, D)
-        query_table = self.pos_embed if self.config.query_position else None
+        side = (self.config.side, self.config.side)
+        query_table = self._positions_over(side, self.query) if self.config.query_position else None
         queries = self.ln_q(self.query) if query_table is None else self.ln_q(self.query) + query_table
         x = self.ffn(self.attn(queries, kv, lengths, **keys))  # (V, Q, D)
         for layer in self.layers:
@@ -228,4 +231,4 @@ class PerceiverResampler(ReleasedResampler):
             raise ValueError("this resampler has no key positions (key_position='none')")
         if config.key_position == "direct":
             return sincos_2d(config.width, grid_hw, device=like.device, dtype=like.dtype)
-        return interpolate_pos_embed(self.pos_embed, (config.side, config.side), grid_hw).to(like)
+        return self._positions_over(grid_hw, like)

@@ -134,7 +134,8 @@ class PyramidResampler(LatentResampler):
         """
         grids = check_grids(grids)
         pyramid = self._pyramid(features, grids)
-        queries = torch.stack([self.ln_q(query) + self.pos_embed for query in self._queries()], dim=1)  # (Q, 4, D)
+        latents = self._positions_over((self.config.side, self.config.side), self.query_1)
+        queries = torch.stack([self.ln_q(query) + latents for query in self._queries()], dim=1)  # (Q, 4, D)
         w_q, b_q = (x.chunk(3)[0] for x in (self.attn.in_proj_weight, self.attn.in_proj_bias))
         q = F.linear(queries, w_q, b_q)
         mixed = map_by_grid(lambda grid, views: self._attend(q, pyramid, views, grid), grids)
@@ -178,7 +179,7 @@ class PyramidResampler(LatentResampler):
         for scale, maps in zip(self.config.levels, pyramid, strict=True):
             x = self.ln_kv(self._projector(scale)(torch.stack([maps[view] for view in views])))  # (V, h*s, w*s, D)
             size = (grid_hw[0] * scale, grid_hw[1] * scale)
-            table = interpolate_pos_embed(self.pos_embed, (self.config.side,) * 2, size).unflatten(0, size)
+            table = self._positions_over(size, self.query_1).unflatten(0, size)
             keys.append(pool(x + table + getattr(self, f"feature_{scale}x_embedding")))
             values.append(pool(x))
         # projected after pooling: the finest level has far more features than its windows have keys

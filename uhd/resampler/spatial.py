@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from uhd.grids import Grid, map_by_grid, split_views
-from uhd.positions import interpolate_pos_embed
 from uhd.resampler.config import ResamplerConfig
 from uhd.resampler.latents import ReleasedResampler
 from uhd.resampler.windows import attend_windows, pool_windows
@@ -63,7 +62,8 @@ class SpatialResampler(ReleasedResampler):
         w_q, w_k, w_v = self.attn.in_proj_weight.chunk(3)
         b_q, b_k, b_v = self.attn.in_proj_bias.chunk(3)
         x = self.ln_kv(self.kv_proj(features))  # (N, D)
-        q = F.linear(self.ln_q(self.query) + self.pos_embed, w_q, b_q).unsqueeze(1)  # (Q, 1, D)
+        latents = self._positions_over((self.config.side, self.config.side), self.query)
+        q = F.linear(self.ln_q(self.query) + latents, w_q, b_q).unsqueeze(1)  # (Q, 1, D)
         k, v = F.linear(self._with_positions(x, grids), w_k), F.linear(x, w_v)
         k, v = split_views(k, grids), split_views(v, grids)
 
@@ -79,8 +79,7 @@ class SpatialResampler(ReleasedResampler):
 
     def _with_positions(self, x: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Add every view's resized table to its features, (N, D)."""
-        side = (self.config.side, self.config.side)
-        tables = {grid: interpolate_pos_embed(self.pos_embed, side, grid) for grid in dict.fromkeys(grids)}
+        tables = {grid: self._positions_over(grid, self.query) for grid in dict.fromkeys(grids)}
         return x + torch.cat([tables[grid] for grid in grids]) if grids else x
 
     def _pooled(self, maps: Sequence[Tensor], views: Sequence[int], grid_hw: Grid) -> Tensor:

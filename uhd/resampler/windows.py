@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from uhd.grids import made_once
+from uhd.grids import made_once, sent
 
 POOLS = ((2, 4), (2, 3), (3, 4), (3, 3), (4, 2), (3, 2), (4, 3))
 """(rows, columns) that a window may be pooled to, in the order of the release: on equal terms the first is taken."""
@@ -77,7 +77,7 @@ def pool_windows(maps: Tensor, side: int, *, aligned: bool) -> Tensor:
     """
     grid_hw = (maps.shape[1], maps.shape[2])
     rows, columns = (
-        pool_weights(length, side, bins, aligned=aligned).to(maps)
+        sent(pool_weights(length, side, bins, aligned=aligned), maps.device, maps.dtype)
         for length, bins in zip(grid_hw, pool_hw(grid_hw), strict=True)
     )
     pooled = torch.matmul(rows, maps.flatten(2)).unflatten(2, maps.shape[2:])  # (V, g*a, w, C)

@@ -136,12 +136,14 @@ class FastBlocks:
         other wrappers, layers that are offloaded or quantised otherwise than by `Int8Linear`, tensors of other classes
         or on several devices.
         """
-        if not len(blocks) or transformed() or torch.is_autocast_enabled(x.device.type) or type(x) is not Tensor:
+        if not len(blocks) or transformed() or type(x) is not Tensor:
             return None
         compiles, numbers = self.backend is not None, blocks[0].attn.qkv.weight.numel()
         product = product_of(x.dtype, x.device, numbers, keeps=compiles)
         by_products = attention_of(product.dtype, x.device, numbers) == "products"
         if not compiles and not by_products and product == (x.dtype, "native"):
+            return None
+        if torch.is_autocast_enabled(x.device.type):
             return None
         parameters = [parameter for block in blocks for parameter in block.parameters()]
         if wants_gradients((x, *parameters)) or not all(_known(block) for block in blocks):

@@ -40,7 +40,11 @@ class ViewGroups:
         for views in self.members:
             tokens = torch.stack([per_view[view] for view in views])
             if prefix is not None:
-                own = prefix.expand(len(views), -1, -1) if prefix.dim() == 2 else prefix[list(views)]
+                own = (
+                    prefix.expand(len(views), -1, -1)
+                    if prefix.dim() == 2
+                    else torch.stack([prefix[view] for view in views])
+                )
                 tokens = torch.cat([own, tokens], dim=1)
             parts.append(tokens.flatten(0, 1))
         return torch.cat(parts) if parts else x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from uhd.grids import Grid, made_once
+from uhd.grids import Grid, made_once, sent
 from uhd.pixels import inner_axes
 
 
@@ -52,10 +53,11 @@ class WindowStem(nn.Module):
         tables = [neighbours(*grid) for grid in grids]
         if not tables:
             return patches.new_zeros(0, self.up.in_features)
-        lengths = torch.tensor([len(table) for table in tables])
-        starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)[:, None]
-        near = torch.cat(tables)
-        near = torch.where(near < 0, len(patches), near + starts).to(patches.device)  # outside: the row of zeros
+        starts = accumulate(map(len, tables), initial=0)
+        near = [
+            torch.where(table < 0, len(patches), table + start) for table, start in zip(tables, starts, strict=False)
+        ]
+        near = sent(torch.cat(near), patches.device)  # outside: the row of zeros
         pixels = torch.cat([patches, patches.new_zeros(1, patches.shape[1])])
         pixels = rearrange(pixels, f"n ({inner_axes('chw')}) -> n c py px", c=self.channels, py=p)
         if self.grey:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from uhd.grids import Grid, check_grids
+from uhd.grids import Grid, check_grids, sent
 from uhd.pixels.normalize import fold_pixels
 from uhd.positions import bucket_position_ids, interpolate_pos_embed
 from uhd.shortcuts import is_plain
@@ -172,7 +172,7 @@ class ViT(nn.Module):
         table = self.positions[config.position_prefix :]
         if config.bucket_rule != "integer":
             ids = bucket_position_ids(grid_hw, config.position_grid_hw[0], config.bucket_rule)
-            return table[ids.to(table.device)]
+            return table[sent(ids, table.device)]
         return interpolate_pos_embed(table, config.position_grid_hw, grid_hw, config.interpolation, config.antialias)
 
     def _embed(self, patches: Tensor, grids: tuple[Grid, ...], inner: str, mean_std: MeanStd | None) -> Tensor:

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uhd.checkpoint import Checkpoint
+from uhd.checkpoint import Checkpoint, transformers_config
 from uhd.pixels import reorder
 
 from .config import ViTConfig
@@ -172,14 +172,12 @@ def load_vit(
         FileNotFoundError: no configuration or no weights there; nothing is downloaded.
         TypeError, ValueError: as in `vit_from`; the weights are pickled, or a file is damaged.
     """
-    from transformers import AutoConfig
-
     folder = Path(path)
     folder = folder.parent if folder.name == "config.json" else folder
     checkpoint = Checkpoint(folder)
     if "model_type" not in checkpoint.config:
         raise TypeError(f"{folder} holds no transformers model; build a timm model with timm and give it to vit_from")
-    source_config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    source_config = transformers_config(folder)
     config = config_from_hf(source_config, **overrides)
     names, family = vision_names(checkpoint.files), _hf_family(source_config, checkpoint.files)
     needed = needed_names(config, family)
