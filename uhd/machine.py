@@ -82,10 +82,10 @@ def product_of(dtype: torch.dtype, device: torch.device, numbers: int, *, keeps:
         numbers: How many the largest weight has.
         keeps: Whether the caller keeps weights in another order; else ``packed`` is never chosen.
     """
-    own, asked = str(dtype).removeprefix("torch."), _asked()
-    if device.type != "cpu" or own not in WAYS or (asked is None and numbers < SMALL):
+    own = str(dtype).removeprefix("torch.")
+    if device.type != "cpu" or own not in WAYS or (numbers < SMALL and not _overridden()):
         return Product(dtype, "native")
-    choices = choose(rates()) if asked is None else asked
+    choices = products()
     way = choices[own]
     if way == "float32":
         way, dtype, keeps = choices["float32"], torch.float32, False
@@ -96,16 +96,22 @@ def product_of(dtype: torch.dtype, device: torch.device, numbers: int, *, keeps:
 
 def attention_of(dtype: torch.dtype, device: torch.device, numbers: int) -> str:
     """Whether attention at inference is ``native`` or takes ``products``; arguments as of ``product_of``."""
-    own, asked = f"{str(dtype).removeprefix('torch.')} attention", _asked()
-    if device.type != "cpu" or own not in WAYS or (asked is None and numbers < SMALL):
+    own = f"{str(dtype).removeprefix('torch.')} attention"
+    if device.type != "cpu" or own not in WAYS or (numbers < SMALL and not _overridden()):
         return "native"
-    return (choose(rates()) if asked is None else asked)[own]
+    return products()[own]
 
 
 def products() -> dict[str, str]:
     """The product of each dtype's name, one of its ``WAYS``: as pinned, asked for or measured, in this order."""
-    asked = _asked()
-    return dict(choose(rates()) if asked is None else asked)
+    if _pinned is not None:
+        return dict(_pinned)
+    if not (text := _overridden()):
+        return choose(rates())
+    if text == "native":
+        return dict(NATIVE)
+    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    return _checked({name.strip(): way.strip() for name, _, way in pairs}, "UHD_PRODUCTS")
 
 
 def use_products(choices: Mapping[str, str] | None) -> None:
@@ -267,14 +273,9 @@ def _cpuinfo() -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
-def _asked() -> dict[str, str] | None:
-    text = os.environ.get("UHD_PRODUCTS", "").strip()
-    if _pinned is not None or not text:
-        return _pinned
-    if text == "native":
-        return NATIVE
-    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
-    return _checked({name.strip(): way.strip() for name, _, way in pairs}, "UHD_PRODUCTS")
+def _overridden() -> str:
+    """What the environment asks for, of small layers too."""
+    return os.environ.get("UHD_PRODUCTS", "").strip()
 
 
 def _checked(choices: Mapping[str, str], place: str) -> dict[str, str]:
