@@ -32,6 +32,9 @@ SIZES = [(60, 90), (200, 70), (56, 56), (31, 120), (90, 60), (130, 150)]
 BAD = {"a/torn.png": encoded(noise(40, 40))[:300], "b/none.jpg": b"no image", "b/empty.webp": b""}
 
 
+SLOW = pytest.mark.slow  # half a minute each
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """An encoder's folder."""
@@ -249,7 +252,7 @@ def _sums(tokens):
     return [float(image.tokens.double().sum()) for image in tokens]
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=SLOW)])
 def test_tokens_in_processes(start, whole):
     tokens = datasets.Tokens(whole[1])
     wanted = _sums(tokens)
@@ -443,7 +446,14 @@ def test_processes_write_the_same_bytes_across_kills(whole, tmp_path, folder, ca
     assert multiprocessing.active_children() == []
 
 
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGKILL, -9, marks=SLOW),
+        pytest.param(signal.SIGTERM, 143, marks=SLOW),
+    ],
+)
 def test_the_command_goes_on_after_signals(sent, status, tmp_path, folder, monkeypatch):
     source = as_folder(tmp_path / "in", pictures(400))
     out, alone = tmp_path / "out", tmp_path / "alone"

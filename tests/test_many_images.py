@@ -108,7 +108,7 @@ def test_a_description_plans_without_weights(tmp_path):
     assert described.plan((100, 60)) == encoder.plan((100, 60))
     assert uhd.Preparation.of(described) == uhd.Preparation.of(encoder)
     assert torch.equal(described.prepare(IMAGES).patches, encoder.prepare(IMAGES).patches)
-    with pytest.raises(ValueError, match="described without its weights"):
+    with pytest.raises(ValueError, match="this encoder has no weights"):
         described(IMAGES)
     (tmp_path / "uhd_encoder.json").write_text("{}")
     with pytest.raises(ValueError, match=r"uhd_encoder.json does not fit or is damaged"):

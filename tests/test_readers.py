@@ -271,10 +271,15 @@ def tokens(tmp_path_factory):
 
 def rewritten(tokens, folder, key, place, value):
     with safe_open(tokens, framework="pt") as opened:
-        metadata, numbers = opened.metadata(), opened.get_tensor("tokens")
-    data = json.loads(metadata[key])
-    metadata[key] = json.dumps(changed(data, place, value) if place else value)
-    save_file({"tokens": numbers}, folder / "torn.safetensors", metadata=metadata)
+        metadata, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    texts = metadata | {"images": bytes(tensors["images"].tolist()).decode()}
+    data = json.loads(texts[key])
+    text = json.dumps(changed(data, place, value) if place else value)
+    if key == "images":
+        tensors[key] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    else:
+        metadata[key] = text
+    save_file(tensors, folder / "torn.safetensors", metadata=metadata)
     return folder / "torn.safetensors"
 
 
@@ -299,11 +304,11 @@ def test_damaged_token_files_are_refused(tokens, tmp_path, key, place, value, wo
 
 def test_tokens_of_another_kind_are_refused(tokens, tmp_path):
     with safe_open(tokens, framework="pt") as opened:
-        metadata, numbers = opened.metadata(), opened.get_tensor("tokens")
+        metadata, numbers, images = opened.metadata(), opened.get_tensor("tokens"), opened.get_tensor("images")
     for name, other in (("int", numbers.int()), ("flat", numbers.flatten())):
-        save_file({"tokens": other}, tmp_path / f"{name}.safetensors", metadata=metadata)
+        save_file({"tokens": other, "images": images}, tmp_path / f"{name}.safetensors", metadata=metadata)
         refuses(rf"{name}\.safetensors .*expected \(n, D\) of floats", load_tokens, tmp_path / f"{name}.safetensors")
-    save_file({"other": numbers}, tmp_path / "other.safetensors", metadata=metadata)
+    save_file({"other": numbers, "images": images}, tmp_path / "other.safetensors", metadata=metadata)
     refuses(r"other\.safetensors .*tokens", load_tokens, tmp_path / "other.safetensors")
 
 

@@ -211,15 +211,13 @@ class VisualEncoder(PackedEncoder):
         self, batch: SliceBatch, videos: Sequence[VideoPlan] = (), whole: bool = False
     ) -> tuple[Tensor, list[TokenLayout]]:
         """As :meth:`encode`, and each image's layout, whose counts are checked before anything is computed."""
-        if any(weight.is_meta for weight in self.parameters()):
-            raise ValueError(
-                "this encoder was described without its weights: VisualEncoder.from_pretrained loads them"
-            )
+        if getattr(self, "only_described", False):
+            raise ValueError("this encoder has no weights: VisualEncoder.from_pretrained loads them")
         layouts = [self._checked_layout(p, number) for number, p in enumerate(batch.plans)]
         tokens, lengths = self.encode_packed(batch.patches, batch.grids, inner=batch.inner)
         tokens, lengths = self._nested(tokens, lengths, batch)
         wanted = [feature_lengths(p) for p in batch.plans]
-        self._check_tokens(batch, wanted, lengths)
+        _check_tokens(batch, wanted, lengths, self.slicing)
         learned = {} if self.packer is None else self.packer()
         if any(p.packing is not None for p in batch.plans):
             packed = zip(tokens.split(list(map(sum, wanted))), batch.plans, strict=True)
@@ -251,23 +249,6 @@ class VisualEncoder(PackedEncoder):
             advice = "give the encoder the schema that they are in, or let the plan count none"
         return checked_layout(plan, self.schema, where=f"image {number}", advice=advice)
 
-    def _check_tokens(self, batch: SliceBatch, wanted: Sequence[Sequence[int]], lengths: Sequence[int]) -> None:
-        views = [(number, view) for number, p in enumerate(batch.plans) for view in p.views]
-        if len(lengths) != len(views):
-            raise ValueError(f"the compressor returned {len(lengths)} views, the batch has {len(views)}")
-        counts = [count for each in wanted for count in each]
-        for (image, view), count, got in zip(views, counts, lengths, strict=True):
-            if got != count:
-                advice = (
-                    f"give the compressor tokens_per_view = {got} if that is so for every view, or set slicing.merge"
-                )
-                if not self.slicing.uses_schema:
-                    advice = "take a compressor that gives as many, or set the strategy's merge or rate, if it has one"
-                raise ValueError(
-                    f"image {image}, view {view.index} ({view.patches_hw[0]}x{view.patches_hw[1]} patches): the plan "
-                    f"counts {count} tokens, the compressor gave {got}: {advice}"
-                )
-
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write ``model.safetensors`` and ``uhd_encoder.json`` at once: the encoder as it is, but no slicing function.
 
@@ -285,10 +266,7 @@ class VisualEncoder(PackedEncoder):
         Raises:
             ValueError: There is no such folder or description, it is damaged, or a part is the caller's own.
         """
-        folder = Path(folder)
-        if not is_file(folder / saving.CONFIG_FILE):
-            raise ValueError(f"{folder} holds no {saving.CONFIG_FILE}: give a folder that save_pretrained wrote")
-        return saving.described(cls, folder)
+        return saving.described(cls, Path(folder))
 
     @classmethod
     def from_pretrained(
@@ -393,6 +371,23 @@ def _fitted_packer(packer: FeaturePacker | None, slicing: Slicing, compressor: n
     weight = next(compressor.parameters(), torch.empty(0))
     packer = FeaturePacker(out_dim, **{kind: kind in learned for kind in saving.LEARNED})
     return packer if weight.is_meta else packer.to(weight.device, weight.dtype)
+
+
+def _check_tokens(batch: SliceBatch, wanted: Sequence[Sequence[int]], lengths: Sequence[int], rule: Slicing) -> None:
+    """Raise a ``ValueError`` where the compressor gave other counts than the plans'."""
+    views = [(number, view) for number, p in enumerate(batch.plans) for view in p.views]
+    if len(lengths) != len(views):
+        raise ValueError(f"the compressor returned {len(lengths)} views, the batch has {len(views)}")
+    counts = [count for each in wanted for count in each]
+    for (image, view), count, got in zip(views, counts, lengths, strict=True):
+        if got != count:
+            advice = f"give the compressor tokens_per_view = {got} if that is so for every view, or set slicing.merge"
+            if not rule.uses_schema:
+                advice = "take a compressor that gives as many, or set the strategy's merge or rate, if it has one"
+            raise ValueError(
+                f"image {image}, view {view.index} ({view.patches_hw[0]}x{view.patches_hw[1]} patches): the plan "
+                f"counts {count} tokens, the compressor gave {got}: {advice}"
+            )
 
 
 def _with_newlines(tokens: Tensor, videos: Sequence[VideoPlan], newline: Tensor | None) -> Tensor:

@@ -23,7 +23,7 @@ from uhd.slicing import SlicingLike, find
 from uhd.slicing.adaptive import RULES
 from uhd.vision.int8 import refuse_int8
 from uhd.weights import check_numbers, check_weights
-from uhd.writing import new_files
+from uhd.writing import is_file, new_files
 
 CONFIG_FILE = "uhd_encoder.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -150,11 +150,14 @@ def refuse_shared(encoder: nn.Module) -> None:
 
 
 def described(kind: type[_Encoder], folder: Path) -> _Encoder:
-    """An encoder of this class without weights, in eval mode; a ``ValueError`` names a damaged description."""
+    """An encoder of this class without weights, in eval mode; a ``ValueError`` names what is missing or damaged."""
+    if not is_file(folder / CONFIG_FILE):
+        raise ValueError(f"{folder} holds no {CONFIG_FILE}: give a folder that save_pretrained wrote")
     with damage_named(folder / CONFIG_FILE):
         description = EncoderDescription.from_dict(read_json(folder / CONFIG_FILE))
         encoder = kind(**description.arguments(empty=ROLES))
         _take_packer(encoder, description)
+    encoder.only_described = True
     return encoder.eval()
 
 

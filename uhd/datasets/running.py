@@ -67,8 +67,7 @@ def encode(
         encoder: A folder of :meth:`uhd.VisualEncoder.save_pretrained`, or an encoder, which is saved for the workers.
         budget_patches: Most patches that are encoded at once, unless an image alone has more.
         dtype: Of the tokens, one of :data:`DTYPES`; ``None``: the encoder's own.
-        columns: What of the source is kept in the index.
-        limit: The first so many images only.
+        columns, limit: What of the source is kept in the index; how many of its images, from the first, are encoded.
         shard: (i, n): the i-th, from 0, of n runs that together do all of it, at once or one after the other.
         engine: ``"local"``, or ``"ray"`` with its settings (see :func:`uhd.datasets.on_ray.run`) as further keywords.
         processes: Of the local engine; 0: this one alone. ``None``: as many as there are CPU cores, or GPUs.
@@ -85,46 +84,46 @@ def encode(
             setting is out of range; or an image is refused, and ``on_error`` says stop.
         OSError: ``out`` cannot be written. What was done is kept, and the same call goes on.
     """
-    check_choice("on_error", on_error, ("record", "stop"))
     check_choice("engine", engine, ENGINES)
     _check_numbers(budget_patches, limit, shard, processes)
+    out, columns = Path(out), list(dict.fromkeys(columns))
+    _check_form(out, dtype, columns, on_error)
+    form = {"dtype": dtype, "budget_patches": budget_patches, "columns": columns, "limit": limit}
+    with _saved(encoder) as folder:
+        if next(iter(listed(source, columns=columns, skip=out)), None) is None:
+            raise ValueError(f"{source} holds no images")
+        out.mkdir(parents=True, exist_ok=True)
+        with _alone(out, shard):
+            settled = _settle(out, _recipe(folder, form), device)
+            job = job_of(out, folder, budget_patches, dtype, stop=on_error == "stop", settled=settled)
+            plan = Plan(out, listed(source, columns=columns, skip=out), limit, shard)
+            running = _engine(engine, ray)(job, iter(plan), processes)
+            done = sum(1 for _ in (progress(running) if progress else running))
+            return {**index.finish(out, plan.inputs, plan.units), "done": done}
+
+
+def _engine(name: str, settings: dict[str, Any]) -> Callable[..., Iterator[tuple[int, dict[str, int]]]]:
+    if name == "local":
+        return lambda job, plan, processes: local.run(job, plan, _processes(processes, job))
+    from uhd.datasets import on_ray
+
+    return lambda job, plan, processes: on_ray.run(job, plan, **settings)
+
+
+def _check_form(out: Path, dtype: str | None, columns: Sequence[str], on_error: str) -> None:
+    check_choice("on_error", on_error, ("record", "stop"))
     if dtype is not None:
         check_choice("dtype", dtype, DTYPES)
     if taken := set(columns) & set(index.COLUMNS):
         raise ValueError(f"{', '.join(sorted(taken))}: the index itself has columns of these names")
-    columns = list(dict.fromkeys(columns))
-    out = Path(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file, expected a folder for the tokens")
-    with _saved(encoder) as folder:
-        recipe = {
-            "encoder": read_json(folder / CONFIG_FILE),
-            "weights": _digest(folder / WEIGHTS_FILE),
-            "rules": RULES,
-            "unit": sources.UNIT,
-            "dtype": dtype,
-            "budget_patches": budget_patches,
-            "columns": columns,
-            "limit": limit,
-        }
-        first = next(iter(listed(source, columns=columns, skip=out)), None)
-        if first is None:
-            raise ValueError(f"{source} holds no images")
-        out.mkdir(parents=True, exist_ok=True)
-        with _alone(out, shard):
-            settled = _settle(out, recipe, device)
-            job = job_of(out, folder, budget_patches, dtype, stop=on_error == "stop", settled=settled)
-            plan = Plan(out, listed(source, columns=columns, skip=out), limit, shard)
-            if engine == "ray":
-                from uhd.datasets import on_ray
 
-                running = on_ray.run(job, iter(plan), **ray)
-            else:
-                running = local.run(job, iter(plan), _processes(processes, job))
-            done = 0
-            for _ in progress(running) if progress else running:
-                done += 1
-            return {**index.finish(out, plan.inputs, plan.units), "done": done}
+
+def _recipe(folder: Path, form: dict[str, Any]) -> dict[str, Any]:
+    """All that the bytes of ``out`` depend on."""
+    encoder = {"encoder": read_json(folder / CONFIG_FILE), "weights": _digest(folder / WEIGHTS_FILE)}
+    return {**encoder, "rules": RULES, "unit": sources.UNIT, **form}
 
 
 def job_of(out: Any, folder: Path, budget: int, dtype: str | None, *, stop: bool, settled: dict[str, Any]) -> Job:
