@@ -193,6 +193,13 @@ def rebuild_part(described: Mapping[str, Any], role: str, *, empty: bool = False
         return cls(**{**settings, **read})
 
 
+def completed(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of one of this package's parts, those that are left out at their defaults; others as they are."""
+    cls, config = _PARTS.get(kind, (None, None))
+    known = inspect.signature(config or cls).parameters if cls else {}
+    return {name: one.default for name, one in known.items() if one.default is not one.empty} | dict(settings)
+
+
 def is_known(described: Mapping[str, Any]) -> bool:
     """Whether a described part is of a class of this package."""
     return described["kind"] in _PARTS

@@ -15,6 +15,7 @@ from uhd.files import damage_named
 from uhd.hf.bare import FromPackage, auto_map, save_beside
 from uhd.hf.outputs import MEDIA
 from uhd.hf.versions import CACHE_NAMES
+from uhd.parts import completed
 from uhd.pixels import PixelSettings
 from uhd.resampler import PerceiverConfig
 from uhd.resampler.config import default_heads
@@ -219,6 +220,8 @@ class UHDConfig(FromPackage, PreTrainedConfig):
             sizes = {"width": width, "vision_width": self.vision_config.width, "num_heads": default_heads(width)}
             default = PerceiverConfig(**sizes)
             self.resampler_config.settings = default.to_dict()
+        elif self.resampler_config.settings is not None:  # what code leaves out; a file has all
+            self.resampler_config.settings = completed(self.resampler_config.kind, self.resampler_config.settings)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
