@@ -246,6 +246,8 @@ def _claim(base: Path) -> tuple[Path, int | None]:
         try:
             path.mkdir(exist_ok=True)
             handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except (FileExistsError, FileNotFoundError):  # another writer removed it just then
+            continue
         except OSError:
             if os.path.lexists(path):  # another user's
                 continue
