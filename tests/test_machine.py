@@ -10,6 +10,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.scripts import FOLDER
 from tests.tiny import refuses
@@ -99,6 +100,17 @@ def test_measured_once_and_kept(unasked, monkeypatch):
     machine.rates()
     assert len(measured) == 5
     assert len(list((unasked / "uhd").iterdir())) == 2
+
+
+def test_what_a_call_runs_under_does_not_touch_the_measuring(unasked, monkeypatch):
+    def plain():
+        kind = type(torch.ones(1)), torch.ones(1).device.type, torch.is_autocast_enabled("cpu")
+        return {"float32 native": 1.0} if kind == (torch.Tensor, "cpu", False) else {}
+
+    monkeypatch.setattr(machine, "measure", plain)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"), FlopCounterMode(display=False) as counted:
+        assert machine.rates() == {"float32 native": 1.0}
+    assert counted.get_total_flops() == 0
 
 
 def test_a_cache_that_cannot_be_written(unasked, monkeypatch):

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from uhd.torch_private import int8_product, packed_products
+from uhd.writing import new_file
 
 WAYS = {
     "float32": ("native", "onednn", "packed"),
@@ -153,13 +154,13 @@ def _rates(threads: int) -> Mapping[str, float]:
         kept = {str(name): float(rate) for name, rate in json.loads(file.read_text(encoding="utf-8")).items()}
         if kept:
             return kept
-    found = measure()
+    with ThreadPoolExecutor(1) as pool:  # whose thread is under no autocast, mode or default device of the caller's
+        found = pool.submit(measure).result()
     if found:
-        with suppress(OSError):  # a cache that cannot be written is measured again
+        with suppress(OSError, ValueError):  # a cache that cannot be written is measured again
             file.parent.mkdir(parents=True, exist_ok=True)
-            beside = file.with_suffix(f".{os.getpid()}")
-            beside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-            beside.replace(file)
+            with new_file(file) as new:
+                new.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found
 
 
