@@ -313,6 +313,8 @@ def test_a_command_raises_the_limit(tmp_path, capsys):
     assert main(["--max-pixels", "599", "plan", str(path)]) == 1
     assert "uhd --max-pixels N" in capsys.readouterr().out
     assert main(["--max-pixels", "600", "plan", str(path)]) == 0
+    assert main(["--max-pixels", "599", "layout", str(path)]) == 1
+    assert capsys.readouterr().err.startswith(f"uhd layout: '{path}' is 20x30 px")
 
 
 # --- arrays, tensors, memory ---------------------------------------------------------------------

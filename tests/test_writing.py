@@ -16,6 +16,7 @@ from tests.fuzz.writers import encoders
 from tests.hf import tiny
 from tests.tiny import refuses
 from uhd import writing
+from uhd.hf import UHDConfig, UHDImageProcessor
 from uhd.writing import READY, check_place, finish, new_file, new_files, read_whole
 
 
@@ -189,6 +190,9 @@ def test_a_config_that_was_read_before_is_not_trusted(tmp_path):
     assert AutoModelForImageTextToText.from_pretrained(folder).visual.note == "new"
     half_moved(folder)
     assert uhd.UHDProcessor.from_pretrained(folder).image_processor.image_mean == (0.1, 0.2, 0.3)
+    for part in (UHDImageProcessor, UHDConfig):
+        half_moved(folder)
+        assert "0.1" in str(part.from_pretrained(folder))
 
 
 def test_a_save_that_cannot_be_finished_is_refused(tmp_path):
