@@ -149,6 +149,41 @@ def test_a_jpeg_of_very_many_scans_is_refused(read):
     assert read(jpeg).height == 1500
 
 
+def test_scans_are_those_of_the_frame_that_is_decoded():
+    """Not what stands behind it, such as a phone's film, in which the marker of a scan is two bytes of many."""
+    few = PixelSettings(max_pixels=1 << 20)
+    frame = picture(900, 1100)
+    with_film = encoded(frame, "JPEG", progressive=True) + b"\xff\xda" * 400
+    assert load_image(with_film, settings=few).size == (1100, 900)
+    file = encoded(frame, "MPO", save_all=True, append_images=[frame], progressive=True)
+    assert [load_image(file, settings=few, frame=number).size for number in (None, 1)] == [(1100, 900)] * 2
+    last, end = file.rindex(b"\xff\xda"), file.rindex(b"\xff\xd9")
+    hidden = b"\xff\xfe\0\4\xff\xd9"  # a comment that holds the marker of an end
+    longer = file[:end] + hidden + file[last:end] * 20 + file[end:]
+    assert load_image(longer, settings=few, frame=0).size == (1100, 900)
+    refuses("pixels to decode in its scans", load_image, longer, settings=few, frame=1)
+
+
+def test_every_frame_has_the_limit():
+    file = encoded(Image.new("L", (8, 8)), "TIFF", save_all=True, append_images=[Image.new("L", (90, 80))])
+    assert load_image(file, frame=1, settings=PixelSettings(max_pixels=7200)).size == (90, 80)
+    refuses("80x90 px .* over max_pixels=7199", load_image, file, frame=1, settings=PixelSettings(max_pixels=7199))
+
+
+@every_reader
+def test_tags_may_hold_what_the_file_holds(read):
+    """Layers of an image program, and stacks of a microscope: much, but nothing of it twice."""
+    strip = [(273, 4, 1, 8), (279, 4, 1, 600)]
+    layers = gray_tiff((20, 30), *strip, (37_724, 1, 17 << 20, 608), data=bytes(600 + (17 << 20)))
+    stack = gray_tiff((20, 30), *strip, data=bytes(600))[:-4]
+    for _ in range(70):
+        page = b"".join(struct.pack("<HHLL", 256 + number, 4, 1, 1) for number in range(1000))
+        stack += struct.pack("<LH", len(stack) + 4, 1000) + page
+    for file in (layers, stack + bytes(4)):
+        result = read(file)
+        assert result == (20, 30) if isinstance(result, tuple) else (result.height, result.width) == (20, 30)
+
+
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
 def test_late_frames_of_large_animations_are_refused(kind):
     frames = [Image.new("L", (40, 30), 5 * level) for level in range(50)]
@@ -278,6 +313,8 @@ def test_a_command_raises_the_limit(tmp_path, capsys):
     assert main(["--max-pixels", "599", "plan", str(path)]) == 1
     assert "uhd --max-pixels N" in capsys.readouterr().out
     assert main(["--max-pixels", "600", "plan", str(path)]) == 0
+    assert main(["--max-pixels", "599", "layout", str(path)]) == 1
+    assert capsys.readouterr().err.startswith(f"uhd layout: '{path}' is 20x30 px")
 
 
 # --- arrays, tensors, memory ---------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Files and folders are written whole or not at all."""
 
+import errno
 import json
 import os
 import stat
@@ -15,6 +16,7 @@ from tests.fuzz.writers import encoders
 from tests.hf import tiny
 from tests.tiny import refuses
 from uhd import writing
+from uhd.hf import UHDConfig, UHDImageProcessor
 from uhd.writing import READY, check_place, finish, new_file, new_files, read_whole
 
 
@@ -101,6 +103,35 @@ def test_without_locks_names_are_each_writers_own(tmp_path, monkeypatch):
     assert not hidden(tmp_path)
 
 
+def test_writers_on_a_file_system_without_locks(tmp_path, monkeypatch):
+    """As on some network drives: each finds out for itself, with the others beside it."""
+
+    def flock(*_):
+        barrier.wait(10)
+        raise OSError(errno.ENOLCK, "no locks")
+
+    barrier = threading.Barrier(2)
+    monkeypatch.setattr(writing.fcntl, "flock", flock)
+    found = []
+    claimed = [threading.Thread(target=lambda: found.append(writing._claim(tmp_path / "a"))) for _ in range(2)]
+    for thread in claimed:
+        thread.start()
+    for thread in claimed:
+        thread.join()
+    names = {path.name for path, _ in found}
+    assert len(names) == 2
+    assert names == set(os.listdir(tmp_path))
+
+
+def test_what_another_users_killed_writer_left_stays(tmp_path, monkeypatch):
+    (tmp_path / ".a.uhd-tmp-0").mkdir()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, how: path.name != ".a.uhd-tmp-0" and access(path, how))
+    with new_file(tmp_path / "a") as new:
+        new.write_text("whole")
+    assert sorted(os.listdir(tmp_path)) == [".a.uhd-tmp-0", "a"]
+
+
 def test_what_a_killed_writer_left_is_taken_over(tmp_path):
     killed = tmp_path / ".a.uhd-tmp-0"
     killed.mkdir()
@@ -159,6 +190,9 @@ def test_a_config_that_was_read_before_is_not_trusted(tmp_path):
     assert AutoModelForImageTextToText.from_pretrained(folder).visual.note == "new"
     half_moved(folder)
     assert uhd.UHDProcessor.from_pretrained(folder).image_processor.image_mean == (0.1, 0.2, 0.3)
+    for part in (UHDImageProcessor, UHDConfig):
+        half_moved(folder)
+        assert "0.1" in str(part.from_pretrained(folder))
 
 
 def test_a_save_that_cannot_be_finished_is_refused(tmp_path):

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     words = sys.argv[1:] if argv is None else argv
-    name = " ".join(["uhd", *(word for word in words[:1] if not word.startswith("-"))])
+    name = " ".join(["uhd", *[word for word in words if word[:1].isalpha()][:1]])
 
     def command() -> int:
         args = _parser().parse_args(argv)
@@ -40,10 +40,11 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     from uhd import __version__
     from uhd.datasets import command_line as datasets
+    from uhd.pixels import MAX_PIXELS
 
     parser = argparse.ArgumentParser(prog="uhd", description="Native-resolution eyes for any causal language model.")
     parser.add_argument("--version", action="version", version=f"uhd {__version__}")
-    parser.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger pictures (default 50331648)")
+    parser.add_argument("--max-pixels", type=int, metavar="N", help=f"refuse larger pictures (default {MAX_PIXELS})")
     known = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_planning(known)
     _add_encoding(known)

@@ -254,14 +254,16 @@ def _claim(base: Path) -> tuple[Path, int | None]:
             raise
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(handle), os.lstat(path)):  # it was not removed before it was locked
+            # it was not removed before it was locked, and no other user's killed writer left it
+            if os.path.samestat(os.fstat(handle), os.lstat(path)) and os.access(path, os.W_OK | os.X_OK):
                 return path, handle
             os.close(handle)
         except (BlockingIOError, FileNotFoundError):
             os.close(handle)
         except OSError:  # there are no locks here
             os.close(handle)
-            path.rmdir()
+            with suppress(OSError):  # another writer that found none removed it
+                path.rmdir()
             break
     path = base.with_name(f"{base.name}{os.getpid()}-{secrets.token_hex(4)}")
     path.mkdir()

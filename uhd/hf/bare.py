@@ -55,6 +55,12 @@ class FromPackage:
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
         """Nothing to do: ``auto_map`` is written by uhd."""
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a save that was killed is finished first, see :mod:`uhd.writing`."""
+        finish(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
 
 class FoundByName(FromPackage, ProcessorMixin):
     """A processor whose parts are found by their names, too, where transformers cannot be told of them."""
@@ -63,11 +69,7 @@ class FoundByName(FromPackage, ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; code that the folder brings is run only where ``trust_remote_code=True`` asks for it.
-
-        A save that was killed is finished first, see :mod:`uhd.writing`.
-        """
-        finish(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
+        """As in transformers; code that the folder brings is run only where ``trust_remote_code=True`` asks for it."""
         kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))
         with own_code_named(pretrained_model_name_or_path, "pass trust_remote_code=True if you trust it"):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)

@@ -19,6 +19,7 @@ from .settings import DEFAULT, PixelSettings
 from .source import (
     PictureError,
     check_frame,
+    check_pixels,
     check_scans,
     most_bytes,
     name_of,
@@ -96,7 +97,6 @@ def image_of(pixels: np.ndarray) -> Image.Image:
 def _loaded(source: Any, settings: PixelSettings, frame: int | None) -> Image.Image:
     name = name_of(source)
     with opened(source, name, settings) as image:
-        check_scans(image, settings, name)
         return rgb(upright_frame(image, frame, settings, name), settings)
 
 
@@ -193,11 +193,14 @@ def upright_frame(image: Image.Image, frame: int | None, settings: PixelSettings
         stands = 0
     check_frame(image, frame, settings, name)
     if frame is None or frame == stands:
+        check_scans(image, settings, name)
         decode(image)
         picture = image
     else:
         try:
             image.seek(frame)
+            check_pixels(image, settings, name)  # frames may differ in size
+            check_scans(image, settings, name)
             picture = image.copy()
         finally:
             image.seek(stands)

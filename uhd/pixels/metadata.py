@@ -13,14 +13,14 @@ from PIL.JpegImagePlugin import MARKER
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT"}
 _JPEG, _EXIF = b"\xff\xd8", b"Exif\0\0"
-_START_OF_SCAN = 0xDA
+START_OF_SCAN = 0xDA
 _WEBP_PIXELS = {b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF"}
 _TIFF_ORDER = {b"II*\0": "<", b"MM\0*": ">"}
 _TIFF_PIXELS = {*range(254, 260), 262, 266, 273, 274, *range(277, 280), 284, 292, 293, 317, *range(320, 326)}
 _TIFF_PIXELS |= {330, 332, *range(338, 342), 347, *range(529, 533)}
 
 _MOST_BYTES, _MOST_ENTRIES = 1 << 24, 1 << 16
-"""Of all tags of a file: what they point to, and their number."""
+"""Of all tags of a file, whatever its size: what they point to, and their number."""
 
 _BYTES_OF_TYPE = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
 """Bytes of one value of a TIFF type; those of the others have one."""
@@ -51,7 +51,7 @@ def _jpeg_blocks(file: BinaryIO) -> Iterator[BinaryIO]:
         while byte == b"\xff":
             byte = file.read(1)
         marker = 0xFF00 + int.from_bytes(byte, "big")
-        if marker == 0xFF00 + _START_OF_SCAN:
+        if marker == 0xFF00 + START_OF_SCAN:
             break
         if marker not in MARKER or MARKER[marker][2] is None:
             continue
@@ -96,7 +96,8 @@ def _heavy(block: BinaryIO, order: str, forms: str) -> bool:
         for _, kind, number, value in entry.iter_unpack(table[: len(table) // entry.size * entry.size]):
             length = number * _BYTES_OF_TYPE.get(kind, 1)
             claimed += min(length, max(size - value, 0)) if length > wide else 0
-        if entries > _MOST_ENTRIES or claimed > _MOST_BYTES:
+        # no more than the file holds is no trick: many pages, or the layers of an image program
+        if entries > max(_MOST_ENTRIES, size // entry.size) or claimed > max(_MOST_BYTES, size):
             return True
         place = read_number(wide)
     return False
@@ -135,7 +136,7 @@ def _png_chunks(file: bytes) -> Iterator[bytes]:
 
 def _jpeg_segments(file: bytes) -> Iterator[bytes]:
     place, whole_exif = len(_JPEG), not heavy_tags(io.BytesIO(file))
-    while file[place + 1] != _START_OF_SCAN:
+    while file[place + 1] != START_OF_SCAN:
         marker, length = struct.unpack_from(">HH", file, place)
         end = place + 2 + length
         exif = whole_exif and marker == 0xFFE1 and file[place + 4 : place + 8] == b"Exif"

@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from uhd.slicing.plan import MAX_SIDE
 
-from .metadata import heavy_tags
+from .metadata import START_OF_SCAN, heavy_tags
 from .settings import DEFAULT, PixelSettings
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "AVIF", "HEIF")
@@ -28,9 +28,13 @@ _ASIDE = 1 << 24
 _ALONE = ("TIFF", "MPO")
 """Formats whose frames need no earlier ones."""
 
-_PIPE = "a FIFO (named pipe)"
+_SEGMENT = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
+"""A marker of a JPEG that a length follows, or the one of its end."""
+
+_END = 0xD9
+
 _KINDS = {
-    stat.S_IFIFO: _PIPE,
+    stat.S_IFIFO: "a FIFO (named pipe)",
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
@@ -287,6 +291,18 @@ def refuse_frame(frame: int | None, frames: int, name: str) -> None:
 def check_scans(image: Image.Image, settings: PixelSettings, name: str) -> None:
     """Refuse a JPEG, not decoded yet, whose few bytes go over all its pixels again and again."""
     if image.format in ("JPEG", "MPO") and getattr(image, "fp", None) and image.tile:
-        image.fp.seek(0)  # decoding seeks its own place
-        scans = image.fp.read(most_bytes(settings)).count(b"\xff\xda")
+        image.fp.seek(image.tile[0][2])  # where this frame begins; decoding seeks its own place
+        scans = _count_scans(image.fp.read(most_bytes(settings)))
         check_work(scans * image.height * image.width, 12, "in its scans", settings, name)
+
+
+def _count_scans(file: bytes) -> int:
+    """The scans up to the end of the first JPEG: further frames, or the film of a phone, may stand behind it."""
+    scans = place = 0
+    while found := _SEGMENT.search(file, place):
+        kind, place = file[found.start() + 1], found.end()
+        if kind == _END:
+            break
+        scans += kind == START_OF_SCAN
+        place += max(int.from_bytes(file[place : place + 2], "big"), 2)
+    return scans
