@@ -8,7 +8,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 import uhd
@@ -115,6 +115,23 @@ def test_a_description_plans_without_weights(tmp_path):
         uhd.VisualEncoder.describe(tmp_path)
     with pytest.raises(ValueError, match=r"holds no uhd_encoder.json"):
         uhd.VisualEncoder.describe(tmp_path / "none")
+
+
+def test_a_described_encoder_may_be_given_weights(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    encoder = tiny_encoder()
+    encoder.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    assigned, here, offloaded = (uhd.VisualEncoder.describe(tmp_path) for _ in range(3))
+    assigned.load_state_dict(load_file(weights), assign=True)
+    accelerate.load_checkpoint_and_dispatch(here, str(weights), device_map={"": "cpu"})
+    accelerate.load_checkpoint_in_model(offloaded, str(weights), device_map={"": "cpu"})
+    offloaded = accelerate.cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    assert next(offloaded.parameters()).is_meta
+    with torch.no_grad():
+        (wanted,) = encoder(IMAGES[:1])
+        for found in (assigned, here, offloaded):
+            assert torch.equal(found(IMAGES[:1])[0].tokens, wanted.tokens)
 
 
 def header_of(path):

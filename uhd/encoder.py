@@ -211,7 +211,7 @@ class VisualEncoder(PackedEncoder):
         self, batch: SliceBatch, videos: Sequence[VideoPlan] = (), whole: bool = False
     ) -> tuple[Tensor, list[TokenLayout]]:
         """As :meth:`encode`, and each image's layout, whose counts are checked before anything is computed."""
-        if getattr(self, "only_described", False):
+        if getattr(self, "only_described", False) and saving.lacks_weights(self):
             raise ValueError("this encoder has no weights: VisualEncoder.from_pretrained loads them")
         layouts = [self._checked_layout(p, number) for number, p in enumerate(batch.plans)]
         tokens, lengths = self.encode_packed(batch.patches, batch.grids, inner=batch.inner)
