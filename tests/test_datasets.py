@@ -364,6 +364,13 @@ def test_what_changed_between_runs_is_read_anew(tmp_path, folder):
     assert one != two
 
 
+def test_bytes_of_every_kind_of_column(tmp_path):
+    for kind in (pyarrow.binary(), pyarrow.large_binary(), pyarrow.binary_view()):
+        table = pyarrow.table({"image": pyarrow.array([b"some"], kind)})
+        pyarrow.parquet.write_table(table, tmp_path / "s.parquet")
+        assert [sources.read(item) for item in sources.listed(tmp_path / "s.parquet")] == [(b"some", {})]
+
+
 def test_a_source_can_be_read_more_than_once(tmp_path, folder):
     """A pipe would be empty for the run itself, or be waited for."""
     as_list(tmp_path / "list.txt", pictures())

@@ -249,7 +249,7 @@ def _columns(path: Path, schema: Any, columns: tuple[str, ...], asked: bool) -> 
     def holds_images(kind: Any) -> bool:
         if types.is_struct(kind):
             return any(kind.field(place).name == "bytes" for place in range(kind.num_fields))
-        return types.is_binary(kind) or types.is_large_binary(kind)
+        return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
 
     images = [field.name for field in schema if holds_images(field.type)]
     named = [name for name in images if name in columns] or images
