@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 import uhd
 from tests.tiny import IMAGES, encoded, noise, tiny_encoder
+from uhd.resampler import MLPProjector
 from uhd.token_files import token_file
 
 LONG = np.zeros((20, 2_000, 3), np.uint8)
@@ -128,6 +129,9 @@ def test_a_described_encoder_may_be_given_weights(tmp_path):
     accelerate.load_checkpoint_in_model(offloaded, str(weights), device_map={"": "cpu"})
     offloaded = accelerate.cpu_offload(offloaded, execution_device=torch.device("cpu"))
     assert next(offloaded.parameters()).is_meta
+    half = accelerate.cpu_offload(tiny_encoder(MLPProjector(32, 24)).half(), execution_device=torch.device("cpu"))
+    half.slicing = uhd.strategy("llava-next").for_vision(image_size=56, patch_size=14)
+    assert half.packer.newline.dtype == torch.float16
     with torch.no_grad():
         (wanted,) = encoder(IMAGES[:1])
         for found in (assigned, here, offloaded):

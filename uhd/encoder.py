@@ -370,7 +370,8 @@ def _fitted_packer(packer: FeaturePacker | None, slicing: Slicing, compressor: n
         )
     weight = next(compressor.parameters(), torch.empty(0))
     packer = FeaturePacker(out_dim, **{kind: kind in learned for kind in saving.LEARNED})
-    return packer if weight.is_meta else packer.to(weight.device, weight.dtype)
+    packer = packer.to(weight.dtype)
+    return packer if weight.is_meta else packer.to(weight.device)
 
 
 def _check_tokens(batch: SliceBatch, wanted: Sequence[Sequence[int]], lengths: Sequence[int], rule: Slicing) -> None:
