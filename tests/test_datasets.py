@@ -22,8 +22,8 @@ import uhd
 from tests.hf import tiny as small
 from tests.hf.tiny import attach
 from tests.tiny import encoded, noise, tiny_encoder
-from uhd import cli, datasets
-from uhd.datasets import index, sources
+from uhd import cli, datasets, machine
+from uhd.datasets import index, running, sources
 
 pyarrow = pytest.importorskip("pyarrow")
 pytest.importorskip("pyarrow.parquet")
@@ -323,6 +323,82 @@ def test_another_recipe_or_source_is_refused(whole, tmp_path, folder):
         run(source, tmp_path / "out", folder)
 
 
+def test_what_a_caller_pinned_stays(whole, tmp_path, folder):
+    pinned = machine.NATIVE | {"float32": "onednn"}
+    before = machine.use_products(pinned)
+    try:
+        run(whole[0], tmp_path / "out", folder)
+        datasets.estimate(whole[0], folder, limit=4)
+        assert machine.products() == pinned
+        assert json.loads((tmp_path / "out" / "run.json").read_text())["settled"]["products"] == pinned
+    finally:
+        assert machine.use_products(before) == pinned
+
+
+def test_shards_that_begin_at_once_settle_one_thing(whole, tmp_path, folder, monkeypatch):
+    """Each would choose otherwise: the second waits for what the first has written."""
+    settled, numbers = running.settled_on, iter(range(1, 3))
+
+    def slowly(device):
+        time.sleep(0.3)
+        return settled(device) | {"threads": next(numbers)}
+
+    monkeypatch.setattr(running, "settled_on", slowly)
+    monkeypatch.setattr(running, "Job", lambda *_, **told: told)
+    monkeypatch.setattr(running, "_engine", lambda *_: lambda job, *_: iter([job["threads"]]))
+    threads = []
+
+    def shard(place):
+        run(whole[0], tmp_path / "out", folder, shard=(place, 2), progress=lambda done: threads.append(*done) or ())
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(shard, range(2)))
+    assert threads == [1, 1]
+
+
+def test_what_changed_between_runs_is_read_anew(tmp_path, folder):
+    for seed in range(2):
+        as_parquet(tmp_path / "s.parquet", {"a.png": encoded(noise(30, 40, seed=seed))})
+        run(tmp_path / "s.parquet", tmp_path / str(seed), folder)
+    one, two = (next(datasets.Tokens(tmp_path / str(seed)).rows())["sha256"] for seed in range(2))
+    assert one != two
+
+
+def test_bytes_of_every_kind_of_column(tmp_path):
+    for kind in (pyarrow.binary(), pyarrow.large_binary(), pyarrow.binary_view()):
+        table = pyarrow.table({"image": pyarrow.array([b"some"], kind)})
+        pyarrow.parquet.write_table(table, tmp_path / "s.parquet")
+        assert [sources.read(item) for item in sources.listed(tmp_path / "s.parquet")] == [(b"some", {})]
+
+
+def test_a_source_can_be_read_more_than_once(tmp_path, folder):
+    """A pipe would be empty for the run itself, or be waited for."""
+    as_list(tmp_path / "list.txt", pictures())
+    words = (
+        f"{sys.executable} -m uhd.cli encode-dataset <(cat {tmp_path}/list.txt) -o {tmp_path}/no --encoder {folder}"
+    )
+    told = subprocess.run(["bash", "-c", words], capture_output=True, text=True, timeout=60)
+    assert (told.returncode, "is a pipe or a device" in told.stderr) == (1, True)
+    os.mkfifo(tmp_path / "pictures" / "x.tar")
+    run(tmp_path / "pictures", tmp_path / "out", folder)
+    assert {row["key"]: row["error"] for row in datasets.Tokens(tmp_path / "out").errors()}["x.tar"] == "it is no file"
+
+
+def test_a_damaged_run_is_told(whole, tmp_path, folder):
+    for content, words in (("{}", "has format None"), ('{"format": 1}', "missing recipe"), ("[", "damaged")):
+        (tmp_path / "run.json").write_text(content)
+        for use in (datasets.Tokens, datasets.inspect, lambda out: run(whole[0], out, folder)):
+            with pytest.raises(ValueError, match=f"run.json.*{words}"):
+                use(tmp_path)
+
+
+def test_without_pyarrow_a_table_is_refused(tmp_path, folder, monkeypatch):
+    as_parquet(tmp_path / "s.parquet", pictures())
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ValueError, match=r"s.parquet is read by pyarrow, which is missing here"):
+        run(tmp_path, tmp_path / "out", folder)
+
+
 def test_two_runs_at_once(whole, tmp_path, folder):
     def second(running):
         with pytest.raises(ValueError, match="another run is writing"):
@@ -343,12 +419,18 @@ def test_wrong_calls(whole, tmp_path, folder):
         (whole[0], {"limit": 0}, "at least 1"),
         (whole[0], {"dtype": "int8"}, "dtype must be"),
         (whole[0], {"device": "tpu"}, "device must be"),
+        (whole[0], {"processes": -1}, "processes are at least 0"),
         (whole[0], {"on_error": "stop"}, "a/torn.png \\(decode\\)"),
     ):
         with pytest.raises(ValueError, match=words):
             run(source, tmp_path / "out" / words[:3].replace("/", ""), folder, **changes)
     with pytest.raises(ValueError, match="expected a folder"):
         run(whole[0], tmp_path / "file", folder)
+    with pytest.raises(TypeError, match="engine='local' has no setting proceses"):
+        run(whole[0], tmp_path / "out", folder, proceses=2)
+    for wrong in ({"shard": (5, 3)}, {"limit": 0}, {"dtype": "int8"}, {"columns": ["key"]}):
+        with pytest.raises(ValueError, match="0 to n - 1|at least 1|dtype must be|columns of these names"):
+            datasets.estimate(whole[0], folder, **wrong)
 
 
 def _bytes_changed(path, place):
@@ -499,7 +581,7 @@ def test_commands(whole, tmp_path, folder, capsys):
 
 def test_a_dry_run_counts_from_headers(whole, tmp_path, folder, capsys):
     words = ["encode-dataset", str(whole[0]), "-o", str(tmp_path / "out"), "--encoder", str(folder), "--dry-run"]
-    assert cli.main(words) == 0
+    assert cli.main([*words, "--engine", "ray", "--actors", "2"]) == 0
     assert not (tmp_path / "out").exists()
     told = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
     counts = index.finish(whole[1], 13, 4)

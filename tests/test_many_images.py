@@ -8,11 +8,12 @@ import struct
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 import uhd
 from tests.tiny import IMAGES, encoded, noise, tiny_encoder
+from uhd.resampler import MLPProjector
 from uhd.token_files import token_file
 
 LONG = np.zeros((20, 2_000, 3), np.uint8)
@@ -115,6 +116,26 @@ def test_a_description_plans_without_weights(tmp_path):
         uhd.VisualEncoder.describe(tmp_path)
     with pytest.raises(ValueError, match=r"holds no uhd_encoder.json"):
         uhd.VisualEncoder.describe(tmp_path / "none")
+
+
+def test_a_described_encoder_may_be_given_weights(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    encoder = tiny_encoder()
+    encoder.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    assigned, here, offloaded = (uhd.VisualEncoder.describe(tmp_path) for _ in range(3))
+    assigned.load_state_dict(load_file(weights), assign=True)
+    accelerate.load_checkpoint_and_dispatch(here, str(weights), device_map={"": "cpu"})
+    accelerate.load_checkpoint_in_model(offloaded, str(weights), device_map={"": "cpu"})
+    offloaded = accelerate.cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    assert next(offloaded.parameters()).is_meta
+    half = accelerate.cpu_offload(tiny_encoder(MLPProjector(32, 24)).half(), execution_device=torch.device("cpu"))
+    half.slicing = uhd.strategy("llava-next").for_vision(image_size=56, patch_size=14)
+    assert half.packer.newline.dtype == torch.float16
+    with torch.no_grad():
+        (wanted,) = encoder(IMAGES[:1])
+        for found in (assigned, here, offloaded):
+            assert torch.equal(found(IMAGES[:1])[0].tokens, wanted.tokens)
 
 
 def header_of(path):

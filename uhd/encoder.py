@@ -211,7 +211,7 @@ class VisualEncoder(PackedEncoder):
         self, batch: SliceBatch, videos: Sequence[VideoPlan] = (), whole: bool = False
     ) -> tuple[Tensor, list[TokenLayout]]:
         """As :meth:`encode`, and each image's layout, whose counts are checked before anything is computed."""
-        if getattr(self, "only_described", False):
+        if getattr(self, "only_described", False) and saving.lacks_weights(self):
             raise ValueError("this encoder has no weights: VisualEncoder.from_pretrained loads them")
         layouts = [self._checked_layout(p, number) for number, p in enumerate(batch.plans)]
         tokens, lengths = self.encode_packed(batch.patches, batch.grids, inner=batch.inner)
@@ -370,7 +370,8 @@ def _fitted_packer(packer: FeaturePacker | None, slicing: Slicing, compressor: n
         )
     weight = next(compressor.parameters(), torch.empty(0))
     packer = FeaturePacker(out_dim, **{kind: kind in learned for kind in saving.LEARNED})
-    return packer if weight.is_meta else packer.to(weight.device, weight.dtype)
+    packer = packer.to(weight.dtype)
+    return packer if weight.is_meta else packer.to(weight.device)
 
 
 def _check_tokens(batch: SliceBatch, wanted: Sequence[Sequence[int]], lengths: Sequence[int], rule: Slicing) -> None:

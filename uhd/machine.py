@@ -115,14 +115,15 @@ def products() -> dict[str, str]:
     return _checked({name.strip(): way.strip() for name, _, way in pairs}, "UHD_PRODUCTS")
 
 
-def use_products(choices: Mapping[str, str] | None) -> None:
-    """Pin the products of this process, as ``products`` gave them somewhere; ``None`` undoes.
+def use_products(choices: Mapping[str, str] | None) -> dict[str, str] | None:
+    """Pin the products of this process, as ``products`` gave them somewhere; ``None`` undoes. Give those before.
 
     Raises:
         ValueError: A dtype or a product is not among ``WAYS``; what is left out is ``native``.
     """
     global _pinned
-    _pinned = None if choices is None else _checked(choices, "use_products")
+    before, _pinned = _pinned, None if choices is None else _checked(choices, "use_products")
+    return before
 
 
 def choose(found: Mapping[str, float]) -> dict[str, str]:

@@ -161,6 +161,12 @@ def described(kind: type[_Encoder], folder: Path) -> _Encoder:
     return encoder.eval()
 
 
+def lacks_weights(encoder: nn.Module) -> bool:
+    """Whether a described encoder was given none since; accelerate's hooks fetch those that it keeps elsewhere."""
+    fetched = any(hasattr(part, "_hf_hook") for part in encoder.modules())
+    return not fetched and any(weight.is_meta for weight in encoder.parameters())
+
+
 def load(kind: type[_Encoder], folder: Path, *, sizes: Mapping[str, int] | None = None, **given: Any) -> _Encoder:
     """Read what :func:`save` wrote as an encoder of this class, in eval mode.
 

@@ -62,12 +62,14 @@ def _encode(args: argparse.Namespace) -> int:
     given |= {"dtype": args.dtype, "limit": args.limit, "shard": args.shard, "device": args.device}
     given["columns"] = [name.strip() for name in args.columns.split(",") if name.strip()]
     if args.dry_run:
+        given = {name: value for name, value in given.items() if name not in names[1:]}
         found = datasets.estimate(args.source, args.encoder, **given)
         print("\n".join(f"{name}: {_worded(value)}" for name, value in found.items()))
         return 0
     own = {"engine": args.engine, "processes": args.processes, "on_error": args.on_error}
+    own["progress"] = partial(_bar, args, given["columns"])
     try:
-        found = datasets.encode(args.source, args.output, args.encoder, **given, **own, progress=partial(_bar, args))
+        found = datasets.encode(args.source, args.output, args.encoder, **given, **own)
     except commands.Stopped as stop:
         raise type(stop)(f"what is done is in {args.output}: the same command goes on") from None
     print(f"{found['images']:,} images + {found['errors']:,} errors = {found['inputs']:,} inputs", end=", ")
@@ -83,7 +85,7 @@ def _worded(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _bar(args: argparse.Namespace, done: Iterator[tuple[int, dict[str, int]]]) -> Iterator[Any]:
+def _bar(args: argparse.Namespace, columns: list[str], done: Iterator[tuple[int, dict[str, int]]]) -> Iterator[Any]:
     """On a terminal's stderr: images done, a second, and the time left, once the source has been listed beside."""
     if not sys.stderr.isatty():
         yield from done
@@ -95,7 +97,8 @@ def _bar(args: argparse.Namespace, done: Iterator[tuple[int, dict[str, int]]]) -
     def count() -> None:
         place, shards = args.shard
         there = len([one for one in index.units_in(args.output) if one % shards == place])
-        inputs = sum(1 for _ in islice(sources.listed(args.source, skip=args.output), args.limit))
+        items = sources.listed(args.source, columns=columns, skip=args.output)
+        inputs = sum(1 for _ in islice(items, args.limit))
         bar.total = max(0, inputs // shards - there * sources.UNIT)
 
     with tqdm(unit=" images", smoothing=0.05) as bar:

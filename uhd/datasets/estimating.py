@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from torch.utils.flop_counter import FlopCounterMode
 
-from uhd.datasets.plan import Unit
-from uhd.datasets.running import BUDGET, job_of, settled_on
-from uhd.datasets.sources import Item, listed, read, units
-from uhd.datasets.units import Encoder, as_before, prepare
+from uhd.datasets.plan import Plan, Unit
+from uhd.datasets.running import BUDGET, check_device, check_form, job_of, saved, settled_on
+from uhd.datasets.sources import Item, listed, read
+from uhd.datasets.units import Encoder, Job, as_before, prepare
 from uhd.encoded import num_rows
 from uhd.loading import collected
 from uhd.machine import NATIVE, use_products
@@ -26,7 +24,7 @@ SECONDS = 10.0
 
 def estimate(
     source: str | os.PathLike,
-    encoder: str | os.PathLike,
+    encoder: Any,
     *,
     budget_patches: int = BUDGET,
     dtype: str | None = None,
@@ -41,7 +39,15 @@ def estimate(
         ``inputs``, ``images`` and ``errors`` as headers tell, ``views``, ``patches``, ``tokens`` (rows on disk),
         ``bytes`` of these, ``tflops``, ``images_a_second`` of one process, and ``hours`` of it.
     """
-    job = job_of("", Path(encoder), budget_patches, dtype, stop=False, settled=settled_on(device))
+    check_form({"budget_patches": budget_patches, "dtype": dtype, "columns": columns, "limit": limit}, shard)
+    settled = settled_on(device)
+    check_device(settled["device"])
+    with saved(encoder) as folder:
+        job = job_of("", folder, budget_patches, dtype, stop=False, settled=settled)
+        return _estimated(source, Plan(None, listed(source, columns=columns), limit, shard), job)
+
+
+def _estimated(source: Any, plan: Plan, job: Job) -> dict[str, Any]:
     found = dict.fromkeys(("inputs", "images", "errors", "views", "patches", "tokens"), 0)
     some: list[Unit] = []
 
@@ -50,15 +56,14 @@ def estimate(
         plan = how.slicing.plan(image_size_hw(source, settings=how.pixels))
         return plan.num_views, plan.num_patches, num_rows(plan)
 
-    for number, items in enumerate(units(islice(listed(source, columns=columns), limit))):
-        if number % shard[1] == shard[0]:
-            costs, errors = collected(cost, items)
-            found["inputs"] += len(items)
-            found["errors"] += len(errors)
-            for one in filter(None, costs):
-                for name, more in zip(("views", "patches", "tokens"), one, strict=True):
-                    found[name] += more
-            some += [Unit(number, items)] if len(some) < 64 else []
+    for unit in plan:
+        costs, errors = collected(cost, unit.items)
+        found["inputs"] += len(unit.items)
+        found["errors"] += len(errors)
+        for one in filter(None, costs):
+            for name, more in zip(("views", "patches", "tokens"), one, strict=True):
+                found[name] += more
+        some += [unit] if len(some) < 64 else []
     if not found["inputs"]:
         raise ValueError(f"{source} holds no images")
     found["images"] = found["inputs"] - found["errors"]

@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from uhd.datasets.plan import file_of, header_of, index_of
+from uhd.datasets.plan import FORMAT, file_of, header_of, index_of
+from uhd.datasets.sources import pyarrow_for
 from uhd.files import damage_named, read_json
+from uhd.settings import read_values
 from uhd.writing import new_file
 
 RUN, INDEX, ERRORS = "run.json", "index", "errors"
@@ -51,6 +53,20 @@ TEXTS = ("key", "sha256", "shard", "stage", "error")
 Write = Callable[[list[dict[str, Any]]], object]
 
 
+def read_run(out: Path) -> dict[str, Any]:
+    """What ``run.json`` says; a ``ValueError`` where there is none, of another format or damaged."""
+    if not (out / RUN).is_file():
+        raise ValueError(f"{out} holds no {RUN}: give a folder that uhd encode-dataset wrote")
+    run = read_json(out / RUN)
+    if run.get("format") != FORMAT:
+        raise ValueError(f"{out / RUN} has format {run.get('format')!r}, this version knows {FORMAT}: another folder")
+    with damage_named(out / RUN):
+        read_values(run, "a run's description", recipe=dict[str, Any], settled=dict[str, Any])
+        read_values(run["recipe"], "a run's recipe", encoder=dict[str, Any], columns=tuple[str, ...])
+        read_values(run["settled"], "what a run settled", device=str, threads=int, products=dict[str, str])
+    return run
+
+
 def units_in(out: Path) -> list[int]:
     """Numbers of the units whose files are there, sorted."""
     with os.scandir(out) as entries:
@@ -76,7 +92,7 @@ def finish(out: Path, inputs: int, units: int) -> dict[str, Any]:
         raise ValueError(f"{file_of(out, over[0])} is past the source's {units} units: the source has changed since")
     if len(there) < units:
         return {**counts, "complete": False}
-    run = read_json(out / RUN)
+    run = read_run(out)
     images, errors = (_write(out, name, rows_of(out, there, name, run["recipe"]["columns"])) for name in TABLES)
     if (images, errors, images + errors) != (counts["images"], counts["errors"], inputs):
         raise RuntimeError(f"{out}: {images} images + {errors} errors of {inputs} inputs: uhd inspect tells which")
@@ -158,7 +174,7 @@ def read_rows(out: Path, name: str) -> Iterator[dict[str, Any]]:
             with open(path, encoding="utf-8") as file:
                 yield from map(json.loads, file)
             return
-        with _needed(path).parquet.ParquetFile(path) as file:
+        with pyarrow_for(path).parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(_ROWS):
                 yield from batch.to_pylist()
 
@@ -168,7 +184,7 @@ def read_columns(out: Path, columns: Sequence[str]) -> dict[str, Any]:
     path = table_of(out, INDEX)
     if path.suffix == ".parquet":
         with damage_named(path):
-            table = _needed(path).parquet.read_table(path, columns=list(columns))
+            table = pyarrow_for(path).parquet.read_table(path, columns=list(columns))
             found = {name: table[name].combine_chunks() for name in columns}
     else:
         rows = list(read_rows(out, INDEX))
@@ -185,9 +201,3 @@ def table_of(out: Path, name: str) -> Path:
     raise ValueError(
         f"{out} has no {name}.parquet or .jsonl ({there}): the command that encodes it writes it at its end"
     )
-
-
-def _needed(path: Path) -> Any:
-    if (pyarrow := _pyarrow()) is None:
-        raise ValueError(f"{path} is read by pyarrow, which is missing here: install it")
-    return pyarrow

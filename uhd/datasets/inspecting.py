@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from uhd.datasets import index
 from uhd.datasets.plan import file_of, header_of
 from uhd.datasets.units import digest
-from uhd.files import DAMAGE, read_json
+from uhd.files import DAMAGE
 
 
 def inspect(out: str | os.PathLike) -> dict[str, Any]:
@@ -29,9 +29,7 @@ def inspect(out: str | os.PathLike) -> dict[str, Any]:
         ValueError: It is no such folder.
     """
     out = Path(out)
-    if not (out / index.RUN).is_file():
-        raise ValueError(f"{out} holds no {index.RUN}: give a folder that uhd encode-dataset wrote")
-    run = read_json(out / index.RUN)
+    run = index.read_run(out)
     numbers = index.units_in(out)
     found: dict[str, Any] = {"units": len(numbers), **dict.fromkeys(("inputs", "images", "errors", "tokens"), 0)}
     found |= {"bytes": 0, "dtype": "", "width": 0, "stages": {}, "complete": "counts" in run}

@@ -19,7 +19,6 @@ from uhd.datasets.units import Encoder, Job, as_before, prepare
 
 _AHEAD = 2  # units that a process has: one to encode, one to prepare
 _TRIES = 3  # of a unit whose process dies
-_GONE = "the process that encoded this was killed"
 
 Done = tuple[int, dict[str, int]]
 """A unit's number, and counts of what was written."""
@@ -100,15 +99,16 @@ def in_processes(job: Job, units: Iterable[Unit], processes: int) -> Iterator[Do
                     number, found = line.recv()
                 except (EOFError, OSError):
                     del workers[line]
+                    process.join()
                     for unit in mine.values():
                         tries[unit.number] = tries.get(unit.number, 0) + 1
                         if tries[unit.number] == _TRIES:
                             raise RuntimeError(
-                                f"unit {unit.number}, from {unit.items[0].key!r} on: {_GONE} {_TRIES} times, by the "
-                                "system where memory is short: take fewer processes or a smaller budget"
+                                f"unit {unit.number}, from {unit.items[0].key!r} on: the process that encoded this "
+                                f"ended {_TRIES} times, with exit status {process.exitcode}. -9: the system killed "
+                                "it, take fewer processes or a smaller budget; 1: it said why; processes=0 has none"
                             ) from None
                     again += mine.values()
-                    process.join()
                     _start(workers, job, device)
                     continue
                 if isinstance(found, Exception):

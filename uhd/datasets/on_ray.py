@@ -21,17 +21,17 @@ from uhd.machine import use_products
 _RETRIES = 5
 """Of a task or an actor whose process dies."""
 
+_AHEAD = 2
+"""Units that are prepared, or being prepared, for every actor beside the one that it encodes."""
 
-def run(
-    job: Job, units: Iterable[Unit], *, actors: int | None = None, cpus_per_task: float = 1.0, ahead: int = 2
-) -> Iterator[Done]:
+
+def run(job: Job, units: Iterable[Unit], *, actors: int | None = None, cpus_per_task: float = 1.0) -> Iterator[Done]:
     """Encode units on the cluster of ``RAY_ADDRESS``, or one that is started here.
 
     Args:
         job, units: As of the local engine.
         actors: Processes that hold the encoder; ``None``: as many as the cluster has GPUs, or half its cores.
         cpus_per_task: Cores that a task which prepares a unit takes.
-        ahead: Units that are prepared, or being prepared, for every actor beside the one that it encodes.
 
     Raises:
         ValueError, OSError: As of the local engine.
@@ -45,7 +45,7 @@ def run(
     if mine:
         ray.init(log_to_driver=False, include_dashboard=False, configure_logging=False)
     try:
-        yield from _mapped(ray, job, units, actors, cpus_per_task, ahead)
+        yield from _mapped(ray, job, units, actors, cpus_per_task)
     except ray.exceptions.RayTaskError as problem:
         raise problem.cause from None
     except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as problem:
@@ -55,7 +55,7 @@ def run(
             ray.shutdown()
 
 
-def _mapped(ray: Any, job: Job, units: Iterable[Unit], actors: int | None, cpus: float, ahead: int) -> Iterator[Done]:
+def _mapped(ray: Any, job: Job, units: Iterable[Unit], actors: int | None, cpus: float) -> Iterator[Done]:
     gpus = ray.cluster_resources().get("GPU", 0) if job.device == "cuda" else 0
     actors = actors or int(gpus) or max(1, int(ray.cluster_resources()["CPU"]) // 2)
     how = {"max_restarts": _RETRIES, "max_task_retries": _RETRIES, "num_cpus": 0 if gpus else 1}
@@ -65,7 +65,7 @@ def _mapped(ray: Any, job: Job, units: Iterable[Unit], actors: int | None, cpus:
     waiting: dict[Any, tuple[int, int]] = {}
     load = [0] * actors
     while True:
-        while min(load) <= ahead and (unit := next(stream, None)) is not None:
+        while min(load) <= _AHEAD and (unit := next(stream, None)) is not None:
             least = load.index(min(load))
             # the parts go from the task to the actor, not by way of here
             done = holders[least].encode.remote(unit, task.remote(unit, job))

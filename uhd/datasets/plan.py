@@ -37,9 +37,12 @@ def file_of(out: str | os.PathLike, number: int) -> Path:
 
 
 class Plan:
-    """The units of a source that are this run's, and not done; iterated once, it knows how many there are in all."""
+    """The units of a source that are this run's, and not done; iterated once, it knows how many there are in all.
 
-    def __init__(self, out: Path, items: Iterator[Item], limit: int | None, shard: tuple[int, int]) -> None:
+    Nothing is done where there is no ``out``.
+    """
+
+    def __init__(self, out: Path | None, items: Iterator[Item], limit: int | None, shard: tuple[int, int]) -> None:
         self.out, self.items, self.shard = out, islice(items, limit), shard
         self.inputs = self.units = 0
 
@@ -47,10 +50,9 @@ class Plan:
         for number, items in zip(count(), units(self.items)):
             self.inputs, self.units = self.inputs + len(items), number + 1
             unit = Unit(number, items)
-            path = file_of(self.out, number)
             if number % self.shard[1] != self.shard[0]:
                 continue
-            header = header_of(path)
+            header = self.out and header_of(path := file_of(self.out, number))
             if header is None:  # missing, or damaged
                 yield unit
             elif (header["unit"], header["keys"]) != (number, unit.keys):

@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,17 +84,20 @@ def encode(
             setting is out of range; or an image is refused, and ``on_error`` says stop.
         OSError: ``out`` cannot be written. What was done is kept, and the same call goes on.
     """
-    check_choice("engine", engine, ENGINES)
-    _check_numbers(budget_patches, limit, shard, processes)
     out, columns = Path(out), list(dict.fromkeys(columns))
-    _check_form(out, dtype, columns, on_error)
     form = {"dtype": dtype, "budget_patches": budget_patches, "columns": columns, "limit": limit}
-    with _saved(encoder) as folder:
+    check_form(form, shard)
+    _check_run(out, engine, processes, on_error, ray)
+    with saved(encoder) as folder:
         if next(iter(listed(source, columns=columns, skip=out)), None) is None:
             raise ValueError(f"{source} holds no images")
         out.mkdir(parents=True, exist_ok=True)
-        with _alone(out, shard):
-            settled = _settle(out, _recipe(folder, form), device)
+        busy = f"another run is writing to {out}: wait for its end, or end it"
+        with _alone(out / ".lock-{}-{}".format(*shard), busy):
+            with _alone(out / ".lock-run"):  # shards that begin at once settle one thing
+                settled = _settle(out, _recipe(folder, form), device)
+            if engine == "local":
+                check_device(settled["device"])
             job = job_of(out, folder, budget_patches, dtype, stop=on_error == "stop", settled=settled)
             plan = Plan(out, listed(source, columns=columns, skip=out), limit, shard)
             running = _engine(engine, ray)(job, iter(plan), processes)
@@ -110,12 +113,26 @@ def _engine(name: str, settings: dict[str, Any]) -> Callable[..., Iterator[tuple
     return lambda job, plan, processes: on_ray.run(job, plan, **settings)
 
 
-def _check_form(out: Path, dtype: str | None, columns: Sequence[str], on_error: str) -> None:
-    check_choice("on_error", on_error, ("record", "stop"))
-    if dtype is not None:
-        check_choice("dtype", dtype, DTYPES)
-    if taken := set(columns) & set(index.COLUMNS):
+def check_form(form: dict[str, Any], shard: tuple[int, int]) -> None:
+    """Raise a ``ValueError`` for what no run can be asked for."""
+    budget, limit = form["budget_patches"], form["limit"]
+    if budget < 1 or (limit is not None and limit < 1):
+        raise ValueError(f"budget_patches and limit are at least 1, got {budget}, {limit}")
+    if not 0 <= shard[0] < shard[1]:
+        raise ValueError(f"shard is i/n with i of 0 to n - 1, got {shard[0]}/{shard[1]}")
+    if form["dtype"] is not None:
+        check_choice("dtype", form["dtype"], DTYPES)
+    if taken := set(form["columns"]) & set(index.COLUMNS):
         raise ValueError(f"{', '.join(sorted(taken))}: the index itself has columns of these names")
+
+
+def _check_run(out: Path, engine: str, processes: int | None, on_error: str, ray: dict[str, Any]) -> None:
+    check_choice("engine", engine, ENGINES)
+    check_choice("on_error", on_error, ("record", "stop"))
+    if engine == "local" and ray:
+        raise TypeError(f"engine='local' has no setting {', '.join(ray)}")
+    if processes is not None and processes < 0:
+        raise ValueError(f"processes are at least 0, got {processes}")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file, expected a folder for the tokens")
 
@@ -133,7 +150,7 @@ def job_of(out: Any, folder: Path, budget: int, dtype: str | None, *, stop: bool
 
 
 @contextmanager
-def _saved(encoder: Any) -> Iterator[Path]:
+def saved(encoder: Any) -> Iterator[Path]:
     """The folder of an encoder."""
     if isinstance(encoder, (str, os.PathLike)):
         if not is_file(Path(encoder) / CONFIG_FILE):
@@ -146,28 +163,26 @@ def _saved(encoder: Any) -> Iterator[Path]:
 
 
 @contextmanager
-def _alone(out: Path, shard: tuple[int, int]) -> Iterator[None]:
-    """No other run of this shard."""
-    path = out / ".lock-{}-{}".format(*shard)
+def _alone(path: Path, refused: str = "") -> Iterator[None]:
+    """Hold a lock; while another process does, it is ``refused``, or waited for."""
     with open(path, "w") as file:
         try:
             if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if refused else 0))
         except BlockingIOError:
-            raise ValueError(f"another run is writing to {out}: wait for its end, or end it") from None
+            raise ValueError(refused) from None
         except OSError:  # no locks here: two runs write the same bytes
             pass
         yield
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # another one may have it open
+            path.unlink()
 
 
 def _settle(out: Path, recipe: dict[str, Any], device: str | None) -> dict[str, Any]:
     """Where and how every worker multiplies, from now on; ``run.json`` says so, and of what the folder is."""
     path = out / index.RUN
     if path.exists():
-        run = read_json(path)
-        if run.get("format") != FORMAT:
-            raise ValueError(f"{path} has format {run.get('format')!r}, this version writes {FORMAT}: another folder")
+        run = index.read_run(out)
         if other := [name for name in {**recipe, **run["recipe"]} if run["recipe"].get(name) != recipe.get(name)]:
             told = "; ".join(f"{name}: {_shown(run['recipe'], recipe, name)}" for name in other)
             raise ValueError(f"{out} is of another recipe ({told}): give it another folder, or what it was made with")
@@ -177,7 +192,7 @@ def _settle(out: Path, recipe: dict[str, Any], device: str | None) -> dict[str, 
     if index.units_in(out):
         raise ValueError(f"{out} holds units and no {index.RUN}, so nobody knows their recipe: another folder")
     settled = settled_on(device)
-    on = {"cpu": machine.cpu(), **({"gpu": torch.cuda.get_device_name()} if settled["device"] == "cuda" else {})}
+    on = {"cpu": machine.cpu(), **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})}
     versions = {"uhd": uhd.__version__, "torch": torch.__version__, **on}
     index.write_json(path, {"format": FORMAT, "recipe": recipe, "settled": settled, "versions": versions})
     with new_file(out / "README.md") as new:
@@ -189,15 +204,19 @@ def settled_on(device: str | None) -> dict[str, Any]:
     """Device, threads, and the products that a worker with so many threads would choose."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_choice("device", device, ("cpu", "cuda"))
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device='cuda': torch finds no GPU here")
-    threads = max(1, (os.cpu_count() or 1) // torch.cuda.device_count()) if device == "cuda" else 1
+    threads = max(1, (os.cpu_count() or 1) // max(1, torch.cuda.device_count())) if device == "cuda" else 1
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
         return {"device": device, "threads": threads, "products": machine.products()}
     finally:
         torch.set_num_threads(before)
+
+
+def check_device(device: str) -> None:
+    """Raise a ``ValueError`` where this machine lacks it: one that only hands out work to others may."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device='cuda': torch finds no GPU here")
 
 
 def _shown(old: dict[str, Any], new: dict[str, Any], name: str) -> str:
@@ -220,11 +239,6 @@ def _digest(path: Path) -> str:
 def _processes(processes: int | None, job: Job) -> int:
     if processes is not None:
         return processes
-    return torch.cuda.device_count() if job.device == "cuda" else len(os.sched_getaffinity(0))
-
-
-def _check_numbers(budget: int, limit: int | None, shard: tuple[int, int], processes: int | None) -> None:
-    if budget < 1 or (limit is not None and limit < 1) or (processes is not None and processes < 0):
-        raise ValueError(f"budget_patches and limit are at least 1, processes 0; got {budget}, {limit}, {processes}")
-    if not 0 <= shard[0] < shard[1]:
-        raise ValueError(f"shard is i/n with i of 0 to n - 1, got {shard[0]}/{shard[1]}")
+    if job.device == "cuda":
+        return torch.cuda.device_count()
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

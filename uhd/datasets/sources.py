@@ -52,9 +52,13 @@ def listed(source: str | os.PathLike, *, columns: Sequence[str] = (), skip: Path
         ValueError: There is no such source, or it has no such columns.
     """
     source = Path(source)
+    for kept in (_rows, _arrow):  # of files that may have changed since
+        kept.cache_clear()
     if source.is_dir():
         yield from _folder(source, "", tuple(columns), skip, ())
-    elif not source.exists():
+    elif not source.is_file():
+        if source.exists():
+            raise ValueError(f"{source} is a pipe or a device, a source is read more than once: write it to a file")
         raise ValueError(f"there is no {source}: give a folder, a list of files, a .tar or a .parquet file")
     elif source.suffix.lower() in _ARCHIVES:
         yield from _ARCHIVES[source.suffix.lower()](source, source.name, tuple(columns), True)
@@ -123,9 +127,9 @@ def _folder(
         suffix = os.path.splitext(name)[1].lower()
         if os.path.isdir(path):
             yield from _folder(Path(path), key + "/", columns, skip, (*above, here))
-        elif suffix in _ARCHIVES:
+        elif suffix in _ARCHIVES and os.path.isfile(path):
             yield from _ARCHIVES[suffix](Path(path), key, columns, False)
-        elif suffix in SUFFIXES:
+        elif suffix in SUFFIXES or suffix in _ARCHIVES:
             yield Item(key, "file", (path,))
 
 
@@ -142,7 +146,7 @@ def _lines(source: Path, columns: tuple[str, ...]) -> Iterator[Item]:
                 if "\0" in name:
                     raise ValueError("it holds bytes of 0")
                 path = source.parent / name
-                if path.suffix.lower() in _ARCHIVES and path.exists():
+                if path.suffix.lower() in _ARCHIVES and path.is_file():
                     yield from _ARCHIVES[path.suffix.lower()](path, name, columns, True)
                 elif name.strip():
                     yield Item(name, "file", (str(path),))
@@ -190,13 +194,12 @@ def _stem(name: str) -> str:
 
 def _parquet(path: Path, key: str, columns: tuple[str, ...], asked: bool) -> Iterator[Item]:
     """Rows in their order. In a folder, a table that has no images is none of its images; ``asked``: it is refused."""
-    from pyarrow import ArrowException, parquet
-
+    pyarrow = pyarrow_for(path)
     try:
-        with parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(path) as file:
             names = _columns(path, file.schema_arrow, columns, asked)
             sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-    except (ArrowException, OSError) as problem:
+    except (pyarrow.ArrowException, OSError) as problem:
         yield Item(key, "error", (f"this Parquet file is damaged: {problem}",))
         return
     row = 0
@@ -207,16 +210,24 @@ def _parquet(path: Path, key: str, columns: tuple[str, ...], asked: bool) -> Ite
 
 
 def _table(path: Path, key: str, columns: tuple[str, ...], asked: bool) -> Iterator[Item]:
-    from pyarrow import ArrowException
-
+    pyarrow = pyarrow_for(path)
     try:
         table = _arrow(str(path))
         names = _columns(path, table.schema, columns, asked)
-    except (ArrowException, OSError) as problem:
+    except (pyarrow.ArrowException, OSError) as problem:
         yield Item(key, "error", (f"this Arrow file is damaged: {problem}",))
         return
     for row in range(len(table)):
         yield Item(f"{key}#{row}", "rows", (str(path), None, row, names))
+
+
+def pyarrow_for(path: Any) -> Any:
+    """The module; a ``ValueError`` names the file that cannot be read without."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"{path} is read by pyarrow, which is missing here: install it") from None
+    return pyarrow
 
 
 _ARCHIVES = {".tar": _tar, ".parquet": _parquet}
@@ -233,12 +244,12 @@ def _saved(folder: Path) -> list[str] | None:
 
 def _columns(path: Path, schema: Any, columns: tuple[str, ...], asked: bool) -> tuple[str, ...]:
     """The column of images, and those that are kept beside it; () where there is none of images."""
-    from pyarrow import types
+    types = pyarrow_for(path).types
 
     def holds_images(kind: Any) -> bool:
         if types.is_struct(kind):
             return any(kind.field(place).name == "bytes" for place in range(kind.num_fields))
-        return types.is_binary(kind) or types.is_large_binary(kind)
+        return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
 
     images = [field.name for field in schema if holds_images(field.type)]
     named = [name for name in images if name in columns] or images
@@ -259,9 +270,7 @@ def _rows(path: str, group: int | None, names: tuple[str, ...]) -> list[Any]:
     """Columns of a file, or of one group of its rows."""
     if group is None:
         return [_arrow(path)[name] for name in names]
-    from pyarrow import parquet
-
-    with parquet.ParquetFile(path) as file:
+    with pyarrow_for(path).parquet.ParquetFile(path) as file:
         table = file.read_row_group(group, columns=list(names))
     return [table[name] for name in names]
 
@@ -269,6 +278,5 @@ def _rows(path: str, group: int | None, names: tuple[str, ...]) -> list[Any]:
 @lru_cache(maxsize=2)
 def _arrow(path: str) -> Any:
     """A table whose rows are read where they are asked for."""
-    import pyarrow
-
+    pyarrow = pyarrow_for(path)
     return pyarrow.ipc.open_stream(pyarrow.memory_map(path)).read_all()

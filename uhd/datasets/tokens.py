@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uhd.datasets.index import RUN, read_columns, read_rows
-from uhd.datasets.plan import FORMAT
+from uhd.datasets.index import RUN, read_columns, read_rows, read_run
 from uhd.encoded import EncodedImage, num_rows
-from uhd.files import damage_named, read_json
+from uhd.files import damage_named
 from uhd.saving import EncoderDescription
 from uhd.schema import SpatialSchema
 from uhd.schema.counted import layout_of, slicing_from_dict
@@ -42,13 +41,8 @@ class Tokens:
 
     def __init__(self, out: str | os.PathLike) -> None:
         self.out = Path(out)
-        run = self.out / RUN
-        if not run.is_file():
-            raise ValueError(f"{self.out} holds no {RUN}: give a folder that uhd encode-dataset wrote")
-        with damage_named(run):
-            self.run = read_json(run)
-            if self.run.get("format") != FORMAT:
-                raise ValueError(f"format {self.run.get('format')!r}, this version reads {FORMAT}")
+        self.run = read_run(self.out)
+        with damage_named(self.out / RUN):
             self.description = EncoderDescription.from_dict(self.run["recipe"]["encoder"])
             self.slicing = slicing_from_dict(self.description.slicing)
             self.schema = SpatialSchema.from_dict(self.description.schema)

@@ -122,13 +122,13 @@ def give_back() -> None:
 
 @contextmanager
 def as_before() -> Iterator[None]:
-    """What an :class:`Encoder` settles for its process is undone at the end."""
-    threads = torch.get_num_threads()
+    """What an :class:`Encoder` settles for its process is undone at the end: a caller may have pinned others."""
+    threads, products = torch.get_num_threads(), use_products(None)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-        use_products(None)
+        use_products(products)
 
 
 class Encoder:
