@@ -28,10 +28,13 @@ def draw_normal(tensor: Tensor, std: float) -> None:
 
 
 def check_numbers(weights: Mapping[str, Tensor]) -> None:
-    """Raise a ``ValueError`` where a weight is NaN or infinite; the message names the first."""
+    """Raise a ``ValueError`` where a weight is NaN or infinite; the message names the first.
+
+    Tensors of other classes, which quantized and sharded weights are, are not looked at.
+    """
     for name, tensor in weights.items():
-        checked = tensor.dtype in _CHECKED and tensor.numel() and not tensor.is_meta
-        if checked and not all(map(math.isfinite, map(float, tensor.detach().aminmax()))):
+        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.dtype in _CHECKED and not tensor.is_meta
+        if plain and tensor.numel() and not all(map(math.isfinite, map(float, tensor.detach().aminmax()))):
             raise ValueError(f"{name} holds NaN or infinity, expected finite numbers: save the weights again")
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import multiprocessing
-import queue
 import signal
-import threading
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
 
 from uhd.datasets.plan import Unit
-from uhd.datasets.units import Encoder, Job, as_before, prepare
+from uhd.datasets.units import Encoder, Job, Part, as_before, prepare
 
 _AHEAD = 2  # units that a process has: one to encode, one to prepare
 _TRIES = 3  # of a unit whose process dies
@@ -30,46 +30,29 @@ def here(job: Job, units: Iterable[Unit]) -> Iterator[Done]:
     Raises:
         ValueError, OSError: As of :func:`uhd.datasets.units.prepare` and of writing.
     """
-    ready, over = queue.Queue(1), threading.Event()
 
-    def put(item: Any) -> None:
-        while not over.is_set():
-            with suppress(queue.Full):
-                return ready.put(item, timeout=0.1)
-        raise _Over
-
-    def work() -> None:
-        try:
-            for unit in units:
-                put(unit)
-                for part in prepare(unit, job):
-                    put(part)
-                put(None)
-            put(None)
-        except _Over:
-            pass
-        except Exception as problem:  # of a picture, or of the source: told where it is waited for
-            with suppress(_Over):
-                put(problem)
-
-    def got() -> Any:
-        item = ready.get()
-        if isinstance(item, Exception):
-            raise item
-        return item
+    def work() -> Iterator[Unit | Part | None]:
+        for unit in units:
+            yield unit
+            yield from prepare(unit, job)
+            yield None
 
     with as_before():
-        encoder = Encoder(job)
-        threading.Thread(target=work, daemon=True).start()
-        try:
-            while (unit := got()) is not None:
-                yield unit.number, encoder(unit, iter(got, None))
-        finally:
-            over.set()
+        encoder, items = Encoder(job), _ahead(work())
+        for unit in items:
+            yield unit.number, encoder(unit, iter(partial(next, items), None))
 
 
-class _Over(Exception):
-    """Nobody takes what is prepared any more."""
+def _ahead(stream: Iterator[Any]) -> Iterator[Any]:
+    """The same items, each made on another thread while the one before is used."""
+    pool, end = ThreadPoolExecutor(1), object()
+    try:
+        coming = pool.submit(next, stream, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, stream, end)
+            yield item
+    finally:
+        pool.shutdown(wait=False)  # a worker's waits for the next unit
 
 
 def in_processes(job: Job, units: Iterable[Unit], processes: int) -> Iterator[Done]:

@@ -106,12 +106,12 @@ class UHDPreTrainedModel(PreTrainedModel):
             if kwargs.get("quantization_config") is not None:
                 config = kwargs.get("config") or cls.config_class.from_pretrained(source[0], **place)
                 kwargs["quantization_config"] = leave_alone(kwargs["quantization_config"], config.text_config)
-            found = super().from_pretrained(source[0], *args, **kwargs)
-        model = found[0] if isinstance(found, tuple) else found
-        check_loaded(model.visual, *source)
+            told = kwargs.pop("output_loading_info", False)
+            model, loading = super().from_pretrained(source[0], *args, output_loading_info=True, **kwargs)
+        check_loaded(model.visual, loading["missing_keys"], *source)
         model._loaded_from = {**place, "trust_remote_code": kwargs["trust_remote_code"]}
         model._restore_tables()
-        return found
+        return (model, loading) if told else model
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
         """As the language model's own class does it, embeddings that it has beside its first ones included."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -76,17 +76,21 @@ def check_model(source: Any, subfolder: str | None = None) -> None:
                 raise ValueError(f"{key} is {value}, and no tensor of the weights is longer than {longest}")
 
 
-def check_loaded(visual: torch.nn.Module, source: Any, subfolder: str | None = None) -> None:
-    """Refuse a vision side whose weights are no numbers, or half in the folder; a ``ValueError`` names the file."""
+def check_loaded(visual: torch.nn.Module, missing: Collection[str], source: Any, subfolder: str | None = None) -> None:
+    """Refuse a vision side whose weights are no numbers, or half in the folder; a ``ValueError`` names the file.
+
+    ``missing``: the model's weights that transformers did not find. Their names alone tell: quantizing and adapters
+    give a loaded part others than its file has.
+    """
     folder = _local(source, subfolder)
     weights = None if folder is None else next((folder / name for name in SAFE if (folder / name).is_file()), None)
     if weights is not None:
-        saved, loaded = Checkpoint(folder).files, visual.state_dict(prefix="visual.")
+        saved = Checkpoint(folder).files
         for part in ("visual.vision.", "visual.compressor."):  # a whole part may be new, half of one may not
-            missing = [name for name in loaded if name.startswith(part) and name not in saved]
-            if missing and any(name.startswith(part) for name in saved):
-                raise ValueError(f"{weights} does not fit or is damaged: there is no {', '.join(missing)}")
-        for name, tensor in loaded.items():
+            lacking = sorted(name for name in missing if name.startswith(part))
+            if lacking and any(name.startswith(part) for name in saved):
+                raise ValueError(f"{weights} does not fit or is damaged: there is no {', '.join(lacking)}")
+        for name, tensor in visual.state_dict(prefix="visual.").items():
             with damage_named(saved.get(name, weights)):
                 check_numbers({name: tensor})
 
