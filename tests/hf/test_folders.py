@@ -108,10 +108,11 @@ def test_shards_and_their_index_agree(torn):
     ):
         index.write_text(json.dumps({**whole, "weight_map": map_}))
         refuses(words, load, folder)
-    fewer = {one: place for one, place in whole["weight_map"].items() if one != "visual.vision.stem.weight"}
-    index.write_text(json.dumps({**whole, "weight_map": fewer}))
-    stem = load(torn / "one").visual.vision.stem.weight
-    assert torch.equal(load(folder).visual.vision.stem.weight, stem)  # its file has it, whatever the index says
+    for one in ("visual.vision.norm.bias", "visual.vision.stem.weight"):
+        index.write_text(
+            json.dumps({**whole, "weight_map": {n: f for n, f in whole["weight_map"].items() if n != one}})
+        )
+        refuses(f"index.json .*there is no {one}", load, folder)
 
 
 def test_a_vision_side_of_no_numbers_is_refused(torn):
