@@ -9,8 +9,9 @@ Names load on first use, so that ``import uhd`` and planning load no tensor libr
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from uhd.lazily import lazily
 
 if TYPE_CHECKING:
     from uhd import datasets as datasets
@@ -87,15 +88,7 @@ _MODULES = ("datasets", "hf", "nano", "pretrained", "resampler", "schema", "slic
 __all__ = ["__version__", *_HOMES, *_MODULES]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        value = getattr(importlib.import_module(_HOMES[name]), name)
-    elif name in _MODULES:
-        value = importlib.import_module(f"uhd.{name}")
-    else:
-        raise AttributeError(f"module 'uhd' has no attribute {name!r}")
-    globals()[name] = value
-    return value
+__getattr__ = lazily(__name__, _HOMES, _MODULES)
 
 
 def __dir__() -> list[str]:
