@@ -34,12 +34,12 @@ def interpolate_pos_embed(
         table: (h*w, D) floating point, row-major, patch rows only (no class token).
         src_hw: (rows, columns) of `table`, in patches.
         dst_hw: (rows, columns) wanted, in patches.
-        mode: "bicubic", "bilinear", or "nearest": target row i takes source row floor(i*h/h'), in integers.
+        mode: "bicubic", "bilinear", or "nearest": target row i takes source row ``floor(i*h/h')``, in integers.
         antialias: widen the kernel when shrinking; for bicubic and bilinear only.
 
     Returns:
-        (h'*w', D) in the dtype of `table`, computed in float32 (float64 stays float64). The table itself comes back
-        only when both numbers of the grid agree: (8, 32) to (16, 16) is a real interpolation.
+        ``(h'*w', D)`` in the dtype of `table`, computed in float32 (float64 stays float64). The table itself comes
+        back only when both numbers of the grid agree: (8, 32) to (16, 16) is a real interpolation.
 
     Raises:
         ValueError: rows that are not h*w, an unusable grid, an unknown mode, or antialias with "nearest".
