@@ -178,7 +178,7 @@ def name_of(source: Any) -> str:
     if isinstance(source, (str, os.PathLike)):
         name = os.fsdecode(source)
         if re.match("data:", name, re.IGNORECASE):
-            raise PictureError(f"{name!r:.80} is a data: URI whose base64 cannot be decoded: send it whole")
+            raise PictureError(f"{name!r:.200} is a data: URI whose base64 cannot be decoded: send it whole")
         if re.match("https?://", name, re.IGNORECASE):
             raise PictureError(f"{name!r:.200} is not a path, and nothing is downloaded: fetch it and pass its bytes")
         return f"{name!r:.200}"
