@@ -49,7 +49,7 @@ class EncoderDescription(Settings):
         check_image_size, note: As in :class:`uhd.VisualEncoder`.
     """
 
-    later = ("packer", "note")
+    later = ("packer",)
 
     vision: dict[str, Any]
     compressor: dict[str, Any]

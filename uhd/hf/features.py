@@ -106,7 +106,7 @@ class UHDPreTrainedModel(PreTrainedModel):
                 kwargs["quantization_config"] = leave_alone(kwargs["quantization_config"], config.text_config)
             told = kwargs.pop("output_loading_info", False)
             model, loading = super().from_pretrained(source[0], *args, output_loading_info=True, **kwargs)
-        check_loaded(model.visual, loading["missing_keys"], *source)
+        check_loaded(model, loading["missing_keys"], *source)
         model._loaded_from = {**place, "trust_remote_code": kwargs["trust_remote_code"]}
         model._restore_tables()
         return (model, loading) if told else model
