@@ -2,6 +2,8 @@
 
 import json
 import os
+import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -104,6 +106,13 @@ def test_wrong_input_is_answered_with_the_sentence_that_refuses_it(address):
     assert post(address, {"model": "gpt"}, "/load_model")[0] == 404
 
 
+def test_the_page_s_commands_give_what_it_says(address, tmp_path):
+    page = (pathlib.Path(__file__).parent.parent.parent / "docs" / "serving.md").read_text()
+    ask = re.search(r"question.json <<'ASK'\n(.*?)\nASK\n", page, re.S)[1]
+    body = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True).stdout
+    assert f"`content` is `{said(post(address, json.loads(body)))}`".replace("\n", "\\n") in page
+
+
 def test_what_it_cannot_serve(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     for arguments, words in {
@@ -123,7 +132,8 @@ def test_what_it_cannot_serve(tmp_path, capsys):
 def test_a_folder_by_its_path_and_its_name_and_by_the_stock_command(tmp_path):
     folder = tmp_path / "eyes@2"
     uhd.load_nano().save_pretrained(folder)
-    with running("uhd.cli", "serve", str(folder)) as (process, address):
+    with running("uhd.cli", "--max-pixels", "3000", "serve", str(folder)) as (process, address):
+        assert post(address, question("all?", Image.new("L", (61, 50)), model=folder.name))[0] == 400
         with urllib.request.urlopen(f"{address}/v1/models") as listed:
             assert json.load(listed)["data"][0]["id"] == str(folder)
         for name in (str(folder), folder.name):

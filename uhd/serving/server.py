@@ -86,12 +86,13 @@ def _with_addresses_only(apply: Any, conversation: Any, *args: Any, **kwargs: An
     return apply(conversation, *args, **kwargs)
 
 
-def ready(folder: Path | None, *, host: str = "127.0.0.1", port: int = 8000) -> _Ready:
+def ready(folder: Path | None, *, host: str = "127.0.0.1", port: int = 8000, max_pixels: int | None = None) -> _Ready:
     """transformers' server for one model; ``.server.run()`` runs it.
 
     Args:
         folder: That ``save_pretrained`` wrote; ``None``: the nano model, which is called ``nano``.
         host, port: Where it listens.
+        max_pixels: Larger pictures are refused; ``None``: as the folder says.
 
     Raises:
         ValueError, OSError: What is wrong with the folder, in a sentence.
@@ -106,6 +107,8 @@ def ready(folder: Path | None, *, host: str = "127.0.0.1", port: int = 8000) -> 
     )
     manager = server._model_manager
     model, processor = manager.load_model_and_processor(manager.process_model_name(str(folder)))
+    for part in (processor.image_processor, processor.video_processor) if max_pixels is not None else ():
+        part.max_pixels = max_pixels
     processor.apply_chat_template = partial(_with_addresses_only, processor.apply_chat_template)
     _pin(manager, name, model, processor)
     generating = _Fitting()
