@@ -123,7 +123,7 @@ def _checked(folder: Path) -> ServedName:
     finish(folder)
     if not is_file(folder / "config.json"):
         raise ValueError(f"{folder} is no folder with a saved model (config.json)")
-    kind = AutoConfig.from_pretrained(folder).model_type
+    kind = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
     if kind != UHDConfig.model_type:
         raise ValueError(f"{folder} holds a model of type {kind!r} without these eyes: transformers serve is for it")
     whole = folder.resolve()

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import vllm
 from torch import Tensor
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.parse import DictEmbeddingItems, MultiModalDataItems, MultiModalDataParser
@@ -31,6 +32,9 @@ from uhd.hf.placing import check_schemas, planned_layout
 from uhd.hf.plans import read_plans
 from uhd.hf.visual_inputs import pack_encoded, pack_encoded_videos
 from uhd.slicing import Slicing, SlicingConfig, VideoPlan
+
+if not hasattr(BaseMultiModalProcessor, "_finalize_hf_mm_data"):
+    raise ImportError(f"vLLM {vllm.__version__} asks processors otherwise than 0.32, which this plug-in is made for")
 
 JOINT = ("max_tokens", "multi_image")
 MOST_FRAMES = 32  # of a video that memory is kept for, as many as vLLM takes of one unless told
