@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     from uhd import __version__
     from uhd.datasets import command_line as datasets
     from uhd.pixels import MAX_PIXELS
+    from uhd.serving import command_line as serving
 
     parser = argparse.ArgumentParser(prog="uhd", description="Native-resolution eyes for any causal language model.")
     parser.add_argument("--version", action="version", version=f"uhd {__version__}")
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_planning(known)
     _add_encoding(known)
     datasets.add(known)
+    serving.add(known)
     return parser
 
 
