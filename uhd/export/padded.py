@@ -1,0 +1,204 @@
+"""An encoder over padded views, (V, L, P) with a mask, as exporters and other runtimes want it.
+
+It computes with the very modules of a :class:`uhd.VisualEncoder`. All that depends on the views' grids is an input
+that :mod:`uhd.export.host` makes, so that one graph serves any number of views of any size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from uhd.resampler import MergeProjector, MLPProjector, PerceiverResampler, PixelShuffleProjector, SpatialResampler
+from uhd.resampler.attention import LatentAttention
+from uhd.vision import ViT
+from uhd.vision.blocks import Block, activate
+from uhd.vision.int8 import LEVELS, Int8Linear
+from uhd.vision.stem import WindowStem
+
+Inputs = Mapping[str, Tensor]
+"""The graph's inputs by name, see :meth:`uhd.export.host.Graph.arrays`."""
+
+
+class PaddedEncoder(nn.Module):
+    """The views of one call, padded to the longest: a dictionary of inputs -> tokens (V, Q, D).
+
+    Tokens of a view beyond its own number are 0. Shares its weights with the parts that it is made of.
+    """
+
+    def __init__(self, vision: ViT, compressor: nn.Module) -> None:
+        super().__init__()
+        self.vision, self.compressor = vision, compressor
+
+    def forward(self, given: dict[str, Tensor]) -> Tensor:
+        features = see(self.vision, given)
+        weight = next(self.compressor.parameters(), features)
+        return COMPRESSORS[type(self.compressor)](self.compressor, features.to(weight.dtype), given)
+
+
+def see(vit: ViT, given: Inputs) -> Tensor:
+    """Encode padded patches: (V, L, D_v); what stands in rows without a patch means nothing."""
+    dtype = vit.stem.down.weight.dtype if isinstance(vit.stem, WindowStem) else vit.stem.weight.dtype
+    patches = given["patches"].to(dtype)
+    x = _windowed(vit.stem, patches, given["neighbours"]) if isinstance(vit.stem, WindowStem) else vit.stem(patches)
+    if vit.positions is not None:
+        x = x + _positions(vit, given).to(x.dtype)
+    mask, prefix = given["mask"], vit._prefix()
+    if prefix is not None:
+        x = torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1)
+        mask = torch.cat([mask.new_ones(1, len(prefix)).expand(mask.shape[0], -1), mask], dim=1)
+    x = vit.pre_norm(x)
+    for block in vit.blocks:
+        x = _block(block, x, mask)
+    return vit.norm(x if prefix is None else x[:, len(prefix) :])
+
+
+def _windowed(stem: WindowStem, patches: Tensor, neighbours: Tensor) -> Tensor:
+    """As :class:`uhd.vision.stem.WindowStem`; neighbours (V, L, 9) are rows of all patches, the last row is 0."""
+    p, b = stem.patch_size, stem.border
+    flat = patches.flatten(0, 1)
+    pixels = torch.cat([flat, flat.new_zeros(1, flat.shape[1])]).unflatten(1, (stem.channels, p, p))
+    if stem.grey:
+        pixels = pixels.mean(1, keepdim=True)
+    sides = (slice(p - b, p), slice(0, p), slice(0, b))
+    near, rows = neighbours.flatten(0, 1), []
+    for dy, ys in enumerate(sides):
+        parts = [pixels[:, :, ys, xs][near[:, 3 * dy + dx]] for dx, xs in enumerate(sides)]
+        rows.append(torch.cat(parts, dim=-1))
+    x = stem.down(F.gelu(stem.up(torch.cat(rows, dim=-2).flatten(1))))
+    return x.unflatten(0, patches.shape[:2])
+
+
+def _positions(vit: ViT, given: Inputs) -> Tensor:
+    table = vit.positions[vit.config.position_prefix :]
+    if "positions" in given:
+        return table[given["positions"]]
+    return _interpolated(table, given["position_rows"], given["position_columns"])
+
+
+def _interpolated(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """A (h*w, D) table where rows (V, L, h) and columns (V, L, w) say: (V, L, D), summed in float32."""
+    shares = (rows.unsqueeze(-1) * columns.unsqueeze(-2)).flatten(2)  # (V, L, h*w)
+    return (shares @ table.float()).to(table.dtype)
+
+
+def _block(block: Block, x: Tensor, mask: Tensor) -> Tensor:
+    qkv = dense(block.attn.qkv, block.norm1(x))  # (V, T, 3 D)
+    q, k, v = qkv.unflatten(-1, (3, block.attn.heads, -1)).unbind(2)
+    mixed = dense(block.attn.proj, attend(q, k, v, mask))
+    x = x + (mixed if block.scale1 is None else mixed * block.scale1)
+    hidden = dense(block.mlp.fc1, block.norm2(x))
+    update = dense(block.mlp.fc2, activate(hidden, block.mlp.activation))
+    return x + (update if block.scale2 is None else update * block.scale2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """q (V, Q, H, d), keys and values (V, n, H, d), mask (V, n), True where there is a key -> (V, Q, H * d)."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+    return mixed.transpose(1, 2).flatten(2)
+
+
+def dense(layer: nn.Module, x: Tensor) -> Tensor:
+    """A linear layer; of int8 weights with the product that ONNX has for them."""
+    if not isinstance(layer, Int8Linear):
+        return layer(x)
+    step = (x.abs().amax(dim=-1, keepdim=True).float() / LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
+    rounded = (x / step).round().to(torch.int8)
+    total = torch.onnx.ops.symbolic(
+        "MatMulInteger",
+        (rounded, layer.weight.t()),
+        dtype=torch.int32,
+        shape=(*x.shape[:-1], layer.out_features),
+        version=10,
+    )
+    total = total.float() * step * layer.scale
+    return (total if layer.bias is None else total + layer.bias.float()).to(x.dtype)
+
+
+def _perceive(resampler: PerceiverResampler, features: Tensor, given: Inputs) -> Tensor:
+    kv, mask = resampler.ln_kv(resampler.kv_proj(features)), given["mask"]
+    keys = _key_positions(resampler, given)
+    table = resampler.pos_embed.to(kv.dtype) if resampler.config.query_position else None
+    queries = resampler.ln_q(resampler.query)
+    queries = (queries if table is None else queries + table).expand(kv.shape[0], -1, -1)
+    x = resampler.ffn(_look(resampler.attn, queries, kv, keys, mask))
+    for layer in resampler.layers:
+        queries = layer.ln_q(x) if table is None else layer.ln_q(x) + table
+        x = layer.ffn(x + _look(layer.attn, queries, kv, keys, mask))
+    return resampler.ln_post(x) @ resampler.proj
+
+
+def _key_positions(resampler: nn.Module, given: Inputs) -> Tensor | None:
+    """What joins the keys, (V, L, D); None for nothing."""
+    if "key_sines" in given:
+        table = given["key_sines"].to(resampler.query.dtype)
+        return torch.cat([table[given["key_column_numbers"]], table[given["key_row_numbers"]]], dim=-1)
+    if "key_rows" not in given:
+        return None
+    return _interpolated(resampler.pos_embed, given["key_rows"], given["key_columns"]).to(resampler.query.dtype)
+
+
+def _look(attention: LatentAttention, queries: Tensor, kv: Tensor, keys: Tensor | None, mask: Tensor) -> Tensor:
+    width = attention.out_proj.in_features
+    heads = (attention.num_heads, width // attention.num_heads)
+    w_q, w_k, w_v = attention.in_proj_weight.chunk(3)
+    b_q, b_k, b_v = attention.in_proj_bias.chunk(3)
+    k = F.linear(kv, w_k, b_k)
+    k = k if keys is None else k + F.linear(keys, w_k)
+    q, k, v = (x.unflatten(-1, heads) for x in (F.linear(queries, w_q, b_q), k, F.linear(kv, w_v, b_v)))
+    return attention.out_proj(attend(q, k, v, mask))
+
+
+def _look_through_windows(resampler: SpatialResampler, features: Tensor, given: Inputs) -> Tensor:
+    w_q, w_k, w_v = resampler.attn.in_proj_weight.chunk(3)
+    b_q, b_k, b_v = resampler.attn.in_proj_bias.chunk(3)
+    heads = resampler.config.num_heads
+    x = resampler.ln_kv(resampler.kv_proj(features))
+    q = F.linear(resampler.ln_q(resampler.query) + resampler.pos_embed.to(x.dtype), w_q, b_q)
+    k, v = F.linear(x + _key_positions(resampler, given), w_k), F.linear(x, w_v)
+    windows = given["windows"].to(x.dtype)  # (V, Q * bins, L)
+    bins = windows.shape[1] // q.shape[0]
+    k, v = (
+        (windows @ part + bias).unflatten(1, (-1, bins)).unflatten(-1, (heads, -1))  # (V, Q, bins, H, d)
+        for part, bias in ((k, b_k), (v, b_v))
+    )
+    q = q.unflatten(-1, (heads, -1)).unsqueeze(1).expand(k.shape[0], -1, -1, -1, -1)
+    mask = given["window_mask"].unsqueeze(1).expand(-1, k.shape[1], -1)
+    mixed = attend(*(x.flatten(0, 1) for x in (q, k, v, mask))).unflatten(0, (k.shape[0], -1)).flatten(2)
+    return resampler.ln_post(resampler.attn.out_proj(mixed)) @ resampler.proj
+
+
+def _every_patch(projector: MLPProjector, features: Tensor, given: Inputs) -> Tensor:
+    return projector.mlp(features) * given["mask"].unsqueeze(-1).to(features.dtype)
+
+
+def _blocks(features: Tensor, given: Inputs) -> tuple[Tensor, Tensor]:
+    """The patches of every block, (V, Q, n, D), and 1 where there is a block, else 0, (V, Q, 1)."""
+    blocks = given["blocks"]
+    return features.flatten(0, 1)[blocks.clamp_min(0)], (blocks[..., :1] >= 0).to(features.dtype)
+
+
+def _shuffle(projector: PixelShuffleProjector, features: Tensor, given: Inputs) -> Tensor:
+    blocks, there = _blocks(features, given)
+    return projector.mlp(blocks.flatten(2)) * there
+
+
+def _merge(projector: MergeProjector, features: Tensor, given: Inputs) -> Tensor:
+    x, there = _blocks(features, given)
+    for layer in projector.mlp:
+        x = layer(x.unflatten(2, (-1, 4)).flatten(3))
+    return x.squeeze(2) * there
+
+
+COMPRESSORS = {
+    PerceiverResampler: _perceive,
+    SpatialResampler: _look_through_windows,
+    MLPProjector: _every_patch,
+    PixelShuffleProjector: _shuffle,
+    MergeProjector: _merge,
+}
+"""The compressors that have a padded form."""
