@@ -61,7 +61,7 @@ PAIRS = {
     "dinov2 giant, no key positions": (source("dinov2 giant"), partial(resampler, key_position="none"), {}),
     "dinov2 registers, spatial": (source("dinov2 registers"), spatial, {}),
     "timm, spatial as released": (source("timm embedded registers"), partial(spatial, aligned=False), {}),
-    "timm giant, mlp": (source("timm giant"), projector(MLPProjector), {"slicing": "llava-next"}),
+    "timm giant, mlp": (source("timm giant"), projector(MLPProjector), {}),
     "timm clip, pixel shuffle": (
         source("timm clip"),
         projector(PixelShuffleProjector, factor=2),

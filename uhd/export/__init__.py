@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from uhd.export.host import inputs
+from uhd.export.host import inputs, packed
 
 if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
     from uhd.encoder import VisualEncoder
 
-__all__ = ["inputs", "onnx"]
+__all__ = ["inputs", "onnx", "packed", "torch_program"]
 
 
 def onnx(encoder: VisualEncoder, path: str | os.PathLike, *, dynamic: bool = True) -> float:
@@ -40,3 +42,21 @@ def onnx(encoder: VisualEncoder, path: str | os.PathLike, *, dynamic: bool = Tru
     from uhd.export.graph import write
 
     return write(encoder, path, dynamic=dynamic)
+
+
+def torch_program(encoder: VisualEncoder) -> ExportedProgram:
+    """An encoder as a program of ``torch.export``, the number of views and of all patches free.
+
+    It takes one dictionary, ``given``: what :func:`packed` makes of :func:`inputs`, as tensors; and gives tokens
+    (V, Q, D). The resampler's attention is the operator ``uhd_kernels::varlen_cross_attention``, so that a saved
+    program is loaded after ``import uhd_kernels``; ``program.run_decompositions(uhd_kernels.decompositions())`` leaves
+    PyTorch's own operators, for whoever knows no others.
+
+    >>> torch.export.save(uhd.export.torch_program(encoder), "encoder.pt2")  # doctest: +SKIP
+
+    Raises:
+        TypeError, ValueError: As :func:`onnx`; and the compressor is no perceiver of depth 1, or the ViT is int8.
+    """
+    from uhd.export.graph import packed_program
+
+    return packed_program(encoder)

@@ -17,8 +17,8 @@ from PIL import Image
 from torch import nn
 
 from uhd.encoder import VisualEncoder
-from uhd.export.host import Graph, Keys, Positions, Windows
-from uhd.export.padded import COMPRESSORS, PaddedEncoder
+from uhd.export.host import Graph, Keys, Positions, Windows, packed
+from uhd.export.padded import COMPRESSORS, PackedEncoder, PaddedEncoder
 from uhd.export.running import session
 from uhd.loading import Preparation
 from uhd.positions import bucket_position_ids
@@ -195,6 +195,21 @@ def _evaluated(module: PaddedEncoder) -> PaddedEncoder:
         return module.eval()
     tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     return copy.deepcopy(module, tensors).eval()
+
+
+def packed_program(encoder: VisualEncoder) -> torch.export.ExportedProgram:
+    """As :func:`uhd.export.torch_program`."""
+    graph = described(encoder)
+    if type(encoder.compressor) is not PerceiverResampler or encoder.compressor.config.depth > 1 or graph.int8:
+        what = "an int8 ViT" if graph.int8 else f"{type(encoder.compressor).__name__} of this depth"
+        raise TypeError(f"a packed program is made of a ViT and a perceiver of depth 1, this has {what}: export.onnx")
+    given = {name: torch.from_numpy(array) for name, array in packed(example(graph)).items()}
+    views, patches, side = (torch.export.Dim(name) for name in ("views", "patches", "side"))
+    own = {"cu_seqlens": {0: views + 1}, "key_sines": {0: side}}
+    axes = {"given": {name: own.get(name, {0: patches}) for name in given}}
+    module = _evaluated(PackedEncoder(encoder.vision, encoder.compressor))
+    with torch.no_grad():
+        return torch.export.export(module, (), {"given": given}, dynamic_shapes=axes, strict=False)
 
 
 def example(graph: Graph) -> dict[str, np.ndarray]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -309,6 +309,24 @@ def _shares(
             own = np.repeat(weights, grid[1], axis=0) if axis == 0 else np.tile(weights, (grid[0], 1))
             share[place, : len(own)] = own
     return found  # type: ignore[return-value]
+
+
+def packed(given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What :meth:`Graph.arrays` made, without padding: (N, ...), and ``cu_seqlens`` (V + 1,) int32, no mask.
+
+    This is what a program of :func:`uhd.export.torch_program` takes.
+    """
+    mask = given["mask"]
+    found = {"cu_seqlens": np.concatenate([[0], mask.sum(1).cumsum()]).astype(np.int32)}
+    for name, array in given.items():
+        if name in ("key_sines", "mask"):
+            found |= {name: array} if name == "key_sines" else {}
+        else:
+            found[name] = array[mask]
+    if "neighbours" in given:
+        places = np.append(mask.ravel().cumsum() - 1, mask.sum())  # of a padded row among the packed ones; none: N
+        found["neighbours"] = places[found["neighbours"]]
+    return found
 
 
 def inputs(images: Sequence[Any], description: str | os.PathLike | Graph) -> dict[str, np.ndarray]:

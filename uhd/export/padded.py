@@ -1,7 +1,7 @@
-"""An encoder over padded views, (V, L, P) with a mask, as exporters and other runtimes want it.
+"""An encoder over padded views, (V, L, P) with a mask, as other runtimes want it; and over packed ones, for torch's.
 
-It computes with the very modules of a :class:`uhd.VisualEncoder`. All that depends on the views' grids is an input
-that :mod:`uhd.export.host` makes, so that one graph serves any number of views of any size.
+Both compute with the very modules of a :class:`uhd.VisualEncoder`. All that depends on the views' grids is an
+input that :mod:`uhd.export.host` makes, so that one graph serves any number of views of any size.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uhd.resampler import MergeProjector, MLPProjector, PerceiverResampler, PixelShuffleProjector, SpatialResampler
-from uhd.resampler.attention import LatentAttention
+from uhd.resampler.attention import LatentAttention, varlen_cross_attention
 from uhd.vision import ViT
 from uhd.vision.blocks import Block, activate
 from uhd.vision.int8 import LEVELS, Int8Linear
@@ -39,37 +39,77 @@ class PaddedEncoder(nn.Module):
         return COMPRESSORS[type(self.compressor)](self.compressor, features.to(weight.dtype), given)
 
 
+class PackedEncoder(nn.Module):
+    """The views of one call one after the other, with no padding, for `torch.export`: inputs -> tokens (V, Q, D).
+
+    Inputs are those of the padded form where its mask is True, (N, ...), and ``cu_seqlens`` (V + 1,) int32 in place of
+    the mask, see :func:`uhd.export.host.packed`. The resampler's attention is uhd_kernels' operator; the ViT's, whose
+    groups of views of equal length would depend on the input, is masked, in N * N steps.
+    """
+
+    def __init__(self, vision: ViT, compressor: PerceiverResampler) -> None:
+        super().__init__()
+        self.vision, self.compressor = vision, compressor
+
+    def forward(self, given: dict[str, Tensor]) -> Tensor:
+        bounds = given["cu_seqlens"]
+        bounds = torch.cat(
+            [bounds, bounds[-1:]]
+        )  # one more, empty: torch would fix a single view
+        x, prefix = embed(self.vision, given), self.vision._prefix()
+        views = torch.bucketize(torch.arange(x.shape[0], device=x.device), bounds[1:].to(x.device), right=True)
+        before = 0
+        if prefix is not None:
+            num = bounds.shape[0] - 1
+            before = num * len(prefix)
+            x = torch.cat([prefix.expand(num, -1, -1).flatten(0, 1), x])
+            own = torch.arange(num, device=x.device)[:, None].expand(-1, len(prefix)).flatten()
+            views = torch.cat([own, views])
+        features = run_blocks(self.vision, x.unsqueeze(0), (views[:, None] == views).unsqueeze(0))[0, before:]
+        features = self.vision.norm(features).to(self.compressor.query.dtype)
+        return _perceive_packed(self.compressor, features, {**given, "cu_seqlens": bounds})[:-1]
+
+
 def see(vit: ViT, given: Inputs) -> Tensor:
     """Encode padded patches: (V, L, D_v); what stands in rows without a patch means nothing."""
-    dtype = vit.stem.down.weight.dtype if isinstance(vit.stem, WindowStem) else vit.stem.weight.dtype
-    patches = given["patches"].to(dtype)
-    x = _windowed(vit.stem, patches, given["neighbours"]) if isinstance(vit.stem, WindowStem) else vit.stem(patches)
-    if vit.positions is not None:
-        x = x + _positions(vit, given).to(x.dtype)
-    mask, prefix = given["mask"], vit._prefix()
+    x, mask, prefix = embed(vit, given), given["mask"], vit._prefix()
     if prefix is not None:
         x = torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1)
         mask = torch.cat([mask.new_ones(1, len(prefix)).expand(mask.shape[0], -1), mask], dim=1)
-    x = vit.pre_norm(x)
-    for block in vit.blocks:
-        x = _block(block, x, mask)
+    x = run_blocks(vit, x, mask[:, None])
     return vit.norm(x if prefix is None else x[:, len(prefix) :])
 
 
+def embed(vit: ViT, given: Inputs) -> Tensor:
+    """Patches (..., P) with their positions: (..., D_v)."""
+    dtype = vit.stem.down.weight.dtype if isinstance(vit.stem, WindowStem) else vit.stem.weight.dtype
+    patches = given["patches"].to(dtype)
+    x = _windowed(vit.stem, patches, given["neighbours"]) if isinstance(vit.stem, WindowStem) else vit.stem(patches)
+    return x if vit.positions is None else x + _positions(vit, given).to(x.dtype)
+
+
+def run_blocks(vit: ViT, x: Tensor, mask: Tensor) -> Tensor:
+    """(V, T, D) -> (V, T, D); mask (V, 1 or T, T), True where a token may look."""
+    x = vit.pre_norm(x)
+    for block in vit.blocks:
+        x = _block(block, x, mask)
+    return x
+
+
 def _windowed(stem: WindowStem, patches: Tensor, neighbours: Tensor) -> Tensor:
-    """As :class:`uhd.vision.stem.WindowStem`; neighbours (V, L, 9) are rows of all patches, the last row is 0."""
+    """As :class:`uhd.vision.stem.WindowStem`; neighbours (..., 9) are rows of all patches, the last row is 0."""
     p, b = stem.patch_size, stem.border
-    flat = patches.flatten(0, 1)
+    flat = patches.flatten(0, -2)
     pixels = torch.cat([flat, flat.new_zeros(1, flat.shape[1])]).unflatten(1, (stem.channels, p, p))
     if stem.grey:
         pixels = pixels.mean(1, keepdim=True)
     sides = (slice(p - b, p), slice(0, p), slice(0, b))
-    near, rows = neighbours.flatten(0, 1), []
+    near, rows = neighbours.flatten(0, -2), []
     for dy, ys in enumerate(sides):
         parts = [pixels[:, :, ys, xs][near[:, 3 * dy + dx]] for dx, xs in enumerate(sides)]
         rows.append(torch.cat(parts, dim=-1))
     x = stem.down(F.gelu(stem.up(torch.cat(rows, dim=-2).flatten(1))))
-    return x.unflatten(0, patches.shape[:2])
+    return x.unflatten(0, patches.shape[:-1])
 
 
 def _positions(vit: ViT, given: Inputs) -> Tensor:
@@ -80,8 +120,8 @@ def _positions(vit: ViT, given: Inputs) -> Tensor:
 
 
 def _interpolated(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """A (h*w, D) table where rows (V, L, h) and columns (V, L, w) say: (V, L, D), summed in float32."""
-    shares = (rows.unsqueeze(-1) * columns.unsqueeze(-2)).flatten(2)  # (V, L, h*w)
+    """A (h*w, D) table where rows (..., h) and columns (..., w) say: (..., D), summed in float32."""
+    shares = (rows.unsqueeze(-1) * columns.unsqueeze(-2)).flatten(-2)  # (..., h*w)
     return (shares @ table.float()).to(table.dtype)
 
 
@@ -96,9 +136,9 @@ def _block(block: Block, x: Tensor, mask: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """q (V, Q, H, d), keys and values (V, n, H, d), mask (V, n), True where there is a key -> (V, Q, H * d)."""
+    """q (V, Q, H, d), keys and values (V, n, H, d), mask (V, 1 or Q, n), True for a key to see -> (V, Q, H * d)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.unsqueeze(1))
     return mixed.transpose(1, 2).flatten(2)
 
 
@@ -120,7 +160,7 @@ def dense(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _perceive(resampler: PerceiverResampler, features: Tensor, given: Inputs) -> Tensor:
-    kv, mask = resampler.ln_kv(resampler.kv_proj(features)), given["mask"]
+    kv, mask = resampler.ln_kv(resampler.kv_proj(features)), given["mask"].unsqueeze(1)
     keys = _key_positions(resampler, given)
     table = resampler.pos_embed.to(kv.dtype) if resampler.config.query_position else None
     queries = resampler.ln_q(resampler.query)
@@ -133,7 +173,7 @@ def _perceive(resampler: PerceiverResampler, features: Tensor, given: Inputs) ->
 
 
 def _key_positions(resampler: nn.Module, given: Inputs) -> Tensor | None:
-    """What joins the keys, (V, L, D); None for nothing."""
+    """What joins the keys, (..., D); None for nothing."""
     if "key_sines" in given:
         table = given["key_sines"].to(resampler.query.dtype)
         return torch.cat([table[given["key_column_numbers"]], table[given["key_row_numbers"]]], dim=-1)
@@ -143,14 +183,28 @@ def _key_positions(resampler: nn.Module, given: Inputs) -> Tensor | None:
 
 
 def _look(attention: LatentAttention, queries: Tensor, kv: Tensor, keys: Tensor | None, mask: Tensor) -> Tensor:
-    width = attention.out_proj.in_features
-    heads = (attention.num_heads, width // attention.num_heads)
+    return attention.out_proj(attend(*_projected(attention, queries, kv, keys), mask))
+
+
+def _projected(attention: LatentAttention, queries: Tensor, kv: Tensor, keys: Tensor | None) -> tuple[Tensor, ...]:
+    """Queries, keys and values, (..., H, d) each."""
+    heads = (attention.num_heads, attention.out_proj.in_features // attention.num_heads)
     w_q, w_k, w_v = attention.in_proj_weight.chunk(3)
     b_q, b_k, b_v = attention.in_proj_bias.chunk(3)
     k = F.linear(kv, w_k, b_k)
     k = k if keys is None else k + F.linear(keys, w_k)
-    q, k, v = (x.unflatten(-1, heads) for x in (F.linear(queries, w_q, b_q), k, F.linear(kv, w_v, b_v)))
-    return attention.out_proj(attend(q, k, v, mask))
+    return tuple(x.unflatten(-1, heads) for x in (F.linear(queries, w_q, b_q), k, F.linear(kv, w_v, b_v)))
+
+
+def _perceive_packed(resampler: PerceiverResampler, features: Tensor, given: Inputs) -> Tensor:
+    """One layer, its attention by the operator of uhd_kernels."""
+    kv = resampler.ln_kv(resampler.kv_proj(features))
+    queries = resampler.ln_q(resampler.query)
+    queries = queries + resampler.pos_embed.to(kv.dtype) if resampler.config.query_position else queries
+    q, k, v = _projected(resampler.attn, queries, kv, _key_positions(resampler, given))
+    mixed = varlen_cross_attention(q, k, v, given["cu_seqlens"], k.shape[0])
+    x = resampler.ffn(resampler.attn.out_proj(mixed.flatten(-2)))
+    return resampler.ln_post(x) @ resampler.proj
 
 
 def _look_through_windows(resampler: SpatialResampler, features: Tensor, given: Inputs) -> Tensor:
@@ -167,7 +221,7 @@ def _look_through_windows(resampler: SpatialResampler, features: Tensor, given: 
         for part, bias in ((k, b_k), (v, b_v))
     )
     q = q.unflatten(-1, (heads, -1)).unsqueeze(1).expand(k.shape[0], -1, -1, -1, -1)
-    mask = given["window_mask"].unsqueeze(1).expand(-1, k.shape[1], -1)
+    mask = given["window_mask"][:, None, None].expand(-1, k.shape[1], -1, -1)
     mixed = attend(*(x.flatten(0, 1) for x in (q, k, v, mask))).unflatten(0, (k.shape[0], -1)).flatten(2)
     return resampler.ln_post(resampler.attn.out_proj(mixed)) @ resampler.proj
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from uhd.export.host import Graph
-from uhd.files import damage_named
 from uhd.schema import TokenLayout
 from uhd.schema.counted import checked_layout
 from uhd.slicing import SlicePlan
@@ -40,8 +39,7 @@ class Runner:
         if not path.is_file():
             raise ValueError(f"there is no graph {path}: uhd export writes one")
         self.graph = Graph.read(path.with_suffix(".json"))
-        with damage_named(path):
-            self.run = session(path)
+        self.run = session(path)
         self.schema, self.pixels, self.note = self.graph.own_schema, self.graph.own_pixels, self.graph.note
 
     def __call__(self, images: Sequence[Any]) -> list[EncodedArray]:
@@ -66,12 +64,15 @@ class Runner:
 
 
 def session(file: str | os.PathLike) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
-    """A graph in onnxruntime on the CPU: inputs -> tokens (V, Q, D)."""
+    """A graph in onnxruntime on the CPU: inputs -> tokens (V, Q, D); a ``ValueError`` where it is none."""
     try:
         import onnxruntime
     except ImportError as problem:
         raise ImportError(f"{file} is run by onnxruntime: pip install llava-uhd[onnx]") from problem
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors, which are raised too
-    running = onnxruntime.InferenceSession(os.fspath(file), options, providers=["CPUExecutionProvider"])
+    try:
+        running = onnxruntime.InferenceSession(os.fspath(file), options, providers=["CPUExecutionProvider"])
+    except Exception as problem:  # onnxruntime's own, which have no base of theirs
+        raise ValueError(f"{file} does not fit or is damaged: {problem}") from problem
     return lambda given: running.run(["tokens"], given)[0]
