@@ -53,9 +53,7 @@ class PackedEncoder(nn.Module):
 
     def forward(self, given: dict[str, Tensor]) -> Tensor:
         bounds = given["cu_seqlens"]
-        bounds = torch.cat(
-            [bounds, bounds[-1:]]
-        )  # one more, empty: torch would fix a single view
+        bounds = torch.cat([bounds, bounds[-1:]])  # one more, empty: torch would fix a single view
         x, prefix = embed(self.vision, given), self.vision._prefix()
         views = torch.bucketize(torch.arange(x.shape[0], device=x.device), bounds[1:].to(x.device), right=True)
         before = 0
