@@ -17,7 +17,7 @@ from uhd.export import graph
 for needed in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(needed)
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's and the runtimes' own
+pytestmark = [pytest.mark.onnx, pytest.mark.filterwarnings("ignore")]  # of the exporter and the runtimes
 
 from uhd.export.running import Runner, session  # noqa: E402, after the skip
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -173,18 +174,24 @@ def _export(encoder: VisualEncoder, graph: Graph, file: Path) -> None:
     if any(tensor.device.type != "cpu" for tensor in (*module.parameters(), *module.buffers())):
         module = copy.deepcopy(module).cpu()
     given = example(graph)
-    axes = None if graph.views else {"given": {name: _axes(name) for name in given}}
+    save_graph(_evaluated(module), given, file, {} if graph.views else {name: free_axes(name) for name in given})
+
+
+def save_graph(
+    module: nn.Module, given: Mapping[str, np.ndarray], file: Path, axes: Mapping[str, dict[int, Any]]
+) -> None:
+    """Write the ONNX graph of a module that takes one dictionary, traced by these inputs; ``axes`` are free."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporter's own
         program = torch.onnx.export(
-            _evaluated(module),
+            module,
             kwargs={"given": {name: torch.from_numpy(array) for name, array in given.items()}},
             dynamo=True,
             verbose=False,
             opset_version=OPSET,
             input_names=list(given),
             output_names=["tokens"],
-            dynamic_shapes=axes,
+            dynamic_shapes={"given": dict(axes)} if axes else None,
         )
         program.save(file)
 
@@ -222,7 +229,7 @@ def example(graph: Graph) -> dict[str, np.ndarray]:
     return graph.arrays(views, grids)
 
 
-def _axes(name: str) -> dict[int, Any]:
+def free_axes(name: str) -> dict[int, Any]:
     """The free axes of an input."""
     views, length = torch.export.Dim("views"), torch.export.Dim("length")
     others = {
