@@ -1,6 +1,7 @@
 """Graphs as they are written, in onnxruntime and OpenVINO: where these are installed."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +134,26 @@ def graphs_that_are_refused(folder, names, capsys):
     assert cli.main([*start, str(folder / "model.onnx")]) == 1
     assert "model.onnx does not fit or is damaged" in capsys.readouterr().err
     assert not (folder / "new.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_the_code_of_the_page_runs(tmp_path, monkeypatch):
+    import onnxruntime
+    import uhd_kernels
+
+    monkeypatch.chdir(tmp_path)
+    made, photo = encoder("clip, paper"), images()[4]
+    names = {"uhd": uhd, "onnxruntime": onnxruntime, "torch": torch, "uhd_kernels": uhd_kernels}
+    names |= {"encoder": made, "photo": photo}
+    wanted = tokens_of(made, [photo])
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
+    blocks = re.findall(r"```python onnx\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "docs/export.md", "exec"), names)
+        np.testing.assert_allclose(names.pop("tokens"), wanted, rtol=0, atol=1e-4)
+    again = torch.export.load("encoder.pt2").module()(given=names["given"]).detach()
+    np.testing.assert_allclose(again, wanted, rtol=0, atol=1e-4)
 
 
 def test_a_graph_that_is_off_is_not_written(tmp_path, monkeypatch):
