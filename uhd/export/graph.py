@@ -212,7 +212,7 @@ def packed_program(encoder: VisualEncoder) -> torch.export.ExportedProgram:
         raise TypeError(f"a packed program is made of a ViT and a perceiver of depth 1, this has {what}: export.onnx")
     given = {name: torch.from_numpy(array) for name, array in packed(example(graph)).items()}
     views, patches, side = (torch.export.Dim(name) for name in ("views", "patches", "side"))
-    own = {"cu_seqlens": {0: views + 1}, "key_sines": {0: side}}
+    own = {"ends": {0: views}, "key_sines": {0: side}}
     axes = {"given": {name: own.get(name, {0: patches}) for name in given}}
     module = _evaluated(PackedEncoder(encoder.vision, encoder.compressor))
     with torch.no_grad():

@@ -312,12 +312,12 @@ def _shares(
 
 
 def packed(given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What :meth:`Graph.arrays` made, without padding: (N, ...), and ``cu_seqlens`` (V + 1,) int32, no mask.
+    """What :meth:`Graph.arrays` made, without padding: (N, ...), and ``ends`` (V,) int32 of the views, no mask.
 
     This is what a program of :func:`uhd.export.torch_program` takes.
     """
     mask = given["mask"]
-    found = {"cu_seqlens": np.concatenate([[0], mask.sum(1).cumsum()]).astype(np.int32)}
+    found = {"ends": mask.sum(1).cumsum().astype(np.int32)}
     for name, array in given.items():
         if name in ("key_sines", "mask"):
             found |= {name: array} if name == "key_sines" else {}

@@ -42,8 +42,8 @@ class PaddedEncoder(nn.Module):
 class PackedEncoder(nn.Module):
     """The views of one call one after the other, with no padding, for `torch.export`: inputs -> tokens (V, Q, D).
 
-    Inputs are those of the padded form where its mask is True, (N, ...), and ``cu_seqlens`` (V + 1,) int32 in place of
-    the mask, see :func:`uhd.export.host.packed`. The resampler's attention is uhd_kernels' operator; the ViT's, whose
+    Inputs are those of the padded form where its mask is True, (N, ...), and ``ends`` (V,) int32 in place of the mask,
+    see :func:`uhd.export.host.packed`. The resampler's attention is uhd_kernels' operator; the ViT's, whose
     groups of views of equal length would depend on the input, is masked, in N * N steps.
     """
 
@@ -52,20 +52,17 @@ class PackedEncoder(nn.Module):
         self.vision, self.compressor = vision, compressor
 
     def forward(self, given: dict[str, Tensor]) -> Tensor:
-        bounds = given["cu_seqlens"]
-        bounds = torch.cat([bounds, bounds[-1:]])  # one more, empty: torch would fix a single view
+        ends = given["ends"]
         x, prefix = embed(self.vision, given), self.vision._prefix()
-        views = torch.bucketize(torch.arange(x.shape[0], device=x.device), bounds[1:].to(x.device), right=True)
+        views = torch.bucketize(torch.arange(x.shape[0], device=x.device), ends.to(x.device), right=True)
         before = 0
         if prefix is not None:
-            num = bounds.shape[0] - 1
-            before = num * len(prefix)
-            x = torch.cat([prefix.expand(num, -1, -1).flatten(0, 1), x])
-            own = torch.arange(num, device=x.device)[:, None].expand(-1, len(prefix)).flatten()
+            before = ends.shape[0] * len(prefix)
+            x = torch.cat([prefix.expand(ends.shape[0], -1, -1).flatten(0, 1), x])
+            own = torch.arange(ends.shape[0], device=x.device)[:, None].expand(-1, len(prefix)).flatten()
             views = torch.cat([own, views])
         features = run_blocks(self.vision, x.unsqueeze(0), (views[:, None] == views).unsqueeze(0))[0, before:]
-        features = self.vision.norm(features).to(self.compressor.query.dtype)
-        return _perceive_packed(self.compressor, features, {**given, "cu_seqlens": bounds})[:-1]
+        return _perceive_packed(self.compressor, self.vision.norm(features).to(self.compressor.query.dtype), given)
 
 
 def see(vit: ViT, given: Inputs) -> Tensor:
@@ -200,7 +197,8 @@ def _perceive_packed(resampler: PerceiverResampler, features: Tensor, given: Inp
     queries = resampler.ln_q(resampler.query)
     queries = queries + resampler.pos_embed.to(kv.dtype) if resampler.config.query_position else queries
     q, k, v = _projected(resampler.attn, queries, kv, _key_positions(resampler, given))
-    mixed = varlen_cross_attention(q, k, v, given["cu_seqlens"], k.shape[0])
+    bounds = torch.cat([given["ends"].new_zeros(1), given["ends"]])
+    mixed = varlen_cross_attention(q, k, v, bounds, k.shape[0])
     x = resampler.ffn(resampler.attn.out_proj(mixed.flatten(-2)))
     return resampler.ln_post(x) @ resampler.proj
 
