@@ -15,6 +15,7 @@ from uhd.lazily import lazily
 
 if TYPE_CHECKING:
     from uhd import datasets as datasets
+    from uhd import export as export
     from uhd import hf as hf
     from uhd import pretrained as pretrained
     from uhd import resampler as resampler
@@ -83,7 +84,7 @@ _NAMES = {
     "uhd.merge": "assemble merge_samples merge_visual separator_embeddings",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
-_MODULES = ("datasets", "hf", "nano", "pretrained", "resampler", "schema", "slicing", "vision")
+_MODULES = ("datasets", "export", "hf", "nano", "pretrained", "resampler", "schema", "slicing", "vision")
 
 __all__ = ["__version__", *_HOMES, *_MODULES]
 

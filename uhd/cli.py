@@ -8,6 +8,7 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     from uhd import __version__
     from uhd.datasets import command_line as datasets
+    from uhd.export import command_line as export
     from uhd.pixels import MAX_PIXELS
     from uhd.serving import command_line as serving
 
@@ -51,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_encoding(known)
     datasets.add(known)
     serving.add(known)
+    export.add(known)
     return parser
 
 
@@ -96,6 +99,7 @@ def _add_encoding(known: Any) -> None:
     command.add_argument("images", nargs="+")
     command.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.safetensors")
     command.add_argument("--encoder", **folder)
+    command.add_argument("--onnx", type=Path, metavar="FILE", help="a graph of uhd export, run without torch")
     command.add_argument("--strategy", metavar="NAME", help=_strategy_help())
     command.add_argument("--video", action="store_true", help="the images are the frames of one video, in order")
     _many_arguments(command)
@@ -295,24 +299,30 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _encode(args: argparse.Namespace) -> int:
-    import torch
-
     from uhd.token_files import check_output, token_file
 
     check_output(args.output)
-    encoder = _encoder(args.encoder, args.strategy)
-    encoder.pixels = _pixels(args, encoder.pixels)
+    encoder: Any
+    if args.onnx is None:
+        import torch
+
+        encoder, mode = _encoder(args.encoder, args.strategy), torch.inference_mode()
+    else:
+        from uhd.export.command_line import runner
+
+        encoder, mode = runner(args), nullcontext()
+    pixels = encoder.pixels = _pixels(args, encoder.pixels)
     done: list[str] = []
     failed, stop = 0, None
-    with token_file(args.output, schema=encoder.schema, note=encoder.note) as file, torch.inference_mode():
+    with token_file(args.output, schema=encoder.schema, note=encoder.note) as file, mode:
 
         def one(image: str) -> None:
-            (tokens,) = encoder([_source(image, encoder.pixels)])
+            (tokens,) = encoder([_source(image, pixels)])
             file.add(image, tokens)
             done.append(f"{image}: {_summary(tokens.plan)}\n  tokens {tuple(tokens.tokens.shape)}")
 
         if args.video:
-            (video,) = encoder.encode_videos([[_source(image, encoder.pixels) for image in args.images]])
+            (video,) = encoder.encode_videos([[_source(image, pixels) for image in args.images]])
             file.add(name := f"{len(args.images)} frames", video)
             words = f"{_summary(video.plan.plans[0])} each\n  {video.plan.num_tokens} tokens in all"
             done.append(f"{name}: {words}\n  tokens {tuple(video.tokens.shape)}")
