@@ -10,9 +10,9 @@ from typing import Any
 from torch.utils.flop_counter import FlopCounterMode
 
 from uhd.datasets.plan import Plan, Unit
-from uhd.datasets.running import BUDGET, check_device, check_form, job_of, saved, settled_on
+from uhd.datasets.running import BUDGET, check_form, job_of, saved, settled_on
 from uhd.datasets.sources import Item, listed, read
-from uhd.datasets.units import Encoder, Job, as_before, prepare
+from uhd.datasets.units import Encoder, as_before, prepare
 from uhd.encoded import num_rows
 from uhd.loading import collected
 from uhd.machine import NATIVE, use_products
@@ -40,19 +40,17 @@ def estimate(
         ``bytes`` of these, ``tflops``, ``images_a_second`` of one process, and ``hours`` of it.
     """
     check_form({"budget_patches": budget_patches, "dtype": dtype, "columns": columns, "limit": limit}, shard)
-    settled = settled_on(device)
-    check_device(settled["device"])
-    with saved(encoder) as folder:
-        job = job_of("", folder, budget_patches, dtype, stop=False, settled=settled)
-        return _estimated(source, Plan(None, listed(source, columns=columns), limit, shard), job)
+    with saved(encoder) as folder, as_before():
+        work = Encoder(job_of("", folder, budget_patches, dtype, stop=False, settled=settled_on(device)))
+        return _estimated(source, Plan(None, listed(source, columns=columns), limit, shard), work)
 
 
-def _estimated(source: Any, plan: Plan, job: Job) -> dict[str, Any]:
+def _estimated(source: Any, plan: Plan, work: Encoder) -> dict[str, Any]:
     found = dict.fromkeys(("inputs", "images", "errors", "views", "patches", "tokens"), 0)
     some: list[Unit] = []
 
     def cost(_: int, item: Item) -> tuple[int, int, int]:
-        source, how = item.place[0] if item.kind == "file" else read(item)[0], job.preparation
+        source, how = item.place[0] if item.kind == "file" else read(item)[0], work.job.preparation
         plan = how.slicing.plan(image_size_hw(source, settings=how.pixels))
         return plan.num_views, plan.num_patches, num_rows(plan)
 
@@ -67,9 +65,7 @@ def _estimated(source: Any, plan: Plan, job: Job) -> dict[str, Any]:
     if not found["inputs"]:
         raise ValueError(f"{source} holds no images")
     found["images"] = found["inputs"] - found["errors"]
-    with as_before():
-        work = Encoder(job)
-        images, patches, seconds, flops = _rate(work, some)
+    images, patches, seconds, flops = _rate(work, some)
     scale = found["patches"] / max(patches, 1)
     found |= {"bytes": found["tokens"] * work.width * work.dtype.itemsize, "tflops": flops * scale / 1e12}
     rate = images / seconds if images else 0.0
@@ -82,7 +78,7 @@ def _rate(work: Encoder, units: list[Unit]) -> tuple[int, int, float, float]:
     for unit in units:
         start = time.perf_counter()
         for part in prepare(unit, work.job):
-            if part.rows:
+            if part.batch.plans:
                 if not counted:
                     use_products(NATIVE)  # the counter knows no others
                     with FlopCounterMode(display=False) as counter:

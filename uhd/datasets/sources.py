@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import groupby, islice
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 _NAMES = """apng avif avifs bmp dib gif heic heif ico j2k jfif jp2 jpe jpeg jpf jpg jpx jxl pbm pcx pgm png pnm ppm
 psd qoi tga tif tiff webp"""
 SUFFIXES = frozenset(f".{name}" for name in _NAMES.split())
 """Every file with one of these is an image, damaged or not."""
+
+_COMPRESSED = re.compile(r".*\.(tgz|tbz2?|txz|tzst|tar\.\w+|zip)", re.IGNORECASE)
+_UNPACK = "this archive is compressed, so no image of it can be read alone: unpack it, or write it as a plain .tar"
 
 UNIT = 64
 """Images of a unit."""
@@ -60,6 +65,8 @@ def listed(source: str | os.PathLike, *, columns: Sequence[str] = (), skip: Path
         if source.exists():
             raise ValueError(f"{source} is a pipe or a device, a source is read more than once: write it to a file")
         raise ValueError(f"there is no {source}: give a folder, a list of files, a .tar or a .parquet file")
+    elif _COMPRESSED.fullmatch(source.name):
+        raise ValueError(f"{source}: {_UNPACK}")
     elif source.suffix.lower() in _ARCHIVES:
         yield from _ARCHIVES[source.suffix.lower()](source, source.name, tuple(columns), True)
     else:
@@ -86,7 +93,9 @@ def read(item: Item) -> tuple[bytes, dict[str, Any]]:
             found = {name: _window(file, offset, size) for name, offset, size in parts}
         return found.pop(""), {name: text.decode("utf-8", "backslashreplace") for name, text in found.items()}
     path, group, row, names = item.place
-    values = [column[row].as_py() for column in _rows(path, group, names)]
+    with _LOADING:  # threads that come at once would each load a group
+        columns = _rows(path, group, names)
+    values = [column[row].as_py() for column in columns]
     content = values[0]
     if isinstance(content, dict):
         content, path = content.get("bytes"), content.get("path")
@@ -129,6 +138,8 @@ def _folder(
             yield from _folder(Path(path), key + "/", columns, skip, (*above, here))
         elif suffix in _ARCHIVES and os.path.isfile(path):
             yield from _ARCHIVES[suffix](Path(path), key, columns, False)
+        elif _COMPRESSED.fullmatch(name):
+            yield Item(key, "error", (_UNPACK,))
         elif suffix in SUFFIXES or suffix in _ARCHIVES:
             yield Item(key, "file", (path,))
 
@@ -263,6 +274,9 @@ def _columns(path: Path, schema: Any, columns: tuple[str, ...], asked: bool) -> 
         )
         raise ValueError(f"{path} has {told}; its columns are {', '.join(schema.names)}")
     return (named[0], *(name for name in columns if name != named[0]))
+
+
+_LOADING = Lock()
 
 
 @lru_cache(maxsize=2)
