@@ -39,8 +39,10 @@ from uhd.resampler import PerceiverConfig, PerceiverResampler
 from uhd.vision import ViT, ViTConfig
 
 ENCODERS = {"small": (56, 32, 2, 24), "wide": (224, 384, 6, 256)}  # side of a view, width, depth, width of tokens
-KINDS = {"worker": "spawn_main", "actor": "ray::_Actor", "task": "ray::_prepared"}
-"""What stands in the command line of each process that is killed; "run" is the first of all."""
+KINDS = {"worker": "forkserver", "server": "forkserver", "actor": "ray::_Actor", "task": "ray::_prepared"}
+"""What stands in the command line of each process that is killed; "run" and "driver" are the first of all. Workers are
+copies of a server, and have its command line.
+"""
 
 
 def save_encoder(name: str, folder: Path) -> None:
@@ -114,11 +116,11 @@ class Run:
                 try:
                     times = one.cpu_times()
                     self.cpu[one.pid] = times.user + times.system
-                    memory += one.memory_full_info().pss
-                except psutil.Error:
+                    memory += _shared_out(one.pid)
+                except (psutil.Error, OSError):
                     continue
             self.memory = max(self.memory, memory)
-            time.sleep(0.2)
+            time.sleep(0.5)  # looking takes a process's time
 
     def wait(self) -> dict[str, Any]:
         out, err = self.process.communicate()
@@ -128,6 +130,12 @@ class Run:
         told = out.decode().strip().splitlines()[-1]
         cpu = round(sum(self.cpu.values()), 1)
         return {"wall_s": round(wall, 1), "cpu_s": cpu, "peak_mib": self.memory >> 20, "told": told}
+
+
+def _shared_out(pid: int) -> int:
+    """Bytes of a process, of what several have in common its share."""
+    told = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return 1024 * int(told.partition("\nPss:")[2].split()[0])
 
 
 def contents(out: Path) -> dict[str, bytes]:
