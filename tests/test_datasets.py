@@ -19,8 +19,6 @@ import torch
 from PIL import Image
 
 import uhd
-from tests.hf import tiny as small
-from tests.hf.tiny import attach
 from tests.tiny import encoded, noise, tiny_encoder
 from uhd import cli, datasets, machine
 from uhd.datasets import index, running, sources
@@ -647,19 +645,6 @@ def test_a_dry_run_counts_from_headers(whole, tmp_path, folder, capsys):
     assert int(told["tokens"].replace(",", "")) == counts["tokens"] + torn
     assert float(told["tflops"]) > 0
     assert float(told["hours"]) > 0
-
-
-def test_a_model_learns_the_same_from_tokens_as_from_pixels(tmp_path):
-    """Its loss is exactly that of pixels: here a unit is one part, as the batch is."""
-    model = attach(small.encoder()).eval()
-    source = as_folder(tmp_path / "in", {f"{n}.png": encoded(one) for n, one in enumerate(small.IMAGES)})
-    run(source, tmp_path / "out", model.visual, budget_patches=10_000)
-    batches = [
-        model.processor(text=small.TEXTS, images=images, padding_side="right")
-        for images in (small.IMAGES, list(datasets.Tokens(tmp_path / "out")))
-    ]
-    losses = [model(**batch, labels=small.targets(model, batch)).loss for batch in batches]
-    assert losses[0] == losses[1] > 0
 
 
 @pytest.mark.slow
