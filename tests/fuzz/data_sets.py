@@ -1,8 +1,8 @@
 """Kill runs over a data set: ``python -m tests.fuzz.data_sets --images 20000 --times 5 [--ray PYTHON] [--dedupe]``.
 
 A worker, all workers with the server that they are copies of, and the local run itself, and of Ray (in a Python that
-has it) an actor, a task and the driver are each killed at random moments. What the last run leaves must be, byte by byte,
-what a run has that nobody killed.
+has it) an actor, a task and the driver are each killed at random moments. What the last run leaves must be, byte by
+byte, what a run has that nobody killed.
 """
 
 from __future__ import annotations
