@@ -94,7 +94,7 @@ def finish(out: Path, inputs: int, units: int) -> dict[str, Any]:
     if len(there) < units:
         return {**counts, "complete": False}
     run = read_run(out)
-    images, errors = (_write(out, name, rows_of(out, there, name, run["recipe"])) for name in TABLES)
+    images, errors = (_write(out, name, there, run["recipe"]) for name in TABLES)
     if (images, errors, images + errors) != (counts["images"], counts["errors"], inputs):
         raise RuntimeError(f"{out}: {images} images + {errors} errors of {inputs} inputs: uhd inspect tells which")
     write_json(out / RUN, {**run, "counts": counts})
@@ -138,12 +138,12 @@ def _text(value: Any) -> str | None:
     return value if value is None or isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _write(out: Path, name: str, rows: Iterator[dict[str, Any]]) -> int:
+def _write(out: Path, name: str, units: Sequence[int], recipe: dict[str, Any]) -> int:
     """Write a table, in blocks; how many rows it has."""
-    pyarrow, number = _pyarrow(), 0
-    suffix, other = (".parquet", ".jsonl") if pyarrow else (".jsonl", ".parquet")
-    table = _parquet_of if pyarrow else _lines_of
-    with new_file((out / name).with_suffix(suffix)) as new, table(new, TABLES[name]) as write:
+    rows, number = rows_of(out, units, name, recipe), 0
+    suffix, other, table = (".parquet", ".jsonl", _parquet_of) if _pyarrow() else (".jsonl", ".parquet", _lines_of)
+    columns = [*TABLES[name], *(recipe["columns"] if name == INDEX else ())]
+    with new_file((out / name).with_suffix(suffix)) as new, table(new, columns) as write:
         while some := list(islice(rows, _ROWS)):
             write(some)
             number += len(some)
@@ -169,20 +169,10 @@ def _lines_of(path: Path, _: Sequence[str]) -> Iterator[Write]:
 @contextmanager
 def _parquet_of(path: Path, columns: Sequence[str]) -> Iterator[Write]:
     pyarrow = _pyarrow()
-    kinds = {column: pyarrow.string() if column in TEXTS else pyarrow.int64() for column in columns}
-    writer = None
-
-    def write(rows: list[dict[str, Any]]) -> None:
-        nonlocal writer
-        schema = pyarrow.schema({**dict.fromkeys(rows[0] if rows else (), pyarrow.string()), **kinds}.items())
-        schema = pyarrow.schema([schema.field(name) for name in (rows[0] if rows else columns)])
-        writer = writer or pyarrow.parquet.ParquetWriter(path, schema)
-        writer.write_table(pyarrow.Table.from_pylist(rows, schema))
-
-    yield write
-    if writer is None:
-        write([])
-    writer.close()
+    whole = {*COLUMNS} - {*TEXTS}
+    schema = pyarrow.schema([(name, pyarrow.int64() if name in whole else pyarrow.string()) for name in columns])
+    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+        yield lambda rows: writer.write_table(pyarrow.Table.from_pylist(rows, schema))
 
 
 def read_rows(out: Path, name: str) -> Iterator[dict[str, Any]]:

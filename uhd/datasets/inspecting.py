@@ -37,7 +37,7 @@ def inspect(out: str | os.PathLike) -> dict[str, Any]:
         **dict.fromkeys(("inputs", "images", "copies", "errors", "tokens"), 0),
     }
     found |= {"bytes": 0, "dtype": "", "width": 0, "stages": {}, "complete": "counts" in run}
-    counts, problems, whole = run.get("counts") or {}, [], []
+    counts, problems = run.get("counts") or {}, []
     units = counts.get("units", max(numbers, default=-1) + 1)
     if not counts:
         problems.append("the run has not ended: the same command goes on")
@@ -46,10 +46,8 @@ def inspect(out: str | os.PathLike) -> dict[str, Any]:
         problem = _looked(path, number, found) if path.exists() else f"{path.name} is missing"
         if problem:
             problems.append(f"{problem}: remove what is left of it, and the same command makes it again")
-        else:
-            whole.append(number)
     if counts and not problems:
-        problems += _compared(out, whole, run["recipe"])
+        problems += _compared(out, numbers, run["recipe"])
         told = {name: found[name] for name in ("units", "inputs", "images", "errors", "tokens")}
         if told != counts:
             problems.append(f"{index.RUN} counts {counts}, the files hold {told}: the same command counts again")

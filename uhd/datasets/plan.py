@@ -8,13 +8,14 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import safe_open
 
-from uhd.datasets.sources import Item, read, units
+from uhd.datasets import sources
+from uhd.datasets.sources import Item, read
 from uhd.files import DAMAGE, damage_named
 
 FORMAT = 1
@@ -60,14 +61,14 @@ class Plan:
 
     def __iter__(self) -> Iterator[Unit]:
         seen: set[bytes] = set()
-        for number, items in zip(count(), units(self.items)):
-            self.inputs, self.units = self.inputs + len(items), number + 1
-            unit, mine = Unit(number, items), number % self.shard[1] == self.shard[0]
+        while items := list(islice(self.items, sources.UNIT)):
+            unit, mine = Unit(self.units, items), self.units % self.shard[1] == self.shard[0]
+            self.inputs, self.units = self.inputs + len(items), self.units + 1
             if not (mine or self.dedupe):
                 continue
-            path = self.out and file_of(self.out, number)
+            path = self.out and file_of(self.out, unit.number)
             header = path and header_of(path)  # None: missing, or damaged
-            if header and (header["unit"], header["keys"]) != (number, unit.keys):
+            if header and (header["unit"], header["keys"]) != (unit.number, unit.keys):
                 raise ValueError(
                     f"{path} is of other images than the source has there now, from {items[0].key!r} on: the source "
                     "has changed since; encode it into another folder"

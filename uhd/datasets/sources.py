@@ -12,7 +12,7 @@ import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
@@ -71,12 +71,6 @@ def listed(source: str | os.PathLike, *, columns: Sequence[str] = (), skip: Path
         yield from _ARCHIVES[source.suffix.lower()](source, source.name, tuple(columns), True)
     else:
         yield from _lines(source, tuple(columns))
-
-
-def units(items: Iterator[Item]) -> Iterator[list[Item]]:
-    """Neighbouring images, :data:`UNIT` of them each but for the last."""
-    while some := list(islice(items, UNIT)):
-        yield some
 
 
 def read(item: Item) -> tuple[bytes, dict[str, Any]]:
@@ -203,33 +197,26 @@ def _stem(name: str) -> str:
     return f"{folder}/{base.partition('.')[0]}".lstrip("/") if folder else base.partition(".")[0]
 
 
-def _parquet(path: Path, key: str, columns: tuple[str, ...], asked: bool) -> Iterator[Item]:
-    """Rows in their order. In a folder, a table that has no images is none of its images; ``asked``: it is refused."""
-    pyarrow = pyarrow_for(path)
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = _columns(path, file.schema_arrow, columns, asked)
-            sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-    except (pyarrow.ArrowException, OSError) as problem:
-        yield Item(key, "error", (f"this Parquet file is damaged: {problem}",))
-        return
-    row = 0
-    for group, size in enumerate(sizes) if names else ():
-        for place in range(size):
-            yield Item(f"{key}#{row}", "rows", (str(path), group, place, names))
-            row += 1
-
-
 def _table(path: Path, key: str, columns: tuple[str, ...], asked: bool) -> Iterator[Item]:
+    """Rows of Parquet, or of Arrow, in their order.
+
+    In a folder, a table that has no images is none of its images; ``asked``: it is refused.
+    """
     pyarrow = pyarrow_for(path)
     try:
-        table = _arrow(str(path))
-        names = _columns(path, table.schema, columns, asked)
+        if path.suffix.lower() == ".parquet":
+            with pyarrow.parquet.ParquetFile(path) as file:
+                schema, groups = file.schema_arrow, range(file.num_row_groups)
+                sizes = [(group, file.metadata.row_group(group).num_rows) for group in groups]
+        else:
+            schema, sizes = _arrow(str(path)).schema, [(None, len(_arrow(str(path))))]
+        names = _columns(path, schema, columns, asked)
     except (pyarrow.ArrowException, OSError) as problem:
-        yield Item(key, "error", (f"this Arrow file is damaged: {problem}",))
+        yield Item(key, "error", (f"this {path.suffix} file is damaged: {problem}",))
         return
-    for row in range(len(table)):
-        yield Item(f"{key}#{row}", "rows", (str(path), None, row, names))
+    places = ((group, row) for group, size in sizes for row in range(size)) if names else ()
+    for number, place in enumerate(places):
+        yield Item(f"{key}#{number}", "rows", (str(path), *place, names))
 
 
 def pyarrow_for(path: Any) -> Any:
@@ -241,7 +228,7 @@ def pyarrow_for(path: Any) -> Any:
     return pyarrow
 
 
-_ARCHIVES = {".tar": _tar, ".parquet": _parquet}
+_ARCHIVES = {".tar": _tar, ".parquet": _table}
 
 
 def _saved(folder: Path) -> list[str] | None:
@@ -281,11 +268,12 @@ _LOADING = Lock()
 
 @lru_cache(maxsize=2)
 def _rows(path: str, group: int | None, names: tuple[str, ...]) -> list[Any]:
-    """Columns of a file, or of one group of its rows."""
+    """Columns of an Arrow file, or of one group of Parquet's rows."""
     if group is None:
-        return [_arrow(path)[name] for name in names]
-    with pyarrow_for(path).parquet.ParquetFile(path) as file:
-        table = file.read_row_group(group, columns=list(names))
+        table = _arrow(path)
+    else:
+        with pyarrow_for(path).parquet.ParquetFile(path) as file:
+            table = file.read_row_group(group, columns=list(names))
     return [table[name] for name in names]
 
 

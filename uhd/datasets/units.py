@@ -69,16 +69,16 @@ def prepare(unit: Unit, job: Job) -> Iterator[Part]:
         ValueError: An image is refused, and the job stops there.
     """
     some, rows, errors, filled, threads = [], [], [], 0, torch.get_num_threads()
-    known = None if unit.known is None else {*unit.known}
+    known = {*(unit.known or ())}
     for start in range(0, len(unit.items), threads):
         for batch, row in in_threads(lambda item: _prepared(item, job), unit.items[start : start + threads]):
             if batch is None:
                 errors.append(row)
                 continue
-            if known is not None and row["sha256"] in known:
+            if row["sha256"] in known:
                 rows.append({**row, "shard": None, "start": None, "stop": None})
                 continue
-            if known is not None:
+            if unit.known is not None:
                 known.add(row["sha256"])
             if some and filled + len(batch.patches) > job.budget_patches:
                 yield Part(SliceBatch.cat(some), rows, errors)
