@@ -50,7 +50,7 @@ class Plan:
     """The units of a source that are this run's, and not done; iterated once, it knows how many there are in all.
 
     Nothing is done where there is no ``out``. With ``dedupe`` every file is read, of all shards, but for those of
-    units that are done, and a hash of each is kept: 100 bytes an image.
+    units that are done, and a hash of each is kept: 120 bytes an image.
     """
 
     def __init__(
