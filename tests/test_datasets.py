@@ -654,8 +654,19 @@ def test_ray_writes_the_same_bytes(whole, tmp_path, folder):
     assert counts["complete"]
     assert not ray.is_initialized()
     assert files(tmp_path / "out") == files(whole[1])
-    with pytest.raises(ValueError, match="torn.png \\(decode\\)"):
-        run(whole[0], tmp_path / "stop", folder, engine="ray", actors=1, on_error="stop")
+    source = copies(tmp_path / "in")
+    run(source, tmp_path / "once", folder, dedupe=True)
+    ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
+    try:  # as many actors as cores: tasks find one nevertheless
+        run(source, tmp_path / "there", folder, engine="ray", actors=2, dedupe=True)
+        assert files(tmp_path / "there") == files(tmp_path / "once")
+        with pytest.raises(ValueError, match="torn.png \\(decode\\)"):
+            run(whole[0], tmp_path / "stop", folder, engine="ray", actors=1, on_error="stop")
+        with pytest.raises(ValueError, match="at most the cluster's 2 cores, got 3"):
+            run(whole[0], tmp_path / "many", folder, engine="ray", cpus_per_task=3)
+        assert ray.is_initialized()
+    finally:
+        ray.shutdown()
 
 
 def test_ray_is_asked_for_where_it_is_missing(whole, tmp_path, folder, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from torch.utils.flop_counter import FlopCounterMode
@@ -74,22 +75,19 @@ def _estimated(source: Any, plan: Plan, work: Encoder) -> dict[str, Any]:
 
 def _rate(work: Encoder, units: list[Unit]) -> tuple[int, int, float, float]:
     """Images and patches that were encoded, in how many seconds, and FLOPs as torch counts its own products."""
-    images, patches, flops, seconds, counted = 0, 0, 0, 0.0, 0
-    for unit in units:
-        start = time.perf_counter()
-        for part in prepare(unit, work.job):
-            if part.batch.plans:
-                if not counted:
-                    use_products(NATIVE)  # the counter knows no others
-                    with FlopCounterMode(display=False) as counter:
-                        work.encode(part.batch)
-                    use_products(work.job.products)
-                    flops, counted, start = counter.get_total_flops(), len(part.batch.patches), time.perf_counter()
-                work.encode(part.batch)
-                images, patches = images + len(part.rows), patches + len(part.batch.patches)
-            if seconds + time.perf_counter() - start > SECONDS:
-                break
-        seconds += time.perf_counter() - start
-        if seconds > SECONDS:
+    begin = time.perf_counter()
+    parts = (part for unit in units for part in prepare(unit, work.job) if part.batch.plans)
+    if (first := next(parts, None)) is None:
+        return 0, 0, 0.0, 0.0
+    seconds, images, patches = time.perf_counter() - begin, 0, 0
+    use_products(NATIVE)  # the counter knows no others
+    with FlopCounterMode(display=False) as counter:
+        work.encode(first.batch)
+    use_products(work.job.products)
+    begin = time.perf_counter() - seconds
+    for part in chain([first], parts):
+        work.encode(part.batch)
+        images, patches = images + len(part.rows), patches + len(part.batch.patches)
+        if (seconds := time.perf_counter() - begin) > SECONDS:
             break
-    return images, patches, seconds, flops * patches / max(counted, 1)
+    return images, patches, seconds, counter.get_total_flops() * patches / len(first.batch.patches)
