@@ -68,7 +68,7 @@ def listed(source: str | os.PathLike, *, columns: Sequence[str] = (), skip: Path
     elif _COMPRESSED.fullmatch(source.name):
         raise ValueError(f"{source}: {_UNPACK}")
     elif source.suffix.lower() in _ARCHIVES:
-        yield from _ARCHIVES[source.suffix.lower()](source, source.name, tuple(columns), True)
+        yield from _archive(source, source.name, tuple(columns), True)
     else:
         yield from _lines(source, tuple(columns))
 
@@ -130,12 +130,20 @@ def _folder(
         suffix = os.path.splitext(name)[1].lower()
         if os.path.isdir(path):
             yield from _folder(Path(path), key + "/", columns, skip, (*above, here))
-        elif suffix in _ARCHIVES and os.path.isfile(path):
-            yield from _ARCHIVES[suffix](Path(path), key, columns, False)
-        elif _COMPRESSED.fullmatch(name):
-            yield Item(key, "error", (_UNPACK,))
-        elif suffix in SUFFIXES or suffix in _ARCHIVES:
+        elif suffix in SUFFIXES:
             yield Item(key, "file", (path,))
+        elif suffix in _ARCHIVES or _COMPRESSED.fullmatch(name):
+            yield from _archive(Path(path), key, columns, False)
+
+
+def _archive(path: Path, key: str, columns: tuple[str, ...], asked: bool) -> Iterator[Item]:
+    """The images in an archive; anything else is one itself."""
+    if _COMPRESSED.fullmatch(path.name):
+        yield Item(key, "error", (_UNPACK,))
+    elif path.suffix.lower() in _ARCHIVES and path.is_file():
+        yield from _ARCHIVES[path.suffix.lower()](path, key, columns, asked)
+    else:
+        yield Item(key, "file", (str(path),))
 
 
 def _text(name: str) -> str:
@@ -150,11 +158,8 @@ def _lines(source: Path, columns: tuple[str, ...]) -> Iterator[Item]:
                 name = line.rstrip("\r\n")
                 if "\0" in name:
                     raise ValueError("it holds bytes of 0")
-                path = source.parent / name
-                if path.suffix.lower() in _ARCHIVES and path.is_file():
-                    yield from _ARCHIVES[path.suffix.lower()](path, name, columns, True)
-                elif name.strip():
-                    yield Item(name, "file", (str(path),))
+                if name.strip():
+                    yield from _archive(source.parent / name, name, columns, True)
         except ValueError as problem:
             raise ValueError(
                 f"{source} is no source of images ({problem}): expected a folder, a .tar or .parquet file, or a list "
