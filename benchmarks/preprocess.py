@@ -39,7 +39,7 @@ from uhd.batch import SliceBatch
 from uhd.charts import curves, log_axis
 from uhd.demo import page_image
 from uhd.pixels import PixelSettings
-from uhd.pixels.fast import png_decoder
+from uhd.pixels.fast import decoder
 from uhd.pixels.render import load_picture
 
 PRESET = "minicpm-v-4.6"
@@ -226,7 +226,7 @@ def versions() -> dict[str, str]:
     import transformers
 
     modules = [torch, torchvision, transformers, PIL, np]
-    if png_decoder():
+    if decoder("PNG"):
         modules.append(importlib.import_module("imagecodecs"))
     return {"python": platform.python_version()} | {module.__name__: module.__version__ for module in modules}
 

@@ -228,8 +228,8 @@ def test_without_torchvision_pillow_decodes(monkeypatch):
     assert np.array_equal(loaded(data), exactly(data))
 
 
-def pngs() -> dict[str, bytes]:
-    """By what is special; all but the last group may take the quick decoder."""
+def some_files() -> dict[str, bytes]:
+    """By what is special."""
     photo = Image.fromarray(skimage.data.chelsea()[:40, :61])
     alpha = photo.copy()
     alpha.putalpha(Image.linear_gradient("L").resize(alpha.size))
@@ -251,6 +251,11 @@ def pngs() -> dict[str, bytes]:
         "one transparent colour": encoded(photo, transparency=(10, 20, 30)),
         "turned": encoded(photo, pnginfo=turned),
         "late": plain[:-12] + png_chunk(b"tEXt", b"Comment\0behind the pixels") + plain[-12:],
+        "WebP": encoded(photo, "WEBP"),
+        "WebP and alpha": encoded(alpha, "WEBP"),
+        "WebP, lossless": encoded(alpha, "WEBP", lossless=True),
+        "WebP, turned": encoded(photo, "WEBP", exif=exif(6)),
+        "WebP, animated": encoded(photo, "WEBP", save_all=True, append_images=[photo.rotate(180)]),
         "animated": encoded(photo, save_all=True, append_images=[photo.rotate(180)]),
     }
 
@@ -263,16 +268,18 @@ def deep_png(pixels: np.ndarray) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(map(png_chunk, chunks, chunks.values()))
 
 
-@pytest.mark.parametrize("kind", pngs())
-def test_pngs_decode_to_pillows_bytes(kind, monkeypatch):
-    data, seen = pngs()[kind], []
-    if decoder := fast.png_decoder():
-        monkeypatch.setattr(fast, "png_decoder", lambda: lambda file: seen.append(file) or decoder(file))
+@pytest.mark.parametrize("kind", some_files())
+def test_pngs_and_webps_decode_to_pillows_bytes(kind, monkeypatch):
+    data, seen = some_files()[kind], []
+    decode = fast.decoder("WEBP" if "WebP" in kind else "PNG")
+    if decode:
+        monkeypatch.setattr(fast, "decoder", lambda kind: lambda file: seen.append(file) or decode(file))
     assert np.array_equal(loaded(data), exactly(data))
     blue = {"background": (0, 0, 255)}
     assert np.array_equal(loaded(data, **blue), exactly(data, **blue))
-    assert bool(seen) == (kind in ("plain", "alpha", "gamma") and decoder is not None)
-    monkeypatch.setattr(fast, "png_decoder", lambda: None)
+    plain = kind in ("plain", "alpha", "gamma", "WebP", "WebP and alpha", "WebP, lossless")
+    assert bool(seen) == (plain and decode is not None)
+    monkeypatch.setattr(fast, "decoder", lambda kind: None)
     assert np.array_equal(loaded(data), exactly(data))
 
 

@@ -1,4 +1,4 @@
-"""The fast backend: a JPEG or PNG is decoded to the array that is resized; PyTorch resizes its bytes as they lie.
+"""The fast backend: a file is decoded to the array that is resized, and PyTorch resizes its bytes as they lie.
 
 PyTorch's antialiased resize of uint8 channels-last images does Pillow's two passes over Pillow's weights, rounded to
 15 bits. So after the first pass a pixel is at most one level off; the second pass weighs those by at most 1.25
@@ -9,6 +9,7 @@ versions do is probed once, on small images; where it is not as said here, Pillo
 
 from __future__ import annotations
 
+import importlib
 import io
 import struct
 from collections.abc import Callable
@@ -73,14 +74,15 @@ def cut_fast(image: Any, plan: SlicePlan, settings: PixelSettings) -> list[np.nd
 
 
 def _read_quickly(source: Any, settings: PixelSettings) -> Picture | None:
-    """Read a plain upright JPEG or PNG; ``None`` for all else, and where only Pillow can tell what is wrong."""
+    """Read a plain upright picture; ``None`` where nothing but Pillow does, or can tell what is wrong."""
     if isinstance(source, Image.Image):
         return None
     name = name_of(source)
     try:
         with opened(source, name, settings) as image:
-            if image.format == "PNG" and png_decoder() and _is_plain_png(image):
-                pixels = png_decoder()(_whole(image))
+            decode = decoder(image.format) if image.format in CODECS else None
+            if decode and _is_plain(image):
+                pixels = decode(_whole(image))
                 fits = pixels.dtype == np.uint8 and pixels.shape == (image.height, image.width, len(image.mode))
                 return _picture(pixels, settings) if fits else None
             plain = image.format == "JPEG" and image.mode == "RGB" and orientation_of(image) == 1
@@ -109,16 +111,19 @@ def _whole(image: Image.Image) -> bytes:
     return image.fp.read()
 
 
-def _is_plain_png(image: Image.Image) -> bool:
+def _is_plain(image: Image.Image) -> bool:
     """One upright picture of 8 bits, RGB with or without alpha, with nothing behind its pixels that could say more."""
     still = getattr(image, "n_frames", 1) == 1 and "transparency" not in image.info
     if image.mode not in ("RGB", "RGBA") or not still:
         return False
-    image.fp.seek(16)  # its header, if it comes first
-    sizes = struct.unpack(">IIB", image.fp.read(9))
-    kinds = png_chunks(image.fp)
-    ends = b"IDAT" in kinds and next((kind for kind in kinds if kind != b"IDAT"), None) == b"IEND"
-    return ends and sizes == (image.width, image.height, 8) and orientation_of(image, header_only=True) == 1
+    if image.format == "PNG":
+        image.fp.seek(16)  # its header, if it comes first
+        sizes = struct.unpack(">IIB", image.fp.read(9))
+        kinds = png_chunks(image.fp)
+        ends = b"IDAT" in kinds and next((kind for kind in kinds if kind != b"IDAT"), None) == b"IEND"
+        if not ends or sizes != (image.width, image.height, 8):
+            return False
+    return orientation_of(image, header_only=True) == 1
 
 
 def _decoded(picture: Picture, plan: SlicePlan, settings: PixelSettings) -> np.ndarray:
@@ -216,20 +221,25 @@ def jpeg_decoder() -> Callable[[bytes], np.ndarray] | None:
     return decode if _as_pillow(decode, "JPEG", 3, *kinds) else None
 
 
+CODECS = {"PNG": "png_decode", "WEBP": "webp_decode"}
+"""Formats by their names in Pillow, and what decodes them in imagecodecs."""
+
+
 @cache
-def png_decoder() -> Callable[[bytes], np.ndarray] | None:
-    """Return imagecodecs' decoder to (h, w, c), if it is installed and decodes to the same bytes as Pillow."""
+def decoder(kind: str) -> Callable[[bytes], np.ndarray] | None:
+    """Return imagecodecs' decoder to (h, w, c) of a format, if it is there and decodes to the same bytes as Pillow."""
     try:
-        from imagecodecs import png_decode
+        decode = getattr(importlib.import_module("imagecodecs"), CODECS[kind])
     except (ImportError, OSError, AttributeError):
         return None
-    return png_decode if all(_as_pillow(png_decode, "PNG", channels) for channels in (3, 4)) else None
+    kinds = ({"lossless": True}, {"lossless": False})  # a PNG always is
+    return decode if all(_as_pillow(decode, kind, channels, *kinds) for channels in (3, 4)) else None
 
 
 def _as_pillow(decode: Callable[[bytes], np.ndarray], kind: str, channels: int, *options: dict[str, Any]) -> bool:
     """Whether noise saved with each of the options is decoded as Pillow does."""
     pixels = np.random.default_rng(0).integers(0, 256, (37, 51, channels), dtype=np.uint8)
-    for some in options or ({},):
+    for some in options:
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, kind, quality=80, **some)
         try:
