@@ -24,8 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from preprocess import versions
-from reporting import measured, written
-from resampler import device
+from reporting import device, measured, written
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import uhd

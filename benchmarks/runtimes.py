@@ -12,7 +12,6 @@ are process CPU time, contenders interleaved, medians.
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import platform
 import sys
@@ -26,8 +25,7 @@ import torch
 import transformers
 from einops import rearrange
 from encoder import IMAGES, PATCH, PEER, build_peer, peer_call, plans, vit_flops
-from reporting import measured, written
-from resampler import ROUNDING, cpu_times, device, relative
+from reporting import ROUNDING, cpu_times, device, options, relative, reported
 from torch import Tensor, nn
 
 import uhd
@@ -177,22 +175,16 @@ def table(result: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Write ``runtimes.json`` and print the table; 1 where a contender is wrong."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = options(__doc__)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--width", type=int, default=768, help="heads are 64 wide")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(argv)
-    with torch.no_grad():
-        result = measured(lambda: run(args.depth, args.width, args.repeats))
-    if result is None:
-        return 1
-    written(result, args.out / "runtimes.json", {})
-    print(f"\n{table(result)}\n")
-    for target in result["targets"]:
-        verdict = "reached" if target["ok"] else "NOT reached"
-        print(f"{target['ratio']} of {target['peer']}'s time, {target['wanted']} at most wanted: {verdict}")
-    return 0
+    return reported(
+        lambda: run(args.depth, args.width, args.repeats),
+        args.out / "runtimes.json",
+        table,
+        verdict=lambda target: "{ratio} of {peer}'s time, {wanted} at most".format_map(target),
+    )
 
 
 if __name__ == "__main__":

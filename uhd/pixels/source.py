@@ -42,7 +42,7 @@ _KINDS = {
 
 
 class PictureError(ValueError):
-    """A picture is refused. Whatever Pillow, torchvision or NumPy raise about one becomes this, with its name."""
+    """A picture is refused. Whatever the libraries that read it raise becomes this, with its name."""
 
 
 @contextmanager
