@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from uhd.nano import load_nano
     from uhd.parts import register_compressor, register_vision
     from uhd.pixels import PixelSettings
+    from uhd.planning import plan
     from uhd.schema import SpatialSchema, TokenLayout, layout, resolve_schema
     from uhd.slicing import (
         SlicePlan,
         SlicingConfig,
         candidates,
         grid_score,
-        plan,
         plan_images,
         plan_many,
         plan_video,
@@ -51,9 +51,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _NAMES = {
-    "uhd.slicing": "SlicePlan SlicingConfig candidates grid_score plan plan_images plan_many plan_video "
+    "uhd.slicing": "SlicePlan SlicingConfig candidates grid_score plan_images plan_many plan_video "
     "register_strategy strategies strategy",
     "uhd.schema": "SpatialSchema TokenLayout layout resolve_schema",
+    "uhd.planning": "plan",
     "uhd.pixels": "PixelSettings",
     "uhd.batch": "SliceBatch",
     "uhd.encoded": "EncodedImage EncodedVideo",
