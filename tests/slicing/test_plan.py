@@ -436,7 +436,7 @@ def test_a_grid_of_ones_own():
 
 @pytest.mark.parametrize("grid", [(2,), (0, 3), (2.0, 3), (True, 2), 6, "23", (1, 2, 3)])
 def test_what_is_no_grid_is_refused(grid):
-    refuses(r"a grid is two whole numbers from 1 \(rows, columns\)", plan_from_grid, (30, 50), grid)
+    refuses(r"a grid is two whole numbers \(rows, columns\) from 1", plan_from_grid, (30, 50), grid)
 
 
 def test_a_grid_needs_the_adaptive_planner_and_its_bounds():
