@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from uhd import datasets, hf, pretrained, resampler, schema, slicing, vision
+    from uhd import compare, datasets, hf, pretrained, resampler, schema, slicing, vision
     from uhd.batch import SliceBatch
     from uhd.encoded import EncodedImage, EncodedVideo
     from uhd.encoder import VisualEncoder
@@ -68,7 +68,7 @@ _NAMES = {
     "uhd.merge": "assemble merge_samples merge_visual separator_embeddings",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
-_MODULES = ("datasets", "hf", "nano", "pretrained", "resampler", "schema", "slicing", "vision")
+_MODULES = ("compare", "datasets", "hf", "nano", "pretrained", "resampler", "schema", "slicing", "vision")
 
 __all__ = ["__version__", *_HOMES, *_MODULES]
 
