@@ -97,11 +97,12 @@ def measure(
         raise TypeError(f"a SlicePlan is measured, got {type(plan).__name__}: uhd.plan(image_hw, rule) makes one")
     budget = positive_int("budget", budget)
     area = math.prod(plan.image_hw)
-    seen = _regular(plan) or _general(plan)
+    tilings = [_tiled(canvas) for canvas in plan.canvases]
+    seen = _regular(plan, tilings) or _general(plan)
     per_view = [(len(c.tiles), math.prod(side // plan.patch_size for side in c.view_hw)) for c in plan.canvases]
     return PlanMetrics(
         distortion=seen.distortion,
-        padding=_padding(plan),
+        padding=_padding(plan, tilings),
         resolution_kept=seen.kept / area,
         tokens=plan.num_tokens,
         views=plan.num_views,
@@ -129,11 +130,11 @@ class _Seen(NamedTuple):
     seam: float
 
 
-def _regular(plan: SlicePlan) -> _Seen | None:
+def _regular(plan: SlicePlan, tilings: Sequence[_Tiling | None]) -> _Seen | None:
     """Of one canvas of equal tiles side by side, in plain numbers, which is many times faster; ``None`` for others."""
-    details = [canvas for canvas in plan.canvases if canvas.kind == "slice"] or plan.canvases
-    canvas = details[0]
-    tiled = _tiled(canvas)
+    pairs = list(zip(plan.canvases, tilings, strict=True))
+    details = [pair for pair in pairs if pair[0].kind == "slice"] or pairs
+    canvas, tiled = details[0]
     if len(details) > 1 or tiled is None:
         return None
     source = canvas.source or (0, 0, *plan.image_hw)
@@ -152,7 +153,10 @@ def _regular(plan: SlicePlan) -> _Seen | None:
     return _Seen(max(scales) / min(scales), least[0] * least[1] * covered, upsampling, covered, covered, seam)
 
 
-def _tiled(canvas: Canvas) -> tuple[tuple[int, int, int, int], ...] | None:
+_Tiling = tuple[tuple[int, int, int, int], tuple[int, int, int, int]]
+
+
+def _tiled(canvas: Canvas) -> _Tiling | None:
     """For each axis: where equal tiles side by side start, their length, and from where to where they show content."""
     first, last = canvas.tiles[0], canvas.tiles[-1]
     h, w = first.bottom - first.top, first.right - first.left
@@ -247,13 +251,14 @@ def share_seen(plan: SlicePlan) -> float:
     return float(cells.areas[cells.seen].sum()) / math.prod(plan.image_hw)
 
 
-def _padding(plan: SlicePlan) -> float:
+def _padding(plan: SlicePlan, tilings: Sequence[_Tiling | None]) -> float:
     content = total = 0.0
-    for canvas in plan.canvases:
+    for canvas, tiled in zip(plan.canvases, tilings, strict=True):
         view = math.prod(canvas.view_hw)
         total += len(canvas.tiles) * view
-        if (tiled := _tiled(canvas)) is not None:
-            content += math.prod(max(high - low, 0) / tile for _, tile, low, high in tiled) * view
+        if tiled is not None:
+            (_, h, top, bottom), (_, w, left, right) = tiled
+            content += max(bottom - top, 0) / h * (max(right - left, 0) / w) * view
             continue
         tiles, inside = _content(canvas)
         used = (inside[:, 2:] - inside[:, :2]).prod(axis=1) / (tiles[:, 2:] - tiles[:, :2]).prod(axis=1)
