@@ -145,8 +145,8 @@ def choose(
         max_tokens, max_tflops: The budget: one of them, or both. TFLOPs as :func:`uhd.slicing.metrics.measure` counts.
         per_image: Every image keeps the budget; otherwise their mean does.
         rules: Options instead of all rules by name; presets among them are varied as above.
-        slices, latents, base_sizes: Settings that are tried: caps on slices, tokens a view, and sides of the square
-            that the vision encoder was trained on, px.
+        slices, latents, base_sizes: Settings of the adaptive planner that are tried: caps on slices, tokens a view,
+            and sides of the square that the vision encoder was trained on, px.
         patches_per_token: Leave out what makes a token of more ViT patches than that, on average. What a resampler
             loses by that is not in the resolution kept.
         learned: Weigh by what the learned comparison measured (:data:`LEARNED`); kinds of cutting that it did not
@@ -241,9 +241,11 @@ def _options(
     """Every option that plans all images, the rules by name measured, and how many options refuse an image."""
     named = distinct_names(all_rules() if rules is None else rules)
     measured = measure_sizes([one.image_hw for one in images], [rule for _, rule in named], **system)
-    options, refusing = [], 0
+    options, refusing, own = [], 0, {rule for _, rule in named}
     for place, (name, rule) in enumerate(named):
-        if measured.complete[place]:
+        if not _among(rule, settings):
+            own.discard(rule)
+        elif measured.complete[place]:
             columns = {key: rows[place] for key, rows in measured.values.items()}
             options.append(_option(name, name, rule, columns, measured.counts))
         else:
@@ -254,9 +256,18 @@ def _options(
             for option in _varied(name, rule, measured, settings, bound, system):
                 if option is None:
                     refusing += 1
-                elif all(option.rule != known.rule for known in options[: len(named)]):
+                elif option.rule not in own:
                     options.append(option)
     return options, measured, refusing
+
+
+def _among(rule: Slicing, settings: tuple[Sequence[int], Sequence[int], Sequence[int]]) -> bool:
+    """Whether a rule as it is has settings that are tried; rules without these have no others."""
+    slices, latents, base_sizes = settings
+    if not isinstance(rule, SlicingConfig):
+        return True
+    counted = rule.tokens_per_view is None or rule.tokens_per_view in latents
+    return rule.max_slices in slices and rule.image_size in base_sizes and counted
 
 
 def _varied(
@@ -302,7 +313,7 @@ def _recounted(planned: dict[str, np.ndarray], rule: SlicingConfig) -> dict[str,
 
 
 def _worded(name: str, preset: SlicingConfig, rule: SlicingConfig) -> str:
-    words = [name, f"{rule.max_slices} slices"]
+    words = [name, f"{rule.max_slices} slice{'s' * (rule.max_slices > 1)}"]
     if rule.tokens_per_view != preset.tokens_per_view:
         words.append(f"{rule.tokens_per_view} latents")
     if rule.image_size != preset.image_size:

@@ -16,7 +16,7 @@ import numpy as np
 from uhd.slicing import PRESETS, Slicing, SlicingConfig, SlicingLike, find, plan_many
 from uhd.slicing.flops import LMS, VITS, compressor_flops, lm_flops, mlp_flops, named, vit_flops
 from uhd.slicing.metrics import measure
-from uhd.slicing.plan import SlicePlan, check_size
+from uhd.slicing.plan import MAX_SIDE, SlicePlan, check_size
 from uhd.slicing.strategies import STRATEGIES
 
 COLUMNS = (
@@ -228,9 +228,10 @@ def _flops(planned: dict[str, np.ndarray], rule: SlicingConfig, **system: Any) -
 
 
 def _for_each(rows: np.ndarray, formula: Callable[..., int]) -> np.ndarray:
-    """A formula of whole numbers on every row of (M, n), once for equal ones."""
-    different, place = np.unique(rows, axis=0, return_inverse=True)
-    return np.array([float(formula(*row)) for row in different.tolist()])[place.ravel()]
+    """A formula of one or two whole numbers on every row of (M, 1 | 2), once for equal ones."""
+    key = rows[:, 0] if rows.shape[1] == 1 else rows[:, 0] * (MAX_SIDE + 1) + rows[:, 1]
+    _, first, place = np.unique(key, return_index=True, return_inverse=True)
+    return np.array([float(formula(*row)) for row in rows[first].tolist()])[place]
 
 
 def front(points: Sequence[tuple[float, float]]) -> set[int]:
