@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from uhd.lazily import lazily
 
 if TYPE_CHECKING:
+    from uhd import compare as compare
     from uhd import datasets as datasets
     from uhd import export as export
     from uhd import hf as hf
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from uhd.parts import register_compressor as register_compressor
     from uhd.parts import register_vision as register_vision
     from uhd.pixels import PixelSettings as PixelSettings
+    from uhd.planning import plan as plan
     from uhd.schema import SpatialSchema as SpatialSchema
     from uhd.schema import TokenLayout as TokenLayout
     from uhd.schema import layout as layout
@@ -55,7 +57,6 @@ if TYPE_CHECKING:
     from uhd.slicing import SlicingConfig as SlicingConfig
     from uhd.slicing import candidates as candidates
     from uhd.slicing import grid_score as grid_score
-    from uhd.slicing import plan as plan
     from uhd.slicing import plan_images as plan_images
     from uhd.slicing import plan_many as plan_many
     from uhd.slicing import plan_video as plan_video
@@ -68,9 +69,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _NAMES = {
-    "uhd.slicing": "SlicePlan SlicingConfig candidates grid_score plan plan_images plan_many plan_video "
+    "uhd.slicing": "SlicePlan SlicingConfig candidates grid_score plan_images plan_many plan_video "
     "register_strategy strategies strategy",
     "uhd.schema": "SpatialSchema TokenLayout layout resolve_schema",
+    "uhd.planning": "plan",
     "uhd.pixels": "PixelSettings",
     "uhd.batch": "SliceBatch",
     "uhd.encoded": "EncodedImage EncodedVideo",
@@ -84,7 +86,7 @@ _NAMES = {
     "uhd.merge": "assemble merge_samples merge_visual separator_embeddings",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
-_MODULES = ("datasets", "export", "hf", "nano", "pretrained", "resampler", "schema", "slicing", "vision")
+_MODULES = ("compare", "datasets", "export", "hf", "nano", "pretrained", "resampler", "schema", "slicing", "vision")
 
 __all__ = ["__version__", *_HOMES, *_MODULES]
 

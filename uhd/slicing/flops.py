@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 
 from uhd.settings import check_choice, unknown_name
@@ -127,7 +128,11 @@ def vit_flops(patches: int, vit: ViTShape | str, *, patch_size: int = 14, channe
     >>> f"{vit_flops(576, 'clip-l') / 1e9:.0f} GFLOPs"
     '366 GFLOPs'
     """
-    vit = named(vit, VITS)
+    return _vit_flops(patches, named(vit, VITS), patch_size, channels)
+
+
+@lru_cache(maxsize=4096)
+def _vit_flops(patches: int, vit: ViTShape, patch_size: int, channels: int) -> int:
     total = 2 * patches * channels * patch_size**2 * vit.width
     for block in range(1, vit.depth + 1):
         n = patches + vit.prefix
