@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     from uhd import __version__
     from uhd.datasets import command_line as datasets
+    from uhd.evaluation import command_line as evaluation
     from uhd.pixels import MAX_PIXELS
 
     parser = argparse.ArgumentParser(prog="uhd", description="Native-resolution eyes for any causal language model.")
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_planning(known)
     _add_encoding(known)
     datasets.add(known)
+    evaluation.add(known)
     return parser
 
 
