@@ -10,7 +10,8 @@ from PIL import Image, ImageOps
 
 from tests.tiny import refuses
 from uhd import VisualEncoder, cli
-from uhd.evaluation import anls, encoder_with, evaluate, load_model, read_questions
+from uhd.commands import Stopped
+from uhd.evaluation import anls, encoder_with, evaluate, judging, load_model, read_questions
 from uhd.evaluation.judging import swapped
 from uhd.evaluation.questions import prompt_of
 from uhd.evaluation.scores import characters_wrong, paired
@@ -201,6 +202,23 @@ def test_a_command_that_is_wrong_is_refused_before_any_work(saved, tmp_path, cap
     (tmp_path / "q.jsonl").write_text(json.dumps({"image": "a.png", "question": "all?", "answer": "3"}))
     assert cli.main(["evaluate", str(model), str(tmp_path / "q.jsonl"), "--max-new-tokens", "1"]) == 0
     assert "own: answers that had not ended: 1 (give --max-new-tokens)" in capsys.readouterr().out
+
+
+def test_an_interrupt_keeps_what_all_rules_have_answered(saved, tmp_path, capsys, monkeypatch):
+    whole, calls = judging.answers, []
+
+    def answers(*args, **how):
+        calls.append(1)
+        if len(calls) == 4:  # the second rule, of the second image
+            raise Stopped
+        return whole(*args, **how)
+
+    monkeypatch.setattr(judging, "answers", answers)
+    command = ["evaluate", str(saved / "model"), str(saved / "images" / "questions.jsonl"), "--batch-size", "1"]
+    told = tmp_path / "rows.json"
+    assert cli.main([*command, "--strategies", "own,llava-next", "--json", str(told)]) == 130
+    assert "uhd evaluate: interrupted, 1 of 3 questions were asked" in capsys.readouterr().err
+    assert [row["questions"] for row in json.loads(told.read_text())["strategies"]] == [1, 1]
 
 
 def test_parts_of_a_data_set_give_what_the_whole_gives(saved):

@@ -41,15 +41,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from uhd.evaluation import judging, read_questions
-    from uhd.slicing import find
-    from uhd.writing import check_place, new_file
+    from uhd.writing import check_place
 
-    strategies = list(dict.fromkeys(name.strip() for name in args.strategies.split(",") if name.strip()))
-    for name in strategies:
-        if name != judging.OWN:
-            find(name)  # a name that does not exist is an error before any work
-    if not strategies:
-        raise ValueError("--strategies names none: own is the model's own rule")
+    strategies = _strategies(args.strategies)
     if args.json is not None:
         check_place(args.json)
     bad: set[int] = set()
@@ -67,21 +61,50 @@ def _evaluate(args: argparse.Namespace) -> int:
     logging.disable_progress_bar()
     source = judging.NANO if args.nano else args.model
     told = {"model": source, "prompt": args.prompt, "max_new_tokens": args.max_new_tokens}
-    rows = judging.evaluate(
-        judging.load_model(source),
-        asked,
-        strategies,
-        prompt=args.prompt,
-        batch_size=args.batch_size,
-        max_new_tokens=args.max_new_tokens,
-        repaint=source == judging.NANO,
-        refuse=refuse,
-    )
-    print(judging.table(rows))
-    if bad:
-        print(f"lines that could not be asked: {len(bad)} of {total}")
-    if args.json is not None:
-        with new_file(args.json) as new:
-            text = json.dumps({**told, "refused": sorted(bad), "strategies": rows}, indent=1, ensure_ascii=False)
-            new.write_text(text + "\n", encoding="utf-8")
+    done: list[int] = []
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        done.append(rows[0]["questions"])
+        print(judging.table(rows))
+        if bad:
+            print(f"lines that could not be asked: {len(bad)} of {total}")
+        if args.json is not None:
+            _write(args.json, {**told, "refused": sorted(bad), "strategies": rows})
+
+    try:
+        rows = judging.evaluate(
+            judging.load_model(source),
+            asked,
+            strategies,
+            prompt=args.prompt,
+            batch_size=args.batch_size,
+            max_new_tokens=args.max_new_tokens,
+            repaint=source == judging.NANO,
+            refuse=refuse,
+            keep=keep,
+        )
+    except KeyboardInterrupt as stop:
+        raise type(stop)(f"{sum(done)} of {total} questions were asked") from None
+    keep(rows)
     return commands.status(len(bad), total)
+
+
+def _strategies(text: str) -> list[str]:
+    """Rules by their names; one that does not exist is an error before any work."""
+    from uhd.evaluation.judging import OWN
+    from uhd.slicing import find
+
+    found = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    for name in found:
+        if name != OWN:
+            find(name)
+    if not found:
+        raise ValueError("--strategies names none: own is the model's own rule")
+    return found
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    from uhd.writing import new_file
+
+    with new_file(path) as new:
+        new.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

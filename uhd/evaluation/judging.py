@@ -148,6 +148,7 @@ def evaluate(
     max_new_tokens: int = 48,
     repaint: bool = False,
     refuse: Refuse | None = None,
+    keep: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Accuracy and cost of every strategy, as plain JSON types, with every answer.
 
@@ -162,8 +163,8 @@ def evaluate(
         batch_size: Questions that are answered together.
         max_new_tokens: Most that an answer may have.
         repaint: Show images as :func:`uhd.nano.images.as_learned` makes them, for the shipped model.
-        refuse: Called with the line and what is wrong with it, for questions that cannot be asked, which are left out;
-            ``None``: the first raises.
+        refuse: Called with a line and what is wrong with it, which is then left out; ``None``: the first raises.
+        keep: Called with what there is so far where an interrupt ends the run, which it does afterwards.
 
     Returns:
         For each strategy ``exact``, ``anls`` and ``characters`` (1 - edit distance / length), each in 0..1, with
@@ -180,23 +181,43 @@ def evaluate(
     by_image: dict[Path, list[Asked]] = {}
     for asked in answerable(model, questions, max_new_tokens, told):
         by_image.setdefault(asked.path, []).append(asked)
-    judged = {strategy: _Judged(strategy, repaint) for strategy in encoders}
-    for paths in batches(list(by_image), batch_size):
-        pictures = _pictures(model, {path: by_image[path] for path in paths}, encoders, repaint, told)
-        some = [asked for path in pictures for asked in by_image[path]]
-        numbers = {path: number for number, path in enumerate(pictures)}
-        pairs = [(numbers[asked.path], prompt_of(model, asked.question, prompt)) for asked in some]
-        for strategy, encoder in encoders.items() if some else ():
-            shown = list(pictures.values())
-            with swapped(model, encoder):
-                start = time.perf_counter()
-                found = answers(model, shown, pairs, batch_size=batch_size, max_new_tokens=max_new_tokens)
-                seconds = time.perf_counter() - start
-            judged[strategy].add(some, found, shown, seconds, cost(encoder, shown, batch_size=batch_size))
-    if not next(iter(judged.values())).asked:
+    judged = [_Judged(strategy, repaint) for strategy in encoders]
+    try:
+        for paths in batches(list(by_image), batch_size):
+            pictures = _pictures(model, {path: by_image[path] for path in paths}, encoders, repaint, told)
+            some = [asked for path in pictures for asked in by_image[path]]
+            prompts = [prompt_of(model, asked.question, prompt) for asked in some]
+            how = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+            parts = [_asked(model, encoder, some, prompts, pictures, **how) for encoder in encoders.values() if some]
+            for one, part in zip(judged, parts, strict=False):  # all rules have answered, or none
+                one.add(some, list(pictures.values()), *part)
+    except KeyboardInterrupt:
+        if keep is not None and judged[0].asked:
+            keep([one.row(judged[0]) for one in judged])
+        raise
+    if not judged[0].asked:
         raise ValueError("no question is left that could be asked")
-    first = next(iter(judged.values()))
-    return [one.row(first) for one in judged.values()]
+    return [one.row(judged[0]) for one in judged]
+
+
+def _asked(
+    model: UHDForConditionalGeneration,
+    encoder: VisualEncoder,
+    some: Sequence[Asked],
+    prompts: Sequence[str],
+    pictures: dict[Path, Image.Image],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+) -> tuple[list[tuple[str, bool]], float, dict[str, Any]]:
+    """What one rule makes of some questions: answers, seconds, and the cost of the images."""
+    numbers, shown = {path: number for number, path in enumerate(pictures)}, list(pictures.values())
+    pairs = [(numbers[asked.path], text) for asked, text in zip(some, prompts, strict=True)]
+    with swapped(model, encoder):
+        start = time.perf_counter()
+        found = answers(model, shown, pairs, batch_size=batch_size, max_new_tokens=max_new_tokens)
+        seconds = time.perf_counter() - start
+    return found, seconds, cost(encoder, shown, batch_size=batch_size)
 
 
 def _told(line: int, what: str) -> None:
@@ -242,8 +263,8 @@ class _Judged:
     def add(
         self,
         asked: Sequence[Asked],
-        found: Sequence[tuple[str, bool]],
         shown: Sequence[Image.Image],
+        found: Sequence[tuple[str, bool]],
         seconds: float,
         costs: dict[str, Any],
     ) -> None:
