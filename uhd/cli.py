@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     from uhd import __version__
     from uhd.compare import command_line as comparing
     from uhd.datasets import command_line as datasets
+    from uhd.evaluation import command_line as evaluation
     from uhd.export import command_line as export
     from uhd.pixels import MAX_PIXELS
     from uhd.serving import command_line as serving
@@ -52,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     datasets.add(known)
     serving.add(known)
     export.add(known)
+    evaluation.add(known)
     return parser
 
 
@@ -75,6 +77,10 @@ def _add_planning(known: Any) -> None:
     command = known.add_parser("show", help="a picture of the cut")
     command.add_argument("image")
     command.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the picture to write")
+    command.add_argument("--attention", action="store_true", help="where an encoder's tokens look, drawn over it")
+    command.add_argument("--model", metavar="MODEL", help="with --attention: a model's folder (default nano)")
+    command.add_argument("--encoder", type=Path, metavar="DIR", help="with --attention: an encoder's folder instead")
+    command.add_argument("--ask", metavar="QUESTION", help="with --attention: where the model looks as it answers")
     _slicing_arguments(command)
     command.set_defaults(run=_show)
 
@@ -249,6 +255,17 @@ def _show(args: argparse.Namespace) -> int:
     if typed_size(args.image) and not Path(args.image).exists():
         raise ValueError(f"{args.image} is a size, a picture is drawn of an image file: uhd compare takes sizes")
     _check_output(args.output, [args.image])
+    names = ("model", "encoder", "ask") if not args.attention else _ADAPTIVE_ONLY[:3]
+    if given := [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]:
+        raise ValueError(f"{given[0]} is {'not for' if args.attention else 'of'} --attention")
+    if args.attention:
+        from uhd.draw_attention import show
+
+        told = {name: getattr(args, name) for name in ("model", "encoder", "strategy", "ask")}
+        picture, found, words = show(_source(args.image, _pixels(args)), pixels=lambda own: _pixels(args, own), **told)
+        write_picture(args.output, picture)
+        print(f"{args.image}: {_summary(found)}", *words, f"wrote {args.output}", sep="\n")
+        return 0
     image = load_image(_source(args.image, _pixels(args)), settings=_pixels(args))
     found = plan((image.height, image.width), _config(args))
     write_picture(args.output, draw_plan(image, found, schema=_schema(args)))

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import uhd
-from benchmarks.flop_counter import count_flops
 from uhd import resampler
+from uhd.flop_counter import count_flops
 from uhd.slicing.flops import (
     RESAMPLERS,
     VITS,

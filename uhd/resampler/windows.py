@@ -33,6 +33,31 @@ def pool_windows(maps: Tensor, side: int, *, aligned: bool) -> Tensor:
     return rearrange(pooled, "v (g a) (f b) c -> v (g f) (a b) c", g=side, f=side)
 
 
+def window_weights(q: Tensor, k: Tensor, num_heads: int) -> Tensor:
+    """What latents take of the keys of their window: arguments as of :func:`attend_windows` -> (V, S, Q, H, n)."""
+    exact = torch.promote_types(q.dtype, torch.float32)
+    q = rearrange(q, "q s (h d) -> q s h d", h=num_heads).to(exact)
+    k = rearrange(k, "v q n (h d) -> v q n h d", h=num_heads).to(exact)
+    return (torch.einsum("qshd,vqnhd->vsqhn", q, k) * q.shape[-1] ** -0.5).softmax(-1)
+
+
+def unpool_windows(weights: Tensor, grid_hw: tuple[int, int], side: int, *, aligned: bool) -> Tensor:
+    """Give weights of pooled keys, (..., side*side, H, bins), to the features of a map: (..., side*side, H, h, w).
+
+    What bins took from outside the map is lost, see :func:`pool_weights`.
+    """
+    pool = pool_hw(grid_hw)
+    rows, columns = (
+        sent(pool_weights(length, side, bins, aligned=aligned), weights.device, weights.dtype).unflatten(
+            0, (side, bins)
+        )
+        for length, bins in zip(grid_hw, pool, strict=True)
+    )
+    weights = weights.unflatten(-1, pool).unflatten(-4, (side, side))  # (..., g, f, H, a, b)
+    found = torch.einsum("...gfkab,gay,fbx->...gfkyx", weights, rows, columns)
+    return found.flatten(-5, -4)
+
+
 def attend_windows(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
     """Let the latents of a window attend to the keys of that window, and to nothing else.
 

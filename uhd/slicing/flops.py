@@ -1,7 +1,7 @@
 """Floating-point operations of a vision transformer, a compressor and a language model, counted by formula.
 
 Matrix products only, 2 for each multiply-add, attention over all pairs (a causal mask halves nothing): the convention
-of ``benchmarks/flop_counter.py``, against which the formulas are tested. Norms, activations and softmax are left out.
+of ``uhd/flop_counter.py``, against which the formulas are tested. Norms, activations and softmax are left out.
 """
 
 from __future__ import annotations
