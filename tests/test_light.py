@@ -25,11 +25,13 @@ def test_planning_needs_numpy_alone():
         "print(plan.grid, uhd.layout(plan, uhd.SpatialSchema()).num_tokens, uhd.plan_many([[300, 400]])['grid'])\n"
         "print(len(uhd.strategies()) > 50, uhd.plan((300, 400), 'llava-next').num_views)\n"
         "uhd.testing.check_strategy('llava-uhd')\n"
+        "print(len(uhd.compare.table([(300, 400), (500, 200)], ['llava-uhd', 'llava-next'])), 'records')\n"
         "from uhd.cli import main\n"
         "assert main(['plan', '1920x1080']) == main(['layout', '1920x1080']) == 0\n"
     )
     assert found.returncode == 0, found.stderr
     assert "(2, 3) 453 [[1 2]]" in found.stdout
+    assert "4 records" in found.stdout
     assert "7 views" in found.stdout
 
 
@@ -38,7 +40,7 @@ def test_planning_needs_numpy_alone():
     [
         ("VisualEncoder", "torch"),
         ("UHDProcessor", "transformers"),
-        ("load_tokens", "torch"),
+        ("merge_visual", "torch"),
         ("hf", "transformers"),
         ("pixels.load_image", "pillow"),
     ],
@@ -52,7 +54,7 @@ def test_other_names_say_what_they_need(name, library):
     )
 
 
-@pytest.mark.parametrize("words, library", [("encode a.png -o b", "torch"), ("show a.png -o b.png", "pillow")])
+@pytest.mark.parametrize("words, library", [("encode-dataset a -o b --encoder c", "torch"), ("show a.png -o b.png", "pillow")])
 def test_other_commands_say_so_in_one_line(words, library):
     found = bare(f"from uhd.cli import main; sys.exit(main({words.split()!r}))")
     assert found.returncode == 1

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from uhd.lazily import lazily
 
 if TYPE_CHECKING:
     from .choosing import Choice, Option, choose
@@ -31,7 +32,7 @@ _NAMES = {
     "report": "Comparison Entry compare curves_over_aspect curves_over_size pareto picture_of system_of table",
     "summary": "Summary records summarize",
 }
-_HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
+_HOMES = {name: f"uhd.compare.{module}" for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = [
     "COLUMNS",
@@ -58,9 +59,4 @@ __all__ = [
     "write_page",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Loaded on first use: pages draw pictures, tables need numbers only."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'uhd.compare' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"uhd.compare.{_HOMES[name]}"), name)
+__getattr__ = lazily(__name__, _HOMES)  # pages draw pictures, tables need numbers only

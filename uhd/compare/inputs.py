@@ -58,18 +58,20 @@ def given_inputs(images: Any) -> Iterator[Input]:
         ValueError: One that cannot be read, named, or a size that is none.
         TypeError: Something else.
     """
-    from uhd.pixels import DEFAULT, image_size_hw
-
     for number, one in enumerate([images] if isinstance(images, (str, os.PathLike)) else images):
         if isinstance(one, Input):
             yield one
         elif isinstance(one, (str, os.PathLike)):
+            from uhd.pixels import DEFAULT
+
             for name, what in named_inputs([os.fspath(one)]):
                 try:
                     yield Input(name, size_of(what, DEFAULT), what)
                 except (ValueError, OSError) as problem:
                     raise ValueError(f"{name}: {problem}") from problem
         elif hasattr(one, "getexif"):
+            from uhd.pixels import image_size_hw
+
             yield Input(f"image {number}", image_size_hw(one), one)
         elif isinstance(one, (int, float)):
             raise TypeError(f"images are a list of (height, width), paths or pictures, got the number {one!r} in it")

@@ -5,21 +5,17 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from uhd.lazily import lazily
 
 if TYPE_CHECKING:
     from uhd.evaluation.judging import encoder_with, evaluate, load_model, table
     from uhd.evaluation.questions import Asked, read_questions
     from uhd.evaluation.scores import anls
 
-_HOMES = dict.fromkeys(("encoder_with", "evaluate", "load_model", "table"), "judging")
-_HOMES |= {"Asked": "questions", "read_questions": "questions", "anls": "scores"}
+_HOMES = dict.fromkeys(("encoder_with", "evaluate", "load_model", "table"), "uhd.evaluation.judging")
+_HOMES |= dict.fromkeys(("Asked", "read_questions"), "uhd.evaluation.questions") | {"anls": "uhd.evaluation.scores"}
 __all__ = ["Asked", "anls", "encoder_with", "evaluate", "load_model", "read_questions", "table"]
 
-
-def __getattr__(name: str) -> Any:
-    """Loaded on first use: the command line asks for its words only."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'uhd.evaluation' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"uhd.evaluation.{_HOMES[name]}"), name)
+__getattr__ = lazily(__name__, _HOMES)  # the command line asks for its words only

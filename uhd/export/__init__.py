@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from uhd.export.host import inputs, packed
+from uhd.lazily import lazily
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
     from uhd.encoder import VisualEncoder
+    from uhd.export.host import inputs as inputs
+    from uhd.export.host import packed as packed
 
 __all__ = ["inputs", "onnx", "packed", "torch_program"]
+
+__getattr__ = lazily(__name__, dict.fromkeys(("inputs", "packed"), "uhd.export.host"))
 
 
 def onnx(encoder: VisualEncoder, path: str | os.PathLike, *, dynamic: bool = True) -> float:
