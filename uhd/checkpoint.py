@@ -75,7 +75,7 @@ class Checkpoint:
         ValueError: Only pickled weights, or a file that is not what its name says.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, pickled: bool = False) -> None:
+    def __init__(self, folder: str | os.PathLike[str], *, pickled: bool = False) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{folder} is not a folder; give a local one, nothing is downloaded")

@@ -243,7 +243,7 @@ class VisualEncoder(PackedEncoder):
             advice = "give the encoder the schema that they are in, or let the plan count none"
         return checked_layout(plan, self.schema, where=f"image {number}", advice=advice)
 
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write ``model.safetensors`` and ``uhd_encoder.json`` at once: the encoder as it is, but no slicing function.
 
         Raises:
@@ -252,7 +252,7 @@ class VisualEncoder(PackedEncoder):
         saving.save(self, folder)
 
     @classmethod
-    def describe(cls, folder: str | os.PathLike) -> VisualEncoder:
+    def describe(cls, folder: str | os.PathLike[str]) -> VisualEncoder:
         """The encoder of a folder that :meth:`save_pretrained` wrote without its weights: it plans, and prepares.
 
         Its parameters are on torch's ``meta`` device, so that only ``uhd_encoder.json`` is read; encoding raises.
@@ -265,7 +265,7 @@ class VisualEncoder(PackedEncoder):
     @classmethod
     def from_pretrained(
         cls,
-        source: str | os.PathLike | nn.Module,
+        source: str | os.PathLike[str] | nn.Module,
         *,
         out_dim: int | None = None,
         num_latents: int | None = None,

@@ -260,14 +260,14 @@ def check_rebuilt(part: nn.Module, role: str) -> None:
         )
 
 
-def load_vision(source: str | os.PathLike | nn.Module) -> ViT:
+def load_vision(source: str | os.PathLike[str] | nn.Module) -> ViT:
     """Take the vision encoder of another project's model, or of a folder with one."""
     from uhd.vision import load_vit, vit_from
 
     return vit_from(source) if isinstance(source, nn.Module) else load_vit(source)
 
 
-def find_pixels(source: str | os.PathLike | nn.Module) -> PixelSettings:
+def find_pixels(source: str | os.PathLike[str] | nn.Module) -> PixelSettings:
     """Read mean and std from a folder, or from a timm model; a ``ValueError`` says what to pass instead."""
     if not isinstance(source, nn.Module):
         return PixelSettings.from_preprocessor(source)

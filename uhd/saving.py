@@ -127,7 +127,7 @@ class EncoderDescription(Settings):
         }
 
 
-def save(encoder: Any, folder: str | os.PathLike) -> None:
+def save(encoder: Any, folder: str | os.PathLike[str]) -> None:
     """Write an encoder's two files; errors as in :meth:`uhd.VisualEncoder.save_pretrained`."""
     refuse_int8(encoder)
     description = json.dumps(EncoderDescription.of(encoder).to_dict(), indent=2)

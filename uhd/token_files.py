@@ -43,7 +43,7 @@ class _Item(Settings):
 
 
 def save_tokens(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     encoded: Sequence[EncodedImage | EncodedVideo],
     *,
     schema: SpatialSchema,
@@ -76,7 +76,7 @@ def save_tokens(
 
 
 @contextmanager
-def token_file(path: str | os.PathLike, *, schema: SpatialSchema, note: str = "") -> Iterator[TokenFile]:
+def token_file(path: str | os.PathLike[str], *, schema: SpatialSchema, note: str = "") -> Iterator[TokenFile]:
     """Give a file to add encoded images or videos to; errors as of :func:`save_tokens`.
 
     It is there at the end, or once its ``finish`` has returned, and never after an error before.
@@ -174,18 +174,18 @@ def _layout_under(schema: SpatialSchema, plan: SlicePlan | VideoPlan) -> TokenLa
     return video_layout(plan, schema) if isinstance(plan, VideoPlan) else layout_of(plan, schema)
 
 
-def check_output(path: str | os.PathLike) -> None:
+def check_output(path: str | os.PathLike[str]) -> None:
     """Raise what :func:`save_tokens` would where it could not write, before any work is done."""
     check_place(path)
     _check_name(path)
 
 
-def _check_name(path: str | os.PathLike) -> None:
+def _check_name(path: str | os.PathLike[str]) -> None:
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"tokens are written to a .safetensors file, got {os.fspath(path)!r}")
 
 
-def load_tokens(path: str | os.PathLike) -> list[EncodedImage | EncodedVideo]:
+def load_tokens(path: str | os.PathLike[str]) -> list[EncodedImage | EncodedVideo]:
     """The inverse of :func:`save_tokens`.
 
     Raises:

@@ -27,7 +27,7 @@ _PROBE = 1 << 16  # bytes
 
 
 @contextmanager
-def new_file(path: str | os.PathLike) -> Iterator[Path]:
+def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a path to write to; what is there at the end is moved to ``path`` at once, and after an error removed.
 
     It has no suffix: say in which format to write.
@@ -46,7 +46,7 @@ def new_file(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(new, place)
 
 
-def check_place(path: str | os.PathLike) -> None:
+def check_place(path: str | os.PathLike[str]) -> None:
     """Before any work: raise what :func:`new_file` would where nothing could be written there. Nothing is changed."""
     place = _checked(path)
     with _trouble_named(path), _claimed(_hidden(place)) as hidden:
@@ -54,7 +54,7 @@ def check_place(path: str | os.PathLike) -> None:
 
 
 @contextmanager
-def new_files(folder: str | os.PathLike, *, one_of: str | None = None) -> Iterator[Path]:
+def new_files(folder: str | os.PathLike[str], *, one_of: str | None = None) -> Iterator[Path]:
     """Give a folder to write to; at the end all its files are in ``folder`` at once, and after an error none is.
 
     ``folder`` is made where it is missing. Its other files stay, but for those whose names match ``one_of``, a regular
@@ -90,7 +90,7 @@ def new_files(folder: str | os.PathLike, *, one_of: str | None = None) -> Iterat
                     _move(folder)
 
 
-def finish(folder: str | os.PathLike) -> bool:
+def finish(folder: str | os.PathLike[str]) -> bool:
     """Move what a killed save left in ``folder`` to its places, and return whether there was anything.
 
     Raises:
@@ -142,7 +142,7 @@ def _move(folder: Path) -> None:
 
 
 @contextmanager
-def read_whole(folder: str | os.PathLike, description: str) -> Iterator[None]:
+def read_whole(folder: str | os.PathLike[str], description: str) -> Iterator[None]:
     """Read files of a folder that belong together, of which ``description`` is one.
 
     Raises:
@@ -168,7 +168,7 @@ def _stamp(file: Path) -> tuple[int, int] | None:
     return None
 
 
-def _checked(path: str | os.PathLike, *, made: bool = False) -> Path:
+def _checked(path: str | os.PathLike[str], *, made: bool = False) -> Path:
     """The file that ``path`` leads to, which can be written as far as one can see; ``made``: its folder will be."""
     place = Path(os.path.realpath(path))
     if not made and not place.parent.is_dir():
@@ -271,7 +271,7 @@ def _claim(base: Path) -> tuple[Path, int | None]:
 
 
 @contextmanager
-def _trouble_named(path: str | os.PathLike) -> Iterator[None]:
+def _trouble_named(path: str | os.PathLike[str]) -> Iterator[None]:
     """Say of what the system refuses where it was, and that nothing happened."""
     try:
         yield

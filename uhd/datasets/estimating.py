@@ -24,7 +24,7 @@ SECONDS = 10.0
 
 
 def estimate(
-    source: str | os.PathLike,
+    source: str | os.PathLike[str],
     encoder: Any,
     *,
     budget_patches: int = BUDGET,

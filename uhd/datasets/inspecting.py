@@ -17,7 +17,7 @@ from uhd.datasets.units import digest
 from uhd.files import DAMAGE
 
 
-def inspect(out: str | os.PathLike) -> dict[str, Any]:
+def inspect(out: str | os.PathLike[str]) -> dict[str, Any]:
     """Look through a folder that ``uhd encode-dataset`` wrote, reading every byte of it.
 
     Returns:

@@ -41,7 +41,7 @@ class Unit(NamedTuple):
         return hashlib.sha256("\n".join(item.key for item in self.items).encode()).hexdigest()
 
 
-def file_of(out: str | os.PathLike, number: int) -> Path:
+def file_of(out: str | os.PathLike[str], number: int) -> Path:
     """A unit's file."""
     return Path(out) / f"unit-{number:08d}.safetensors"
 

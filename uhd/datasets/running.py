@@ -42,8 +42,8 @@ ENGINES = {"local": local.run, "ray": on_ray.run}
 
 
 def encode(
-    source: str | os.PathLike,
-    out: str | os.PathLike,
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     encoder: Any,
     *,
     budget_patches: int = BUDGET,

@@ -43,7 +43,7 @@ class Item(NamedTuple):
     place: tuple
 
 
-def listed(source: str | os.PathLike, *, columns: Sequence[str] = (), skip: Path | None = None) -> Iterator[Item]:
+def listed(source: str | os.PathLike[str], *, columns: Sequence[str] = (), skip: Path | None = None) -> Iterator[Item]:
     """The images of a source, in order.
 
     Args:

@@ -37,7 +37,7 @@ class Tokens:
         ValueError: It is no such folder, not finished, or damaged.
     """
 
-    def __init__(self, out: str | os.PathLike) -> None:
+    def __init__(self, out: str | os.PathLike[str]) -> None:
         self.out = Path(out)
         self.run = read_run(self.out)
         with damage_named(self.out / RUN):

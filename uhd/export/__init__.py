@@ -19,7 +19,7 @@ __all__ = ["inputs", "onnx", "packed", "torch_program"]
 __getattr__ = lazily(__name__, dict.fromkeys(("inputs", "packed"), "uhd.export.host"))
 
 
-def onnx(encoder: VisualEncoder, path: str | os.PathLike, *, dynamic: bool = True) -> float:
+def onnx(encoder: VisualEncoder, path: str | os.PathLike[str], *, dynamic: bool = True) -> float:
     """Write an encoder as an ONNX graph, with what its host must know in a ``.json`` of the same name beside it.
 
     Its one output is ``tokens`` (V, Q, D) of the views of a call; :func:`inputs` makes the inputs of images. It has

@@ -44,7 +44,7 @@ _MOST = 2048  # patches along a side for which a rule of buckets is written down
 _EXTRA = ("onnx", "onnxscript", "onnxruntime")
 
 
-def write(encoder: VisualEncoder, path: str | os.PathLike, *, dynamic: bool = True) -> float:
+def write(encoder: VisualEncoder, path: str | os.PathLike[str], *, dynamic: bool = True) -> float:
     """As :func:`uhd.export.onnx`."""
     if missing := [name for name in _EXTRA if importlib.util.find_spec(name) is None]:
         raise ImportError(f"an export to ONNX needs {', '.join(missing)}: pip install llava-uhd[onnx]")

@@ -123,7 +123,7 @@ class Graph(Settings):
         return super().from_dict({name: value for name, value in data.items() if name != "format"})
 
     @classmethod
-    def read(cls, path: str | os.PathLike) -> Graph:
+    def read(cls, path: str | os.PathLike[str]) -> Graph:
         """The description beside a graph; a ``ValueError`` names the file where it is missing or damaged."""
         path = Path(path)
         if not path.is_file():
@@ -329,7 +329,7 @@ def packed(given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return found
 
 
-def inputs(images: Sequence[Any], description: str | os.PathLike | Graph) -> dict[str, np.ndarray]:
+def inputs(images: Sequence[Any], description: str | os.PathLike[str] | Graph) -> dict[str, np.ndarray]:
     """Images to what an exported graph takes, without torch.
 
     >>> inputs([np.zeros((30, 50, 3), np.uint8)], "model.json")  # doctest: +SKIP

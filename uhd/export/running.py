@@ -34,7 +34,7 @@ class Runner:
         ValueError: One of both files is missing or damaged.
     """
 
-    def __init__(self, path: str | os.PathLike) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         path = Path(path)
         if not path.is_file():
             raise ValueError(f"there is no graph {path}: uhd export writes one")
@@ -63,7 +63,7 @@ class Runner:
         return EncodedArray(np.concatenate(parts), plan, layout)
 
 
-def session(file: str | os.PathLike) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
+def session(file: str | os.PathLike[str]) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
     """A graph in onnxruntime on the CPU: inputs -> tokens (V, Q, D); a ``ValueError`` where it is none."""
     try:
         import onnxruntime

@@ -94,7 +94,9 @@ class PixelSettings(Settings):
         return self.mean, self.std
 
     @classmethod
-    def from_preprocessor(cls, source: Mapping[str, Any] | str | os.PathLike | Any, **changes: Any) -> PixelSettings:
+    def from_preprocessor(
+        cls, source: Mapping[str, Any] | str | os.PathLike[str] | Any, **changes: Any
+    ) -> PixelSettings:
         """Take mean and std from a Hugging Face image processor.
 
         Its resize and crop rules are not taken over: the plan decides sizes. ``changes`` set the other fields.

@@ -39,11 +39,11 @@ FAMILIES: dict[str, str] = {
 
 
 def load(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     *,
     family: str | None = None,
     downsample: str | None = None,
-    vision_tower: str | os.PathLike | None = None,
+    vision_tower: str | os.PathLike[str] | None = None,
     pickled: bool = False,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
@@ -82,11 +82,11 @@ def load(
 
 def save(
     encoder: VisualEncoder,
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     *,
-    like: str | os.PathLike,
+    like: str | os.PathLike[str],
     family: str | None = None,
-    vision_tower: str | os.PathLike | None = None,
+    vision_tower: str | os.PathLike[str] | None = None,
     pickled: bool = False,
     visual_only: bool = False,
 ) -> None:
@@ -134,7 +134,7 @@ def _recipe(
     checkpoint: Checkpoint,
     family: str | None,
     downsample: str | None,
-    vision_tower: str | os.PathLike | None,
+    vision_tower: str | os.PathLike[str] | None,
     pickled: bool,
 ) -> Recipe:
     """Read a folder's recipe by its family."""

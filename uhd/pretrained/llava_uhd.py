@@ -53,7 +53,7 @@ def kind_of(checkpoint: Checkpoint) -> str:
     return "llava-uhd" if spatial else "llava-uhd-2024-03"
 
 
-def recipe(checkpoint: Checkpoint, family: str, vision_tower: str | os.PathLike | None, pickled: bool) -> Recipe:
+def recipe(checkpoint: Checkpoint, family: str, vision_tower: str | os.PathLike[str] | None, pickled: bool) -> Recipe:
     """Read the recipe from the settings in a folder; CLIP may be in ``vision_tower``, and ``pickled``."""
     config, names = checkpoint.config, PREFIXES.sort(checkpoint, family)
     settings, tower = _tower(checkpoint, names, vision_tower)
@@ -93,7 +93,9 @@ def _spatial(state: Mapping[str, Tensor]) -> nn.Module:
     return SpatialResampler.from_state_dict(state, num_heads=heads_of(state))
 
 
-def _tower(checkpoint: Checkpoint, names: Names, vision_tower: str | os.PathLike | None) -> tuple[Any, Path | None]:
+def _tower(
+    checkpoint: Checkpoint, names: Names, vision_tower: str | os.PathLike[str] | None
+) -> tuple[Any, Path | None]:
     """Find CLIP's config, and its folder where there is one."""
     from transformers import CLIPVisionConfig
 

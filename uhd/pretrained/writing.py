@@ -21,7 +21,7 @@ from uhd.vision.weights import vision_names
 from uhd.writing import new_files
 
 
-def write(encoder: VisualEncoder, folder: str | os.PathLike, recipe: Recipe, *, visual_only: bool) -> None:
+def write(encoder: VisualEncoder, folder: str | os.PathLike[str], recipe: Recipe, *, visual_only: bool) -> None:
     """See :func:`uhd.pretrained.save`."""
     folder, like = Path(folder), recipe.checkpoint
     if folder.resolve() == like.folder.resolve():
