@@ -40,7 +40,7 @@ from uhd.charts import curves, log_axis
 from uhd.demo import page_image
 from uhd.pixels import PixelSettings
 from uhd.pixels.fast import decoder
-from uhd.pixels.render import load_picture
+from uhd.pixels.views import load_picture
 
 PRESET = "minicpm-v-4.6"
 MADE = ((672, 1008), (1080, 1920), (3000, 4000))

@@ -23,7 +23,7 @@ from uhd.batch import SliceBatch
 from uhd.pixels import PixelSettings, fast, fold_into, load_image, patchify, render, unpatchify
 from uhd.pixels.fast import Picture
 from uhd.pixels.normalize import fold_pixels, normalize
-from uhd.pixels.render import load_picture
+from uhd.pixels.views import load_picture
 from uhd.resampler import PerceiverConfig, PerceiverResampler
 from uhd.slicing import plan
 from uhd.slicing.plan import Box, Canvas, SlicePlan

@@ -46,7 +46,7 @@ class Picture:
 
 
 def read_picture(source: Any, settings: PixelSettings) -> Picture:
-    """:func:`uhd.pixels.render.load_picture` by this backend."""
+    """:func:`uhd.pixels.views.load_picture` by this backend."""
     if isinstance(source, Picture):
         return source
     source = plain_source(source, settings)
