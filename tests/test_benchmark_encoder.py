@@ -58,3 +58,13 @@ def test_the_stored_results_have_every_row_and_the_page_shows_them(benchmark):
     assert len(names) == 2 * 8
     assert {target["dtype"] for target in stored["targets"]} == set(benchmark.TARGETS)
     assert benchmark.table(stored) in (FOLDER.parent / "docs" / "performance.md").read_text()
+
+
+def test_two_machines_stand_side_by_side(benchmark):
+    page = (FOLDER.parent / "docs" / "performance.md").read_text()
+    files = [FOLDER / "results" / name for name in ("encoder.json", "amd_epyc/encoder.json")]
+    rows = [json.loads(file.read_text())["rows"] for file in files]
+    ratios = [{(row["dtype"], row["contender"]): row["ratio"] for row in machine} for machine in rows]
+    for name in {name for _, name in ratios[0]} - {benchmark.PEER}:
+        cells = [f"{machine[dtype, name]:.2f}" for dtype in ("fp32", "bf16") for machine in ratios]
+        assert f"| encoder: {name} | {' | '.join(cells)} |" in page

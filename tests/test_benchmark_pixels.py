@@ -63,7 +63,6 @@ def test_preprocess_refuses_to_speak_where_pixels_are_off(preprocess, monkeypatc
         ("preprocess", 7),
         ("preprocess_uint8", 7),
         ("amd_epyc/preprocess", 15),
-        ("amd_epyc/preprocess_uint8", 15),
     ],
 )
 def test_stored_results_are_whole_and_on_the_page(name, rows, request):
