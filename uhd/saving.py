@@ -49,7 +49,7 @@ class EncoderDescription(Settings):
         check_image_size, note: As in :class:`uhd.VisualEncoder`.
     """
 
-    later = ("packer", "note")
+    later = ("packer",)
 
     vision: dict[str, Any]
     compressor: dict[str, Any]
@@ -165,6 +165,12 @@ def lacks_weights(encoder: nn.Module) -> bool:
     """Whether a described encoder was given none since; accelerate's hooks fetch those that it keeps elsewhere."""
     fetched = any(hasattr(part, "_hf_hook") for part in encoder.modules())
     return not fetched and any(weight.is_meta for weight in encoder.parameters())
+
+
+def refuse_described(encoder: nn.Module) -> None:
+    """Raise a ``ValueError`` where an encoder was only described, and so can encode nothing."""
+    if getattr(encoder, "only_described", False) and lacks_weights(encoder):
+        raise ValueError("this encoder has no weights: VisualEncoder.from_pretrained loads them")
 
 
 def load(kind: type[_Encoder], folder: Path, *, sizes: Mapping[str, int] | None = None, **given: Any) -> _Encoder:

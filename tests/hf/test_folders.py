@@ -108,9 +108,11 @@ def test_shards_and_their_index_agree(torn):
     ):
         index.write_text(json.dumps({**whole, "weight_map": map_}))
         refuses(words, load, folder)
-    fewer = {one: place for one, place in whole["weight_map"].items() if one != "visual.vision.norm.bias"}
-    index.write_text(json.dumps({**whole, "weight_map": fewer}))
-    refuses("index.json .*there is no visual.vision.norm.bias", load, folder)
+    for one in ("visual.vision.norm.bias", "visual.vision.stem.weight"):
+        index.write_text(
+            json.dumps({**whole, "weight_map": {n: f for n, f in whole["weight_map"].items() if n != one}})
+        )
+        refuses(f"index.json .*there is no {one}", load, folder)
 
 
 def test_a_vision_side_of_no_numbers_is_refused(torn):

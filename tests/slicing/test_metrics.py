@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import uhd
 from tests.slicing.test_strategies import words
-from uhd.slicing import Box, Canvas, SlicePlan, flops, plan, view_box
+from uhd.slicing import PRESETS, Box, Canvas, SlicePlan, flops, metrics, plan, view_box
 from uhd.slicing.flops import LMShape, ResamplerShape, ViTShape, lm_flops, plan_flops, resampler_flops, vit_flops
 from uhd.slicing.metrics import (
     cliffs,
@@ -288,7 +288,7 @@ def test_vit_and_projector_formulas_equal_what_is_multiplied():
     import torch
     from torch import nn
 
-    from benchmarks.flop_counter import count_flops
+    from uhd.flop_counter import count_flops
     from uhd.vision import ViT, ViTConfig
 
     vit = ViT(ViTConfig(patch_size=4, width=32, depth=3, heads=4, mlp_width=48, image_size=32, class_token=True))
@@ -304,7 +304,7 @@ def test_resampler_formula_equals_what_is_multiplied():
     import torch
     from torch import nn
 
-    from benchmarks.flop_counter import count_flops
+    from uhd.flop_counter import count_flops
 
     into, out = nn.Linear(32, 64, bias=False), nn.Linear(64, 64)
     attend = nn.MultiheadAttention(64, 4, batch_first=True)
@@ -335,3 +335,19 @@ def test_a_plans_flops_are_its_parts():
 def test_unknown_models_are_named():
     with pytest.raises(ValueError, match="no model named 'clip-xl': did you mean 'clip-l'"):
         measure(uhd.plan((30, 40)), vit="clip-xl")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 3000), (811, 1501), (1999, 640), (5000, 4000)])
+def test_side_by_side_tiles_are_measured_as_any_views_are(size):
+    """Most plans are one canvas of equal tiles, which has formulas; the general way must give the same numbers."""
+    formulas = 0
+    for name in (*PRESETS, *STRATEGIES):
+        try:
+            found = plan(size, name)
+        except ValueError:
+            continue
+        short = metrics._regular(found, [metrics._tiled(canvas) for canvas in found.canvases])
+        if short is not None:
+            assert short == pytest.approx(metrics._general(found), rel=1e-6), name
+            formulas += 1
+    assert formulas > 60

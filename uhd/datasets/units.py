@@ -21,7 +21,7 @@ from uhd.encoded import num_rows
 from uhd.files import DAMAGE
 from uhd.loading import Preparation
 from uhd.machine import in_threads, use_products
-from uhd.pixels.render import load_picture
+from uhd.pixels.views import load_picture
 from uhd.writing import new_file
 
 _SHOWN = 500  # characters of an error

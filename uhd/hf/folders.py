@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedModel
 
 from uhd.checkpoint import SAFE, Checkpoint
 from uhd.files import DAMAGE, damage_named, read_json
@@ -76,21 +77,23 @@ def check_model(source: Any, subfolder: str | None = None) -> None:
                 raise ValueError(f"{key} is {value}, and no tensor of the weights is longer than {longest}")
 
 
-def check_loaded(visual: torch.nn.Module, missing: Collection[str], source: Any, subfolder: str | None = None) -> None:
+def check_loaded(model: PreTrainedModel, missing: Collection[str], source: Any, subfolder: str | None = None) -> None:
     """Refuse a vision side whose weights are no numbers, or half in the folder; a ``ValueError`` names the file.
 
-    ``missing``: the model's weights that transformers did not find. Their names alone tell: quantizing and adapters
-    give a loaded part others than its file has.
+    ``missing``: weights that transformers says it did not find, which are not all of them; only where quantizing or
+    adapters gave the loaded model other names than its file has are they all that can be known.
     """
     folder = _local(source, subfolder)
     weights = None if folder is None else next((folder / name for name in SAFE if (folder / name).is_file()), None)
     if weights is not None:
-        saved = Checkpoint(folder).files
+        saved, loaded = Checkpoint(folder).files, model.visual.state_dict(prefix="visual.")
+        renamed = getattr(model, "is_quantized", False) or getattr(model, "_hf_peft_config_loaded", False)
+        absent = sorted(missing if renamed else loaded.keys() - saved.keys())
         for part in ("visual.vision.", "visual.compressor."):  # a whole part may be new, half of one may not
-            lacking = sorted(name for name in missing if name.startswith(part))
+            lacking = [name for name in absent if name.startswith(part)]
             if lacking and any(name.startswith(part) for name in saved):
                 raise ValueError(f"{weights} does not fit or is damaged: there is no {', '.join(lacking)}")
-        for name, tensor in visual.state_dict(prefix="visual.").items():
+        for name, tensor in loaded.items():
             with damage_named(saved.get(name, weights)):
                 check_numbers({name: tensor})
 
