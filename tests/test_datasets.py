@@ -566,13 +566,17 @@ def test_a_full_disk_loses_nothing(whole, tmp_path, folder):
 
 
 def test_processes_write_the_same_bytes_across_kills(whole, tmp_path, folder, capsys):
-    """A worker is killed in the middle; the others and its successor do its units."""
+    """A worker is killed in the middle, and what workers are copies of; the others and its successor do its units."""
+    psutil = pytest.importorskip("psutil")
     source, out = whole[0], tmp_path / "out"
 
     def killing(running):
         yield next(running)
         for child in multiprocessing.active_children()[:1]:
+            server = psutil.Process(child.pid).parent()
             os.kill(child.pid, signal.SIGKILL)
+            if server.pid != os.getpid():
+                server.kill()
         yield from running
 
     counts = run(source, out, folder, processes=2, progress=killing, limit=None)
@@ -581,6 +585,22 @@ def test_processes_write_the_same_bytes_across_kills(whole, tmp_path, folder, ca
         name: data for name, data in files(whole[1]).items() if name != "run.json"
     }
     assert multiprocessing.active_children() == []
+
+
+def test_a_server_that_dies_while_it_starts_a_worker(whole, tmp_path, folder, monkeypatch):
+    """The next one does; where none ever does, the error is told."""
+    start, ended = multiprocessing.process.BaseProcess.start, iter([True, False])
+
+    def dying(process):
+        if next(ended):
+            raise EOFError("unexpected EOF")
+        start(process)
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", dying)
+    assert run(whole[0], tmp_path / "out", folder, processes=1)["complete"]
+    ended = iter([True] * 3)
+    with pytest.raises(RuntimeError, match="no process can be started here"):
+        run(whole[0], tmp_path / "never", folder, processes=1)
 
 
 @pytest.mark.parametrize(

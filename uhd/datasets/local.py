@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,7 +20,7 @@ from uhd.datasets.plan import Unit
 from uhd.datasets.units import Encoder, Job, Part, as_before, prepare
 
 _AHEAD = 2  # units that a process has: one to encode, one to prepare
-_TRIES = 3  # of a unit whose process dies
+_TRIES = 3  # of a unit whose process dies, and to start one
 
 Done = tuple[int, dict[str, int]]
 """A unit's number, and counts of what was written."""
@@ -102,9 +103,18 @@ def _start(workers: dict[Connection, Any], job: Job, device: str) -> None:
     context = multiprocessing.get_context("forkserver" if "forkserver" in ways else "spawn")
     if "forkserver" in ways:  # workers are copies of a process that has imported torch, and done nothing with it
         context.set_forkserver_preload([__name__])
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_worker, args=(job, device, theirs), daemon=True)
-    process.start()
+    for left in reversed(range(_TRIES)):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_worker, args=(job, device, theirs), daemon=True)
+        try:
+            process.start()
+            break
+        except (EOFError, OSError) as problem:  # that process was killed meanwhile: the next try makes another
+            if not left:
+                raise RuntimeError(
+                    f"no process can be started here ({problem!r}): processes=0 needs none"
+                ) from problem
+            time.sleep(0.1)
     theirs.close()
     workers[ours] = process, {}, device
 
