@@ -131,8 +131,13 @@ def test_what_it_cannot_serve(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_folder_by_its_path_and_its_name_and_by_the_stock_command(tmp_path):
-    folder = tmp_path / "eyes@2"
+    folder = tmp_path / "eyes"
     uhd.load_nano().save_pretrained(folder)
+    stock = ("transformers.cli.transformers", "serve", str(folder), "--trust-remote-code")
+    with running(*stock, HF_MODULES_CACHE=str(tmp_path)) as (_, address):
+        asked = question("all?", DRAWN.image, model=str(folder), max_tokens=48)
+        assert said(post(address, asked)) == DRAWN.text
+    folder = folder.rename(tmp_path / "eyes@2")
     with running("uhd.cli", "--max-pixels", "3000", "serve", str(folder)) as (process, address):
         assert post(address, question("all?", Image.new("L", (61, 50)), model=folder.name))[0] == 400
         with urllib.request.urlopen(f"{address}/v1/models") as listed:
@@ -149,10 +154,6 @@ def test_a_folder_by_its_path_and_its_name_and_by_the_stock_command(tmp_path):
         assert "address already in use" in taken.stderr
         process.terminate()
         assert process.wait(60) == 143
-    stock = ("transformers.cli.transformers", "serve", str(folder), "--trust-remote-code")
-    with running(*stock, HF_MODULES_CACHE=str(tmp_path)) as (_, address):
-        asked = question("all?", DRAWN.image, model=str(folder), max_tokens=48)
-        assert said(post(address, asked)) == DRAWN.text
 
 
 @pytest.mark.slow
