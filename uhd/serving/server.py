@@ -106,7 +106,9 @@ def ready(folder: Path | None, *, host: str = "127.0.0.1", port: int = 8000, max
         dtype=dtype, model_timeout=-1, chat_template_kwargs=_AS_WORDS, host=host, port=port, non_blocking=True
     )
     manager = server._model_manager
-    model, processor = manager.load_model_and_processor(manager.process_model_name(str(folder)))
+    # not by the manager, which takes an "@" in a path for a revision before 5.24
+    model = UHDForConditionalGeneration.from_pretrained(folder, dtype=manager.dtype, device_map=manager.device).eval()
+    processor = model.processor
     for part in (processor.image_processor, processor.video_processor) if max_pixels is not None else ():
         part.max_pixels = max_pixels
     processor.apply_chat_template = partial(_with_addresses_only, processor.apply_chat_template)
