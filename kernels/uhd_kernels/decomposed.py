@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def decompositions() -> dict[torch._ops.OpOverload, Callable]:
+def decompositions() -> dict[Callable, Callable]:
     """The operator's decomposition, for `torch.export.ExportedProgram.run_decompositions`.
 
     It needs V * N logits a latent and head where a kernel needs N, and checks nothing.
