@@ -56,6 +56,22 @@ assert not any(name.partition(".")[0] == "uhd" for name in sys.modules)
     np.testing.assert_allclose(found, tokens_of(made, images()), rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.onnx
+@pytest.mark.filterwarnings("ignore")
+def test_another_exporter_takes_the_decomposed_program(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    made = encoder(NAMES[0])
+    program = export.torch_program(made).run_decompositions(uhd_kernels.decompositions())
+    torch.onnx.export(program, dynamo=True, verbose=False).save(tmp_path / "packed.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "packed.onnx", providers=["CPUExecutionProvider"])
+    for pictures in (images()[:1], images()):
+        given = {f"given_{name}": tensor.numpy() for name, tensor in given_of(made, pictures).items()}
+        (found,) = session.run(None, {one.name: given[one.name] for one in session.get_inputs()})
+        np.testing.assert_allclose(found, tokens_of(made, pictures), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("table", [True, False])
 def test_the_decomposition_gives_what_the_operator_does(table):
     torch.manual_seed(0)

@@ -56,8 +56,6 @@ def torch_program(encoder: VisualEncoder) -> ExportedProgram:
     program is loaded after ``import uhd_kernels``; ``program.run_decompositions(uhd_kernels.decompositions())`` leaves
     PyTorch's own operators, for whoever knows no others.
 
-    >>> torch.export.save(uhd.export.torch_program(encoder), "encoder.pt2")  # doctest: +SKIP
-
     Raises:
         TypeError, ValueError: As :func:`onnx`; and the compressor is no perceiver of depth 1, or the ViT is int8.
     """

@@ -332,8 +332,6 @@ def packed(given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def inputs(images: Sequence[Any], description: str | os.PathLike[str] | Graph) -> dict[str, np.ndarray]:
     """Images to what an exported graph takes, without torch.
 
-    >>> inputs([np.zeros((30, 50, 3), np.uint8)], "model.json")  # doctest: +SKIP
-
     Args:
         images: A list of paths, Pillow images, bytes or arrays, as :func:`uhd.pixels.load_image` takes them; decoded
             by Pillow, whatever the encoder's backend.

@@ -54,7 +54,7 @@ class PackedEncoder(nn.Module):
     def forward(self, given: dict[str, Tensor]) -> Tensor:
         ends = given["ends"]
         x, prefix = embed(self.vision, given), self.vision._prefix()
-        views = torch.bucketize(torch.arange(x.shape[0], device=x.device), ends.to(x.device), right=True)
+        views = (torch.arange(x.shape[0], device=x.device)[:, None] >= ends.to(x.device)).sum(1)
         before = 0
         if prefix is not None:
             before = ends.shape[0] * len(prefix)
