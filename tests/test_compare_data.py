@@ -115,6 +115,7 @@ def test_equal_sizes_count_as_often_as_they_come():
     sizes = [(300, 400)] * 7 + [(1200, 900)] * 2 + [(90, 800)]
     found = summarize(sizes, FEW)
     every = {name: np.array([plan(size, name).num_tokens for size in sizes]) for name in FEW}
+    assert found.measured.mean("tokens").tolist() == pytest.approx([every[name].mean() for name in FEW])
     for one in to_dict(found)["strategies"]:
         tokens = np.sort(every[one["strategy"]])
         assert one["tokens"]["mean"] == pytest.approx(tokens.mean())
@@ -137,9 +138,10 @@ def test_the_front_is_what_no_rule_beats_among_those_that_plan_all():
 
 @pytest.mark.parametrize("buckets, key", [(ASPECTS, "by_aspect"), (AREAS, "by_area")])
 def test_buckets_make_up_the_whole(buckets, key):
-    found = to_dict(summarize(sizes_of(60), FEW[:4]))
+    found = to_dict(summarize(sizes_of(30) + sizes_of(10) * 3, FEW[:4]))
     numbers = found[key]
     assert sum(numbers.values()) == found["images"] == 60
+    assert found["sizes"] == 30
     for one in found["strategies"]:
         for column in ("tokens", "resolution_kept"):
             parts = sum(numbers[name] * part[column] for name, part in one[key].items())
