@@ -3,7 +3,7 @@
     python benchmarks/flops.py --out benchmarks/results
 
 Counted by the formulas of ``uhd.slicing.flops`` (2 for each multiply-add, matrix products only), which are first held
-against the products that models of the real sizes multiply (``flop_counter.py``); their tensors have shapes but no
+against the products that models of the real sizes multiply (``uhd/flop_counter.py``); their tensors have shapes but no
 memory. Nothing is timed and no image is opened; where a formula is off, nothing is reported and the exit status is 1.
 All members are given the same language model, so that rows differ by what they do to the image.
 """
@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 import transformers
-from flop_counter import count_flops
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2Model
 
 import uhd
 from uhd import resampler as parts
+from uhd.flop_counter import count_flops
 from uhd.slicing import SlicePlan, SlicingConfig
 from uhd.slicing.flops import (
     LMS,

@@ -1,19 +1,16 @@
-"""Slicing strategies judged by models that learned with them; or by your own model on your own images.
+"""Slicing strategies judged by models that learned with them.
 
     python benchmarks/learned.py run --workers 2            # the long run, resumable; --quick takes ten minutes
     python benchmarks/learned.py report                     # tables and plots of what has run so far
     python benchmarks/learned.py cuts                       # what a border through a glyph costs, on paired images
-    python benchmarks/learned.py folder FOLDER --model nano --strategies own llava-next
 
 ``run`` trains every arm from nothing with equal steps on the same images and lets it answer questions about the same
-fresh scenes; docs/learned.md says what is equal and what is not. ``folder`` needs images and a ``questions.jsonl``,
-a line {"image": "a.png", "question": "right K?", "answer": "7"} for each question.
+fresh scenes; docs/learned.md says what is equal and what is not. Your own model on your own images: ``uhd evaluate``.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -22,7 +19,6 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded, also in the workers
 
 import learned_cuts
-import learned_folder
 import learned_report
 import learned_run
 from train import SEEDS as TRAINING_SEEDS  # the example, which learned_run puts on the path
@@ -36,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     logging.disable_progress_bar()
     try:
-        return {"run": run, "report": report, "cuts": cuts, "folder": folder}[args.command](args)
+        return {"run": run, "report": report, "cuts": cuts}[args.command](args)
     except (ValueError, OSError, RuntimeError) as problem:
         print(f"learned.py: {problem}", file=sys.stderr)
         return 1
@@ -65,14 +61,6 @@ def parser() -> argparse.ArgumentParser:
     four.add_argument("--out", type=Path, default=HERE / "results" / "learned")
     four.add_argument("--checkpoints", type=Path, default=HERE / "out" / "learned", help="where the runs' models are")
     four.add_argument("--images", type=int, default=1000, help="test scenes to make pairs from")
-    three = commands.add_parser("folder", help="your own images and questions")
-    three.add_argument("folder", type=Path)
-    three.add_argument("--model", default=learned_folder.NANO, help="nano (shipped), or a folder of a saved model")
-    three.add_argument("--strategies", nargs="+", default=[learned_folder.OWN], metavar="NAME", help="default: own")
-    three.add_argument("--prompt", default=learned_folder.PROMPT, help=f"default {learned_folder.PROMPT}")
-    three.add_argument("--batch-size", type=int, default=16)
-    three.add_argument("--max-new-tokens", type=int, default=48)
-    three.add_argument("--json", type=Path, metavar="FILE", help="write the table and every answer")
     return told
 
 
@@ -125,32 +113,6 @@ def cuts(args: argparse.Namespace) -> int:
         raise ValueError(f"--images must be at least 1, got {args.images}")
     args.out.mkdir(parents=True, exist_ok=True)
     learned_cuts.work(args.out, args.checkpoints, images=args.images)
-    return 0
-
-
-def folder(args: argparse.Namespace) -> int:
-    """The user's own images."""
-    if args.batch_size < 1 or args.max_new_tokens < 1:
-        raise ValueError(
-            f"--batch-size and --max-new-tokens must be at least 1, got {args.batch_size} and {args.max_new_tokens}"
-        )
-    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
-        raise ValueError(f"--json: cannot write {args.json}, it is a folder or in none")
-    learned_folder.read_questions(args.folder)  # before a model is loaded
-    told = {"model": args.model, "prompt": args.prompt, "max_new_tokens": args.max_new_tokens}
-    rows = learned_folder.judge(
-        args.folder,
-        learned_folder.load_model(args.model),
-        list(dict.fromkeys(args.strategies)),
-        prompt=args.prompt,
-        batch_size=args.batch_size,
-        max_new_tokens=args.max_new_tokens,
-        repaint=args.model == learned_folder.NANO,
-    )
-    print(learned_folder.table(rows))
-    if args.json:
-        text = json.dumps({**told, "strategies": rows}, indent=1, ensure_ascii=False)
-        args.json.write_text(text + "\n", encoding="utf-8")
     return 0
 
 

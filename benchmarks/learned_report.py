@@ -25,6 +25,7 @@ from learned_run import (
 )
 
 from uhd import SlicePlan, charts, plan
+from uhd.evaluation.scores import quantile
 from uhd.nano.build import NanoConfig
 from uhd.nano.evaluate import wilson
 from uhd.nano.task import BUCKETS, QUESTIONS, scene
@@ -104,18 +105,6 @@ def interval(values: np.ndarray, *, within: tuple[float, float] = (-1.0, 1.0)) -
     freedom = float(np.clip(variance**2 / noise, max(seeds - 1, 1), values.size)) if noise else 1.0
     half = quantile(freedom) * float(np.sqrt(variance / values.size))
     return float(mean), float(max(mean - half, within[0])), float(min(mean + half, within[1]))
-
-
-def quantile(freedom: float) -> float:
-    """97.5 % of Student's t are below this.
-
-    t = sqrt(freedom) * tan(angle), where the angle has the density cos(angle) ** (freedom - 1).
-    """
-    far = min(np.pi / 2, 12 / np.sqrt(freedom))
-    angles = far * (np.arange(-10_000, 10_000) + 0.5) / 10_000
-    density = np.cos(angles).clip(0) ** (freedom - 1)
-    below = np.cumsum(density) - density / 2
-    return float(np.sqrt(freedom) * np.tan(np.interp(0.975, below / density.sum(), angles)))
 
 
 def verdict(difference: np.ndarray, low: float, high: float) -> str:

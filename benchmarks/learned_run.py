@@ -19,10 +19,10 @@ import numpy as np
 import PIL
 import torch
 import transformers
-from flop_counter import count_flops
 
 import uhd
 from uhd import SlicePlan, SpatialSchema, UHDForConditionalGeneration, VisualEncoder
+from uhd.evaluation.judging import cost
 from uhd.nano.build import NanoConfig, build_nano
 from uhd.nano.evaluate import Item, edit_distance, evaluate
 from uhd.nano.task import QUESTIONS, Scene, scene
@@ -487,29 +487,6 @@ def _whole(centre_hw: tuple[float, float], slices: Sequence[tuple[float, ...]], 
     top, left = max(y - half_h, edges[0]), max(x - half_w, edges[1])
     bottom, right = min(y + half_h, ends[0]), min(x + half_w, ends[1])
     return any(box[0] <= top and box[1] <= left and bottom <= box[2] and right <= box[3] for box in slices)
-
-
-def cost(encoder: VisualEncoder, images: Sequence[Any], *, batch_size: int = 64) -> dict[str, float]:
-    """Means over images: visual tokens, positions in the language model, views, patches, and FLOPs of the encoder.
-
-    FLOPs are counted while it runs: matrix products of ViT and compressor, two for each multiply-add.
-    """
-    plans: list[SlicePlan] = []
-
-    def encode() -> None:
-        for start in range(0, len(images), batch_size):
-            plans.extend(item.plan for item in encoder(list(images[start : start + batch_size])))
-
-    flops = count_flops(encode)
-    told = {
-        "visual_tokens": [plan.num_visual_tokens for plan in plans],
-        "tokens": [plan.num_tokens for plan in plans],
-        "views": [plan.num_views for plan in plans],
-        "patches": [plan.num_patches for plan in plans],
-    }
-    means = {name: round(float(np.mean(values)), 2) for name, values in told.items()}
-    most = {"most_visual_tokens": max(told["visual_tokens"])}
-    return {**means, **most, "encoder_flops": round(flops / len(images))}
 
 
 def read_progress(folder: Path) -> dict[str, Any]:

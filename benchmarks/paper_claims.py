@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from flop_counter import count_flops
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import uhd
+from uhd.flop_counter import count_flops
 from uhd.slicing import SlicingConfig, view_box
 from uhd.slicing.adaptive import considered_grids
 from uhd.slicing.flops import (

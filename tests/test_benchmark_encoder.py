@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from benchmarks.flop_counter import count_flops
 from tests.scripts import FOLDER, load_script
 from uhd.encoder import VisualEncoder
+from uhd.flop_counter import count_flops
 
 
 @pytest.fixture(scope="module")

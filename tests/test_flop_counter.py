@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from uhd_kernels.op import attention_op
 
-from benchmarks.flop_counter import count_flops
+from uhd.flop_counter import count_flops
 from uhd.positions import interpolate_pos_embed
 
 

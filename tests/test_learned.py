@@ -13,18 +13,15 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors.torch import load_file
 
 import uhd
 from tests.tiny import refuses
-from uhd import UHDForConditionalGeneration, VisualEncoder, register_strategy
-from uhd.nano import load_nano
-from uhd.nano.answer import answer_many, ask
-from uhd.nano.build import BEGIN, NanoConfig, build_nano
+from uhd import UHDForConditionalGeneration, register_strategy
+from uhd.evaluation.scores import quantile
+from uhd.nano.build import NanoConfig, build_nano
 from uhd.nano.task import GLYPHS, Glyph, Scene, bucket, scene
-from uhd.pixels import PixelSettings
-from uhd.resampler import MLPProjector
 from uhd.slicing.coordinates import view_box
 from uhd.slicing.strategies.base import tiled
 from uhd.slicing.strategies.fixed import StretchConfig
@@ -39,7 +36,7 @@ SMALL = NanoConfig(
 def parts():
     """The scripts as modules, and the example's ``data``."""
     names = {"data": "data", "main": "learned"}
-    names |= {part: f"learned_{part}" for part in ("cuts", "folder", "report", "run")}
+    names |= {part: f"learned_{part}" for part in ("cuts", "report", "run")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [str(ROOT / "benchmarks"), str(ROOT / "examples" / "nano"), *sys.path])
         yield SimpleNamespace(**{part: importlib.import_module(name) for part, name in names.items()})
@@ -600,7 +597,7 @@ def test_the_interval_knows_images_and_seeds(parts):
 def test_students_t_is_that_of_the_tables(parts):
     table = {1: 12.706, 2: 4.303, 3: 3.182, 5: 2.571, 10: 2.228, 30: 2.042, 120: 1.980, 100_000: 1.960}
     for freedom, wanted in table.items():
-        assert parts.report.quantile(freedom) == pytest.approx(wanted, abs=6e-4)
+        assert quantile(freedom) == pytest.approx(wanted, abs=6e-4)
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.2, 0.6])
@@ -807,175 +804,3 @@ def test_report_refuses_what_does_not_belong_together(parts, tmp_path, capsys):
     run["test"]["items"]["right"]["length"] = "2" * 400
     (folder / "pad-1.json").write_text(json.dumps(run))
     refuses("different scenes", parts.report.report, tmp_path, say=str)
-
-
-# a folder of one's own
-
-
-QUESTIONS = ("all?", "line 1?", "count?")
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A folder with a model, and one with three images and the model's own answers as the truth."""
-    root = tmp_path_factory.mktemp("folder")
-    model = build_nano(SMALL, seed=3).eval()
-    for layer in model.language_model.model.layers:  # untrained, it would say the same of every image
-        for part in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, layer.self_attn.o_proj):
-            torch.nn.init.normal_(part.weight, std=0.3, generator=torch.Generator().manual_seed(0))
-    model.save_pretrained(root / "model")
-    images = [Image.new("L", (157, 26), 240), scene(1, 2).image, scene(1, 3).image.resize((31, 60))]
-    lines = []
-    (root / "images").mkdir()
-    said = answer_many(model, images, [[question] for question in QUESTIONS])
-    for number, (image, question, [(answer, _)]) in enumerate(zip(images, QUESTIONS, said, strict=True)):
-        image.save(root / "images" / f"{number}.png")
-        lines.append({"image": f"{number}.png", "question": question, "answer": answer.strip() or "-"})
-    (root / "images" / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return root
-
-
-def test_folder_mode_judges_any_strategy_on_own_images(parts, saved, tmp_path, capsys):
-    strategies = ["own", "llava-next", "square-stretch-384"]
-    given = ["--model", str(saved / "model"), "--json", str(tmp_path / "rows.json"), "--strategies", *strategies]
-    assert parts.main.main(["folder", str(saved / "images"), *given]) == 0
-    told = json.loads((tmp_path / "rows.json").read_text())
-    assert (told["model"], told["prompt"], told["max_new_tokens"]) == (str(saved / "model"), parts.folder.PROMPT, 48)
-    rows = {row["strategy"]: row for row in told["strategies"]}
-    assert list(rows) == strategies
-    assert rows["own"]["to_first"] == [0, None, None]
-    for row in rows.values():
-        assert row["to_first"][0] == pytest.approx(row["exact"] - 1)
-    assert rows["own"]["exact"] == rows["own"]["characters"] == 1
-    # 26 x 157 px: 4 slices and an overview, 3 tiles and a base view, one view
-    model = parts.folder.load_model(str(saved / "model"))
-    for name in strategies:
-        encoder = parts.folder.encoder_with(model, name)
-        sizes = ((26, 157), scene(1, 2).image_hw, (60, 31))
-        assert rows[name]["tokens"] == pytest.approx(np.mean([encoder.plan(hw).num_tokens for hw in sizes]), abs=0.01)
-        assert rows[name]["encoder_flops"] > 0
-        counted = {"own": 49, "llava-next": 39, "square-stretch-384": 9}
-        assert encoder.plan((26, 157)).num_tokens == counted[name]
-    assert len({row["answers"][0]["answer"] for row in rows.values()}) == 3  # the model sees what each rule cut
-    lines = [json.loads(line) for line in (saved / "images" / "questions.jsonl").read_text().splitlines()]
-    for line, answer in zip(lines, rows["own"]["answers"], strict=True):
-        assert answer == {
-            "image": line["image"],
-            "question": line["question"],
-            "truth": line["answer"],
-            "answer": line["answer"],
-        }
-    out = capsys.readouterr().out
-    assert "llava-next" in out
-    assert "MFLOPs" in out
-    assert "difference to own" in out
-
-
-def test_differences_of_a_folder_count_images_not_questions(parts):
-    first, other = [1, 1, 1, 1, 0, 1], [1, 0, 1, 1, 0, 0]
-    differences = [0, -1, 0, 0, 0, -1]
-    alone = parts.folder.paired(other, first, list("abcdef"))
-    half = 2.571 * np.std(differences, ddof=1) / 6**0.5
-    assert alone == pytest.approx([-1 / 3, -1 / 3 - half, -1 / 3 + half], abs=1e-3)
-    doubled = parts.folder.paired(other * 2, first * 2, list("abcdef") * 2)  # the same again is no evidence
-    assert doubled == pytest.approx(alone)
-    assert parts.folder.paired(other, first, ["a"] * 6)[1:] == [None, None]
-    assert parts.folder.paired([0, 1], [1, 1], ["a", "b"]) == [-0.5, -1, 1]
-
-
-def test_lines_of_questions_may_hold_any_character(parts, tmp_path):
-    Image.new("L", (9, 9)).save(tmp_path / "a.png")
-    line = {"image": "a.png", "question": "caf\u00e9\u2028?", "answer": "\u85e4"}
-    text = json.dumps(line, ensure_ascii=False) + "\r\n"
-    (tmp_path / "questions.jsonl").write_bytes(("\ufeff" + text * 2).encode())  # as some editors write it
-    found = parts.folder.read_questions(tmp_path)
-    assert [(item.question, item.answer) for item in found] == [("caf\u00e9\u2028?", "\u85e4")] * 2
-
-
-def test_swapping_leaves_the_model_as_it_was(parts, saved):
-    model = parts.folder.load_model(str(saved / "model"))
-    own = model.visual
-    with parts.folder.swapped(model, parts.folder.encoder_with(model, "llava-next")):
-        assert model.visual is not own
-    assert model.visual is own
-    assert parts.folder.prompt_of(model, "all?") == f"{BEGIN}<image>all?"
-    refuses("a prompt holds", parts.folder.prompt_of, model, "all?", "{question}")
-
-
-def test_the_shipped_model_sees_what_ask_shows_it(parts, tmp_path, capsys):
-    lines = []
-    for number in range(6):
-        drawn = scene(5_000_000, number)
-        ImageOps.invert(drawn.image).save(tmp_path / f"{number}.png")
-        lines.append({"image": f"{number}.png", "question": "all?", "answer": drawn.text})
-    Image.effect_noise((40, 40), 90).save(tmp_path / "noise.png")
-    lines.append({"image": "noise.png", "question": "all?", "answer": "A"})
-    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert parts.main.main(["folder", str(tmp_path), "--json", str(tmp_path / "rows.json")]) == 0
-    (row,) = json.loads((tmp_path / "rows.json").read_text())["strategies"]
-    said = [answer["answer"] for answer in row["answers"][:6]]
-    model = load_nano()
-    assert said == [ask(model, tmp_path / line["image"], ["all?"])[0].text for line in lines[:6]]
-    assert row["exact"] > 0.6
-    assert row["images_in_doubt"] == 1
-    assert "images unlike what nano learned from: 1 (" in capsys.readouterr().out
-
-
-def test_folder_mode_says_what_is_wrong(parts, saved, tmp_path, capsys):
-    def failing(*arguments):
-        assert parts.main.main(["folder", *map(str, arguments)]) == 1
-        return capsys.readouterr().err
-
-    assert "there is no" in failing(tmp_path)
-    file = tmp_path / "questions.jsonl"
-    file.write_text('\n{"image": "a.png", "question": "all?"}\n')
-    assert "line 2: KeyError('answer')" in failing(tmp_path)
-    file.write_text('{"image": "a.png", "question": "all?", "answer": 3}\n')
-    assert "line 1: image, question and answer are strings" in failing(tmp_path)
-    file.write_text('{"image": "a.png", "question": "all?", "answer": "3"}\n')
-    assert "line 1: there is no image" in failing(tmp_path)
-    file.write_text("\n")
-    assert "has no questions" in failing(tmp_path)
-    file.write_bytes(b'{"image": "\xff"}')
-    assert "questions.jsonl is not UTF-8: invalid start byte at byte 11" in failing(tmp_path)
-    assert "is no folder with a saved model" in failing(saved / "images", "--model", tmp_path)
-    model = ("--model", saved / "model")
-    assert "no strategy named 'llava-nxt'" in failing(saved / "images", *model, "--strategies", "own", "llava-nxt")
-    Image.new("L", (4000, 1)).save(tmp_path / "a.png")
-    file.write_text('{"image": "a.png", "question": "all?", "answer": "3"}\n')
-    assert "'qwen2-vl' cannot cut a.png" in failing(tmp_path, *model, "--strategies", "qwen2-vl")
-    assert "must be at least 1, got 0 and 48" in failing(tmp_path, "--batch-size", 0)
-    Image.new("L", (40, 20), 240).save(tmp_path / "a.png")
-    line = {"image": "a.png", "question": "all?", "answer": "3"}
-    for change, message in (
-        ({"question": f"{BEGIN}all?"}, "line 1: the question holds <begin>, a token of the model's own"),
-        ({"question": "<image>all?"}, "line 1: the question holds <image>, a token of the model's own"),
-        (
-            {"question": "gr\u00f6\u00dfe?"},
-            "line 1: the model's tokenizer reads the question 'gr\u00f6\u00dfe?' as 'gr??e?'",
-        ),
-        (
-            {"answer": "\u00fc"},
-            "line 1: the model's tokenizer writes the answer '\u00fc' as '?': it could never be right",
-        ),
-        ({"answer": "3" * 49}, "line 1: the answer has 49 tokens, the model may write 48: give --max-new-tokens"),
-    ):
-        file.write_text(json.dumps({**line, **change}))
-        assert message in failing(tmp_path, *model)
-    file.write_text(json.dumps(line))
-    prompt = ("--prompt", "{image}{question}{oops}")
-    assert "once each, maybe {bos}, and no other field" in failing(tmp_path, *model, *prompt)
-    assert parts.main.main(["folder", str(tmp_path), *map(str, model), "--max-new-tokens", "1"]) == 0
-    assert "own: answers that had not ended: 1 (give --max-new-tokens)" in capsys.readouterr().out
-    assert "cannot write" in failing(tmp_path, "--json", tmp_path / "no" / "rows.json")
-    (tmp_path / "a.png").write_text("no image")
-    assert "a.png' is not an image" in failing(tmp_path, *model)
-
-
-def test_a_strategy_that_needs_newlines_the_model_never_learned_is_refused(parts):
-    vision = build_nano(SMALL).visual.vision
-    pixels = PixelSettings(mean=(0.5,) * 3, std=(0.5,) * 3)
-    slicing = SMALL.slicing.replace(tokens_per_view=None)
-    encoder = VisualEncoder(vision, MLPProjector(32, 32), slicing=slicing, pixels=pixels)
-    with pytest.raises(ValueError, match="cannot take 'llava-next': it needs newlines"):
-        parts.folder.encoder_with(SimpleNamespace(visual=encoder), "llava-next")

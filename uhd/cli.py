@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,10 @@ def _parser() -> argparse.ArgumentParser:
     from uhd import __version__
     from uhd.compare import command_line as comparing
     from uhd.datasets import command_line as datasets
+    from uhd.evaluation import command_line as evaluation
+    from uhd.export import command_line as export
     from uhd.pixels import MAX_PIXELS
+    from uhd.serving import command_line as serving
 
     parser = argparse.ArgumentParser(prog="uhd", description="Native-resolution eyes for any causal language model.")
     parser.add_argument("--version", action="version", version=f"uhd {__version__}")
@@ -47,6 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     comparing.add(known)
     _add_encoding(known)
     datasets.add(known)
+    serving.add(known)
+    export.add(known)
+    evaluation.add(known)
     return parser
 
 
@@ -70,6 +77,10 @@ def _add_planning(known: Any) -> None:
     command = known.add_parser("show", help="a picture of the cut")
     command.add_argument("image")
     command.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the picture to write")
+    command.add_argument("--attention", action="store_true", help="where an encoder's tokens look, drawn over it")
+    command.add_argument("--model", metavar="MODEL", help="with --attention: a model's folder (default nano)")
+    command.add_argument("--encoder", type=Path, metavar="DIR", help="with --attention: an encoder's folder instead")
+    command.add_argument("--ask", metavar="QUESTION", help="with --attention: where the model looks as it answers")
     _slicing_arguments(command)
     command.set_defaults(run=_show)
 
@@ -81,6 +92,7 @@ def _add_encoding(known: Any) -> None:
     command.add_argument("images", nargs="+")
     command.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.safetensors")
     command.add_argument("--encoder", **folder)
+    command.add_argument("--onnx", type=Path, metavar="FILE", help="a graph of uhd export, run without torch")
     command.add_argument("--strategy", metavar="NAME", help=_strategy_help())
     command.add_argument("--video", action="store_true", help="the images are the frames of one video, in order")
     _many_arguments(command)
@@ -243,6 +255,17 @@ def _show(args: argparse.Namespace) -> int:
     if typed_size(args.image) and not Path(args.image).exists():
         raise ValueError(f"{args.image} is a size, a picture is drawn of an image file: uhd compare takes sizes")
     _check_output(args.output, [args.image])
+    names = ("model", "encoder", "ask") if not args.attention else _ADAPTIVE_ONLY[:3]
+    if given := [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]:
+        raise ValueError(f"{given[0]} is {'not for' if args.attention else 'of'} --attention")
+    if args.attention:
+        from uhd.draw_attention import show
+
+        told = {name: getattr(args, name) for name in ("model", "encoder", "strategy", "ask")}
+        picture, found, words = show(_source(args.image, _pixels(args)), pixels=lambda own: _pixels(args, own), **told)
+        write_picture(args.output, picture)
+        print(f"{args.image}: {_summary(found)}", *words, f"wrote {args.output}", sep="\n")
+        return 0
     image = load_image(_source(args.image, _pixels(args)), settings=_pixels(args))
     found = plan((image.height, image.width), _config(args))
     write_picture(args.output, draw_plan(image, found, schema=_schema(args)))
@@ -252,24 +275,30 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _encode(args: argparse.Namespace) -> int:
-    import torch
-
     from uhd.token_files import check_output, token_file
 
     check_output(args.output)
-    encoder = _encoder(args.encoder, args.strategy)
-    encoder.pixels = _pixels(args, encoder.pixels)
+    encoder: Any
+    if args.onnx is None:
+        import torch
+
+        encoder, mode = _encoder(args.encoder, args.strategy), torch.inference_mode()
+    else:
+        from uhd.export.command_line import runner
+
+        encoder, mode = runner(args), nullcontext()
+    pixels = encoder.pixels = _pixels(args, encoder.pixels)
     done: list[str] = []
     failed, stop = 0, None
-    with token_file(args.output, schema=encoder.schema, note=encoder.note) as file, torch.inference_mode():
+    with token_file(args.output, schema=encoder.schema, note=encoder.note) as file, mode:
 
         def one(image: str) -> None:
-            (tokens,) = encoder([_source(image, encoder.pixels)])
+            (tokens,) = encoder([_source(image, pixels)])
             file.add(image, tokens)
             done.append(f"{image}: {_summary(tokens.plan)}\n  tokens {tuple(tokens.tokens.shape)}")
 
         if args.video:
-            (video,) = encoder.encode_videos([[_source(image, encoder.pixels) for image in args.images]])
+            (video,) = encoder.encode_videos([[_source(image, pixels) for image in args.images]])
             file.add(name := f"{len(args.images)} frames", video)
             words = f"{_summary(video.plan.plans[0])} each\n  {video.plan.num_tokens} tokens in all"
             done.append(f"{name}: {words}\n  tokens {tuple(video.tokens.shape)}")

@@ -21,8 +21,8 @@ from uhd.writing import new_file
 
 Color = tuple[int, int, int]
 
-_INK, _PAPER, _FAINT, _EDGE = (28, 32, 40), (255, 255, 255), (110, 116, 128), (205, 208, 214)
-_SLICE, _OVERVIEW = (214, 64, 40), (24, 104, 196)
+INK, PAPER, FAINT, _EDGE = (28, 32, 40), (255, 255, 255), (110, 116, 128), (205, 208, 214)
+SLICE, OVERVIEW = (214, 64, 40), (24, 104, 196)
 _IMAGE_SIDE = 720  # px of the drawn image's longer side
 _PANEL_WIDTH = 780  # px for the views beside it
 _VIEW_SIDE = 230  # px of the longest side of a view
@@ -59,10 +59,10 @@ def draw_plan(
     left = _image_panel(image, plan, names)
     right = _views_panel(views, plan, names, height=left.height)
     width = max(left.width + right.width + 3 * _MARGIN, _MIN_WIDTH)
-    head = _paragraphs(_facts(plan), width - 2 * _MARGIN, size=20, color=_INK)
-    foot = _paragraphs(_token_lines(plan, schema, names), width - 2 * _MARGIN, size=17, color=_FAINT)
+    head = paragraphs(_facts(plan), width - 2 * _MARGIN, size=20, color=INK)
+    foot = paragraphs(_token_lines(plan, schema, names), width - 2 * _MARGIN, size=17, color=FAINT)
     body = head.height + 2 * _MARGIN
-    page = Image.new("RGB", (width, body + max(left.height, right.height) + foot.height + 2 * _MARGIN), _PAPER)
+    page = Image.new("RGB", (width, body + max(left.height, right.height) + foot.height + 2 * _MARGIN), PAPER)
     page.paste(head, (_MARGIN, _MARGIN))
     page.paste(left, (_MARGIN, body))
     page.paste(right, (left.width + 2 * _MARGIN, body))
@@ -145,7 +145,7 @@ def _image_panel(image: Image.Image, plan: SlicePlan, names: Sequence[str]) -> I
         if view.kind == "overview" and plan.grid is not None:
             continue  # it is the whole image
         top, left, bottom, right = (float(edge) * scale for edge in view_box(plan, view.index))
-        color = _SLICE if view.kind == "slice" else _OVERVIEW
+        color = SLICE if view.kind == "slice" else OVERVIEW
         corner = (max(left, 0), max(top, 0))
         end = (max(min(right, size[0]) - 1, corner[0]), max(min(bottom, size[1]) - 1, corner[1]))
         pen.rectangle((*corner, *end), None, color, 3)
@@ -162,10 +162,10 @@ def _image_panel(image: Image.Image, plan: SlicePlan, names: Sequence[str]) -> I
 
 
 def _label(pen: ImageDraw.ImageDraw, place: tuple[float, float], text: str, color: Color, size: int) -> None:
-    font = _font(size)
+    font = letters(size)
     left, top, right, bottom = pen.textbbox(place, text, font=font)
     pen.rectangle((left - 5, top - 4, right + 5, bottom + 4), fill=color)
-    pen.text(place, text, fill=_PAPER, font=font)
+    pen.text(place, text, fill=PAPER, font=font)
 
 
 def _views_panel(pixels: Sequence[np.ndarray], plan: SlicePlan, names: Sequence[str], *, height: int) -> Image.Image:
@@ -180,7 +180,7 @@ def _views_panel(pixels: Sequence[np.ndarray], plan: SlicePlan, names: Sequence[
     beside = first.height > first.width and first.width + second.width + _GAP <= _PANEL_WIDTH
     place = (first.width + 2 * _GAP, 0) if beside else (0, first.height + _GAP)
     size = max(first.width, place[0] + second.width), max(first.height, place[1] + second.height)
-    panel = Image.new("RGB", size, _PAPER)
+    panel = Image.new("RGB", size, PAPER)
     panel.paste(first, (0, 0))
     panel.paste(second, place)
     return panel
@@ -203,7 +203,7 @@ def _grid_panel(
         max(height - rows * (caption + gap), rows * 12) / rows / tallest,
     )
     cell_w, cell_h = max(round(widest * scale), 58 if caption else 2), max(round(tallest * scale), 2)
-    panel = Image.new("RGB", (max(cols * (cell_w + gap) - gap, 170), rows * (cell_h + caption + gap)), _PAPER)
+    panel = Image.new("RGB", (max(cols * (cell_w + gap) - gap, 170), rows * (cell_h + caption + gap)), PAPER)
     pen = ImageDraw.Draw(panel)
     for place, (view, array, name) in enumerate(items):
         row, col = divmod(place, cols)
@@ -212,24 +212,26 @@ def _grid_panel(
         panel.paste(Image.fromarray(array).resize(size, Image.Resampling.BICUBIC), (x, y + caption))
         pen.rectangle((x, y + caption, x + size[0] - 1, y + caption + size[1] - 1), outline=_EDGE)
         if caption:
-            pen.text((x, y), name, fill=_SLICE if view.kind == "slice" else _OVERVIEW, font=_font(15))
+            pen.text((x, y), name, fill=SLICE if view.kind == "slice" else OVERVIEW, font=letters(15))
             patches = f"{_wide(view.patches_hw)} patches"
-            start = x + _font(15).getlength(name) + 8
-            if start + _font(12).getlength(patches) <= x + (cell_w if cols > 1 else max(cell_w, 170)):
-                pen.text((start, y + 2), patches, fill=_FAINT, font=_font(12))
+            start = x + letters(15).getlength(name) + 8
+            if start + letters(12).getlength(patches) <= x + (cell_w if cols > 1 else max(cell_w, 170)):
+                pen.text((start, y + 2), patches, fill=FAINT, font=letters(12))
     return panel
 
 
-def _paragraphs(lines: Sequence[str], width: int, *, size: int, color: Color) -> Image.Image:
-    font = _font(size)
+def paragraphs(lines: Sequence[str], width: int, *, size: int, color: Color) -> Image.Image:
+    """Lines of text in a picture of this width, broken where they are longer."""
+    font = letters(size)
     per_line = max(int(width / font.getlength("etaoin shrdlu") * 13), 20)  # the average letter
     wrapped = [part for line in lines for part in textwrap.wrap(line, per_line) or [""]]
-    block = Image.new("RGB", (width, len(wrapped) * (size + 8)), _PAPER)
+    block = Image.new("RGB", (width, len(wrapped) * (size + 8)), PAPER)
     pen = ImageDraw.Draw(block)
     for number, line in enumerate(wrapped):
         pen.text((0, number * (size + 8)), line, fill=color, font=font)
     return block
 
 
-def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+def letters(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    """The font of all drawings."""
     return ImageFont.load_default(size)

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from uhd import saving
+from uhd.attention import attention_maps
 from uhd.batch import SliceBatch
 from uhd.encoded import EncodedImage, EncodedVideo, num_rows
 from uhd.loading import Errors, Preparation, named
@@ -211,11 +212,10 @@ class VisualEncoder(PackedEncoder):
         self, batch: SliceBatch, videos: Sequence[VideoPlan] = (), whole: bool = False
     ) -> tuple[Tensor, list[TokenLayout]]:
         """As :meth:`encode`, and each image's layout, whose counts are checked before anything is computed."""
-        if getattr(self, "only_described", False) and saving.lacks_weights(self):
-            raise ValueError("this encoder has no weights: VisualEncoder.from_pretrained loads them")
+        saving.refuse_described(self)
         layouts = [self._checked_layout(p, number) for number, p in enumerate(batch.plans)]
         tokens, lengths = self.encode_packed(batch.patches, batch.grids, inner=batch.inner)
-        tokens, lengths = self._nested(tokens, lengths, batch)
+        tokens, lengths = _nested(self, tokens, lengths, batch)
         wanted = [feature_lengths(p) for p in batch.plans]
         _check_tokens(batch, wanted, lengths, self.slicing)
         learned = {} if self.packer is None else self.packer()
@@ -228,13 +228,7 @@ class VisualEncoder(PackedEncoder):
             tokens = tokens + 0 * sum(embedding.sum() for embedding in learned.values()).to(tokens)
         return tokens, layouts
 
-    def _nested(self, tokens: Tensor, lengths: list[int], batch: SliceBatch) -> tuple[Tensor, list[int]]:
-        wanted = [view.num_tokens for p in batch.plans for view in p.views]
-        fixed = getattr(self.compressor, "tokens_per_view", None) is not None
-        if wanted == lengths or len(wanted) != len(lengths) or not (fixed and self.slicing.nested):
-            return tokens, lengths
-        kept = [min(count, got) for count, got in zip(wanted, lengths, strict=True)]
-        return torch.cat([part[:count] for part, count in zip(tokens.split(lengths), kept, strict=True)]), kept
+    attention = attention_maps
 
     def pack(self, features: Tensor, plan: SlicePlan) -> Tensor:
         """One image's compressed views, packed (n, D), to its tokens: :func:`uhd.resampler.pack_features`."""
@@ -372,6 +366,15 @@ def _fitted_packer(packer: FeaturePacker | None, slicing: Slicing, compressor: n
     packer = FeaturePacker(out_dim, **{kind: kind in learned for kind in saving.LEARNED})
     packer = packer.to(weight.dtype)
     return packer if weight.is_meta else packer.to(weight.device)
+
+
+def _nested(encoder: VisualEncoder, tokens: Tensor, lengths: list[int], batch: SliceBatch) -> tuple[Tensor, list[int]]:
+    wanted = [view.num_tokens for p in batch.plans for view in p.views]
+    fixed = getattr(encoder.compressor, "tokens_per_view", None) is not None
+    if wanted == lengths or len(wanted) != len(lengths) or not (fixed and encoder.slicing.nested):
+        return tokens, lengths
+    kept = [min(count, got) for count, got in zip(wanted, lengths, strict=True)]
+    return torch.cat([part[:count] for part, count in zip(tokens.split(lengths), kept, strict=True)]), kept
 
 
 def _check_tokens(batch: SliceBatch, wanted: Sequence[Sequence[int]], lengths: Sequence[int], rule: Slicing) -> None:

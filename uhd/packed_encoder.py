@@ -66,6 +66,13 @@ class PackedEncoder(nn.Module):
         self.pixels = pixels
         self.max_patches_per_step = max_patches_per_step
 
+    def extra_repr(self) -> str:
+        """What ``repr`` says beside the parts: names of the rule and the layout, tokens of a view, and the note."""
+        told = {name: getattr(getattr(self, name, None), "name", None) for name in ("slicing", "schema")}
+        told["tokens_per_view"] = getattr(self.compressor, "tokens_per_view", None)
+        told["note"] = getattr(self, "note", None) or None
+        return ", ".join(f"{name}={value!r}" for name, value in told.items() if value is not None)
+
     @property
     def pixels(self) -> PixelSettings:
         """Mean, std and filter; others may be set, and are what is saved."""
@@ -96,13 +103,21 @@ class PackedEncoder(nn.Module):
         grids = check_grids(grids)
         if len(patches) != (total := sum(h * w for h, w in grids)):
             raise ValueError(f"{len(grids)} grids hold {total} patches in all; got {len(patches)} patches")
+        done = [self._encode_step(part, views, inner) for part, views in self.steps(patches, grids)]
+        if len(done) == 1:
+            return done[0]
+        return torch.cat([tokens for tokens, _ in done]), [count for _, lengths in done for count in lengths]
+
+    def steps(
+        self, patches: Tensor, grids: tuple[tuple[int, int], ...]
+    ) -> list[tuple[Tensor, tuple[tuple[int, int], ...]]]:
+        """Patches (n, P) and grids of the views that are encoded at once; one step where there is no view."""
         sizes = [h * w for h, w in grids]
         steps = split_steps(sizes, self._step_bound(patches))
         if len(steps) < 2:
-            return self._encode_step(patches, grids, inner)
+            return [(patches, grids)]
         parts = patches.split([sum(sizes[views]) for views in steps])
-        done = [self._encode_step(part, grids[views], inner) for part, views in zip(parts, steps, strict=True)]
-        return torch.cat([tokens for tokens, _ in done]), [count for _, lengths in done for count in lengths]
+        return [(part, grids[views]) for part, views in zip(parts, steps, strict=True)]
 
     def _step_bound(self, patches: Tensor) -> int | None:
         bound = self.max_patches_per_step
@@ -124,9 +139,10 @@ class PackedEncoder(nn.Module):
         patches = max(STEP_NUMBERS // config.mlp_width, 1) if isinstance(config, ViTConfig) else STEP_PATCHES
         return patches * torch.get_num_threads()
 
-    def _encode_step(
+    def features(
         self, patches: Tensor, grids: tuple[tuple[int, int], ...], inner: str
-    ) -> tuple[Tensor, list[int]]:
+    ) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
+        """The vision encoder's features as the compressor takes them, and their grids."""
         anchor = float_parameter(self.vision, torch.zeros(()))
         # offloaded weights are on no device: whoever loads them moves what they are called on
         patches = patches.to(patches.device if anchor.is_meta else anchor.device)
@@ -138,7 +154,12 @@ class PackedEncoder(nn.Module):
             raise ValueError(f"{told}: a vision encoder of another stride needs output_grids(grids)")
         weight = float_parameter(self.compressor, features)
         dtype = gathered_dtype(self.compressor, weight.dtype)
-        features = features.to(features.device if weight.is_meta else weight.device, dtype)
+        return features.to(features.device if weight.is_meta else weight.device, dtype), grids
+
+    def _encode_step(
+        self, patches: Tensor, grids: tuple[tuple[int, int], ...], inner: str
+    ) -> tuple[Tensor, list[int]]:
+        features, grids = self.features(patches, grids, inner)
         tokens = self._compress(features, grids)
         dense = tokens.dim() == 3
         lengths = [tokens.shape[1]] * len(tokens) if dense else list(self.compressor.output_lengths(grids))

@@ -167,6 +167,12 @@ def lacks_weights(encoder: nn.Module) -> bool:
     return not fetched and any(weight.is_meta for weight in encoder.parameters())
 
 
+def refuse_described(encoder: nn.Module) -> None:
+    """Raise a ``ValueError`` where an encoder was only described, and so can encode nothing."""
+    if getattr(encoder, "only_described", False) and lacks_weights(encoder):
+        raise ValueError("this encoder has no weights: VisualEncoder.from_pretrained loads them")
+
+
 def load(kind: type[_Encoder], folder: Path, *, sizes: Mapping[str, int] | None = None, **given: Any) -> _Encoder:
     """Read what :func:`save` wrote as an encoder of this class, in eval mode.
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode  # as torch's notes have it
 
 _INT8_IS_EXACT: dict[str, bool] = {}
 _NEW_VERSIONS = itertools.count(-1, -1)

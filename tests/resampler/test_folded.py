@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrize
 
-from benchmarks.flop_counter import count_flops
 from tests.resampler import parts
 from tests.tiny import stirred
+from uhd.flop_counter import count_flops
 from uhd.resampler import PerceiverConfig, PerceiverResampler, folded
 
 VARIANTS = ("paper", "minicpm-v-2.0", "minicpm-v-2.6")

@@ -288,7 +288,7 @@ def test_vit_and_projector_formulas_equal_what_is_multiplied():
     import torch
     from torch import nn
 
-    from benchmarks.flop_counter import count_flops
+    from uhd.flop_counter import count_flops
     from uhd.vision import ViT, ViTConfig
 
     vit = ViT(ViTConfig(patch_size=4, width=32, depth=3, heads=4, mlp_width=48, image_size=32, class_token=True))
@@ -304,7 +304,7 @@ def test_resampler_formula_equals_what_is_multiplied():
     import torch
     from torch import nn
 
-    from benchmarks.flop_counter import count_flops
+    from uhd.flop_counter import count_flops
 
     into, out = nn.Linear(32, 64, bias=False), nn.Linear(64, 64)
     attend = nn.MultiheadAttention(64, 4, batch_first=True)

@@ -17,6 +17,7 @@ from transformers import GenerationMixin
 
 from uhd.hf.conversation import cached_columns, cached_length, is_filled, remember
 from uhd.hf.injection import inject
+from uhd.hf.looking import generate_looking
 from uhd.hf.prompt_text import PromptText, reading_text
 from uhd.hf.versions import cache_name, take_cache
 from uhd.hf.visual_inputs import VisualInputs
@@ -66,6 +67,7 @@ class GeneratesByLanguageModel(GenerationMixin):
 
         Returns:
             As the language model's ``generate``: prompts and new ids, with the image token at image positions.
+            ``return_visual_attention=True`` adds where each new token looked: :mod:`uhd.hf.looking` says how.
 
         Raises:
             ValueError: As in :meth:`forward`; a sample and its new tokens must fit the language model's positions;
@@ -76,6 +78,9 @@ class GeneratesByLanguageModel(GenerationMixin):
             return self.generate(inputs, generation_config, **kwargs)
         if is_sharded(self):
             kwargs.setdefault("synced_gpus", True)  # ranks that are done go on until all are
+        asked = _Asked(generation_config or self.generation_config, kwargs)
+        if kwargs.pop("return_visual_attention", False):
+            return generate_looking(self, asked, inputs, generation_config, kwargs)
         visual = VisualInputs.take(kwargs)
         if self._steps_are_prepared:
             return self._generate_by_steps(visual, inputs=inputs, generation_config=generation_config, **kwargs)
@@ -86,7 +91,6 @@ class GeneratesByLanguageModel(GenerationMixin):
             return lm.generate(generation_config=generation_config, **kwargs)
         if input_ids is None or (visual.any and kwargs.get("inputs_embeds") is not None):
             raise ValueError("pass either input_ids, with or without images, or inputs_embeds alone")
-        asked = _Asked(generation_config or self.generation_config, kwargs)
         if visual.any and asked("prefill_chunk_size"):
             raise ValueError("a prompt with images is fed at once: leave prefill_chunk_size out")
         mask, cache = kwargs.get("attention_mask"), take_cache(kwargs)

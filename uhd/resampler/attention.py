@@ -94,6 +94,36 @@ class LatentAttention(nn.Module):
         impl: str,
     ) -> Tensor:
         """queries (Q, D) or (V, Q, D), kv (N, D), positions (L, D) -> (V, Q, D)."""
+        q, k, v, positions = self._projected(queries, kv, positions)
+        mixed = attend(q, k, v, lengths, key_positions=positions, position_offsets=position_offsets, impl=impl)
+        return self.out_proj(mixed.flatten(-2))
+
+    def weights(
+        self,
+        queries: Tensor,
+        kv: Tensor,
+        lengths: Sequence[int],
+        *,
+        positions: Tensor | None,
+        position_offsets: Sequence[int] | None,
+        **_: object,
+    ) -> list[Tensor]:
+        """What each latent takes of its view's keys: V tensors (Q, H, n), at least float32. Arguments as above."""
+        q, k, _v, positions = self._projected(queries, kv, positions)
+        exact = torch.promote_types(q.dtype, torch.float32)
+        found = []
+        for view, keys in enumerate(k.split(list(lengths))):
+            if positions is not None:
+                keys = keys + positions[position_offsets[view] :][: len(keys)]
+            own = q[view] if q.dim() == 4 else q
+            logits = torch.einsum("qhd,nhd->qhn", own.to(exact), keys.to(exact)) * q.shape[-1] ** -0.5
+            found.append(logits.softmax(-1))
+        return found
+
+    def _projected(
+        self, queries: Tensor, kv: Tensor, positions: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Queries, keys, values and positions, each (..., H, d)."""
         width = self.out_proj.in_features
         heads = (self.num_heads, width // self.num_heads)
         w_q, w_kv = self.in_proj_weight.split([width, 2 * width])
@@ -102,5 +132,4 @@ class LatentAttention(nn.Module):
         k, v = F.linear(kv, w_kv, b_kv).unflatten(-1, (2, *heads)).unbind(1)
         if positions is not None:
             positions = F.linear(positions.to(w_kv.dtype), w_kv[:width]).unflatten(-1, heads)
-        mixed = attend(q, k, v, lengths, key_positions=positions, position_offsets=position_offsets, impl=impl)
-        return self.out_proj(mixed.flatten(-2))
+        return q, k, v, positions

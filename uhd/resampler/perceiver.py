@@ -46,8 +46,11 @@ class DeeperLayer(nn.Module):
 
     def forward(self, x: Tensor, kv: Tensor, lengths: Sequence[int], *, query_table: Tensor | None, **keys) -> Tensor:
         """x (V, Q, D), kv (N, D) -> (V, Q, D)."""
-        queries = self.ln_q(x) if query_table is None else self.ln_q(x) + query_table
-        return self.ffn(x + self.attn(queries, kv, lengths, **keys))
+        return self.ffn(x + self.attn(self.queries(x, query_table), kv, lengths, **keys))
+
+    def queries(self, x: Tensor, query_table: Tensor | None) -> Tensor:
+        """What looks at the features: (V, Q, D)."""
+        return self.ln_q(x) if query_table is None else self.ln_q(x) + query_table
 
 
 class PerceiverResampler(ReleasedResampler):
@@ -208,8 +211,14 @@ class PerceiverResampler(ReleasedResampler):
             x = self.attn.out_proj(folded.attend_folded(layer, kept, keys, grids))
         return self.ln_post(x) @ self.proj
 
-    def _plain(self, features: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """Run all layers with nothing taken as constant: (V, Q, D)."""
+    def attention_weights(self, features: Tensor, grids: Sequence[Grid]) -> list[Tensor]:
+        """What each token took of each feature, the mean of the layers: see `uhd.resampler.protocol.Compressor`."""
+        layers: list[list[Tensor]] = []
+        self._plain(features, grids, layers)
+        return [torch.stack(view).mean(0) for view in zip(*layers, strict=True)]
+
+    def _plain(self, features: Tensor, grids: Sequence[Grid], looked: list[list[Tensor]] | None = None) -> Tensor:
+        """Run all layers with nothing taken as constant: (V, Q, D); `looked` gets each layer's weights."""
         lengths = [h * w for h, w in grids]
         positions = offsets = None
         if self.config.key_position != "none":
@@ -219,8 +228,12 @@ class PerceiverResampler(ReleasedResampler):
         side = (self.config.side, self.config.side)
         query_table = self._positions_over(side, self.query) if self.config.query_position else None
         queries = self.ln_q(self.query) if query_table is None else self.ln_q(self.query) + query_table
+        if looked is not None:
+            looked.append(self.attn.weights(queries, kv, lengths, **keys))
         x = self.ffn(self.attn(queries, kv, lengths, **keys))  # (V, Q, D)
         for layer in self.layers:
+            if looked is not None:
+                looked.append(layer.attn.weights(layer.queries(x, query_table), kv, lengths, **keys))
             x = layer(x, kv, lengths, query_table=query_table, **keys)
         return x
 

@@ -61,6 +61,10 @@ class MLPProjector(Projector):
         """Count the tokens of every view: rows times columns."""
         return [h * w for h, w in check_grids(grids)]
 
+    def attention_weights(self, features: Tensor, grids: Sequence[Grid]) -> list[Tensor]:
+        """Each token is one feature: see `uhd.resampler.protocol.Compressor`."""
+        return _block_weights(grids, 1, features.device)
+
     def compress(self, features: Tensor, grids: tuple[Grid, ...]) -> Tensor:
         return self.mlp(features)
 
@@ -93,6 +97,10 @@ class PixelShuffleProjector(Projector):
     def output_lengths(self, grids: Sequence[Grid]) -> list[int]:
         """Count the tokens of every view, one a block; ValueError for a side that is no multiple of `factor`."""
         return _blocks(grids, self.factor, f"divisible by factor={self.factor}")
+
+    def attention_weights(self, features: Tensor, grids: Sequence[Grid]) -> list[Tensor]:
+        """A token's block, evenly: see `uhd.resampler.protocol.Compressor`."""
+        return _block_weights(grids, self.factor, features.device)
 
     def compress(self, features: Tensor, grids: tuple[Grid, ...]) -> Tensor:
         self.output_lengths(grids)  # refuses what cannot be divided
@@ -141,6 +149,10 @@ class MergeProjector(Projector):
     def output_lengths(self, grids: Sequence[Grid]) -> list[int]:
         """Count the tokens of every view, one a block; ValueError for a side that is no multiple of 2 ** rounds."""
         return _blocks(grids, 2**self.rounds, "that are, times what the ViT joins itself (slicing.merge)")
+
+    def attention_weights(self, features: Tensor, grids: Sequence[Grid]) -> list[Tensor]:
+        """A token's block, evenly: see `uhd.resampler.protocol.Compressor`."""
+        return _block_weights(grids, 2**self.rounds, features.device)
 
     def compress(self, features: Tensor, grids: tuple[Grid, ...]) -> Tensor:
         self.output_lengths(grids)  # refuses what cannot be divided
@@ -198,6 +210,11 @@ class PoolProjector(Projector):
             map_by_grid(lambda grid, views: self._pool(torch.stack([per_view[view] for view in views]), grid), grids)
         )
 
+    def attention_weights(self, features: Tensor, grids: Sequence[Grid]) -> list[Tensor]:
+        """What pooling weighs each feature with: see `uhd.resampler.protocol.Compressor`."""
+        each = [torch.eye(h * w, device=features.device)[None] for h, w in grids]
+        return [self._pool(one, grid)[0][:, None] for one, grid in zip(each, grids, strict=True)]
+
     def _pool(self, views: Tensor, grid: Grid) -> Tensor:
         """(V, h * w, D) -> (V, fewer, D)."""
         maps = rearrange(views, "v (h w) d -> v d h w", h=grid[0], w=grid[1])
@@ -207,6 +224,12 @@ class PoolProjector(Projector):
             size = [-(-side // self.factor) for side in grid]
             maps = F.interpolate(maps, size, mode="bilinear", align_corners=False)
         return rearrange(maps, "v d h w -> v (h w) d")
+
+
+def _block_weights(grids: Sequence[Grid], side: int, device: torch.device) -> list[Tensor]:
+    """V tensors (blocks, 1, h * w): 1 / side**2 for each feature of a block."""
+    each = [join_blocks(torch.eye(h * w, device=device), [(h, w)], side) for h, w in grids]
+    return [one.mean(1)[:, None] for one in each]
 
 
 def _blocks(grids: Sequence[Grid], side: int, wanted: str) -> list[int]:

@@ -30,6 +30,10 @@ class Compressor(Protocol):
         """Count the tokens of every view, in order."""
         ...
 
+    # And for `VisualEncoder.attention`, where a compressor can tell:
+    # attention_weights(features, grids) -> for every view (Q, H, n), float32: what each of its Q tokens takes of each
+    # of its n features, by H heads (1 without heads). Sums over n are 1, or less where some came from outside the map.
+
 
 class CompressorModule(nn.Module):
     """Base of the compressors here: `forward` checks what comes, `compress` gets what fits."""

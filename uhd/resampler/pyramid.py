@@ -6,18 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from uhd.grids import Grid, check_grids, map_by_grid, split_views
-from uhd.positions import interpolate_pos_embed
+from uhd.grids import Grid, check_grids, map_by_grid, sent, split_views
+from uhd.positions import interpolate_pos_embed, resize_weights
 from uhd.resampler.attention import LatentAttention
 from uhd.resampler.config import ResamplerConfig
 from uhd.resampler.latents import LatentResampler
 from uhd.resampler.protocol import check_features
-from uhd.resampler.windows import attend_windows, pool_windows
+from uhd.resampler.windows import attend_windows, pool_windows, unpool_windows, window_weights
 from uhd.weights import draw_linear, draw_normal, load_exactly, shape_of, sizes_of
 
 NUM_SETS = 4
@@ -133,16 +134,43 @@ class PyramidResampler(LatentResampler):
             ValueError, TypeError: another number of levels, or as in `PerceiverResampler.forward`.
         """
         grids = check_grids(grids)
-        pyramid = self._pyramid(features, grids)
-        latents = self._positions_over((self.config.side, self.config.side), self.query_1)
-        queries = torch.stack([self.ln_q(query) + latents for query in self._queries()], dim=1)  # (Q, 4, D)
-        w_q, b_q = (x.chunk(3)[0] for x in (self.attn.in_proj_weight, self.attn.in_proj_bias))
-        q = F.linear(queries, w_q, b_q)
+        pyramid, q = self._pyramid(features, grids), self._projected_queries()
         mixed = map_by_grid(lambda grid, views: self._attend(q, pyramid, views, grid), grids)
         if not mixed:
             return q.new_zeros(0, self.tokens_per_view, self.out_dim)
         heads = self.ln_proj(self.attn.out_proj(torch.stack(mixed)))
         return self.ln_post(self.cat_proj(rearrange(heads, "v s q d -> v q (s d)"))) @ self.proj
+
+    def attention_weights(self, features: Tensor, grids: Sequence[Grid]) -> list[Tensor]:
+        """What each token took of each feature (N, D_v), the mean of its latents: as `Compressor` says.
+
+        A finer level that is made by resizing is taken back to the features that it was made of.
+        """
+        pyramid, q, side = self._pyramid(features, grids), self._projected_queries(), self.config.side
+        w_k, b_k = (x.chunk(3)[1] for x in (self.attn.in_proj_weight, self.attn.in_proj_bias))
+
+        def weigh(grid: Grid, views: list[int]) -> Tensor:
+            keys, _ = self._pooled(pyramid, views, grid)
+            weights = window_weights(q, F.linear(keys, w_k, b_k), self.config.num_heads).mean(1)
+            parts = weights.chunk(len(self.config.levels), -1)
+            found = 0
+            for scale, part in zip(self.config.levels, parts, strict=True):
+                finer = (grid[0] * scale, grid[1] * scale)
+                rows, columns = (
+                    sent(resize_weights(n, n * scale, "bilinear", False, np.float32), part.device, part.dtype)
+                    for n in grid
+                )
+                part = unpool_windows(part, finer, side, aligned=self.config.aligned)
+                found = found + torch.einsum("...YX,Yy,Xx->...yx", part, rows, columns)
+            return found.flatten(-2)
+
+        return map_by_grid(weigh, grids)
+
+    def _projected_queries(self) -> Tensor:
+        """(Q, 4, D)."""
+        latents = self._positions_over((self.config.side, self.config.side), self.query_1)
+        queries = torch.stack([self.ln_q(query) + latents for query in self._queries()], dim=1)
+        return F.linear(queries, *(x.chunk(3)[0] for x in (self.attn.in_proj_weight, self.attn.in_proj_bias)))
 
     def _queries(self) -> list[Tensor]:
         return [getattr(self, f"query_{number}") for number in range(1, NUM_SETS + 1)]
@@ -174,6 +202,16 @@ class PyramidResampler(LatentResampler):
 
     def _attend(self, q: Tensor, pyramid: Sequence[Sequence[Tensor]], views: Sequence[int], grid_hw: Grid) -> Tensor:
         """Attend on views of one grid: (V, 4, Q, D), before the output projection."""
+        keys, values = self._pooled(pyramid, views, grid_hw)
+        # projected after pooling: the finest level has far more features than its windows have keys
+        _, w_k, w_v = self.attn.in_proj_weight.chunk(3)
+        _, b_k, b_v = self.attn.in_proj_bias.chunk(3)
+        return attend_windows(q, F.linear(keys, w_k, b_k), F.linear(values, w_v, b_v), self.config.num_heads)
+
+    def _pooled(
+        self, pyramid: Sequence[Sequence[Tensor]], views: Sequence[int], grid_hw: Grid
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of views of one grid before they are projected, each (V, Q, bins of all levels, D)."""
         pool = partial(pool_windows, side=self.config.side, aligned=self.config.aligned)
         keys, values = [], []
         for scale, maps in zip(self.config.levels, pyramid, strict=True):
@@ -182,11 +220,7 @@ class PyramidResampler(LatentResampler):
             table = self._positions_over(size, self.query_1).unflatten(0, size)
             keys.append(pool(x + table + getattr(self, f"feature_{scale}x_embedding")))
             values.append(pool(x))
-        # projected after pooling: the finest level has far more features than its windows have keys
-        _, w_k, w_v = self.attn.in_proj_weight.chunk(3)
-        _, b_k, b_v = self.attn.in_proj_bias.chunk(3)
-        k, v = F.linear(torch.cat(keys, dim=2), w_k, b_k), F.linear(torch.cat(values, dim=2), w_v, b_v)
-        return attend_windows(q, k, v, self.config.num_heads)
+        return torch.cat(keys, dim=2), torch.cat(values, dim=2)
 
 
 def upsampled(features: Tensor, grids: Sequence[Grid], levels: Sequence[int]) -> list[Tensor]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -91,16 +91,18 @@ class RewriteResampler(LatentResampler):
         return load_exactly(lambda: cls(config), state, "a RewriteResampler", like="query")
 
     def compress(self, features: Tensor, grids: tuple[Grid, ...]) -> Tensor:
+        y = self.ln1(self._looked(self.attn, features, grids, impl=self.attention_impl))
+        return self.ln2(y + self.proj(F.gelu(self.updim_proj(y))))
+
+    def attention_weights(self, features: Tensor, grids: Sequence[Grid]) -> list[Tensor]:
+        """What each token took of each feature: see `uhd.resampler.protocol.Compressor`."""
+        return self._looked(self.attn.weights, features, grids)
+
+    def _looked(self, attend: Callable[..., Any], features: Tensor, grids: Sequence[Grid], **how: str) -> Any:
+        """Call the attention, or its weights, on what the latents see."""
         x = self.ln_kv(self.kv_proj(features))  # (N, D)
         side = (self.config.table_side, self.config.table_side)
         positions, offsets = join_tables(grids, lambda grid: interpolate_pos_embed(self.pos_embed, side, grid))
-        y = self.attn(
-            self.query[0],
-            x,
-            [h * w for h, w in grids],
-            positions=None if positions is None else torch.tanh(self.alpha) * positions,
-            position_offsets=offsets,
-            impl=self.attention_impl,
-        )
-        y = self.ln1(y)
-        return self.ln2(y + self.proj(F.gelu(self.updim_proj(y))))
+        positions = None if positions is None else torch.tanh(self.alpha) * positions
+        lengths = [h * w for h, w in grids]
+        return attend(self.query[0], x, lengths, positions=positions, position_offsets=offsets, **how)

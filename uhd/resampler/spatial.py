@@ -12,7 +12,7 @@ from torch import Tensor
 from uhd.grids import Grid, map_by_grid, split_views
 from uhd.resampler.config import ResamplerConfig
 from uhd.resampler.latents import ReleasedResampler
-from uhd.resampler.windows import attend_windows, pool_windows
+from uhd.resampler.windows import attend_windows, pool_windows, unpool_windows, window_weights
 from uhd.weights import load_exactly, sizes_of
 
 
@@ -59,13 +59,9 @@ class SpatialResampler(ReleasedResampler):
         return load_exactly(lambda: cls(config), state, "a SpatialResampler", like="query")
 
     def compress(self, features: Tensor, grids: tuple[Grid, ...]) -> Tensor:
-        w_q, w_k, w_v = self.attn.in_proj_weight.chunk(3)
-        b_q, b_k, b_v = self.attn.in_proj_bias.chunk(3)
-        x = self.ln_kv(self.kv_proj(features))  # (N, D)
-        latents = self._positions_over((self.config.side, self.config.side), self.query)
-        q = F.linear(self.ln_q(self.query) + latents, w_q, b_q).unsqueeze(1)  # (Q, 1, D)
-        k, v = F.linear(self._with_positions(x, grids), w_k), F.linear(x, w_v)
-        k, v = split_views(k, grids), split_views(v, grids)
+        x, q, k = self._looking(features, grids)
+        v = split_views(F.linear(x, self.attn.in_proj_weight.chunk(3)[2]), grids)
+        _, b_k, b_v = self.attn.in_proj_bias.chunk(3)
 
         def attend(grid: Grid, views: list[int]) -> Tensor:
             # biases come after pooling: a bin that reaches outside the map holds less than a whole mean of them
@@ -76,6 +72,25 @@ class SpatialResampler(ReleasedResampler):
         if not mixed:
             return x.new_zeros(0, self.tokens_per_view, self.out_dim)
         return self.ln_post(self.attn.out_proj(torch.stack(mixed))) @ self.proj
+
+    def attention_weights(self, features: Tensor, grids: Sequence[Grid]) -> list[Tensor]:
+        """What each token took of each feature: see `uhd.resampler.protocol.Compressor`."""
+        _, q, k = self._looking(features, grids)
+        b_k, side = self.attn.in_proj_bias.chunk(3)[1], self.config.side
+
+        def weigh(grid: Grid, views: list[int]) -> Tensor:
+            weights = window_weights(q, self._pooled(k, views, grid) + b_k, self.config.num_heads)[:, 0]
+            return unpool_windows(weights, grid, side, aligned=self.config.aligned).flatten(-2)
+
+        return map_by_grid(weigh, grids)
+
+    def _looking(self, features: Tensor, grids: Sequence[Grid]) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Features (N, D), queries (Q, 1, D), and each view's keys before they are pooled, without their bias."""
+        w_q, w_k, _ = self.attn.in_proj_weight.chunk(3)
+        x = self.ln_kv(self.kv_proj(features))  # (N, D)
+        latents = self._positions_over((self.config.side, self.config.side), self.query)
+        q = F.linear(self.ln_q(self.query) + latents, w_q, self.attn.in_proj_bias.chunk(3)[0]).unsqueeze(1)
+        return x, q, split_views(F.linear(self._with_positions(x, grids), w_k), grids)
 
     def _with_positions(self, x: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Add every view's resized table to its features, (N, D)."""

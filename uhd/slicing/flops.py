@@ -1,7 +1,7 @@
 """Floating-point operations of a vision transformer, a compressor and a language model, counted by formula.
 
 Matrix products only, 2 for each multiply-add, attention over all pairs (a causal mask halves nothing): the convention
-of ``benchmarks/flop_counter.py``, against which the formulas are tested. Norms, activations and softmax are left out.
+of ``uhd/flop_counter.py``, against which the formulas are tested. Norms, activations and softmax are left out.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from uhd.settings import check_choice, unknown_name
 from uhd.slicing.plan import SlicePlan
+from uhd.tables import pool_hw
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,6 @@ RESAMPLERS: dict[str, ResamplerShape | MergerShape] = {
     "merge-4": MergerShape(1),
     "merge-16": MergerShape(2),
 }
-WINDOW_POOLS = ((2, 4), (2, 3), (3, 4), (3, 3), (4, 2), (3, 2), (4, 3))
-"""(rows, columns) of the pooled keys of a window; a test holds them equal to ``uhd.resampler.windows.POOLS``."""
 
 _Shape = TypeVar("_Shape")
 
@@ -183,7 +182,7 @@ def spatial_flops(grid_hw: tuple[int, int], vision_width: int, resampler: Resamp
     """
     resampler = named(resampler, RESAMPLERS)
     q, d, n = resampler.latents, resampler.width or width, math.prod(grid_hw)
-    pooled = 2 * pool_flops(grid_hw, math.isqrt(q), d) + 4 * q * math.prod(_pool_hw(grid_hw)) * d
+    pooled = 2 * pool_flops(grid_hw, math.isqrt(q), d) + 4 * q * math.prod(pool_hw(grid_hw)) * d
     return 2 * n * vision_width * d + 4 * n * d * d + 6 * q * d * d + pooled
 
 
@@ -194,7 +193,7 @@ def pyramid_flops(grid_hw: tuple[int, int], vision_width: int, resampler: Resamp
     (keys, values) ``+ 16 Q m D`` (attention); then ``26 Q D^2`` (queries, outputs, joining, last projection).
     """
     resampler = named(resampler, RESAMPLERS)
-    q, d, m = resampler.latents, resampler.width or width, math.prod(_pool_hw(grid_hw))
+    q, d, m = resampler.latents, resampler.width or width, math.prod(pool_hw(grid_hw))
     total = 26 * q * d * d
     for scale in resampler.levels:
         level_hw = (grid_hw[0] * scale, grid_hw[1] * scale)
@@ -208,7 +207,7 @@ def pool_flops(grid_hw: tuple[int, int], side: int, width: int) -> int:
 
     RoI alignment by gathering needs fewer; this is what ``uhd.resampler`` does.
     """
-    (h, w), (a, b) = grid_hw, _pool_hw(grid_hw)
+    (h, w), (a, b) = grid_hw, pool_hw(grid_hw)
     return 2 * side * a * h * w * width + 2 * side * a * side * b * w * width
 
 
@@ -234,11 +233,6 @@ def compressor_flops(
     if compressor.kind in windows:
         return windows[compressor.kind](grid_hw, vision_width, compressor, width=width)
     return resampler_flops(math.prod(grid_hw), vision_width, compressor, width=width)
-
-
-def _pool_hw(grid_hw: tuple[int, int]) -> tuple[int, int]:
-    aspect = math.log(grid_hw[1] / grid_hw[0])
-    return min(WINDOW_POOLS, key=lambda pool: abs(aspect - math.log(pool[1] / pool[0])))
 
 
 def _divided(grid_hw: tuple[int, int], factor: int, what: str) -> tuple[int, int]:

@@ -12,9 +12,9 @@ from traceback import walk_stack
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode  # as torch's notes on extending it import it
 
 from uhd.positions import interpolate_pos_embed
+from uhd.torch_private import TorchDispatchMode
 
 LEFT = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}
 """Products of matrices: the place of the left one among the arguments. Linear layers and ``einsum`` become these."""
@@ -71,6 +71,6 @@ def _flops(operator: str, args: Sequence[Any], out: Any) -> int:
     if namespace not in HARMLESS or (SUSPECT.search(name) and "upsample" not in name):
         raise NotImplementedError(
             f"{operator} may multiply matrices, and this counter does not know their shapes: teach it to "
-            "benchmarks/flop_counter.py; forward must not turn on torch.inference_mode, where layers arrive whole"
+            "uhd/flop_counter.py; forward must not turn on torch.inference_mode, where layers arrive whole"
         )
     return 0

@@ -1,0 +1,110 @@
+"""The command ``uhd evaluate``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from uhd import commands
+
+
+def add(known: Any) -> None:
+    """Add it to the parser's commands."""
+    command = known.add_parser("evaluate", help="what slicing rules make of own questions: accuracy and cost")
+    command.add_argument("model", nargs="?", metavar="MODEL", help="a saved model's folder, or nano: the shipped one")
+    command.add_argument("data", type=Path, metavar="DATA.jsonl", help="lines of image, question, answer")
+    command.add_argument("--nano", action="store_true", help="the shipped model, in place of MODEL")
+    command.add_argument("--strategies", default="own", metavar="A,B,C", help="rules' names; own is the model's")
+    command.add_argument("--prompt", help="with {image} and {question} (default: the model's chat template)")
+    command.add_argument("--batch-size", type=int, default=16, metavar="N")
+    command.add_argument("--max-new-tokens", type=int, default=48, metavar="N")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the table and every answer")
+    command.add_argument(
+        "--on-error",
+        choices=("report", "stop"),
+        default="report",
+        help="report a line that cannot be asked and go on, exiting with 3 (default), or stop there",
+    )
+    command.set_defaults(run=_evaluate)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    if args.nano == (args.model is not None):
+        raise ValueError("give a model's folder, or nano for the shipped one, before the data; or --nano alone")
+    if min(args.batch_size, args.max_new_tokens) < 1:
+        raise ValueError(
+            f"--batch-size and --max-new-tokens must be at least 1, got {args.batch_size} and {args.max_new_tokens}"
+        )
+    from transformers.utils import logging
+
+    from uhd.evaluation import judging, read_questions
+    from uhd.writing import check_place
+
+    strategies = _strategies(args.strategies)
+    if args.json is not None:
+        check_place(args.json)
+    bad: set[int] = set()
+
+    def refuse(line: int, what: str) -> None:
+        if args.on_error == "stop":
+            raise ValueError(f"{args.data}, line {line}: {what}")
+        bad.add(line)
+        print(f"uhd evaluate: {args.data}, line {line}: {what}", file=sys.stderr)
+
+    asked = read_questions(args.data, refuse)
+    total = len(asked) + len(bad)
+    if not asked:
+        return commands.status(len(bad), total)
+    logging.disable_progress_bar()
+    source = judging.NANO if args.nano else args.model
+    told = {"model": source, "prompt": args.prompt, "max_new_tokens": args.max_new_tokens}
+    done: list[int] = []
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        done.append(rows[0]["questions"])
+        print(judging.table(rows))
+        if bad:
+            print(f"lines that could not be asked: {len(bad)} of {total}")
+        if args.json is not None:
+            _write(args.json, {**told, "refused": sorted(bad), "strategies": rows})
+
+    try:
+        rows = judging.evaluate(
+            judging.load_model(source),
+            asked,
+            strategies,
+            prompt=args.prompt,
+            batch_size=args.batch_size,
+            max_new_tokens=args.max_new_tokens,
+            repaint=source == judging.NANO,
+            refuse=refuse,
+            keep=keep,
+        )
+    except KeyboardInterrupt as stop:
+        raise type(stop)(f"{sum(done)} of {total} questions were asked") from None
+    keep(rows)
+    return commands.status(len(bad), total)
+
+
+def _strategies(text: str) -> list[str]:
+    """Rules by their names; one that does not exist is an error before any work."""
+    from uhd.evaluation.judging import OWN
+    from uhd.slicing import find
+
+    found = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    for name in found:
+        if name != OWN:
+            find(name)
+    if not found:
+        raise ValueError("--strategies names none: own is the model's own rule")
+    return found
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    from uhd.writing import new_file
+
+    with new_file(path) as new:
+        new.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
