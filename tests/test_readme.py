@@ -157,11 +157,13 @@ def test_the_commands_of_the_page_run(tmp_path, monkeypatch, capsys):
     tiny_folders(tmp_path)["lm_folder"].rename("LM_DIR")
     demo.untrained_encoder(out_dim=16).save_pretrained("DIR")
     demo.page_image(300, 200).save("photo.jpg")
+    pathlib.Path("scans").mkdir()
+    demo.page_image(400, 300).save("scans/first.png")
     pathlib.Path("sizes.json").write_text("[[672, 1008], [30, 20]]")
     block = re.search(r"```\n(uhd plan .*?)```", (ROOT / "docs/command_line.md").read_text(), re.S)[1]
     commands = [shlex.split(line, comments=True)[1:] for line in block.splitlines()]
     assert {words[0] for words in commands} == {
-        *("plan", "layout", "show", "encode", "encode-dataset", "inspect", "compare", "doctor")
+        *("plan", "layout", "show", "encode", "encode-dataset", "inspect", "compare", "choose", "doctor")
     }
     for words in commands:
         assert cli.main(words) == 0, words

@@ -25,6 +25,7 @@ from uhd.testing import (
     slicing_configs,
 )
 
+PASTED = 'uhd.SlicingConfig.preset("minicpm-v")'
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 
 
@@ -254,10 +255,10 @@ def test_usual_sizes_are_rectangles_and_squares_both_ways():
     assert any(h == w for h, w in SIZES)
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(6))
 def test_the_guides_code_runs(number, capsys):
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "compare.md").read_text(), re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 6
     exec(compile(blocks[number], f"compare.md, block {number}", "exec"), {"__name__": "guide"})
     printed = capsys.readouterr().out
-    assert ("0.44", "1 laws broken", "")[number] in printed
+    assert ("0.44", "20 llava-uhd 454", PASTED, "-> 4x3 slices", "1 laws broken", "")[number] in printed

@@ -161,44 +161,14 @@ def choose(
     >>> found.best.name, found.best.tokens, round(found.best.resolution_kept, 3)
     ('llava-uhd-safe, 8 slices, 448 px', 584.0, 0.712)
     """
-    if max_tokens is None and max_tflops is None:
-        raise ValueError("a choice needs a budget: max_tokens, max_tflops, or both")
-    for name, most in (
-        ("max_tokens", max_tokens),
-        ("max_tflops", max_tflops),
-        ("patches_per_token", patches_per_token),
-    ):
-        if most is not None and not (isinstance(most, (int, float)) and 0 < most < math.inf):
-            raise ValueError(f"{name} is a number above 0, got {most!r}")
+    _check_budget(max_tokens=max_tokens, max_tflops=max_tflops, patches_per_token=patches_per_token)
     images = tuple(one if isinstance(one, Input) else Input("{1}x{0}".format(*one), one) for one in inputs)
     options, measured, refusing = _options(images, rules, (slices, latents, base_sizes), max_tokens, per_image, system)
-    within, cheapest = [], None
-    for option in options:
-        tokens, tflops = (option.tokens_max, option.tflops_max) if per_image else (option.tokens, option.tflops)
-        over = max(tokens / (max_tokens or math.inf), tflops / (max_tflops or math.inf))
-        if over <= 1:
-            within.append(option)
-        elif cheapest is None or over < cheapest[0]:
-            cheapest = over, option
     budget = _budget(max_tokens, max_tflops, per_image)
-    if not within:
-        raise ValueError(_nothing_fits(budget, cheapest, refusing))
-    allowed = [o for o in within if patches_per_token is None or o.patches_per_token <= patches_per_token]
-    if learned:
-        shares = shapes(measured.sizes_hw, measured.counts)
-        weighed = (replace(option, lost=lost(option.rule, option.resolution_kept, shares)) for option in allowed)
-        allowed = [option for option in weighed if option.lost is not None]
-    if not allowed:
-        raise ValueError(
-            f"{len(within)} options keep the budget of {budget}, and none of them what else was asked for: "
-            + ("allow more patches a token" if patches_per_token is not None else "leave learned out")
-        )
+    within = _within(options, budget, refusing, max_tokens or math.inf, max_tflops or math.inf, per_image)
+    allowed = _allowed(within, budget, patches_per_token, measured if learned else None)
     best, *others = sorted(allowed, key=lambda option: option.worth)
     others = [option for option in others if not option.same_as(best)]
-    firsts: dict[str, Option] = {}
-    for option in others:
-        if option.strategy != best.strategy:
-            firsts.setdefault(option.strategy, option)
     return Choice(
         images,
         measured.sizes_hw,
@@ -206,7 +176,7 @@ def choose(
         budget,
         best,
         others[0] if others else None,
-        tuple(firsts.values())[:_SHOWN],
+        _first_of_each([option for option in others if option.strategy != best.strategy]),
         LEARNED if learned else MEANING,
         considered=len(options) + refusing,
         over_budget=len(options) - len(within),
@@ -215,19 +185,67 @@ def choose(
     )
 
 
-def _budget(max_tokens: float | None, max_tflops: float | None, per_image: bool) -> str:
-    parts = [f"{most:g} {name}" for most, name in ((max_tokens, "tokens"), (max_tflops, "TFLOPs")) if most is not None]
-    return " and ".join(parts) + (" for every image" if per_image else " an image on average")
+def _check_budget(**bounds: float | None) -> None:
+    if bounds["max_tokens"] is None and bounds["max_tflops"] is None:
+        raise ValueError("a choice needs a budget: max_tokens, max_tflops, or both")
+    for name, most in bounds.items():
+        if most is not None and not (isinstance(most, (int, float)) and 0 < most < math.inf):
+            raise ValueError(f"{name} is a number above 0, got {most!r}")
 
 
-def _nothing_fits(budget: str, cheapest: tuple[float, Option] | None, refusing: int) -> str:
-    if cheapest is None:
-        return f"every one of {refusing} options refuses one of these images: leave out images of extreme shapes"
-    option = cheapest[1]
-    return (
+def _within(
+    options: Sequence[Option], budget: str, refusing: int, max_tokens: float, max_tflops: float, per_image: bool
+) -> list[Option]:
+    """Options that keep the budget; a ``ValueError`` that names the nearest where there is none."""
+    within, nearest = [], None
+    for option in options:
+        tokens, tflops = (option.tokens_max, option.tflops_max) if per_image else (option.tokens, option.tflops)
+        over = max(tokens / max_tokens, tflops / max_tflops)
+        if over <= 1:
+            within.append(option)
+        elif nearest is None or over < nearest[0]:
+            nearest = over, option
+    if within:
+        return within
+    if nearest is None:
+        raise ValueError(
+            f"every one of {refusing} options refuses one of these images: leave out images of extreme shapes"
+        )
+    option = nearest[1]
+    raise ValueError(
         f"nothing keeps the budget of {budget}: the nearest is {option.name} with {option.tokens:.0f} tokens (at most "
         f"{option.tokens_max:.0f}) and {option.tflops:.1f} TFLOPs an image"
     )
+
+
+def _allowed(
+    options: Sequence[Option], budget: str, patches_per_token: float | None, learned_for: Measured | None
+) -> list[Option]:
+    """Options that are all else that was asked for, weighed by the learned comparison where that was."""
+    allowed = [o for o in options if patches_per_token is None or o.patches_per_token <= patches_per_token]
+    if learned_for is not None:
+        shares = shapes(learned_for.sizes_hw, learned_for.counts)
+        weighed = (replace(option, lost=lost(option.rule, option.resolution_kept, shares)) for option in allowed)
+        allowed = [option for option in weighed if option.lost is not None]
+    if not allowed:
+        raise ValueError(
+            f"{len(options)} options keep the budget of {budget}, and none of them what else was asked for: "
+            + ("allow more patches a token" if patches_per_token is not None else "leave learned out")
+        )
+    return allowed
+
+
+def _first_of_each(options: Iterable[Option]) -> tuple[Option, ...]:
+    """The first option of every rule, at most eight."""
+    firsts: dict[str, Option] = {}
+    for option in options:
+        firsts.setdefault(option.strategy, option)
+    return tuple(firsts.values())[:_SHOWN]
+
+
+def _budget(max_tokens: float | None, max_tflops: float | None, per_image: bool) -> str:
+    parts = [f"{most:g} {name}" for most, name in ((max_tokens, "tokens"), (max_tflops, "TFLOPs")) if most is not None]
+    return " and ".join(parts) + (" for every image" if per_image else " an image on average")
 
 
 def _options(

@@ -107,8 +107,11 @@ def holds_many(path: str) -> bool:
         return True
     if place.suffix.lower() in SUFFIXES or not place.is_file():
         return False
-    with open(place, "rb") as file:
-        start = file.read(4096)
+    try:
+        with open(place, "rb") as file:
+            start = file.read(4096)
+    except OSError:  # whoever reads it says so
+        return False
     try:
         text = start.decode("utf-8-sig")
     except UnicodeDecodeError as problem:

@@ -6,6 +6,7 @@ other rules one by one. Both give the numbers of :func:`uhd.slicing.metrics.meas
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -160,13 +161,18 @@ def record(plan: SlicePlan, **system: Any) -> tuple[float, ...]:
 def _one_by_one(
     sizes: Iterable[tuple[int, int]], rule: Slicing, system: dict[str, Any]
 ) -> tuple[dict, dict[int, str]]:
-    rows, refused = [], {}
-    for place, size in enumerate(sizes):
-        try:
-            rows.append(record(rule.plan(size), **system))
-        except ValueError as problem:
-            refused[place] = str(problem)
-            rows.append((math.nan,) * len(COLUMNS))
+    rows, refused, collected = [], {}, gc.isenabled()
+    gc.disable()  # plans make no cycles, and to look for some among all that are cached takes a seventh of the time
+    try:
+        for place, size in enumerate(sizes):
+            try:
+                rows.append(record(rule.plan(size), **system))
+            except ValueError as problem:
+                refused[place] = str(problem)
+                rows.append((math.nan,) * len(COLUMNS))
+    finally:
+        if collected:
+            gc.enable()
     return dict(zip(COLUMNS, np.array(rows, dtype=float).T, strict=True)), refused
 
 

@@ -114,7 +114,11 @@ def summarize(
 
 
 def records(summary: Summary) -> Iterator[dict[str, Any]]:
-    """One flat dictionary for each image and rule, as ``pandas.DataFrame`` takes them; ``None``: refused."""
+    """One flat dictionary for each image and rule, as ``pandas.DataFrame`` takes them; ``None``: refused.
+
+    >>> [row["tokens"] for row in records(summarize([(1008, 672), (300, 400)], ["llava-uhd"]))]
+    [454, 194]
+    """
     rows = [
         [_numbers(summary.measured, rule, size) for size in range(len(summary.measured.sizes_hw))]
         for rule in summary.order

@@ -356,9 +356,9 @@ def plan_from_grid(
             plan that costs more than ``config.max_tokens``.
         TypeError: ``config`` is another rule's, which has no grid to be given.
 
-    >>> print(plan_from_grid((900, 600), (4, 3)))
-    llava-uhd-safe: 900x600 px (height x width) -> 4x3 slices of 350x308 px, overview 406x266 px, 13 views, 7107 \
-patches, 844 tokens
+    >>> found = plan_from_grid((900, 600), (4, 3))
+    >>> found.slice_hw, found.overview_hw, found.num_views, found.num_tokens
+    ((350, 308), (406, 266), 13, 844)
     """
     if isinstance(config, str):
         config = SlicingConfig.preset(config)

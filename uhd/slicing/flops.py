@@ -307,7 +307,7 @@ def plan_flops(
         count = len(canvas.tiles)
         grid_hw = (canvas.view_hw[0] // plan.patch_size, canvas.view_hw[1] // plan.patch_size)
         features_hw = vit.output_hw(grid_hw)
-        encoder += count * vit_flops(math.prod(grid_hw), vit, patch_size=plan.patch_size)
+        encoder += count * _vit_flops(grid_hw[0] * grid_hw[1], vit, plan.patch_size, 3)
         if resampler is not None:
             compressor += count * compressor_flops(features_hw, vit.width, resampler, width=lm.width)
     if resampler is None:
