@@ -179,7 +179,6 @@ def _coverage(
         edges = _edges(grid_hw[axis], reach, stride)
         scale = Fraction(size_hw[axis], plan.image_hw[axis])
         placed = np.array([float((start[axis] + (end[axis] - start[axis]) * edge) * scale) for edge in edges])
-        placed = placed.clip(0, size_hw[axis])
         pixels = np.arange(size_hw[axis])
         overlap = np.minimum(placed[1:, None], pixels + 1) - np.maximum(placed[:-1, None], pixels)
         overlap = overlap.clip(0)

@@ -1,8 +1,13 @@
 """Where the shipped model looks while it answers: at the glyph that it names."""
 
+import itertools
+
 import numpy as np
+import pytest
 import torch
 
+from tests.hf import tiny
+from tests.hf.tiny import attach, encoder
 from tests.tiny import refuses
 from uhd.hf import UHDForConditionalGeneration
 from uhd.nano import load_nano
@@ -31,12 +36,14 @@ def asked(model, pairs, **how):
 def test_asked_for_the_glyph_to_the_right_it_looks_at_that_glyph():
     """Of all glyphs of the image the one that it names has the largest share of the map: 90 % of 200 fresh scenes."""
     model, drawn = nano(), []
-    for index in range(400):
+    for index in itertools.count():
         found = scene(SEED, index)
         if some := questions(found)["right"]:
             drawn.append((found, some[index % len(some)]))
+        if len(drawn) == 200:
+            break
     found = []
-    for part in batches(drawn[:200], 50):
+    for part in batches(drawn, 50):
         pairs = [(one.image, question.text) for one, question in part]
         out, _ = asked(model, pairs, visual_attention_size=(96, 96))
         for (one, question), (maps,) in zip(part, out.visual_attention, strict=True):
@@ -103,3 +110,25 @@ def test_what_tells_no_weights_is_refused_by_name():
     refuses("images that were encoded before", asked, model, [(encoded[0], "all?")])
     model.language_model.set_attn_implementation("sdpa")
     refuses("LlamaForCausalLM attends by 'sdpa'", asked, model, [(image, "all?")])
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "gpt2", "gemma3n_text", "nemotron_h"])
+def test_language_models_of_many_kinds_tell_where_they_look(kind):
+    """Sliding windows, hooks, and layers that do not attend."""
+    found = attach(encoder(), kind)
+    found.language_model.set_attn_implementation("eager")
+    inputs = found.processor(text=["a<image>b", "longer <image>?"], images=[[tiny.IMAGES[0]], [tiny.IMAGES[1]]])
+    told = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "visual_attention_size": (8, 9)}
+    out = found.generate(**inputs, return_visual_attention=True, **told)
+    assert (out.visual_attention_share > 0.05).all()
+    for (maps,) in out.visual_attention:
+        torch.testing.assert_close(maps.sum((1, 2)), torch.ones(3), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "rwkv"])
+def test_language_models_without_attention_are_refused_by_name(kind):
+    found = attach(encoder(), kind)
+    found.language_model.set_attn_implementation("eager")
+    inputs = found.processor(text=["a<image>b"], images=[[tiny.IMAGES[0]]])
+    name = type(found.language_model).__name__
+    refuses(f"{name} gives no attention weights", found.generate, **inputs, return_visual_attention=True)

@@ -171,7 +171,7 @@ class UHDChat(lmms):
         inputs = self._inputs([chat], [continuation])
         ids: Tensor = inputs["input_ids"][0]
         common = min(len(before), len(ids) - 1)
-        same = (before[:common] == ids[:common]).long().cumprod(0)
+        same = torch.eq(before[:common], ids[:common]).int().cumprod(0)
         start = max(int(same.sum()), 1)
         logits = self.model(**inputs).logits[0, start - 1 : -1].float().log_softmax(-1)
         chosen = logits.gather(-1, ids[start:, None].to(logits.device))[:, 0]

@@ -52,7 +52,7 @@ def generate_looking(
     maps = model.visual.attention(SliceBatch.from_patches(planned.patches, planned.plans), size_hw)
     told = {**kwargs, "output_attentions": True, "return_dict_in_generate": True}
     out = model.generate(inputs, generation_config, **told)
-    weights = _prompt_weights(model.language_model, out.get("attentions"), input_ids.shape[1], layers)
+    weights = _prompt_weights(out["attentions"], input_ids.shape[1], layers)
     samples: list[list[tuple[int, Tensor]]] = [[] for _ in input_ids]
     for number, place in enumerate(positions.nonzero().split(planned.lengths)):
         numbers = map_numbers(planned.plans[number], planned_layout(planned.plans[number], model.visual.schema))
@@ -88,6 +88,10 @@ def _checked(
             f"return_visual_attention: {name} attends by {how!r}, which tells no weights: call "
             "model.language_model.set_attn_implementation('eager') before"
         )
+    token = torch.full((1, 1), model.config.fill_token_id, device=model.get_input_embeddings().weight.device)
+    tried = getattr(lm(input_ids=token, output_attentions=True), "attentions", None)
+    if not any(layer is not None and layer.dim() == 4 for layer in tried or ()):  # a state is no attention
+        raise ValueError(f"return_visual_attention: {name} gives no attention weights, also where it is asked to")
     if input_ids is None or visual.kinds != {"image"} or visual.image_tokens is not None:
         raise ValueError(
             "return_visual_attention: give input_ids and the pixel_values of images; there are no maps of videos, nor "
@@ -105,25 +109,17 @@ def _checked(
     return read_images(model.visual, visual)
 
 
-def _prompt_weights(lm: Any, attentions: Any, length: int, layers: Sequence[int] | None) -> Tensor:
+def _prompt_weights(attentions: Any, length: int, layers: Sequence[int] | None) -> Tensor:
     """What each new token took of each position of the prompt, mean of heads and layers: (rows, new tokens, length).
 
     Layers that do not attend, or no longer to all of the prompt, count as far as they do.
     """
     steps = []
-    for number, of_layers in enumerate(attentions or ()):
-        some = [layer for layer in of_layers or () if layer is not None]
-        if layers is not None and some:
-            some = [some[layer] for layer in layers]
-        if not some:
-            break
+    for number, of_layers in enumerate(attentions):
+        some = [layer for layer in of_layers if layer is not None]
         rows = []
-        for weights in some:
+        for weights in some if layers is None else [some[layer] for layer in layers]:
             last = weights[:, :, -1].float().mean(1)[:, : length + number]
             rows.append(torch.nn.functional.pad(last, (length + number - last.shape[1], 0))[:, :length])
         steps.append(torch.stack(rows).mean(0))
-    if not steps:
-        raise ValueError(
-            f"return_visual_attention: {type(lm).__name__} gives no attention weights, also where it is asked to"
-        )
     return torch.stack(steps, dim=1)
