@@ -12,20 +12,17 @@ CPU time, contenders interleaved, medians.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import platform
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from einops import rearrange
-from reporting import measured, written
-from resampler import DTYPES, ROUNDING, SLACK, cpu_times, device, gemm_rate, relative
+from reporting import DTYPES, ROUNDING, SLACK, cpu_times, device, gemm_rate, options, relative, reported
 from torch import Tensor, nn
 from transformers import Siglip2VisionConfig, Siglip2VisionModel
 
@@ -222,27 +219,22 @@ def plot(result: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Write ``encoder.json`` and ``encoder.svg``, print the table; 1 where a contender is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__)
     parser.add_argument("--depth", type=int, default=4, help="blocks; default 4")
     parser.add_argument("--width", type=int, default=768, help="default 768")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--eager", action="store_true", help="without the compiled contenders")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(argv)
-    with torch.no_grad(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)  # inside torch.compile
-        result = measured(lambda: run(args.depth, args.dtypes, args.repeats, args.width, compiled=not args.eager))
-    if result is None:
-        return 1
-    parts = ("versions", "device", "gemm_gflops", "work")
-    written(result, args.out / "encoder.json", {"encoder.svg": plot(result)}, parts)
-    print(f"\n{table(result)}\n")
-    for target in result["targets"]:
-        verdict = "reached" if target["ok"] else "NOT reached"
-        names = f"{target['dtype']}, {target['contender']} against {target['peer']}"
-        print(f"{names}: {target['ratio']} of {target['wanted']} wanted: {verdict}")
-    return 0
+        return reported(
+            lambda: run(args.depth, args.dtypes, args.repeats, args.width, compiled=not args.eager),
+            args.out / "encoder.json",
+            table,
+            drawings=lambda result: {"encoder.svg": plot(result)},
+            circumstances=("versions", "device", "gemm_gflops", "work"),
+            verdict=lambda target: "{dtype}, {contender} against {peer}: {ratio} of {wanted}".format_map(target),
+        )
 
 
 if __name__ == "__main__":

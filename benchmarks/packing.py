@@ -24,8 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from preprocess import versions
-from reporting import measured, written
-from resampler import device
+from reporting import device, measured, written
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import uhd
@@ -87,7 +86,7 @@ def padded(processor: Any, samples: list[Sample]) -> dict[str, Any]:
     places = torch.stack([torch.arange(length) - (length - len(row)) for row in rows])
     mask = (places >= 0).long()
     labels = ids.masked_fill((places <= 0) | (ids == processor.image_token_id), -100)  # nothing foretells the first
-    visual = PackingCollator(processor, max_tokens=10**6)([samples]).get("visual")
+    visual = PackingCollator(processor, max_length=10**6)([samples]).get("visual")
     return {"input_ids": ids, "attention_mask": mask, "labels": labels, **({"visual": visual} if visual else {})}
 
 
@@ -118,7 +117,7 @@ def run(samples: int, width: int, depth: int, max_tokens: int) -> dict[str, Any]
     models = {name: model(width, depth) for name in (PADDED, PACKED, SORTED)}
     processor = models[PACKED].processor
     prepared = made(processor, samples)
-    collate = PackingCollator(processor, max_tokens=max_tokens)
+    collate = PackingCollator(processor, max_length=max_tokens)
     difference = check(models[PACKED], collate, prepared[:PER_STEP])
     if difference > 1e-4:
         raise RuntimeError(f"packed samples are off by {difference:.1e} of the largest logit")

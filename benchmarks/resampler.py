@@ -11,19 +11,15 @@ from float64 as the peer in bfloat16. Times are process CPU time, contenders int
 
 from __future__ import annotations
 
-import argparse
 import math
 import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from reporting import measured, written
+from reporting import DTYPES, ROUNDING, SLACK, cpu_times, device, gemm_rate, options, relative, reported
 from torch import Tensor, nn
 
 import uhd
@@ -32,19 +28,12 @@ from uhd.charts import curves, log_axis
 from uhd.resampler import PerceiverConfig, PerceiverResampler
 from uhd.resampler.folded import PATHS, flops
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GRIDS = [(24, 24)] * 7
 VISION_WIDTH, LATENTS, HEAD_DIM = 1024, 64, 128
 PEERS = ("released, a batch", "released, one by one")
 TARGETS = {(1024, "fp32"): 1.5, (2048, "fp32"): 2.3, (4096, "fp32"): 3.5}
 HALF_TARGETS = {"native": {1024: 1.3, 4096: 2.5}, "float32": {1024: 2.0, 4096: 5.0}}
 """In bfloat16, by width: where its products are fast, and where inference takes float32's."""
-
-SLACK = 2
-"""Ours may be off by so many times what the peer is off by in the same run, or rounding makes of the longest sum."""
-
-ROUNDING = SLACK * torch.finfo(torch.float32).eps * math.sqrt(4096)
-"""1.5e-5: the relative difference allowed between two orders of adding up to 4096 products in float32."""
 
 
 class Released(nn.Module):
@@ -96,10 +85,6 @@ def contenders(module: PerceiverResampler, features: Tensor) -> dict[str, Callab
     return calls | {f"uhd, {path}": lambda path=path: ours(path) for path in (*PATHS, "auto")}
 
 
-def relative(found: Tensor, wanted: Tensor) -> float:
-    return ((found.double() - wanted.double()).norm() / wanted.double().norm()).item()
-
-
 def errors(module: PerceiverResampler, calls: dict[str, Callable[[], Tensor]], features: Tensor) -> dict[str, Any]:
     """Relative error of every contender: of float32 from the peer, else of the first view from float64.
 
@@ -120,23 +105,6 @@ def errors(module: PerceiverResampler, calls: dict[str, Callable[[], Tensor]], f
     if wrong:
         raise RuntimeError(f"errors above {bound:.1e}: {wrong}")
     return found
-
-
-def cpu_times(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median process CPU seconds; a round calls each once, so that a slower moment is everyone's."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            start = time.process_time()
-            call()
-            taken[name].append(time.process_time() - start)
-    return {name: statistics.median(times) for name, times in taken.items()}
-
-
-def gemm_rate(dtype: torch.dtype) -> float:
-    """FLOPs a second of a product of 2048 x 2048 matrices."""
-    a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
-    return 2 * 2048**3 / cpu_times({"": lambda: a @ b}, 5)[""]
 
 
 def measure(width: int, dtype: str, repeats: int) -> list[dict[str, Any]]:
@@ -200,18 +168,6 @@ def run(widths: list[int], dtypes: list[str], repeats: int) -> dict[str, Any]:
     }
 
 
-def device() -> dict[str, Any]:
-    """The CPU, the units that decide which dtype is fast on it, the threads, and the products that inference takes."""
-    units = ("avx512", "avx512_bf16", "amx_tile")
-    return {
-        "cpu": machine.cpu(),
-        **{name: bool(getattr(torch.cpu, f"_is_{name}_supported", bool)()) for name in units},
-        "threads": torch.get_num_threads(),
-        "products": ", ".join(f"{name} {way}" for name, way in machine.products().items()),
-        "rates": machine.rates(),
-    }
-
-
 def table(result: dict[str, Any]) -> str:
     """The rows, as Markdown."""
     lines = ["| width | dtype | | CPU ms | ratio | relative error |", "|---|---|---|---:|---:|---:|"]
@@ -238,23 +194,18 @@ def plot(result: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Write ``resampler.json`` and ``resampler.svg``, print the table; 1 where a contender is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__)
     parser.add_argument("--widths", type=int, nargs="+", default=[1024, 2048, 4096])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(argv)
-    with torch.no_grad():
-        result = measured(lambda: run(args.widths, args.dtypes, args.repeats))
-    if result is None:
-        return 1
-    parts = ("versions", "device", "gemm_gflops")
-    written(result, args.out / "resampler.json", {"resampler.svg": plot(result)}, parts)
-    print(f"\n{table(result)}\n")
-    for target in result["targets"]:
-        verdict = "reached" if target["ok"] else "NOT reached"
-        print(f"{target['width']} {target['dtype']}: {target['ratio']} of {target['wanted']} wanted: {verdict}")
-    return 0
+    return reported(
+        lambda: run(args.widths, args.dtypes, args.repeats),
+        args.out / "resampler.json",
+        table,
+        drawings=lambda result: {"resampler.svg": plot(result)},
+        circumstances=("versions", "device", "gemm_gflops"),
+        verdict=lambda target: "{width} {dtype}: {ratio} of {wanted}".format_map(target),
+    )
 
 
 if __name__ == "__main__":

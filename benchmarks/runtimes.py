@@ -1,35 +1,38 @@
 """One float32 ViT in four runtimes, on one CPU thread: uhd, transformers, onnxruntime and OpenVINO.
 
-    pip install onnx onnxscript onnxruntime openvino
+    pip install '.[onnx]' openvino
     python benchmarks/runtimes.py [--depth 4] [--width 768] [--repeats 5] [--out FOLDER]
 
 The images of benchmarks/encoder.py, the same weights, the views packed one after the other; transformers gets them
-padded to one batch. onnxruntime and OpenVINO run the graph that `torch.onnx.export` makes of uhd's ViT for these very
-grids, with their own optimizations. A runtime that is not installed is a row without figures. Nothing is timed before
-all give the same numbers but for rounding. Times are process CPU time, contenders interleaved, medians.
+padded to one batch. onnxruntime and OpenVINO run, with their own optimizations, two graphs of uhd's ViT: that of these
+very grids, packed; and, as "uhd.export", the one that `uhd.export.onnx` writes, padded, for any views. A runtime that
+is not installed is a row without figures. Nothing is timed before all give the same numbers but for rounding. Times
+are process CPU time, contenders interleaved, medians.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import platform
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from einops import rearrange
 from encoder import IMAGES, PATCH, PEER, build_peer, peer_call, plans, vit_flops
-from reporting import measured, written
-from resampler import ROUNDING, cpu_times, device, relative
+from reporting import ROUNDING, cpu_times, device, options, relative, reported
 from torch import Tensor, nn
 
 import uhd
+from uhd.export.graph import described, free_axes, save_graph
+from uhd.export.padded import see
+from uhd.pixels import PixelSettings
+from uhd.resampler import MLPProjector
 from uhd.vision import ViT, vit_from
 
 OURS = "uhd"
@@ -38,35 +41,54 @@ TARGETS = {"onnxruntime": 1.05}
 
 
 class OfGrids(nn.Module):
-    """A ViT for views of fixed grids, as exporters want it."""
+    """A ViT for views of fixed grids."""
 
     def __init__(self, vit: ViT, grids: Sequence[tuple[int, int]]) -> None:
         super().__init__()
         self.vit, self.grids = vit, tuple(grids)
 
-    def forward(self, patches: Tensor) -> Tensor:
-        return self.vit(patches, self.grids)
+    def forward(self, given: dict[str, Tensor]) -> Tensor:
+        return self.vit(given["patches"], self.grids)
 
 
-def exported(vit: ViT, grids: Sequence[tuple[int, int]], patches: Tensor, file: Path) -> None:
-    """Write the ONNX graph; ImportError where the exporter is not installed."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own deprecations
-        torch.onnx.export(OfGrids(vit, grids).eval(), (patches,), dynamo=True, verbose=False).save(file)
+class Padded(nn.Module):
+    """A ViT for padded views of any grids."""
+
+    def __init__(self, vit: ViT) -> None:
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, given: dict[str, Tensor]) -> Tensor:
+        return see(self.vit, given)
 
 
-def onnxruntime_call(file: Path, patches: Tensor) -> Callable[[], Tensor]:
+def exported(vit: ViT, grids: Sequence[tuple[int, int]], patches: Tensor, folder: Path) -> dict[str, Any]:
+    """Write both graphs: (file, inputs) of each, by how it is called; ImportError without the exporter."""
+    packed, padded = folder / "packed.onnx", folder / "padded.onnx"
+    given = {"patches": patches.numpy()}
+    save_graph(OfGrids(vit, grids).eval(), given, packed, {})
+    encoder = uhd.VisualEncoder(vit, MLPProjector(vit.out_dim, 8), pixels=PixelSettings(mean=(0,) * 3, std=(1,) * 3))
+    views = [view.numpy() for view in patches.split([h * w for h, w in grids])]
+    all_views = described(encoder).arrays(views, grids)
+    save_graph(Padded(vit).eval(), all_views, padded, {name: free_axes(name) for name in all_views})
+    return {"{}": (packed, given), "{}, uhd.export": (padded, all_views)}
+
+
+def unpadded(found: np.ndarray, given: dict[str, np.ndarray]) -> Tensor:
+    return torch.from_numpy(found if "mask" not in given else found[given["mask"]])
+
+
+def onnxruntime_call(file: Path, given: dict[str, np.ndarray]) -> Callable[[], Tensor]:
     """On as many threads as torch has here."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    given = {session.get_inputs()[0].name: patches.numpy()}
-    return lambda: torch.from_numpy(session.run(None, given)[0])
+    return lambda: unpadded(session.run(None, given)[0], given)
 
 
-def openvino_call(file: Path, patches: Tensor) -> Callable[[], Tensor]:
+def openvino_call(file: Path, given: dict[str, np.ndarray]) -> Callable[[], Tensor]:
     """In float32, on as many threads as torch has here."""
     import openvino
 
@@ -77,7 +99,7 @@ def openvino_call(file: Path, patches: Tensor) -> Callable[[], Tensor]:
         "INFERENCE_PRECISION_HINT": "f32",
     }
     compiled = core.compile_model(core.read_model(str(file)), "CPU", settings)
-    return lambda: torch.from_numpy(compiled([patches.numpy()])[0])
+    return lambda: unpadded(compiled(given)[0], given)
 
 
 RUNTIMES = {"onnxruntime": onnxruntime_call, "OpenVINO": openvino_call}
@@ -98,14 +120,12 @@ def run(depth: int, width: int, repeats: int) -> dict[str, Any]:
         OURS: lambda: vit(patches, grids),
         "uhd, compiled": lambda: kept(patches, grids),
     }
-    missing = {}
+    missing, graphs = {}, None
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "vit.onnx"
         for name, make in RUNTIMES.items():
             try:
-                if not file.exists():
-                    exported(vit, grids, patches, file)
-                calls[name] = make(file, patches)
+                graphs = graphs or exported(vit, grids, patches, Path(folder))
+                calls |= {how.format(name): make(*graph) for how, graph in graphs.items()}
             except ImportError as problem:
                 missing[name] = f"not installed: {problem}"
         wanted = calls[PEER]()
@@ -155,22 +175,16 @@ def table(result: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Write ``runtimes.json`` and print the table; 1 where a contender is wrong."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = options(__doc__)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--width", type=int, default=768, help="heads are 64 wide")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args(argv)
-    with torch.no_grad():
-        result = measured(lambda: run(args.depth, args.width, args.repeats))
-    if result is None:
-        return 1
-    written(result, args.out / "runtimes.json", {})
-    print(f"\n{table(result)}\n")
-    for target in result["targets"]:
-        verdict = "reached" if target["ok"] else "NOT reached"
-        print(f"{target['ratio']} of {target['peer']}'s time, {target['wanted']} at most wanted: {verdict}")
-    return 0
+    return reported(
+        lambda: run(args.depth, args.width, args.repeats),
+        args.out / "runtimes.json",
+        table,
+        verdict=lambda target: "{ratio} of {peer}'s time, {wanted} at most".format_map(target),
+    )
 
 
 if __name__ == "__main__":

@@ -36,8 +36,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from preprocess import jpeg, made_picture, versions
-from reporting import measured, written
-from resampler import ROUNDING, device, relative
+from reporting import ROUNDING, device, measured, relative, written
 
 import uhd
 from uhd.charts import curves, log_axis

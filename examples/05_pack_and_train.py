@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 import uhd
-from uhd.hf import PackingCollator
+from uhd import PackingCollator
 from uhd.nano.task import scene
 
 SEED, PER_STEP = 77, 16
@@ -47,7 +47,7 @@ def collator(model):
         labels[:, : -len(processor.tokenizer.encode(answer, add_special_tokens=False))] = -100
         return {**prepared, "labels": labels}
 
-    return PackingCollator(processor, max_tokens=512, prepare=prepare)
+    return PackingCollator(processor, max_length=512, prepare=prepare)
 
 
 def adapted():

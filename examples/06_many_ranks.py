@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import uhd
-from uhd.hf import PackingCollator
+from uhd import PackingCollator
 from uhd.nano.task import scene
 
 SEED, PER_RANK = 77, 8
@@ -57,7 +57,7 @@ def main():
         torch.cuda.set_device(device)
     model = uhd.load_nano().to(device).train()
     processor = model.processor
-    collate = PackingCollator(processor, max_tokens=512)
+    collate = PackingCollator(processor, max_length=512)
     sharded(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     for step in range(steps):

@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import copy
+import signal
 import sys
 
 import pytest
@@ -12,6 +13,14 @@ from hypothesis import settings
 
 settings.register_profile("uhd", deadline=None, max_examples=60, print_blob=True)
 settings.load_profile("uhd")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def in_the_foreground():
+    """A shell lets the jobs behind ``&`` ignore Ctrl-C, and theirs with them: commands are tested as without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

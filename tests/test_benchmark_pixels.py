@@ -35,10 +35,14 @@ def test_preprocess_small_run(preprocess, monkeypatch, tmp_path, capsys, flags):
     sizes = ((300, 420), (420, 300), (470, 610))
     monkeypatch.setattr(preprocess, "MADE", sizes)
     monkeypatch.setattr(preprocess, "PHOTOS", ("chelsea",))
+    monkeypatch.setattr(preprocess, "BATCH", 3)
     assert preprocess.main(["--rounds", "1", "--out", str(tmp_path), *flags]) == 0
     stem = "preprocess_uint8" if flags else "preprocess"
     result = json.loads((tmp_path / f"{stem}.json").read_text())
-    assert [row["picture"] for row in result["rows"]] == [f"made {h}x{w}" for h, w in sizes] + ["chelsea 300x451"]
+    made = [f"made {h}x{w}" for h, w in sizes]
+    others = [f"{name}, {kind}" for kind in ("PNG", "WebP") for name in [*made, "page 420x300"]]
+    assert [row["picture"] for row in result["rows"]] == [*made, "chelsea 300x451", *others]
+    assert ("torchvision decodes" in result["rows"][-1]["cpu_ms"]) == (not flags)
     assert all(max(v for k, v in row["ratio"].items() if k.startswith("transformers")) == 1 for row in result["rows"])
     assert (tmp_path / f"{stem}.svg").read_text().startswith("<svg")
     assert "torchvision " in capsys.readouterr().out
@@ -52,7 +56,16 @@ def test_preprocess_refuses_to_speak_where_pixels_are_off(preprocess, monkeypatc
     silenced(preprocess, "fast and exact differ", "--rounds", "1")
 
 
-@pytest.mark.parametrize("name, rows", [("planner", 5), ("preprocess", 7), ("preprocess_uint8", 7)])
+@pytest.mark.parametrize(
+    "name, rows",
+    [
+        ("planner", 5),
+        ("preprocess", 7),
+        ("preprocess_uint8", 7),
+        ("amd_epyc/preprocess", 15),
+        ("amd_epyc/preprocess_uint8", 15),
+    ],
+)
 def test_stored_results_are_whole_and_on_the_page(name, rows, request):
     stored = json.loads((FOLDER / "results" / f"{name}.json").read_text())
     assert len(stored["rows"]) == rows
@@ -60,5 +73,5 @@ def test_stored_results_are_whole_and_on_the_page(name, rows, request):
     for row in stored["rows"]:
         times = row["cpu_ms"] if "cpu_ms" in row else {"": row["us_per_image"]}
         assert all(value > 0 for value in times.values())
-    script = request.getfixturevalue(name.removesuffix("_uint8"))
+    script = request.getfixturevalue(name.removeprefix("amd_epyc/").removesuffix("_uint8"))
     assert script.table(stored["rows"]) in (FOLDER.parent / "docs" / "performance.md").read_text()

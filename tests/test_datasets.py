@@ -19,8 +19,6 @@ import torch
 from PIL import Image
 
 import uhd
-from tests.hf import tiny as small
-from tests.hf.tiny import attach
 from tests.tiny import encoded, noise, tiny_encoder
 from uhd import cli, datasets, machine
 from uhd.datasets import index, running, sources
@@ -90,7 +88,8 @@ def small_units(monkeypatch):
 
 
 def run(source, out, folder, **settings):
-    return datasets.encode(source, out, folder, **{"processes": 0, "budget_patches": 60, **settings})
+    here = {} if settings.get("engine") == "ray" else {"processes": 0}
+    return datasets.encode(source, out, folder, **{**here, "budget_patches": 60, **settings})
 
 
 def files(out, *more):
@@ -155,11 +154,15 @@ def test_what_cannot_be_listed_is_counted(tmp_path, folder):
     torn.write_bytes(torn.read_bytes()[:30000])
     (tmp_path / "no.parquet").write_bytes(b"PAR1 no")
     (tmp_path / "zipped.tar").write_bytes(b"\x1f\x8b no")
+    (tmp_path / "more.TAR.GZ").write_bytes(b"\x1f\x8b no")
     os.symlink(tmp_path, tmp_path / "loop")
     os.symlink(tmp_path / "nowhere.png", tmp_path / "dead.png")
     counts = run(tmp_path, tmp_path / "out", folder)
     errors = {row["key"]: row["error"] for row in datasets.Tokens(tmp_path / "out").errors()}
-    assert set(errors) == {"dead.png", "no.parquet", "torn.tar", "zipped.tar"}
+    assert set(errors) == {"dead.png", "more.TAR.GZ", "no.parquet", "torn.tar", "zipped.tar"}
+    assert "unpack it" in errors["more.TAR.GZ"]
+    with pytest.raises(ValueError, match=r"more.TAR.GZ: this archive is compressed"):
+        run(tmp_path / "more.TAR.GZ", tmp_path / "no", folder)
     assert counts["images"] > 0
     assert "torn" in errors["torn.tar"]
 
@@ -295,6 +298,58 @@ def _two_then_error(running):
     raise RuntimeError("enough")
 
 
+def copies(place):
+    """Three files of one content in units apart, two of another in one unit, two that cannot be decoded, others."""
+    one, two, three = (encoded(noise(*SIZES[n], seed=n)) for n in range(3))
+    content = [one, two, two, BAD["a/torn.png"], three, one, BAD["a/torn.png"], three, two, one, *pictures().values()]
+    return as_folder(place, {f"{n:02d}.png": data for n, data in enumerate(content)})
+
+
+def test_equal_files_are_encoded_once(tmp_path, folder):
+    """Whatever writes them: at once, in shards that come in another order, or after units were lost."""
+    source = copies(tmp_path / "in")
+    counts = run(source, tmp_path / "out", folder, dedupe=True)
+    every = run(source, tmp_path / "every", folder)
+    assert [counts[name] for name in ("inputs", "images", "errors")] == [23, 18, 5]
+    found, wanted = datasets.Tokens(tmp_path / "out"), datasets.Tokens(tmp_path / "every")
+    rows, others = list(found.rows()), list(wanted.rows())
+    places = {row["sha256"]: (row["shard"], row["start"], row["stop"]) for row in rows}
+    assert [places[row["sha256"]] for row in rows] == [(row["shard"], row["start"], row["stop"]) for row in rows]
+    assert len({*places.values()}) == len(places) < len(rows)
+    assert counts["tokens"] == sum(stop - start for _, start, stop in places.values()) < every["tokens"]
+    told = ("shard", "start", "stop")
+    assert [{**row, **dict.fromkeys(told)} for row in rows] == [{**row, **dict.fromkeys(told)} for row in others]
+    for key, image in wanted.items():
+        torch.testing.assert_close(found[key].tokens, image.tokens, rtol=0, atol=1e-5)
+    looked = datasets.inspect(tmp_path / "out")
+    assert (looked["copies"], looked["problems"]) == (len(rows) - len(places), [])
+    for place in (1, 2, 0):
+        run(source, tmp_path / "shards", folder, dedupe=True, shard=(place, 3))
+    assert files(tmp_path / "shards") == files(tmp_path / "out")
+    for number in (0, 2):
+        (tmp_path / "shards" / f"unit-{number:08d}.safetensors").unlink()
+    run(source, tmp_path / "shards", folder, dedupe=True)
+    assert files(tmp_path / "shards") == files(tmp_path / "out")
+    with pytest.raises(ValueError, match="another recipe \\(dedupe: true there, false asked for\\)"):
+        run(source, tmp_path / "out", folder)
+
+
+def test_a_copy_whose_file_is_gone_is_told(tmp_path, folder):
+    """The first of three equal files changes, and its unit is made anew: the others have no tokens until theirs is."""
+    source, out = copies(tmp_path / "in"), tmp_path / "out"
+    run(source, out, folder, dedupe=True)
+    (source / "00.png").write_bytes(encoded(noise(70, 80)))
+    (out / "unit-00000000.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"the file of '05.png' .* remove unit-00000001.safetensors"):
+        run(source, out, folder, dedupe=True)
+    assert any("05.png" in problem for problem in datasets.inspect(out)["problems"])
+    (out / "unit-00000001.safetensors").unlink()
+    run(source, out, folder, dedupe=True)
+    run(source, tmp_path / "new", folder, dedupe=True)
+    assert files(out) == files(tmp_path / "new")
+    assert datasets.inspect(out)["problems"] == []
+
+
 def test_shards_share_a_source(whole, tmp_path, folder):
     found = [run(whole[0], tmp_path / "out", folder, shard=(place, 3)) for place in range(3)]
     assert [one["done"] for one in found] == [2, 1, 1]
@@ -345,7 +400,7 @@ def test_shards_that_begin_at_once_settle_one_thing(whole, tmp_path, folder, mon
 
     monkeypatch.setattr(running, "settled_on", slowly)
     monkeypatch.setattr(running, "Job", lambda *_, **told: told)
-    monkeypatch.setattr(running, "_engine", lambda *_: lambda job, *_: iter([job["threads"]]))
+    monkeypatch.setitem(running.ENGINES, "local", lambda job, *_, **__: iter([job["threads"]]))
     threads = []
 
     def shard(place):
@@ -426,7 +481,7 @@ def test_wrong_calls(whole, tmp_path, folder):
             run(source, tmp_path / "out" / words[:3].replace("/", ""), folder, **changes)
     with pytest.raises(ValueError, match="expected a folder"):
         run(whole[0], tmp_path / "file", folder)
-    with pytest.raises(TypeError, match="engine='local' has no setting proceses"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'proceses'"):
         run(whole[0], tmp_path / "out", folder, proceses=2)
     for wrong in ({"shard": (5, 3)}, {"limit": 0}, {"dtype": "int8"}, {"columns": ["key"]}):
         with pytest.raises(ValueError, match="0 to n - 1|at least 1|dtype must be|columns of these names"):
@@ -592,28 +647,26 @@ def test_a_dry_run_counts_from_headers(whole, tmp_path, folder, capsys):
     assert float(told["hours"]) > 0
 
 
-def test_a_model_learns_the_same_from_tokens_as_from_pixels(tmp_path):
-    """Its loss is exactly that of pixels: here a unit is one part, as the batch is."""
-    model = attach(small.encoder()).eval()
-    source = as_folder(tmp_path / "in", {f"{n}.png": encoded(one) for n, one in enumerate(small.IMAGES)})
-    run(source, tmp_path / "out", model.visual, budget_patches=10_000)
-    batches = [
-        model.processor(text=small.TEXTS, images=images, padding_side="right")
-        for images in (small.IMAGES, list(datasets.Tokens(tmp_path / "out")))
-    ]
-    losses = [model(**batch, labels=small.targets(model, batch)).loss for batch in batches]
-    assert losses[0] == losses[1] > 0
-
-
 @pytest.mark.slow
 def test_ray_writes_the_same_bytes(whole, tmp_path, folder):
     ray = pytest.importorskip("ray")
-    counts = run(whole[0], tmp_path / "out", folder, processes=None, engine="ray", actors=2)
+    counts = run(whole[0], tmp_path / "out", folder, engine="ray", actors=2)
     assert counts["complete"]
     assert not ray.is_initialized()
     assert files(tmp_path / "out") == files(whole[1])
-    with pytest.raises(ValueError, match="torn.png \\(decode\\)"):
-        run(whole[0], tmp_path / "stop", folder, processes=None, engine="ray", actors=1, on_error="stop")
+    source = copies(tmp_path / "in")
+    run(source, tmp_path / "once", folder, dedupe=True)
+    ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
+    try:  # as many actors as cores: tasks find one nevertheless
+        run(source, tmp_path / "there", folder, engine="ray", actors=2, dedupe=True)
+        assert files(tmp_path / "there") == files(tmp_path / "once")
+        with pytest.raises(ValueError, match="torn.png \\(decode\\)"):
+            run(whole[0], tmp_path / "stop", folder, engine="ray", actors=1, on_error="stop")
+        with pytest.raises(ValueError, match="at most the cluster's 2 cores, got 3"):
+            run(whole[0], tmp_path / "many", folder, engine="ray", cpus_per_task=3)
+        assert ray.is_initialized()
+    finally:
+        ray.shutdown()
 
 
 def test_ray_is_asked_for_where_it_is_missing(whole, tmp_path, folder, monkeypatch):

@@ -22,8 +22,8 @@ from uhd.cli import main
 from uhd.hf import UHDImageProcessor, UHDVideoProcessor
 from uhd.loading import image_sizes_hw
 from uhd.pixels import MAX_PIXELS, PixelSettings, image_size_hw, load_image
-from uhd.pixels.render import load_picture
 from uhd.pixels.source import FORMATS, most_bytes, read_whole
+from uhd.pixels.views import load_picture
 from uhd.slicing.plan import MAX_SIDE
 
 FAST = PixelSettings(backend="fast")
@@ -219,7 +219,7 @@ def test_heavy_tags_are_not_read(file, read, monkeypatch):
 COST = """
 import resource, sys
 import uhd.pixels
-from uhd.pixels.render import load_picture
+from uhd.pixels.views import load_picture
 settings = uhd.pixels.PixelSettings(backend=sys.argv[1])
 load_picture(open(sys.argv[3], "rb"), settings=settings)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -11,15 +13,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import nn
 
 import uhd
+from tests.files import png_chunk
 from tests.tiny import encoded, exif, refuses
 from uhd.batch import SliceBatch
 from uhd.pixels import PixelSettings, fast, fold_into, load_image, patchify, render, unpatchify
 from uhd.pixels.fast import Picture
 from uhd.pixels.normalize import fold_pixels, normalize
-from uhd.pixels.render import load_picture
+from uhd.pixels.views import load_picture
 from uhd.resampler import PerceiverConfig, PerceiverResampler
 from uhd.slicing import plan
 from uhd.slicing.plan import Box, Canvas, SlicePlan
@@ -222,6 +226,83 @@ def test_without_torchvision_pillow_decodes(monkeypatch):
     data = jpeg(skimage.data.chelsea()[:100, :150])
     monkeypatch.setattr(fast, "jpeg_decoder", lambda: None)
     assert np.array_equal(loaded(data), exactly(data))
+
+
+def some_files() -> dict[str, bytes]:
+    """By what is special."""
+    photo = Image.fromarray(skimage.data.chelsea()[:40, :61])
+    alpha = photo.copy()
+    alpha.putalpha(Image.linear_gradient("L").resize(alpha.size))
+    turned = PngInfo()
+    turned.add_itxt("XML:com.adobe.xmp", 'tiff:Orientation="6"')
+    deep = np.arange(40 * 61 * 3, dtype=np.uint16).reshape(40, 61, 3) * 7
+    plain = encoded(photo)
+    end = plain.index(b"IDAT") - 4
+    gamma = png_chunk(b"gAMA", (20_000).to_bytes(4, "big"))
+    return {
+        "plain": plain,
+        "alpha": encoded(alpha),
+        "gamma": plain[:end] + gamma + plain[end:],
+        "palette": encoded(photo.quantize(17)),
+        "gray": encoded(photo.convert("L")),
+        "gray and alpha": encoded(alpha.convert("LA")),
+        "deep gray": encoded(Image.fromarray(deep[..., 0])),
+        "deep colour": deep_png(deep),
+        "one transparent colour": encoded(photo, transparency=(10, 20, 30)),
+        "turned": encoded(photo, pnginfo=turned),
+        "late": plain[:-12] + png_chunk(b"tEXt", b"Comment\0behind the pixels") + plain[-12:],
+        "WebP": encoded(photo, "WEBP"),
+        "WebP and alpha": encoded(alpha, "WEBP"),
+        "WebP, lossless": encoded(alpha, "WEBP", lossless=True),
+        "WebP, turned": encoded(photo, "WEBP", exif=exif(6)),
+        "WebP, animated": encoded(photo, "WEBP", save_all=True, append_images=[photo.rotate(180)]),
+        "animated": encoded(photo, save_all=True, append_images=[photo.rotate(180)]),
+    }
+
+
+def deep_png(pixels: np.ndarray) -> bytes:
+    """(h, w, 3) uint16, which Pillow reads and does not write."""
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    head = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, 2, 0, 0, 0)
+    chunks = {b"IHDR": head, b"IDAT": zlib.compress(rows), b"IEND": b""}
+    return b"\x89PNG\r\n\x1a\n" + b"".join(map(png_chunk, chunks, chunks.values()))
+
+
+@pytest.mark.parametrize("kind", some_files())
+def test_pngs_and_webps_decode_to_pillows_bytes(kind, monkeypatch):
+    data, seen = some_files()[kind], []
+    decode = fast.decoder("WEBP" if "WebP" in kind else "PNG")
+    if decode:
+        monkeypatch.setattr(fast, "decoder", lambda kind: lambda file: seen.append(file) or decode(file))
+    assert np.array_equal(loaded(data), exactly(data))
+    blue = {"background": (0, 0, 255)}
+    assert np.array_equal(loaded(data, **blue), exactly(data, **blue))
+    plain = kind in ("plain", "alpha", "gamma", "WebP", "WebP and alpha", "WebP, lossless")
+    assert bool(seen) == (plain and decode is not None)
+    monkeypatch.setattr(fast, "decoder", lambda kind: None)
+    assert np.array_equal(loaded(data), exactly(data))
+
+
+def test_damaged_pngs_are_refused_in_the_same_words():
+    data = encoded(Image.fromarray(skimage.data.chelsea()[:90, :61]))
+    start = data.index(b"IDAT") + 4
+    pixels, draw = zlib.decompress(data[start : data.index(b"IEND") - 8]), np.random.default_rng(0)
+    refused = 0
+    for place in draw.integers(0, len(data) - start - 16, 60):
+        packed = bytearray(zlib.compress(pixels))
+        packed[place % len(packed)] ^= 1 << draw.integers(8)
+        wrong = data[: start - 8] + png_chunk(b"IDAT", bytes(packed)) + data[-12:]
+        messages = set()
+        for chosen in (PixelSettings(), FAST):
+            try:
+                load_picture(wrong, settings=chosen)
+            except ValueError as error:
+                messages.add(str(error))
+            else:
+                messages.add("read")
+        assert len(messages) == 1, messages
+        refused += messages != {"read"}
+    assert refused > 40  # else it reads what has lost its lower rows
 
 
 def test_settings():

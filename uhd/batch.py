@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -81,8 +81,11 @@ class SliceBatch:
             ValueError: There is not one plan an image, an image is not its plan's size, or it is refused.
         """
         _check_count("images", images, plans)
-        views = in_threads(partial(cut, settings=settings), images, plans)
-        return cls.from_views(views, plans, patch_size=patch_size, inner=inner)
+
+        def fill(image: Any, plan: SlicePlan, patches: np.ndarray) -> None:
+            _fold(cut(image, plan, settings=settings), plan, patches, inner)
+
+        return cls._filled(fill, images, plans, patch_size, inner)
 
     @classmethod
     def from_views(
@@ -107,15 +110,23 @@ class SliceBatch:
         for place, (of_image, plan) in enumerate(zip(views, plans, strict=True)):
             if len(of_image) != plan.num_views:
                 raise ValueError(f"the plan of image {place} has {plan.num_views} views, got {len(of_image)}")
-        of_plans = [view for plan in plans for view in plan.views]
+        return cls._filled(partial(_fold, inner=inner), views, plans, patch_size, inner)
+
+    @classmethod
+    def _filled(
+        cls,
+        fill: Callable[[Any, SlicePlan, np.ndarray], None],
+        items: Sequence[Any],
+        plans: Sequence[SlicePlan],
+        patch_size: int | None,
+        inner: str,
+    ) -> SliceBatch:
+        """Have ``fill(item, plan, its patches)`` write every image's part of the batch, on all threads."""
+        inner_axes(inner)  # raises before anything is read
         side = _patch_size(plans) or patch_size or 0
-        offsets = _offsets([view.num_patches for view in of_plans])
+        offsets = _offsets([plan.num_patches for plan in plans])
         patches = np.empty((offsets[-1], 3 * side**2), dtype=np.uint8)
-        for view, array, (start, stop) in zip(of_plans, chain(*views), pairwise(offsets), strict=True):
-            if array.shape != (*view.size_hw, 3) or array.dtype != np.uint8:
-                planned = f"view {view.index} ({view.kind}) of its image is planned as uint8 {(*view.size_hw, 3)}"
-                raise ValueError(f"{planned}, got {array.dtype} {array.shape}: make it with uhd.pixels.render")
-            fold_into(patches[start:stop], array, side, inner)
+        in_threads(fill, items, plans, [patches[start:stop] for start, stop in pairwise(offsets)])
         return cls.from_patches(torch.from_numpy(patches), plans, inner=inner)
 
     @classmethod
@@ -208,6 +219,16 @@ class SliceBatch:
 
 def _offsets(lengths: Sequence[int]) -> list[int]:
     return list(accumulate(lengths, initial=0))
+
+
+def _fold(views: Sequence[np.ndarray], plan: SlicePlan, patches: np.ndarray, inner: str) -> None:
+    """Write the views of one image to its patches (N, P)."""
+    offsets = _offsets([view.num_patches for view in plan.views])
+    for view, array, (start, stop) in zip(plan.views, views, pairwise(offsets), strict=True):
+        if array.shape != (*view.size_hw, 3) or array.dtype != np.uint8:
+            planned = f"view {view.index} ({view.kind}) of its image is planned as uint8 {(*view.size_hw, 3)}"
+            raise ValueError(f"{planned}, got {array.dtype} {array.shape}: make it with uhd.pixels.render")
+        fold_into(patches[start:stop], array, plan.patch_size, inner)
 
 
 def _check_count(what: str, items: Sequence[Any], plans: Sequence[SlicePlan]) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +17,6 @@ if TYPE_CHECKING:  # nothing heavy before `commands.run` is there to take an int
     from uhd.pixels import PixelSettings
     from uhd.schema import SpatialSchema
     from uhd.slicing import SlicePlan, Slicing
-
-_SIZE = re.compile(r"([0-9]+)[xX×]([0-9]+)")  # noqa: RUF001
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,17 +36,23 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from uhd import __version__
+    from uhd.compare import command_line as comparing
     from uhd.datasets import command_line as datasets
     from uhd.evaluation import command_line as evaluation
+    from uhd.export import command_line as export
     from uhd.pixels import MAX_PIXELS
+    from uhd.serving import command_line as serving
 
     parser = argparse.ArgumentParser(prog="uhd", description="Native-resolution eyes for any causal language model.")
     parser.add_argument("--version", action="version", version=f"uhd {__version__}")
     parser.add_argument("--max-pixels", type=int, metavar="N", help=f"refuse larger pictures (default {MAX_PIXELS})")
     known = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_planning(known)
+    comparing.add(known)
     _add_encoding(known)
     datasets.add(known)
+    serving.add(known)
+    export.add(known)
     evaluation.add(known)
     return parser
 
@@ -81,17 +84,6 @@ def _add_planning(known: Any) -> None:
     _slicing_arguments(command)
     command.set_defaults(run=_show)
 
-    command = known.add_parser("compare", help="what many slicing rules do to an image, side by side")
-    command.add_argument("inputs", nargs="+", metavar="IMAGE|WxH", help="an image file, or WIDTHxHEIGHT in px")
-    command.add_argument("--strategies", metavar="A,B,C", help="names of docs/strategies.md (default: all)")
-    command.add_argument("--html", type=Path, metavar="FILE.html", help="one page with the drawn cuts and curves")
-    command.add_argument("--json", action="store_true", help="one JSON object an image")
-    _many_arguments(command)
-    command.add_argument("--budget", type=int, metavar="N", help="tokens an image should cost: adds tokens / N")
-    for part, default in (("vit", "clip-l"), ("resampler", "none, an MLP"), ("lm", "llama-13b")):
-        command.add_argument(f"--{part}", metavar="NAME", help=f"what FLOPs are counted for (default {default})")
-    command.set_defaults(run=_compare)
-
 
 def _add_encoding(known: Any) -> None:
     """The commands that load an encoder or a language model."""
@@ -100,6 +92,7 @@ def _add_encoding(known: Any) -> None:
     command.add_argument("images", nargs="+")
     command.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.safetensors")
     command.add_argument("--encoder", **folder)
+    command.add_argument("--onnx", type=Path, metavar="FILE", help="a graph of uhd export, run without torch")
     command.add_argument("--strategy", metavar="NAME", help=_strategy_help())
     command.add_argument("--video", action="store_true", help="the images are the frames of one video, in order")
     _many_arguments(command)
@@ -175,10 +168,11 @@ def _schema(args: argparse.Namespace) -> SpatialSchema | None:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    from uhd.compare.inputs import read_sizes
     from uhd.slicing import candidates, plan
 
     config = _config(args)
-    inputs = list(args.inputs) + ([] if args.sizes is None else _read_sizes(args.sizes))
+    inputs = list(args.inputs) + ([] if args.sizes is None else read_sizes(args.sizes))
     if not inputs and args.sizes is None:
         raise ValueError("nothing to plan: give images, sizes such as 672x1008, or --sizes FILE")
     failed = 0
@@ -253,11 +247,12 @@ def _layout(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
+    from uhd.compare.inputs import typed_size
     from uhd.draw import draw_plan, write_picture
     from uhd.pixels import load_image
     from uhd.slicing import plan
 
-    if _SIZE.fullmatch(args.image) and not Path(args.image).exists():
+    if typed_size(args.image) and not Path(args.image).exists():
         raise ValueError(f"{args.image} is a size, a picture is drawn of an image file: uhd compare takes sizes")
     _check_output(args.output, [args.image])
     names = ("model", "encoder", "ask") if not args.attention else _ADAPTIVE_ONLY[:3]
@@ -279,55 +274,31 @@ def _show(args: argparse.Namespace) -> int:
     return 0
 
 
-def _compare(args: argparse.Namespace) -> int:
-    from uhd.compare import compare, picture_of, system_of, table, write_page
-    from uhd.slicing import find
-
-    rules = None if args.strategies is None else [name.strip() for name in args.strategies.split(",") if name.strip()]
-    for rule in rules or ():
-        find(rule)  # a name that does not exist is an error before any work
-    if args.html is not None:
-        _check_output(args.html, args.inputs, page=True)
-    system = system_of(args.vit, args.resampler, args.lm)
-    found: list[Any] = []
-
-    def one(item: str) -> str:
-        if args.html is not None and not _SIZE.fullmatch(item):
-            image, size_hw = picture_of(_source(item, _pixels(args)), _pixels(args))
-        else:
-            image, size_hw = None, _size_hw(item, _pixels(args))
-        found.append(compare(size_hw, rules, name=Path(item).name, image=image, budget=args.budget, **system))
-        return json.dumps(found[-1].to_dict()) if args.json else table(found[-1]) + "\n"
-
-    failed, stop = commands.each("uhd compare", args.inputs, one, stop=args.on_error == "stop")
-    if args.html is not None and found:
-        words = f"{len(found)} of {len(args.inputs)} images are in {args.html}"
-        commands.keep(stop, lambda: write_page(args.html, found), words)
-        print(f"wrote {args.html}: open it in a browser", file=sys.stderr if args.json else sys.stdout)
-    elif stop:
-        raise stop
-    return commands.status(failed, len(args.inputs))
-
-
 def _encode(args: argparse.Namespace) -> int:
-    import torch
-
     from uhd.token_files import check_output, token_file
 
     check_output(args.output)
-    encoder = _encoder(args.encoder, args.strategy)
-    encoder.pixels = _pixels(args, encoder.pixels)
+    encoder: Any
+    if args.onnx is None:
+        import torch
+
+        encoder, mode = _encoder(args.encoder, args.strategy), torch.inference_mode()
+    else:
+        from uhd.export.command_line import runner
+
+        encoder, mode = runner(args), nullcontext()
+    pixels = encoder.pixels = _pixels(args, encoder.pixels)
     done: list[str] = []
     failed, stop = 0, None
-    with token_file(args.output, schema=encoder.schema, note=encoder.note) as file, torch.inference_mode():
+    with token_file(args.output, schema=encoder.schema, note=encoder.note) as file, mode:
 
         def one(image: str) -> None:
-            (tokens,) = encoder([_source(image, encoder.pixels)])
+            (tokens,) = encoder([_source(image, pixels)])
             file.add(image, tokens)
             done.append(f"{image}: {_summary(tokens.plan)}\n  tokens {tuple(tokens.tokens.shape)}")
 
         if args.video:
-            (video,) = encoder.encode_videos([[_source(image, encoder.pixels) for image in args.images]])
+            (video,) = encoder.encode_videos([[_source(image, pixels) for image in args.images]])
             file.add(name := f"{len(args.images)} frames", video)
             words = f"{_summary(video.plan.plans[0])} each\n  {video.plan.num_tokens} tokens in all"
             done.append(f"{name}: {words}\n  tokens {tuple(video.tokens.shape)}")
@@ -397,18 +368,15 @@ def _doctor(args: argparse.Namespace) -> int:
     return 1 if found.problems else 0
 
 
-def _check_output(output: Path, inputs: Iterable[str], *, page: bool = False) -> None:
-    """Before any work: a page or picture can be written there, and is none of the inputs."""
+def _check_output(output: Path, inputs: Iterable[str]) -> None:
+    """Before any work: a picture can be written there, and is none of the inputs."""
     from PIL import Image
 
     from uhd.draw import picture_file
     from uhd.writing import check_place
 
     check_place(output)
-    if page and output.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"cannot write {output}: a page ends in .html")
-    if not page:
-        picture_file(output, Image.new("RGB", (1, 1)))
+    picture_file(output, Image.new("RGB", (1, 1)))
     if output.exists() and any(Path(item).exists() and output.samefile(item) for item in inputs):
         raise ValueError(f"{output} is the image itself: choose another output")
 
@@ -447,29 +415,9 @@ def _size_hw(item: Any, pixels: PixelSettings) -> tuple[Any, Any]:
     """(height, width) of ``WIDTHxHEIGHT`` or of an image file; an entry of a sizes file is one already."""
     if isinstance(item, tuple):
         return item
-    if found := _SIZE.fullmatch(item):
-        return int(found[2]), int(found[1])
-    from uhd.pixels import image_size_hw
+    from uhd.compare.inputs import size_of, typed_size
 
-    if not Path(item).exists() or Path(item).is_dir():
-        raise ValueError(f"{item!r} is neither an image file nor a size such as 672x1008 (WIDTHxHEIGHT)")
-    return image_size_hw(_source(item, pixels), settings=pixels)
-
-
-def _read_sizes(path: Path) -> list[tuple[Any, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        sizes = json.loads(text, parse_constant=str, parse_float=_number)
-        if not isinstance(sizes, list) or not all(isinstance(size, list) for size in sizes):
-            raise ValueError("it holds something else")
-        return [(height, width) for width, height in sizes]
-    except (ValueError, RecursionError) as problem:
-        raise ValueError(f"{path} must hold a JSON list of [width, height]: {problem}") from None
-
-
-def _number(digits: str) -> float | str:
-    """No infinite size: JSON could not say it again."""
-    return float(digits) if math.isfinite(float(digits)) else digits
+    return typed_size(item) or size_of(item, pixels)
 
 
 def _progress(items: Sequence[Any], unit: str, *, quiet_below: int) -> Iterator[Any]:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from uhd.lazily import LibraryMissing
+
 DONE, REFUSED, SOME_FAILED, INTERRUPTED, TERMINATED = 0, 1, 3, 130, 143
 """Exit statuses; 2, a wrong call, is argparse's own."""
 
@@ -53,6 +55,9 @@ def run(name: str, command: Callable[[], int]) -> int:
         return kind.status
     except (ValueError, OSError) as problem:
         _say(name, str(problem) or repr(problem))
+    except ImportError as problem:
+        missing = isinstance(problem, ModuleNotFoundError)
+        _say(name, str(LibraryMissing.of("this command", problem) if missing else problem))
     except Exception as problem:
         _say(name, f"{type(problem).__name__}: {problem} (UHD_DEBUG=1 shows where)")
     return REFUSED

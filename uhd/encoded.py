@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from uhd.schema import TokenLayout
 from uhd.slicing import SlicePlan, VideoPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class _OwnTokens:

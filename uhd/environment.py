@@ -175,12 +175,13 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _pixels() -> str:
-    from uhd.pixels.fast import jpeg_decoder
+    from uhd.pixels.fast import CODECS, decoder, jpeg_decoder
 
+    codecs = "".join(f", imagecodecs' {kind} decoder" for kind in CODECS if decoder(kind))
     if jpeg_decoder():
-        return "pillow by Pillow; fast by torchvision's JPEG decoder and PyTorch's resize"
+        return f"pillow by Pillow; fast by torchvision's JPEG decoder{codecs} and PyTorch's resize"
     why = "is not installed" if find_spec("torchvision") is None else "does not decode as Pillow does here"
-    return f"pillow by Pillow; fast by Pillow's decoder, since torchvision {why}, and PyTorch's resize"
+    return f"pillow by Pillow; fast by Pillow's decoder, since torchvision {why}{codecs}, and PyTorch's resize"
 
 
 def _products() -> str:

@@ -8,7 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+try:
+    from safetensors import SafetensorError
+except ModuleNotFoundError:  # planning does without, and nothing then reads such a file
+    SafetensorError = ValueError
 
 DAMAGE = (
     *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError),

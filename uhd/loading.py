@@ -23,7 +23,7 @@ from PIL import Image
 from uhd.batch import SliceBatch
 from uhd.machine import in_threads
 from uhd.pixels import DEFAULT, PixelSettings, image_size_hw
-from uhd.pixels.render import load_picture
+from uhd.pixels.views import load_picture
 from uhd.sampling import TokenBudgetSampler, whole
 from uhd.settings import check_choice
 from uhd.slicing import SlicePlan, SlicingLike, find, plan, plan_many

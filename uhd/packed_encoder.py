@@ -66,6 +66,13 @@ class PackedEncoder(nn.Module):
         self.pixels = pixels
         self.max_patches_per_step = max_patches_per_step
 
+    def extra_repr(self) -> str:
+        """What ``repr`` says beside the parts: names of the rule and the layout, tokens of a view, and the note."""
+        told = {name: getattr(getattr(self, name, None), "name", None) for name in ("slicing", "schema")}
+        told["tokens_per_view"] = getattr(self.compressor, "tokens_per_view", None)
+        told["note"] = getattr(self, "note", None) or None
+        return ", ".join(f"{name}={value!r}" for name, value in told.items() if value is not None)
+
     @property
     def pixels(self) -> PixelSettings:
         """Mean, std and filter; others may be set, and are what is saved."""

@@ -11,10 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from uhd import tables
 from uhd.grids import as_grid, made_once, sent
 
 MODES = ("bicubic", "bilinear", "nearest")
 BUCKET_RULES = ("integer", "transformers", "remote")
+
+resize_weights = made_once(tables.resize_weights)
+sines = made_once(tables.sines)
 
 
 def interpolate_pos_embed(
@@ -34,12 +38,12 @@ def interpolate_pos_embed(
         table: (h*w, D) floating point, row-major, patch rows only (no class token).
         src_hw: (rows, columns) of `table`, in patches.
         dst_hw: (rows, columns) wanted, in patches.
-        mode: "bicubic", "bilinear", or "nearest": target row i takes source row floor(i*h/h'), in integers.
+        mode: "bicubic", "bilinear", or "nearest": target row i takes source row ``floor(i*h/h')``, in integers.
         antialias: widen the kernel when shrinking; for bicubic and bilinear only.
 
     Returns:
-        (h'*w', D) in the dtype of `table`, computed in float32 (float64 stays float64). The table itself comes back
-        only when both numbers of the grid agree: (8, 32) to (16, 16) is a real interpolation.
+        ``(h'*w', D)`` in the dtype of `table`, computed in float32 (float64 stays float64). The table itself comes
+        back only when both numbers of the grid agree: (8, 32) to (16, 16) is a real interpolation.
 
     Raises:
         ValueError: rows that are not h*w, an unusable grid, an unknown mode, or antialias with "nearest".
@@ -77,38 +81,6 @@ def _resized(table: Tensor, src_hw: tuple[int, int], dst_hw: tuple[int, int], mo
     with _without_autocast(table.device.type):
         image = (rows @ image.flatten(1)).unflatten(1, (src_hw[1], -1))  # (h', w, D)
         return (columns @ image).flatten(0, 1).to(table.dtype)
-
-
-@made_once
-def resize_weights(source: int, target: int, mode: str, antialias: bool, exact: type[np.floating]) -> np.ndarray:
-    """Weigh what each of `target` samples along one side takes from each of `source` rows: (target, source).
-
-    Args:
-        source, target: rows before and after.
-        mode, antialias: "bicubic" or "bilinear", as in `interpolate_pos_embed`.
-        exact: NumPy type to compute in. Released weights were trained with positions resized in float32.
-
-    >>> resize_weights(2, 3, "bilinear", False, np.float32).tolist()
-    [[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]
-    """
-    scale = exact(source) / exact(target)
-    reach = max(scale, exact(1)) if antialias else exact(1)
-    places = np.arange(source, dtype=exact) if antialias else np.arange(-2, source + 2, dtype=exact)
-    centres = (np.arange(target, dtype=exact)[:, None] + exact(0.5)) * scale - exact(0.5)
-    distance = np.abs(places - centres) / reach
-    if mode == "bilinear":
-        weights = np.clip(1 - distance, 0, None)
-    else:
-        a = exact(-0.5 if antialias else -0.75)  # torch's: Keys' kernel with it, OpenCV's without
-        near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
-        far = ((distance - 5) * distance + 8) * distance * a - 4 * a
-        weights = np.where(distance <= 1, near, np.where(distance < 2, far, exact(0)))
-    if antialias:
-        return weights / weights.sum(1, keepdims=True)
-    inner = weights[:, 2:-2].copy()  # what lies outside is the nearest row
-    inner[:, 0] += weights[:, :2].sum(1)
-    inner[:, -1] += weights[:, -2:].sum(1)
-    return inner
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
@@ -200,12 +172,3 @@ def sincos_2d(
     y, x = (sent(sines(dim // 2, length), device, dtype) for length in (rows, columns))
     table = torch.cat([x.expand(rows, -1, -1), y[:, None].expand(-1, columns, -1)], dim=-1)
     return table.flatten(0, 1)
-
-
-@made_once
-def sines(dim: int, length: int) -> np.ndarray:
-    """Make one side of `sincos_2d`: (length, dim), sines of every index in the first half, cosines in the second."""
-    # float32 throughout, as where released weights were trained: at index 500 float64 angles differ by over 1e-5.
-    omega = np.float32(1) / np.float32(10000) ** (np.arange(dim // 2, dtype=np.float32) / np.float32(dim / 2))
-    angles = np.arange(length, dtype=np.float32)[:, None] * omega
-    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)

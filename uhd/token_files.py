@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
+import numpy as np
 from safetensors import safe_open
 
 from uhd.encoded import EncodedImage, EncodedVideo
@@ -28,9 +28,8 @@ FORMAT = "uhd-tokens-2"
 """``tokens`` (n, D) and ``images``, JSON of names and plans; in "uhd-tokens-1" that was metadata, whose size is
 bounded."""
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-"""What safetensors calls the dtypes that tokens have."""
+DTYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2), "float64": ("F64", 8)}
+"""What safetensors calls the dtypes that tokens have, and their bytes."""
 
 _DIGITS = 160  # bytes that sizes and offsets of a file add to a header of none, at most
 
@@ -100,22 +99,22 @@ class TokenFile:
         self.schema, self.size, self.moved = schema, 0, None
         self._settings = {"format": FORMAT, "schema": json.dumps(schema.to_dict()), **({"note": note} if note else {})}
         self._body, self._items, self._move = body, items, move
-        self._room = (len(self._header(0, 0, "F32", 0)) + _DIGITS) // 8 * 8
-        self._kind: tuple[torch.dtype, int] | None = None
+        self._room = (len(self._header(0, 0, "float32", 0)) + _DIGITS) // 8 * 8
+        self._kind: tuple[str, int] | None = None
         self._ends = 0, 8 + self._room, 0  # rows, and where both files end, of what was added whole
 
     def add(self, name: str, item: EncodedImage | EncodedVideo) -> None:
-        """Write one more."""
+        """Write one more; its tokens may be an array of NumPy, too."""
         number, (rows, end, end_of_items) = self.size, self._ends
         if _layout_under(self.schema, item.plan).symbols != item.layout.symbols:
             named = self.schema.name
             raise ValueError(f"image {number} was laid out by another schema than {named!r}: give the encoder's")
-        tokens = item.tokens.detach().cpu().contiguous()
-        kind = tokens.dtype, tokens.shape[1]
+        tokens = item.tokens
+        kind = str(tokens.dtype).removeprefix("torch."), tokens.shape[1]
         if self._kind not in (None, kind):
             told = f"image {number} has tokens of {kind[0]} and width {kind[1]}, those before of {self._kind[0]} and "
             raise ValueError(f"{told}{self._kind[1]}: save them to another file")
-        data = tokens.view(torch.uint8).numpy().data
+        data = _bytes_of(tokens)
         told = ("," if number else "[").encode() + json.dumps({"name": name, "plan": item.plan.to_dict()}).encode()
         try:
             for file, start, content in ((self._body, end, data), (self._items, end_of_items, told)):
@@ -138,20 +137,29 @@ class TokenFile:
             self._items.write(b"]")
             self._items.seek(0)
             shutil.copyfileobj(self._items, self._body)
-            header = self._header(rows, self._kind[1], NAMES[self._kind[0]], end_of_items + 1)
+            header = self._header(rows, self._kind[1], self._kind[0], end_of_items + 1)
             self._body.seek(0)
             self._body.write(struct.pack("<Q", self._room) + header.ljust(self._room))
             self.moved = self._move()
         self.moved.result()
 
     def _header(self, rows: int, width: int, dtype: str, images: int) -> bytes:
-        size = rows * width * torch.empty(0, dtype=DTYPES[dtype]).element_size()
+        name, one = DTYPES[dtype]
+        size = rows * width * one
         fields = {
             "__metadata__": self._settings,
-            "tokens": {"dtype": dtype, "shape": [rows, width], "data_offsets": [0, size]},
+            "tokens": {"dtype": name, "shape": [rows, width], "data_offsets": [0, size]},
             "images": {"dtype": "U8", "shape": [images], "data_offsets": [size, size + images]},
         }
         return json.dumps(fields).encode()
+
+
+def _bytes_of(tokens: Any) -> memoryview:
+    if isinstance(tokens, np.ndarray):
+        return np.ascontiguousarray(tokens).view(np.uint8).data
+    import torch  # which a file of another runtime's tokens is written without
+
+    return tokens.detach().cpu().contiguous().view(torch.uint8).numpy().data
 
 
 class _Unwritable(RuntimeError):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from uhd_kernels.decomposed import decompositions
 from uhd_kernels.dispatch import varlen_cross_attention
 from uhd_kernels.op import calls
 
-__all__ = ["calls", "varlen_cross_attention"]
+__all__ = ["calls", "decompositions", "varlen_cross_attention"]

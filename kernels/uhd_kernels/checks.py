@@ -55,17 +55,16 @@ def check_packed(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def check_views(q: Tensor, cu_seqlens: Tensor, key_positions: Tensor | None, offsets: Tensor | None) -> None:
     _check_index("cu_seqlens", cu_seqlens, q.device)
-    if len(cu_seqlens) == 0:
+    views = cu_seqlens.shape[0] - 1  # len() would fix it for torch.export
+    if views < 0:
         raise ValueError("cu_seqlens is empty; expected (V + 1,) numbers, [0] for no views")
     if (key_positions is None) != (offsets is None):
         raise ValueError("key_positions and position_offsets go together; give both or neither")
     if key_positions is None:
         return
     _check_index("position_offsets", offsets, q.device)
-    if len(offsets) != len(cu_seqlens) - 1:
-        raise ValueError(
-            f"position_offsets has {len(offsets)} entries for {len(cu_seqlens) - 1} views; give one a view"
-        )
+    if offsets.shape[0] != views:
+        raise ValueError(f"position_offsets has {len(offsets)} entries for {views} views; give one a view")
     if key_positions.dim() != 3 or key_positions.shape[1:] != q.shape[1:]:
         raise ValueError(f"key_positions must be (L, {q.shape[1]}, {q.shape[2]}); got {tuple(key_positions.shape)}")
     if key_positions.dtype != q.dtype:

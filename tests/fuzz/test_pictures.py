@@ -21,7 +21,7 @@ import pytest
 
 from tests.fuzz.mutators import damaged, whole_files
 from uhd.pixels import PixelSettings, image_size_hw, load_image
-from uhd.pixels.render import load_picture
+from uhd.pixels.views import load_picture
 
 FAST = PixelSettings(backend="fast")
 BLOCK = 1000

@@ -16,7 +16,7 @@ from tests.hf.tiny import IMAGES, attach, encoder, language_model, model, tokeni
 from tests.scripts import FOLDER, load_script
 from uhd.hf.collating import PackedStream, PackingCollator, pack_rows
 from uhd.hf.packing import samples_in_rows
-from uhd.hf.visual_inputs import together
+from uhd.hf.visual_inputs import VISUAL_KEYS, together
 from uhd.schema import SpatialSchema
 
 TEXTS = ["a<image>b", "hello there", "x<image>yz<image>?", "<image>", "z"]
@@ -55,7 +55,7 @@ def test_logits_and_gradients_are_those_of_samples_alone(kind, attention):
     except ValueError:
         pytest.skip("this language model has one attention")
     samples = prepared(found)
-    batch = PackingCollator(found.processor, max_tokens=40)(samples)
+    batch = PackingCollator(found.processor, max_length=40)(samples)
     assert len(batch["input_ids"]) == 2
     mask = torch.ones_like(batch["input_ids"])
     out = found(**batch, attention_mask=mask, use_cache=True)
@@ -84,7 +84,7 @@ def test_logits_and_gradients_are_those_of_samples_alone(kind, attention):
 
 def test_a_sample_changes_nothing_in_its_neighbours():
     found = model("llama")
-    batch = PackingCollator(found.processor, max_tokens=100)(prepared(found))
+    batch = PackingCollator(found.processor, max_length=100)(prepared(found))
     (row, place), *others = places(batch)
     before = found(**batch).logits
     batch["input_ids"] = batch["input_ids"].clone()
@@ -102,7 +102,7 @@ def test_labels():
     samples[1]["assistant_masks"] = [0] * 6 + [1] * 5
     samples[2]["labels"] = samples[2]["input_ids"].clone()
     samples[4]["completion_mask"] = [[1]]
-    batch = PackingCollator(found.processor, max_tokens=100)(samples)
+    batch = PackingCollator(found.processor, max_length=100)(samples)
     ids, labels = batch["input_ids"][0], batch["labels"][0]
     assert (labels[ids == found.config.image_token_id] == -100).all()
     text = found.processor.tokenizer.decode(labels[labels != -100].sort().values)
@@ -114,14 +114,14 @@ def test_labels():
 def test_samples_as_lists_and_raw_ones():
     found = model("llama")
     samples = prepared(found)
-    collate = PackingCollator(found.processor, max_tokens=40)
+    collate = PackingCollator(found.processor, max_length=40)
     wanted = collate(samples)
     lists = [{name: value.tolist() for name, value in sample.items()} for sample in samples]
     images = [[IMAGES[0]], [], list(IMAGES[1:3]), [IMAGES[2]], []]
     raw = [{"text": text, "images": some} for text, some in zip(TEXTS, images, strict=True)]
     prepare = PackingCollator(
         found.processor,
-        max_tokens=40,
+        max_length=40,
         prepare=lambda sample: found.processor(text=sample["text"], images=sample["images"] or None),
     )
     for batch in (collate(lists), prepare(raw)):
@@ -137,7 +137,7 @@ def test_samples_as_lists_and_raw_ones():
 def test_samples_as_columns_all_have_the_same():
     """As ``datasets.map`` needs them, which drops what its first sample lacks."""
     found = model("llama")
-    collate = PackingCollator(found.processor, max_tokens=40)
+    collate = PackingCollator(found.processor, max_length=40)
     samples = prepared(found)
     columns = [collate.columns(sample) for sample in samples]
     assert len({tuple(sorted(sample)) for sample in columns}) == 1
@@ -152,9 +152,9 @@ def test_samples_as_columns_all_have_the_same():
 def test_samples_with_an_image_a_row():
     """As ``pad_patches`` makes them: images of other samples have other lengths."""
     found = attach(encoder(), "llama")
-    wanted = found(**PackingCollator(found.processor, max_tokens=100)(prepared(found))).logits
+    wanted = found(**PackingCollator(found.processor, max_length=100)(prepared(found))).logits
     found.processor.image_processor.pad_patches = True
-    batch = PackingCollator(found.processor, max_tokens=100)(prepared(found))
+    batch = PackingCollator(found.processor, max_length=100)(prepared(found))
     assert batch["visual"].pixel_values.dim() == 3
     assert found(**batch).logits.equal(wanted)
 
@@ -163,7 +163,7 @@ def test_padding_of_prepared_samples_is_cut_off():
     found = model("llama")
     both = found.processor(text=["a", "long one"], padding=True)
     sample = {"input_ids": both["input_ids"][0], "attention_mask": both["attention_mask"][0]}
-    batch = PackingCollator(found.processor, max_tokens=9)([sample, sample])
+    batch = PackingCollator(found.processor, max_length=9)([sample, sample])
     assert found.processor.tokenizer.decode(batch["input_ids"][0]) == "aa"
     assert batch["position_ids"].tolist() == [[0, 0]]
 
@@ -171,14 +171,14 @@ def test_padding_of_prepared_samples_is_cut_off():
 def test_one_row_for_flash_attention():
     """What flash attention needs of a row: one row, positions that start again, no mask."""
     found = model("llama")
-    batch = PackingCollator(found.processor, max_tokens=30, one_row=True)(prepared(found))
+    batch = PackingCollator(found.processor, max_length=30, one_row=True)(prepared(found))
     lengths = [item["input_ids"].shape[1] for item in prepared(found)]
     assert batch["input_ids"].shape == (1, sum(lengths))
     assert samples_in_rows(batch["position_ids"], None)[0].bincount().sort().values.tolist() == sorted(lengths)
     assert batch.keys() == {"input_ids", "labels", "position_ids", "visual"}
     other = attach(encoder(), "llama")
     other.language_model.config._attn_implementation = "flash_attention_2"
-    rows = PackingCollator(found.processor, max_tokens=40)(prepared(found))
+    rows = PackingCollator(found.processor, max_length=40)(prepared(found))
     with pytest.raises(ValueError, match=r"in one row, got 2 rows: PackingCollator\(..., one_row=True\)"):
         other(**rows)
 
@@ -187,19 +187,19 @@ def test_images_are_numbered_by_sample():
     found = attach(encoder(schema=SpatialSchema.preset("minicpm-v-2.6")))
     text = found.processor.image_token + "a"
     samples = [found.processor(text=text, images=image) for image in IMAGES[:2]]
-    batch = PackingCollator(found.processor, max_tokens=200)(samples)
+    batch = PackingCollator(found.processor, max_length=200)(samples)
     out = found(**batch)
     for (row, place), sample in zip(places(batch), samples, strict=True):
         torch.testing.assert_close(out.logits[row, place], found(**sample).logits[0], rtol=1e-5, atol=1e-5)
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(50, 120))
-def test_rows_hold_every_sample_once_and_are_no_longer_than_asked(lengths, max_tokens):
-    rows = pack_rows(lengths, max_tokens)
+def test_rows_hold_every_sample_once_and_are_no_longer_than_asked(lengths, max_length):
+    rows = pack_rows(lengths, max_length)
     assert sorted(place for row in rows for place in row) == list(range(len(lengths)))
     used = [sum(lengths[place] for place in row) for row in rows]
-    assert max(used) <= max_tokens
-    assert sum(count * 2 <= max_tokens for count in used) <= 1 or len(rows) == 1 or min(used) * 2 > max_tokens - 50
+    assert max(used) <= max_length
+    assert sum(count * 2 <= max_length for count in used) <= 1 or len(rows) == 1 or min(used) * 2 > max_length - 50
 
 
 def test_streams_fill_rows():
@@ -207,7 +207,7 @@ def test_streams_fill_rows():
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 40, (300,), generator=generator).tolist()
     stream = ({"input_ids": [place % 200] * length} for place, length in enumerate(lengths))
-    collate = PackingCollator(found.processor, max_tokens=100)
+    collate = PackingCollator(found.processor, max_length=100)
     loader = DataLoader(PackedStream(stream, collate, buffer=32), batch_size=2, collate_fn=collate)
     rows = [row for batch in loader for row in batch["input_ids"]]
     total = sum(len(row) for row in rows)
@@ -247,8 +247,8 @@ LENGTHS = torch.randint(1, 40, (150,), generator=torch.Generator().manual_seed(1
 
 
 class TestStreamState:
-    def stream(self, kind, buffer=16, max_tokens=100):
-        collate = PackingCollator(model("llama").processor, max_tokens=max_tokens)
+    def stream(self, kind, buffer=16, max_length=100):
+        collate = PackingCollator(model("llama").processor, max_length=max_length)
         return PackedStream(kind(LENGTHS), collate, buffer=buffer)
 
     def rows(self, rows):
@@ -279,7 +279,7 @@ class TestStreamState:
 
     def test_what_is_refused(self):
         state = self.stream(Numbers).state_dict()
-        for changes in ({"buffer": 8}, {"max_tokens": 120}):
+        for changes in ({"buffer": 8}, {"max_length": 120}):
             with pytest.raises(ValueError, match=f"of a stream with other rows \\({next(iter(changes))}: saved"):
                 self.stream(Numbers, **changes).load_state_dict(state)
         stream = self.stream(Marked)
@@ -341,7 +341,7 @@ def test_trainer_trains_with_its_default_settings(kind, tmp_path):
         except TypeError:
             pytest.skip("this accelerate joins the batches of a stream even where there is one")
     found = trained("llama")
-    collate = padded(found) if kind == "padded stream" else PackingCollator(found.processor, max_tokens=60)
+    collate = padded(found) if kind == "padded stream" else PackingCollator(found.processor, max_length=60)
     dataset = {
         "map": [dict(item) for item in prepared(found)],
         "packed stream": PackedStream(Endless(found), collate, buffer=6),
@@ -378,30 +378,101 @@ def test_a_batch_that_was_cut_is_refused_with_the_way_out():
 @pytest.mark.parametrize("kind", ["mamba", "nemotron_h", "opt"])
 def test_language_models_that_mix_samples_are_refused(kind):
     found = model(kind)
-    batch = PackingCollator(found.processor, max_tokens=60)(prepared(found))
+    batch = PackingCollator(found.processor, max_length=60)(prepared(found))
     name = type(found.language_model).__name__
     with pytest.raises(ValueError, match=f"{name} with .* attention does not keep packed samples apart"):
         found(**batch)
+
+
+MARKED = (
+    "{% for message in messages %}{{ message['role'][0] }}:{% if message['role'] == 'assistant' %}{% generation %}"
+    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endgeneration %}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% elif part['type'] == 'video' %}"
+    "<video>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{% endfor %}"
+)
+
+
+def said(role, *parts):
+    return {"role": role, "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]}
+
+
+def test_raw_samples_are_prepared_as_the_processor_would():
+    processor = model("llama").processor
+    video = torch.randint(0, 255, (3, 3, 30, 45), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    raw = [
+        {"text": "hello", "images": None, "source": "web"},
+        {"text": "a<image>b<image>", "images": list(IMAGES[:2])},
+        {"text": "<image>c", "images": IMAGES[2]},
+        {"text": "<video>d<image>", "images": [IMAGES[1]], "videos": [video]},
+    ]
+    made = [processor(**{n: v for n, v in sample.items() if n != "source" and v is not None}) for sample in raw]
+    pack = PackingCollator(processor, max_length=120)
+    found, wanted = pack(raw), pack(made)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in ("input_ids", "labels", "position_ids"))
+    for name in VISUAL_KEYS:
+        one, two = getattr(found["visual"], name), getattr(wanted["visual"], name)
+        assert (one is None) == (two is None)
+        assert one is None or torch.equal(one, two)
+
+
+def test_messages_have_their_media_in_place_and_the_assistant_s_words_as_targets():
+    processor = copy.deepcopy(model("llama").processor)
+    processor.chat_template = MARKED
+    pack = PackingCollator(processor, max_length=120)
+    place, first, second = {"type": "image"}, *IMAGES[:2]
+    whole = said("user", {"type": "image", "image": first}, "x", {"type": "image", "image": second})
+    answer = said("assistant", "yes")
+    forms = [
+        {"messages": [whole, answer]},
+        {"messages": [said("user", place, "x", place), answer], "images": [first, second]},
+        {
+            "messages": [said("user", {**place, "image": None, "text": None}, "x", place), answer],
+            "images": [first, second],
+        },
+    ]
+    (wanted,) = processor(text="u:<image>x<image>a:yes", images=[first, second])["input_ids"]
+    for form in forms:
+        batch = pack([form])
+        assert batch["input_ids"].tolist() == [wanted.tolist()]
+        kept = batch["labels"] != -100
+        assert processor.tokenizer.decode(batch["input_ids"][kept]) == "yes"
+        assert len(batch["visual"].image_plans) == 2
+    in_front = pack(
+        [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "yes"}], "images": first}]
+    )
+    again = pack([{"messages": [said("user", place, "x"), answer], "images": [first]}])
+    assert torch.equal(in_front["input_ids"], again["input_ids"])
+    processor.chat_template = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    labels = pack([forms[0]])["labels"][0]
+    assert (labels[1:] == wanted[1:])[wanted[1:] != processor.image_token_id].all()
+    for messages, images in (([said("user", "x", place)], [first, second]), ([said("user", place)], [])):
+        with pytest.raises(ValueError, match=f"1 parts of type 'image' without a source, .* {len(images)} images"):
+            pack([{"messages": messages, "images": images}])
+    with pytest.raises(ValueError, match="text or messages"):
+        pack([{"messages": [whole], "text": "x"}])
 
 
 def test_what_does_not_pack():
     found = model("llama")
     sample = prepared(found)[0]
     length = sample["input_ids"].shape[1]
-    collate = PackingCollator(found.processor, max_tokens=length - 1)
-    with pytest.raises(ValueError, match=rf"sample 0 has {length} tokens, a row holds {length - 1}: raise max_tokens"):
+    collate = PackingCollator(found.processor, max_length=length - 1)
+    with pytest.raises(ValueError, match=rf"sample 0 has {length} tokens, a row holds {length - 1}: raise max_length"):
         collate([sample])
     with pytest.raises(ValueError, match=rf"sample 0 has {length} tokens"):
         list(PackedStream([sample], collate))
-    with pytest.raises(ValueError, match=r"a sample has no input_ids, it has \['text'\]"):
-        collate([{"text": "a"}])
+    with pytest.raises(ValueError, match=r"text or messages, or input_ids .* this one has \['words'\]"):
+        collate([{"words": "a"}])
+    with pytest.raises(ValueError, match=r"a prepared sample has input_ids, this one has \['words'\]"):
+        PackingCollator(found.processor, max_length=9, prepare=lambda sample: sample)([{"words": "a"}])
     with pytest.raises(ValueError, match=r"one prompt, its input_ids are \(2, 3\)"):
         collate([{"input_ids": torch.ones(2, 3)}])
     with pytest.raises(ValueError, match="a sample has no tokens"):
         collate([{"input_ids": [], "attention_mask": []}])
     with pytest.raises(ValueError, match="the buffer must hold 1 sample or more, got 0"):
         PackedStream([], collate, buffer=0)
-    batch = PackingCollator(found.processor, max_tokens=60)(prepared(found))
+    batch = PackingCollator(found.processor, max_length=60)(prepared(found))
     with pytest.raises(ValueError, match="are for training: leave the cache out"):
         found(**batch, cache=object())
     mask = torch.ones_like(batch["input_ids"])

@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.hf.tiny import attach, encoder, language_model
 from tests.tiny import noise
-from uhd.hf import PackingCollator, UHDForConditionalGeneration
+from uhd import PackingCollator, UHDForConditionalGeneration
 
 pytestmark = [
     pytest.mark.trl,
@@ -325,10 +325,10 @@ def test_packed_samples_that_datasets_has_prepared(tmp_path):
         return model.processor(text=sample["text"], images=sample["image"])
 
     raw = [{"image": None, "text": "hello"}, {"image": LIGHT, "text": "<image>a"}, {"image": DARK, "text": "b<image>"}]
-    pack = PackingCollator(model.processor, max_tokens=256, prepare=prepare)
+    pack = PackingCollator(model.processor, max_length=256, prepare=prepare)
     want = pack(raw)
     samples = Dataset.from_list(raw).map(pack.columns, remove_columns=["image", "text"])
-    collate = PackingCollator(model.processor, max_tokens=256)
+    collate = PackingCollator(model.processor, max_length=256)
     got = collate(list(samples))
     assert all(torch.equal(got[name], want[name]) for name in want if name != "visual")
     assert torch.equal(got["visual"].pixel_values, want["visual"].pixel_values)

@@ -8,11 +8,9 @@ import torch
 import uhd
 from uhd import resampler
 from uhd.flop_counter import count_flops
-from uhd.resampler.windows import POOLS
 from uhd.slicing.flops import (
     RESAMPLERS,
     VITS,
-    WINDOW_POOLS,
     MergerShape,
     ResamplerShape,
     ViTShape,
@@ -72,10 +70,6 @@ def test_compression_inside_the_vit(kind, prefix):
     shape = ViTShape(mlp=24, prefix=prefix, **sizes)
     assert found == sum(vit_flops(h * w, shape, patch_size=2) for h, w in GRIDS)
     assert shape.output_hw((8, 12)) == (2, 3)
-
-
-def test_the_pools_are_those_of_the_resampler():
-    assert WINDOW_POOLS == POOLS
 
 
 def test_a_plan_with_each_compressor():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import uhd
 from tests.slicing.test_strategies import words
-from uhd.slicing import Box, Canvas, SlicePlan, flops, plan, view_box
+from uhd.slicing import PRESETS, Box, Canvas, SlicePlan, flops, metrics, plan, view_box
 from uhd.slicing.flops import LMShape, ResamplerShape, ViTShape, lm_flops, plan_flops, resampler_flops, vit_flops
 from uhd.slicing.metrics import (
     cliffs,
@@ -335,3 +335,19 @@ def test_a_plans_flops_are_its_parts():
 def test_unknown_models_are_named():
     with pytest.raises(ValueError, match="no model named 'clip-xl': did you mean 'clip-l'"):
         measure(uhd.plan((30, 40)), vit="clip-xl")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 3000), (811, 1501), (1999, 640), (5000, 4000)])
+def test_side_by_side_tiles_are_measured_as_any_views_are(size):
+    """Most plans are one canvas of equal tiles, which has formulas; the general way must give the same numbers."""
+    formulas = 0
+    for name in (*PRESETS, *STRATEGIES):
+        try:
+            found = plan(size, name)
+        except ValueError:
+            continue
+        short = metrics._regular(found, [metrics._tiled(canvas) for canvas in found.canvases])
+        if short is not None:
+            assert short == pytest.approx(metrics._general(found), rel=1e-6), name
+            formulas += 1
+    assert formulas > 60

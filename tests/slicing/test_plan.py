@@ -9,9 +9,22 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 import uhd
-from uhd.slicing import PRESETS, SlicePlan, SlicingConfig, candidates, grid_score, plan, plan_many
+from tests.tiny import refuses
+from uhd.pixels import image_size_hw
+from uhd.slicing import (
+    PRESETS,
+    SlicePlan,
+    SlicingConfig,
+    candidates,
+    find,
+    grid_score,
+    plan,
+    plan_from_grid,
+    plan_many,
+)
 from uhd.slicing.plan import MAX_SIDE
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
@@ -399,3 +412,52 @@ def test_the_longest_side_is_planned_and_one_more_is_not():
             with pytest.raises(ValueError, match=r"each must lie in 1\.\.1000000 px"):
                 call(size)
     assert MAX_SIDE == 1_000_000
+
+
+@given(size=sizes, preset=presets, first=st.booleans())
+def test_the_planners_own_grid_gives_its_own_plan(size, preset, first):
+    config = SlicingConfig.preset(preset, overview_first=first)
+    found = plan(size, config)
+    assert plan_from_grid(size, found.grid, config) == found
+
+
+def test_a_grid_of_ones_own():
+    found = plan_from_grid((900, 600), (4, 3), "minicpm-v")  # 12 slices, above the preset's cap of 9
+    assert (found.grid, found.num_views, [view.kind for view in found.views[:2]]) == (
+        (4, 3),
+        13,
+        ["overview", "slice"],
+    )
+    assert found.num_tokens == 13 * 64 + 5 - 1 + 2 * 12 + 4
+    assert found.canvases[1].size_hw == (4 * found.slice_hw[0], 3 * found.slice_hw[1])
+    assert plan_from_grid((900, 600), (1, 1)) == plan_from_grid((900, 600), None)
+    assert plan_from_grid((900, 600), (1, 1)).grid is None
+
+
+@pytest.mark.parametrize("grid", [(2,), (0, 3), (2.0, 3), (True, 2), 6, "23", (1, 2, 3)])
+def test_what_is_no_grid_is_refused(grid):
+    refuses(r"a grid is two whole numbers \(rows, columns\) from 1", plan_from_grid, (30, 50), grid)
+
+
+def test_a_grid_needs_the_adaptive_planner_and_its_bounds():
+    refuses(
+        "under a SlicingConfig or the name of one", plan_from_grid, (30, 50), (1, 2), find("clip"), error=TypeError
+    )
+    refuses("no slicing preset named 'clip'", plan_from_grid, (30, 50), (1, 2), "clip")
+    refuses("at most 65536 are planned", plan_from_grid, (3000, 5000), (300, 300))
+    tight = SlicingConfig(max_tokens=200)
+    refuses("costs 259 tokens under 'custom', max_tokens is 200", plan_from_grid, (30, 50), (3, 1), tight)
+
+
+@pytest.mark.parametrize(
+    "orientation, size_hw", [(None, (300, 700)), (1, (300, 700)), (3, (300, 700)), (6, (700, 300))]
+)
+def test_a_picture_is_planned_upright(orientation, size_hw, tmp_path):
+    image = Image.new("RGB", (700, 300))
+    if orientation is not None:
+        image.getexif()[0x0112] = orientation
+        image.save(tmp_path / "turned.jpg", exif=image.getexif())
+        with Image.open(tmp_path / "turned.jpg") as opened:
+            assert uhd.plan(opened, "llava-next") == uhd.plan(size_hw, "llava-next")
+        assert image_size_hw(tmp_path / "turned.jpg") == size_hw
+    assert uhd.plan(image, max_tokens=500).image_hw == size_hw

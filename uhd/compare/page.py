@@ -42,7 +42,7 @@ def html_page(comparisons: Sequence[Comparison]) -> str:
 
     options = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     page = jinja2.Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"), **options)
-    return page.render(sections=[_section(comparison, n) for n, comparison in enumerate(comparisons)], jpeg=_jpeg)
+    return page.render(sections=[_section(comparison, n) for n, comparison in enumerate(comparisons)], jpeg=jpeg)
 
 
 def write_page(path: str | Path, comparisons: Sequence[Comparison]) -> None:
@@ -125,7 +125,8 @@ def _pictures(entry: Entry, thumb: Image.Image) -> list[tuple[str, Image.Image]]
     return pictures
 
 
-def _jpeg(picture: Image.Image) -> str:
+def jpeg(picture: Image.Image, quality: int = 82) -> str:
+    """Return a picture as a data URI."""
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=82)
+    picture.save(buffer, "JPEG", quality=quality)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

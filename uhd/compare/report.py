@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
-from uhd.pixels import DEFAULT, PixelSettings, load_image
-from uhd.slicing import PRESETS, SlicePlan, SlicingLike, find, plan
+from uhd.slicing import SlicePlan, SlicingLike, find, plan
 from uhd.slicing.flops import LMS, RESAMPLERS, VITS, named
 from uhd.slicing.metrics import PlanMetrics, measure
 from uhd.slicing.plan import MAX_SIDE, check_size
-from uhd.slicing.strategies import STRATEGIES
+
+from .measuring import all_rules, front
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from uhd.pixels import PixelSettings
 
 Curve = list[tuple[float, float]]
 
@@ -46,15 +49,6 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types, without the pictures."""
         return {"input": self.name, "image_hw": list(self.image_hw), "strategies": [_record(e) for e in self.entries]}
-
-
-def all_rules() -> list[str]:
-    """List every rule by its full name, aliases left out.
-
-    >>> all_rules()[:3]
-    ['llava-uhd', 'llava-uhd-safe', 'llava-uhd-paper']
-    """
-    return [*PRESETS, *STRATEGIES]
 
 
 def compare(
@@ -135,26 +129,47 @@ def pareto(entries: Sequence[Entry]) -> set[str]:
     >>> pareto(compare((672, 1008), ["llava-uhd", "siglip"]).entries)
     {'llava-uhd'}
     """
-    points = [(e.metrics.tokens, e.metrics.resolution_kept, e.name) for e in entries if e.metrics]
-    best, front = -1.0, set()
-    for _, kept, name in sorted(points, key=lambda point: (point[0], -point[1])):
-        if round(kept, 9) > best:
-            best = round(kept, 9)
-            front.add(name)
-    return front
+    known = [e for e in entries if e.metrics]
+    return {known[place].name for place in front([(e.metrics.tokens, e.metrics.resolution_kept) for e in known])}
 
 
 _COLUMNS = ("strategy", "grid", "views", "tokens", "kept", "stretch", "padding", "seen", "seam", "patches", "TFLOPs")
 
 
-def table(comparison: Comparison) -> str:
-    """Lay the comparison out as text for a terminal; rules that refused the size come last, with their reason.
+def table(images: Comparison | Any, rules: Iterable[SlicingLike] | None = None, **system: Any) -> Any:
+    """One image's comparison as text for a terminal, or many images by many rules as records for a data frame.
+
+    Args:
+        images: A :class:`Comparison`; or paths (pictures, folders, lists, archives, ``"WIDTHxHEIGHT"``), (height,
+            width) pairs and Pillow images, as many as there are.
+        rules: As in :func:`compare`; with a comparison it has its own.
+        system: ``vit``, ``resampler`` and ``lm`` of :func:`uhd.slicing.metrics.measure`.
+
+    Returns:
+        Of a comparison, text: rules that refused the size come last, with their reason. Of images, a list of flat
+        dictionaries, one for each image and rule, as ``pandas.DataFrame`` takes them: input, height, width, strategy,
+        the names of :data:`uhd.compare.COLUMNS`, and ``error``, why a rule refuses the size, else ``None``.
+
+    Raises:
+        ValueError: An image that cannot be read, a size that is none, nothing at all, or an unknown rule.
+        TypeError: Something else in ``images``.
 
     >>> print("\\n".join(table(compare((672, 1008), ["llava-uhd", "siglip"])).splitlines()[:3]))
     1008x672: 1008x672 px (width x height)
     strategy     grid  views  tokens  kept  stretch  padding  seen  seam  patches  TFLOPs
     * llava-uhd   2x3      7     454  100%     1.00       0%  1.00   2.9     4007    14.3
+    >>> [(row["height"], row["strategy"], row["tokens"]) for row in table([(672, 1008)], ["llava-uhd", "siglip"])]
+    [(672, 'llava-uhd', 454), (672, 'siglip', 729)]
     """
+    if isinstance(images, Comparison):
+        return _text(images)
+    from .inputs import given_inputs
+    from .summary import records, summarize
+
+    return list(records(summarize(given_inputs(images), rules, **system)))
+
+
+def _text(comparison: Comparison) -> str:
     budget = any(e.metrics.budget_error is not None for e in comparison.planned)
     rows = [(*_COLUMNS, "budget") if budget else _COLUMNS]
     front = pareto(comparison.planned)
@@ -228,14 +243,17 @@ def _tokens(rule: Any, sizes_hw: Sequence[tuple[int, int]], xs: Sequence[float])
     return line
 
 
-def picture_of(item: Any, settings: PixelSettings = DEFAULT) -> tuple[Image.Image, tuple[int, int]]:
-    """Load an image upright and RGB, with its (height, width).
+def picture_of(item: Any, settings: PixelSettings | None = None) -> tuple[Image.Image, tuple[int, int]]:
+    """Load an image upright and RGB, with its (height, width); ``settings`` default to :class:`uhd.PixelSettings`'s.
 
+    >>> from PIL import Image
     >>> image, size_hw = picture_of(Image.new("L", (8, 4)))
     >>> image.mode, size_hw
     ('RGB', (4, 8))
     """
-    image = load_image(item, settings=settings)
+    from uhd.pixels import DEFAULT, load_image
+
+    image = load_image(item, settings=settings or DEFAULT)
     return image, (image.height, image.width)
 
 

@@ -26,6 +26,7 @@ def add(known: Any) -> None:
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the tokens on disk")
     command.add_argument("--columns", default="", metavar="A,B", help="columns of the source to keep in the index")
     command.add_argument("--limit", type=int, metavar="N", help="the first N images")
+    command.add_argument("--dedupe", action="store_true", help="encode files of equal bytes once; reads all twice")
     command.add_argument("--shard", type=_shard, default=(0, 1), metavar="i/n", help="the i-th, from 0, of n runs")
     command.add_argument("--engine", choices=("local", "ray"), default="local")
     command.add_argument("--processes", type=int, metavar="N", help="of the local engine (default: one a core or GPU)")
@@ -35,7 +36,7 @@ def add(known: Any) -> None:
     command.add_argument(
         "--on-error", choices=("record", "stop"), default="record", help="record images that are refused (default)"
     )
-    command.add_argument("--dry-run", action="store_true", help="read headers and say what it would cost")
+    command.add_argument("--dry-run", action="store_true", help="read headers and say what all of it would cost")
     command.set_defaults(run=_encode)
 
     command = known.add_parser("inspect", help="what a folder of tokens holds, and whether it is whole")
@@ -53,23 +54,23 @@ def _shard(text: str) -> tuple[int, int]:
 def _encode(args: argparse.Namespace) -> int:
     from uhd import commands, datasets
 
-    names = ("budget_patches", "actors", "cpus_per_task")
-    given = {name: value for name in names if (value := getattr(args, name)) is not None}
-    if args.engine == "local" and (wrong := [name for name in names[1:] if name in given]):
-        raise ValueError(f"--{wrong[0].replace('_', '-')} is of --engine ray")
-    if args.engine == "ray" and args.processes is not None:
-        raise ValueError("--processes is of the local engine: Ray has --actors")
-    given |= {"dtype": args.dtype, "limit": args.limit, "shard": args.shard, "device": args.device}
-    given["columns"] = [name.strip() for name in args.columns.split(",") if name.strip()]
+    own = {name: getattr(args, name) for name in ("dtype", "limit", "shard", "device")}
+    own["columns"] = [name.strip() for name in args.columns.split(",") if name.strip()]
+    if args.budget_patches is not None:
+        own["budget_patches"] = args.budget_patches
     if args.dry_run:
-        given = {name: value for name, value in given.items() if name not in names[1:]}
-        found = datasets.estimate(args.source, args.encoder, **given)
+        found = datasets.estimate(args.source, args.encoder, **own)
         print("\n".join(f"{name}: {_worded(value)}" for name, value in found.items()))
         return 0
-    own = {"engine": args.engine, "processes": args.processes, "on_error": args.on_error}
-    own["progress"] = partial(_bar, args, given["columns"])
+    for engine, names in (("local", ["processes"]), ("ray", ["actors", "cpus_per_task"])):
+        given = {name: value for name in names if (value := getattr(args, name)) is not None}
+        if given and engine != args.engine:
+            raise ValueError(f"--{next(iter(given)).replace('_', '-')} is of --engine {engine}")
+        own |= given
+    own |= {name: getattr(args, name) for name in ("engine", "on_error", "dedupe")}
+    own["progress"] = partial(_bar, args, own["columns"])
     try:
-        found = datasets.encode(args.source, args.output, args.encoder, **given, **own)
+        found = datasets.encode(args.source, args.output, args.encoder, **own)
     except commands.Stopped as stop:
         raise type(stop)(f"what is done is in {args.output}: the same command goes on") from None
     print(f"{found['images']:,} images + {found['errors']:,} errors = {found['inputs']:,} inputs", end=", ")
@@ -122,6 +123,8 @@ def _inspect(args: argparse.Namespace) -> int:
     size = next((f"{found['bytes'] / one:.1f} {name}" for name, one in _UNITS if found["bytes"] >= one), "0 kB")
     shape = f"{found['tokens']:,} tokens of width {found['width']}, {found['dtype']}"
     print(f"  {shape}, {size} in {found['units']:,} units" + ("" if found["complete"] else ", not finished"))
+    if found["copies"]:
+        print(f"  {found['copies']:,} of the images have the tokens of an equal file")
     for stage, number in found["stages"].items():
         print(f"  refused to {stage}: {number:,}")
     for problem in found["problems"][:20]:

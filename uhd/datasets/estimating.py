@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from torch.utils.flop_counter import FlopCounterMode
 
 from uhd.datasets.plan import Plan, Unit
-from uhd.datasets.running import BUDGET, check_device, check_form, job_of, saved, settled_on
+from uhd.datasets.running import BUDGET, check_form, job_of, saved, settled_on
 from uhd.datasets.sources import Item, listed, read
-from uhd.datasets.units import Encoder, Job, as_before, prepare
+from uhd.datasets.units import Encoder, as_before, prepare
 from uhd.encoded import num_rows
 from uhd.loading import collected
 from uhd.machine import NATIVE, use_products
@@ -40,19 +41,17 @@ def estimate(
         ``bytes`` of these, ``tflops``, ``images_a_second`` of one process, and ``hours`` of it.
     """
     check_form({"budget_patches": budget_patches, "dtype": dtype, "columns": columns, "limit": limit}, shard)
-    settled = settled_on(device)
-    check_device(settled["device"])
-    with saved(encoder) as folder:
-        job = job_of("", folder, budget_patches, dtype, stop=False, settled=settled)
-        return _estimated(source, Plan(None, listed(source, columns=columns), limit, shard), job)
+    with saved(encoder) as folder, as_before():
+        work = Encoder(job_of("", folder, budget_patches, dtype, stop=False, settled=settled_on(device)))
+        return _estimated(source, Plan(None, listed(source, columns=columns), limit, shard), work)
 
 
-def _estimated(source: Any, plan: Plan, job: Job) -> dict[str, Any]:
+def _estimated(source: Any, plan: Plan, work: Encoder) -> dict[str, Any]:
     found = dict.fromkeys(("inputs", "images", "errors", "views", "patches", "tokens"), 0)
     some: list[Unit] = []
 
     def cost(_: int, item: Item) -> tuple[int, int, int]:
-        source, how = item.place[0] if item.kind == "file" else read(item)[0], job.preparation
+        source, how = item.place[0] if item.kind == "file" else read(item)[0], work.job.preparation
         plan = how.slicing.plan(image_size_hw(source, settings=how.pixels))
         return plan.num_views, plan.num_patches, num_rows(plan)
 
@@ -67,9 +66,7 @@ def _estimated(source: Any, plan: Plan, job: Job) -> dict[str, Any]:
     if not found["inputs"]:
         raise ValueError(f"{source} holds no images")
     found["images"] = found["inputs"] - found["errors"]
-    with as_before():
-        work = Encoder(job)
-        images, patches, seconds, flops = _rate(work, some)
+    images, patches, seconds, flops = _rate(work, some)
     scale = found["patches"] / max(patches, 1)
     found |= {"bytes": found["tokens"] * work.width * work.dtype.itemsize, "tflops": flops * scale / 1e12}
     rate = images / seconds if images else 0.0
@@ -78,22 +75,19 @@ def _estimated(source: Any, plan: Plan, job: Job) -> dict[str, Any]:
 
 def _rate(work: Encoder, units: list[Unit]) -> tuple[int, int, float, float]:
     """Images and patches that were encoded, in how many seconds, and FLOPs as torch counts its own products."""
-    images, patches, flops, seconds, counted = 0, 0, 0, 0.0, 0
-    for unit in units:
-        start = time.perf_counter()
-        for part in prepare(unit, work.job):
-            if part.rows:
-                if not counted:
-                    use_products(NATIVE)  # the counter knows no others
-                    with FlopCounterMode(display=False) as counter:
-                        work.encode(part.batch)
-                    use_products(work.job.products)
-                    flops, counted, start = counter.get_total_flops(), len(part.batch.patches), time.perf_counter()
-                work.encode(part.batch)
-                images, patches = images + len(part.rows), patches + len(part.batch.patches)
-            if seconds + time.perf_counter() - start > SECONDS:
-                break
-        seconds += time.perf_counter() - start
-        if seconds > SECONDS:
+    begin = time.perf_counter()
+    parts = (part for unit in units for part in prepare(unit, work.job) if part.batch.plans)
+    if (first := next(parts, None)) is None:
+        return 0, 0, 0.0, 0.0
+    seconds, images, patches = time.perf_counter() - begin, 0, 0
+    use_products(NATIVE)  # the counter knows no others
+    with FlopCounterMode(display=False) as counter:
+        work.encode(first.batch)
+    use_products(work.job.products)
+    begin = time.perf_counter() - seconds
+    for part in chain([first], parts):
+        work.encode(part.batch)
+        images, patches = images + len(part.rows), patches + len(part.batch.patches)
+        if (seconds := time.perf_counter() - begin) > SECONDS:
             break
-    return images, patches, seconds, flops * patches / max(counted, 1)
+    return images, patches, seconds, counter.get_total_flops() * patches / len(first.batch.patches)

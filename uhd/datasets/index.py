@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -31,11 +31,12 @@ and Parquet (or JSON lines, where pyarrow was missing).
 * `unit-NNNNNNNN.safetensors`: the images of one unit. `tokens` (n, D): rows of all its images, in order; `offsets`
   (images + 1): where each begins; `index`: UTF-8 bytes of JSON, the unit's rows of `index` and `errors`. Its metadata,
   `uhd`, is JSON: the unit's number, a digest of its keys, counts, and the sha256 of the three tensors' bytes in that
-  order.
+  order. With `--dedupe` an image whose file came before has no tokens here, and null for `shard`, `start` and `stop`.
 * `index.parquet`: a row an image, in the order of the source. `key`; `sha256` of its file; `height` and `width`, px,
   upright; `grid_rows` and `grid_columns` of its slices, 0 where it is not cut; `num_views`; `num_patches`;
   `num_tokens`: positions in a language model's sequence, separators included; `num_visual_tokens` = stop - start;
-  `shard`, `start`, `stop`: the file, and rows of its `tokens`; columns of the source that were asked for, as text.
+  `shard`, `start`, `stop`: the file, and rows of its `tokens`, with `--dedupe` the same for all of one sha256;
+  columns of the source that were asked for, as text.
 * `errors.parquet`: `key`, `stage` (read, decode, plan) and `error` of every image that was refused. Images + errors =
   inputs.
 * `run.json`: the recipe (the encoder's description, sha256 of its weights, settings), what every worker computed with,
@@ -62,7 +63,7 @@ def read_run(out: Path) -> dict[str, Any]:
         raise ValueError(f"{out / RUN} has format {run.get('format')!r}, this version knows {FORMAT}: another folder")
     with damage_named(out / RUN):
         read_values(run, "a run's description", recipe=dict[str, Any], settled=dict[str, Any])
-        read_values(run["recipe"], "a run's recipe", encoder=dict[str, Any], columns=tuple[str, ...])
+        read_values(run["recipe"], "a run's recipe", encoder=dict[str, Any], columns=tuple[str, ...], dedupe=bool)
         read_values(run["settled"], "what a run settled", device=str, threads=int, products=dict[str, str])
     return run
 
@@ -93,7 +94,7 @@ def finish(out: Path, inputs: int, units: int) -> dict[str, Any]:
     if len(there) < units:
         return {**counts, "complete": False}
     run = read_run(out)
-    images, errors = (_write(out, name, rows_of(out, there, name, run["recipe"]["columns"])) for name in TABLES)
+    images, errors = (_write(out, name, there, run["recipe"]) for name in TABLES)
     if (images, errors, images + errors) != (counts["images"], counts["errors"], inputs):
         raise RuntimeError(f"{out}: {images} images + {errors} errors of {inputs} inputs: uhd inspect tells which")
     write_json(out / RUN, {**run, "counts": counts})
@@ -105,26 +106,44 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def rows_of(out: Path, units: Iterable[int], name: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The rows of units as a table has them: values of the source's columns as text, JSON where they were none."""
+def rows_of(out: Path, units: Sequence[int], name: str, recipe: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The rows of all units as a table has them: values of the source's columns as text, JSON where they were none.
+
+    Raises:
+        ValueError: A unit is damaged, or without the tokens of an image that no other unit has.
+    """
+    if name == ERRORS:
+        yield from (row for number in units for row in index_of(file_of(out, number))["errors"])
+        return
+    copied = {row["sha256"] for _, row in _images(out, units) if row["shard"] is None} if recipe["dedupe"] else set()
+    places: dict[str, dict[str, Any]] = {}
+    for number, row in _images(out, units):
+        if row["shard"] is None and row["sha256"] not in places:
+            raise ValueError(
+                f"no unit has the file of {row['key']!r} any more, which an earlier one had, the source has changed: "
+                f"remove {file_of(out, number).name}, and the same command makes it again"
+            )
+        if row["sha256"] in copied:  # the first comes first
+            row |= places.setdefault(row["sha256"], {name: row[name] for name in ("shard", "start", "stop")})
+        yield {column: row[column] for column in COLUMNS} | {name: _text(row.get(name)) for name in recipe["columns"]}
+
+
+def _images(out: Path, units: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
     for number in units:
-        for row in index_of(file_of(out, number))["images" if name == INDEX else name]:
-            if name == INDEX:
-                own = {column: row.get(column) for column in columns}
-                row = {column: row[column] for column in COLUMNS}
-                row |= {
-                    column: value if value is None or isinstance(value, str) else json.dumps(value, default=str)
-                    for column, value in own.items()
-                }
-            yield row
+        for row in index_of(file_of(out, number))["images"]:
+            yield number, row
 
 
-def _write(out: Path, name: str, rows: Iterator[dict[str, Any]]) -> int:
+def _text(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _write(out: Path, name: str, units: Sequence[int], recipe: dict[str, Any]) -> int:
     """Write a table, in blocks; how many rows it has."""
-    pyarrow, number = _pyarrow(), 0
-    suffix, other = (".parquet", ".jsonl") if pyarrow else (".jsonl", ".parquet")
-    table = _parquet_of if pyarrow else _lines_of
-    with new_file((out / name).with_suffix(suffix)) as new, table(new, TABLES[name]) as write:
+    rows, number = rows_of(out, units, name, recipe), 0
+    suffix, other, table = (".parquet", ".jsonl", _parquet_of) if _pyarrow() else (".jsonl", ".parquet", _lines_of)
+    columns = [*TABLES[name], *(recipe["columns"] if name == INDEX else ())]
+    with new_file((out / name).with_suffix(suffix)) as new, table(new, columns) as write:
         while some := list(islice(rows, _ROWS)):
             write(some)
             number += len(some)
@@ -150,20 +169,10 @@ def _lines_of(path: Path, _: Sequence[str]) -> Iterator[Write]:
 @contextmanager
 def _parquet_of(path: Path, columns: Sequence[str]) -> Iterator[Write]:
     pyarrow = _pyarrow()
-    kinds = {column: pyarrow.string() if column in TEXTS else pyarrow.int64() for column in columns}
-    writer = None
-
-    def write(rows: list[dict[str, Any]]) -> None:
-        nonlocal writer
-        schema = pyarrow.schema({**dict.fromkeys(rows[0] if rows else (), pyarrow.string()), **kinds}.items())
-        schema = pyarrow.schema([schema.field(name) for name in (rows[0] if rows else columns)])
-        writer = writer or pyarrow.parquet.ParquetWriter(path, schema)
-        writer.write_table(pyarrow.Table.from_pylist(rows, schema))
-
-    yield write
-    if writer is None:
-        write([])
-    writer.close()
+    whole = {*COLUMNS} - {*TEXTS}
+    schema = pyarrow.schema([(name, pyarrow.int64() if name in whole else pyarrow.string()) for name in columns])
+    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+        yield lambda rows: writer.write_table(pyarrow.Table.from_pylist(rows, schema))
 
 
 def read_rows(out: Path, name: str) -> Iterator[dict[str, Any]]:

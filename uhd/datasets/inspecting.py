@@ -21,9 +21,10 @@ def inspect(out: str | os.PathLike) -> dict[str, Any]:
     """Look through a folder that ``uhd encode-dataset`` wrote, reading every byte of it.
 
     Returns:
-        ``units``, ``inputs``, ``images``, ``errors``, ``tokens``, ``bytes``, ``dtype`` and ``width`` of its files,
-        ``stages``: how many images were refused where; ``complete``; and ``problems``: a sentence for whatever is
-        missing, damaged or contradicts something else, with what to do.
+        ``units``, ``inputs``, ``images``, ``copies``: how many of these have the tokens of an equal file; ``errors``,
+        ``tokens``, ``bytes``, ``dtype`` and ``width`` of its files; ``stages``: how many images were refused where;
+        ``complete``; and ``problems``: a sentence for whatever is missing, damaged or, once all units are whole,
+        contradicts them, with what to do.
 
     Raises:
         ValueError: It is no such folder.
@@ -31,9 +32,12 @@ def inspect(out: str | os.PathLike) -> dict[str, Any]:
     out = Path(out)
     run = index.read_run(out)
     numbers = index.units_in(out)
-    found: dict[str, Any] = {"units": len(numbers), **dict.fromkeys(("inputs", "images", "errors", "tokens"), 0)}
+    found: dict[str, Any] = {
+        "units": len(numbers),
+        **dict.fromkeys(("inputs", "images", "copies", "errors", "tokens"), 0),
+    }
     found |= {"bytes": 0, "dtype": "", "width": 0, "stages": {}, "complete": "counts" in run}
-    counts, problems, whole = run.get("counts") or {}, [], []
+    counts, problems = run.get("counts") or {}, []
     units = counts.get("units", max(numbers, default=-1) + 1)
     if not counts:
         problems.append("the run has not ended: the same command goes on")
@@ -42,12 +46,10 @@ def inspect(out: str | os.PathLike) -> dict[str, Any]:
         problem = _looked(path, number, found) if path.exists() else f"{path.name} is missing"
         if problem:
             problems.append(f"{problem}: remove what is left of it, and the same command makes it again")
-        else:
-            whole.append(number)
-    if counts:
-        problems += _compared(out, whole, run["recipe"]["columns"], found)
+    if counts and not problems:
+        problems += _compared(out, numbers, run["recipe"])
         told = {name: found[name] for name in ("units", "inputs", "images", "errors", "tokens")}
-        if len(whole) == units and told != counts:
+        if told != counts:
             problems.append(f"{index.RUN} counts {counts}, the files hold {told}: the same command counts again")
     return {**found, "problems": problems}
 
@@ -68,26 +70,24 @@ def _looked(path: Path, number: int, found: dict[str, Any]) -> str:
     found |= {"dtype": str(tokens.dtype).removeprefix("torch."), "width": tokens.shape[1] or found["width"]}
     found["bytes"] += path.stat().st_size
     found["stages"] = dict(Counter(found["stages"]) + stages)
-    for name, more in (("inputs", header["inputs"]), ("images", len(told["images"])), ("tokens", len(tokens))):
-        found[name] += more
+    found["images"] += len(told["images"])
+    found["copies"] += sum(row["shard"] is None for row in told["images"])
+    found["inputs"] += header["inputs"]
+    found["tokens"] += len(tokens)
     found["errors"] = found["inputs"] - found["images"]
     return ""
 
 
-def _compared(out: Path, units: list[int], columns: list[str], found: dict[str, Any]) -> Iterator[str]:
-    """Where the tables are not what the units say; images of missing units are told already."""
-    names = {file_of(out, number).name for number in units}
+def _compared(out: Path, units: list[int], recipe: dict[str, Any]) -> Iterator[str]:
+    """Where the tables are not what the units say."""
     for name in index.TABLES:
         try:
-            rows = index.read_rows(out, name)
-            if name == index.INDEX:
-                rows = (row for row in rows if row["shard"] in names)
-            pairs = zip_longest(rows, index.rows_of(out, units, name, columns))
+            pairs = zip_longest(index.read_rows(out, name), index.rows_of(out, units, name, recipe))
             other = [number for number, (one, two) in enumerate(pairs) if one != two]
         except (*DAMAGE, OSError) as problem:
             yield f"{name}: {problem}: the same command writes it again"
             continue
-        if other and (name == index.INDEX or len(units) == found["units"]):
+        if other:
             yield (
                 f"{index.table_of(out, name).name}: {len(other)} rows, the first number {other[0]}, are not what the "
                 "units say: the same command writes it again"

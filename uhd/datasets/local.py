@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,11 +26,7 @@ Done = tuple[int, dict[str, int]]
 
 
 def here(job: Job, units: Iterable[Unit]) -> Iterator[Done]:
-    """Encode units one after the other in this process, while a thread prepares what comes next.
-
-    Raises:
-        ValueError, OSError: As of :func:`uhd.datasets.units.prepare` and of writing.
-    """
+    """Encode units one after the other in this process, while a thread prepares what comes next."""
 
     def work() -> Iterator[Unit | Part | None]:
         for unit in units:
@@ -55,13 +52,8 @@ def _ahead(stream: Iterator[Any]) -> Iterator[Any]:
         pool.shutdown(wait=False)  # a worker's waits for the next unit
 
 
-def in_processes(job: Job, units: Iterable[Unit], processes: int) -> Iterator[Done]:
-    """Encode units in so many processes; one that dies is replaced, and its units are done by another.
-
-    Raises:
-        ValueError, OSError: As of :func:`here`.
-        RuntimeError: A unit's process died again and again.
-    """
+def _in_processes(job: Job, units: Iterable[Unit], processes: int) -> Iterator[Done]:
+    """Encode units in so many processes; one that dies is replaced, and its units are done by another."""
     stream, again, tries = iter(units), [], {}
     workers: dict[Connection, tuple[Any, dict[int, Unit], str]] = {}
     gpus = torch.cuda.device_count() if job.device == "cuda" else 0
@@ -106,7 +98,10 @@ def in_processes(job: Job, units: Iterable[Unit], processes: int) -> Iterator[Do
 
 
 def _start(workers: dict[Connection, Any], job: Job, device: str) -> None:
-    context = multiprocessing.get_context("spawn")  # a copy of this process would have torch's threads in no state
+    ways = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in ways else "spawn")
+    if "forkserver" in ways:  # workers are copies of a process that has imported torch, and done nothing with it
+        context.set_forkserver_preload([__name__])
     ours, theirs = context.Pipe()
     process = context.Process(target=_worker, args=(job, device, theirs), daemon=True)
     process.start()
@@ -131,6 +126,21 @@ def _worker(job: Job, device: str, line: Connection) -> None:
             line.send((-1, problem))
 
 
-def run(job: Job, units: Iterable[Unit], processes: int) -> Iterator[Done]:
-    """Encode units in ``processes``, 0: in this one; errors as of :func:`in_processes`."""
-    return in_processes(job, units, processes) if processes else here(job, units)
+def run(job: Job, units: Iterable[Unit], *, processes: int | None = None) -> Iterator[Done]:
+    """Encode units on this machine.
+
+    Args:
+        job, units: What, and how.
+        processes: 0: in this process alone. ``None``: as many as there are CPU cores, or GPUs.
+
+    Raises:
+        ValueError, OSError: As of :func:`uhd.datasets.units.prepare` and of writing.
+        RuntimeError: A unit's process died again and again.
+    """
+    if processes is None and job.device == "cuda":
+        processes = torch.cuda.device_count()
+    elif processes is None:
+        processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    elif processes < 0:
+        raise ValueError(f"processes are at least 0, got {processes}")
+    return _in_processes(job, units, processes) if processes else here(job, units)

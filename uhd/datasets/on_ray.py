@@ -7,6 +7,7 @@ encoder's folder and ``out`` under the same paths.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -22,7 +23,7 @@ _RETRIES = 5
 """Of a task or an actor whose process dies."""
 
 _AHEAD = 2
-"""Units that are prepared, or being prepared, for every actor beside the one that it encodes."""
+"""Units that wait for every actor, prepared, beside the one that it encodes and those that the cores prepare."""
 
 
 def run(job: Job, units: Iterable[Unit], *, actors: int | None = None, cpus_per_task: float = 1.0) -> Iterator[Done]:
@@ -56,16 +57,21 @@ def run(job: Job, units: Iterable[Unit], *, actors: int | None = None, cpus_per_
 
 
 def _mapped(ray: Any, job: Job, units: Iterable[Unit], actors: int | None, cpus: float) -> Iterator[Done]:
+    cores = ray.cluster_resources().get("CPU", 0)
     gpus = ray.cluster_resources().get("GPU", 0) if job.device == "cuda" else 0
-    actors = actors or int(gpus) or max(1, int(ray.cluster_resources()["CPU"]) // 2)
-    how = {"max_restarts": _RETRIES, "max_task_retries": _RETRIES, "num_cpus": 0 if gpus else 1}
+    actors = actors or int(gpus) or max(1, int(cores) // 2)
+    if not 0 < cpus <= cores:
+        raise ValueError(f"cpus_per_task is more than 0 and at most the cluster's {cores:g} cores, got {cpus:g}")
+    own = 0 if gpus or cores - actors < cpus else 1  # tasks that no core is left for would wait for ever
+    most = _AHEAD + math.ceil((cores - own * actors) / cpus / actors)
+    how = {"max_restarts": _RETRIES, "max_task_retries": _RETRIES, "num_cpus": own}
     hold = ray.remote(_Actor).options(**how, num_gpus=min(1, gpus / actors))
     task = ray.remote(_prepared).options(num_cpus=cpus, max_retries=_RETRIES)
     holders, stream = [hold.remote(job) for _ in range(actors)], iter(units)
     waiting: dict[Any, tuple[int, int]] = {}
     load = [0] * actors
     while True:
-        while min(load) <= _AHEAD and (unit := next(stream, None)) is not None:
+        while min(load) < most and (unit := next(stream, None)) is not None:
             least = load.index(min(load))
             # the parts go from the task to the actor, not by way of here
             done = holders[least].encode.remote(unit, task.remote(unit, job))

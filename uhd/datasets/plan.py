@@ -6,13 +6,16 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from itertools import count, islice
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import safe_open
 
-from uhd.datasets.sources import Item, units
+from uhd.datasets import sources
+from uhd.datasets.sources import Item, read
 from uhd.files import DAMAGE, damage_named
 
 FORMAT = 1
@@ -20,10 +23,17 @@ FORMAT = 1
 
 
 class Unit(NamedTuple):
-    """Neighbouring images of a source, and their number among units."""
+    """Neighbouring images of a source.
+
+    Attributes:
+        number: Among units.
+        items: The images.
+        known: sha256 of those of their files that units before it hold, too; ``None``: equal files are as others.
+    """
 
     number: int
     items: list[Item]
+    known: frozenset[str] | None = None
 
     @property
     def keys(self) -> str:
@@ -39,27 +49,48 @@ def file_of(out: str | os.PathLike, number: int) -> Path:
 class Plan:
     """The units of a source that are this run's, and not done; iterated once, it knows how many there are in all.
 
-    Nothing is done where there is no ``out``.
+    Nothing is done where there is no ``out``. With ``dedupe`` every file is read, of all shards, but for those of
+    units that are done, and a hash of each is kept: 120 bytes an image.
     """
 
-    def __init__(self, out: Path | None, items: Iterator[Item], limit: int | None, shard: tuple[int, int]) -> None:
-        self.out, self.items, self.shard = out, islice(items, limit), shard
+    def __init__(
+        self, out: Path | None, items: Iterator[Item], limit: int | None, shard: tuple[int, int], dedupe: bool = False
+    ) -> None:
+        self.out, self.items, self.shard, self.dedupe = out, islice(items, limit), shard, dedupe
         self.inputs = self.units = 0
 
     def __iter__(self) -> Iterator[Unit]:
-        for number, items in zip(count(), units(self.items)):
-            self.inputs, self.units = self.inputs + len(items), number + 1
-            unit = Unit(number, items)
-            if number % self.shard[1] != self.shard[0]:
+        seen: set[bytes] = set()
+        while items := list(islice(self.items, sources.UNIT)):
+            unit, mine = Unit(self.units, items), self.units % self.shard[1] == self.shard[0]
+            self.inputs, self.units = self.inputs + len(items), self.units + 1
+            if not (mine or self.dedupe):
                 continue
-            header = self.out and header_of(path := file_of(self.out, number))
-            if header is None:  # missing, or damaged
-                yield unit
-            elif (header["unit"], header["keys"]) != (number, unit.keys):
+            path = self.out and file_of(self.out, unit.number)
+            header = path and header_of(path)  # None: missing, or damaged
+            if header and (header["unit"], header["keys"]) != (unit.number, unit.keys):
                 raise ValueError(
                     f"{path} is of other images than the source has there now, from {items[0].key!r} on: the source "
                     "has changed since; encode it into another folder"
                 )
+            if self.dedupe:
+                files = {bytes.fromhex(row["sha256"]) for row in index_of(path)["images"]} if header else _files(items)
+                unit = unit._replace(known=frozenset(map(bytes.hex, files & seen)))
+                seen |= files
+            if mine and header is None:
+                yield unit
+
+
+def _files(items: list[Item]) -> set[bytes]:
+    """sha256 of the files of images, but for those that cannot be read."""
+
+    def one(item: Item) -> bytes | None:
+        with suppress(*DAMAGE, OSError):
+            return hashlib.sha256(read(item)[0]).digest()
+        return None
+
+    with ThreadPoolExecutor(4) as pool:
+        return set(pool.map(one, items)) - {None}
 
 
 def header_of(path: Path) -> dict[str, Any] | None:

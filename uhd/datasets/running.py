@@ -15,7 +15,8 @@ import torch
 
 import uhd
 from uhd import machine
-from uhd.datasets import index, local, sources
+from uhd.datasets import index, local, on_ray, sources
+from uhd.datasets.local import Done
 from uhd.datasets.plan import FORMAT, Plan
 from uhd.datasets.sources import listed
 from uhd.datasets.units import Job
@@ -37,7 +38,7 @@ BUDGET = 16_384
 """Patches that are encoded at once: some 30 views of 336 px."""
 
 DTYPES = ("float32", "bfloat16", "float16")
-ENGINES = ("local", "ray")
+ENGINES = {"local": local.run, "ray": on_ray.run}
 
 
 def encode(
@@ -49,13 +50,13 @@ def encode(
     dtype: str | None = None,
     columns: Sequence[str] = (),
     limit: int | None = None,
+    dedupe: bool = False,
     shard: tuple[int, int] = (0, 1),
     engine: str = "local",
-    processes: int | None = None,
     on_error: str = "record",
     device: str | None = None,
-    progress: Callable[[Iterator[tuple[int, dict[str, int]]]], Iterator[Any]] | None = None,
-    **ray: Any,
+    progress: Callable[[Iterator[Done]], Iterator[Any]] = iter,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Encode every image of a source into a folder, or the rest of it where an earlier call was ended.
 
@@ -68,9 +69,10 @@ def encode(
         budget_patches: Most patches that are encoded at once, unless an image alone has more.
         dtype: Of the tokens, one of :data:`DTYPES`; ``None``: the encoder's own.
         columns, limit: What of the source is kept in the index; how many of its images, from the first, are encoded.
+        dedupe: Encode files of equal bytes once. Every file is read twice, see :class:`uhd.datasets.plan.Plan`.
         shard: (i, n): the i-th, from 0, of n runs that together do all of it, at once or one after the other.
-        engine: ``"local"``, or ``"ray"`` with its settings (see :func:`uhd.datasets.on_ray.run`) as further keywords.
-        processes: Of the local engine; 0: this one alone. ``None``: as many as there are CPU cores, or GPUs.
+        engine, settings: ``"local"`` or ``"ray"``, and keywords of :func:`uhd.datasets.local.run` (``processes``) or
+            of :func:`uhd.datasets.on_ray.run`.
         on_error: ``"record"`` images that are refused, or ``"stop"`` at the first.
         device: ``"cpu"`` or ``"cuda"``; ``None``: a GPU where there is one.
         progress: Wraps what comes while units are done: (number, counts).
@@ -85,32 +87,19 @@ def encode(
         OSError: ``out`` cannot be written. What was done is kept, and the same call goes on.
     """
     out, columns = Path(out), list(dict.fromkeys(columns))
-    form = {"dtype": dtype, "budget_patches": budget_patches, "columns": columns, "limit": limit}
+    form = {"dtype": dtype, "budget_patches": budget_patches, "columns": columns, "limit": limit, "dedupe": dedupe}
     check_form(form, shard)
-    _check_run(out, engine, processes, on_error, ray)
-    with saved(encoder) as folder:
-        if next(iter(listed(source, columns=columns, skip=out)), None) is None:
-            raise ValueError(f"{source} holds no images")
-        out.mkdir(parents=True, exist_ok=True)
-        busy = f"another run is writing to {out}: wait for its end, or end it"
-        with _alone(out / ".lock-{}-{}".format(*shard), busy):
-            with _alone(out / ".lock-run"):  # shards that begin at once settle one thing
-                settled = _settle(out, _recipe(folder, form), device)
-            if engine == "local":
-                check_device(settled["device"])
-            job = job_of(out, folder, budget_patches, dtype, stop=on_error == "stop", settled=settled)
-            plan = Plan(out, listed(source, columns=columns, skip=out), limit, shard)
-            running = _engine(engine, ray)(job, iter(plan), processes)
-            done = sum(1 for _ in (progress(running) if progress else running))
-            return {**index.finish(out, plan.inputs, plan.units), "done": done}
-
-
-def _engine(name: str, settings: dict[str, Any]) -> Callable[..., Iterator[tuple[int, dict[str, int]]]]:
-    if name == "local":
-        return lambda job, plan, processes: local.run(job, plan, _processes(processes, job))
-    from uhd.datasets import on_ray
-
-    return lambda job, plan, processes: on_ray.run(job, plan, **settings)
+    check_choice("engine", engine, ENGINES)
+    check_choice("on_error", on_error, ("record", "stop"))
+    if next(iter(listed(source, columns=columns, skip=out)), None) is None:
+        raise ValueError(f"{source} holds no images")
+    with saved(encoder) as folder, _alone(out, shard):
+        with _locked(out / ".lock-run"):  # shards that begin at once settle one thing
+            settled = _settle(out, _recipe(folder, form), device)
+        job = job_of(out, folder, budget_patches, dtype, stop=on_error == "stop", settled=settled)
+        plan = Plan(out, listed(source, columns=columns, skip=out), limit, shard, dedupe)
+        done = sum(1 for _ in progress(ENGINES[engine](job, iter(plan), **settings)))
+        return {**index.finish(out, plan.inputs, plan.units), "done": done}
 
 
 def check_form(form: dict[str, Any], shard: tuple[int, int]) -> None:
@@ -124,17 +113,6 @@ def check_form(form: dict[str, Any], shard: tuple[int, int]) -> None:
         check_choice("dtype", form["dtype"], DTYPES)
     if taken := set(form["columns"]) & set(index.COLUMNS):
         raise ValueError(f"{', '.join(sorted(taken))}: the index itself has columns of these names")
-
-
-def _check_run(out: Path, engine: str, processes: int | None, on_error: str, ray: dict[str, Any]) -> None:
-    check_choice("engine", engine, ENGINES)
-    check_choice("on_error", on_error, ("record", "stop"))
-    if engine == "local" and ray:
-        raise TypeError(f"engine='local' has no setting {', '.join(ray)}")
-    if processes is not None and processes < 0:
-        raise ValueError(f"processes are at least 0, got {processes}")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file, expected a folder for the tokens")
 
 
 def _recipe(folder: Path, form: dict[str, Any]) -> dict[str, Any]:
@@ -163,7 +141,18 @@ def saved(encoder: Any) -> Iterator[Path]:
 
 
 @contextmanager
-def _alone(path: Path, refused: str = "") -> Iterator[None]:
+def _alone(out: Path, shard: tuple[int, int]) -> Iterator[None]:
+    """A folder that no other run of this shard writes to meanwhile."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file, expected a folder for the tokens")
+    out.mkdir(parents=True, exist_ok=True)
+    busy = f"another run is writing to {out}: wait for its end, or end it"
+    with _locked(out / ".lock-{}-{}".format(*shard), busy):
+        yield
+
+
+@contextmanager
+def _locked(path: Path, refused: str = "") -> Iterator[None]:
     """Hold a lock; while another process does, it is ``refused``, or waited for."""
     with open(path, "w") as file:
         try:
@@ -213,12 +202,6 @@ def settled_on(device: str | None) -> dict[str, Any]:
         torch.set_num_threads(before)
 
 
-def check_device(device: str) -> None:
-    """Raise a ``ValueError`` where this machine lacks it: one that only hands out work to others may."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device='cuda': torch finds no GPU here")
-
-
 def _shown(old: dict[str, Any], new: dict[str, Any], name: str) -> str:
     """How one entry of two recipes differs, without what they share."""
     one, two = old.get(name), new.get(name)
@@ -234,11 +217,3 @@ def _digest(path: Path) -> str:
         while some := file.read(1 << 22):
             found.update(some)
     return found.hexdigest()
-
-
-def _processes(processes: int | None, job: Job) -> int:
-    if processes is not None:
-        return processes
-    if job.device == "cuda":
-        return torch.cuda.device_count()
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 _NAMES = """apng avif avifs bmp dib gif heic heif ico j2k jfif jp2 jpe jpeg jpf jpg jpx jxl pbm pcx pgm png pnm ppm
 psd qoi tga tif tiff webp"""
 SUFFIXES = frozenset(f".{name}" for name in _NAMES.split())
 """Every file with one of these is an image, damaged or not."""
+
+_COMPRESSED = re.compile(r".*\.(tgz|tbz2?|txz|tzst|tar\.\w+|zip)", re.IGNORECASE)
+_UNPACK = "this archive is compressed, so no image of it can be read alone: unpack it, or write it as a plain .tar"
 
 UNIT = 64
 """Images of a unit."""
@@ -60,16 +65,12 @@ def listed(source: str | os.PathLike, *, columns: Sequence[str] = (), skip: Path
         if source.exists():
             raise ValueError(f"{source} is a pipe or a device, a source is read more than once: write it to a file")
         raise ValueError(f"there is no {source}: give a folder, a list of files, a .tar or a .parquet file")
+    elif _COMPRESSED.fullmatch(source.name):
+        raise ValueError(f"{source}: {_UNPACK}")
     elif source.suffix.lower() in _ARCHIVES:
-        yield from _ARCHIVES[source.suffix.lower()](source, source.name, tuple(columns), True)
+        yield from _archive(source, source.name, tuple(columns), True)
     else:
         yield from _lines(source, tuple(columns))
-
-
-def units(items: Iterator[Item]) -> Iterator[list[Item]]:
-    """Neighbouring images, :data:`UNIT` of them each but for the last."""
-    while some := list(islice(items, UNIT)):
-        yield some
 
 
 def read(item: Item) -> tuple[bytes, dict[str, Any]]:
@@ -86,7 +87,9 @@ def read(item: Item) -> tuple[bytes, dict[str, Any]]:
             found = {name: _window(file, offset, size) for name, offset, size in parts}
         return found.pop(""), {name: text.decode("utf-8", "backslashreplace") for name, text in found.items()}
     path, group, row, names = item.place
-    values = [column[row].as_py() for column in _rows(path, group, names)]
+    with _LOADING:  # threads that come at once would each load a group
+        columns = _rows(path, group, names)
+    values = [column[row].as_py() for column in columns]
     content = values[0]
     if isinstance(content, dict):
         content, path = content.get("bytes"), content.get("path")
@@ -127,10 +130,20 @@ def _folder(
         suffix = os.path.splitext(name)[1].lower()
         if os.path.isdir(path):
             yield from _folder(Path(path), key + "/", columns, skip, (*above, here))
-        elif suffix in _ARCHIVES and os.path.isfile(path):
-            yield from _ARCHIVES[suffix](Path(path), key, columns, False)
-        elif suffix in SUFFIXES or suffix in _ARCHIVES:
+        elif suffix in SUFFIXES:
             yield Item(key, "file", (path,))
+        elif suffix in _ARCHIVES or _COMPRESSED.fullmatch(name):
+            yield from _archive(Path(path), key, columns, False)
+
+
+def _archive(path: Path, key: str, columns: tuple[str, ...], asked: bool) -> Iterator[Item]:
+    """The images in an archive; anything else is one itself."""
+    if _COMPRESSED.fullmatch(path.name):
+        yield Item(key, "error", (_UNPACK,))
+    elif path.suffix.lower() in _ARCHIVES and path.is_file():
+        yield from _ARCHIVES[path.suffix.lower()](path, key, columns, asked)
+    else:
+        yield Item(key, "file", (str(path),))
 
 
 def _text(name: str) -> str:
@@ -145,11 +158,8 @@ def _lines(source: Path, columns: tuple[str, ...]) -> Iterator[Item]:
                 name = line.rstrip("\r\n")
                 if "\0" in name:
                     raise ValueError("it holds bytes of 0")
-                path = source.parent / name
-                if path.suffix.lower() in _ARCHIVES and path.is_file():
-                    yield from _ARCHIVES[path.suffix.lower()](path, name, columns, True)
-                elif name.strip():
-                    yield Item(name, "file", (str(path),))
+                if name.strip():
+                    yield from _archive(source.parent / name, name, columns, True)
         except ValueError as problem:
             raise ValueError(
                 f"{source} is no source of images ({problem}): expected a folder, a .tar or .parquet file, or a list "
@@ -192,33 +202,26 @@ def _stem(name: str) -> str:
     return f"{folder}/{base.partition('.')[0]}".lstrip("/") if folder else base.partition(".")[0]
 
 
-def _parquet(path: Path, key: str, columns: tuple[str, ...], asked: bool) -> Iterator[Item]:
-    """Rows in their order. In a folder, a table that has no images is none of its images; ``asked``: it is refused."""
-    pyarrow = pyarrow_for(path)
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = _columns(path, file.schema_arrow, columns, asked)
-            sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-    except (pyarrow.ArrowException, OSError) as problem:
-        yield Item(key, "error", (f"this Parquet file is damaged: {problem}",))
-        return
-    row = 0
-    for group, size in enumerate(sizes) if names else ():
-        for place in range(size):
-            yield Item(f"{key}#{row}", "rows", (str(path), group, place, names))
-            row += 1
-
-
 def _table(path: Path, key: str, columns: tuple[str, ...], asked: bool) -> Iterator[Item]:
+    """Rows of Parquet, or of Arrow, in their order.
+
+    In a folder, a table that has no images is none of its images; ``asked``: it is refused.
+    """
     pyarrow = pyarrow_for(path)
     try:
-        table = _arrow(str(path))
-        names = _columns(path, table.schema, columns, asked)
+        if path.suffix.lower() == ".parquet":
+            with pyarrow.parquet.ParquetFile(path) as file:
+                schema, groups = file.schema_arrow, range(file.num_row_groups)
+                sizes = [(group, file.metadata.row_group(group).num_rows) for group in groups]
+        else:
+            schema, sizes = _arrow(str(path)).schema, [(None, len(_arrow(str(path))))]
+        names = _columns(path, schema, columns, asked)
     except (pyarrow.ArrowException, OSError) as problem:
-        yield Item(key, "error", (f"this Arrow file is damaged: {problem}",))
+        yield Item(key, "error", (f"this {path.suffix} file is damaged: {problem}",))
         return
-    for row in range(len(table)):
-        yield Item(f"{key}#{row}", "rows", (str(path), None, row, names))
+    places = ((group, row) for group, size in sizes for row in range(size)) if names else ()
+    for number, place in enumerate(places):
+        yield Item(f"{key}#{number}", "rows", (str(path), *place, names))
 
 
 def pyarrow_for(path: Any) -> Any:
@@ -230,7 +233,7 @@ def pyarrow_for(path: Any) -> Any:
     return pyarrow
 
 
-_ARCHIVES = {".tar": _tar, ".parquet": _parquet}
+_ARCHIVES = {".tar": _tar, ".parquet": _table}
 
 
 def _saved(folder: Path) -> list[str] | None:
@@ -265,13 +268,17 @@ def _columns(path: Path, schema: Any, columns: tuple[str, ...], asked: bool) -> 
     return (named[0], *(name for name in columns if name != named[0]))
 
 
+_LOADING = Lock()
+
+
 @lru_cache(maxsize=2)
 def _rows(path: str, group: int | None, names: tuple[str, ...]) -> list[Any]:
-    """Columns of a file, or of one group of its rows."""
+    """Columns of an Arrow file, or of one group of Parquet's rows."""
     if group is None:
-        return [_arrow(path)[name] for name in names]
-    with pyarrow_for(path).parquet.ParquetFile(path) as file:
-        table = file.read_row_group(group, columns=list(names))
+        table = _arrow(path)
+    else:
+        with pyarrow_for(path).parquet.ParquetFile(path) as file:
+            table = file.read_row_group(group, columns=list(names))
     return [table[name] for name in names]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from operator import index as whole
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from uhd.datasets.index import RUN, read_columns, read_rows, read_run
@@ -22,7 +21,6 @@ from uhd.schema.counted import layout_of, slicing_from_dict
 
 _COLUMNS = ("key", "height", "width", "shard", "start", "stop")
 _OPEN = 64  # files that are kept mapped
-_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "F64": np.float64}
 
 
 class Tokens:
@@ -47,7 +45,7 @@ class Tokens:
             self.slicing = slicing_from_dict(self.description.slicing)
             self.schema = SpatialSchema.from_dict(self.description.schema)
         self._columns = read_columns(self.out, _COLUMNS)
-        self._maps: dict[str, np.ndarray] = {}
+        self._files: dict[str, Any] = {}
         self._by_key: tuple[np.ndarray, np.ndarray] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -126,27 +124,14 @@ class Tokens:
         return [number for number in some.tolist() if self.key(number) == key]
 
     def _rows(self, shard: str, start: int, stop: int) -> Tensor:
-        mapped = self._maps.get(shard)
-        if mapped is None:
-            mapped = _mapped(self.out / shard)
-            for old in list(self._maps)[: len(self._maps) + 1 - _OPEN]:
-                self._maps.pop(old, None)
-            self._maps[shard] = mapped
-        found = torch.from_numpy(np.array(mapped[start:stop]))
-        return found.view(torch.bfloat16) if mapped.dtype == np.uint16 else found
-
-
-def _mapped(path: Path) -> np.ndarray:
-    """A unit's ``tokens``, none of them read; bfloat16 as uint16."""
-    try:
-        with damage_named(path), open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            if size > os.path.getsize(path):
-                raise ValueError("its header is longer than the file")
-            told = json.loads(file.read(size))["tokens"]
-            where, shape = 8 + size + told["data_offsets"][0], tuple(told["shape"])
-            if not shape[0]:
-                return np.zeros(shape, _DTYPES[told["dtype"]])
-            return np.memmap(path, _DTYPES[told["dtype"]], "r", where, shape)
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: uhd inspect tells what else is") from None
+        path = self.out / shard
+        with damage_named(path):
+            file = self._files.get(shard)
+            if file is None:
+                if not path.is_file():
+                    raise ValueError(f"{path} is missing: uhd inspect tells what else is")
+                file = safe_open(path, framework="pt")
+                for old in list(self._files)[: len(self._files) + 1 - _OPEN]:
+                    self._files.pop(old, None)
+                self._files[shard] = file
+            return file.get_slice("tokens")[start:stop].clone()

@@ -21,7 +21,7 @@ from uhd.encoded import num_rows
 from uhd.files import DAMAGE
 from uhd.loading import Preparation
 from uhd.machine import in_threads, use_products
-from uhd.pixels.render import load_picture
+from uhd.pixels.views import load_picture
 from uhd.writing import new_file
 
 _SHOWN = 500  # characters of an error
@@ -63,15 +63,23 @@ class Part(NamedTuple):
 def prepare(unit: Unit, job: Job) -> Iterator[Part]:
     """Read, decode, plan and cut a unit's images, a part of at most ``budget_patches`` after the other.
 
+    An image whose file is known is a row of its part, without a shard of its own, and none of its batch.
+
     Raises:
         ValueError: An image is refused, and the job stops there.
     """
     some, rows, errors, filled, threads = [], [], [], 0, torch.get_num_threads()
+    known = {*(unit.known or ())}
     for start in range(0, len(unit.items), threads):
         for batch, row in in_threads(lambda item: _prepared(item, job), unit.items[start : start + threads]):
             if batch is None:
                 errors.append(row)
                 continue
+            if row["sha256"] in known:
+                rows.append({**row, "shard": None, "start": None, "stop": None})
+                continue
+            if unit.known is not None:
+                known.add(row["sha256"])
             if some and filled + len(batch.patches) > job.budget_patches:
                 yield Part(SliceBatch.cat(some), rows, errors)
                 some, rows, errors, filled = [], [], [], 0
@@ -137,6 +145,8 @@ class Encoder:
     def __init__(self, job: Job) -> None:
         from uhd.encoder import VisualEncoder
 
+        if job.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError("device='cuda': torch finds no GPU here")
         torch.set_num_threads(job.threads)
         use_products(job.products)
         self.job, self.encoder = job, VisualEncoder.from_pretrained(job.encoder).to(job.device).requires_grad_(False)
@@ -159,7 +169,7 @@ class Encoder:
         for part in parts:
             errors += part.errors
             images += part.rows
-            tokens += [self.encode(part.batch)] if part.rows else []
+            tokens += [self.encode(part.batch)] if part.batch.plans else []
         none = torch.empty(0, self.width, dtype=self.dtype)
         counts = _write(unit, self.job.out, torch.cat(tokens or [none]), images, errors)
         give_back()
@@ -171,15 +181,15 @@ def _write(
 ) -> dict[str, int]:
     if len(images) + len(errors) != len(unit.items):
         raise RuntimeError(f"unit {unit.number}: {len(images)} images + {len(errors)} errors of {len(unit.items)}")
-    path, start = file_of(out, unit.number), 0
+    path, start, offsets = file_of(out, unit.number), 0, [0]
     for row in images:
-        row |= {"shard": path.name, "start": start, "stop": start + row["num_visual_tokens"]}
-        start = row["stop"]
+        if "shard" not in row:
+            row |= {"shard": path.name, "start": start, "stop": start + row["num_visual_tokens"]}
+            offsets.append(start := row["stop"])
     if start != len(tokens):
         raise RuntimeError(f"unit {unit.number}: its plans count {start} tokens, the encoder gave {len(tokens)}")
-    offsets = torch.tensor([0, *(row["stop"] for row in images)])
     told = torch.frombuffer(bytearray(json.dumps({"images": images, "errors": errors}).encode()), dtype=torch.uint8)
-    tensors = {"tokens": tokens.contiguous(), "offsets": offsets, "index": told}
+    tensors = {"tokens": tokens.contiguous(), "offsets": torch.tensor(offsets), "index": told}
     header = {"format": FORMAT, "unit": unit.number, "inputs": len(unit.items), "keys": unit.keys}
     header |= {"images": len(images), "tokens": len(tokens), "sha256": digest(tensors)}
     with new_file(path) as new:  # one entry: those of several come in any order

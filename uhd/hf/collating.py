@@ -13,17 +13,18 @@ from torch.nn import functional
 from torch.utils.data import IterableDataset
 
 from uhd.hf.labels import is_visual, labels_of
+from uhd.hf.samples import prepare_sample
 from uhd.hf.visual_inputs import VISUAL_KEYS, together
 from uhd.merge import IGNORE
 from uhd.settings import read_values
 
 
-def pack_rows(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+def pack_rows(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     """Spread samples over as few rows as first-fit finds, then as evenly as they go.
 
     Args:
         lengths: Tokens of each sample.
-        max_tokens: What a row holds.
+        max_length: What a row holds.
 
     Returns:
         The numbers of the samples in each row, in order.
@@ -35,16 +36,16 @@ def pack_rows(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     [[0, 1, 3], [2, 4]]
     """
     for place, length in enumerate(lengths):
-        if length > max_tokens:
+        if length > max_length:
             raise ValueError(
-                f"sample {place} has {length} tokens, a row holds {max_tokens}: raise max_tokens, or give it fewer "
+                f"sample {place} has {length} tokens, a row holds {max_length}: raise max_length, or give it fewer "
                 "slices or a shorter text"
             )
     longest_first = sorted(range(len(lengths)), key=lambda place: -lengths[place])
     rows: list[list[int]] = []
     filled: list[int] = []
     for place in longest_first:
-        row = next((row for row, used in enumerate(filled) if used + lengths[place] <= max_tokens), len(rows))
+        row = next((row for row, used in enumerate(filled) if used + lengths[place] <= max_length), len(rows))
         if row == len(rows):
             rows.append([])
             filled.append(0)
@@ -56,26 +57,27 @@ def pack_rows(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
         row = used.index(min(used))
         even[row].append(place)
         used[row] += lengths[place]
-    return sorted(sorted(row) for row in (even if max(used, default=0) <= max_tokens else rows))
+    return sorted(sorted(row) for row in (even if max(used, default=0) <= max_length else rows))
 
 
 class PackingCollator:
-    """Samples of any mix of text, images and videos into packed rows, each at most ``max_tokens`` long.
+    """Samples of any mix of text, images and videos into packed rows, each at most ``max_length`` long.
 
-    A sample is what the processor returns for one prompt (tensors, or lists as ``datasets.map`` makes of them), or
-    anything else that ``prepare`` turns into that. A list of prepared samples, as :class:`PackedStream` yields
-    them, is one row.
+    A sample is ``{"text" | "messages", "images", "videos"}``, see :func:`uhd.hf.samples.prepare_sample`, or what the
+    processor returns for one prompt (tensors, or lists as ``datasets.map`` makes of them), or anything else that
+    ``prepare`` turns into that. A list of prepared samples, as :class:`PackedStream` yields them, is one row.
 
-    Labels are the sample's ``labels``; else its ids where ``assistant_masks`` or ``completion_mask`` says so; else all
-    ids. Positions of images and videos, of padding, and the first of each sample are never targets.
+    Labels are the sample's ``labels``; else its ids where ``assistant_masks`` or ``completion_mask`` says so, as of
+    messages whose chat template marks what the assistant says; else all ids. Positions of images and videos, of
+    padding, and the first of each sample are never targets.
 
     Args:
         processor: Of the model: its padding token fills rows, its image and video tokens are no targets.
-        max_tokens: Of a row.
+        max_length: Tokens of a row, those of images and videos counted.
         prepare: From a raw sample to the processor's output for it, e.g.
-            ``lambda sample: processor(text=sample["text"], images=sample["images"])``; ``None``: samples are prepared.
+            ``lambda sample: processor(text=sample["question"], images=sample["photo"])``.
         one_row: All samples behind each other in one row, as flash attention takes them; it may be longer than
-            ``max_tokens``, which then is a bound for each sample.
+            ``max_length``, which then is a bound for each sample.
 
     Returns, when called on a list of samples, a dictionary of ``input_ids``, ``position_ids`` and ``labels``
     (R, L) int64 and, as ``visual``, the images and videos of all samples, in order.
@@ -88,16 +90,16 @@ class PackingCollator:
         self,
         processor: Any,
         *,
-        max_tokens: int,
+        max_length: int,
         prepare: Callable[[Any], Mapping[str, Any]] | None = None,
         one_row: bool = False,
     ) -> None:
-        self.processor, self.max_tokens, self.prepare, self.one_row = processor, max_tokens, prepare, one_row
+        self.processor, self.max_length, self.prepare, self.one_row = processor, max_length, prepare, one_row
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
         rows = [[self._tensors(part) for part in sample] for sample in samples if isinstance(sample, list)]
         single = [self.read(sample) for sample in samples if not isinstance(sample, list)]
-        packed = pack_rows([len(sample["input_ids"]) for sample in single], self.max_tokens)
+        packed = pack_rows([len(sample["input_ids"]) for sample in single], self.max_length)
         rows += [[single[place] for place in row] for row in packed]
         if self.one_row:
             rows = [[sample for row in rows for sample in row]]
@@ -118,7 +120,11 @@ class PackingCollator:
 
     def read(self, sample: Any) -> dict[str, Tensor]:
         """One sample as tensors without padding: ``input_ids`` and ``labels`` (T,), and its images and videos."""
-        return self._tensors(sample if self.prepare is None else self.prepare(sample))
+        if self.prepare is not None:
+            sample = self.prepare(sample)
+        elif "input_ids" not in sample:
+            sample = prepare_sample(sample, self.processor)
+        return self._tensors(sample)
 
     def columns(self, sample: Any) -> dict[str, Tensor | None]:
         """As :meth:`read`, and ``None`` for what a sample lacks: ``datasets.map`` drops what its first lacks."""
@@ -126,10 +132,7 @@ class PackingCollator:
 
     def _tensors(self, given: Mapping[str, Any]) -> dict[str, Tensor]:
         if "input_ids" not in given:
-            raise ValueError(
-                f"a sample has no input_ids, it has {sorted(given)}: prepare it with the processor, or say how with "
-                "prepare="
-            )
+            raise ValueError(f"a prepared sample has input_ids, this one has {sorted(given)}")
         ids = torch.as_tensor(given["input_ids"]).long()
         if ids.dim() > 2 or (ids.dim() == 2 and len(ids) != 1):
             raise ValueError(f"a sample is one prompt, its input_ids are {tuple(ids.shape)}: give (T,) or (1, T)")
@@ -195,7 +198,7 @@ class PackedStream(IterableDataset):
         for number, mark, sample in self._samples(state):
             if state is None or number >= state["read"] or number in state["waiting"]:
                 waiting.append(_Waiting(number, mark, self.collator.read(sample)))
-                pack_rows([_length(waiting[-1])], self.collator.max_tokens)  # longer than a row: refused here
+                pack_rows([_length(waiting[-1])], self.collator.max_length)  # longer than a row: refused here
             if len(waiting) > self.buffer:
                 yield self._row(waiting)
         while waiting:
@@ -263,11 +266,11 @@ class PackedStream(IterableDataset):
         self._loaded = dict(state)
 
     def _settings(self) -> dict[str, int]:
-        return {"buffer": self.buffer, "max_tokens": self.collator.max_tokens}
+        return {"buffer": self.buffer, "max_length": self.collator.max_length}
 
     def _row(self, waiting: list[_Waiting]) -> list[dict[str, Tensor]]:
         """Take one row's samples out of those that wait."""
-        row, space = [], self.collator.max_tokens
+        row, space = [], self.collator.max_length
         fitting = [0]
         while fitting:
             place = max(fitting, key=lambda place: _length(waiting[place]))

@@ -16,17 +16,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import CONFIG_NAME, can_return_tuple
 
 from uhd.checkpoint import own_code_named, refuse_pickled
-from uhd.encoded import num_rows
 from uhd.encoder import VisualEncoder
 from uhd.hf.attach import native_side
 from uhd.hf.configuration import UHDConfig
 from uhd.hf.folders import MODEL_FILES, check_loaded, check_model, folder_named
-from uhd.hf.placing import planned_layout
+from uhd.hf.placing import laid_out, schema_separators
 from uhd.hf.quantized import leave_alone
 from uhd.hf.recording import Recording, recorded
 from uhd.hf.versions import CACHE_NAMES
 from uhd.hf.visual_inputs import PlannedMedia, VisualInputs, read_images, read_videos
-from uhd.merge import assemble, separator_embeddings
 from uhd.parts import ROLES, own_tables
 from uhd.ranks import gathered_between, unwrapped
 from uhd.resampler import (
@@ -152,7 +150,7 @@ class UHDVisualModel(UHDPreTrainedModel):
         self.language_model = language_model  # first: a model's dtype and device are those of its first parameter
         self._tables: dict[str, Tensor] = {}
         if visual is None:
-            visual = _built_encoder(config)
+            visual = built_encoder(config)
             own = {role: own_tables(getattr(visual, role), role) for role in ROLES}
             self._tables = {f"{role}.{name}": table for role, some in own.items() for name, table in some.items()}
         self.visual = visual
@@ -300,7 +298,6 @@ class UHDVisualModel(UHDPreTrainedModel):
         tokens, seen = self._encoded(planned, None, asked)
         fill = torch.tensor([[self.config.fill_token_id]], device=self._embedding_device())
         like, separators = self.get_input_embeddings()(fill), self._separators()
-        indices = [0] * len(planned.plans) if indices is None else indices
         return BaseModelOutputWithPooling(
             pooler_output=self._laid(tokens, planned.plans, indices, separators, like), **seen
         )
@@ -329,25 +326,17 @@ class UHDVisualModel(UHDPreTrainedModel):
         self,
         tokens: Tensor,
         plans: Sequence[SlicePlan | VideoPlan],
-        indices: Sequence[int],
+        indices: Sequence[int] | None,
         separators: Mapping[str, Tensor],
         like: Tensor,
     ) -> list[Tensor]:
-        """(T_i, D) of each image or video, the ``indices``-th of its sample, in ``like``'s dtype and device."""
-        parts = tokens.to(like.device, like.dtype).split(list(map(num_rows, plans)))
-        schema = self.visual.schema
-        layouts = [planned_layout(plan, schema, index) for plan, index in zip(plans, indices, strict=True)]
-        return [assemble(part, layout, separators) for part, layout in zip(parts, layouts, strict=True)]
+        """As :func:`uhd.hf.placing.laid_out`, in ``like``'s dtype and device."""
+        return laid_out(tokens.to(like.device, like.dtype), plans, self.visual.schema, separators, indices)
 
     def _separators(self) -> dict[str, Tensor]:
         """Symbol -> (D,), with gradients to the language model's embeddings or to the learned ones."""
-        embed = self.get_input_embeddings()
-        found = separator_embeddings(embed, self.config.separators, device=self._embedding_device())
-        if self.learned_separators is not None:
-            like = next(iter(found.values()), self.learned_separators)
-            learned = self.learned_separators.to(like.device, like.dtype)
-            found.update(zip(self.visual.schema.learned, learned, strict=True))
-        return found
+        ids, device = self.config.separators, self._embedding_device()
+        return schema_separators(self.get_input_embeddings(), ids, self.visual.schema, self.learned_separators, device)
 
     @property
     def _embeds_inside(self) -> bool:
@@ -394,7 +383,7 @@ class UHDVisualModel(UHDPreTrainedModel):
         return torch.cat([tokens, *(embedding.to(tokens) for embedding in learned.values())])
 
 
-def _built_encoder(config: UHDConfig) -> VisualEncoder:
+def built_encoder(config: UHDConfig) -> VisualEncoder:
     """The encoder that a config describes, with new weights."""
     described = config.encoder
     visual = VisualEncoder(**described.arguments(), packer=described.made_packer())

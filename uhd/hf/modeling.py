@@ -450,6 +450,8 @@ class UHDForConditionalGeneration(UHDModel, GeneratesByLanguageModel, Generation
         seen = next((str(p.dtype).removeprefix("torch.") for p in self.visual.parameters()), None)
         self.config.visual_dtype = None if seen == str(self.dtype).removeprefix("torch.") else seen
         self.config.describe(encoder)
+        text = self.config.text_config  # serving engines build the language model by its class's name
+        text.architectures = text.architectures or [type(unwrapped(self.language_model)).__name__.removeprefix("FSDP")]
         loaded_from = Path(self.config.name_or_path) / self._loaded_from.get("subfolder", "")
         if self._processor is None and (loaded_from / PROCESSOR_NAME).is_file():
             self._processor = self.processor  # loaded on first use, which may not have been

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from uhd.encoded import EncodedImage, EncodedVideo
-from uhd.schema import SpatialSchema, TokenLayout
+import torch
+from torch import Tensor
+
+from uhd.encoded import EncodedImage, EncodedVideo, num_rows
+from uhd.merge import assemble, separator_embeddings
+from uhd.schema import SeparatorIds, SpatialSchema, TokenLayout
 from uhd.schema.counted import layout_of, video_layout
 from uhd.slicing import SlicePlan, VideoPlan
 
@@ -13,6 +17,38 @@ from uhd.slicing import SlicePlan, VideoPlan
 def planned_layout(plan: SlicePlan | VideoPlan, schema: SpatialSchema, index: int = 0) -> TokenLayout:
     """The layout of an image, the ``index``-th of its sample, or of a video."""
     return video_layout(plan, schema) if isinstance(plan, VideoPlan) else layout_of(plan, schema, image_index=index)
+
+
+def laid_out(
+    tokens: Tensor,
+    plans: Sequence[SlicePlan | VideoPlan],
+    schema: SpatialSchema,
+    separators: Mapping[str, Tensor],
+    indices: Sequence[int] | None = None,
+) -> list[Tensor]:
+    """(T_i, D) of each image, the ``indices``-th of its sample (``None``: all the first), or video.
+
+    ``tokens`` (M, D) are of all of them, ``separators`` as :func:`schema_separators` gives them.
+    """
+    parts = tokens.split(list(map(num_rows, plans)))
+    indices = [0] * len(plans) if indices is None else indices
+    layouts = [planned_layout(plan, schema, index) for plan, index in zip(plans, indices, strict=True)]
+    return [assemble(part, layout, separators) for part, layout in zip(parts, layouts, strict=True)]
+
+
+def schema_separators(
+    embed: Callable[[Tensor], Tensor],
+    ids: Mapping[str, SeparatorIds],
+    schema: SpatialSchema,
+    learned: Tensor | None,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Symbol -> (D,): a language model's own embeddings of their ids, and the schema's ``learned`` ones (S, D)."""
+    found = separator_embeddings(embed, ids, device=device)
+    if learned is not None:
+        like = next(iter(found.values()), learned)
+        found.update(zip(schema.learned, learned.to(like.device, like.dtype), strict=True))
+    return found
 
 
 def check_schemas(items: Sequence[EncodedImage | EncodedVideo], schema: SpatialSchema) -> None:

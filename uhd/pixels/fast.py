@@ -1,4 +1,4 @@
-"""The fast backend: a JPEG is decoded to the array that is resized, and PyTorch resizes its bytes as they lie.
+"""The fast backend: a file is decoded to the array that is resized, and PyTorch resizes its bytes as they lie.
 
 PyTorch's antialiased resize of uint8 channels-last images does Pillow's two passes over Pillow's weights, rounded to
 15 bits. So after the first pass a pixel is at most one level off; the second pass weighs those by at most 1.25
@@ -9,7 +9,9 @@ versions do is probed once, on small images; where it is not as said here, Pillo
 
 from __future__ import annotations
 
+import importlib
 import io
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -23,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from .arrays import array_errors, array_name, as_pixels
-from .load import image_of, load_image, orientation_of, rgb
+from .load import image_of, load_image, orientation_of, png_chunks, rgb
 from .pillow import check_plan, cut_canvas, is_long_crop
 from .settings import RESAMPLE, PixelSettings, check_filter
 from .source import check_scans, name_of, opened, plain_source
@@ -44,23 +46,16 @@ class Picture:
 
 
 def read_picture(source: Any, settings: PixelSettings) -> Picture:
-    """:func:`uhd.pixels.render.load_picture` by this backend."""
+    """:func:`uhd.pixels.views.load_picture` by this backend."""
     if isinstance(source, Picture):
         return source
     source = plain_source(source, settings)
     name = array_name(source)
     if name is None:
-        picture = _read_jpeg(source, settings)
-        if picture is not None:
-            return picture
-        pixels = np.array(load_image(source, settings=settings))
-    else:
-        with array_errors(name):
-            pixels = as_pixels(source, settings, name)
-            if pixels.shape[2:] != (3,):
-                pixels = np.array(rgb(image_of(pixels), settings))
-    pixels = np.require(pixels, requirements=["C", "W"])  # torch wants to be allowed to write
-    return Picture(*pixels.shape[:2], pixels)
+        picture = _read_quickly(source, settings)
+        return picture or _picture(np.array(load_image(source, settings=settings)), settings)
+    with array_errors(name):
+        return _picture(as_pixels(source, settings, name), settings)
 
 
 def cut_fast(image: Any, plan: SlicePlan, settings: PixelSettings) -> list[np.ndarray]:
@@ -78,25 +73,57 @@ def cut_fast(image: Any, plan: SlicePlan, settings: PixelSettings) -> list[np.nd
     return views
 
 
-def _read_jpeg(source: Any, settings: PixelSettings) -> Picture | None:
-    """Read a plain upright RGB JPEG; ``None`` for anything else, and where only Pillow can tell what is wrong."""
+def _read_quickly(source: Any, settings: PixelSettings) -> Picture | None:
+    """Read a plain upright picture; ``None`` where nothing but Pillow does, or can tell what is wrong."""
     if isinstance(source, Image.Image):
         return None
     name = name_of(source)
     try:
         with opened(source, name, settings) as image:
+            decode = decoder(image.format) if image.format in CODECS else None
+            if decode and _is_plain(image):
+                pixels = decode(_whole(image))
+                fits = pixels.dtype == np.uint8 and pixels.shape == (image.height, image.width, len(image.mode))
+                return _picture(pixels, settings) if fits else None
             plain = image.format == "JPEG" and image.mode == "RGB" and orientation_of(image) == 1
             if not plain or not (settings.draft or jpeg_decoder()):
                 return None
             check_scans(image, settings, name)
-            image.fp.seek(0)
-            picture = Picture(image.height, image.width, None, image.fp.read(), name)
+            picture = Picture(image.height, image.width, None, _whole(image), name)
             if settings.draft:
                 return picture
             pixels = jpeg_decoder()(picture.file)
     except ValueError:
         return None
-    return Picture(*pixels.shape[:2], pixels) if pixels.shape[:2] == (picture.height, picture.width) else None
+    return _picture(pixels, settings) if pixels.shape[:2] == (picture.height, picture.width) else None
+
+
+def _picture(pixels: np.ndarray, settings: PixelSettings) -> Picture:
+    """Of (h, w) or (h, w, 3 | 4) uint8."""
+    if pixels.shape[2:] != (3,):
+        pixels = np.array(rgb(image_of(pixels), settings))
+    pixels = np.require(pixels, requirements=["C", "W"])  # torch wants to be allowed to write
+    return Picture(*pixels.shape[:2], pixels)
+
+
+def _whole(image: Image.Image) -> bytes:
+    image.fp.seek(0)
+    return image.fp.read()
+
+
+def _is_plain(image: Image.Image) -> bool:
+    """One upright picture of 8 bits, RGB with or without alpha, with nothing behind its pixels that could say more."""
+    still = getattr(image, "n_frames", 1) == 1 and "transparency" not in image.info
+    if image.mode not in ("RGB", "RGBA") or not still:
+        return False
+    if image.format == "PNG":
+        image.fp.seek(16)  # its header, if it comes first
+        sizes = struct.unpack(">IIB", image.fp.read(9))
+        kinds = png_chunks(image.fp)
+        ends = b"IDAT" in kinds and next((kind for kind in kinds if kind != b"IDAT"), None) == b"IEND"
+        if not ends or sizes != (image.width, image.height, 8):
+            return False
+    return orientation_of(image, header_only=True) == 1
 
 
 def _decoded(picture: Picture, plan: SlicePlan, settings: PixelSettings) -> np.ndarray:
@@ -190,13 +217,34 @@ def jpeg_decoder() -> Callable[[bytes], np.ndarray] | None:
         data = torch.frombuffer(bytearray(file), dtype=torch.uint8)
         return operator(data, 3).permute(1, 2, 0).contiguous().numpy()  # 3: as RGB
 
-    pixels = np.random.default_rng(0).integers(0, 256, (37, 51, 3), dtype=np.uint8)
-    for options in ({"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True}):
+    kinds = ({"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True})
+    return decode if _as_pillow(decode, "JPEG", 3, *kinds) else None
+
+
+CODECS = {"PNG": "png_decode", "WEBP": "webp_decode"}
+"""Formats by their names in Pillow, and what decodes them in imagecodecs."""
+
+
+@cache
+def decoder(kind: str) -> Callable[[bytes], np.ndarray] | None:
+    """Return imagecodecs' decoder to (h, w, c) of a format, if it is there and decodes to the same bytes as Pillow."""
+    try:
+        decode = getattr(importlib.import_module("imagecodecs"), CODECS[kind])
+    except (ImportError, OSError, AttributeError):
+        return None
+    kinds = ({"lossless": True}, {"lossless": False})  # a PNG always is
+    return decode if all(_as_pillow(decode, kind, channels, *kinds) for channels in (3, 4)) else None
+
+
+def _as_pillow(decode: Callable[[bytes], np.ndarray], kind: str, channels: int, *options: dict[str, Any]) -> bool:
+    """Whether noise saved with each of the options is decoded as Pillow does."""
+    pixels = np.random.default_rng(0).integers(0, 256, (37, 51, channels), dtype=np.uint8)
+    for some in options:
         file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "JPEG", quality=80, **options)
+        Image.fromarray(pixels).save(file, kind, quality=80, **some)
         try:
             if not np.array_equal(decode(file.getvalue()), np.asarray(Image.open(file))):
-                return None
-        except RuntimeError:
-            return None
-    return decode
+                return False
+        except (RuntimeError, ValueError, ImportError):  # a build of imagecodecs may lack a codec
+            return False
+    return True

@@ -6,8 +6,9 @@ import io
 import re
 import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from traceback import walk_tb
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
@@ -179,8 +180,9 @@ def decode(image: Image.Image) -> None:
     """Decode a picture's pixels, whatever stands behind them in its file."""
     try:
         image.load()
-    except Exception:
-        if getattr(image, "tile", None) != []:
+    except Exception as problem:
+        places = {frame.f_code.co_name for frame, _ in walk_tb(problem.__traceback__)}
+        if getattr(image, "tile", None) != [] or "load_end" not in places:
             raise
         image.load()  # the pixels are whole: it was metadata
 
@@ -216,15 +218,19 @@ def upright_frame(image: Image.Image, frame: int | None, settings: PixelSettings
 def _png_late_metadata(file: BinaryIO) -> bool:
     """Return whether text or EXIF chunks follow the pixel data. The position in the file is kept."""
     position = file.tell()
-    file.seek(8)
-    pixels_seen = late = False
-    while not late and len(header := file.read(8)) == 8:
-        length, kind = struct.unpack(">I4s", header)
-        late = pixels_seen and kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
-        pixels_seen = pixels_seen or kind == b"IDAT"
-        file.seek(length + 4, io.SEEK_CUR)
+    kinds = png_chunks(file)
+    late = b"IDAT" in kinds and not {b"eXIf", b"iTXt", b"tEXt", b"zTXt"}.isdisjoint(kinds)
     file.seek(position)
     return late
+
+
+def png_chunks(file: BinaryIO) -> Iterator[bytes]:
+    """The kinds of a PNG's chunks, in order."""
+    file.seek(8)
+    while len(header := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", header)
+        yield kind
+        file.seek(length + 4, io.SEEK_CUR)
 
 
 def rgb(image: Image.Image, settings: PixelSettings) -> Image.Image:

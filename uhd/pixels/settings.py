@@ -9,20 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from uhd.files import read_json
 from uhd.settings import Settings, check_choice
 
 MAX_PIXELS = 3 << 24
 """Default limit on the pixels of one picture: the costliest format takes less than 1 GiB for it, see SECURITY.md."""
 
-RESAMPLE = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-    "bilinear": Image.Resampling.BILINEAR,
-}
-"""Filters by name. Pillow widens all three when it shrinks, so none of them aliases."""
+RESAMPLE = {"bicubic": 3, "lanczos": 1, "bilinear": 2}
+"""Pillow's numbers of the filters. It widens all three when it shrinks, so none of them aliases."""
 
 PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 """Files in which transformers keeps the settings of an image processor; the second one inside those of a processor."""

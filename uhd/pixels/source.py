@@ -42,7 +42,7 @@ _KINDS = {
 
 
 class PictureError(ValueError):
-    """A picture is refused. Whatever Pillow, torchvision or NumPy raise about one becomes this, with its name."""
+    """A picture is refused. Whatever the libraries that read it raise becomes this, with its name."""
 
 
 @contextmanager
@@ -177,7 +177,9 @@ def name_of(source: Any) -> str:
         return f"{str(filename)!r:.200}" if filename else "this Pillow image"
     if isinstance(source, (str, os.PathLike)):
         name = os.fsdecode(source)
-        if re.match("(https?://|data:)", name, re.IGNORECASE):
+        if re.match("data:", name, re.IGNORECASE):
+            raise PictureError(f"{name!r:.200} is a data: URI whose base64 cannot be decoded: send it whole")
+        if re.match("https?://", name, re.IGNORECASE):
             raise PictureError(f"{name!r:.200} is not a path, and nothing is downloaded: fetch it and pass its bytes")
         return f"{name!r:.200}"
     if isinstance(source, bytes):

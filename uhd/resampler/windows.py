@@ -6,68 +6,16 @@ of its own: :func:`pool_weights` makes them and :func:`pool_windows` applies the
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from uhd import tables
 from uhd.grids import made_once, sent
+from uhd.tables import pool_hw
 
-POOLS = ((2, 4), (2, 3), (3, 4), (3, 3), (4, 2), (3, 2), (4, 3))
-"""(rows, columns) that a window may be pooled to, in the order of the release: on equal terms the first is taken."""
-
-
-def pool_hw(grid_hw: tuple[int, int]) -> tuple[int, int]:
-    """Choose (rows, columns) of every window's pooled keys: the shape in `POOLS` nearest to the map's own.
-
-    All windows of a map have its shape, so a wide map has wide windows. 6 to 12 keys.
-
-    >>> pool_hw((24, 24)), pool_hw((12, 36))
-    ((3, 3), (2, 4))
-    """
-    aspect = math.log(grid_hw[1] / grid_hw[0])
-    return min(POOLS, key=lambda pool: abs(aspect - math.log(pool[1] / pool[0])))
-
-
-@made_once
-def pool_weights(length: int, windows: int, bins: int, *, aligned: bool) -> np.ndarray:
-    """Weigh what each bin takes from each feature along one side.
-
-    Every bin is the mean of `ceil(window / bins)` samples, each interpolated between its two neighbours.
-
-    Args:
-        length: features along the side.
-        windows: equal windows it is cut into; a border may lie inside a feature.
-        bins: bins of a window.
-        aligned: feature i covers [i, i + 1) and a sample at its centre is that feature. False is the release: samples
-            lie half a feature too far down and right, and windows narrower than a feature are widened to one at their
-            start, so that the last ones reach outside the map, where samples count as zero.
-
-    Returns:
-        (windows * bins, length), float32, on the CPU; rows sum to 1, those that reach outside to less.
-
-    Source: `roi_align` of torchvision, sampling_ratio -1, in the same float32 arithmetic.
-    """
-    size, half = length / windows, np.float32(0.5 if aligned else 0.0)
-    weights = np.zeros((windows, bins, length), dtype=np.float32)
-    for window in range(windows):
-        start, end = (np.float32(window * size + extra) - half for extra in (0.0, size))
-        extent = end - start if aligned else max(end - start, np.float32(1))
-        step = extent / np.float32(bins)
-        samples = math.ceil(step)
-        for place, sample in np.ndindex(bins, samples):
-            at = start + np.float32(place) * step + np.float32(sample + 0.5) * step / np.float32(samples)
-            if at < -1 or at > length:
-                continue
-            at = min(max(at, np.float32(0)), np.float32(length - 1))
-            low = math.floor(at)
-            share = at - np.float32(low)
-            weights[window, place, low] += (1 - share) / np.float32(samples)
-            weights[window, place, min(low + 1, length - 1)] += share / np.float32(samples)
-    return weights.reshape(windows * bins, length)
+pool_weights = made_once(tables.pool_weights)
 
 
 def pool_windows(maps: Tensor, side: int, *, aligned: bool) -> Tensor:

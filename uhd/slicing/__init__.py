@@ -1,6 +1,6 @@
 """Plans in integers: where an image is cut, at which sizes, and how many tokens it costs. Loads numpy at most."""
 
-from uhd.slicing.adaptive import PRESETS, SlicingConfig, WorstCase, worst_case
+from uhd.slicing.adaptive import PRESETS, SlicingConfig, WorstCase, plan_from_grid, worst_case
 from uhd.slicing.config import OwnRule, SeparatorCount, Slicing
 from uhd.slicing.coordinates import (
     PatchHit,
@@ -52,6 +52,7 @@ __all__ = [
     "patch_box",
     "patch_index",
     "plan",
+    "plan_from_grid",
     "plan_images",
     "plan_many",
     "plan_video",

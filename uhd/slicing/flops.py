@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 
 from uhd.settings import check_choice, unknown_name
 from uhd.slicing.plan import SlicePlan
+from uhd.tables import pool_hw
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,6 @@ RESAMPLERS: dict[str, ResamplerShape | MergerShape] = {
     "merge-4": MergerShape(1),
     "merge-16": MergerShape(2),
 }
-WINDOW_POOLS = ((2, 4), (2, 3), (3, 4), (3, 3), (4, 2), (3, 2), (4, 3))
-"""(rows, columns) of the pooled keys of a window; a test holds them equal to ``uhd.resampler.windows.POOLS``."""
 
 _Shape = TypeVar("_Shape")
 
@@ -128,7 +128,11 @@ def vit_flops(patches: int, vit: ViTShape | str, *, patch_size: int = 14, channe
     >>> f"{vit_flops(576, 'clip-l') / 1e9:.0f} GFLOPs"
     '366 GFLOPs'
     """
-    vit = named(vit, VITS)
+    return _vit_flops(patches, named(vit, VITS), patch_size, channels)
+
+
+@lru_cache(maxsize=4096)
+def _vit_flops(patches: int, vit: ViTShape, patch_size: int, channels: int) -> int:
     total = 2 * patches * channels * patch_size**2 * vit.width
     for block in range(1, vit.depth + 1):
         n = patches + vit.prefix
@@ -178,7 +182,7 @@ def spatial_flops(grid_hw: tuple[int, int], vision_width: int, resampler: Resamp
     """
     resampler = named(resampler, RESAMPLERS)
     q, d, n = resampler.latents, resampler.width or width, math.prod(grid_hw)
-    pooled = 2 * pool_flops(grid_hw, math.isqrt(q), d) + 4 * q * math.prod(_pool_hw(grid_hw)) * d
+    pooled = 2 * pool_flops(grid_hw, math.isqrt(q), d) + 4 * q * math.prod(pool_hw(grid_hw)) * d
     return 2 * n * vision_width * d + 4 * n * d * d + 6 * q * d * d + pooled
 
 
@@ -189,7 +193,7 @@ def pyramid_flops(grid_hw: tuple[int, int], vision_width: int, resampler: Resamp
     (keys, values) ``+ 16 Q m D`` (attention); then ``26 Q D^2`` (queries, outputs, joining, last projection).
     """
     resampler = named(resampler, RESAMPLERS)
-    q, d, m = resampler.latents, resampler.width or width, math.prod(_pool_hw(grid_hw))
+    q, d, m = resampler.latents, resampler.width or width, math.prod(pool_hw(grid_hw))
     total = 26 * q * d * d
     for scale in resampler.levels:
         level_hw = (grid_hw[0] * scale, grid_hw[1] * scale)
@@ -203,7 +207,7 @@ def pool_flops(grid_hw: tuple[int, int], side: int, width: int) -> int:
 
     RoI alignment by gathering needs fewer; this is what ``uhd.resampler`` does.
     """
-    (h, w), (a, b) = grid_hw, _pool_hw(grid_hw)
+    (h, w), (a, b) = grid_hw, pool_hw(grid_hw)
     return 2 * side * a * h * w * width + 2 * side * a * side * b * w * width
 
 
@@ -229,11 +233,6 @@ def compressor_flops(
     if compressor.kind in windows:
         return windows[compressor.kind](grid_hw, vision_width, compressor, width=width)
     return resampler_flops(math.prod(grid_hw), vision_width, compressor, width=width)
-
-
-def _pool_hw(grid_hw: tuple[int, int]) -> tuple[int, int]:
-    aspect = math.log(grid_hw[1] / grid_hw[0])
-    return min(WINDOW_POOLS, key=lambda pool: abs(aspect - math.log(pool[1] / pool[0])))
 
 
 def _divided(grid_hw: tuple[int, int], factor: int, what: str) -> tuple[int, int]:

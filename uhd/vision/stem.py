@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from uhd import tables
 from uhd.grids import Grid, made_once, sent
 from uhd.pixels import inner_axes
+
+neighbours = made_once(tables.neighbours)
 
 
 class WindowStem(nn.Module):
@@ -68,15 +70,3 @@ class WindowStem(nn.Module):
             parts = [pixels[near[:, 3 * dy + dx], :, ys, xs] for dx, xs in enumerate(sides)]
             rows.append(torch.cat(parts, dim=-1))
         return torch.cat(rows, dim=-2).flatten(1)
-
-
-@made_once
-def neighbours(height: int, width: int) -> np.ndarray:
-    """Find the patches around and at each patch of a grid: (height * width, 9) numbers, row-major; -1 is outside.
-
-    >>> neighbours(1, 2).tolist()
-    [[-1, -1, -1, -1, 0, 1, -1, -1, -1], [-1, -1, -1, 0, 1, -1, -1, -1, -1]]
-    """
-    numbers = np.pad(np.arange(height * width).reshape(height, width), 1, constant_values=-1)
-    around = [numbers[dy : dy + height, dx : dx + width] for dy in range(3) for dx in range(3)]
-    return np.stack(around, axis=-1).reshape(-1, 9)

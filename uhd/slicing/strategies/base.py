@@ -266,10 +266,15 @@ def tiled(
     (rows, cols), (height, width) = grid, tile_hw
     check_views(rows * cols)
     down, right = stride_hw or tile_hw
-    tops, lefts = range(0, rows * down, down), range(0, cols * right, right)
-    tiles = tuple([Box(top, left, top + height, left + width) for top in tops for left in lefts])
+    tiles = _cut(rows, cols, height, width, down, right)
     size_hw = tiles[-1][2:]
     return Canvas("slice", content_hw or size_hw, size_hw, grid, tiles, view_hw or tile_hw, tokens, **more)
+
+
+@lru_cache(maxsize=4096)
+def _cut(rows: int, cols: int, height: int, width: int, down: int, right: int) -> tuple[Box, ...]:
+    tops, lefts = range(0, rows * down, down), range(0, cols * right, right)
+    return tuple([Box(top, left, top + height, left + width) for top in tops for left in lefts])
 
 
 def check_views(count: int) -> None:

@@ -1,0 +1,275 @@
+"""``uhd choose``: the answer is the best of all options, found here one plan at a time, and it is told so."""
+
+import json
+import math
+import random
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from tests.scripts import load_script
+from tests.test_learned import ROOT
+from tests.tiny import refuses
+from uhd import cli
+from uhd.compare import advice, all_rules, choose, learned
+from uhd.compare.choosing import BASE_SIZES, FAMILIES, LATENTS, SLICES
+from uhd.compare.summary import ASPECTS
+from uhd.nano.task import scene
+from uhd.slicing import PRESETS, SlicingConfig, find, plan
+from uhd.slicing.metrics import measure
+from uhd.slicing.rules import slicing_from_dict
+
+
+def data_sets():
+    """(height, width) of A4 scans at usual resolutions, receipts and banners, and phone photos."""
+    rng = random.Random(0)
+    scans = [(round(11.69 * dpi), round(8.27 * dpi)) for dpi in (96, 120, 150, 150, 200, 300)]
+    scans = [size[:: rng.choice((1, 1, 1, -1))] for size in scans]
+    receipts = [(rng.randint(1200, 3000), rng.randint(300, 640)) for _ in range(4)]
+    banners = [(rng.randint(90, 400), rng.randint(900, 2400)) for _ in range(4)]
+    photos = [(3024, 4032), (4032, 3024), (3000, 4000), (2160, 3840), (1080, 1920), (1200, 1600)]
+    return {"scans": scans, "receipts and banners": receipts + banners, "photos": photos}
+
+
+SETS = data_sets()
+
+
+def options():
+    """Every option by its own definition: all rules, and presets with every setting."""
+    found = [(name, find(name)) for name in all_rules()]
+    for name in FAMILIES:
+        preset = PRESETS[name]
+        for base in BASE_SIZES:
+            for slices in SLICES:
+                for latents in LATENTS if preset.tokens_per_view is not None else (None,):
+                    if base % (preset.patch_size * preset.merge) == 0:
+                        config = preset.replace(image_size=base, max_slices=slices, tokens_per_view=latents)
+                        found.append((name, config))
+    return found
+
+
+@pytest.fixture(scope="module")
+def brute():
+    """For each data set every option that plans all of it: rule, tokens of each image, TFLOPs, kept, seam, padding."""
+    found = {}
+    for key, sizes in SETS.items():
+        found[key] = []
+        for name, rule in options():
+            try:
+                ms = [measure(plan(size, rule)) for size in sizes]
+            except ValueError:
+                continue
+            row = SimpleNamespace(name=name, rule=rule, tokens=[m.tokens for m in ms])
+            row.tflops = np.mean([m.flops.total for m in ms]) / 1e12
+            row.kept, row.seam, row.padding = (
+                sum(getattr(m, field) for m in ms) / len(ms) for field in ("resolution_kept", "seam", "padding")
+            )
+            found[key].append(row)
+    return found
+
+
+def first(rows):
+    """The best, step by step: of those that keep most those of the shortest seams, and so on."""
+    for step in (
+        lambda row: -round(row.kept, 3),
+        lambda row: round(row.seam, 2),
+        lambda row: round(row.padding, 3),
+        lambda row: np.mean(row.tokens),
+    ):
+        least = min(map(step, rows))
+        rows = [row for row in rows if math.isclose(step(row), least, abs_tol=1e-6)]
+    return rows
+
+
+@pytest.mark.parametrize("budget", [600, 1500])
+@pytest.mark.parametrize("key", SETS)
+def test_the_answer_is_the_brute_force_best_and_says_what_others_lose(key, budget, brute):
+    choice = choose(SETS[key], max_tokens=budget)
+    within = [row for row in brute[key] if np.mean(row.tokens) <= budget]
+    best = first(within)
+    assert choice.best.rule in [row.rule for row in best]
+    assert choice.best.resolution_kept == pytest.approx(best[0].kept)
+    assert choice.best.tokens == pytest.approx(np.mean(best[0].tokens))
+    assert max(row.kept for row in within) < choice.best.resolution_kept + 0.001  # it is on the front
+
+    same = [row for row in within if row.tokens == best[0].tokens and math.isclose(row.kept, best[0].kept)]
+    rest = first([row for row in within if row not in same])
+    assert choice.runner_up.resolution_kept == pytest.approx(rest[0].kept)
+    less = 100 * (best[0].kept - rest[0].kept)
+    line = next(line for line in advice.text(choice).splitlines() if line.startswith(f"  {choice.runner_up.name}  "))
+    assert f" {less:.1f}%" in line
+    told = advice.to_dict(choice)["alternatives"][0]
+    assert told["loses"]["resolution_kept"] == pytest.approx(best[0].kept - rest[0].kept)
+    for one in told["on"]:
+        size = tuple(one["image_hw"])
+        kept = [measure(plan(size, rule)).resolution_kept for rule in (choice.runner_up.rule, choice.best.rule)]
+        assert [one["resolution_kept"], one["chosen"]] == pytest.approx(kept)
+        assert kept[0] < kept[1]
+
+
+@pytest.mark.parametrize("key", SETS)
+def test_a_budget_of_flops_and_one_of_every_image(key, brute):
+    choice = choose(SETS[key], max_tflops=15)
+    assert choice.best.rule in [row.rule for row in first([row for row in brute[key] if row.tflops <= 15])]
+
+    choice = choose(SETS[key], max_tokens=600, per_image=True)
+    assert choice.best.tokens_max <= 600
+    within = [
+        row for row in brute[key] if max(row.tokens) <= 600
+    ]  # and options bounded in max_tokens, which may be better
+    assert choice.best.worth <= min(
+        (-round(row.kept, 3), round(row.seam, 2), round(row.padding, 3)) for row in within
+    ) + (math.inf,)
+    bounded = [plan(size, PRESETS["minicpm-v"].replace(max_slices=40, max_tokens=600)) for size in SETS[key]]
+    kept = sum(measure(one).resolution_kept for one in bounded) / len(bounded)
+    assert choice.best.resolution_kept > kept - 0.001
+
+
+def test_settings_and_rules_can_be_narrowed():
+    sizes = SETS["scans"]
+    choice = choose(
+        sizes, max_tokens=900, rules=["llava-uhd-safe", "clip"], slices=(3, 5), latents=(144,), base_sizes=(336,)
+    )
+    assert choice.best.rule == PRESETS["llava-uhd-safe"].replace(max_slices=5, tokens_per_view=144)
+    assert choice.considered == 2 + 1
+    strong, weak = (choose(sizes, max_tokens=600, patches_per_token=most) for most in (None, 8))
+    assert strong.best.patches_per_token > 8 >= weak.best.patches_per_token
+    assert weak.other > 0
+
+
+def test_refusals_and_budgets_that_nothing_keeps():
+    choice = choose([(1, 900), (300, 400)], max_tokens=600)
+    assert choice.refusing > 0
+    plan((1, 900), choice.best.rule)
+    refuses("a choice needs a budget", choose, [(3, 4)])
+    refuses(
+        "keeps the budget of 5 tokens an image on average: the nearest is minicpm-v-4.6, 1 slice, 224 px with 20",
+        choose,
+        [(300, 400)],
+        max_tokens=5,
+    )
+    refuses("max_tokens is a number above 0, got -1", choose, [(3, 4)], max_tokens=-1)
+    refuses("nothing to compare", choose, [], max_tokens=600)
+    refuses("options refuses one of these images", choose, [(1, 900)], max_tokens=600, rules=["qwen2-vl"])
+    refuses(
+        "none of them what else",
+        choose,
+        [(1000, 900)],
+        max_tokens=600,
+        rules=["pixtral", "gemma3"],
+        learned=True,
+        patches_per_token=4,
+    )
+
+
+def test_caps_that_no_image_reaches_are_no_runner_up():
+    choice = choose([(300, 400)], max_tokens=600, rules=["llava-uhd-safe"])
+    assert choice.runner_up is None or not choice.runner_up.same_as(choice.best)
+    assert "To paste" in advice.text(choice)
+
+
+@pytest.mark.parametrize("key", SETS)
+def test_what_is_pasted_is_what_was_chosen(key):
+    import uhd
+
+    choice = choose(SETS[key], max_tokens=600, per_image=True, slices=(3, 40), base_sizes=(336, 448))
+    for option in (choice.best, *choice.alternatives):
+        rule = eval(advice.pasted(option), {"uhd": uhd})
+        assert rule == option.rule == slicing_from_dict(json.loads(json.dumps(option.rule.to_dict())))
+
+
+def test_the_command_gives_one_object(tmp_path, capsys):
+    (tmp_path / "sizes.json").write_text(json.dumps([size[::-1] for size in SETS["scans"]]))
+    words = ["choose", "--sizes", str(tmp_path / "sizes.json"), "--max-tokens", "600", "--patches-per-token", "16"]
+    assert cli.main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    choice = choose(SETS["scans"], max_tokens=600, patches_per_token=16)
+    assert found["strategy"] == choice.best.strategy
+    assert slicing_from_dict(found["config"]) == choice.best.rule
+    assert (found["tokens"], found["tflops"]) == (choice.best.tokens, choice.best.tflops)
+    assert found["tokens"] <= found["tokens_p95"] <= found["tokens_max"]
+    assert (found["base_size"], found["latents"]) == (448, 64)
+    assert "more resolution kept" in found["better"]
+    assert {"strategy", "config", "tokens", "tflops", "resolution_kept", "loses", "on"} <= set(
+        found["alternatives"][0]
+    )
+    assert cli.main(words) == 0
+    out = capsys.readouterr().out
+    assert f"slicing = {advice.pasted(choice.best)}" in out
+    assert "a vision encoder of 448 px and patches of 14 px, a compressor of 64 latents" in out
+    assert cli.main(["choose", "30x40"]) == 1
+    assert "a choice needs a budget: --max-tokens N" in capsys.readouterr().err
+
+
+# --- the learned comparison
+
+
+def rows_of_the_page():
+    page = (ROOT / "docs" / "learned.md").read_text()
+    text = page[page.index("Difference to `uhd`, paired by seed and image") :]
+    found = {}
+    for arm, question, *cells in re.findall(
+        r"^\| (\S+) \| (\w+) \| (.*?) \| (.*?) \| (.*?) \| (.*?) \| (.*?) \|$", text, re.M
+    ):
+        if question == "all":
+            found.setdefault(arm, [tuple(map(float, re.findall(r"[+-]\d\.\d{3}", cell))) for cell in cells])
+    return found
+
+
+def test_measured_differences_are_those_of_the_page():
+    rows = rows_of_the_page()
+    for kind, differences in learned.DIFFERENCES.items():
+        assert list(differences) == rows[kind][1:]
+    assert rows["overview-wide"][0] == learned.RESOLUTION
+
+
+def test_what_arms_kept_is_measured_on_their_images():
+    arms, seed = load_script("learned_run").all_arms(), load_script("learned_run").TEST_SEED
+    sizes = [scene(seed, number).image_hw for number in range(1000)]
+    shares = learned.shapes(np.array(sizes), np.ones(1000))
+    assert shares == pytest.approx([0.24, 0.28, 0.24, 0.24], abs=0.06)
+    kept = {
+        name: np.array(
+            [measure((arms[name].slicing or arms[name].config.slicing)(size)).resolution_kept for size in sizes]
+        )
+        for name in arms
+    }
+    aspects = np.array([max(size) / min(size) for size in sizes])
+    for name, values in learned.KEPT.items():
+        for bucket, value in zip(ASPECTS, values, strict=True):
+            inside = (aspects >= bucket.low) & (aspects < bucket.high)
+            assert kept[name][inside].mean() == pytest.approx(value, abs=0.002), (name, bucket)
+    assert kept["uhd"].mean() - kept["overview-wide"].mean() == pytest.approx(learned.LESS_KEPT, abs=0.002)
+
+
+def test_a_measured_arm_on_the_measured_shapes_loses_what_was_measured():
+    rows = rows_of_the_page()
+    for kind, name in {
+        "stretch": "siglip",
+        "pad": "llava-1.5",
+        "next": "llava-next",
+        "anyres": "llava-onevision",
+    }.items():
+        for place in range(4):
+            shares = [float(place == each) for each in range(4)]
+            own = learned.lost(find(name), learned.KEPT[kind][place], shares)
+            native = learned.lost(find("llava-uhd"), learned.KEPT["uhd"][place], shares)
+            assert native.mean - own.mean == pytest.approx(rows[kind][place + 1][0], abs=1e-9)
+            assert own.low < own.mean < own.high
+
+
+def test_learned_choices_weigh_shape_and_resolution():
+    square, long = [(380, 400)] * 3, [(200, 1400)] * 3
+    rules = ["llava-uhd-safe", "siglip", "qwen2-vl"]
+    settings = {"base_sizes": (336,), "slices": (7,), "latents": (64,), "max_tokens": 800, "rules": rules}
+    chosen = {name: choose(sizes, learned=True, **settings) for name, sizes in (("square", square), ("long", long))}
+    assert chosen["square"].best.strategy == "siglip"  # one stretched view read squares better, where as much is kept
+    assert chosen["long"].best.strategy == "llava-uhd-safe"
+    assert chosen["square"].other >= 1  # a single native view was not measured
+    assert choose(square, **settings).best.strategy == "llava-uhd-safe"  # it keeps every px
+    assert "of exact answers lost (one square view, stretched; 95% interval)" in advice.text(chosen["square"])
+    found = advice.to_dict(chosen["long"])
+    assert found["learned"]["low"] <= found["learned"]["mean"] <= found["learned"]["high"]
+    assert isinstance(chosen["long"].best.rule, SlicingConfig)

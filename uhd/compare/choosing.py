@@ -1,0 +1,346 @@
+"""Which rule, with which settings, for these images under this budget: every option is measured, and one is taken.
+
+*Better* is :data:`MEANING`, and with ``learned`` :data:`LEARNED`. Numbers are compared rounded, so that a difference
+that nobody would see decides nothing. An option that refuses an image is none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from uhd.slicing import PRESETS, Slicing, SlicingConfig, SlicingLike, plan_many
+
+from .inputs import Input
+from .learned import Lost, lost, shapes
+from .measuring import Measured, all_rules, distinct_names, measure_sizes, measured_plans, weighted_quantile
+
+SLICES = (*range(1, 13), 16, 20, 24, 32, 40)
+LATENTS = (64, 100, 144, 256)
+BASE_SIZES = (224, 336, 378, 448)
+"""px; 378 is SigLIP's 384 in whole patches of 14."""
+
+FAMILIES = ("llava-uhd-safe", "minicpm-v", "minicpm-v-4.6", "minicpm-v-4.6-4x")
+"""Presets whose settings are varied; the others are options as they are."""
+
+MEANING = (
+    "more resolution kept (to 0.1%), then shorter seams (to 0.01 image sides), less padding (to 0.1%), fewer tokens; "
+    "means over the images"
+)
+LEARNED = (
+    "fewer exact answers lost as the learned comparison measured it (to 0.1%; of resolution, and of the kind of "
+    "cutting on images of these shapes), then shorter seams, less padding, fewer tokens; means over the images"
+)
+_SHOWN = 8  # alternatives
+_WORST = 3  # images of each
+
+
+@dataclass(frozen=True)
+class Option:
+    """A rule with settings, and what it makes of the images: means, and of tokens the 95th percentile and the most.
+
+    Attributes:
+        name: The rule, and the settings that differ from its preset's.
+        strategy: The rule alone.
+        rule: It, with its settings.
+        kept: (sizes,) resolution kept of each size.
+        token_counts: (sizes,) tokens of each size.
+        lost: Of exact answers, see :mod:`uhd.compare.learned`; ``None``: not measured, or not asked for.
+    """
+
+    name: str
+    strategy: str
+    rule: Slicing
+    tokens: float
+    tokens_p95: float
+    tokens_max: float
+    tflops: float
+    tflops_max: float
+    resolution_kept: float
+    seam: float
+    padding: float
+    patches_per_token: float
+    kept: np.ndarray
+    token_counts: np.ndarray
+    lost: Lost | None = None
+
+    @property
+    def worth(self) -> tuple[float, ...]:
+        """What is compared, the best being the least; of equals the first is taken, which has fewer slices."""
+        first = -round(self.resolution_kept, 3) if self.lost is None else round(self.lost.mean, 3)
+        return first, round(self.seam, 2), round(self.padding, 3), round(self.tokens, 6)
+
+    def same_as(self, other: Option) -> bool:
+        """Whether both make the same of every image, as caps on slices do that none of them reaches."""
+        pairs = ((self.kept, other.kept), (self.token_counts, other.token_counts))
+        return self.strategy == other.strategy and self.worth == other.worth and all(np.array_equal(*p) for p in pairs)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The best option, the next best ones, and how many options there were.
+
+    Attributes:
+        images: Every image that was asked about.
+        sizes_hw: (S, 2) their different sizes, px; ``counts`` (S,) images of each.
+        budget: What was asked for, in words.
+        best: The answer.
+        runner_up: The best of all others that make something else of an image; ``None`` where there is none.
+        alternatives: The best of every other rule, the best first, at most eight.
+        meaning: What better meant.
+        considered, over_budget, refusing, other: Numbers of options: all; above the budget; that refuse an image; that
+            compress more than was allowed, or with ``learned`` cut as no measured arm does.
+    """
+
+    images: tuple[Input, ...]
+    sizes_hw: np.ndarray
+    counts: np.ndarray
+    budget: str
+    best: Option
+    runner_up: Option | None
+    alternatives: tuple[Option, ...]
+    meaning: str
+    considered: int
+    over_budget: int
+    refusing: int
+    other: int
+
+    def worse_at(self, other: Option, most: int = _WORST) -> list[tuple[Input, float, float]]:
+        """Images of which another option keeps less than the best one, most so first: it, kept by each of the two."""
+        less = np.round(self.best.kept - other.kept, 6)
+        found = []
+        for place in np.argsort(-less, kind="stable")[:most]:
+            if less[place] > 0:
+                size = tuple(self.sizes_hw[place].tolist())
+                image = next(one for one in self.images if tuple(one.image_hw) == size)
+                found.append((image, float(other.kept[place]), float(self.best.kept[place])))
+        return found
+
+
+def choose(
+    inputs: Iterable[Input | tuple[int, int]],
+    *,
+    max_tokens: float | None = None,
+    max_tflops: float | None = None,
+    per_image: bool = False,
+    rules: Iterable[SlicingLike] | None = None,
+    slices: Sequence[int] = SLICES,
+    latents: Sequence[int] = LATENTS,
+    base_sizes: Sequence[int] = BASE_SIZES,
+    patches_per_token: float | None = None,
+    learned: bool = False,
+    **system: Any,
+) -> Choice:
+    """Recommend a rule and its settings for these images under this budget.
+
+    Options are every rule by name, and the adaptive planner's presets (:data:`FAMILIES`) with all the ``slices``,
+    ``latents`` and ``base_sizes``.
+
+    Args:
+        inputs: Sizes (height, width), px, or :class:`uhd.compare.inputs.Input`.
+        max_tokens, max_tflops: The budget: one of them, or both. TFLOPs as :func:`uhd.slicing.metrics.measure` counts.
+        per_image: Every image keeps the budget; otherwise their mean does.
+        rules: Options instead of all rules by name; presets among them are varied as above.
+        slices, latents, base_sizes: Settings of the adaptive planner that are tried: caps on slices, tokens a view,
+            and sides of the square that the vision encoder was trained on, px.
+        patches_per_token: Leave out what makes a token of more ViT patches than that, on average. What a resampler
+            loses by that is not in the resolution kept.
+        learned: Weigh by what the learned comparison measured (:data:`LEARNED`); kinds of cutting that it did not
+            measure are no options.
+        system: ``vit``, ``resampler`` and ``lm`` of :func:`uhd.slicing.metrics.measure`.
+
+    Raises:
+        ValueError: No budget, no images, a size that is none, an unknown rule, or nothing fits: the message says what
+            the cheapest option costs.
+
+    >>> found = choose([(1754, 1240), (1240, 1754)], max_tokens=600, rules=["llava-uhd-safe", "llava-1.5"])
+    >>> found.best.name, found.best.tokens, round(found.best.resolution_kept, 3)
+    ('llava-uhd-safe, 8 slices, 448 px', 584.0, 0.712)
+    """
+    if max_tokens is None and max_tflops is None:
+        raise ValueError("a choice needs a budget: max_tokens, max_tflops, or both")
+    for name, most in (
+        ("max_tokens", max_tokens),
+        ("max_tflops", max_tflops),
+        ("patches_per_token", patches_per_token),
+    ):
+        if most is not None and not (isinstance(most, (int, float)) and 0 < most < math.inf):
+            raise ValueError(f"{name} is a number above 0, got {most!r}")
+    images = tuple(one if isinstance(one, Input) else Input("{1}x{0}".format(*one), one) for one in inputs)
+    options, measured, refusing = _options(images, rules, (slices, latents, base_sizes), max_tokens, per_image, system)
+    within, cheapest = [], None
+    for option in options:
+        tokens, tflops = (option.tokens_max, option.tflops_max) if per_image else (option.tokens, option.tflops)
+        over = max(tokens / (max_tokens or math.inf), tflops / (max_tflops or math.inf))
+        if over <= 1:
+            within.append(option)
+        elif cheapest is None or over < cheapest[0]:
+            cheapest = over, option
+    budget = _budget(max_tokens, max_tflops, per_image)
+    if not within:
+        raise ValueError(_nothing_fits(budget, cheapest, refusing))
+    allowed = [o for o in within if patches_per_token is None or o.patches_per_token <= patches_per_token]
+    if learned:
+        shares = shapes(measured.sizes_hw, measured.counts)
+        weighed = (replace(option, lost=lost(option.rule, option.resolution_kept, shares)) for option in allowed)
+        allowed = [option for option in weighed if option.lost is not None]
+    if not allowed:
+        raise ValueError(
+            f"{len(within)} options keep the budget of {budget}, and none of them what else was asked for: "
+            + ("allow more patches a token" if patches_per_token is not None else "leave learned out")
+        )
+    best, *others = sorted(allowed, key=lambda option: option.worth)
+    others = [option for option in others if not option.same_as(best)]
+    firsts: dict[str, Option] = {}
+    for option in others:
+        if option.strategy != best.strategy:
+            firsts.setdefault(option.strategy, option)
+    return Choice(
+        images,
+        measured.sizes_hw,
+        measured.counts,
+        budget,
+        best,
+        others[0] if others else None,
+        tuple(firsts.values())[:_SHOWN],
+        LEARNED if learned else MEANING,
+        considered=len(options) + refusing,
+        over_budget=len(options) - len(within),
+        refusing=refusing,
+        other=len(within) - len(allowed),
+    )
+
+
+def _budget(max_tokens: float | None, max_tflops: float | None, per_image: bool) -> str:
+    parts = [f"{most:g} {name}" for most, name in ((max_tokens, "tokens"), (max_tflops, "TFLOPs")) if most is not None]
+    return " and ".join(parts) + (" for every image" if per_image else " an image on average")
+
+
+def _nothing_fits(budget: str, cheapest: tuple[float, Option] | None, refusing: int) -> str:
+    if cheapest is None:
+        return f"every one of {refusing} options refuses one of these images: leave out images of extreme shapes"
+    option = cheapest[1]
+    return (
+        f"nothing keeps the budget of {budget}: the nearest is {option.name} with {option.tokens:.0f} tokens (at most "
+        f"{option.tokens_max:.0f}) and {option.tflops:.1f} TFLOPs an image"
+    )
+
+
+def _options(
+    images: Sequence[Input],
+    rules: Iterable[SlicingLike] | None,
+    settings: tuple[Sequence[int], Sequence[int], Sequence[int]],
+    max_tokens: float | None,
+    per_image: bool,
+    system: dict[str, Any],
+) -> tuple[list[Option], Measured, int]:
+    """Every option that plans all images, the rules by name measured, and how many options refuse an image."""
+    named = distinct_names(all_rules() if rules is None else rules)
+    measured = measure_sizes([one.image_hw for one in images], [rule for _, rule in named], **system)
+    options, refusing, own = [], 0, {rule for _, rule in named}
+    for place, (name, rule) in enumerate(named):
+        if not _among(rule, settings):
+            own.discard(rule)
+        elif measured.complete[place]:
+            columns = {key: rows[place] for key, rows in measured.values.items()}
+            options.append(_option(name, name, rule, columns, measured.counts))
+        else:
+            refusing += 1
+    bound = int(max_tokens) if per_image and max_tokens is not None and max_tokens >= 1 else None
+    for name, rule in named:
+        if rule in [PRESETS[family] for family in FAMILIES]:
+            for option in _varied(name, rule, measured, settings, bound, system):
+                if option is None:
+                    refusing += 1
+                elif option.rule not in own:
+                    options.append(option)
+    return options, measured, refusing
+
+
+def _among(rule: Slicing, settings: tuple[Sequence[int], Sequence[int], Sequence[int]]) -> bool:
+    """Whether a rule as it is has settings that are tried; rules without these have no others."""
+    slices, latents, base_sizes = settings
+    if not isinstance(rule, SlicingConfig):
+        return True
+    counted = rule.tokens_per_view is None or rule.tokens_per_view in latents
+    return rule.max_slices in slices and rule.image_size in base_sizes and counted
+
+
+def _varied(
+    name: str,
+    preset: SlicingConfig,
+    measured: Measured,
+    settings: tuple[Sequence[int], Sequence[int], Sequence[int]],
+    bound: int | None,
+    system: dict[str, Any],
+) -> Iterator[Option | None]:
+    """The preset with every setting, also bounded in every image's tokens; ``None``: one refuses an image."""
+    slices, latents, base_sizes = settings
+    sizes, counts = measured.sizes_hw, measured.counts
+    for base in base_sizes:
+        if base % preset.unit:
+            continue
+        for most in slices:
+            cut = preset.replace(image_size=base, max_slices=most)
+            planned = plan_many(sizes, cut)
+            own = [preset.tokens_per_view] if preset.tokens_per_view is None else latents
+            for tokens in own:
+                rule = cut.replace(tokens_per_view=tokens)
+                columns = measured_plans(sizes, _recounted(planned, rule), rule, **system)
+                yield _option(_worded(name, preset, rule), name, rule, columns, counts)
+                if bound is not None and most == max(slices) and columns["tokens"].max() > bound:
+                    rule = rule.replace(max_tokens=bound)
+                    try:
+                        bounded = plan_many(sizes, rule)
+                    except ValueError:
+                        yield None
+                    else:
+                        columns = measured_plans(sizes, bounded, rule, **system)
+                        yield _option(_worded(name, preset, rule), name, rule, columns, counts)
+
+
+def _recounted(planned: dict[str, np.ndarray], rule: SlicingConfig) -> dict[str, np.ndarray]:
+    """The same cuts with the rule's own tokens a view."""
+    if rule.tokens_per_view is None:
+        return planned
+    views, grid = planned["num_views"], planned["grid"]
+    separators = rule.separators.per_image + (grid[:, 0] > 0) * rule.separators.of_cut(*grid.T)
+    return {**planned, "num_tokens": views * rule.tokens_per_view + separators}
+
+
+def _worded(name: str, preset: SlicingConfig, rule: SlicingConfig) -> str:
+    words = [name, f"{rule.max_slices} slice{'s' * (rule.max_slices > 1)}"]
+    if rule.tokens_per_view != preset.tokens_per_view:
+        words.append(f"{rule.tokens_per_view} latents")
+    if rule.image_size != preset.image_size:
+        words.append(f"{rule.image_size} px")
+    if rule.max_tokens is not None:
+        words.append(f"at most {rule.max_tokens} tokens")
+    return ", ".join(words)
+
+
+def _option(name: str, strategy: str, rule: Slicing, columns: dict[str, np.ndarray], counts: np.ndarray) -> Option:
+    def mean(column: str) -> float:
+        return float((columns[column] * counts).sum() / counts.sum())
+
+    tokens = mean("tokens")
+    return Option(
+        name,
+        strategy,
+        rule,
+        tokens,
+        weighted_quantile(columns["tokens"], counts, 0.95),
+        float(columns["tokens"].max()),
+        mean("tflops"),
+        float(columns["tflops"].max()),
+        mean("resolution_kept"),
+        mean("seam"),
+        mean("padding"),
+        mean("patches") / max(tokens, 1),
+        columns["resolution_kept"],
+        columns["tokens"],
+    )

@@ -1,0 +1,238 @@
+"""The words of ``uhd compare`` and ``uhd choose``, and what they do."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from uhd import commands
+
+ONE_BY_ONE = 4
+"""Images named one by one that are compared each for itself; of more, and of folders and lists, there is a summary."""
+
+
+def add(known: Any) -> None:
+    """Add both commands to the subparsers of ``uhd``."""
+    command = known.add_parser("compare", help="what slicing rules do to an image, or to a data set, side by side")
+    _inputs(command)
+    command.add_argument("--html", type=Path, metavar="FILE.html", help="one page, with nothing outside it")
+    command.add_argument("--csv", type=Path, metavar="FILE", help="a line for each image and rule")
+    command.add_argument("--latex", type=Path, metavar="FILE", help="the summary as a LaTeX table")
+    command.add_argument("--json", action="store_true", help="one JSON object of the data set, or one an image")
+    shown = command.add_mutually_exclusive_group()
+    shown.add_argument("--each", action="store_true", help="every image for itself, also of folders and lists")
+    shown.add_argument("--summary", action="store_true", help="a summary, also of few images")
+    command.add_argument(
+        "--budget", type=int, metavar="N", help="of each image: tokens it should cost, adds tokens / N"
+    )
+    command.set_defaults(run=_compare)
+
+    command = known.add_parser("choose", help="which rule with which settings, for these images under a budget")
+    _inputs(command)
+    command.add_argument("--max-tokens", type=float, metavar="N", help="tokens an image costs at most, on average")
+    command.add_argument("--max-tflops", type=float, metavar="X", help="TFLOPs of the reference system, the same")
+    command.add_argument("--per-image", action="store_true", help="every image keeps the budget, not only their mean")
+    command.add_argument("--learned", action="store_true", help="weigh by what docs/learned.md measured")
+    for name, what in (
+        ("slices", "caps on slices that are tried"),
+        ("latents", "tokens a view that are tried"),
+        ("base-sizes", "sides of the vision encoder's square that are tried, px"),
+    ):
+        command.add_argument(f"--{name}", type=_numbers, metavar="N,...", help=what)
+    command.add_argument("--patches-per-token", type=float, metavar="X", help="leave out what compresses more")
+    command.add_argument("--json", action="store_true", help="one JSON object")
+    command.set_defaults(run=_choose)
+
+
+def _inputs(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "inputs", nargs="*", metavar="PATH|WxH", help="image, folder, list of paths, .tar, .parquet, or WIDTHxHEIGHT"
+    )
+    command.add_argument("--sizes", type=Path, metavar="FILE", help="a JSON list of [width, height]")
+    command.add_argument(
+        "--strategies",
+        action="append",
+        metavar="A,B,...",
+        help="names of docs/strategies.md, patterns such as 'internvl*', or module:function (default: all)",
+    )
+    command.add_argument("--set", action="append", default=[], metavar="NAME", help="common, adaptive or all")
+    command.add_argument(
+        "--on-error",
+        choices=("report", "stop"),
+        default="report",
+        help="report an image that cannot be read and go on, exiting with 3 (default), or stop there",
+    )
+    for part, default in (("vit", "clip-l"), ("resampler", "none, an MLP"), ("lm", "llama-13b")):
+        command.add_argument(f"--{part}", metavar="NAME", help=f"what FLOPs are counted for (default {default})")
+
+
+def _numbers(words: str) -> list[int]:
+    return [int(word) for word in words.split(",")]
+
+
+def _rules(args: argparse.Namespace) -> Any:
+    from .inputs import named_rules
+
+    words = [word.strip() for text in args.strategies or () for word in text.split(",") if word.strip()]
+    if args.strategies is not None and not words:
+        return []  # which is refused, unlike none at all
+    return named_rules(words, args.set)
+
+
+def _pixels(args: argparse.Namespace) -> Any:
+    from uhd.pixels import DEFAULT
+
+    return DEFAULT if args.max_pixels is None else DEFAULT.replace(max_pixels=args.max_pixels)
+
+
+def _system(args: argparse.Namespace) -> dict[str, Any]:
+    from .report import system_of
+
+    return system_of(args.vit, args.resampler, args.lm)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from uhd.writing import check_place
+
+    from .inputs import holds_many
+
+    rules = _rules(args)
+    for path in filter(None, (args.html, args.csv, args.latex)):
+        check_place(path)
+        if path.exists() and any(Path(item).exists() and path.samefile(item) for item in args.inputs):
+            raise ValueError(f"{path} is the image itself: choose another output")
+    if args.html is not None and args.html.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"cannot write {args.html}: a page ends in .html")
+    many = args.sizes or args.csv or args.latex or len(args.inputs) > ONE_BY_ONE or any(map(holds_many, args.inputs))
+    if args.each and (args.csv or args.latex):
+        raise ValueError("--csv and --latex are of all images together: leave --each out")
+    if args.summary or (many and not args.each):
+        return _compare_all(args, rules)
+    return _compare_each(args, rules)
+
+
+def _compare_each(args: argparse.Namespace, rules: Any) -> int:
+    from .inputs import named_inputs, size_of, source_of
+    from .page import write_page
+    from .report import compare, picture_of, table
+
+    system, pixels = _system(args), _pixels(args)
+    found: list[Any] = []
+    if rules == []:
+        raise ValueError("no rules to compare: name at least one, or leave them out for all")
+    inputs = dict(_distinct(named_inputs(args.inputs, args.sizes)))
+    if not inputs:
+        raise ValueError("nothing to compare: give at least one image or size")
+
+    def one(name: str) -> str:
+        what, image = inputs[name], None
+        if args.html is not None and not _is_size(what):
+            image, size_hw = picture_of(source_of(what, pixels), pixels)
+        else:
+            size_hw = size_of(what, pixels)
+        found.append(compare(size_hw, rules, name=Path(name).name, image=image, budget=args.budget, **system))
+        return json.dumps(found[-1].to_dict()) if args.json else table(found[-1]) + "\n"
+
+    failed, stop = commands.each("uhd compare", inputs, one, stop=args.on_error == "stop")
+    if args.html is not None and found:
+        words = f"{len(found)} of {len(inputs)} images are in {args.html}"
+        commands.keep(stop, lambda: write_page(args.html, found), words)
+        print(f"wrote {args.html}: open it in a browser", file=sys.stderr if args.json else sys.stdout)
+    elif stop:
+        raise stop
+    return commands.status(failed, len(inputs))
+
+
+def _is_size(what: Any) -> bool:
+    from uhd.datasets.sources import Item
+
+    return isinstance(what, tuple) and not isinstance(what, Item)
+
+
+def _distinct(inputs: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """With a number behind names that come again."""
+    seen: dict[str, int] = {}
+    for name, what in inputs:
+        seen[name] = seen.get(name, 0) + 1
+        yield (name if seen[name] == 1 else f"{name} ({seen[name]})"), what
+
+
+def _read(args: argparse.Namespace, name: str) -> tuple[list[Any], int]:
+    """Every image with its size, and how many could not be read."""
+    from .inputs import Input, named_inputs, size_of
+
+    pixels = _pixels(args)
+    inputs = dict(_distinct(named_inputs(args.inputs, args.sizes)))
+    if not inputs:
+        raise ValueError("there are no images: give images, folders, lists, sizes such as 672x1008, or --sizes FILE")
+    found: list[Input] = []
+
+    def one(each: str) -> None:
+        what = inputs[each]
+        found.append(Input(each, size_of(what, pixels), None if _is_size(what) else what))
+
+    failed, stop = commands.each(name, inputs, one, stop=args.on_error == "stop")
+    if stop:
+        raise stop
+    return found, failed
+
+
+def _compare_all(args: argparse.Namespace, rules: Any) -> int:
+    from uhd.writing import new_file
+
+    from . import summary
+
+    if args.budget is not None:
+        raise ValueError("--budget is of each image: add --each, or ask uhd choose for what keeps a budget")
+    found, failed = _read(args, "uhd compare")
+    if not found:
+        return commands.REFUSED
+    answer = summary.summarize(found, rules, **_system(args))
+    print(json.dumps({**summary.to_dict(answer), "failed": failed}) if args.json else summary.text(answer))
+    said = sys.stderr if args.json else sys.stdout
+    if args.csv is not None:
+        with new_file(args.csv) as new, open(new, "w", newline="", encoding="utf-8") as file:
+            summary.write_csv(file, answer)
+        print(f"wrote {args.csv}: a line for each image and rule", file=said)
+    if args.latex is not None:
+        with new_file(args.latex) as new:
+            new.write_text(summary.latex(answer) + "\n", encoding="utf-8")
+        print(f"wrote {args.latex}", file=said)
+    if args.html is not None:
+        from .overview import overview_page
+
+        page = overview_page(answer, settings=_pixels(args))
+        with new_file(args.html) as new:
+            new.write_text(page, encoding="utf-8")
+        print(f"wrote {args.html}: open it in a browser", file=said)
+    return commands.status(failed, failed + len(found))
+
+
+def _choose(args: argparse.Namespace) -> int:
+    from . import advice
+    from .choosing import choose
+
+    rules = _rules(args)
+    settings = {name: getattr(args, name) for name in ("slices", "latents", "base_sizes")}
+    if args.max_tokens is None and args.max_tflops is None:
+        raise ValueError("a choice needs a budget: --max-tokens N, --max-tflops X, or both")
+    found, failed = _read(args, "uhd choose")
+    if not found:
+        return commands.REFUSED
+    choice = choose(
+        found,
+        max_tokens=args.max_tokens,
+        max_tflops=args.max_tflops,
+        per_image=args.per_image,
+        rules=rules,
+        patches_per_token=args.patches_per_token,
+        learned=args.learned,
+        **{name: value for name, value in settings.items() if value is not None},
+        **_system(args),
+    )
+    print(json.dumps({**advice.to_dict(choice), "failed": failed}) if args.json else advice.text(choice))
+    return commands.status(failed, failed + len(found))

@@ -1,0 +1,119 @@
+"""What a rule costs when a model learns to read, as docs/learned.md measured it, for a mix of shapes.
+
+All numbers are shares of exact answers to "read everything", of models that were trained alike but for how images were
+cut, with 95 % intervals. Two costs are put together:
+
+* of resolution: the arm that sees the overview alone, with as many tokens, keeps less and answers less. Its loss over
+  what it keeps less is a rate, about 0.8 exact answers for a px kept;
+* of the kind of cutting: an arm's difference to native slices on images of a shape (longer side / shorter side), less
+  what its own resolution explains at that rate.
+
+They are of small models on short words. A rule that cuts in another way than the measured arms has no number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from uhd.slicing import Slicing, SlicingConfig
+from uhd.slicing.strategies.anyres import AnyResConfig
+from uhd.slicing.strategies.fixed import SquarePadConfig, StretchConfig
+
+from .summary import ASPECTS
+
+DIFFERENCES: dict[str, tuple[tuple[float, float, float], ...]] = {
+    "stretch": ((0.115, 0.073, 0.158), (0.120, 0.075, 0.165), (-0.153, -0.226, -0.081), (-0.241, -0.303, -0.180)),
+    "pad": ((0.063, 0.020, 0.105), (0.032, -0.012, 0.075), (-0.345, -0.409, -0.281), (-0.399, -0.465, -0.332)),
+    "next": ((-0.004, -0.072, 0.064), (-0.003, -0.049, 0.044), (-0.047, -0.096, 0.002), (-0.225, -0.287, -0.164)),
+    "anyres": ((0.017, -0.035, 0.070), (-0.038, -0.083, 0.007), (0.011, -0.034, 0.055), (-0.027, -0.090, 0.037)),
+}
+"""Arm of docs/learned.md -> (difference to native slices, its interval) in each of :data:`ASPECTS`."""
+
+KEPT: dict[str, tuple[float, ...]] = {
+    "uhd": (0.973, 0.876, 0.965, 0.983),
+    "stretch": (0.986, 0.903, 0.764, 0.647),
+    "pad": (0.974, 0.827, 0.606, 0.449),
+    "next": (0.975, 0.869, 0.927, 0.786),
+    "anyres": (0.975, 0.869, 0.968, 0.974),
+}
+"""The mean resolution kept of that arm on the images that it was judged on, in each of them."""
+
+RESOLUTION = (-0.362, -0.391, -0.334)
+"""Difference of the arm ``overview-wide`` to native slices in all, with its interval."""
+
+LESS_KEPT = 0.947 - 0.490
+"""What it keeps less, on average over the images."""
+
+RATE = tuple(-difference / LESS_KEPT for difference in RESOLUTION)
+"""Exact answers lost for a share of px lost: about 0.79, from 0.86 to 0.73."""
+
+KINDS = {
+    "uhd": "native slices",
+    "stretch": "one square view, stretched",
+    "pad": "one square view, padded",
+    "next": "LLaVA-NeXT's five canvases",
+    "anyres": "full AnyRes",
+}
+
+
+class Lost(NamedTuple):
+    """Share of exact answers that a rule loses against native slices that keep every px, with its interval."""
+
+    kind: str
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
+
+def kind_of(rule: Slicing) -> str | None:
+    """Which arm of the learned comparison cuts as this rule does; ``None``: none.
+
+    >>> from uhd.slicing import find
+    >>> [kind_of(find(name)) for name in ("llava-uhd", "siglip", "llava-1.5", "llava-next", "qwen2-vl")]
+    ['uhd', 'stretch', 'pad', 'next', None]
+    """
+    if isinstance(rule, AnyResConfig):
+        return "next" if len(rule.grids) <= 5 else "anyres"
+    kinds = {SlicingConfig: "uhd", StretchConfig: "stretch", SquarePadConfig: "pad"}
+    return next((kind for known, kind in kinds.items() if isinstance(rule, known)), None)
+
+
+def shapes(sizes_hw: np.ndarray, counts: np.ndarray) -> tuple[float, ...]:
+    """The share of images in each of :data:`ASPECTS`, of (S, 2) sizes, px, and the (S,) images of each.
+
+    >>> shapes(np.array([[1000, 1000], [300, 1500]]), np.array([3, 1]))
+    (0.75, 0.0, 0.0, 0.25)
+    """
+    aspects = sizes_hw.max(axis=1) / sizes_hw.min(axis=1)
+    inside = (counts[(aspects >= bucket.low) & (aspects < bucket.high)].sum() for bucket in ASPECTS)
+    return tuple(float(number / counts.sum()) for number in inside)
+
+
+def lost(rule: Slicing, kept: float, shares: Sequence[float]) -> Lost | None:
+    """What a rule loses that keeps so much of images of these :func:`shapes`; ``None``: its kind was not measured.
+
+    Ends of intervals are added as if all of them erred together, which is wider than if they erred each for itself.
+
+    >>> from uhd.slicing import find
+    >>> print(lost(find("llava-uhd"), 0.5, (1, 0, 0, 0)), lost(find("siglip"), 0.5, (1, 0, 0, 0)))
+    +0.396 [+0.365, +0.428] +0.291 [+0.218, +0.365]
+    """
+    kind = kind_of(rule)
+    if kind is None:
+        return None
+    rate, most, least = RATE
+    gain, low, high = 0.0, 0.0, 0.0
+    for place, share in enumerate(shares):
+        found = DIFFERENCES[kind][place] if kind in DIFFERENCES else (0.0, 0.0, 0.0)
+        explained = rate * (KEPT[kind][place] - KEPT["uhd"][place])
+        gain, low, high = (
+            total + share * (part - explained) for total, part in zip((gain, low, high), found, strict=True)
+        )
+    missing = 1 - kept
+    return Lost(kind, rate * missing - gain, least * missing - high, most * missing - low)

@@ -1,0 +1,1 @@
+"""Models with eyes in servers: transformers' own, and vLLM."""
