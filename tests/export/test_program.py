@@ -25,7 +25,7 @@ def given_of(made, pictures):
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])])
 def test_one_program_serves_any_views_and_patches(name, tmp_path):
     made = encoder(name)
     program = export.torch_program(made)
