@@ -42,7 +42,6 @@ def needed(rule: Slicing) -> str:
 
 def to_dict(choice: Choice) -> dict[str, Any]:
     """Plain JSON types: the chosen option, and under ``alternatives`` the others with what they lose."""
-    others = [choice.runner_up] if choice.runner_up is not None and choice.runner_up not in choice.alternatives else []
     return {
         **_of(choice.best),
         "images": len(choice.images),
@@ -54,7 +53,7 @@ def to_dict(choice: Choice) -> dict[str, Any]:
             "refusing": choice.refusing,
             "other": choice.other,
         },
-        "alternatives": [{**_of(option), **_loss(choice, option)} for option in (*others, *choice.alternatives)],
+        "alternatives": [{**_of(option), **_loss(choice, option)} for option in _others(choice)],
     }
 
 
@@ -124,8 +123,15 @@ def text(choice: Choice) -> str:
             f"  note: most systems make a token of at most {STRONG} patches; what is lost beyond is not in the "
             f"resolution kept. --patches-per-token {STRONG} leaves such rules out"
         )
-    said += ["", "What the others lose:", *_table(choice), "", "Where, for the first of them:"]
-    said += _where(choice) + ["", "To paste:", f"  slicing = {pasted(best)}"]
+    others = _others(choice)
+    said += [
+        "",
+        "What the others lose:",
+        *_table(choice, others),
+        "",
+        "Of which image each keeps less, most so first:",
+    ]
+    said += [*_where(choice, others), "", "To paste:", f"  slicing = {pasted(best)}"]
     if needed(best.rule):
         said.append(f"  # with {needed(best.rule)}")
     return "\n".join(said)
@@ -135,10 +141,13 @@ def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 
-def _table(choice: Choice) -> list[str]:
-    others = list(choice.alternatives)
-    if choice.runner_up is not None and choice.runner_up not in others:
-        others.insert(0, choice.runner_up)
+def _others(choice: Choice) -> list[Option]:
+    """The runner-up, where it is no alternative, and those."""
+    first = choice.runner_up
+    return [*([first] if first is not None and first not in choice.alternatives else []), *choice.alternatives]
+
+
+def _table(choice: Choice, others: list[Option]) -> list[str]:
     rows = [("  option", "kept", "loses", "seam", "padding", "tokens", "at most", "TFLOPs", "patches/token")]
     learned = choice.best.lost is not None
     for option in (choice.best, *others):
@@ -160,15 +169,14 @@ def _table(choice: Choice) -> list[str]:
     return aligned(rows)
 
 
-def _where(choice: Choice) -> list[str]:
-    first = choice.runner_up
-    if first is None:
-        return ["  there is no other option"]
-    found = choice.worse_at(first)
-    if not found:
-        return [f"  {first.name} keeps as much of every image"]
-    return [
-        f"  {image.name} ({image.image_hw[1]}x{image.image_hw[0]} px): {first.name} keeps {100 * own:.1f}% of it, "
-        f"not {100 * kept:.1f}%"
-        for image, own, kept in found
-    ]
+def _where(choice: Choice, others: list[Option]) -> list[str]:
+    """For every other option the image that it loses most of; of the runner-up three."""
+    lines = []
+    for option in others:
+        found = choice.worse_at(option, 3 if option is choice.runner_up else 1)
+        lines += [
+            f"  {option.name}: {100 * own:.1f}% of {image.name} ({image.image_hw[1]}x{image.image_hw[0]} px), "
+            f"not {100 * kept:.1f}%"
+            for image, own, kept in found
+        ] or [f"  {option.name}: it keeps as much of every image"]
+    return lines or ["  there is no other option"]

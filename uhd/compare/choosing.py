@@ -39,7 +39,7 @@ _SHOWN = 8  # alternatives
 _WORST = 3  # images of each
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no single answer
 class Option:
     """A rule with settings, and what it makes of the images: means, and of tokens the 95th percentile and the most.
 
@@ -80,7 +80,7 @@ class Option:
         return self.strategy == other.strategy and self.worth == other.worth and all(np.array_equal(*p) for p in pairs)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no single answer
 class Choice:
     """The best option, the next best ones, and how many options there were.
 

@@ -44,7 +44,7 @@ def all_rules() -> list[str]:
     return [*PRESETS, *STRATEGIES]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no single answer
 class Measured:
     """Every rule on every size.
 

@@ -44,7 +44,7 @@ AREAS = (
 """By area, 10^6 px."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no single answer
 class Summary:
     """A data set by every rule.
 
