@@ -39,6 +39,7 @@ def test_one_program_serves_any_views_and_patches(name, tmp_path):
             np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_saved_program_loads_after_the_kernels_alone(tmp_path):
     made = encoder(NAMES[0])
     torch.export.save(export.torch_program(made), tmp_path / "encoder.pt2")
