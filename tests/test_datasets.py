@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -445,6 +446,23 @@ def test_a_damaged_run_is_told(whole, tmp_path, folder):
         for use in (datasets.Tokens, datasets.inspect, lambda out: run(whole[0], out, folder)):
             with pytest.raises(ValueError, match=f"run.json.*{words}"):
                 use(tmp_path)
+    told = json.loads((whole[1] / "run.json").read_text())
+    for counts in ([1], {**told["counts"], "units": "4"}):
+        (tmp_path / "run.json").write_text(json.dumps({**told, "counts": counts}))
+        with pytest.raises(ValueError, match="run.json does not fit or is damaged: a run's counts"):
+            datasets.inspect(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["key", "start"])
+def test_an_index_without_a_value_is_told(name, whole, tmp_path):
+    out = shutil.copytree(whole[1], tmp_path / "out")
+    _rewritten(out / "index.parquet", lambda rows: [{**rows[0], name: None}, *rows[1:]])
+    with pytest.raises(ValueError, match=f"index.parquet does not fit or is damaged: {name} is null"):
+        datasets.Tokens(out)
+    (out / "index.parquet").unlink()
+    (out / "index.jsonl").write_text(json.dumps({"key": "a"}) + "\n")
+    with pytest.raises(ValueError, match="index.jsonl does not fit or is damaged"):
+        datasets.Tokens(out)
 
 
 def test_without_pyarrow_a_table_is_refused(tmp_path, folder, monkeypatch):
