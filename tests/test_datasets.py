@@ -499,6 +499,8 @@ def test_wrong_calls(whole, tmp_path, folder):
             run(source, tmp_path / "out" / words[:3].replace("/", ""), folder, **changes)
     with pytest.raises(ValueError, match="expected a folder"):
         run(whole[0], tmp_path / "file", folder)
+    with pytest.raises(ValueError, match="is the source: give another folder"):
+        run(whole[0], whole[0] / "a" / "..", folder)
     with pytest.raises(TypeError, match="unexpected keyword argument 'proceses'"):
         run(whole[0], tmp_path / "out", folder, proceses=2)
     for wrong in ({"shard": (5, 3)}, {"limit": 0}, {"dtype": "int8"}, {"columns": ["key"]}):
@@ -656,7 +658,9 @@ def test_the_command_goes_on_after_signals(sent, status, tmp_path, folder, monke
 def test_commands(whole, tmp_path, folder, capsys):
     words = ["encode-dataset", str(whole[0]), "-o", str(tmp_path / "out"), "--encoder", str(folder)]
     assert cli.main([*words, "--processes", "0", "--shard", "0/1", "--dtype", "float16"]) == 0
-    assert "10 images + 3 errors = 13 inputs" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "10 images + 3 errors = 13 inputs" in told.out
+    assert f"{tmp_path / 'out' / 'errors.parquet'} says which, and why" in told.err
     assert cli.main(["inspect", str(tmp_path / "out"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["dtype"], found["width"], found["problems"], found["stages"]) == ("float16", 24, [], {"decode": 3})
