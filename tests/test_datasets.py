@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -445,6 +446,23 @@ def test_a_damaged_run_is_told(whole, tmp_path, folder):
         for use in (datasets.Tokens, datasets.inspect, lambda out: run(whole[0], out, folder)):
             with pytest.raises(ValueError, match=f"run.json.*{words}"):
                 use(tmp_path)
+    told = json.loads((whole[1] / "run.json").read_text())
+    for counts in ([1], {**told["counts"], "units": "4"}):
+        (tmp_path / "run.json").write_text(json.dumps({**told, "counts": counts}))
+        with pytest.raises(ValueError, match="run.json does not fit or is damaged: a run's counts"):
+            datasets.inspect(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["key", "start"])
+def test_an_index_without_a_value_is_told(name, whole, tmp_path):
+    out = shutil.copytree(whole[1], tmp_path / "out")
+    _rewritten(out / "index.parquet", lambda rows: [{**rows[0], name: None}, *rows[1:]])
+    with pytest.raises(ValueError, match=f"index.parquet does not fit or is damaged: {name} is null"):
+        datasets.Tokens(out)
+    (out / "index.parquet").unlink()
+    (out / "index.jsonl").write_text(json.dumps({"key": "a"}) + "\n")
+    with pytest.raises(ValueError, match="index.jsonl does not fit or is damaged"):
+        datasets.Tokens(out)
 
 
 def test_without_pyarrow_a_table_is_refused(tmp_path, folder, monkeypatch):
@@ -481,6 +499,8 @@ def test_wrong_calls(whole, tmp_path, folder):
             run(source, tmp_path / "out" / words[:3].replace("/", ""), folder, **changes)
     with pytest.raises(ValueError, match="expected a folder"):
         run(whole[0], tmp_path / "file", folder)
+    with pytest.raises(ValueError, match="is the source: give another folder"):
+        run(whole[0], whole[0] / "a" / "..", folder)
     with pytest.raises(TypeError, match="unexpected keyword argument 'proceses'"):
         run(whole[0], tmp_path / "out", folder, proceses=2)
     for wrong in ({"shard": (5, 3)}, {"limit": 0}, {"dtype": "int8"}, {"columns": ["key"]}):
@@ -638,7 +658,9 @@ def test_the_command_goes_on_after_signals(sent, status, tmp_path, folder, monke
 def test_commands(whole, tmp_path, folder, capsys):
     words = ["encode-dataset", str(whole[0]), "-o", str(tmp_path / "out"), "--encoder", str(folder)]
     assert cli.main([*words, "--processes", "0", "--shard", "0/1", "--dtype", "float16"]) == 0
-    assert "10 images + 3 errors = 13 inputs" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "10 images + 3 errors = 13 inputs" in told.out
+    assert f"{tmp_path / 'out' / 'errors.parquet'} says which, and why" in told.err
     assert cli.main(["inspect", str(tmp_path / "out"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["dtype"], found["width"], found["problems"], found["stages"]) == ("float16", 24, [], {"decode": 3})

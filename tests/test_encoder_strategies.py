@@ -242,7 +242,7 @@ def test_a_function_is_a_strategy(tmp_path):
     refuses("caller's own", uhd.VisualEncoder.from_pretrained, tmp_path)
 
 
-def test_parts_that_do_not_fit_are_named():
+def test_parts_that_do_not_fit_are_named(tmp_path):
     with pytest.raises(
         ValueError, match=r"plans for image_size=448, patch_size=14.*uhd.strategy\('internvl-dynamic-448-max12'\)"
     ) as told:
@@ -252,6 +252,8 @@ def test_parts_that_do_not_fit_are_named():
     refuses(r"slicing.for_vision\(image_size=None, patch_size=14\)", tiny_encoder, slicing=find("qwen3-vl"))
     refuses("counts 4 tokens, the compressor gave 16: take a compressor", tiny_encoder(slicing="internvl"), IMAGES)
     refuses("has its own packing, so schema 'llava-uhd' cannot", tiny_encoder(schema="llava-uhd"), IMAGES)
+    tiny_encoder().save_pretrained(tmp_path)
+    refuses("^no strategy named 'lava'", uhd.VisualEncoder.from_pretrained, tmp_path, slicing="lava")
     with pytest.raises(ValueError, match="no strategy named 'llava-nest': did you mean 'llava-next'"):
         uhd.VisualEncoder(tiny_encoder().vision, MLPProjector(32, 24), slicing="llava-nest", pixels=PIXELS)
 

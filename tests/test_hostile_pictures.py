@@ -135,7 +135,7 @@ BOMBS = {
 def test_bombs_are_refused_before_they_are_decoded(name, read):
     file, words = BOMBS[name]
     assert len(file) < 450_000
-    refuses(f"these {len(file)} bytes.*{words}", read, file)
+    refuses(f"this file of {len(file)} bytes.*{words}", read, file)
 
 
 @pytest.mark.parametrize("read", [READERS["exact"], READERS["fast"]], ids=["exact", "fast"])
@@ -335,11 +335,11 @@ def odd_sources():
     yield "no rows", np.zeros((0, 9, 3)), "not empty"
     yield "masked", np.ma.masked_array(np.zeros((6, 9, 3)), mask=True), "filled"
     yield "no pixel", Image.new("RGB", (0, 5)), "5x0 px"
-    yield "other bytes", memoryview(bytes(182))[::2], "these 91 bytes .*not an image"
+    yield "other bytes", memoryview(bytes(182))[::2], "this file of 91 bytes .*not an image"
     released = memoryview(b"abc")
     released.release()
     yield "released", released, "this memoryview cannot be read"
-    yield "palette", without_palette(), "these 72 bytes cannot be decoded.*AssertionError"
+    yield "palette", without_palette(), "this file of 72 bytes cannot be decoded.*AssertionError"
 
 
 def without_palette() -> bytes:
@@ -400,10 +400,10 @@ def test_transparency_is_composited_a_band_at_a_time():
 def test_pictures_in_lists_are_told_by_their_number(tmp_path):
     cut = encoded(picture(20, 30))[:-40]
     processor, videos = UHDImageProcessor(), UHDVideoProcessor()
-    refuses("^image 1: these .* bytes cannot be decoded", processor, [picture(20, 30), cut])
-    refuses("^sample 1: image 0: these .* bytes", processor, [[picture(20, 30)], [cut]])
-    refuses("^video 1, frame 2: these .* bytes", videos, [[picture(20, 30)], [picture(20, 30)] * 2 + [cut]])
-    refuses("^item 1: these .* bytes", image_sizes_hw, [picture(20, 30), b"no picture"])
+    refuses("^image 1: this file of .* bytes cannot be decoded", processor, [picture(20, 30), cut])
+    refuses("^sample 1: image 0: this file of .* bytes", processor, [[picture(20, 30)], [cut]])
+    refuses("^video 1, frame 2: this file of .* bytes", videos, [[picture(20, 30)], [picture(20, 30)] * 2 + [cut]])
+    refuses("^item 1: this file of .* bytes", image_sizes_hw, [picture(20, 30), b"no picture"])
     sizes = image_sizes_hw([picture(20, 30)], settings=PixelSettings(max_pixels=600))
     assert sizes.tolist() == [[20, 30]]
     refuses("over max_pixels=599", image_sizes_hw, [picture(20, 30)], settings=PixelSettings(max_pixels=599))

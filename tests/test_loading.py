@@ -597,7 +597,7 @@ class TestPreparation:
         whole = jpeg(tmp_path, "whole.jpg", (60, 80))
         (tmp_path / "half.jpg").write_bytes(whole.read_bytes()[:900])
         refuses(r"^image 1: .*half\.jpg' cannot be decoded", prepare, [whole, str(tmp_path / "half.jpg")])
-        with pytest.raises(ValueError, match=r"^image 2: these 900 bytes cannot be decoded"):
+        with pytest.raises(ValueError, match=r"^image 2: this file of 900 bytes cannot be decoded"):
             prepare([whole, whole, (tmp_path / "half.jpg").read_bytes()])
         refuses(r"^image 1: an image is .*, got tuple", prepare, [whole, (whole, 3)], error=TypeError)
         refuses(r"nowhere\.jpg", prepare, [whole, tmp_path / "nowhere.jpg"], error=FileNotFoundError)
@@ -693,7 +693,7 @@ class TestWorkers:
     def test_a_processor_names_a_bad_image_and_a_bad_sample(self):
         processor = tiny.model("llama").processor
         texts = ["<image>a", "<image><image>b"]
-        with pytest.raises(ValueError, match="^image 2: these 3 bytes is not an image"):
+        with pytest.raises(ValueError, match="^image 2: this file of 3 bytes is not an image"):
             processor(text=texts, images=[[PICTURES[0]], [PICTURES[1], b"bad"]])
         with pytest.raises(ValueError, match="^sample 1: 2 images cost at least 8 tokens"):
             processor(text=texts, images=[PICTURES[:1], PICTURES[1:3]], max_tokens=7)

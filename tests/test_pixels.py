@@ -422,7 +422,7 @@ def test_truncated_files_raise(kind, tmp_path):
 def test_files_that_are_no_images_raise(data, tmp_path):
     path = tmp_path / "notes.txt"
     path.write_bytes(data)
-    for source, name in ((path, "notes.txt"), (data, f"these {len(data)} bytes")):
+    for source, name in ((path, "notes.txt"), (data, f"this file of {len(data)} bytes")):
         for read in (load_image, image_size_hw):
             refuses(f"{name}.*(not an image|truncated or damaged)", read, source)
 

@@ -301,6 +301,8 @@ class VisualEncoder(PackedEncoder):
         """
         given = {"num_latents": num_latents, "num_heads": num_heads}
         sizes = {name: size for name, size in given.items() if size is not None}
+        if isinstance(slicing, str):
+            find(slicing)  # a name that is none is no damage of the folder
         if sizes and compressor is not None:
             raise ValueError(f"{' and '.join(sizes)} are those of the compressor, which is given: build it with them")
         saved = None if isinstance(source, nn.Module) else Path(source) / saving.CONFIG_FILE

@@ -127,6 +127,9 @@ def graphs_that_are_refused(folder, names, capsys):
     assert cli.main([*start, str(folder / "model.onnx"), "--strategy", "llava-next"]) == 1
     assert "--strategy: not with --onnx" in capsys.readouterr().err
     described = json.loads((folder / "model.json").read_text())
+    for other in ({"width": 25}, {"positions": None}):
+        (folder / "model.json").write_text(json.dumps({**described, **other}))
+        refuses("model.onnx does not run as model.json says, take both", Runner(folder / "model.onnx"), names[:1])
     rule = uhd.slicing.find("llava-next").for_vision(image_size=56, patch_size=14)
     (folder / "model.json").write_text(json.dumps({**described, "slicing": rule.to_dict()}))
     refuses("packs the views' tokens with learned embeddings", Runner(folder / "model.onnx"), names[:1])

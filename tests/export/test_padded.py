@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -128,6 +129,8 @@ def test_what_no_graph_is_made_of_is_refused_by_name(tmp_path):
     refuses(
         "uhd.vision.merging.CompressedViT", described, tiny_encoder(vision=compress_vit(vit(), 1)), error=TypeError
     )
+    for other in (tmp_path, SimpleNamespace(visual=tiny_encoder())):
+        refuses("made of a uhd.VisualEncoder, got .*: take a model's model.visual", described, other, error=TypeError)
     refuses("stem of your own", described, tiny_encoder(vision=own_stem()), error=TypeError)
     pool = tiny_encoder(
         PoolProjector(32, 24), slicing=uhd.strategy("llava-1.5").for_vision(image_size=56, patch_size=14)
@@ -163,6 +166,8 @@ def test_a_description_that_is_missing_or_damaged_is_named(tmp_path):
         ("positions", 3, "not the dictionary of a Positions: it is 3"),
         ("keys", {"kind": "x", "size": 3}, "kind must be 'interpolated' or 'sines'"),
         ("slicing", {}, "model.json does not fit or is damaged"),
+        ("patch_size", 0, "model.json does not fit.* patch_size must be at least 1"),
+        ("positions", {**good["positions"], "mode": "cubic"}, "mode must be 'bicubic', 'bilinear' or 'nearest'"),
     ]:
         path.write_text(json.dumps({**good, name: value}))
         refuses(words, inputs, IMAGES, path)

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 from tests.hf.tiny import IMAGES, attach, encoder, language_model, model, tokenizer
 from tests.scripts import FOLDER, load_script
+from tests.tiny import refuses
 from uhd.hf.collating import PackedStream, PackingCollator, pack_rows
 from uhd.hf.packing import samples_in_rows
 from uhd.hf.visual_inputs import VISUAL_KEYS, together
@@ -400,7 +401,7 @@ def test_raw_samples_are_prepared_as_the_processor_would():
     processor = model("llama").processor
     video = torch.randint(0, 255, (3, 3, 30, 45), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     raw = [
-        {"text": "hello", "images": None, "source": "web"},
+        {"text": "hello", "images": None, "source": "web", "messages": None},
         {"text": "a<image>b<image>", "images": list(IMAGES[:2])},
         {"text": "<image>c", "images": IMAGES[2]},
         {"text": "<video>d<image>", "images": [IMAGES[1]], "videos": [video]},
@@ -449,8 +450,17 @@ def test_messages_have_their_media_in_place_and_the_assistant_s_words_as_targets
     for messages, images in (([said("user", "x", place)], [first, second]), ([said("user", place)], [])):
         with pytest.raises(ValueError, match=f"1 parts of type 'image' without a source, .* {len(images)} images"):
             pack([{"messages": messages, "images": images}])
-    with pytest.raises(ValueError, match="text or messages"):
-        pack([{"messages": [whole], "text": "x"}])
+    assert torch.equal(pack([{**forms[0], "text": None}])["labels"], pack(forms[:1])["labels"])
+    for wrong, words in (
+        ({"messages": [whole], "text": "x"}, r"text or messages.* has \['messages', 'text'\]"),
+        ({"messages": None, "text": None, "id": 3}, r"text or messages.* has \['id'\]"),
+        ({"messages": [], "images": images}, r"a list of at least one, got \[\]"),
+        ({"messages": "x"}, "a list of at least one, got 'x'"),
+        ({"messages": [{"content": "x"}]}, r'"role": \.\.\..*, got .*content'),
+        ({"messages": ["x"]}, "a message is .*, got 'x'"),
+    ):
+        refuses(f"^sample 1: .*{words}", pack, [{"text": "x"}, wrong])
+        refuses(f"^sample 1: .*{words}", list, PackedStream([{"text": "x"}, wrong], pack))
 
 
 def test_what_does_not_pack():
@@ -462,6 +472,12 @@ def test_what_does_not_pack():
         collate([sample])
     with pytest.raises(ValueError, match=rf"sample 0 has {length} tokens"):
         list(PackedStream([sample], collate))
+    refuses(f"^sample 1 has {length} tokens", list, PackedStream([{"text": "a"}, sample], collate))
+    refuses("^there is no sample to pack", collate, [])
+    refuses("^sample 0: a sample is a dictionary, got str", collate, ["a"], error=TypeError)
+    for wrong in (0, -1, 2.5, "9", None, True):
+        words = "max_length (is at least 1|must be a whole number)"
+        refuses(words, PackingCollator, found.processor, max_length=wrong)
     with pytest.raises(ValueError, match=r"text or messages, or input_ids .* this one has \['words'\]"):
         collate([{"words": "a"}])
     with pytest.raises(ValueError, match=r"a prepared sample has input_ids, this one has \['words'\]"):

@@ -46,6 +46,11 @@ def test_one_command_reads_what_is_on_an_image(address):
     assert body["choices"][0]["finish_reason"] == "stop"
     assert streamed(post(address, {**asked, "stream": True})[1]) == (DRAWN.text, "stop")
     assert post(address, {**asked, "max_tokens": 2})[1]["choices"][0]["finish_reason"] == "length"
+    stop = DRAWN.text[:3]
+    for form in (stop, ["nowhere", stop]):
+        assert said(post(address, {**asked, "stop": form})) == stop
+    assert streamed(post(address, {**asked, "stop": stop, "stream": True})[1])[0] == stop
+    assert said(post(address, {**asked, "stop": []})) == DRAWN.text
 
 
 def test_openai_s_client_is_understood(address):
@@ -96,6 +101,14 @@ def test_wrong_input_is_answered_with_the_sentence_that_refuses_it(address):
         "KeyError: 'image_url'": {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
         "got 'audio'": {"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": "x"}]}]},
         "greater than 0": question("all?", GREY, max_tokens=-1),
+        "stop is a text, or a list of texts, got 3": question("all?", stop=3),
+        "tools is a list, got 3": question("all?", tools=3),
+        "surrogates not allowed": question("\ud800"),
+        "is a string, got 3": question(3),
+        "(TypeError: the JSON object": question("all?", generation_config=3),
+        "text, image_url or video_url, got ['image']": {
+            "messages": [{"role": "user", "content": [{"type": "image", "url": whole}]}]
+        },
     }
     wrong["the language model has 512"]["stream"] = True  # refused before a stream begins
     wrong["of them images or videos"] = wrong.pop("60 images")

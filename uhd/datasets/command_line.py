@@ -53,6 +53,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 def _encode(args: argparse.Namespace) -> int:
     from uhd import commands, datasets
+    from uhd.datasets import index
 
     own = {name: getattr(args, name) for name in ("dtype", "limit", "shard", "device")}
     own["columns"] = [name.strip() for name in args.columns.split(",") if name.strip()]
@@ -78,7 +79,7 @@ def _encode(args: argparse.Namespace) -> int:
     if not found["complete"]:
         print("not all units are there: the last of the other shards' runs writes the index", file=sys.stderr)
     if found["errors"] and found["complete"]:
-        print(f"uhd inspect {args.output} tells of the errors", file=sys.stderr)
+        print(f"{index.table_of(args.output, index.ERRORS)} says which, and why", file=sys.stderr)
     return 0
 
 

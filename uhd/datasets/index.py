@@ -50,6 +50,7 @@ COLUMNS = (
 """Of every index; those of the source come after them."""
 
 TABLES = {INDEX: COLUMNS, ERRORS: ("key", "stage", "error")}
+COUNTS = ("units", "inputs", "images", "errors", "tokens")
 TEXTS = ("key", "sha256", "shard", "stage", "error")
 Write = Callable[[list[dict[str, Any]]], object]
 
@@ -65,6 +66,8 @@ def read_run(out: Path) -> dict[str, Any]:
         read_values(run, "a run's description", recipe=dict[str, Any], settled=dict[str, Any])
         read_values(run["recipe"], "a run's recipe", encoder=dict[str, Any], columns=tuple[str, ...], dedupe=bool)
         read_values(run["settled"], "what a run settled", device=str, threads=int, products=dict[str, str])
+        if run.get("counts") is not None:
+            read_values(run["counts"], "a run's counts", **dict.fromkeys(COUNTS, int))
     return run
 
 
@@ -191,14 +194,16 @@ def read_rows(out: Path, name: str) -> Iterator[dict[str, Any]]:
 def read_columns(out: Path, columns: Sequence[str]) -> dict[str, Any]:
     """Columns of the index: arrays of integers, and of texts what has an item for every row."""
     path = table_of(out, INDEX)
-    if path.suffix == ".parquet":
-        with damage_named(path):
+    with damage_named(path):
+        if path.suffix == ".parquet":
             table = pyarrow_for(path).parquet.read_table(path, columns=list(columns))
             found = {name: table[name].combine_chunks() for name in columns}
-    else:
-        rows = list(read_rows(out, INDEX))
-        found = {name: [row[name] for row in rows] for name in columns}
-    return {name: values if name in TEXTS else np.asarray(values, np.int64) for name, values in found.items()}
+            if empty := [name for name, values in found.items() if values.null_count]:
+                raise ValueError(f"{empty[0]} is null in a row")
+        else:
+            rows = list(read_rows(out, INDEX))
+            found = {name: [row[name] for row in rows] for name in columns}
+        return {name: values if name in TEXTS else np.asarray(values, np.int64) for name, values in found.items()}
 
 
 def table_of(out: Path, name: str) -> Path:

@@ -48,7 +48,7 @@ def inspect(out: str | os.PathLike[str]) -> dict[str, Any]:
             problems.append(f"{problem}: remove what is left of it, and the same command makes it again")
     if counts and not problems:
         problems += _compared(out, numbers, run["recipe"])
-        told = {name: found[name] for name in ("units", "inputs", "images", "errors", "tokens")}
+        told = {name: found[name] for name in index.COUNTS}
         if told != counts:
             problems.append(f"{index.RUN} counts {counts}, the files hold {told}: the same command counts again")
     return {**found, "problems": problems}

@@ -91,6 +91,8 @@ def encode(
     check_form(form, shard)
     check_choice("engine", engine, ENGINES)
     check_choice("on_error", on_error, ("record", "stop"))
+    if out.is_dir() and os.path.isdir(source) and out.samefile(source):
+        raise ValueError(f"{out} is the source: give another folder for the tokens")
     if next(iter(listed(source, columns=columns, skip=out)), None) is None:
         raise ValueError(f"{source} holds no images")
     with saved(encoder) as folder, _alone(out, shard):

@@ -69,6 +69,11 @@ def write(encoder: VisualEncoder, path: str | os.PathLike[str], *, dynamic: bool
 
 def described(encoder: VisualEncoder, *, dynamic: bool = True) -> Graph:
     """What the host must know of an encoder's graph; errors as of :func:`uhd.export.onnx`."""
+    if not isinstance(encoder, VisualEncoder):
+        raise TypeError(
+            f"a graph is made of a uhd.VisualEncoder, got {type(encoder).__name__}: take a model's model.visual, or "
+            "what VisualEncoder.from_pretrained makes of a folder"
+        )
     vision, compressor = encoder.vision, encoder.compressor
     dtype = _checked(encoder)
     if (own := own_function(encoder.slicing)) is not None:

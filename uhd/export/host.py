@@ -16,7 +16,7 @@ from uhd.files import damage_named, read_json
 from uhd.pixels import PixelSettings, cut, load_image, patchify
 from uhd.schema import SpatialSchema
 from uhd.schema.counted import slicing_from_dict
-from uhd.settings import Settings, check_choice
+from uhd.settings import Settings, check_choice, check_range
 from uhd.slicing import SlicePlan, Slicing
 
 FORMAT = 1
@@ -43,6 +43,9 @@ class Positions(Settings):
     antialias: bool
     shifted: dict[str, tuple[int, ...]]
     most: int | None
+
+    def __post_init__(self) -> None:
+        check_choice("mode", self.mode, ("bicubic", "bilinear", "nearest"))
 
     def buckets(self, length: int, side: int) -> np.ndarray:
         """The place in a table of ``side`` rows for each of ``length`` patches."""
@@ -112,6 +115,9 @@ class Graph(Settings):
     error: float
     bound: float
     note: str
+
+    def __post_init__(self) -> None:
+        check_range(self, ("patch_size", "width", "tokens_per_view", "views", "length"))
 
     def to_dict(self) -> dict[str, Any]:
         return {"format": FORMAT, **super().to_dict()}

@@ -31,14 +31,14 @@ class Runner:
 
     Raises:
         ImportError: onnxruntime is missing: ``pip install llava-uhd[onnx]``, or it alone.
-        ValueError: One of both files is missing or damaged.
+        ValueError: One of both files is missing or damaged; when called, they are of two exports.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         path = Path(path)
         if not path.is_file():
             raise ValueError(f"there is no graph {path}: uhd export writes one")
-        self.graph = Graph.read(path.with_suffix(".json"))
+        self.path, self.graph = path, Graph.read(path.with_suffix(".json"))
         self.run = session(path)
         self.schema, self.pixels, self.note = self.graph.own_schema, self.graph.own_pixels, self.graph.note
 
@@ -58,9 +58,21 @@ class Runner:
                 "encode with the encoder itself, or run the graph and pack on your own"
             )
         layout = checked_layout(plan, self.schema, where="the image", advice="the .json is another graph's")
-        padded = self.run(self.graph.arrays(views, [view.patches_hw for view in plan.views]))
+        padded = self._run(self.graph.arrays(views, [view.patches_hw for view in plan.views]))
         parts = [tokens[: view.num_tokens] for tokens, view in zip(padded, plan.views, strict=False)]
         return EncodedArray(np.concatenate(parts), plan, layout)
+
+    def _run(self, given: dict[str, np.ndarray]) -> np.ndarray:
+        try:
+            tokens = self.run(given)
+            if (width := tokens.shape[-1]) != self.graph.width:
+                raise ValueError(f"tokens are {width} wide, not {self.graph.width}")
+        except Exception as problem:  # onnxruntime's own have no base of theirs
+            name = self.path.with_suffix(".json").name
+            raise ValueError(
+                f"{self.path} does not run as {name} says, take both files of one export ({problem})"
+            ) from problem
+        return tokens
 
 
 def session(file: str | os.PathLike[str]) -> Callable[[dict[str, np.ndarray]], np.ndarray]:

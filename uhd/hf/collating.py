@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset
 from uhd.hf.labels import is_visual, labels_of
 from uhd.hf.samples import prepare_sample
 from uhd.hf.visual_inputs import VISUAL_KEYS, together
+from uhd.loading import named
 from uhd.merge import IGNORE
 from uhd.settings import read_values
 
@@ -36,11 +37,7 @@ def pack_rows(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     [[0, 1, 3], [2, 4]]
     """
     for place, length in enumerate(lengths):
-        if length > max_length:
-            raise ValueError(
-                f"sample {place} has {length} tokens, a row holds {max_length}: raise max_length, or give it fewer "
-                "slices or a shorter text"
-            )
+        _check_length(place, length, max_length)
     longest_first = sorted(range(len(lengths)), key=lambda place: -lengths[place])
     rows: list[list[int]] = []
     filled: list[int] = []
@@ -58,6 +55,14 @@ def pack_rows(lengths: Sequence[int], max_length: int) -> list[list[int]]:
         even[row].append(place)
         used[row] += lengths[place]
     return sorted(sorted(row) for row in (even if max(used, default=0) <= max_length else rows))
+
+
+def _check_length(number: int, length: int, max_length: int) -> None:
+    if length > max_length:
+        raise ValueError(
+            f"sample {number} has {length} tokens, a row holds {max_length}: raise max_length, or give it fewer "
+            "slices or a shorter text"
+        )
 
 
 class PackingCollator:
@@ -83,7 +88,8 @@ class PackingCollator:
     (R, L) int64 and, as ``visual``, the images and videos of all samples, in order.
 
     Raises:
-        ValueError: When called: a sample is longer than a row, or has not what it needs.
+        ValueError: ``max_length`` is no number of tokens. When called: there is no sample; or one, by its number, is
+            longer than a row, or has not what it needs.
     """
 
     def __init__(
@@ -94,11 +100,21 @@ class PackingCollator:
         prepare: Callable[[Any], Mapping[str, Any]] | None = None,
         one_row: bool = False,
     ) -> None:
-        self.processor, self.max_length, self.prepare, self.one_row = processor, max_length, prepare, one_row
+        (length,) = read_values({"max_length": max_length}, "a PackingCollator", max_length=int)
+        if length < 1:
+            raise ValueError(f"max_length is at least 1 token, got {length}")
+        self.processor, self.max_length, self.prepare, self.one_row = processor, length, prepare, one_row
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
-        rows = [[self._tensors(part) for part in sample] for sample in samples if isinstance(sample, list)]
-        single = [self.read(sample) for sample in samples if not isinstance(sample, list)]
+        rows, single = [], []
+        for number, sample in enumerate(samples):
+            with named("sample", number):
+                if isinstance(sample, list):
+                    rows.append([self._tensors(part) for part in sample])
+                else:
+                    single.append(self.read(sample))
+        if not rows and not single:
+            raise ValueError("there is no sample to pack: give at least one")
         packed = pack_rows([len(sample["input_ids"]) for sample in single], self.max_length)
         rows += [[single[place] for place in row] for row in packed]
         if self.one_row:
@@ -122,6 +138,8 @@ class PackingCollator:
         """One sample as tensors without padding: ``input_ids`` and ``labels`` (T,), and its images and videos."""
         if self.prepare is not None:
             sample = self.prepare(sample)
+        elif not isinstance(sample, Mapping):
+            raise TypeError(f"a sample is a dictionary, got {type(sample).__name__}")
         elif "input_ids" not in sample:
             sample = prepare_sample(sample, self.processor)
         return self._tensors(sample)
@@ -197,8 +215,9 @@ class PackedStream(IterableDataset):
         self._waiting = waiting = []
         for number, mark, sample in self._samples(state):
             if state is None or number >= state["read"] or number in state["waiting"]:
-                waiting.append(_Waiting(number, mark, self.collator.read(sample)))
-                pack_rows([_length(waiting[-1])], self.collator.max_length)  # longer than a row: refused here
+                with named("sample", number):
+                    waiting.append(_Waiting(number, mark, self.collator.read(sample)))
+                _check_length(number, _length(waiting[-1]), self.collator.max_length)
             if len(waiting) > self.buffer:
                 yield self._row(waiting)
         while waiting:

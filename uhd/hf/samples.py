@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from uhd.hf.chat import as_dict, chosen_template, kind_of, parts_of, without_none
+from uhd.hf.chat import as_dict, chosen_template, is_message, kind_of, parts_of, without_none
 
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
 """The block around an assistant's words in a chat template, which tells them from the rest."""
@@ -19,18 +19,24 @@ def prepare_sample(sample: Mapping[str, Any], processor: Any) -> Mapping[str, An
     ``{"type": "video"}`` without a source, in order; messages without such a part have them in front of the first
     text of the user. Of messages, only what the assistant says is a target where the chat template marks it.
 
+    ``None`` is what a table has where a row has nothing.
+
     Raises:
-        ValueError: Neither or both of text and messages, or places and media differ in number.
+        ValueError: Neither or both of text and messages, no message, one without a role, or places and media differ in
+            number.
     """
-    if ("text" in sample) == ("messages" in sample):
+    text, messages = sample.get("text"), sample.get("messages")
+    if (text is None) == (messages is None):
+        there = sorted(name for name, value in sample.items() if value is not None)
         raise ValueError(
-            f"a sample has text or messages, or input_ids that the processor made; this one has {sorted(sample)}: say "
-            "with prepare= how it is prepared"
+            f"a sample has text or messages, or input_ids that the processor made; this one has {there}: say with "
+            "prepare= how it is prepared"
         )
     media = {kind: _listed(sample.get(f"{kind}s")) for kind in ("image", "video")}
-    if "text" in sample:
-        return processor(text=sample["text"], **{f"{kind}s": given or None for kind, given in media.items()})
-    messages = without_none(sample["messages"], needed=False)
+    if text is not None:
+        return processor(text=text, **{f"{kind}s": given or None for kind, given in media.items()})
+    _check_messages(messages)
+    messages = without_none(messages, needed=False)
     if any(media.values()):
         messages = [_in_parts(message) for message in messages]
     for kind, given in media.items():
@@ -41,6 +47,14 @@ def prepare_sample(sample: Mapping[str, Any], processor: Any) -> Mapping[str, An
         return_dict=True,
         return_assistant_tokens_mask=bool(_GENERATION.search(chosen_template(processor.chat_template, None))),
     )
+
+
+def _check_messages(messages: Any) -> None:
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ValueError(f"messages are a list of at least one, got {messages!r:.80}")
+    for message in messages:
+        if not is_message(message) or "role" not in as_dict(message):
+            raise ValueError(f'a message is {{"role": ..., "content": ...}}, got {message!r:.80}')
 
 
 def _listed(given: Any) -> list[Any]:

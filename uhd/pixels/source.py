@@ -183,7 +183,7 @@ def name_of(source: Any) -> str:
             raise PictureError(f"{name!r:.200} is not a path, and nothing is downloaded: fetch it and pass its bytes")
         return f"{name!r:.200}"
     if isinstance(source, bytes):
-        return f"these {len(source)} bytes"
+        return f"this file of {len(source)} bytes"
     raise TypeError(f"an image is a Pillow image, path, bytes, NumPy array or tensor, got {type(source).__name__}")
 
 

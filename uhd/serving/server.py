@@ -53,33 +53,56 @@ class _Ready(Serve):
 
 
 class _Fitting(GenerateManager):
-    """Answers end where the language model's positions do; a prompt that leaves none is refused before any word."""
+    """Answers end where the language model's positions do; a prompt that leaves none is refused before any word.
+
+    The tokenizer goes on in the processor's place: where words of ``stop`` begin is asked of it.
+    """
 
     def generate_streaming(self, model: Any, processor: Any, inputs: Any, gen_config: Any, **kwargs: Any) -> Any:
         _fit(model, inputs, gen_config)
-        return super().generate_streaming(model, processor, inputs, gen_config, **kwargs)
+        return super().generate_streaming(model, processor.tokenizer, inputs, gen_config, **kwargs)
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, **kwargs: Any
     ) -> Any:
         _fit(model, inputs, gen_config)
-        return await super().generate_non_streaming(model, processor, inputs, gen_config, **kwargs)
+        return await super().generate_non_streaming(model, processor.tokenizer, inputs, gen_config, **kwargs)
 
 
 def _fit(model: UHDForConditionalGeneration, inputs: Any, gen_config: Any) -> None:
-    ids, limit = inputs["input_ids"], model.config.max_positions
+    ids, limit, stop = inputs["input_ids"], model.config.max_positions, gen_config.stop_strings
+    words = [stop] if isinstance(stop, str) else [] if stop is None else stop
+    if not isinstance(words, list) or not all(isinstance(word, str) and word for word in words):
+        raise ValueError(f"stop is a text, or a list of texts, got {stop!r:.80}")
+    gen_config.stop_strings = words or None
     model._check_length(ids, None, model.visual_positions(ids).sum(1).tolist(), new_tokens=1)
     if limit is not None:
         gen_config.max_new_tokens = min(gen_config.max_new_tokens or limit, limit - ids.shape[1])
+
+
+def _in_full(read: Any, messages: Any, *args: Any) -> Any:
+    """Read the messages of a request; the server leaves out those parts that it does not know."""
+    found = read(messages, *args)
+    for message, taken in zip(messages, found, strict=True):
+        parts = message.get("content")
+        if isinstance(parts, list) and not message.get("tool_calls") and len(parts) != len(taken["content"]):
+            kinds = [part["type"] for part in parts]
+            raise ValueError(f"parts of a message are of type text, image_url or video_url, got {kinds!r:.200}")
+    return found
 
 
 def _with_addresses_only(apply: Any, conversation: Any, *args: Any, **kwargs: Any) -> Any:
     """Apply a chat template to messages whose pictures are not files of the server's own machine."""
     if not conversation:
         raise ValueError("messages holds no message: ask something")
+    if not isinstance(kwargs.get("tools"), (list, type(None))):
+        raise ValueError(f"tools is a list, got {kwargs['tools']!r:.80}")
     for part in (part for message in conversation for part in message["content"]):
         if part["type"] not in ("text", "image", "video"):
             raise ValueError(f"a message holds text, images and videos here, got {part['type']!r:.50}")
+        if not isinstance(part.get("text", ""), str):
+            raise ValueError(f"the text of a message is a string, got {part['text']!r:.80}")
+        part.get("text", "").encode()  # half a character is a ValueError
         address = part.get("url", "data:")
         if not isinstance(address, str) or not _ADDRESS.match(address):
             raise ValueError(f"images and videos come as data: URIs or from http(s)://, got {address!r:.80}")
@@ -113,6 +136,8 @@ def ready(folder: Path | None, *, host: str = "127.0.0.1", port: int = 8000, max
         part.max_pixels = max_pixels
     processor.apply_chat_template = partial(_with_addresses_only, processor.apply_chat_template)
     _pin(manager, name, model, processor)
+    for handler in (server._chat_handler, server._response_handler):
+        handler.get_processor_inputs_from_messages = partial(_in_full, handler.get_processor_inputs_from_messages)
     generating = _Fitting()
     server._generation_state.get_manager = lambda *args, **kwargs: generating
     for kind in (ValueError, TemplateError, LookupError, TypeError, AttributeError):
@@ -156,7 +181,7 @@ async def refused(request: Request, problem: Exception) -> JSONResponse:
     said = str(problem)
     if not isinstance(problem, (ValueError, TemplateError)):
         inmost = traceback.extract_tb(problem.__traceback__)[-1].filename
-        if Path(inmost).parent.name != "serving" or isinstance(problem, NotImplementedError):
+        if Path(inmost).parent.name not in ("serving", "json") or isinstance(problem, NotImplementedError):
             raise problem
         said = f"the request is not of the form that this API takes ({type(problem).__name__}: {problem})"
     error = {"message": said, "type": "invalid_request_error", "param": None, "code": None}

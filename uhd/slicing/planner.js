@@ -159,7 +159,11 @@ const uhdPlanner = (() => {
 
   // The plan, and the cap on slices that it was made under; 0: the overview alone.
   function withinBudget(imageHw, config) {
-    const most = config.max_tokens === null ? Infinity : config.max_tokens;
+    if (!config || !["released", "march2024"].includes(config.rule) || !config.separators) {
+      const got = JSON.stringify(config && config.rule);
+      throw new RangeError(`a config is "slicing" of a model.json, of the adaptive rule; this one's rule is ${got}`);
+    }
+    const most = config.max_tokens == null ? Infinity : config.max_tokens;
     for (let cap = Math.min(config.max_slices, div(most, config.tokens_per_view || 1)); cap > 0; cap--) {
       const found = build(imageHw, bestGrid(imageHw, config, cap), config);
       if (found.num_tokens <= most) return [found, cap];
