@@ -58,7 +58,11 @@ def given_inputs(images: Any) -> Iterator[Input]:
         ValueError: One that cannot be read, named, or a size that is none.
         TypeError: Something else.
     """
-    for number, one in enumerate([images] if isinstance(images, (str, os.PathLike)) else images):
+    if isinstance(images, (str, os.PathLike)) or hasattr(images, "getexif"):
+        images = [images]
+    if isinstance(images, bytes) or not hasattr(images, "__iter__"):
+        raise TypeError(f"images are a list of (height, width), paths or pictures, got {images!r:.60}")
+    for number, one in enumerate(images):
         if isinstance(one, Input):
             yield one
         elif isinstance(one, (str, os.PathLike)):
@@ -73,8 +77,8 @@ def given_inputs(images: Any) -> Iterator[Input]:
             from uhd.pixels import image_size_hw
 
             yield Input(f"image {number}", image_size_hw(one), one)
-        elif isinstance(one, (int, float)):
-            raise TypeError(f"images are a list of (height, width), paths or pictures, got the number {one!r} in it")
+        elif one is None or isinstance(one, (int, float)):
+            raise TypeError(f"images are a list of (height, width), paths or pictures, got {one!r} in it")
         else:
             size_hw = check_size(one)
             yield Input("{1}x{0}".format(*size_hw), size_hw)
