@@ -185,7 +185,33 @@ def test_table_takes_paths_sizes_and_pictures(pictures):
     assert isinstance(table(compare((60, 200), ["clip"])), str)
     refuses("none.png", table, ["none.png"], ["clip"])
     refuses("two whole numbers", table, [(1.5, 2)], ["clip"])
-    refuses(r"a list of \(height, width\)", table, (60, 200), ["clip"], error=TypeError)
+    for wrong in ((60, 200), [None], 3, b"a.png"):
+        refuses(r"a list of \(height, width\)", table, wrong, ["clip"], error=TypeError)
+    for alike in (image, [image], summarize([image], ["clip"]).inputs, summarize(image, ["clip"]).inputs):
+        assert [(row["height"], row["width"]) for row in table(alike, ["clip"])] == [(60, 200)]
+    assert [one.image_hw for one in summarize([pictures / "all"], ["clip"]).inputs] == [
+        (row["height"], row["width"]) for row in table(pictures / "all", ["clip"])
+    ]
+
+
+def test_no_output_replaces_an_input_or_another_output(pictures, tmp_path, capsys):
+    folder, sizes = pictures / "all", tmp_path / "sizes.json"
+    sizes.write_text("[[40, 30]]")
+    kept = (folder / "a.png").read_bytes()
+    for words, why in (
+        ((folder, "--csv", folder / "a.png"), "images end so"),
+        ((folder, "--latex", tmp_path / "new.parquet"), "images end so"),
+        (("--sizes", sizes, "--csv", sizes), "choose another output"),
+        (
+            (folder, "--csv", tmp_path / "out", "--latex", folder.parent / ".." / tmp_path.name / "out"),
+            "name different",
+        ),
+    ):
+        status, out, said = run(*words, "--strategies", "clip", capsys=capsys)
+        assert (status, out) == (1, "")
+        assert why in said
+    assert (folder / "a.png").read_bytes() == kept
+    assert sizes.read_text() == "[[40, 30]]"
 
 
 def test_latex_has_a_row_for_every_rule():

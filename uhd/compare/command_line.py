@@ -96,15 +96,22 @@ def _system(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _compare(args: argparse.Namespace) -> int:
+    from uhd.datasets.sources import SUFFIXES
     from uhd.writing import check_place
 
     from .inputs import holds_many
 
     rules = _rules(args)
-    for path in filter(None, (args.html, args.csv, args.latex)):
+    outputs = [path for path in (args.html, args.csv, args.latex) if path is not None]
+    if len({path.resolve() for path in outputs}) < len(outputs):
+        raise ValueError("--html, --csv and --latex write a file each: name different ones")
+    for path in outputs:
         check_place(path)
-        if path.exists() and any(Path(item).exists() and path.samefile(item) for item in args.inputs):
+        given = [*args.inputs, *filter(None, [args.sizes])]
+        if path.exists() and any(Path(item).exists() and path.samefile(item) for item in given):
             raise ValueError(f"{path} is the image itself: choose another output")
+        if path.suffix.lower() in (*SUFFIXES, ".tar", ".parquet"):
+            raise ValueError(f"cannot write {path}: images end so, and it may be one of them")
     if args.html is not None and args.html.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"cannot write {args.html}: a page ends in .html")
     many = args.sizes or args.csv or args.latex or len(args.inputs) > ONE_BY_ONE or any(map(holds_many, args.inputs))
@@ -214,24 +221,26 @@ def _compare_all(args: argparse.Namespace, rules: Any) -> int:
 
 def _choose(args: argparse.Namespace) -> int:
     from . import advice
-    from .choosing import choose
+    from .choosing import check_budget, check_settings, choose
 
     rules = _rules(args)
-    settings = {name: getattr(args, name) for name in ("slices", "latents", "base_sizes")}
+    named = {name: getattr(args, name) for name in ("slices", "latents", "base_sizes")}
+    settings = {name: values for name, values in named.items() if values is not None}
     if args.max_tokens is None and args.max_tflops is None:
         raise ValueError("a choice needs a budget: --max-tokens N, --max-tflops X, or both")
+    bounds = {name: getattr(args, name) for name in ("max_tokens", "max_tflops", "patches_per_token")}
+    check_budget(**bounds)  # before any image is read
+    check_settings(**settings)
     found, failed = _read(args, "uhd choose")
     if not found:
         return commands.REFUSED
     choice = choose(
         found,
-        max_tokens=args.max_tokens,
-        max_tflops=args.max_tflops,
+        **bounds,
         per_image=args.per_image,
         rules=rules,
-        patches_per_token=args.patches_per_token,
         learned=args.learned,
-        **{name: value for name, value in settings.items() if value is not None},
+        **settings,
         **_system(args),
     )
     print(json.dumps({**advice.to_dict(choice), "failed": failed}) if args.json else advice.text(choice))
