@@ -198,6 +198,9 @@ def test_a_command_that_is_wrong_is_refused_before_any_work(saved, tmp_path, cap
     assert "give a model's folder, or nano" in failing(data)
     assert "give a model's folder, or nano" in failing("--nano", model, data)
     assert failing(model, data, "--json", tmp_path / "no" / "rows.json")
+    asked = data.read_bytes()
+    assert "holds the questions" in failing(model, data, "--json", data)
+    assert data.read_bytes() == asked
     Image.new("L", (40, 20), 240).save(tmp_path / "a.png")
     (tmp_path / "q.jsonl").write_text(json.dumps({"image": "a.png", "question": "all?", "answer": "3"}))
     assert cli.main(["evaluate", str(model), str(tmp_path / "q.jsonl"), "--max-new-tokens", "1"]) == 0

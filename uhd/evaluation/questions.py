@@ -41,7 +41,7 @@ def read_questions(path: Path, refuse: Refuse | None = None) -> list[Asked]:
     """
     wanted = 'write a line {"image": "a.png", "question": "...", "answer": "..."} for each question'
     if not path.is_file():
-        raise ValueError(f"there is no {path}: {wanted}")
+        raise ValueError(f"there is no file {path}: {wanted}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as problem:
