@@ -124,7 +124,6 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _compare_each(args: argparse.Namespace, rules: Any) -> int:
     from .inputs import named_inputs, size_of, source_of
-    from .page import write_page
     from .report import compare, picture_of, table
 
     system, pixels = _system(args), _pixels(args)
@@ -146,6 +145,8 @@ def _compare_each(args: argparse.Namespace, rules: Any) -> int:
 
     failed, stop = commands.each("uhd compare", inputs, one, stop=args.on_error == "stop")
     if args.html is not None and found:
+        from .page import write_page
+
         words = f"{len(found)} of {len(inputs)} images are in {args.html}"
         commands.keep(stop, lambda: write_page(args.html, found), words)
         print(f"wrote {args.html}: open it in a browser", file=sys.stderr if args.json else sys.stdout)
