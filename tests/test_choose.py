@@ -186,7 +186,11 @@ def test_wrong_arguments_are_refused_by_name(tmp_path, capsys):
         refuses(words, choose, **{**ask, **wrong})
     refuses("write", choose, **{**ask, "rules": "minicpm-v"}, error=TypeError)
     (tmp_path / "bad.png").write_bytes(b"no picture")
-    for wrong in (["--max-tokens", "0"], ["--max-tokens", "9", "--latents", "0"]):  # before any image is read
+    for wrong in (
+        ["--max-tokens", "0"],
+        ["--max-tokens", "9", "--latents", "0"],
+        ["--max-tokens", "9", "--lm", "none"],
+    ):  # before any image is read
         assert cli.main(["choose", str(tmp_path), *wrong]) == 1
         said = capsys.readouterr().err
         assert said.count("\n") == 1

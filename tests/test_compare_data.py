@@ -184,6 +184,7 @@ def test_table_takes_paths_sizes_and_pictures(pictures):
     assert uhd.compare.table(pictures / "all", ["clip"]) == uhd.compare.table([pictures / "all"], ["clip"])
     assert isinstance(table(compare((60, 200), ["clip"])), str)
     refuses("none.png", table, ["none.png"], ["clip"])
+    refuses("'' names no image", table, [""], ["clip"])
     refuses("two whole numbers", table, [(1.5, 2)], ["clip"])
     for wrong in ((60, 200), [None], 3, b"a.png"):
         refuses(r"a list of \(height, width\)", table, wrong, ["clip"], error=TypeError)

@@ -196,10 +196,11 @@ def _compare_all(args: argparse.Namespace, rules: Any) -> int:
 
     if args.budget is not None:
         raise ValueError("--budget is of each image: add --each, or ask uhd choose for what keeps a budget")
+    system = _system(args)
     found, failed = _read(args, "uhd compare")
     if not found:
         return commands.REFUSED
-    answer = summary.summarize(found, rules, **_system(args))
+    answer = summary.summarize(found, rules, **system)
     print(json.dumps({**summary.to_dict(answer), "failed": failed}) if args.json else summary.text(answer))
     said = sys.stderr if args.json else sys.stdout
     if args.csv is not None:
@@ -232,6 +233,7 @@ def _choose(args: argparse.Namespace) -> int:
     bounds = {name: getattr(args, name) for name in ("max_tokens", "max_tflops", "patches_per_token")}
     check_budget(**bounds)  # before any image is read
     check_settings(**settings)
+    system = _system(args)
     found, failed = _read(args, "uhd choose")
     if not found:
         return commands.REFUSED
@@ -242,7 +244,7 @@ def _choose(args: argparse.Namespace) -> int:
         rules=rules,
         learned=args.learned,
         **settings,
-        **_system(args),
+        **system,
     )
     print(json.dumps({**advice.to_dict(choice), "failed": failed}) if args.json else advice.text(choice))
     return commands.status(failed, failed + len(found))

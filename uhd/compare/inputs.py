@@ -94,6 +94,8 @@ def named_inputs(paths: Iterable[str], sizes: Path | None = None) -> Iterator[tu
         ValueError: There is no such path, or it is no such file.
     """
     for path in paths:
+        if not path.strip():  # a shell's variable that is not set; as a path it would be the working folder
+            raise ValueError(f"{path!r} names no image: leave it out, or give . for the working folder")
         if (size_hw := typed_size(path)) is not None:
             yield path, size_hw
         elif holds_many(path):
