@@ -259,6 +259,9 @@ def test_a_bad_image_is_named_and_the_others_are_summed_up(pictures, tmp_path, c
     assert out.startswith("6 images of 5 sizes, 2 rules\n")
     status, out, err = run(tmp_path / "all", "--strategies", "clip", "--on-error", "stop", capsys=capsys)
     assert (status, out) == (1, "")
+    for name in ("n" * 999, "n" * 999 + ".png"):
+        status, out, err = run("200x60", name, "--strategies", "clip", "--html", tmp_path / "x.html", capsys=capsys)
+        assert (status, name in err) == (3, True)
     (tmp_path / "empty").mkdir()
     assert "there are no images" in run(tmp_path / "empty", capsys=capsys)[2]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -108,7 +109,7 @@ def _compare(args: argparse.Namespace) -> int:
     for path in outputs:
         check_place(path)
         given = [*args.inputs, *filter(None, [args.sizes])]
-        if path.exists() and any(Path(item).exists() and path.samefile(item) for item in given):
+        if path.exists() and any(os.path.exists(item) and path.samefile(item) for item in given):
             raise ValueError(f"{path} is the image itself: choose another output")
         if path.suffix.lower() in (*SUFFIXES, ".tar", ".parquet"):
             raise ValueError(f"cannot write {path}: images end so, and it may be one of them")

@@ -109,9 +109,11 @@ def named_inputs(paths: Iterable[str], sizes: Path | None = None) -> Iterator[tu
 def holds_many(path: str) -> bool:
     """Whether a path is a folder, an archive, a table or a list, rather than one picture."""
     place = Path(path)
-    if place.is_dir() or place.suffix.lower() in (".tar", ".parquet"):
+    if os.path.isdir(path) or place.suffix.lower() in (".tar", ".parquet"):
         return True
-    if place.suffix.lower() in SUFFIXES or not place.is_file():
+    if place.suffix.lower() in SUFFIXES or not os.path.isfile(
+        path
+    ):  # which take names that no file can have, unlike a Path's
         return False
     try:
         with open(place, "rb") as file:
@@ -132,7 +134,7 @@ def size_of(what: Any, settings: Any) -> tuple[int, int]:
         return check_size(what)
     from uhd.pixels import image_size_hw
 
-    if not isinstance(what, Item) and (not Path(what).exists() or Path(what).is_dir()):
+    if not isinstance(what, Item) and (not os.path.exists(what) or os.path.isdir(what)):
         raise ValueError(f"{what!r} is neither an image file nor a size such as 672x1008 (WIDTHxHEIGHT)")
     return image_size_hw(source_of(what, settings), settings=settings)
 
