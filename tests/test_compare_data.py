@@ -316,6 +316,7 @@ def test_rules_by_pattern_set_and_function(tmp_path, monkeypatch):
         "from uhd.slicing import plan_from_grid\nnumber = 3\n"
         "def rows(size):\n    return plan_from_grid(size, (2, 1))\n"
     )
+    (tmp_path / "broken_rules_of_mine.py").write_text("1 / 0")
     monkeypatch.chdir(tmp_path)
     (rule,) = named_rules(["own_rules_of_mine:rows"])
     assert (rule.name, rule((30, 40)).grid) == ("rows", (2, 1))
@@ -323,6 +324,7 @@ def test_rules_by_pattern_set_and_function(tmp_path, monkeypatch):
         "own_rules_of_mine:cols": "no attribute 'cols'",
         "own_rules_of_mine:number": "is no rule",
         "no_such_module:rows": "No module named",
+        "broken_rules_of_mine:rows": "cannot be imported: ZeroDivisionError",
         "none*": "no strategy is named like 'none\\*'",
         "lava": "no strategy named 'lava'",
     }.items():

@@ -218,6 +218,8 @@ def imported(word: str) -> Slicing:
             found = getattr(found, part)
     except (ImportError, AttributeError, ValueError) as problem:
         raise ValueError(f"{word!r} names no rule as module:function: {problem}") from problem
+    except Exception as problem:  # whatever the module does
+        raise ValueError(f"{word!r} cannot be imported: {type(problem).__name__}: {problem}") from problem
     finally:
         sys.path.remove(folder)
     try:
