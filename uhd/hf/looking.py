@@ -119,7 +119,7 @@ def _checked(
 
 def _check_layers(layers: Any, count: int) -> None:
     try:
-        wrong = not layers or any(not -count <= operator.index(layer) < count for layer in layers)
+        wrong = not len(layers) or any(not -count <= operator.index(layer) < count for layer in layers)
     except TypeError:
         wrong = True
     if wrong:
