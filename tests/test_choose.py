@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.scripts import load_script
 from tests.test_learned import ROOT
@@ -152,7 +153,16 @@ def test_refusals_and_budgets_that_nothing_keeps():
     )
     refuses("max_tokens is a number above 0, got -1", choose, [(3, 4)], max_tokens=-1)
     refuses("nothing to compare", choose, [], max_tokens=600)
-    refuses("options refuses one of these images", choose, [(1, 900)], max_tokens=600, rules=["qwen2-vl"])
+    refuses(
+        "options refuses one of these images: .* qwen2-vl: .*1x900",
+        choose,
+        [(1, 900)],
+        max_tokens=600,
+        rules=["qwen2-vl"],
+    )
+    refuses(
+        "leave learned out", choose, [(100, 90)], max_tokens=600, rules=["pixtral"], learned=True, patches_per_token=9
+    )
     refuses(
         "none of them what else",
         choose,
@@ -162,6 +172,36 @@ def test_refusals_and_budgets_that_nothing_keeps():
         learned=True,
         patches_per_token=4,
     )
+
+
+def test_wrong_arguments_are_refused_by_name(tmp_path, capsys):
+    ask = {"inputs": [(30, 40)], "max_tokens": 600, "rules": ["minicpm-v-4.6"]}
+    for wrong, words in (
+        ({"max_tokens": True}, "max_tokens is a number above 0, got True"),
+        ({"slices": 4}, "slices are a list"),
+        ({"latents": []}, "latents are a list"),
+        ({"slices": [2.5]}, "each of slices must be a positive int"),
+        ({"base_sizes": [336, 378]}, "base size 378 px fits no preset .* multiples of 56"),
+    ):
+        refuses(words, choose, **{**ask, **wrong})
+    refuses("write", choose, **{**ask, "rules": "minicpm-v"}, error=TypeError)
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    for wrong in (
+        ["--max-tokens", "0"],
+        ["--max-tokens", "9", "--latents", "0"],
+        ["--max-tokens", "9", "--lm", "none"],
+    ):  # before any image is read
+        assert cli.main(["choose", str(tmp_path), *wrong]) == 1
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert "bad.png" not in said
+
+
+def test_paths_and_pictures_are_chosen_for(tmp_path):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    ask = {"max_tokens": np.int64(600), "rules": ["llava-1.5"]}
+    for given in (tmp_path, [str(tmp_path / "a.png")], Image.new("RGB", (40, 30)), ["40x30"]):
+        assert [one.image_hw for one in choose(given, **ask).images] == [(30, 40)]
 
 
 def test_caps_that_no_image_reaches_are_no_runner_up():

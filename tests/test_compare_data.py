@@ -184,8 +184,35 @@ def test_table_takes_paths_sizes_and_pictures(pictures):
     assert uhd.compare.table(pictures / "all", ["clip"]) == uhd.compare.table([pictures / "all"], ["clip"])
     assert isinstance(table(compare((60, 200), ["clip"])), str)
     refuses("none.png", table, ["none.png"], ["clip"])
+    refuses("'' names no image", table, [""], ["clip"])
     refuses("two whole numbers", table, [(1.5, 2)], ["clip"])
-    refuses(r"a list of \(height, width\)", table, (60, 200), ["clip"], error=TypeError)
+    for wrong in ((60, 200), [None], 3, b"a.png"):
+        refuses(r"a list of \(height, width\)", table, wrong, ["clip"], error=TypeError)
+    for alike in (image, [image], summarize([image], ["clip"]).inputs, summarize(image, ["clip"]).inputs):
+        assert [(row["height"], row["width"]) for row in table(alike, ["clip"])] == [(60, 200)]
+    assert [one.image_hw for one in summarize([pictures / "all"], ["clip"]).inputs] == [
+        (row["height"], row["width"]) for row in table(pictures / "all", ["clip"])
+    ]
+
+
+def test_no_output_replaces_an_input_or_another_output(pictures, tmp_path, capsys):
+    folder, sizes = pictures / "all", tmp_path / "sizes.json"
+    sizes.write_text("[[40, 30]]")
+    kept = (folder / "a.png").read_bytes()
+    for words, why in (
+        ((folder, "--csv", folder / "a.png"), "images end so"),
+        ((folder, "--latex", tmp_path / "new.parquet"), "images end so"),
+        (("--sizes", sizes, "--csv", sizes), "choose another output"),
+        (
+            (folder, "--csv", tmp_path / "out", "--latex", folder.parent / ".." / tmp_path.name / "out"),
+            "name different",
+        ),
+    ):
+        status, out, said = run(*words, "--strategies", "clip", capsys=capsys)
+        assert (status, out) == (1, "")
+        assert why in said
+    assert (folder / "a.png").read_bytes() == kept
+    assert sizes.read_text() == "[[40, 30]]"
 
 
 def test_latex_has_a_row_for_every_rule():
@@ -232,6 +259,9 @@ def test_a_bad_image_is_named_and_the_others_are_summed_up(pictures, tmp_path, c
     assert out.startswith("6 images of 5 sizes, 2 rules\n")
     status, out, err = run(tmp_path / "all", "--strategies", "clip", "--on-error", "stop", capsys=capsys)
     assert (status, out) == (1, "")
+    for name in ("n" * 999, "n" * 999 + ".png"):
+        status, out, err = run("200x60", name, "--strategies", "clip", "--html", tmp_path / "x.html", capsys=capsys)
+        assert (status, name in err) == (3, True)
     (tmp_path / "empty").mkdir()
     assert "there are no images" in run(tmp_path / "empty", capsys=capsys)[2]
 
@@ -286,6 +316,7 @@ def test_rules_by_pattern_set_and_function(tmp_path, monkeypatch):
         "from uhd.slicing import plan_from_grid\nnumber = 3\n"
         "def rows(size):\n    return plan_from_grid(size, (2, 1))\n"
     )
+    (tmp_path / "broken_rules_of_mine.py").write_text("1 / 0")
     monkeypatch.chdir(tmp_path)
     (rule,) = named_rules(["own_rules_of_mine:rows"])
     assert (rule.name, rule((30, 40)).grid) == ("rows", (2, 1))
@@ -293,6 +324,7 @@ def test_rules_by_pattern_set_and_function(tmp_path, monkeypatch):
         "own_rules_of_mine:cols": "no attribute 'cols'",
         "own_rules_of_mine:number": "is no rule",
         "no_such_module:rows": "No module named",
+        "broken_rules_of_mine:rows": "cannot be imported: ZeroDivisionError",
         "none*": "no strategy is named like 'none\\*'",
         "lava": "no strategy named 'lava'",
     }.items():

@@ -143,11 +143,13 @@ def test_a_line_that_is_wrong_is_reported_and_the_others_go_on(saved, tmp_path, 
     Image.new("L", (4000, 1)).save(tmp_path / "strip.png")
     (tmp_path / "damaged.png").write_text("no image")
     wrong = [
-        ('{"image": "a.png", "question": "all?"}', "KeyError('answer')"),
-        ("[1, 2]", "needs image, question and answer"),
+        ('{"image": "a.png", "question": "all?"}', "needs image, question and answer, got {'image': 'a.png'"),
+        ("[1, 2]", "needs image, question and answer, got [1, 2]"),
+        ('{"image": ', "this is no JSON"),
         (json.dumps({**good, "answer": 3}), "image, question and answer are strings"),
         (json.dumps({**good, "answer": []}), "image, question and answer are strings"),
         (json.dumps({**good, "image": "none.png"}), "there is no image"),
+        (json.dumps({**good, "image": "n" * 999}), "there is no image"),
         (json.dumps({**good, "image": "damaged.png"}), "damaged.png' is not an image"),
         (json.dumps({**good, "image": "strip.png"}), "'qwen2-vl' cannot cut strip.png"),
         (json.dumps({**good, "question": f"{BEGIN}all?"}), "the question holds <begin>, a token of the model's own"),
@@ -198,6 +200,9 @@ def test_a_command_that_is_wrong_is_refused_before_any_work(saved, tmp_path, cap
     assert "give a model's folder, or nano" in failing(data)
     assert "give a model's folder, or nano" in failing("--nano", model, data)
     assert failing(model, data, "--json", tmp_path / "no" / "rows.json")
+    asked = data.read_bytes()
+    assert "holds the questions" in failing(model, data, "--json", data)
+    assert data.read_bytes() == asked
     Image.new("L", (40, 20), 240).save(tmp_path / "a.png")
     (tmp_path / "q.jsonl").write_text(json.dumps({"image": "a.png", "question": "all?", "answer": "3"}))
     assert cli.main(["evaluate", str(model), str(tmp_path / "q.jsonl"), "--max-new-tokens", "1"]) == 0

@@ -28,6 +28,7 @@ def test_planning_needs_numpy_alone():
         "print(len(uhd.compare.table([(300, 400), (500, 200)], ['llava-uhd', 'llava-next'])), 'records')\n"
         "from uhd.cli import main\n"
         "assert main(['plan', '1920x1080']) == main(['layout', '1920x1080']) == 0\n"
+        "assert main(['compare', '1920x1080', '--set', 'common']) == 0\n"
     )
     assert found.returncode == 0, found.stderr
     assert "(2, 3) 453 [[1 2]]" in found.stdout
@@ -43,6 +44,7 @@ def test_planning_needs_numpy_alone():
         ("merge_visual", "torch"),
         ("hf", "transformers"),
         ("pixels.load_image", "pillow"),
+        ("datasets.Tokens", "safetensors"),
     ],
 )
 def test_other_names_say_what_they_need(name, library):

@@ -212,6 +212,15 @@ def test_unknown_checks_and_names_raise():
     refuses("no strategy named", check_strategy, "lava")
 
 
+def test_arguments_are_read_strictly():
+    refuses(r"write \['budget'\]", check_strategy, good, skip="budget", error=TypeError)
+    refuses("max_tokens must be a positive int", check_strategy, good, max_tokens="900")
+    refuses("max_patches must be a positive int", check_strategy, good, max_patches=0)
+    for sizes in ([(300.5, 400)], (300, 400)):
+        refuses("in whole px", check_strategy, good, sizes_hw=sizes, drawn=0)
+        refuses("in whole px", check_strategy, good, extremes_hw=sizes, drawn=0)
+
+
 def test_every_check_is_documented():
     for check in CHECKS:
         assert re.search(rf"^    {check} ", check_strategy.__doc__, re.M)

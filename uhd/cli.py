@@ -259,8 +259,11 @@ def _show(args: argparse.Namespace) -> int:
     if given := [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]:
         raise ValueError(f"{given[0]} is {'not for' if args.attention else 'of'} --attention")
     if args.attention:
+        from transformers.utils import logging
+
         from uhd.draw_attention import show
 
+        logging.disable_progress_bar()
         told = {name: getattr(args, name) for name in ("model", "encoder", "strategy", "ask")}
         picture, found, words = show(_source(args.image, _pixels(args)), pixels=lambda own: _pixels(args, own), **told)
         write_picture(args.output, picture)

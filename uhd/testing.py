@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from uhd.slicing import SlicingConfig, find, plan
-from uhd.slicing.config import MAX_VIEWS
+from uhd.slicing.config import MAX_VIEWS, positive_int
 from uhd.slicing.metrics import share_seen
 from uhd.slicing.plan import MAX_SIDE, SlicePlan, bad_canvases, contradictions
 
@@ -196,19 +197,26 @@ def inspect_strategy(
         skip: Checks to leave out, of :data:`CHECKS`; many released rules break "transposition", for instance.
 
     Raises:
-        ValueError: ``skip`` names no check, ``drawn`` is no whole number from 0, or no strategy has that name.
+        ValueError: ``skip`` names no check, ``drawn`` is no whole number from 0, a bound none from 1, a size not two
+            whole numbers, or no strategy has that name.
+        TypeError: ``skip`` is one name rather than a list.
     """
+    if isinstance(skip, str):
+        raise TypeError(f"skip is a list of checks, got the string {skip!r}: write [{skip!r}]")
     skip = set(skip)
     if unknown := sorted(skip - set(CHECKS)):
         raise ValueError(f"skip names no checks {unknown}; there are {', '.join(CHECKS)}")
     if type(drawn) is not int or drawn < 0:
         raise ValueError(f"drawn is a whole number of sizes, 0 for none; got {drawn!r}")
+    for key, most in (("max_tokens", max_tokens), ("max_patches", max_patches)):
+        if most is not None:
+            positive_int(key, most)
     config = find(rule)
     name = rule if isinstance(rule, str) else config.name
     ties = near_ties() if drawn else ()
 
     def called(sizes: Iterable[Sequence[int]]) -> _Found:
-        return {(int(h), int(w)): _call(config, (int(h), int(w))) for h, w in sizes}
+        return {size: _call(config, size) for size in map(_whole, sizes)}
 
     usual, unusual, more = called(sizes_hw), called(extremes_hw), called((*drawn_sizes(drawn), *ties))
     failures = [
@@ -279,6 +287,14 @@ def _broken(
         "transposition": _each(kept, lambda found: _asymmetric(config, found)),
         "extremes": _raised(unusual, allowed=ValueError),
     }
+
+
+def _whole(image_hw: Sequence[int]) -> tuple[int, int]:
+    try:
+        height, width = map(operator.index, image_hw)
+    except (TypeError, ValueError):
+        raise ValueError(f"sizes are lists of (height, width) in whole px, got {image_hw!r} in one") from None
+    return height, width
 
 
 def _call(config: Any, image_hw: tuple[int, int]) -> SlicePlan | Exception:

@@ -104,6 +104,9 @@ def test_two_images_share_the_attention_and_several_answers_have_their_own():
 
 def test_what_tells_no_weights_is_refused_by_name():
     model, image = nano(), scene(SEED, 1).image
+    count = model.language_model.config.num_hidden_layers
+    for layers in ([count], [-count - 1], [], -1, ["last"], [0.0]):
+        refuses(f"numbers in -{count}..{count - 1}", asked, model, [(image, "all?")], visual_attention_layers=layers)
     refuses("not with num_beams", asked, model, [(image, "all?")], num_beams=2)
     refuses("not with prompt_lookup_num_tokens", asked, model, [(image, "all?")], prompt_lookup_num_tokens=2)
     encoded = model.visual([image])

@@ -7,6 +7,7 @@ that nobody would see decides nothing. An option that refuses an image is none.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from uhd.slicing import PRESETS, Slicing, SlicingConfig, SlicingLike, plan_many
+from uhd.slicing.config import positive_int
 
-from .inputs import Input
+from .inputs import Input, given_inputs
 from .learned import Lost, lost, shapes
 from .measuring import Measured, all_rules, distinct_names, measure_sizes, measured_plans, weighted_quantile
 
@@ -37,6 +39,7 @@ LEARNED = (
 )
 _SHOWN = 8  # alternatives
 _WORST = 3  # images of each
+_Settings = tuple[Sequence[int], Sequence[int], Sequence[int]]  # slices, latents, base sizes
 
 
 @dataclass(frozen=True, eq=False)  # arrays have no single answer
@@ -122,7 +125,7 @@ class Choice:
 
 
 def choose(
-    inputs: Iterable[Input | tuple[int, int]],
+    inputs: Any,
     *,
     max_tokens: float | None = None,
     max_tflops: float | None = None,
@@ -137,11 +140,10 @@ def choose(
 ) -> Choice:
     """Recommend a rule and its settings for these images under this budget.
 
-    Options are every rule by name, and the adaptive planner's presets (:data:`FAMILIES`) with all the ``slices``,
-    ``latents`` and ``base_sizes``.
+    Options: every rule by name, and the presets :data:`FAMILIES` with all ``slices``, ``latents`` and ``base_sizes``.
 
     Args:
-        inputs: Sizes (height, width), px, or :class:`uhd.compare.inputs.Input`.
+        inputs: As in :func:`uhd.compare.table`: paths, (height, width) pairs, px, and Pillow images.
         max_tokens, max_tflops: The budget: one of them, or both. TFLOPs as :func:`uhd.slicing.metrics.measure` counts.
         per_image: Every image keeps the budget; otherwise their mean does.
         rules: Options instead of all rules by name; presets among them are varied as above.
@@ -154,21 +156,20 @@ def choose(
         system: ``vit``, ``resampler`` and ``lm`` of :func:`uhd.slicing.metrics.measure`.
 
     Raises:
-        ValueError: No budget, no images, a size that is none, an unknown rule, or nothing fits: the message says what
-            the cheapest option costs.
+        ValueError: No budget, no images, a size, setting or rule that is none, or nothing fits: the message says what
+            the nearest option costs.
 
     >>> found = choose([(1754, 1240), (1240, 1754)], max_tokens=600, rules=["llava-uhd-safe", "llava-1.5"])
     >>> found.best.name, found.best.tokens, round(found.best.resolution_kept, 3)
     ('llava-uhd-safe, 8 slices, 448 px', 584.0, 0.712)
     """
-    _check_budget(max_tokens=max_tokens, max_tflops=max_tflops, patches_per_token=patches_per_token)
-    images = tuple(one if isinstance(one, Input) else Input("{1}x{0}".format(*one), one) for one in inputs)
-    options, measured, refusing = _options(images, rules, (slices, latents, base_sizes), max_tokens, per_image, system)
+    check_budget(max_tokens=max_tokens, max_tflops=max_tflops, patches_per_token=patches_per_token)
+    images = tuple(given_inputs(inputs))
+    options, measured, refusals = _options(images, rules, (slices, latents, base_sizes), max_tokens, per_image, system)
     budget = _budget(max_tokens, max_tflops, per_image)
-    within = _within(options, budget, refusing, max_tokens or math.inf, max_tflops or math.inf, per_image)
+    within = _within(options, budget, refusals, max_tokens or math.inf, max_tflops or math.inf, per_image)
     allowed = _allowed(within, budget, patches_per_token, measured if learned else None)
-    best, *others = sorted(allowed, key=lambda option: option.worth)
-    others = [option for option in others if not option.same_as(best)]
+    best, *others = _ranked(allowed)
     return Choice(
         images,
         measured.sizes_hw,
@@ -178,23 +179,40 @@ def choose(
         others[0] if others else None,
         _first_of_each([option for option in others if option.strategy != best.strategy]),
         LEARNED if learned else MEANING,
-        considered=len(options) + refusing,
+        considered=len(options) + len(refusals),
         over_budget=len(options) - len(within),
-        refusing=refusing,
+        refusing=len(refusals),
         other=len(within) - len(allowed),
     )
 
 
-def _check_budget(**bounds: float | None) -> None:
+def _ranked(options: Iterable[Option]) -> list[Option]:
+    """The best first, without those that do the same as it."""
+    best, *others = sorted(options, key=lambda option: option.worth)
+    return [best, *(option for option in others if not option.same_as(best))]
+
+
+def check_budget(**bounds: float | None) -> None:
+    """Raise a ``ValueError`` where there is no budget, or a bound is no number above 0."""
     if bounds["max_tokens"] is None and bounds["max_tflops"] is None:
         raise ValueError("a choice needs a budget: max_tokens, max_tflops, or both")
     for name, most in bounds.items():
-        if most is not None and not (isinstance(most, (int, float)) and 0 < most < math.inf):
+        known = isinstance(most, numbers.Real) and not isinstance(most, bool)
+        if most is not None and not (known and 0 < most < math.inf):
             raise ValueError(f"{name} is a number above 0, got {most!r}")
 
 
+def check_settings(**settings: Sequence[int]) -> None:
+    """Raise a ``ValueError`` where slices, latents or base sizes that are tried are no counts."""
+    for name, values in settings.items():
+        if isinstance(values, (str, numbers.Number)) or not len(values):
+            raise ValueError(f"{name} are a list of whole numbers from 1, got {values!r}")
+        for value in values:
+            positive_int(f"each of {name}", value)
+
+
 def _within(
-    options: Sequence[Option], budget: str, refusing: int, max_tokens: float, max_tflops: float, per_image: bool
+    options: Sequence[Option], budget: str, refusals: list[str], max_tokens: float, max_tflops: float, per_image: bool
 ) -> list[Option]:
     """Options that keep the budget; a ``ValueError`` that names the nearest where there is none."""
     within, nearest = [], None
@@ -209,7 +227,8 @@ def _within(
         return within
     if nearest is None:
         raise ValueError(
-            f"every one of {refusing} options refuses one of these images: leave out images of extreme shapes"
+            f"every one of {len(refusals)} options refuses one of these images: leave such images out. The first of "
+            f"them says: {refusals[0]}"
         )
     option = nearest[1]
     raise ValueError(
@@ -223,14 +242,14 @@ def _allowed(
 ) -> list[Option]:
     """Options that are all else that was asked for, weighed by the learned comparison where that was."""
     allowed = [o for o in options if patches_per_token is None or o.patches_per_token <= patches_per_token]
+    advice = "allow more patches a token" if not allowed else "leave learned out"
     if learned_for is not None:
         shares = shapes(learned_for.sizes_hw, learned_for.counts)
         weighed = (replace(option, lost=lost(option.rule, option.resolution_kept, shares)) for option in allowed)
         allowed = [option for option in weighed if option.lost is not None]
     if not allowed:
         raise ValueError(
-            f"{len(options)} options keep the budget of {budget}, and none of them what else was asked for: "
-            + ("allow more patches a token" if patches_per_token is not None else "leave learned out")
+            f"{len(options)} options keep the budget of {budget}, and none of them what else was asked for: {advice}"
         )
     return allowed
 
@@ -251,15 +270,25 @@ def _budget(max_tokens: float | None, max_tflops: float | None, per_image: bool)
 def _options(
     images: Sequence[Input],
     rules: Iterable[SlicingLike] | None,
-    settings: tuple[Sequence[int], Sequence[int], Sequence[int]],
+    settings: _Settings,
     max_tokens: float | None,
     per_image: bool,
     system: dict[str, Any],
-) -> tuple[list[Option], Measured, int]:
-    """Every option that plans all images, the rules by name measured, and how many options refuse an image."""
+) -> tuple[list[Option], Measured, list[str]]:
+    """Every option that plans all images, the rules by name measured, and why each other option refuses an image."""
+    check_settings(**dict(zip(("slices", "latents", "base_sizes"), settings, strict=True)))
+    if isinstance(rules, str):
+        raise TypeError(f"rules are a list of rules, got the string {rules!r}: write [{rules!r}]")
     named = distinct_names(all_rules() if rules is None else rules)
+    families = [rule for _, rule in named if rule in [PRESETS[family] for family in FAMILIES]]
+    for base in settings[2]:
+        if families and all(base % preset.unit for preset in families):
+            units = sorted({preset.unit for preset in families})
+            raise ValueError(
+                f"base size {base} px fits no preset among the rules: give multiples of {' or '.join(map(str, units))}"
+            )
     measured = measure_sizes([one.image_hw for one in images], [rule for _, rule in named], **system)
-    options, refusing, own = [], 0, {rule for _, rule in named}
+    options, refusals, own = [], [], {rule for _, rule in named}
     for place, (name, rule) in enumerate(named):
         if not _among(rule, settings):
             own.discard(rule)
@@ -267,19 +296,19 @@ def _options(
             columns = {key: rows[place] for key, rows in measured.values.items()}
             options.append(_option(name, name, rule, columns, measured.counts))
         else:
-            refusing += 1
+            refusals.append(f"{name}: {next(why for (rule, _), why in measured.refusals.items() if rule == place)}")
     bound = int(max_tokens) if per_image and max_tokens is not None and max_tokens >= 1 else None
     for name, rule in named:
-        if rule in [PRESETS[family] for family in FAMILIES]:
+        if rule in families:
             for option in _varied(name, rule, measured, settings, bound, system):
-                if option is None:
-                    refusing += 1
+                if isinstance(option, str):
+                    refusals.append(option)
                 elif option.rule not in own:
                     options.append(option)
-    return options, measured, refusing
+    return options, measured, refusals
 
 
-def _among(rule: Slicing, settings: tuple[Sequence[int], Sequence[int], Sequence[int]]) -> bool:
+def _among(rule: Slicing, settings: _Settings) -> bool:
     """Whether a rule as it is has settings that are tried; rules without these have no others."""
     slices, latents, base_sizes = settings
     if not isinstance(rule, SlicingConfig):
@@ -292,11 +321,11 @@ def _varied(
     name: str,
     preset: SlicingConfig,
     measured: Measured,
-    settings: tuple[Sequence[int], Sequence[int], Sequence[int]],
+    settings: _Settings,
     bound: int | None,
     system: dict[str, Any],
-) -> Iterator[Option | None]:
-    """The preset with every setting, also bounded in every image's tokens; ``None``: one refuses an image."""
+) -> Iterator[Option | str]:
+    """The preset with every setting, also bounded in every image's tokens; or why one refuses an image."""
     slices, latents, base_sizes = settings
     sizes, counts = measured.sizes_hw, measured.counts
     for base in base_sizes:
@@ -314,8 +343,8 @@ def _varied(
                     rule = rule.replace(max_tokens=bound)
                     try:
                         bounded = plan_many(sizes, rule)
-                    except ValueError:
-                        yield None
+                    except ValueError as problem:
+                        yield f"{_worded(name, preset, rule)}: {problem}"
                     else:
                         columns = measured_plans(sizes, bounded, rule, **system)
                         yield _option(_worded(name, preset, rule), name, rule, columns, counts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -96,15 +97,22 @@ def _system(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _compare(args: argparse.Namespace) -> int:
+    from uhd.datasets.sources import SUFFIXES
     from uhd.writing import check_place
 
     from .inputs import holds_many
 
     rules = _rules(args)
-    for path in filter(None, (args.html, args.csv, args.latex)):
+    outputs = [path for path in (args.html, args.csv, args.latex) if path is not None]
+    if len({path.resolve() for path in outputs}) < len(outputs):
+        raise ValueError("--html, --csv and --latex write a file each: name different ones")
+    for path in outputs:
         check_place(path)
-        if path.exists() and any(Path(item).exists() and path.samefile(item) for item in args.inputs):
+        given = [*args.inputs, *filter(None, [args.sizes])]
+        if path.exists() and any(os.path.exists(item) and path.samefile(item) for item in given):
             raise ValueError(f"{path} is the image itself: choose another output")
+        if path.suffix.lower() in (*SUFFIXES, ".tar", ".parquet"):
+            raise ValueError(f"cannot write {path}: images end so, and it may be one of them")
     if args.html is not None and args.html.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"cannot write {args.html}: a page ends in .html")
     many = args.sizes or args.csv or args.latex or len(args.inputs) > ONE_BY_ONE or any(map(holds_many, args.inputs))
@@ -117,7 +125,6 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _compare_each(args: argparse.Namespace, rules: Any) -> int:
     from .inputs import named_inputs, size_of, source_of
-    from .page import write_page
     from .report import compare, picture_of, table
 
     system, pixels = _system(args), _pixels(args)
@@ -139,6 +146,8 @@ def _compare_each(args: argparse.Namespace, rules: Any) -> int:
 
     failed, stop = commands.each("uhd compare", inputs, one, stop=args.on_error == "stop")
     if args.html is not None and found:
+        from .page import write_page
+
         words = f"{len(found)} of {len(inputs)} images are in {args.html}"
         commands.keep(stop, lambda: write_page(args.html, found), words)
         print(f"wrote {args.html}: open it in a browser", file=sys.stderr if args.json else sys.stdout)
@@ -188,10 +197,11 @@ def _compare_all(args: argparse.Namespace, rules: Any) -> int:
 
     if args.budget is not None:
         raise ValueError("--budget is of each image: add --each, or ask uhd choose for what keeps a budget")
+    system = _system(args)
     found, failed = _read(args, "uhd compare")
     if not found:
         return commands.REFUSED
-    answer = summary.summarize(found, rules, **_system(args))
+    answer = summary.summarize(found, rules, **system)
     print(json.dumps({**summary.to_dict(answer), "failed": failed}) if args.json else summary.text(answer))
     said = sys.stderr if args.json else sys.stdout
     if args.csv is not None:
@@ -214,25 +224,28 @@ def _compare_all(args: argparse.Namespace, rules: Any) -> int:
 
 def _choose(args: argparse.Namespace) -> int:
     from . import advice
-    from .choosing import choose
+    from .choosing import check_budget, check_settings, choose
 
     rules = _rules(args)
-    settings = {name: getattr(args, name) for name in ("slices", "latents", "base_sizes")}
+    named = {name: getattr(args, name) for name in ("slices", "latents", "base_sizes")}
+    settings = {name: values for name, values in named.items() if values is not None}
     if args.max_tokens is None and args.max_tflops is None:
         raise ValueError("a choice needs a budget: --max-tokens N, --max-tflops X, or both")
+    bounds = {name: getattr(args, name) for name in ("max_tokens", "max_tflops", "patches_per_token")}
+    check_budget(**bounds)  # before any image is read
+    check_settings(**settings)
+    system = _system(args)
     found, failed = _read(args, "uhd choose")
     if not found:
         return commands.REFUSED
     choice = choose(
         found,
-        max_tokens=args.max_tokens,
-        max_tflops=args.max_tflops,
+        **bounds,
         per_image=args.per_image,
         rules=rules,
-        patches_per_token=args.patches_per_token,
         learned=args.learned,
-        **{name: value for name, value in settings.items() if value is not None},
-        **_system(args),
+        **settings,
+        **system,
     )
     print(json.dumps({**advice.to_dict(choice), "failed": failed}) if args.json else advice.text(choice))
     return commands.status(failed, failed + len(found))

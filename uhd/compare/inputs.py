@@ -58,7 +58,11 @@ def given_inputs(images: Any) -> Iterator[Input]:
         ValueError: One that cannot be read, named, or a size that is none.
         TypeError: Something else.
     """
-    for number, one in enumerate([images] if isinstance(images, (str, os.PathLike)) else images):
+    if isinstance(images, (str, os.PathLike)) or hasattr(images, "getexif"):
+        images = [images]
+    if isinstance(images, bytes) or not hasattr(images, "__iter__"):
+        raise TypeError(f"images are a list of (height, width), paths or pictures, got {images!r:.60}")
+    for number, one in enumerate(images):
         if isinstance(one, Input):
             yield one
         elif isinstance(one, (str, os.PathLike)):
@@ -73,8 +77,8 @@ def given_inputs(images: Any) -> Iterator[Input]:
             from uhd.pixels import image_size_hw
 
             yield Input(f"image {number}", image_size_hw(one), one)
-        elif isinstance(one, (int, float)):
-            raise TypeError(f"images are a list of (height, width), paths or pictures, got the number {one!r} in it")
+        elif one is None or isinstance(one, (int, float)):
+            raise TypeError(f"images are a list of (height, width), paths or pictures, got {one!r} in it")
         else:
             size_hw = check_size(one)
             yield Input("{1}x{0}".format(*size_hw), size_hw)
@@ -90,6 +94,8 @@ def named_inputs(paths: Iterable[str], sizes: Path | None = None) -> Iterator[tu
         ValueError: There is no such path, or it is no such file.
     """
     for path in paths:
+        if not path.strip():  # a shell's variable that is not set; as a path it would be the working folder
+            raise ValueError(f"{path!r} names no image: leave it out, or give . for the working folder")
         if (size_hw := typed_size(path)) is not None:
             yield path, size_hw
         elif holds_many(path):
@@ -103,9 +109,11 @@ def named_inputs(paths: Iterable[str], sizes: Path | None = None) -> Iterator[tu
 def holds_many(path: str) -> bool:
     """Whether a path is a folder, an archive, a table or a list, rather than one picture."""
     place = Path(path)
-    if place.is_dir() or place.suffix.lower() in (".tar", ".parquet"):
+    if os.path.isdir(path) or place.suffix.lower() in (".tar", ".parquet"):
         return True
-    if place.suffix.lower() in SUFFIXES or not place.is_file():
+    if place.suffix.lower() in SUFFIXES or not os.path.isfile(
+        path
+    ):  # which take names that no file can have, unlike a Path's
         return False
     try:
         with open(place, "rb") as file:
@@ -126,7 +134,7 @@ def size_of(what: Any, settings: Any) -> tuple[int, int]:
         return check_size(what)
     from uhd.pixels import image_size_hw
 
-    if not isinstance(what, Item) and (not Path(what).exists() or Path(what).is_dir()):
+    if not isinstance(what, Item) and (not os.path.exists(what) or os.path.isdir(what)):
         raise ValueError(f"{what!r} is neither an image file nor a size such as 672x1008 (WIDTHxHEIGHT)")
     return image_size_hw(source_of(what, settings), settings=settings)
 
@@ -210,6 +218,8 @@ def imported(word: str) -> Slicing:
             found = getattr(found, part)
     except (ImportError, AttributeError, ValueError) as problem:
         raise ValueError(f"{word!r} names no rule as module:function: {problem}") from problem
+    except Exception as problem:  # whatever the module does
+        raise ValueError(f"{word!r} cannot be imported: {type(problem).__name__}: {problem}") from problem
     finally:
         sys.path.remove(folder)
     try:

@@ -163,10 +163,9 @@ def table(images: Comparison | Any, rules: Iterable[SlicingLike] | None = None, 
     """
     if isinstance(images, Comparison):
         return _text(images)
-    from .inputs import given_inputs
     from .summary import records, summarize
 
-    return list(records(summarize(given_inputs(images), rules, **system)))
+    return list(records(summarize(images, rules, **system)))
 
 
 def _text(comparison: Comparison) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from uhd.slicing import SlicingLike
 
-from .inputs import Input
+from .inputs import Input, given_inputs
 from .measuring import COLUMNS, Measured, front, measure_sizes
 
 WORST = 3
@@ -93,16 +93,14 @@ def _part(measured: Measured, inside: np.ndarray) -> Measured:
     return Measured(measured.rules, measured.sizes_hw[inside], measured.counts[inside], values, {})
 
 
-def summarize(
-    inputs: Iterable[Input | tuple[int, int]], rules: Iterable[SlicingLike] | None = None, **system: Any
-) -> Summary:
-    """Measure every image by every rule; arguments and errors as of :func:`uhd.compare.measure_sizes`.
+def summarize(inputs: Any, rules: Iterable[SlicingLike] | None = None, **system: Any) -> Summary:
+    """Measure every image by every rule; arguments and errors as of :func:`uhd.compare.table`.
 
     >>> found = summarize([(1008, 672), (300, 400)], ["llava-1.5", "llava-uhd"])
     >>> [found.names[place] for place in found.order]
     ['llava-uhd', 'llava-1.5']
     """
-    images = tuple(one if isinstance(one, Input) else Input("{1}x{0}".format(*one), one) for one in inputs)
+    images = tuple(given_inputs(inputs))
     measured = measure_sizes([image.image_hw for image in images], rules, **system)
     numbers = {tuple(size): place for place, size in enumerate(measured.sizes_hw.tolist())}
     tokens, kept = measured.mean("tokens"), measured.mean("resolution_kept")

@@ -7,8 +7,9 @@ elsewhere, killed or not, ends with the same bytes. What a folder of units holds
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from uhd.lazily import lazily
 
 if TYPE_CHECKING:
     from uhd.datasets.estimating import estimate
@@ -16,12 +17,8 @@ if TYPE_CHECKING:
     from uhd.datasets.running import encode
     from uhd.datasets.tokens import Tokens
 
-_HOMES = {"Tokens": "tokens", "encode": "running", "estimate": "estimating", "inspect": "inspecting"}
+_MODULES = {"Tokens": "tokens", "encode": "running", "estimate": "estimating", "inspect": "inspecting"}
+_HOMES = {name: f"uhd.datasets.{module}" for name, module in _MODULES.items()}
 __all__ = ["Tokens", "encode", "estimate", "inspect"]
 
-
-def __getattr__(name: str) -> Any:
-    """Loaded on first use: the command line asks for its words only."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'uhd.datasets' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"uhd.datasets.{_HOMES[name]}"), name)
+__getattr__ = lazily(__name__, _HOMES)  # the command line asks for its words only

@@ -46,6 +46,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     strategies = _strategies(args.strategies)
     if args.json is not None:
         check_place(args.json)
+        if args.json.exists() and args.data.exists() and args.json.samefile(args.data):
+            raise ValueError(f"{args.json} holds the questions: choose another output")
     bad: set[int] = set()
 
     def refuse(line: int, what: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ def read_questions(path: Path, refuse: Refuse | None = None) -> list[Asked]:
     """
     wanted = 'write a line {"image": "a.png", "question": "...", "answer": "..."} for each question'
     if not path.is_file():
-        raise ValueError(f"there is no {path}: {wanted}")
+        raise ValueError(f"there is no file {path}: {wanted}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as problem:
@@ -65,14 +66,16 @@ def read_questions(path: Path, refuse: Refuse | None = None) -> list[Asked]:
 def _read_line(line: str, folder: Path, number: int) -> Asked:
     try:
         row = json.loads(line)
-        image, question, answer = (row[key] for key in ("image", "question", "answer"))
-    except (ValueError, KeyError, TypeError, RecursionError) as problem:
-        raise ValueError(f"{problem!r}; needs image, question and answer") from None
+    except (ValueError, RecursionError) as problem:
+        raise ValueError(f"this is no JSON ({problem}); needs image, question and answer") from None
+    if not isinstance(row, dict) or not row.keys() >= {"image", "question", "answer"}:
+        raise ValueError(f"needs image, question and answer, got {row!s:.200}")
+    image, question, answer = row["image"], row["question"], row["answer"]
     answers = answer if isinstance(answer, list) and answer else [answer]
     values = [image, question, *answers]
     if not all(isinstance(value, str) and value.strip() for value in values):
         raise ValueError(f"image, question and answer are strings, not empty, got {row!s:.200}")
-    if not (folder / image).is_file():
+    if not os.path.isfile(folder / image):  # unlike that of a Path it takes names that no file can have
         raise ValueError(f"there is no image {folder / image}")
     return Asked(image, folder / image, question, tuple(answers), number)
 

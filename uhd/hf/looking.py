@@ -7,6 +7,7 @@ hint at what an answer was read from, and no proof.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,12 +42,12 @@ def generate_looking(
         end is of padding. The attention of all steps is held meanwhile: layers * heads * prompt**2 numbers a row.
 
     Raises:
-        ValueError: The language model tells no weights, or another way of attending does not; images that were
-            encoded before, videos; beams, drafts, a cache.
+        ValueError: The language model tells no weights, or another way of attending does not; it has no such layers;
+            images that were encoded before, videos; beams, drafts, a cache.
     """
     size_hw, layers = kwargs.pop("visual_attention_size", None), kwargs.pop("visual_attention_layers", None)
     input_ids = kwargs.get("input_ids") if inputs is None else inputs
-    planned = _checked(model, input_ids, asked, kwargs)
+    planned = _checked(model, input_ids, layers, asked, kwargs)
     positions = model.visual_positions(input_ids)
     match(positions.sum(1).tolist(), planned.lengths)  # raises where images and their positions do not agree
     maps = model.visual.attention(SliceBatch.from_patches(planned.patches, planned.plans), size_hw)
@@ -78,7 +79,11 @@ def generate_looking(
 
 
 def _checked(
-    model: Any, input_ids: Tensor | None, asked: Callable[[str], Any], kwargs: dict[str, Any]
+    model: Any,
+    input_ids: Tensor | None,
+    layers: Sequence[int] | None,
+    asked: Callable[[str], Any],
+    kwargs: dict[str, Any],
 ) -> PlannedMedia:
     """The images, or a ``ValueError`` where it cannot be told where new tokens look."""
     lm, visual = model.language_model, VisualInputs.take(dict(kwargs))
@@ -89,9 +94,12 @@ def _checked(
             "model.language_model.set_attn_implementation('eager') before"
         )
     token = torch.full((1, 1), model.config.fill_token_id, device=model.get_input_embeddings().weight.device)
-    tried = getattr(lm(input_ids=token, output_attentions=True), "attentions", None)
-    if not any(layer is not None and layer.dim() == 4 for layer in tried or ()):  # a state is no attention
+    told = getattr(lm(input_ids=token, output_attentions=True), "attentions", None)
+    tried = [layer for layer in told or () if layer is not None]
+    if not any(layer.dim() == 4 for layer in tried):  # a state is no attention
         raise ValueError(f"return_visual_attention: {name} gives no attention weights, also where it is asked to")
+    if layers is not None:
+        _check_layers(layers, len(tried))
     if input_ids is None or visual.kinds != {"image"} or visual.image_tokens is not None:
         raise ValueError(
             "return_visual_attention: give input_ids and the pixel_values of images; there are no maps of videos, nor "
@@ -107,6 +115,18 @@ def _checked(
             "the whole prompt"
         )
     return read_images(model.visual, visual)
+
+
+def _check_layers(layers: Any, count: int) -> None:
+    try:
+        wrong = not len(layers) or any(not -count <= operator.index(layer) < count for layer in layers)
+    except TypeError:
+        wrong = True
+    if wrong:
+        raise ValueError(
+            f"visual_attention_layers is a list of numbers in {-count}..{count - 1}, as {count} layers attend; got "
+            f"{layers!r}"
+        )
 
 
 def _prompt_weights(attentions: Any, length: int, layers: Sequence[int] | None) -> Tensor:
