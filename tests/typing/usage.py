@@ -1,3 +1,4 @@
+# pyright: strict
 """Uses of the public names as people write them; `.ci/run` has mypy and pyright read this file, both strict."""
 
 from __future__ import annotations

@@ -106,6 +106,8 @@ def _compare(args: argparse.Namespace) -> int:
     outputs = [path for path in (args.html, args.csv, args.latex) if path is not None]
     if len({path.resolve() for path in outputs}) < len(outputs):
         raise ValueError("--html, --csv and --latex write a file each: name different ones")
+    if args.html is not None and args.html.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"cannot write {args.html}: a page ends in .html")
     for path in outputs:
         check_place(path)
         given = [*args.inputs, *filter(None, [args.sizes])]
@@ -113,8 +115,6 @@ def _compare(args: argparse.Namespace) -> int:
             raise ValueError(f"{path} is the image itself: choose another output")
         if path.suffix.lower() in (*SUFFIXES, ".tar", ".parquet"):
             raise ValueError(f"cannot write {path}: images end so, and it may be one of them")
-    if args.html is not None and args.html.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"cannot write {args.html}: a page ends in .html")
     many = args.sizes or args.csv or args.latex or len(args.inputs) > ONE_BY_ONE or any(map(holds_many, args.inputs))
     if args.each and (args.csv or args.latex):
         raise ValueError("--csv and --latex are of all images together: leave --each out")
