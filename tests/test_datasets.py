@@ -554,6 +554,23 @@ def _rewritten(path, change):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(change(table.to_pylist()), table.schema), path)
 
 
+def test_an_index_and_counts_of_someone_else_lead_nowhere(whole, tmp_path, folder):
+    """Out of the folder, or into a list of a thousand million files."""
+    out = tmp_path / "out"
+    run(whole[0], out, folder)
+    told = json.loads((out / "run.json").read_text())
+    told["counts"]["units"] = 10**9
+    (out / "run.json").write_text(json.dumps(told))
+    (problem,) = datasets.inspect(out)["problems"]
+    assert problem.startswith("unit-00000004.safetensors to unit-999999999.safetensors are missing"), problem
+    shutil.copy(out / "unit-00000000.safetensors", tmp_path / "unit-00000000.safetensors")
+    _rewritten(out / "index.parquet", lambda rows: [{**row, "shard": f"../{row['shard']}"} for row in rows])
+    with pytest.raises(
+        ValueError, match=r"the index names '\.\./unit-00000000.safetensors', which is no file of a unit"
+    ):
+        datasets.Tokens(out)[0]
+
+
 def _other_key(rows):
     rows[3]["key"] = "a/9.png"
     return rows

@@ -20,7 +20,7 @@ from uhd.settings import read_values
 from uhd.writing import new_file
 
 RUN, INDEX, ERRORS = "run.json", "index", "errors"
-_UNIT = re.compile(r"unit-([0-9]{8})\.safetensors")
+UNIT_FILE = re.compile(r"unit-([0-9]{8})\.safetensors")
 _ROWS = 10_000  # that are written together
 
 README = """# Visual tokens of a data set
@@ -74,7 +74,7 @@ def read_run(out: Path) -> dict[str, Any]:
 def units_in(out: Path) -> list[int]:
     """Numbers of the units whose files are there, sorted."""
     with os.scandir(out) as entries:
-        return sorted(int(found[1]) for entry in entries if (found := _UNIT.fullmatch(entry.name)))
+        return sorted(int(found[1]) for entry in entries if (found := UNIT_FILE.fullmatch(entry.name)))
 
 
 def finish(out: Path, inputs: int, units: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,16 @@ def inspect(out: str | os.PathLike[str]) -> dict[str, Any]:
     }
     found |= {"bytes": 0, "dtype": "", "width": 0, "stages": {}, "complete": "counts" in run}
     counts, problems = run.get("counts") or {}, []
-    units = counts.get("units", max(numbers, default=-1) + 1)
     if not counts:
         problems.append("the run has not ended: the same command goes on")
-    for number in sorted({*range(units), *numbers}):
-        path = file_of(out, number)
-        problem = _looked(path, number, found) if path.exists() else f"{path.name} is missing"
-        if problem:
+    for number in numbers:
+        if problem := _looked(file_of(out, number), number, found):
             problems.append(f"{problem}: remove what is left of it, and the same command makes it again")
+    behind = max(counts.get("units", 0), max(numbers, default=-1) + 1)
+    for first, last in ((one + 1, two - 1) for one, two in pairwise([-1, *numbers, behind])):
+        if first <= last:
+            some = "is" if first == last else f"to {file_of(out, last).name} are"
+            problems.append(f"{file_of(out, first).name} {some} missing: the same command makes what is missing")
     if counts and not problems:
         problems += _compared(out, numbers, run["recipe"])
         told = {name: found[name] for name in index.COUNTS}

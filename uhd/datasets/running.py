@@ -91,10 +91,7 @@ def encode(
     check_form(form, shard)
     check_choice("engine", engine, ENGINES)
     check_choice("on_error", on_error, ("record", "stop"))
-    if out.is_dir() and os.path.isdir(source) and out.samefile(source):
-        raise ValueError(f"{out} is the source: give another folder for the tokens")
-    if next(iter(listed(source, columns=columns, skip=out)), None) is None:
-        raise ValueError(f"{source} holds no images")
+    _check_source(source, out, columns)
     with saved(encoder) as folder, _alone(out, shard):
         with _locked(out / ".lock-run"):  # shards that begin at once settle one thing
             settled = _settle(out, _recipe(folder, form), device)
@@ -102,6 +99,13 @@ def encode(
         plan = Plan(out, listed(source, columns=columns, skip=out), limit, shard, dedupe)
         done = sum(1 for _ in progress(ENGINES[engine](job, iter(plan), **settings)))
         return {**index.finish(out, plan.inputs, plan.units), "done": done}
+
+
+def _check_source(source: str | os.PathLike[str], out: Path, columns: Sequence[str]) -> None:
+    if out.is_dir() and os.path.isdir(source) and out.samefile(source):
+        raise ValueError(f"{out} is the source: give another folder for the tokens")
+    if next(iter(listed(source, columns=columns, skip=out)), None) is None:
+        raise ValueError(f"{source} holds no images")
 
 
 def check_form(form: dict[str, Any], shard: tuple[int, int]) -> None:

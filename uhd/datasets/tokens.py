@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import safe_open
 from torch import Tensor
 
-from uhd.datasets.index import RUN, read_columns, read_rows, read_run
+from uhd.datasets.index import RUN, UNIT_FILE, read_columns, read_rows, read_run
 from uhd.encoded import EncodedImage, num_rows
 from uhd.files import damage_named
 from uhd.saving import EncoderDescription
@@ -128,6 +128,8 @@ class Tokens:
         with damage_named(path):
             file = self._files.get(shard)
             if file is None:
+                if not UNIT_FILE.fullmatch(shard):
+                    raise ValueError(f"the index names {shard!r}, which is no file of a unit")
                 if not path.is_file():
                     raise ValueError(f"{path} is missing: uhd inspect tells what else is")
                 file = safe_open(path, framework="pt")
