@@ -18,7 +18,6 @@ from unittest import mock
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from uhd_kernels.configs import FEW_LATENTS, Config
 

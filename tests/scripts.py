@@ -25,15 +25,17 @@ def load_script(name: str) -> ModuleType:
 def among_scripts() -> Iterator[None]:
     """Have benchmarks found by bare name, and those names forgotten again; what had one before has it after.
 
-    They must not stay: ``kernels`` would be taken for Hugging Face's package of that name.
+    They must not stay: ``kernels`` and ``datasets`` would be taken for Hugging Face's packages of these names. Nor may
+    the paths that scripts add.
     """
     own = {path.stem for path in FOLDER.glob("*.py")}
     aside = {name: sys.modules.pop(name) for name in own & set(sys.modules)}
+    paths = list(sys.path)
     sys.path.insert(0, str(FOLDER))
     try:
         yield
     finally:
-        sys.path.remove(str(FOLDER))
+        sys.path[:] = paths
         for name in own & set(sys.modules):
             del sys.modules[name]
         sys.modules.update(aside)

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from uhd_kernels import configs
 from uhd_kernels.configs import backward_config, forward_config
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up, and the tuner imports the benchmark
-    spec.loader.exec_module(module)
-    return module
+from tests.scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    yield load("kernels")
-    del sys.modules["kernels"]
+    return load_script("kernels")
 
 
 def test_model_of_one_shape_by_hand(benchmark):
@@ -75,7 +63,7 @@ def test_a_contender_that_cannot_run_is_a_finding(benchmark):
 @pytest.mark.parametrize("installed", [(3, 6), (3, 9)])
 def test_the_tuner_also_tries_what_is_in_the_table(benchmark, monkeypatch, installed, latents, dtype):
     monkeypatch.setattr(configs, "triton_version", lambda: installed)
-    tuner = load("tune_kernels")
+    tuner = load_script("tune_kernels")
     for arch in (80, 90, 100, "hip"):
         for dim in (64, 128):
             for direction, choose in (("forward", forward_config), ("backward", backward_config)):
