@@ -14,7 +14,7 @@ from tests.scripts import load_script
 from tests.test_learned import ROOT
 from tests.tiny import refuses
 from uhd import cli
-from uhd.compare import advice, all_rules, choose, learned
+from uhd.compare import advice, all_rules, choose, compare, learned
 from uhd.compare.choosing import BASE_SIZES, FAMILIES, LATENTS, SLICES
 from uhd.compare.summary import ASPECTS
 from uhd.nano.task import scene
@@ -197,6 +197,17 @@ def test_wrong_arguments_are_refused_by_name(tmp_path, capsys):
         assert "bad.png" not in said
 
 
+@pytest.mark.parametrize(
+    "ask", [lambda rule: choose([(30, 40)], max_tokens=9, rules=[rule]), lambda rule: compare((30, 40), [rule])]
+)
+def test_a_rule_that_fails_is_named(ask):
+    def broken(size):
+        return {}[size]
+
+    with pytest.raises(RuntimeError, match="the rule 'broken' fails on 30x40 px .*: KeyError: "):
+        ask(broken)
+
+
 def test_paths_and_pictures_are_chosen_for(tmp_path):
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
     ask = {"max_tokens": np.int64(600), "rules": ["llava-1.5"]}
@@ -241,7 +252,8 @@ def test_the_command_gives_one_object(tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"slicing = {advice.pasted(choice.best)}" in out
     assert "a vision encoder of 448 px and patches of 14 px, a compressor of 64 latents" in out
-    assert cli.main(["choose", "30x40"]) == 1
+    with pytest.raises(SystemExit, match="^2$"):
+        cli.main(["choose", "30x40"])
     assert "a choice needs a budget: --max-tokens N" in capsys.readouterr().err
 
 

@@ -283,7 +283,7 @@ def test_few_images_are_shown_each_and_many_in_one(pictures, capsys):
     assert "add --each" in run(pictures / "all", "--budget", "9", capsys=capsys)[2]
 
 
-def test_a_list_is_told_from_a_picture(tmp_path):
+def test_a_list_is_told_from_a_picture(tmp_path, capsys):
     kinds = {
         "list": "a.png\nb.png\n",
         "umlaut": "ä" * 4095 + "\n",
@@ -296,9 +296,11 @@ def test_a_list_is_told_from_a_picture(tmp_path):
     (tmp_path / "picture").write_bytes(encoded(picture(3, 5)))
     (tmp_path / "text.png").write_text("a.png\n")
     found = {path.name: holds_many(str(path)) for path in tmp_path.iterdir()}
-    assert {name for name, many in found.items() if many} == {"list", "umlaut"}
+    assert {name for name, many in found.items() if many} == {"list", "umlaut", "nothing"}
     assert holds_many(str(tmp_path))
     assert not holds_many(str(tmp_path / "gone"))
+    assert cli.main(["compare", str(tmp_path / "nothing")]) == 1
+    assert "there are no images" in capsys.readouterr().err
 
 
 def test_rules_by_pattern_set_and_function(tmp_path, monkeypatch):

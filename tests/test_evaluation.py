@@ -197,8 +197,10 @@ def test_a_command_that_is_wrong_is_refused_before_any_work(saved, tmp_path, cap
     assert "--strategies names none" in failing(model, data, "--strategies", ",")
     assert "must be at least 1, got 0 and 48" in failing(model, data, "--batch-size", 0)
     assert "once each, maybe {bos}, and no other field" in failing(model, data, "--prompt", "{image}{question}{oops}")
-    assert "give a model's folder, or nano" in failing(data)
-    assert "give a model's folder, or nano" in failing("--nano", model, data)
+    for wrong in ([data], ["--nano", model, data]):
+        with pytest.raises(SystemExit, match="^2$"):
+            failing(*wrong)
+        assert "give a model's folder, or nano" in capsys.readouterr().err
     assert failing(model, data, "--json", tmp_path / "no" / "rows.json")
     asked = data.read_bytes()
     assert "holds the questions" in failing(model, data, "--json", data)

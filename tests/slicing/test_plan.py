@@ -445,6 +445,8 @@ def test_a_grid_needs_the_adaptive_planner_and_its_bounds():
     )
     refuses("no slicing preset named 'clip'", plan_from_grid, (30, 50), (1, 2), "clip")
     refuses("at most 65536 are planned", plan_from_grid, (3000, 5000), (300, 300))
+    refuses("at most 65536 are planned", plan_from_grid, (30, 50), (256, 256))
+    refuses("is too large, .* would not fit in memory", plan_from_grid, (900, 600), (255, 256))
     tight = SlicingConfig(max_tokens=200)
     refuses("costs 259 tokens under 'custom', max_tokens is 200", plan_from_grid, (30, 50), (3, 1), tight)
 

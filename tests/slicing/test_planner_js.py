@@ -105,15 +105,17 @@ def test_a_size_or_budget_that_cannot_be_is_refused(tmp_path):
     code = f"""
 const {{ plan }} = require({json.dumps(str(SOURCE))});
 const config = {json.dumps(PRESETS["llava-uhd"].replace(max_tokens=10).to_dict())};
-for (const size of [[0, 3], [2.5, 3], [3], [300, 300]]) {{
+for (const size of [[0, 3], [2.5, 3], [3], [1000001, 3], [300, 300]]) {{
   try {{ plan(size, config); console.log("planned"); }} catch (problem) {{ console.log(problem.message); }}
 }}
-for (const other of [{json.dumps(uhd.strategy("llava-next").to_dict())}, {{ slicing: config }}, undefined]) {{
+const others = [{json.dumps(uhd.strategy("llava-next").to_dict())}, {{ slicing: config }}, undefined];
+for (const other of [...others, {{ ...config, max_slices: 0 }}]) {{
   try {{ plan([30, 50], other); console.log("planned"); }} catch (problem) {{ console.log(problem.message); }}
 }}
 """
     done = subprocess.run([node, "-e", code], capture_output=True, text=True, timeout=60)
     lines = done.stdout.splitlines()
-    assert all("two whole numbers of px above 0; got" in line for line in lines[:3]), done
-    assert lines[3] == "the overview alone takes 64 tokens, max_tokens is 10: raise it"
-    assert [line.partition("this one's rule is ")[2] for line in lines[4:]] == ['"AnyResConfig"', *["undefined"] * 2]
+    assert all("two whole numbers of px above 0, at most 1000000; got" in line for line in lines[:4]), done
+    assert lines[4] == "the overview alone takes 64 tokens, max_tokens is 10: raise it"
+    assert [line.partition("this one's rule is ")[2] for line in lines[5:8]] == ['"AnyResConfig"', *["undefined"] * 2]
+    assert lines[8] == "max_slices must be a whole number above 0, got 0"

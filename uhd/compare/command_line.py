@@ -46,7 +46,7 @@ def add(known: Any) -> None:
         command.add_argument(f"--{name}", type=_numbers, metavar="N,...", help=what)
     command.add_argument("--patches-per-token", type=float, metavar="X", help="leave out what compresses more")
     command.add_argument("--json", action="store_true", help="one JSON object")
-    command.set_defaults(run=_choose)
+    command.set_defaults(run=_choose, wrong=command.error)
 
 
 def _inputs(command: argparse.ArgumentParser) -> None:
@@ -230,7 +230,7 @@ def _choose(args: argparse.Namespace) -> int:
     named = {name: getattr(args, name) for name in ("slices", "latents", "base_sizes")}
     settings = {name: values for name, values in named.items() if values is not None}
     if args.max_tokens is None and args.max_tflops is None:
-        raise ValueError("a choice needs a budget: --max-tokens N, --max-tflops X, or both")
+        args.wrong("a choice needs a budget: --max-tokens N, --max-tflops X, or both")
     bounds = {name: getattr(args, name) for name in ("max_tokens", "max_tflops", "patches_per_token")}
     check_budget(**bounds)  # before any image is read
     check_settings(**settings)

@@ -123,9 +123,11 @@ def holds_many(path: str) -> bool:
     try:
         text = start.decode("utf-8-sig")
     except UnicodeDecodeError as problem:
-        text = "" if problem.start < len(start) - 4 else start[: problem.start].decode("utf-8-sig")
-    # SVG, HTML and JSON are text, too, and no list of paths
-    return bool(text.strip()) and "\0" not in text and text.lstrip()[0] not in "<{["
+        if problem.start < len(start) - 4:
+            return False
+        text = start[: problem.start].decode("utf-8-sig")
+    # SVG, HTML and JSON are text, too, and no list of paths; an empty file is a list that names none
+    return "\0" not in text and not text.lstrip().startswith(("<", "{", "["))
 
 
 def size_of(what: Any, settings: Any) -> tuple[int, int]:

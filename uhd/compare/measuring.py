@@ -149,6 +149,18 @@ def distinct_names(rules: Iterable[SlicingLike]) -> list[tuple[str, Slicing]]:
     return list(found.items())
 
 
+def planned_by(rule: Slicing, image_hw: tuple[int, int]) -> SlicePlan:
+    """Its plan; a ``ValueError`` is its refusal, any other error a fault of a rule of your own, which is named."""
+    try:
+        return rule.plan(image_hw)
+    except ValueError:
+        raise
+    except Exception as problem:
+        height, width = image_hw
+        what = f"the rule {rule.name!r} fails on {height}x{width} px (height x width)"
+        raise RuntimeError(f"{what}: {type(problem).__name__}: {problem}") from problem
+
+
 def record(plan: SlicePlan, **system: Any) -> tuple[float, ...]:
     """One plan's :data:`COLUMNS`."""
     found, (rows, columns) = measure(plan, **system), plan.grid or (0, 0)
@@ -166,7 +178,7 @@ def _one_by_one(
     try:
         for place, size in enumerate(sizes):
             try:
-                rows.append(record(rule.plan(size), **system))
+                rows.append(record(planned_by(rule, size), **system))
             except ValueError as problem:
                 refused[place] = str(problem)
                 rows.append((math.nan,) * len(COLUMNS))

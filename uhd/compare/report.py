@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from uhd.slicing import SlicePlan, SlicingLike, find, plan
+from uhd.slicing import SlicePlan, SlicingLike, find
 from uhd.slicing.flops import LMS, RESAMPLERS, VITS, named
 from uhd.slicing.metrics import PlanMetrics, measure
 from uhd.slicing.plan import MAX_SIDE, check_size
 
-from .measuring import all_rules, front
+from .measuring import all_rules, front, planned_by
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -98,7 +98,7 @@ def _entry(image_hw: tuple[int, int], rule: SlicingLike, budget: int | None, sys
     config = find(rule)  # an unknown name is the caller's mistake, and raises
     name = rule if isinstance(rule, str) else config.name
     try:
-        planned = plan(image_hw, config)
+        planned = planned_by(config, image_hw)
     except ValueError as problem:
         return Entry(name, config, None, None, str(problem))
     return Entry(name, config, planned, measure(planned, budget=budget, **system))
@@ -236,7 +236,7 @@ def _tokens(rule: Any, sizes_hw: Sequence[tuple[int, int]], xs: Sequence[float])
     line = []
     for size, x in zip(sizes_hw, xs, strict=True):
         try:
-            line.append((x, float(max(plan(size, rule).num_tokens, 1))))  # the axis is logarithmic
+            line.append((x, float(max(planned_by(find(rule), size).num_tokens, 1))))  # the axis is logarithmic
         except ValueError:
             line.append((x, math.nan))
     return line

@@ -28,12 +28,12 @@ def add(known: Any) -> None:
         default="report",
         help="report a line that cannot be asked and go on, exiting with 3 (default), or stop there",
     )
-    command.set_defaults(run=_evaluate)
+    command.set_defaults(run=_evaluate, wrong=command.error)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
     if args.nano == (args.model is not None):
-        raise ValueError("give a model's folder, or nano for the shipped one, before the data; or --nano alone")
+        args.wrong("give a model's folder, or nano for the shipped one, before the data; or --nano alone")
     if min(args.batch_size, args.max_new_tokens) < 1:
         raise ValueError(
             f"--batch-size and --max-new-tokens must be at least 1, got {args.batch_size} and {args.max_new_tokens}"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from uhd.settings import check_choice, plain_name, unknown_name
 from uhd.slicing.config import MAX_VIEWS, SeparatorCount, Slicing, positive_int
 from uhd.slicing.grids import Candidate, aspects_near, grid_score, grids_near, to_multiple
-from uhd.slicing.plan import MAX_SIDE, Box, Canvas, SlicePlan, check_size
+from uhd.slicing.plan import MAX_SIDE, Box, Canvas, SlicePlan, bad_canvases, check_size
 
 RULES = ("released", "march2024")
 
@@ -352,7 +352,8 @@ def plan_from_grid(
         The plan; that of :func:`uhd.slicing.plan` where the grid is the one that the planner chooses.
 
     Raises:
-        ValueError: No size, no grid of whole numbers from 1, more than 65,536 slices, no preset of that name, or a
+        ValueError: No size, no grid of whole numbers from 1, a grid of more than 65,536 views or of a
+            canvas that would not fit in memory, no preset of that name, or a
             plan that costs more than ``config.max_tokens``.
         TypeError: ``config`` is another rule's, which has no grid to be given.
 
@@ -376,10 +377,15 @@ def plan_from_grid(
             raise ValueError(
                 f"a grid is two whole numbers (rows, columns) from 1, or None for no cut; got {grid!r}"
             ) from None
-        if rows * cols > MAX_VIEWS:
-            raise ValueError(f"{rows} rows x {cols} columns are {rows * cols} slices, at most {MAX_VIEWS} are planned")
+        if rows * cols >= MAX_VIEWS:
+            raise ValueError(
+                f"{rows} rows x {cols} columns and the overview are {rows * cols + 1} views, at most {MAX_VIEWS} are "
+                "planned"
+            )
         grid = None if rows * cols == 1 else (rows, cols)
     found = planner_of(config).build(height, width, grid)
+    if bad := next(bad_canvases(found), None):
+        raise ValueError(f"grid {grid} is too large, {bad}: choose a smaller grid")
     if config.max_tokens is not None and found.num_tokens > config.max_tokens:
         raise ValueError(
             f"grid {grid} of a {height}x{width} px image (height x width) costs {found.num_tokens} tokens under "

@@ -163,6 +163,9 @@ const uhdPlanner = (() => {
       const got = JSON.stringify(config && config.rule);
       throw new RangeError(`a config is "slicing" of a model.json, of the adaptive rule; this one's rule is ${got}`);
     }
+    if (!(Number.isInteger(config.max_slices) && config.max_slices > 0)) {
+      throw new RangeError(`max_slices must be a whole number above 0, got ${config.max_slices}`);
+    }
     const most = config.max_tokens == null ? Infinity : config.max_tokens;
     for (let cap = Math.min(config.max_slices, div(most, config.tokens_per_view || 1)); cap > 0; cap--) {
       const found = build(imageHw, bestGrid(imageHw, config, cap), config);
@@ -176,10 +179,10 @@ const uhdPlanner = (() => {
   }
 
   function check(imageHw) {
-    const whole = (side) => Number.isInteger(side) && side > 0;
+    const whole = (side) => Number.isInteger(side) && 0 < side && side <= 1000000;
     if (!Array.isArray(imageHw) || imageHw.length !== 2 || !imageHw.every(whole)) {
       const got = JSON.stringify(imageHw);
-      throw new RangeError(`an image is [height, width], two whole numbers of px above 0; got ${got}`);
+      throw new RangeError(`an image is [height, width], two whole numbers of px above 0, at most 1000000; got ${got}`);
     }
     return imageHw;
   }
