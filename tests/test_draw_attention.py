@@ -7,7 +7,7 @@ from PIL import Image
 
 from tests.tiny import noise, perceiver, refuses, tiny_encoder
 from uhd import cli
-from uhd.draw_attention import draw_attention, heated
+from uhd.draw_attention import _row, draw_attention, heated
 from uhd.nano.evaluate import EVALUATION_SEED
 from uhd.nano.task import scene
 from uhd.slicing import find
@@ -21,9 +21,19 @@ def redness(picture):
 def test_the_most_of_a_map_is_red_and_the_least_is_grey():
     heat = np.zeros((4, 6))
     heat[1, 4] = 1
-    red = redness(heated(Image.new("L", (60, 40), 200), heat, (120, 80)))
+    drawn = heated(Image.new("L", (60, 40), 200), heat, (120, 80))
+    red = redness(drawn)
     assert red.argmax() in np.arange(120 * 80).reshape(80, 120)[20:40, 80:100]
+    _, green, blue = np.asarray(drawn).reshape(-1, 3)[red.argmax()].astype(int)
+    assert green < blue  # red, not the amber of what is less
     assert np.abs(red[:, :50]).max() < 2
+
+
+def test_pictures_of_a_row_do_not_cover_each_other():
+    black = Image.new("L", (30, 30))
+    _, panel = _row("three", [(str(n), black, np.zeros((3, 3))) for n in range(3)], 3 * 120)
+    dark = (np.asarray(panel.convert("L"))[-60] < 200).reshape(3, 120)
+    assert dark.sum(1).tolist() == [112] * 3
 
 
 @pytest.mark.parametrize("strategy, image_hw", [("llava-uhd-safe", (200, 90)), ("llava-next", (60, 300))])

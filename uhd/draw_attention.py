@@ -161,8 +161,8 @@ def _row(
 ) -> list[Image.Image]:
     """A title, and pictures with their captions in as many lines as they need."""
     sizes = [_fitted(image.size, side, side) for _, image, _ in items]
-    per_line = max(width // (max([size[0] for size in sizes] + [36]) + _GAP), 1)
     step = max([size[0] for size in sizes] + [36]) + _GAP
+    per_line = max(width // step, 1)
     tall = max([size[1] for size in sizes], default=1) + _LABEL + _GAP
     panel = Image.new("RGB", (width, tall * math.ceil(len(items) / per_line)), PAPER)
     pen = ImageDraw.Draw(panel)

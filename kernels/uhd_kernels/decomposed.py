@@ -20,15 +20,7 @@ def decompositions() -> dict[Callable, Callable]:
 
 
 def decomposed(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    key_positions: Tensor | None,
-    position_offsets: Tensor | None,
-    scale: float,
-    impl: str,
+    q, k, v, cu_seqlens, max_seqlen, key_positions, position_offsets, scale, impl
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments and results as `uhd_kernels.op.attention_op`, without what its backward needs: inference only."""
     exact = torch.promote_types(q.dtype, torch.float32)

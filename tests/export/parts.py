@@ -10,7 +10,6 @@ import torch
 import uhd
 from tests.tiny import PIXELS, perceiver, picture, stirred, vit
 from tests.vision.test_weights import MODELS, randomised
-from uhd.pixels import PixelSettings
 from uhd.resampler import MergeProjector, MLPProjector, PixelShuffleProjector, SpatialConfig, SpatialResampler
 from uhd.vision import vit_from
 
@@ -98,6 +97,3 @@ def tokens_of(made, pictures) -> np.ndarray:
         packed, lengths = made.encode_packed(batch.patches, batch.grids)
     views = [view.float() for view in packed.split(lengths)]
     return torch.nn.utils.rnn.pad_sequence(views, batch_first=True).numpy()
-
-
-__all__ = ["PAIRS", "SHAPES", "PixelSettings", "encoder", "images", "tokens_of"]

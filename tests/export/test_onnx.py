@@ -32,34 +32,18 @@ def openvino_session(file):
     return lambda given: compiled(given)[0]
 
 
+@pytest.mark.parametrize("runtime", [session, pytest.param(openvino_session, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in SMALL)) for name in PAIRS]
 )
-def test_twelve_encoders_at_eight_shapes(name, tmp_path):
+def test_twelve_encoders_at_eight_shapes_in_two_runtimes(name, runtime, tmp_path):
     made = encoder(name)
     error = export.onnx(made, tmp_path / "model.onnx")
     assert 0 < error <= 1e-4
-    ran = 0
-    for run in (session(tmp_path / "model.onnx"), *with_openvino(tmp_path / "model.onnx")):
-        for pictures in [*([image] for image in images()), images()]:
-            found = run(export.inputs(pictures, tmp_path / "model.json"))
-            np.testing.assert_allclose(found, tokens_of(made, pictures), rtol=0, atol=1e-4)
-            ran += 1
-    assert ran >= 9
-
-
-def with_openvino(file):
-    try:
-        import openvino  # noqa: F401
-    except ImportError:
-        return []
-    return [openvino_session(file)]
-
-
-@pytest.mark.slow
-def test_openvino_is_there():
-    """The slow test above is about two runtimes: skipped, not passed, where there is one."""
-    pytest.importorskip("openvino")
+    run = runtime(tmp_path / "model.onnx")
+    for pictures in [*([image] for image in images()), images()]:
+        found = run(export.inputs(pictures, tmp_path / "model.json"))
+        np.testing.assert_allclose(found, tokens_of(made, pictures), rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -142,6 +142,13 @@ def test_what_it_cannot_serve(tmp_path, capsys):
         main(["serve"])
 
 
+def test_a_limit_that_lets_no_picture_through_is_refused_before_a_model_is_loaded(monkeypatch, capsys):
+    monkeypatch.setattr("uhd.serving.server.ready", lambda *args, **kwargs: pytest.fail("it loads a model"))
+    for limit in ("0", "-1"):
+        assert main(["--max-pixels", limit, "serve", "--nano"]) == 1
+        assert capsys.readouterr().err == f"uhd serve: max_pixels must be a positive int, got {limit}\n"
+
+
 @pytest.mark.slow
 def test_a_folder_by_its_path_and_its_name_and_by_the_stock_command(tmp_path):
     folder = tmp_path / "eyes"

@@ -10,10 +10,10 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import uhd
 from tests.hf.tiny import attach, attached, encoder
+from tests.tiny import picture
 from uhd.hf.plans import read_plans
 from uhd.nano.task import scene
 
@@ -32,10 +32,6 @@ with warnings.catch_warnings():
 pytestmark = pytest.mark.filterwarnings("ignore")
 NAMES = ("nano", "llava-next", "llava-onevision", "internvl", "qwen2-vl", "openai-high-detail", "smolvlm")
 RAW = {"do_rescale": False, "do_normalize": False}
-
-
-def picture(height, width, seed):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 PICTURES = [picture(60, 130, 0), picture(200, 50, 1), picture(56, 56, 2)]

@@ -325,10 +325,8 @@ def packed(given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     mask = given["mask"]
     found = {"ends": mask.sum(1).cumsum().astype(np.int32)}
     for name, array in given.items():
-        if name in ("key_sines", "mask"):
-            found |= {name: array} if name == "key_sines" else {}
-        else:
-            found[name] = array[mask]
+        if name != "mask":
+            found[name] = array if name == "key_sines" else array[mask]
     if "neighbours" in given:
         places = np.append(mask.ravel().cumsum() - 1, mask.sum())  # of a padded row among the packed ones; none: N
         found["neighbours"] = places[found["neighbours"]]

@@ -157,13 +157,11 @@ def dense(layer: nn.Module, x: Tensor) -> Tensor:
 def _perceive(resampler: PerceiverResampler, features: Tensor, given: Inputs) -> Tensor:
     kv, mask = resampler.ln_kv(resampler.kv_proj(features)), given["mask"].unsqueeze(1)
     keys = _key_positions(resampler, given)
-    table = resampler.pos_embed.to(kv.dtype) if resampler.config.query_position else None
-    queries = resampler.ln_q(resampler.query)
-    queries = (queries if table is None else queries + table).expand(kv.shape[0], -1, -1)
+    table = resampler.query_table()
+    queries = resampler.queries(table).expand(kv.shape[0], -1, -1)
     x = resampler.ffn(_look(resampler.attn, queries, kv, keys, mask))
     for layer in resampler.layers:
-        queries = layer.ln_q(x) if table is None else layer.ln_q(x) + table
-        x = layer.ffn(x + _look(layer.attn, queries, kv, keys, mask))
+        x = layer.ffn(x + _look(layer.attn, layer.queries(x, table), kv, keys, mask))
     return resampler.ln_post(x) @ resampler.proj
 
 
@@ -183,19 +181,14 @@ def _look(attention: LatentAttention, queries: Tensor, kv: Tensor, keys: Tensor 
 
 def _projected(attention: LatentAttention, queries: Tensor, kv: Tensor, keys: Tensor | None) -> tuple[Tensor, ...]:
     """Queries, keys and values, (..., H, d) each."""
-    heads = (attention.num_heads, attention.out_proj.in_features // attention.num_heads)
-    w_q, w_k, w_v = attention.in_proj_weight.chunk(3)
-    b_q, b_k, b_v = attention.in_proj_bias.chunk(3)
-    k = F.linear(kv, w_k, b_k)
-    k = k if keys is None else k + F.linear(keys, w_k)
-    return tuple(x.unflatten(-1, heads) for x in (F.linear(queries, w_q, b_q), k, F.linear(kv, w_v, b_v)))
+    q, k, v, positions = attention.projected(queries, kv, keys)
+    return q, k if positions is None else k + positions, v
 
 
 def _perceive_packed(resampler: PerceiverResampler, features: Tensor, given: Inputs) -> Tensor:
     """One layer, its attention by the operator of uhd_kernels."""
     kv = resampler.ln_kv(resampler.kv_proj(features))
-    queries = resampler.ln_q(resampler.query)
-    queries = queries + resampler.pos_embed.to(kv.dtype) if resampler.config.query_position else queries
+    queries = resampler.queries(resampler.query_table())
     q, k, v = _projected(resampler.attn, queries, kv, _key_positions(resampler, given))
     bounds = torch.cat([given["ends"].new_zeros(1), given["ends"]])
     mixed = varlen_cross_attention(q, k, v, bounds, k.shape[0])

@@ -94,7 +94,7 @@ class LatentAttention(nn.Module):
         impl: str,
     ) -> Tensor:
         """queries (Q, D) or (V, Q, D), kv (N, D), positions (L, D) -> (V, Q, D)."""
-        q, k, v, positions = self._projected(queries, kv, positions)
+        q, k, v, positions = self.projected(queries, kv, positions)
         mixed = attend(q, k, v, lengths, key_positions=positions, position_offsets=position_offsets, impl=impl)
         return self.out_proj(mixed.flatten(-2))
 
@@ -109,7 +109,7 @@ class LatentAttention(nn.Module):
         **_: object,
     ) -> list[Tensor]:
         """What each latent takes of its view's keys: V tensors (Q, H, n), at least float32. Arguments as above."""
-        q, k, _v, positions = self._projected(queries, kv, positions)
+        q, k, _v, positions = self.projected(queries, kv, positions)
         exact = torch.promote_types(q.dtype, torch.float32)
         found = []
         for view, keys in enumerate(k.split(list(lengths))):
@@ -120,7 +120,7 @@ class LatentAttention(nn.Module):
             found.append(logits.softmax(-1))
         return found
 
-    def _projected(
+    def projected(
         self, queries: Tensor, kv: Tensor, positions: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Queries, keys, values and positions, each (..., H, d)."""
@@ -129,7 +129,7 @@ class LatentAttention(nn.Module):
         w_q, w_kv = self.in_proj_weight.split([width, 2 * width])
         b_q, b_kv = self.in_proj_bias.split([width, 2 * width])
         q = F.linear(queries, w_q, b_q).unflatten(-1, heads)
-        k, v = F.linear(kv, w_kv, b_kv).unflatten(-1, (2, *heads)).unbind(1)
+        k, v = F.linear(kv, w_kv, b_kv).unflatten(-1, (2, *heads)).unbind(-3)
         if positions is not None:
             positions = F.linear(positions.to(w_kv.dtype), w_kv[:width]).unflatten(-1, heads)
         return q, k, v, positions

@@ -225,9 +225,8 @@ class PerceiverResampler(ReleasedResampler):
             positions, offsets = join_tables(grids, self.key_table)
         keys = {"positions": positions, "position_offsets": offsets, "impl": self.attention_impl}
         kv = self.ln_kv(self.kv_proj(features))  # (N, D)
-        side = (self.config.side, self.config.side)
-        query_table = self._positions_over(side, self.query) if self.config.query_position else None
-        queries = self.ln_q(self.query) if query_table is None else self.ln_q(self.query) + query_table
+        query_table = self.query_table()
+        queries = self.queries(query_table)
         if looked is not None:
             looked.append(self.attn.weights(queries, kv, lengths, **keys))
         x = self.ffn(self.attn(queries, kv, lengths, **keys))  # (V, Q, D)
@@ -236,6 +235,15 @@ class PerceiverResampler(ReleasedResampler):
                 looked.append(layer.attn.weights(layer.queries(x, query_table), kv, lengths, **keys))
             x = layer(x, kv, lengths, query_table=query_table, **keys)
         return x
+
+    def query_table(self) -> Tensor | None:
+        """What joins the queries of every layer, (Q, D); None for nothing."""
+        side = (self.config.side, self.config.side)
+        return self._positions_over(side, self.query) if self.config.query_position else None
+
+    def queries(self, table: Tensor | None) -> Tensor:
+        """What looks at the features first: (Q, D)."""
+        return self.ln_q(self.query) if table is None else self.ln_q(self.query) + table
 
     def key_table(self, grid_hw: Grid) -> Tensor:
         """Make the positions that join the keys of a view: (h * w, D); ValueError where the layer has none."""

@@ -23,6 +23,10 @@ def add(known: Any) -> None:
 def _serve(args: argparse.Namespace) -> int:
     if not 0 <= args.port < 1 << 16:
         raise ValueError(f"--port is a number from 0 to 65535, got {args.port}")
+    from uhd.pixels import DEFAULT
+
+    if args.max_pixels is not None:
+        DEFAULT.replace(max_pixels=args.max_pixels)  # refused here, not picture by picture
     from transformers.utils import logging
     from transformers.utils.import_utils import is_serve_available
 
