@@ -493,10 +493,12 @@ def test_wrong_calls(whole, tmp_path, folder):
         (whole[0], {"dtype": "int8"}, "dtype must be"),
         (whole[0], {"device": "tpu"}, "device must be"),
         (whole[0], {"processes": -1}, "processes are at least 0"),
+        (whole[0], {"engine": "ray", "actors": 0}, "actors are at least 1"),
         (whole[0], {"on_error": "stop"}, "a/torn.png \\(decode\\)"),
     ):
         with pytest.raises(ValueError, match=words):
-            run(source, tmp_path / "out" / words[:3].replace("/", ""), folder, **changes)
+            run(source, out := tmp_path / "out" / words.split()[0], folder, **changes)
+        assert "on_error" in changes or not (out / "run.json").exists()  # refused before anything is settled
     with pytest.raises(ValueError, match="expected a folder"):
         run(whole[0], tmp_path / "file", folder)
     with pytest.raises(ValueError, match="is the source: give another folder"):

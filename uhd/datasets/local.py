@@ -151,6 +151,4 @@ def run(job: Job, units: Iterable[Unit], *, processes: int | None = None) -> Ite
         processes = torch.cuda.device_count()
     elif processes is None:
         processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    elif processes < 0:
-        raise ValueError(f"processes are at least 0, got {processes}")
     return _in_processes(job, units, processes) if processes else here(job, units)

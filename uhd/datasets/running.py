@@ -90,6 +90,9 @@ def encode(
     form = {"dtype": dtype, "budget_patches": budget_patches, "columns": columns, "limit": limit, "dedupe": dedupe}
     check_form(form, shard)
     check_choice("engine", engine, ENGINES)
+    for name, least in (("processes", 0), ("actors", 1)):
+        if (count := settings.get(name)) is not None and count < least:
+            raise ValueError(f"{name} are at least {least}, got {count}")
     check_choice("on_error", on_error, ("record", "stop"))
     _check_source(source, out, columns)
     with saved(encoder) as folder, _alone(out, shard):
