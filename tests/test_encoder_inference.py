@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 import uhd.packed_encoder as encoder_module
-from tests.tiny import IMAGES, noise, refuses, tiny_encoder
+from tests.tiny import IMAGES, noise, refuses, tiny_encoder, vit
+from uhd import shortcuts
 from uhd.packed_encoder import split_steps
 from uhd.resampler import MergeProjector, MLPProjector, PixelShuffleProjector
-from uhd.shortcuts import in_fastest_dtype
+from uhd.shortcuts import at_its_fastest
 from uhd.slicing import SlicingConfig
-from uhd.vision import VisionTower
+from uhd.torch_private import PackedProducts
+from uhd.vision import VisionTower, compress_vit
 
 
 @given(st.lists(st.integers(1, 50), max_size=30), st.one_of(st.none(), st.integers(1, 120)))
@@ -123,8 +125,8 @@ def test_projectors_compute_in_the_fastest_dtype(name, monkeypatch):
     called = []
     monkeypatch.setattr(
         encoder_module,
-        "in_fastest_dtype",
-        lambda module, x: called.append(made := in_fastest_dtype(module, x)) or made,
+        "at_its_fastest",
+        lambda module, x: called.append(made := at_its_fastest(module, x)) or made,
     )
     got = half(IMAGES)[3].tokens
     assert {each.dtype for each in called[0].parameters()} == {torch.float32}
@@ -137,6 +139,30 @@ def test_projectors_compute_in_the_fastest_dtype(name, monkeypatch):
     assert not torch.equal(half(IMAGES)[3].tokens, got)
 
 
+@pytest.mark.parametrize("name", [*PROJECTORS, "window"])
+def test_projectors_multiply_by_onednn_where_it_is_faster(name, monkeypatch):
+    if name == "window":
+        vision = compress_vit(vit(), after=1)
+        parts, changes = {"vision": vision, "compressor": MLPProjector(vision.out_dim, 24)}, {"merge": 2}
+    else:
+        build, changes = PROJECTORS[name]
+        parts = {"compressor": build()}
+    slicing = SlicingConfig(image_size=56, patch_size=14, tokens_per_view=None, **changes)
+    encoder = tiny_encoder(**parts, slicing=slicing).requires_grad_(False)
+    monkeypatch.setenv("UHD_PRODUCTS", "native")
+    wanted = encoder(IMAGES)[3].tokens
+    monkeypatch.setenv("UHD_PRODUCTS", "float32=onednn")
+    used, product = [], shortcuts.packed_products().product
+    kept = PackedProducts(None, lambda x, weight, *rest: used.append(weight) or product(x, weight, *rest))
+    monkeypatch.setattr(shortcuts, "packed_products", lambda: kept)
+    got = encoder(IMAGES)[3].tokens
+    layers = encoder.vision.compressors if name == "window" else encoder.compressor
+    weights = {each.weight.data_ptr() for each in layers.modules() if isinstance(each, nn.Linear)}
+    assert weights <= {weight.data_ptr() for weight in used}  # no copies
+    assert {type(each) for each in layers.modules() if isinstance(each, nn.Linear)} == {nn.Linear}
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("why", ["gradients", "hook", "autocast", "float32", "frozen float input with gradient"])
 def test_a_module_stays_itself_where_it_must(why, monkeypatch):
     monkeypatch.setenv("UHD_PRODUCTS", "bfloat16=float32")
@@ -146,10 +172,10 @@ def test_a_module_stays_itself_where_it_must(why, monkeypatch):
     if why == "hook":
         next(part for part in module.modules() if isinstance(part, nn.Linear)).register_forward_hook(print)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=why == "autocast"):
-        assert in_fastest_dtype(module, x) is module
+        assert at_its_fastest(module, x) is module
     if why in ("gradients", "frozen float input with gradient"):
         with torch.no_grad():
-            assert in_fastest_dtype(module, x) is not module
+            assert at_its_fastest(module, x) is not module
 
 
 @pytest.mark.parametrize("bound", [0, -3, 2.5, np.float64(3), True, "many"])

@@ -13,7 +13,7 @@ from uhd.pixels import PixelSettings, reorder
 from uhd.pixels.normalize import normalize
 from uhd.ranks import gathered_dtype, is_sharded
 from uhd.resampler import MergeProjector, MLPProjector, PixelShuffleProjector, PoolProjector
-from uhd.shortcuts import float_parameter, in_fastest_dtype, transformed
+from uhd.shortcuts import at_its_fastest, float_parameter, transformed
 from uhd.vision import ViT, ViTConfig
 from uhd.vision.int8 import quantize_linears
 
@@ -169,10 +169,10 @@ class PackedEncoder(nn.Module):
         return tokens, lengths
 
     def _compress(self, features: Tensor, grids: tuple[tuple[int, int], ...]) -> Tensor:
-        """The compressor's tokens; a projector's in the dtype that is fastest here."""
+        """The compressor's tokens; a projector's by the products that are fastest here."""
         if not isinstance(self.compressor, PROJECTORS):
             return self.compressor(features, grids)
-        compressor = in_fastest_dtype(self.compressor, features)
+        compressor = at_its_fastest(self.compressor, features)
         weight = float_parameter(compressor, features)
         return compressor(features.to(weight.dtype), grids).to(features.dtype)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from uhd.machine import product_of
-from uhd.torch_private import has_hooks, in_functorch
+from uhd.torch_private import has_hooks, in_functorch, packed_products
 
 
 def float_parameter(module: nn.Module, default: Tensor) -> Tensor:
@@ -32,29 +32,43 @@ def wants_gradients(tensors: Iterable[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def in_fastest_dtype(module: nn.Module, x: Tensor) -> nn.Module:
-    """Copy a module for one call on tensors like ``x``, its weights in the dtype that is multiplied fastest.
+class _FastLinear(nn.Linear):
+    """The same weights, multiplied by oneDNN."""
 
-    Returns the module itself where that is its own dtype, where gradients are wanted, under autocast and transforms,
-    and where anything has hooks, wrappers, or tensors of other classes, dtypes or devices than the others.
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.numel():
+            return super().forward(x)
+        return packed_products().product(x, self.weight, self.bias, "none", [], "")
+
+
+def at_its_fastest(module: nn.Module, x: Tensor) -> nn.Module:
+    """Copy a module for one call on tensors like ``x``: in the dtype, and by the product, that this CPU likes best.
+
+    Weights that keep their dtype are shared. Returns the module itself where nothing is faster, where gradients are
+    wanted, under autocast and transforms, and where anything has hooks, wrappers, or tensors of other classes, dtypes
+    or devices than the others.
     """
     if transformed():
         return module
     tensors = [*module.parameters(), *module.buffers()]
     floats = [tensor for tensor in tensors if tensor.is_floating_point()]
     own = floats[0].dtype if floats else x.dtype
-    dtype = product_of(own, x.device, max((each.numel() for each in floats), default=0)).dtype
-    if dtype == own or torch.is_autocast_enabled(x.device.type) or wants_gradients((x, *tensors)):
+    product = product_of(own, x.device, max((each.numel() for each in floats), default=0))
+    if product == (own, "native") or torch.is_autocast_enabled(x.device.type) or wants_gradients((x, *tensors)):
         return module
     plain = {(type(each) in (Tensor, nn.Parameter), each.device, each.dtype) for each in floats}
     alike = plain == {(True, x.device, own)}
     if not alike or not all(is_plain(part, type(part)) for part in module.modules()):
         return module
-    cast = {id(each): each.detach().to(dtype) for each in floats}
+    cast = {id(each): each.detach().to(product.dtype) for each in floats if product.dtype != own}
     for each in module.parameters():
         if id(each) in cast:
             cast[id(each)] = nn.Parameter(cast[id(each)], requires_grad=False)
-    return copy.deepcopy(module, {**{id(each): each for each in tensors}, **cast})
+    made = copy.deepcopy(module, {**{id(each): each for each in tensors}, **cast})
+    for part in made.modules():
+        if type(part) is nn.Linear and product_of(product.dtype, x.device, part.weight.numel()).way != "native":
+            part.__class__ = _FastLinear
+    return made
 
 
 def contents_of(sources: Iterable[Tensor]) -> Tensor:

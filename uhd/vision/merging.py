@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from uhd.grids import Grid, join_blocks, shrink_grids
 from uhd.settings import check_choice
-from uhd.shortcuts import float_parameter, in_fastest_dtype
+from uhd.shortcuts import at_its_fastest, float_parameter
 from uhd.weights import check_weights, draw_linear
 
 from .blocks import MLP, Attention, Block
@@ -88,7 +88,7 @@ class CompressedViT(ViT):
     def _after_block(self, number: int, x: Tensor, groups: ViewGroups) -> tuple[Tensor, ViewGroups]:
         if str(number) not in self.compressors:
             return x, groups
-        compressor = in_fastest_dtype(self.compressors[str(number)], x)
+        compressor = at_its_fastest(self.compressors[str(number)], x)
         dtype = float_parameter(compressor, x).dtype
         tokens = compressor(groups.restore(x).to(dtype), groups.grids).to(x.dtype)
         prefix = groups.prefixes(x) if groups.prefix else None
