@@ -66,7 +66,7 @@ def at_its_fastest(module: nn.Module, x: Tensor) -> nn.Module:
             cast[id(each)] = nn.Parameter(cast[id(each)], requires_grad=False)
     made = copy.deepcopy(module, {**{id(each): each for each in tensors}, **cast})
     for part in made.modules():
-        if type(part) is nn.Linear and product_of(product.dtype, x.device, part.weight.numel()).way != "native":
+        if type(part) is nn.Linear and product.way != "native":
             part.__class__ = _FastLinear
     return made
 

@@ -11,7 +11,7 @@ import uhd
 from tests.tiny import PIXELS, perceiver, picture, stirred, vit
 from tests.vision.test_weights import MODELS, randomised
 from uhd.resampler import MergeProjector, MLPProjector, PixelShuffleProjector, SpatialConfig, SpatialResampler
-from uhd.vision import vit_from
+from uhd.vision import compress_vit, vit_from
 
 SHAPES = [(20, 20), (41, 27), (7, 64), (90, 13), (55, 83), (100, 33), (3, 2), (61, 60)]
 
@@ -43,6 +43,13 @@ def windowed():
     return stirred(vit(**sizes, stem_border=3, stem_hidden=20, stem_grey=True))
 
 
+def compressed(kind, **changes):
+    """Four blocks, with a compressor behind the second."""
+    sizes = {"image_size": 16, "patch_size": 4, "width": 16, "depth": 4, "position_grid_hw": (5, 5)}
+    return lambda: stirred(compress_vit(vit(**sizes, **changes), after=2, compressor=kind))
+
+
+MERGED = uhd.slicing.SlicingConfig(merge=2)
 PAIRS = {
     "clip, paper": (source("clip"), resampler, {}),
     "siglip, minicpm-v-2.0": (source("siglip"), partial(resampler, key_position="direct"), {"slicing": "minicpm-v"}),
@@ -72,6 +79,9 @@ PAIRS = {
         {"slicing": "minicpm-v-4.6"},
     ),
     "window stem, paper": (windowed, resampler, {}),
+    "minicpm-v-4.6, merge": (compressed("window"), projector(MergeProjector), {"slicing": "minicpm-v-4.6"}),
+    "adaptive inside, paper": (compressed("adaptive", num_registers=2), resampler, {"slicing": MERGED}),
+    "average and window stem, spatial": (compressed("average", stem_border=3), spatial, {"slicing": MERGED}),
 }
 
 
@@ -81,7 +91,7 @@ def encoder(name, **changes) -> uhd.VisualEncoder:
     make_vision, make_compressor, parts = PAIRS[name]
     parts = {"pixels": PIXELS, **parts, **changes}
     if "slicing" in parts:
-        side = 16 if name == "timm no position, merge twice" else 20
+        side = 16 if "merge" in name or "inside" in name or "average" in name else 20
         parts["slicing"] = uhd.slicing.find(parts["slicing"]).for_vision(image_size=side, patch_size=4)
     return uhd.VisualEncoder(make_vision(), make_compressor(), check_image_size=False, **parts).eval()
 

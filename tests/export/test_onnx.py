@@ -36,7 +36,7 @@ def openvino_session(file):
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in SMALL)) for name in PAIRS]
 )
-def test_twelve_encoders_at_eight_shapes_in_two_runtimes(name, runtime, tmp_path):
+def test_encoders_at_eight_shapes_in_two_runtimes(name, runtime, tmp_path):
     made = encoder(name)
     error = export.onnx(made, tmp_path / "model.onnx")
     assert 0 < error <= 1e-4

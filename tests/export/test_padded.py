@@ -20,7 +20,7 @@ from uhd.export.padded import PaddedEncoder
 from uhd.grids import join_blocks
 from uhd.positions import bucket_position_ids
 from uhd.resampler import PoolProjector
-from uhd.vision import compress_vit
+from uhd.vision import ViT
 from uhd.writing import new_file
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +48,7 @@ def test_padded_views_have_the_encoders_tokens(name, tmp_path):
     np.testing.assert_allclose(padded(made, given), wanted, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["clip, paper", "timm clip, pixel shuffle"])
+@pytest.mark.parametrize("name", ["clip, paper", "timm clip, pixel shuffle", "minicpm-v-4.6, merge"])
 def test_a_fixed_shape_fills_up_and_refuses_more(name, tmp_path):
     made = encoder(name)
     path = description(tmp_path, made, dynamic=False)
@@ -126,9 +126,8 @@ print(sorted(name for name in sys.modules if name.partition(".")[0] == "torch"))
 
 
 def test_what_no_graph_is_made_of_is_refused_by_name(tmp_path):
-    refuses(
-        "uhd.vision.merging.CompressedViT", described, tiny_encoder(vision=compress_vit(vit(), 1)), error=TypeError
-    )
+    other = type("OtherViT", (ViT,), {})(vit().config)
+    refuses("OtherViT; a graph is made of", described, tiny_encoder(vision=other), error=TypeError)
     for other in (tmp_path, SimpleNamespace(visual=tiny_encoder())):
         refuses("made of a uhd.VisualEncoder, got .*: take a model's model.visual", described, other, error=TypeError)
     refuses("stem of your own", described, tiny_encoder(vision=own_stem()), error=TypeError)

@@ -88,4 +88,5 @@ def test_the_decomposition_gives_what_the_operator_does(table):
 def test_other_compressors_are_refused():
     refuses("this has SpatialResampler", export.torch_program, encoder("dinov2 registers, spatial"), error=TypeError)
     refuses("this has PerceiverResampler", export.torch_program, encoder("dinov2, deep"), error=TypeError)
+    refuses("this has compressors inside", export.torch_program, encoder("adaptive inside, paper"), error=TypeError)
     refuses("this has an int8 ViT", export.torch_program, encoder(NAMES[0]).quantize(), error=TypeError)

@@ -29,7 +29,7 @@ from uhd.schema.counted import own_function
 from uhd.settings import place_of
 from uhd.shortcuts import is_plain
 from uhd.slicing.adaptive import SlicingConfig
-from uhd.vision import ViT
+from uhd.vision import CompressedViT, ViT
 from uhd.vision.int8 import Int8Linear
 from uhd.vision.stem import WindowStem
 from uhd.writing import new_files
@@ -97,6 +97,7 @@ def described(encoder: VisualEncoder, *, dynamic: bool = True) -> Graph:
         keys=_keys(compressor),
         windows=_windows(compressor),
         neighbours=isinstance(vision.stem, WindowStem),
+        merges=(vision.stride // vision.patch_size).bit_length() - 1,
         blocks=_blocks(compressor),
         views=views,
         length=length,
@@ -109,8 +110,9 @@ def described(encoder: VisualEncoder, *, dynamic: bool = True) -> Graph:
 def _checked(encoder: VisualEncoder) -> str:
     """The dtype of an encoder that a graph can be made of."""
     vision, compressor = encoder.vision, encoder.compressor
-    if type(vision) is not ViT or not vision.own_stem:
-        what = "a ViT with a stem of your own" if type(vision) is ViT else place_of(type(vision))
+    packed = type(vision) in (ViT, CompressedViT)
+    if not packed or not vision.own_stem:
+        what = "a ViT with a stem of your own" if packed else place_of(type(vision))
         raise TypeError(f"the vision encoder is {what}; a graph is made of uhd.vision.ViT with its own stem")
     if type(compressor) not in COMPRESSORS:
         known = ", ".join(one.__name__ for one in COMPRESSORS)
@@ -179,7 +181,8 @@ def _export(encoder: VisualEncoder, graph: Graph, file: Path) -> None:
     if any(tensor.device.type != "cpu" for tensor in (*module.parameters(), *module.buffers())):
         module = copy.deepcopy(module).cpu()
     given = example(graph)
-    save_graph(_evaluated(module), given, file, {} if graph.views else {name: free_axes(name) for name in given})
+    axes = {} if graph.views else {name: free_axes(name, graph.merges) for name in given}
+    save_graph(_evaluated(module), given, file, axes)
 
 
 def save_graph(
@@ -212,8 +215,10 @@ def _evaluated(module: PaddedEncoder) -> PaddedEncoder:
 def packed_program(encoder: VisualEncoder) -> torch.export.ExportedProgram:
     """As :func:`uhd.export.torch_program`."""
     graph = described(encoder)
-    if type(encoder.compressor) is not PerceiverResampler or encoder.compressor.config.depth > 1 or graph.int8:
-        what = "an int8 ViT" if graph.int8 else f"{type(encoder.compressor).__name__} of this depth"
+    odd = {"an int8 ViT": graph.int8, "compressors inside the ViT": graph.merges > 0}
+    shallow = type(encoder.compressor) is PerceiverResampler and encoder.compressor.config.depth == 1
+    odd[f"{type(encoder.compressor).__name__} of this depth"] = not shallow
+    if what := next((what for what, there in odd.items() if there), None):
         raise TypeError(f"a packed program is made of a ViT and a perceiver of depth 1, this has {what}: export.onnx")
     given = {name: torch.from_numpy(array) for name, array in packed(example(graph)).items()}
     views, patches, side = (torch.export.Dim(name) for name in ("views", "patches", "side"))
@@ -226,7 +231,7 @@ def packed_program(encoder: VisualEncoder) -> torch.export.ExportedProgram:
 
 def example(graph: Graph) -> dict[str, np.ndarray]:
     """Inputs by which a graph is traced: three views of different shapes, or all that a fixed one has."""
-    u = int(np.prod(graph.blocks, dtype=int))
+    u = graph.unit
     grids = [(2 * u, 3 * u), (4 * u, 2 * u), (u, 5 * u)]
     if graph.length is not None:
         grids = [(u, u)]
@@ -234,16 +239,18 @@ def example(graph: Graph) -> dict[str, np.ndarray]:
     return graph.arrays(views, grids)
 
 
-def free_axes(name: str) -> dict[int, Any]:
-    """The free axes of an input."""
+def free_axes(name: str, merges: int = 0) -> dict[int, Any]:
+    """The free axes of an input; of patches that are joined so often there are four times as many each time."""
     views, length = torch.export.Dim("views"), torch.export.Dim("length")
+    patches = 4**merges * length if merges else length
     others = {
         "windows": {0: views, 2: length},
         "window_mask": {0: views},
         "blocks": {0: views, 1: torch.export.Dim("num_tokens")},
         "key_sines": {0: torch.export.Dim("side")},
     }
-    return others.get(name, {0: views, 1: length})
+    joined = name in ("key_rows", "key_columns", "key_row_numbers", "key_column_numbers")
+    return others.get(name, {0: views, 1: length if joined else patches})
 
 
 def _difference(encoder: VisualEncoder, graph: Graph, file: Path) -> float:

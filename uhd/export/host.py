@@ -90,6 +90,8 @@ class Graph(Settings):
         int8: Whether the ViT's blocks have int8 weights.
         positions, keys, windows: Of the inputs that depend on the grids of views; ``None`` where there are none.
         neighbours: Whether a patch is embedded together with those around it.
+        merges: How often the ViT joins 2 x 2 patches: those of a window follow each other then, and ``keys``,
+            ``windows`` and ``blocks`` are of what it gives.
         blocks: Patches joined on a side, once or several times, the innermost first.
         views, length: Of a graph of fixed shape, which every call is padded to; ``None`` where any number fits.
         error, bound: The largest difference from the encoder's own tokens, relative to the largest token, that was
@@ -109,6 +111,7 @@ class Graph(Settings):
     keys: Keys | None
     windows: Windows | None
     neighbours: bool
+    merges: int
     blocks: tuple[int, ...]
     views: int | None
     length: int | None
@@ -180,6 +183,9 @@ class Graph(Settings):
           ``window_mask`` (V, 12) bool, True where there is such a key;
         * ``blocks`` (V, Q, n) int64: rows of all V * L patches that become one token, -1 after a view's last.
 
+        Where the ViT joins patches, those of a window follow each other, and L of what the compressor takes is as much
+        smaller.
+
         Raises:
             ValueError: No views, or more or longer ones than a graph of fixed shape has.
         """
@@ -187,21 +193,39 @@ class Graph(Settings):
         if not grids:
             raise ValueError("no views: give at least one image")
         num, length = self._shape([rows * columns for rows, columns in grids])
-        side = self._unit
-        grids += [(side, side)] * (num - len(grids))  # those that fill up are read by nobody
+        grids += [(self.unit, self.unit)] * (num - len(grids))  # those that fill up are read by nobody
         patches = np.zeros((num, length, 3 * self.patch_size**2), np.float32)
         for place, view in enumerate(views):
             patches[place, : len(view)] = view
         lengths = np.array([rows * columns for rows, columns in grids])
         found = {"patches": patches, "mask": np.arange(length) < lengths[:, None]}
-        for more in (self._positions, self._neighbours, self._keys, self._windows, self._blocks):
+        found |= self._positions(grids, length) | self._neighbours(grids, length)
+        if self.merges:
+            found = self._by_windows(found, grids)
+            grids = [(rows >> self.merges, columns >> self.merges) for rows, columns in grids]
+            length >>= 2 * self.merges
+        for more in (self._keys, self._windows, self._blocks):
             found |= more(grids, length)
         return found
 
     @property
-    def _unit(self) -> int:
+    def unit(self) -> int:
         """Patches that become one token, along a side."""
-        return int(np.prod(self.blocks, dtype=int))
+        return int(np.prod(self.blocks, dtype=int)) << self.merges
+
+    def _by_windows(self, found: Mapping[str, np.ndarray], grids: Sequence[Grid]) -> dict[str, np.ndarray]:
+        """The same with the patches of every view in the order in which the ViT joins them."""
+        shape = found["mask"].shape
+        order = np.arange(shape[0] * shape[1]).reshape(shape)
+        for own, grid in zip(order, grids, strict=True):
+            own[: grid[0] * grid[1]] = own[block_order(grid, (2,) * self.merges).ravel()]
+        order = order.ravel()
+        moved = {
+            name: array.reshape(-1, *array.shape[2:])[order].reshape(array.shape) for name, array in found.items()
+        }
+        if "neighbours" in moved:
+            moved["neighbours"] = np.append(np.argsort(order), len(order))[moved["neighbours"]]
+        return moved
 
     def _shape(self, lengths: Sequence[int]) -> tuple[int, int]:
         if self.views is None or self.length is None:
@@ -270,7 +294,7 @@ class Graph(Settings):
         if not self.blocks:
             return {}
         order = [block_order(grid, self.blocks) + place * length for place, grid in enumerate(grids)]
-        most = max(map(len, order)) if self.length is None else self.length // self._unit**2
+        most = max(map(len, order)) if self.length is None else self.length // self.unit**2
         return {"blocks": _stacked(order, most, -1)}
 
 

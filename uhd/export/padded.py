@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from uhd.resampler import MergeProjector, MLPProjector, PerceiverResampler, PixelShuffleProjector, SpatialResampler
 from uhd.resampler.attention import LatentAttention, varlen_cross_attention
-from uhd.vision import ViT
-from uhd.vision.blocks import Block, activate
+from uhd.vision import CompressedViT, ViT
+from uhd.vision.blocks import Attention, Block, activate
 from uhd.vision.int8 import LEVELS, Int8Linear
+from uhd.vision.merging import WindowCompressor
 from uhd.vision.stem import WindowStem
 
 Inputs = Mapping[str, Tensor]
@@ -35,6 +36,7 @@ class PaddedEncoder(nn.Module):
 
     def forward(self, given: dict[str, Tensor]) -> Tensor:
         features = see(self.vision, given)
+        given = {**given, "mask": given["mask"][:, :: patches_joined(self.vision)]}
         weight = next(self.compressor.parameters(), features)
         return COMPRESSORS[type(self.compressor)](self.compressor, features.to(weight.dtype), given)
 
@@ -65,14 +67,20 @@ class PackedEncoder(nn.Module):
         return _perceive_packed(self.compressor, self.vision.norm(features).to(self.compressor.query.dtype), given)
 
 
+def patches_joined(vit: ViT) -> int:
+    """How many patches, which follow each other, a ViT with compressors inside joins to one feature; 1 without any."""
+    return (vit.stride // vit.patch_size) ** 2
+
+
 def see(vit: ViT, given: Inputs) -> Tensor:
-    """Encode padded patches: (V, L, D_v); what stands in rows without a patch means nothing."""
+    """Encode padded patches: (V, L, D_v), or fewer joined ones; what stands in rows without a patch means nothing."""
     x, mask, prefix = embed(vit, given), given["mask"], vit._prefix()
+    before = 0 if prefix is None else len(prefix)
     if prefix is not None:
         x = torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1)
-        mask = torch.cat([mask.new_ones(1, len(prefix)).expand(mask.shape[0], -1), mask], dim=1)
-    x = run_blocks(vit, x, mask[:, None])
-    return vit.norm(x if prefix is None else x[:, len(prefix) :])
+        mask = torch.cat([mask.new_ones(1, before).expand(mask.shape[0], -1), mask], dim=1)
+    x = run_blocks(vit, x, mask[:, None], before)
+    return vit.norm(x[:, before:])
 
 
 def embed(vit: ViT, given: Inputs) -> Tensor:
@@ -83,11 +91,20 @@ def embed(vit: ViT, given: Inputs) -> Tensor:
     return x if vit.positions is None else x + _positions(vit, given).to(x.dtype)
 
 
-def run_blocks(vit: ViT, x: Tensor, mask: Tensor) -> Tensor:
-    """(V, T, D) -> (V, T, D); mask (V, 1 or T, T), True where a token may look."""
+def run_blocks(vit: ViT, x: Tensor, mask: Tensor, before: int = 0) -> Tensor:
+    """(V, T, D) -> (V, T, D); mask (V, 1 or T, T), True where a token may look.
+
+    Compressors join every four tokens behind the first ``before``: then the mask is (V, 1, T).
+    """
+    compressors = vit.compressors if isinstance(vit, CompressedViT) else {}
     x = vit.pre_norm(x)
-    for block in vit.blocks:
+    for number, block in enumerate(vit.blocks, start=1):
         x = _block(block, x, mask)
+        if str(number) in compressors:
+            windows = x[:, before:].unflatten(1, (-1, 4))
+            joined = _merged(compressors[str(number)], windows.flatten(0, 1)).unflatten(0, windows.shape[:2])
+            x = torch.cat([x[:, :before], joined], dim=1)
+            mask = torch.cat([mask[..., :before], mask[..., before::4]], dim=-1)
     return x
 
 
@@ -121,13 +138,25 @@ def _interpolated(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def _block(block: Block, x: Tensor, mask: Tensor) -> Tensor:
-    qkv = dense(block.attn.qkv, block.norm1(x))  # (V, T, 3 D)
-    q, k, v = qkv.unflatten(-1, (3, block.attn.heads, -1)).unbind(2)
-    mixed = dense(block.attn.proj, attend(q, k, v, mask))
+    mixed = _attention(block.attn, block.norm1(x), mask)
     x = x + (mixed if block.scale1 is None else mixed * block.scale1)
     hidden = dense(block.mlp.fc1, block.norm2(x))
     update = dense(block.mlp.fc2, activate(hidden, block.mlp.activation))
     return x + (update if block.scale2 is None else update * block.scale2)
+
+
+def _attention(attention: Attention, x: Tensor, mask: Tensor) -> Tensor:
+    qkv = dense(attention.qkv, x)  # (V, T, 3 D)
+    q, k, v = qkv.unflatten(-1, (3, attention.heads, -1)).unbind(2)
+    return dense(attention.proj, attend(q, k, v, mask))
+
+
+def _merged(compressor: nn.Module, windows: Tensor) -> Tensor:
+    """(n, 4, D) -> (n, D)."""
+    if not isinstance(compressor, WindowCompressor):
+        return compressor.merge(windows)
+    every = torch.ones(1, 1, 4, dtype=torch.bool, device=windows.device)
+    return compressor.join(windows + _attention(compressor.attn, compressor.norm1(windows), every))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

@@ -96,7 +96,19 @@ class CompressedViT(ViT):
         return smaller.arrange(tokens, prefix), smaller
 
 
-class WindowCompressor(nn.Module):
+class WindowMerger(nn.Module):
+    """Base of what makes one token of the four of every 2 x 2 window."""
+
+    def forward(self, x: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """(N, D) packed, patches row-major -> (N / 4, D)."""
+        return self.merge(join_blocks(x, grids, 2))
+
+    def merge(self, windows: Tensor) -> Tensor:
+        """(n, 4, D) -> (n, D)."""
+        raise NotImplementedError
+
+
+class WindowCompressor(WindowMerger):
     """Lets the four patches of every 2 x 2 window attend to each other, then joins them to one.
 
         y = x + attn(norm1(x))    out = mlp(norm2([y_1 | y_2 | y_3 | y_4])) + mean of the y
@@ -116,12 +128,13 @@ class WindowCompressor(nn.Module):
         for layer in (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2):
             draw_linear(layer)
 
-    def forward(self, x: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """(N, D) packed, patches row-major -> (N / 4, D)."""
-        x = join_blocks(x, grids, 2)  # (N / 4, 4, D)
-        tokens = x.flatten(0, 1)
-        y = tokens + self.attn(self.norm1(tokens), [(len(x), 4)] if len(x) else [])
-        y = y.unflatten(0, (-1, 4)) if len(x) else x
+    def merge(self, windows: Tensor) -> Tensor:
+        tokens = windows.flatten(0, 1)
+        y = tokens + self.attn(self.norm1(tokens), [(len(windows), 4)] if len(windows) else [])
+        return self.join(y.unflatten(0, (-1, 4)) if len(windows) else windows)
+
+    def join(self, y: Tensor) -> Tensor:
+        """Patches that have looked at each other, (n, 4, D) -> (n, D)."""
         return self.mlp(self.norm2(y.flatten(1))) + y.mean(1)
 
     @torch.no_grad()
@@ -170,15 +183,14 @@ class WindowCompressor(nn.Module):
         return state
 
 
-class AverageCompressor(nn.Module):
+class AverageCompressor(WindowMerger):
     """Replaces every 2 x 2 window by its mean; nothing is learned."""
 
-    def forward(self, x: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """(N, D) packed, patches row-major -> (N / 4, D)."""
-        return join_blocks(x, grids, 2).mean(1)
+    def merge(self, windows: Tensor) -> Tensor:
+        return windows.mean(1)
 
 
-class AdaptiveCompressor(nn.Module):
+class AdaptiveCompressor(WindowMerger):
     """Replaces every 2 x 2 window by a weighted mean, weighted by channel from the patch and the window's mean.
 
         weights = softmax over the four of down(gelu(up([x_i | mean])))
@@ -194,12 +206,10 @@ class AdaptiveCompressor(nn.Module):
         nn.init.zeros_(self.down.weight)
         nn.init.zeros_(self.down.bias)
 
-    def forward(self, x: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """(N, D) packed, patches row-major -> (N / 4, D)."""
-        x = join_blocks(x, grids, 2)
-        seen = torch.cat([x, x.mean(1, keepdim=True).expand_as(x)], dim=-1)
+    def merge(self, windows: Tensor) -> Tensor:
+        seen = torch.cat([windows, windows.mean(1, keepdim=True).expand_as(windows)], dim=-1)
         weights = self.down(nn.functional.gelu(self.up(seen))).softmax(1)
-        return (x * weights).sum(1)
+        return (windows * weights).sum(1)
 
 
 def make_compressor(config: CompressedViTConfig) -> nn.Module:
