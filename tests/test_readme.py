@@ -166,7 +166,7 @@ def test_the_commands_of_the_page_run(tmp_path, monkeypatch, capsys):
     commands = [shlex.split(line, comments=True)[1:] for line in block.splitlines()]
     assert {words[0] for words in commands} == {
         *("plan", "layout", "show", "encode", "export", "encode-dataset", "inspect", "compare", "choose", "evaluate"),
-        "doctor",
+        *("explore", "doctor"),
     }
     extra = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
     for words in commands:
