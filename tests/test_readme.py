@@ -111,6 +111,55 @@ def test_the_code_of_the_family_page_gives_a_releases_tokens_and_writes_it_back(
     assert set(re.findall(r"^\| [^|]+ \| `([\w.-]+)` \|", page, re.M)) - {"family"} == set(FAMILIES)
 
 
+def released_folder(kind, name, folder):
+    """A small model of transformers with its whole processor, saved as a release is."""
+    import transformers
+
+    from tests.pretrained import released
+
+    model, images = released.make(kind)
+    tokenizer, token = released.tokenizer(), released.EXTRA["image_token"]
+    model.config.image_token_id = tokenizer.convert_tokens_to_ids(token)
+    parts, settings = [tokenizer], {"patch_size": 14, "num_additional_image_tokens": 1, "image_token": token}
+    if kind == "minicpmv4_6":
+        from transformers.models.minicpmv4_6.video_processing_minicpmv4_6 import MiniCPMV4_6VideoProcessor
+
+        parts, settings = [MiniCPMV4_6VideoProcessor(), tokenizer], {}
+    else:
+        settings["vision_feature_select_strategy"] = model.config.vision_feature_select_strategy
+    for part in (model, getattr(transformers, f"{name}Processor")(images, *parts, **settings)):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["llava", "llava_next"])
+def test_the_page_of_those_who_come_from_elsewhere_gives_their_numbers(kind, tmp_path, monkeypatch):
+    import torch
+
+    from tests.pretrained import released
+    from tests.tiny import picture
+    from uhd.hf import UHDForConditionalGeneration
+
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs/coming_from.md").read_text()
+    names = {"photo": picture(90, 135), "llava_folder": released_folder(kind, released.LLAVA[kind], tmp_path / kind)}
+    first, second, third = python_blocks(page)
+    for block in (first, second):
+        exec(compile(block, "docs/coming_from.md", "exec"), names)
+    assert names["logits"].std() > 0.1
+    assert torch.equal(names["batch"]["input_ids"], names["inputs"]["input_ids"])
+    saved = UHDForConditionalGeneration.from_pretrained(tmp_path / "llava-here")
+    with torch.no_grad():
+        torch.testing.assert_close(saved(**names["batch"]).logits, names["their_logits"], atol=1e-4, rtol=1e-4)
+    if kind != "llava":
+        return
+    released.skip_unless_packed(released.make("minicpmv4_6")[0])
+    names["minicpm_folder"] = released_folder("minicpmv4_6", "MiniCPMV4_6", tmp_path / "minicpm")
+    exec(compile(third, "docs/coming_from.md", "exec"), names)
+    assert names["last"].std() > 0.1
+    assert names["fewer"]["num_patches"].item() < names["batch"]["num_patches"].item()
+
+
 def test_every_python_block_of_the_readme_is_run_by_a_test():
     assert len(python_blocks(README)) == 3
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from uhd import saving
 from uhd.attention import attention_maps
 from uhd.batch import SliceBatch
-from uhd.encoded import EncodedImage, EncodedVideo, num_rows
+from uhd.encoded import EncodedImage, EncodedVideo, Encodes, num_rows
 from uhd.loading import Errors, Preparation, named
 from uhd.packed_encoder import PackedEncoder
 from uhd.parts import find_pixels, load_vision
@@ -56,6 +56,8 @@ class VisualEncoder(PackedEncoder):
     Raises:
         ValueError: Parts do not fit: another patch or image size, other widths, no mean and std.
     """
+
+    __call__: Encodes
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import BatchFeature
 
 import uhd
 from uhd.demo import page_image, untrained_encoder
@@ -31,7 +32,9 @@ def encoding(folder: Path, photo: Image.Image) -> Tensor:
     again: uhd.VisualEncoder = uhd.VisualEncoder.from_pretrained(folder)
     images: list[uhd.EncodedImage] = again([photo, page_image()])
     first: Tensor = images[0].tokens
-    plan: uhd.SlicePlan = images[0].plan
+    kept, refused = again([photo, photo], errors="collect")
+    others: list[uhd.EncodedImage] = [image for image in kept if image is not None]
+    plan: uhd.SlicePlan = others[0].plan if not refused else images[0].plan
     uhd.save_tokens(folder / "tokens.safetensors", images, schema=encoder.schema)
     loaded: list[uhd.EncodedImage | uhd.EncodedVideo] = uhd.load_tokens(folder / "tokens.safetensors")
     return torch.cat([first, loaded[0].tokens[: plan.num_views]])
@@ -39,7 +42,8 @@ def encoding(folder: Path, photo: Image.Image) -> Tensor:
 
 def answering(folder: Path, photo: Image.Image) -> str:
     model: uhd.UHDForConditionalGeneration = uhd.UHDForConditionalGeneration.from_pretrained(folder)
+    eyes: uhd.VisualEncoder = model.visual
     processor: uhd.UHDProcessor = model.processor
-    batch = processor(text="<image>\nWhat is it?", images=photo)
+    batch: BatchFeature = processor(text="<image>\nWhat is it?", images=[photo] * len(eyes([photo])))
     found = model.generate(**batch, max_new_tokens=8)
     return str(processor.tokenizer.decode(found[0]))
