@@ -260,6 +260,19 @@ def test_the_readme_leads_to_every_page():
     assert {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} <= linked
 
 
+def test_the_readme_on_pypi_has_no_link_that_leads_nowhere():
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    hooks = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["metadata"]["hooks"]
+    text = README
+    for rule in hooks["fancy-pypi-readme"]["substitutions"]:
+        text = re.sub(rule["pattern"], rule["replacement"], text)
+    assert not re.search(r"\]\((?!https://)", text)
+    assert "](https://arxiv.org/" in text
+    assert python_blocks(text) == python_blocks(README)
+    for name in re.findall(r"\]\((?!https?:)([^)#]+)", README.partition("docs/demo.png")[2]):
+        assert f"`{name}`" in text
+
+
 def test_linked_tests_exist():
     """Every difference from paper and release names the test that shows it."""
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs/family.md").read_text())
