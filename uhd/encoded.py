@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
+from typing import TYPE_CHECKING, Any
 
 from uhd.schema import TokenLayout
 from uhd.slicing import SlicePlan, VideoPlan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     from torch import Tensor
-
-    from uhd.batch import SliceBatch
 
 
 class _OwnTokens:
@@ -74,30 +70,3 @@ def num_rows(plan: SlicePlan | VideoPlan) -> int:
     if isinstance(plan, VideoPlan):
         return sum(map(num_rows, plan.plans)) + plan.newline
     return plan.num_visual_tokens if plan.packing is None else plan.num_tokens
-
-
-class Encodes(Protocol):
-    """How an encoder is called, for type checkers: ``errors="collect"`` and a function have results of their own."""
-
-    @overload
-    def __call__(self, images: Callable[[], Tensor]) -> Tensor: ...
-
-    @overload
-    def __call__(
-        self,
-        images: Sequence[Any] | SliceBatch,
-        *,
-        max_tokens: int | None = None,
-        multi_image: bool = False,
-        errors: Literal["raise"] = "raise",
-    ) -> list[EncodedImage]: ...
-
-    @overload
-    def __call__(
-        self,
-        images: Sequence[Any],
-        *,
-        max_tokens: int | None = None,
-        multi_image: bool = False,
-        errors: Literal["collect"],
-    ) -> tuple[list[EncodedImage | None], dict[int, Exception]]: ...

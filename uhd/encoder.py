@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol, overload
 
 import torch
 from PIL import Image
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from uhd import saving
 from uhd.attention import attention_maps
 from uhd.batch import SliceBatch
-from uhd.encoded import EncodedImage, EncodedVideo, Encodes, num_rows
+from uhd.encoded import EncodedImage, EncodedVideo, num_rows
 from uhd.loading import Errors, Preparation, named
 from uhd.packed_encoder import PackedEncoder
 from uhd.parts import find_pixels, load_vision
@@ -26,6 +26,33 @@ from uhd.schema import SpatialSchema, TokenLayout
 from uhd.schema.counted import PLAIN, checked_layout, counted, video_layout
 from uhd.slicing import SlicePlan, Slicing, SlicingLike, VideoPlan, find, plan_images, plan_video
 from uhd.writing import is_file, read_whole
+
+
+class _Call(Protocol):
+    """:meth:`VisualEncoder.forward` for type checkers: ``errors="collect"`` and a function have their own results."""
+
+    @overload
+    def __call__(self, images: Callable[[], Tensor]) -> Tensor: ...
+
+    @overload
+    def __call__(
+        self,
+        images: Sequence[Any] | SliceBatch,
+        *,
+        max_tokens: int | None = None,
+        multi_image: bool = False,
+        errors: Literal["raise"] = "raise",
+    ) -> list[EncodedImage]: ...
+
+    @overload
+    def __call__(
+        self,
+        images: Sequence[Any],
+        *,
+        max_tokens: int | None = None,
+        multi_image: bool = False,
+        errors: Literal["collect"],
+    ) -> tuple[list[EncodedImage | None], Errors]: ...
 
 
 class VisualEncoder(PackedEncoder):
@@ -57,7 +84,7 @@ class VisualEncoder(PackedEncoder):
         ValueError: Parts do not fit: another patch or image size, other widths, no mean and std.
     """
 
-    __call__: Encodes
+    __call__: _Call
 
     def __init__(
         self,
