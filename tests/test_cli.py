@@ -147,6 +147,15 @@ def test_show_writes_a_picture(page, tmp_path, capsys):
         assert picture.width > 900
 
 
+def test_a_folder_is_no_picture(tmp_path, capsys):
+    for command in ("show", "demo", "encode"):
+        out = tmp_path / ("t.safetensors" if command == "encode" else "out.png")
+        status, _, err = run(command, tmp_path, "-o", out, capsys=capsys)
+        assert status == 1
+        assert f"{str(tmp_path)!r} is a folder: give an image file\n" in err
+        assert not out.exists()
+
+
 def test_encode_says_loudly_that_it_is_untrained(page, tmp_path, capsys):
     status, out, err = run("encode", page, page, "-o", tmp_path / "t.safetensors", capsys=capsys)
     assert status == 0

@@ -180,6 +180,11 @@ def test_columns_are_kept(tmp_path, folder):
     for columns, words in ((["nope"], "no column nope"), (["sha256"], "has columns of these names")):
         with pytest.raises(ValueError, match=words):
             run(tmp_path / "s.parquet", tmp_path / "no", folder, columns=columns)
+    for source in (as_list(tmp_path / "s.txt", pictures()), tmp_path / "pictures"):
+        for call in (run, lambda source, _, encoder, **own: datasets.estimate(source, encoder, **own)):
+            with pytest.raises(ValueError, match="0.png is a plain file, which has no column text"):
+                call(source, tmp_path / "no", folder, columns=["text"])
+    assert not (tmp_path / "no").exists()
 
 
 def test_the_index_says_what_the_pictures_are(whole):

@@ -1,6 +1,9 @@
 """``uhd evaluate``: answers, scores and costs of any rule on own questions, and lines that are wrong."""
 
 import json
+import pathlib
+import runpy
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -262,3 +265,17 @@ def test_a_strategy_that_needs_newlines_the_model_never_learned_is_refused():
     encoder = VisualEncoder(vision, MLPProjector(32, 32), slicing=slicing, pixels=pixels)
     with pytest.raises(ValueError, match="cannot take 'llava-next': it needs newlines"):
         encoder_with(SimpleNamespace(visual=encoder), "llava-next")
+
+
+def test_the_wrapper_for_vlmevalkit_answers_with_a_stand_in_for_its_base(tmp_path, monkeypatch):
+    base = SimpleNamespace(BaseModel=type("BaseModel", (), {}))
+    for name, module in {"vlmeval": None, "vlmeval.vlm": None, "vlmeval.vlm.base": base}.items():
+        monkeypatch.setitem(sys.modules, name, module or SimpleNamespace())
+    names = runpy.run_path(str(pathlib.Path(__file__).parent.parent / "examples/vlmevalkit/model.py"))
+    drawn = scene(4_000_000, 1)
+    drawn.image.save(tmp_path / "drawn.png")
+    message = [{"type": "image", "value": str(tmp_path / "drawn.png")}, {"type": "text", "value": "all?"}]
+    model = names["UHD"]("nano")
+    assert model.generate_inner(message) == drawn.text
+    assert isinstance(model.generate_inner(message[1:]), str)
+    assert names["UHD"]("nano", "llava-1.5").model.visual.slicing.name != model.model.visual.slicing.name

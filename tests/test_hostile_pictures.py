@@ -260,7 +260,7 @@ def test_what_may_wait_or_never_end_is_refused_by_path(read, tmp_path):
             (tmp_path / "socket.png", "a socket"),
         ):
             refuses(f"{path}' is {what}.* pass the file object or its bytes", read, path)
-    refuses("Is a directory", read, tmp_path, error=IsADirectoryError)
+    refuses("is a folder: give an image file", read, tmp_path, error=IsADirectoryError)
     refuses("is no path", read, "a\0b.png")
     refuses("is no path", read, "\ud800.png")
 

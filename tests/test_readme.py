@@ -111,6 +111,55 @@ def test_the_code_of_the_family_page_gives_a_releases_tokens_and_writes_it_back(
     assert set(re.findall(r"^\| [^|]+ \| `([\w.-]+)` \|", page, re.M)) - {"family"} == set(FAMILIES)
 
 
+def released_folder(kind, name, folder):
+    """A small model of transformers with its whole processor, saved as a release is."""
+    import transformers
+
+    from tests.pretrained import released
+
+    model, images = released.make(kind)
+    tokenizer, token = released.tokenizer(), released.EXTRA["image_token"]
+    model.config.image_token_id = tokenizer.convert_tokens_to_ids(token)
+    parts, settings = [tokenizer], {"patch_size": 14, "num_additional_image_tokens": 1, "image_token": token}
+    if kind == "minicpmv4_6":
+        from transformers.models.minicpmv4_6.video_processing_minicpmv4_6 import MiniCPMV4_6VideoProcessor
+
+        parts, settings = [MiniCPMV4_6VideoProcessor(), tokenizer], {}
+    else:
+        settings["vision_feature_select_strategy"] = model.config.vision_feature_select_strategy
+    for part in (model, getattr(transformers, f"{name}Processor")(images, *parts, **settings)):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["llava", "llava_next"])
+def test_the_page_of_those_who_come_from_elsewhere_gives_their_numbers(kind, tmp_path, monkeypatch):
+    import torch
+
+    from tests.pretrained import released
+    from tests.tiny import picture
+    from uhd.hf import UHDForConditionalGeneration
+
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs/coming_from.md").read_text()
+    names = {"photo": picture(90, 135), "llava_folder": released_folder(kind, released.LLAVA[kind], tmp_path / kind)}
+    first, second, third = python_blocks(page)
+    for block in (first, second):
+        exec(compile(block, "docs/coming_from.md", "exec"), names)
+    assert names["logits"].std() > 0.1
+    assert torch.equal(names["batch"]["input_ids"], names["inputs"]["input_ids"])
+    saved = UHDForConditionalGeneration.from_pretrained(tmp_path / "llava-here")
+    with torch.no_grad():
+        torch.testing.assert_close(saved(**names["batch"]).logits, names["their_logits"], atol=1e-4, rtol=1e-4)
+    if kind != "llava":
+        return
+    released.skip_unless_packed(released.make("minicpmv4_6")[0])
+    names["minicpm_folder"] = released_folder("minicpmv4_6", "MiniCPMV4_6", tmp_path / "minicpm")
+    exec(compile(third, "docs/coming_from.md", "exec"), names)
+    assert names["last"].std() > 0.1
+    assert names["fewer"]["num_patches"].item() < names["batch"]["num_patches"].item()
+
+
 def test_every_python_block_of_the_readme_is_run_by_a_test():
     assert len(python_blocks(README)) == 3
 
@@ -166,7 +215,7 @@ def test_the_commands_of_the_page_run(tmp_path, monkeypatch, capsys):
     commands = [shlex.split(line, comments=True)[1:] for line in block.splitlines()]
     assert {words[0] for words in commands} == {
         *("plan", "layout", "show", "encode", "export", "encode-dataset", "inspect", "compare", "choose", "evaluate"),
-        "doctor",
+        *("explore", "doctor"),
     }
     extra = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
     for words in commands:
@@ -209,6 +258,19 @@ def test_linked_files_and_headings_exist():
 def test_the_readme_leads_to_every_page():
     linked = set(re.findall(r"\]\((docs/[\w.]+)", README))
     assert {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} <= linked
+
+
+def test_the_readme_on_pypi_has_no_link_that_leads_nowhere():
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    hooks = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["metadata"]["hooks"]
+    text = README
+    for rule in hooks["fancy-pypi-readme"]["substitutions"]:
+        text = re.sub(rule["pattern"], rule["replacement"], text)
+    assert not re.search(r"\]\((?!https://)", text)
+    assert "](https://arxiv.org/" in text
+    assert python_blocks(text) == python_blocks(README)
+    for name in re.findall(r"\]\((?!https?:)([^)#]+)", README.partition("docs/demo.png")[2]):
+        assert f"`{name}`" in text
 
 
 def test_linked_tests_exist():

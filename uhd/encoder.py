@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol, overload
 
 import torch
 from PIL import Image
@@ -26,6 +26,33 @@ from uhd.schema import SpatialSchema, TokenLayout
 from uhd.schema.counted import PLAIN, checked_layout, counted, video_layout
 from uhd.slicing import SlicePlan, Slicing, SlicingLike, VideoPlan, find, plan_images, plan_video
 from uhd.writing import is_file, read_whole
+
+
+class _Call(Protocol):
+    """:meth:`VisualEncoder.forward` for type checkers: ``errors="collect"`` and a function have their own results."""
+
+    @overload
+    def __call__(self, images: Callable[[], Tensor]) -> Tensor: ...
+
+    @overload
+    def __call__(
+        self,
+        images: Sequence[Any] | SliceBatch,
+        *,
+        max_tokens: int | None = None,
+        multi_image: bool = False,
+        errors: Literal["raise"] = "raise",
+    ) -> list[EncodedImage]: ...
+
+    @overload
+    def __call__(
+        self,
+        images: Sequence[Any],
+        *,
+        max_tokens: int | None = None,
+        multi_image: bool = False,
+        errors: Literal["collect"],
+    ) -> tuple[list[EncodedImage | None], Errors]: ...
 
 
 class VisualEncoder(PackedEncoder):
@@ -56,6 +83,8 @@ class VisualEncoder(PackedEncoder):
     Raises:
         ValueError: Parts do not fit: another patch or image size, other widths, no mean and std.
     """
+
+    __call__: _Call
 
     def __init__(
         self,

@@ -1,4 +1,6 @@
-"""A saved model for VLMEvalKit. Written by its documentation and NEVER RUN: VLMEvalKit is in no package registry.
+"""A saved model for VLMEvalKit. Written by its documentation and NEVER RUN in it, for it is in no package registry.
+
+A test calls the class with a stand-in for its base, no more.
 
 Put this file into its folder ``vlmeval/vlm``, import the class in ``vlmeval/vlm/__init__.py``, and name it in
 ``vlmeval/config.py``, for example ``"uhd-mine": partial(UHD, model_path="FOLDER")``. A message is a list of
@@ -42,6 +44,9 @@ class UHD(BaseModel):
         text = processor.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
         shown = {"images": [images]} if images else {}
         inputs = processor(text=[text], **shown).to(self.model.device)
-        out = self.model.generate(**inputs, **self.kwargs)
-        (answer,) = processor.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        length, limit, settings = inputs["input_ids"].shape[1], self.model.config.max_positions, dict(self.kwargs)
+        if limit is not None:
+            settings["max_new_tokens"] = min(settings["max_new_tokens"], limit - length)
+        out = self.model.generate(**inputs, **settings)
+        (answer,) = processor.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
         return answer

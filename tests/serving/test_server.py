@@ -119,6 +119,37 @@ def test_wrong_input_is_answered_with_the_sentence_that_refuses_it(address):
     assert post(address, {"model": "gpt"}, "/load_model")[0] == 404
 
 
+def test_what_would_be_left_aside_is_refused_and_what_asks_for_no_more_is_not(address):
+    asked = question("all?", DRAWN.image)
+    more = {
+        "n": 3,
+        "logprobs": True,
+        "top_logprobs": 2,
+        "presence_penalty": 0.5,
+        "response_format": {"type": "json_object"},
+        "tool_choice": "none",
+        "reasoning_effort": "low",
+    }
+    for field, value in more.items():
+        for stream in (False, True):
+            status, found = post(address, {**asked, field: value, "stream": stream})
+            assert status == 400
+            assert (
+                f"this server does not do '{field}', got {json.dumps(value)}: leave it out"
+                in found["error"]["message"]
+            )
+    plain = {"n": 1, "logprobs": False, "presence_penalty": 0, "response_format": {"type": "text"}, "user": "me"}
+    assert said(post(address, {**asked, **plain, "tool_choice": None, "metadata": {"a": "b"}})) == DRAWN.text
+    counted = post(address, {**asked, "stream": True, "stream_options": {"include_usage": True}})[1]
+    assert '"completion_tokens":' in counted
+    legacy = {"model": "nano", "prompt": "all?", "max_tokens": 2}
+    assert post(address, {**legacy, "logprobs": 0}, "/v1/completions")[0] == 400
+    assert post(address, {**legacy, "best_of": 1}, "/v1/completions")[0] == 200
+    new = {"model": "nano", "input": "all?", "stream": False, "max_output_tokens": 2}
+    assert post(address, {**new, "previous_response_id": "resp_1"}, "/v1/responses")[0] == 400
+    assert post(address, {**new, "store": False, "truncation": "disabled"}, "/v1/responses")[0] == 200
+
+
 def test_the_page_s_commands_give_what_it_says(address, capsys):
     page = (pathlib.Path(__file__).parent.parent.parent / "docs" / "serving.md").read_text()
     ask = re.search(r"question.json <<'ASK'\n(.*?)\nASK\n", page, re.S)[1]

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import BatchFeature
+from typing_extensions import assert_type
 
 import uhd
 from uhd.demo import page_image, untrained_encoder
@@ -28,18 +30,28 @@ def planning(photo: Image.Image) -> int:
 def encoding(folder: Path, photo: Image.Image) -> Tensor:
     encoder: uhd.VisualEncoder = untrained_encoder()
     encoder.save_pretrained(folder)
-    again: uhd.VisualEncoder = uhd.VisualEncoder.from_pretrained(folder)
-    images: list[uhd.EncodedImage] = again([photo, page_image()])
+    again = uhd.VisualEncoder.from_pretrained(folder)
+    images = again([photo, page_image()])
     first: Tensor = images[0].tokens
-    plan: uhd.SlicePlan = images[0].plan
+    kept, refused = again([photo, photo], errors="collect")
+    others: list[uhd.EncodedImage] = [image for image in kept if image is not None]
+    assert_type(images, list[uhd.EncodedImage])  # what is Any would be any type
+    assert_type(kept, list[uhd.EncodedImage | None])
+    assert_type(again, uhd.VisualEncoder)
+    plan: uhd.SlicePlan = others[0].plan if not refused else images[0].plan
     uhd.save_tokens(folder / "tokens.safetensors", images, schema=encoder.schema)
     loaded: list[uhd.EncodedImage | uhd.EncodedVideo] = uhd.load_tokens(folder / "tokens.safetensors")
     return torch.cat([first, loaded[0].tokens[: plan.num_views]])
 
 
 def answering(folder: Path, photo: Image.Image) -> str:
-    model: uhd.UHDForConditionalGeneration = uhd.UHDForConditionalGeneration.from_pretrained(folder)
+    model = uhd.UHDForConditionalGeneration.from_pretrained(folder)
+    eyes: uhd.VisualEncoder = model.visual
     processor: uhd.UHDProcessor = model.processor
-    batch = processor(text="<image>\nWhat is it?", images=photo)
+    batch = processor(text="<image>\nWhat is it?", images=[photo] * len(eyes([photo])))
+    assert_type(model, uhd.UHDForConditionalGeneration)
+    assert_type(model.processor, uhd.UHDProcessor)
+    assert_type(uhd.UHDProcessor.from_pretrained(folder), uhd.UHDProcessor)
+    assert_type(batch, BatchFeature)
     found = model.generate(**batch, max_new_tokens=8)
     return str(processor.tokenizer.decode(found[0]))

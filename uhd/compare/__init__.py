@@ -8,6 +8,7 @@ from uhd.lazily import lazily
 
 if TYPE_CHECKING:
     from .choosing import Choice, Option, choose
+    from .explore import explore_page
     from .measuring import COLUMNS, Measured, all_rules, measure_sizes
     from .overview import overview_page
     from .page import html_page, write_page
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "choosing": "Choice Option choose",
+    "explore": "explore_page",
     "measuring": "COLUMNS Measured all_rules measure_sizes",
     "overview": "overview_page",
     "page": "html_page write_page",
@@ -47,6 +49,7 @@ __all__ = [
     "compare",
     "curves_over_aspect",
     "curves_over_size",
+    "explore_page",
     "html_page",
     "measure_sizes",
     "overview_page",

@@ -1,4 +1,4 @@
-"""The words of ``uhd compare`` and ``uhd choose``, and what they do."""
+"""The words of ``uhd compare``, ``uhd choose`` and ``uhd explore``, and what they do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ONE_BY_ONE = 4
 
 
 def add(known: Any) -> None:
-    """Add both commands to the subparsers of ``uhd``."""
+    """Add the three commands to the subparsers of ``uhd``."""
     command = known.add_parser("compare", help="what slicing rules do to an image, or to a data set, side by side")
     _inputs(command)
     command.add_argument("--html", type=Path, metavar="FILE.html", help="one page, with nothing outside it")
@@ -48,19 +48,18 @@ def add(known: Any) -> None:
     command.add_argument("--json", action="store_true", help="one JSON object")
     command.set_defaults(run=_choose, wrong=command.error)
 
+    command = known.add_parser("explore", help="a page with sliders: where up to four rules cut an image of any size")
+    command.add_argument("-o", "--output", type=Path, default=Path("uhd_explore.html"), metavar="FILE.html")
+    _rule_arguments(command, "the first four are shown first (default: the usual ones)")
+    command.set_defaults(run=_explore)
+
 
 def _inputs(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "inputs", nargs="*", metavar="PATH|WxH", help="image, folder, list of paths, .tar, .parquet, or WIDTHxHEIGHT"
     )
     command.add_argument("--sizes", type=Path, metavar="FILE", help="a JSON list of [width, height]")
-    command.add_argument(
-        "--strategies",
-        action="append",
-        metavar="A,B,...",
-        help="names of docs/strategies.md, patterns such as 'internvl*', or module:function (default: all)",
-    )
-    command.add_argument("--set", action="append", default=[], metavar="NAME", help="common, adaptive or all")
+    _rule_arguments(command, "default: all")
     command.add_argument(
         "--on-error",
         choices=("report", "stop"),
@@ -69,6 +68,16 @@ def _inputs(command: argparse.ArgumentParser) -> None:
     )
     for part, default in (("vit", "clip-l"), ("resampler", "none, an MLP"), ("lm", "llama-13b")):
         command.add_argument(f"--{part}", metavar="NAME", help=f"what FLOPs are counted for (default {default})")
+
+
+def _rule_arguments(command: argparse.ArgumentParser, default: str) -> None:
+    command.add_argument(
+        "--strategies",
+        action="append",
+        metavar="A,B,...",
+        help=f"names of docs/strategies.md, patterns such as 'internvl*', or module:function; {default}",
+    )
+    command.add_argument("--set", action="append", default=[], metavar="NAME", help="common, adaptive or all")
 
 
 def _numbers(words: str) -> list[int]:
@@ -106,8 +115,8 @@ def _compare(args: argparse.Namespace) -> int:
     outputs = [path for path in (args.html, args.csv, args.latex) if path is not None]
     if len({path.resolve() for path in outputs}) < len(outputs):
         raise ValueError("--html, --csv and --latex write a file each: name different ones")
-    if args.html is not None and args.html.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"cannot write {args.html}: a page ends in .html")
+    if args.html is not None:
+        _check_page(args.html)
     for path in outputs:
         check_place(path)
         given = [*args.inputs, *filter(None, [args.sizes])]
@@ -121,6 +130,11 @@ def _compare(args: argparse.Namespace) -> int:
     if args.summary or (many and not args.each):
         return _compare_all(args, rules)
     return _compare_each(args, rules)
+
+
+def _check_page(path: Path) -> None:
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"cannot write {path}: a page ends in .html")
 
 
 def _compare_each(args: argparse.Namespace, rules: Any) -> int:
@@ -249,3 +263,17 @@ def _choose(args: argparse.Namespace) -> int:
     )
     print(json.dumps({**advice.to_dict(choice), "failed": failed}) if args.json else advice.text(choice))
     return commands.status(failed, failed + len(found))
+
+
+def _explore(args: argparse.Namespace) -> int:
+    from uhd.writing import check_place, new_file
+
+    from .explore import explore_page
+
+    _check_page(args.output)
+    check_place(args.output)
+    page = explore_page(_rules(args))
+    with new_file(args.output) as new:
+        new.write_text(page, encoding="utf-8")
+    print(f"wrote {args.output}: open it in a browser")
+    return 0

@@ -2,14 +2,7 @@
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const $ = (id) => document.getElementById(id);
-  const NS = "http://www.w3.org/2000/svg";
-  const make = (tag, attributes, text) => {
-    const svg = ["svg", "g", "line", "path", "circle", "rect", "text", "image"].includes(tag);
-    const node = svg ? document.createElementNS(NS, tag) : document.createElement(tag);
-    for (const [name, value] of Object.entries(attributes || {})) node.setAttribute(name, value);
-    if (text !== undefined) node.textContent = text;
-    return node;
-  };
+  const { make, drawCut } = uhdParts;
   const percent = (share) => (100 * share).toFixed(1) + "%";
   const short = (value) => (value >= 1000 ? value / 1000 + "k" : String(value));
   const rules = data.rules;
@@ -167,28 +160,9 @@
     showImages();
   }
 
-  // --- pictures, and what a rule does to them: a grid over all of the image, or boxes in thousandths of it
+  // --- pictures, and what a rule does to them
   function cut(picture, place) {
-    const [w, h] = [picture.w, picture.h];
-    const svg = make("svg", { viewBox: `-2 -2 ${w + 4} ${h + 4}`, role: "img" });
-    svg.setAttribute("aria-label", data.images[picture.i][0] + ", cut by " + rules[place].name);
-    svg.append(make("rect", { x: 0, y: 0, width: w, height: h, fill: "var(--head)" }));
-    if (picture.src) svg.append(make("image", { href: picture.src, width: w, height: h, preserveAspectRatio: "none" }));
-    const code = picture.cuts[place];
-    const line = { fill: "none", stroke: "#d64028", "stroke-width": 2, "vector-effect": "non-scaling-stroke" };
-    if (code === null) return svg;
-    let boxes = [];
-    if (code.length === 2)
-      for (let r = 0; r < code[0]; r++)
-        for (let c = 0; c < code[1]; c++)
-          boxes.push([(1000 * r) / code[0], (1000 * c) / code[1], (1000 * (r + 1)) / code[0], (1000 * (c + 1)) / code[1]]);
-    else for (let n = 0; n < code.length; n += 4) boxes.push(code.slice(n, n + 4));
-    if (boxes.length === 1) line["stroke-dasharray"] = "6 4";
-    for (const [t, l, b, r] of boxes) {
-      const place = { x: (l * w) / 1000, y: (t * h) / 1000, width: ((r - l) * w) / 1000, height: ((b - t) * h) / 1000 };
-      svg.append(make("rect", { ...place, ...line }));
-    }
-    return svg;
+    return drawCut(picture, picture.cuts[place], data.images[picture.i][0] + ", cut by " + rules[place].name);
   }
 
   const numbers = (image, place) => {

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from uhd.pixels import DEFAULT, PixelSettings, load_image
-from uhd.slicing import SlicePlan, find, view_box
+from uhd.slicing import find
 
 from .inputs import Input, source_of
 from .page import jpeg
+from .scripted import cut_code, scripted_page
 from .summary import AREAS, ASPECTS, Bucket, Summary, to_dict
 
 MOST_PICTURES = 18
@@ -26,8 +24,7 @@ DEFAULT_RULE = find(None)
 """The rule whose cuts are shown first, where it is among those compared."""
 
 _SIDE = 256  # px of a picture's longer side
-_MOST_BOXES = 40  # drawn of a plan
-_HERE = Path(__file__)
+_HERE = Path(__file__).parent
 
 HEADS = (
     ("name", "rule", "click for the cuts below"),
@@ -59,16 +56,15 @@ def overview_page(summary: Summary, *, settings: PixelSettings = DEFAULT, system
     >>> overview_page(summarize([(672, 1008)], ["llava-uhd", "siglip"])).splitlines()[0]
     '<!doctype html>'
     """
-    import jinja2
-
     found = to_dict(summary)
     listed = _listed(summary)
     pictures = _pictures(summary, listed, settings)
-    script = _HERE.with_suffix(".js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     planned = [one for one in found["strategies"] if one["images"]]
-    options = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    return jinja2.Template(_HERE.with_suffix(".html").read_text(encoding="utf-8"), **options).render(
+    return scripted_page(
+        "overview.html",
+        (_HERE / "overview.css",),
+        (_HERE / "parts.js", _HERE / "overview.js"),
+        _data(summary, found, listed, pictures),
         images=found["images"],
         sizes=found["sizes"],
         rules=[{"name": one["strategy"], "front": one["front"], "cells": _cells(one)} for one in found["strategies"]],
@@ -82,11 +78,6 @@ def overview_page(summary: Summary, *, settings: PixelSettings = DEFAULT, system
         most_pictures=MOST_PICTURES,
         listed=len(listed),
         system=system or "CLIP-L, LLaVA-1.5's projector and a 13B language model unless told otherwise",
-        style=_HERE.with_suffix(".css").read_text(encoding="utf-8"),
-        script=script,
-        script_hash=f"sha256-{digest}",
-        # no "<" ends the element that holds it
-        data=json.dumps(_data(summary, found, listed, pictures), separators=(",", ":")).replace("<", "\\u003c"),
     )
 
 
@@ -203,23 +194,7 @@ def _thumbnail(image: Input, size: tuple[int, int], settings: PixelSettings) -> 
 
 
 def _cut(summary: Summary, rule: int, image_hw: tuple[int, int]) -> list[int] | None:
-    """[rows, columns] of equal parts, or the boxes (top, left, bottom, right) of views in thousandths of the image."""
     try:
-        plan: SlicePlan = summary.measured.rules[rule][1].plan(image_hw)
+        return cut_code(summary.measured.rules[rule][1].plan(image_hw))
     except ValueError:
         return None
-    kind = "slice" if any(canvas.kind == "slice" for canvas in plan.canvases) else "overview"
-    shown = [canvas for canvas in plan.canvases if canvas.kind == kind]
-    whole = shown[0]
-    if len(shown) == 1 and whole.source is None and whole.offset == (0, 0):
-        h, w = whole.tiles[0].size_hw
-        if whole.content_hw == whole.size_hw == (h * whole.grid[0], w * whole.grid[1]):
-            return list(whole.grid)
-    boxes: list[int] = []
-    for view in plan.views:
-        if view.kind == kind and len(boxes) < 4 * _MOST_BOXES:
-            edges = view_box(plan, view.index)
-            share = [min(max(float(edge) / image_hw[side % 2], 0), 1) for side, edge in enumerate(edges)]
-            if share[2] > share[0] and share[3] > share[1]:
-                boxes += [round(1000 * edge) for edge in share]
-    return boxes

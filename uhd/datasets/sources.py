@@ -54,7 +54,7 @@ def listed(source: str | os.PathLike[str], *, columns: Sequence[str] = (), skip:
         skip: A folder that is none of it.
 
     Raises:
-        ValueError: There is no such source, or it has no such columns.
+        ValueError: There is no such source, or it has no such columns, as plain files have none.
     """
     source = Path(source)
     for kept in (_rows, _arrow):  # of files that may have changed since
@@ -131,7 +131,7 @@ def _folder(
         if os.path.isdir(path):
             yield from _folder(Path(path), key + "/", columns, skip, (*above, here))
         elif suffix in SUFFIXES:
-            yield Item(key, "file", (path,))
+            yield _file(path, key, columns)
         elif suffix in _ARCHIVES or _COMPRESSED.fullmatch(name):
             yield from _archive(Path(path), key, columns, False)
 
@@ -143,7 +143,17 @@ def _archive(path: Path, key: str, columns: tuple[str, ...], asked: bool) -> Ite
     elif path.suffix.lower() in _ARCHIVES and path.is_file():
         yield from _ARCHIVES[path.suffix.lower()](path, key, columns, asked)
     else:
-        yield Item(key, "file", (str(path),))
+        yield _file(str(path), key, columns)
+
+
+def _file(path: str, key: str, columns: tuple[str, ...]) -> Item:
+    """One image; what is kept beside images is not beside this one."""
+    if columns and os.path.splitext(path)[1].lower() not in _ARCHIVES:
+        raise ValueError(
+            f"{path} is a plain file, which has no column {', '.join(columns)}: there are columns in Parquet, in tar "
+            "files, and in what datasets saved"
+        )
+    return Item(key, "file", (path,))
 
 
 def _text(name: str) -> str:

@@ -6,15 +6,19 @@ library is copied, and the classes are the package's own.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import ProcessorMixin
 
 from uhd.checkpoint import own_code_named
 from uhd.writing import finish, new_files
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 MODULE = "uhd_classes"
 
@@ -56,7 +60,7 @@ class FromPackage:
         """Nothing to do: ``auto_map`` is written by uhd."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Self:
         """As in transformers; a save that was killed is finished first, see :mod:`uhd.writing`."""
         finish(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -68,7 +72,7 @@ class FoundByName(FromPackage, ProcessorMixin):
     _by_name: Mapping[str, type] = MappingProxyType({})
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Self:
         """As in transformers; code that the folder brings is run only where ``trust_remote_code=True`` asks for it."""
         kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))
         with own_code_named(pretrained_model_name_or_path, "pass trust_remote_code=True if you trust it"):

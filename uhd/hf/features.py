@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -40,6 +40,9 @@ from uhd.slicing import SlicePlan, VideoPlan, plan
 from uhd.vision import ViT
 from uhd.writing import finish, read_whole
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 RESAMPLERS = (PerceiverResampler, PyramidResampler, RewriteResampler, SpatialResampler)
 """Compressors with parameters of their own beside those of their layers."""
 
@@ -51,6 +54,8 @@ _ASKED = ("output_hidden_states", "output_attentions")
 
 class UHDPreTrainedModel(PreTrainedModel):
     config_class = UHDConfig
+    visual: VisualEncoder
+    language_model: PreTrainedModel
     input_modalities = ("image", "video", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["ViT", "CompressedViT", *(module.__name__ for module in RESAMPLERS)]  # noqa: RUF012
@@ -74,7 +79,9 @@ class UHDPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.learned_separators, std=0.02)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None = None, *args: Any, **kwargs: Any
+    ) -> Self:
         """As in transformers, with all its keywords.
 
         Pickled weights are read, and code that the folder brings is run, only where ``use_safetensors=False`` and

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.processing_utils import BatchFeature, MultiModalData, ProcessingKwargs, ProcessorMixin
 
@@ -48,6 +48,11 @@ from uhd.loading import named
 from uhd.pixels import PixelSettings
 from uhd.slicing import SlicingLike
 from uhd.slicing.sample import plan_sample
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from uhd.hf.image_processing import UHDImageProcessorPil
 
 IMAGE_TOKEN = "<image>"
 VIDEO_TOKEN = "<video>"
@@ -119,6 +124,9 @@ class UHDProcessor(FoundByName):
     """
 
     valid_processor_kwargs = UHDProcessorKwargs
+    tokenizer: Any  # strict checkers find half of transformers' own methods untyped
+    image_processor: "UHDImageProcessorPil"
+    video_processor: UHDVideoProcessor
 
     def __init__(
         self,
@@ -152,7 +160,9 @@ class UHDProcessor(FoundByName):
         return self.tokenizer.pad_token_id
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> "Self":
         """As in transformers; a ``ValueError`` or ``OSError`` names a local folder's file that is damaged."""
         with processor_checked(pretrained_model_name_or_path, kwargs.get("subfolder")) as check:
             return check(super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs))

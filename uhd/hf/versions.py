@@ -8,9 +8,9 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import transformers
 from torch import nn
@@ -26,6 +26,8 @@ from transformers.image_processing_backends import PilBackend
 from transformers.models.auto import modeling_auto
 
 from uhd.ranks import unwrapped
+
+_Processor = TypeVar("_Processor", bound=ProcessorMixin)
 
 VideoProcessorBase: type = getattr(
     video_processing_utils, "VideoProcessorMixin", video_processing_utils.BaseVideoProcessor
@@ -115,13 +117,13 @@ def name_for_servers(model_type: str, model_class: str) -> None:
             names[model_type] = model_class
 
 
-def processor_defaults(defaults: Mapping[str, Mapping[str, Any]]) -> Any:
+def processor_defaults(defaults: Mapping[str, Mapping[str, Any]]) -> Callable[[type[_Processor]], type[_Processor]]:
     """Class decorator: give a processor these keywords by modality, below what its calls say.
 
     From 5.23 they are read from the class itself, before from ``_defaults`` of its keywords' class.
     """
 
-    def decorate(processor: type[ProcessorMixin]) -> type[ProcessorMixin]:
+    def decorate(processor: type[_Processor]) -> type[_Processor]:
         processor.valid_processor_kwargs._defaults = {name: dict(value) for name, value in defaults.items()}
         for name, value in defaults.items():
             setattr(processor, name, dict(value))

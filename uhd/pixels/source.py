@@ -222,6 +222,8 @@ def open_file(source: Any, name: str) -> BinaryIO:
         return file
     except PictureError:
         raise
+    except IsADirectoryError:
+        raise IsADirectoryError(f"{name} is a folder: give an image file") from None
     except OSError as error:  # which quotes the path, that may be a broken base64 text, at any length
         raise type(error)(error.errno, error.strerror, f"{path:.200}") from None
     except ValueError as error:

@@ -5,6 +5,7 @@ The server is used as it is: one that is made without being run, then told its m
 
 from __future__ import annotations
 
+import json
 import re
 import traceback
 from functools import partial
@@ -26,6 +27,24 @@ from uhd.writing import finish, is_file
 _ADDRESS = re.compile("(https?|data):", re.IGNORECASE)
 _AS_WORDS = '{"sanitize_control_tokens": true}'
 """The words of a conversation are words: no image is looked for where somebody writes "<image>"."""
+
+_ASIDE = frozenset(("metadata", "prediction", "service_tier", "store", "stream_options", "user"))
+"""Fields of a request that change no answer. The usage that ``stream_options`` asks for always comes."""
+
+_AS_IT_IS = {
+    **dict.fromkeys(("n", "best_of"), ("1",)),
+    **dict.fromkeys(("logprobs", "echo", "background"), ("false",)),
+    **dict.fromkeys(("functions", "include"), ("[]",)),
+    **dict.fromkeys(("presence_penalty", "top_logprobs"), ("0", "0.0")),
+    "response_format": ('{"type": "text"}',),
+    "text": ("{}", '{"format": {"type": "text"}}'),
+    "modalities": ('["text"]',),
+    "tool_choice": ('"auto"',),
+    "parallel_tool_calls": ("true",),
+    "reasoning_effort": ('"none"',),
+    "truncation": ('"disabled"',),
+}
+"""For fields that transformers' server leaves aside with a line in its log: values, as JSON, that ask for no more."""
 
 
 class ServedName(str):
@@ -78,6 +97,15 @@ def _fit(model: UHDForConditionalGeneration, inputs: Any, gen_config: Any) -> No
     model._check_length(ids, None, model.visual_positions(ids).sum(1).tolist(), new_tokens=1)
     if limit is not None:
         gen_config.max_new_tokens = min(gen_config.max_new_tokens or limit, limit - ids.shape[1])
+
+
+def _asks_for_what_is_done(check: Any, unused: frozenset[str], body: Any) -> None:
+    """Refuse a request for something that the server would leave aside without telling who asks."""
+    check(body)
+    for field in sorted(unused & set(body)):
+        value = body[field]
+        if value is not None and field not in _ASIDE and json.dumps(value) not in _AS_IT_IS.get(field, ()):
+            raise ValueError(f"this server does not do {field!r}, got {json.dumps(value)!s:.80}: leave it out")
 
 
 def _in_full(read: Any, messages: Any, *args: Any) -> Any:
@@ -138,6 +166,9 @@ def ready(folder: Path | None, *, host: str = "127.0.0.1", port: int = 8000, max
     _pin(manager, name, model, processor)
     for handler in (server._chat_handler, server._response_handler):
         handler.get_processor_inputs_from_messages = partial(_in_full, handler.get_processor_inputs_from_messages)
+    for handler in (server._chat_handler, server._completion_handler, server._response_handler):
+        unused = frozenset(handler._unused_fields)
+        handler._validate_request = partial(_asks_for_what_is_done, handler._validate_request, unused)
     generating = _Fitting()
     server._generation_state.get_manager = lambda *args, **kwargs: generating
     for kind in (ValueError, TemplateError, LookupError, TypeError, AttributeError):
