@@ -268,6 +268,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, help="folder for the JSON and SVG files")
     chosen = parser.parse_args(arguments)
+    if chosen.out:
+        chosen.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=DeprecationWarning)  # torchvision's decoder, which the peer needs
     known, found = versions(), pictures()
