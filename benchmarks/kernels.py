@@ -359,6 +359,7 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         print("\nNothing was timed: torch sees no GPU here. The table above is arithmetic, not a measurement.")
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=1))
     failed = [found["triton"]["problem"] for found in report["times"].values() if "problem" in found["triton"]]
     return 1 if failed else 0

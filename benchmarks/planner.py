@@ -166,6 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(table(rows))
     if chosen.out:
         about = {"versions": known, "sizes": len(sizes), "seed": chosen.seed, "rounds": chosen.rounds, "rows": rows}
+        chosen.out.mkdir(parents=True, exist_ok=True)
         (chosen.out / "planner.json").write_text(json.dumps(about, indent=1) + "\n")
     return 0
 

@@ -74,6 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"  {microseconds:9.1f} us  {config}")
         report[direction] = [{"config": str(config), "result": result} for config, result in found]
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=1))
     return 0
 
