@@ -219,7 +219,8 @@ def _summary(found: SlicePlan) -> str:
 
     parts = ["not cut"]
     if found.grid and found.slice_hw:
-        parts = ["{} x {} (rows x columns) slices of ".format(*found.grid) + f"{wide(found.slice_hw)} px"]
+        others = " (the first)" if len({view.size_hw for view in found.views if view.kind == "slice"}) > 1 else ""
+        parts = ["{} x {} (rows x columns) slices of ".format(*found.grid) + f"{wide(found.slice_hw)} px{others}"]
     if found.overview_hw:
         parts.append(f"overview {wide(found.overview_hw)} px")
     return (
@@ -247,10 +248,13 @@ def _layout(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
+    import numpy as np
+
     from uhd.compare.inputs import typed_size
     from uhd.draw import draw_plan, write_picture
     from uhd.pixels import load_image
-    from uhd.slicing import plan
+    from uhd.planning import plan
+    from uhd.slicing.borders import content_cut
 
     if typed_size(args.image) and not Path(args.image).exists():
         raise ValueError(f"{args.image} is a size, a picture is drawn of an image file: uhd compare takes sizes")
@@ -270,9 +274,13 @@ def _show(args: argparse.Namespace) -> int:
         print(f"{args.image}: {_summary(found)}", *words, f"wrote {args.output}", sep="\n")
         return 0
     image = load_image(_source(args.image, _pixels(args)), settings=_pixels(args))
-    found = plan((image.height, image.width), _config(args))
+    found = plan(image, _config(args))
     write_picture(args.output, draw_plan(image, found, schema=_schema(args)))
     print(f"{args.image}: {_summary(found)}")
+    if found.grid:
+        print(
+            f"  {100 * content_cut(found, np.asarray(image)):.2f}% of the image's gradient lies on borders of slices"
+        )
     print(f"wrote {args.output}")
     return 0
 
@@ -323,6 +331,7 @@ def _demo(args: argparse.Namespace) -> int:
     from uhd import demo
     from uhd.draw import draw_plan, write_picture
     from uhd.pixels import load_image
+    from uhd.planning import plan
 
     _check_output(args.output, filter(None, [args.image]))
     if args.seed is not None and args.image is not None:
@@ -338,7 +347,7 @@ def _demo(args: argparse.Namespace) -> int:
     own = None if args.image is None else _source(args.image, encoder.pixels)
     source = own if own is not None else reader.scene.image if reader else demo.page_image()
     image = load_image(source, settings=encoder.pixels)
-    found = encoder.plan((image.height, image.width))
+    found = plan(image, encoder.slicing)
     schema = encoder.schema if found.packing is None else None
     drawn = draw_plan(image, found, schema=schema, settings=encoder.pixels)
     write_picture(args.output, drawn, note=encoder.note)
