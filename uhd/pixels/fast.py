@@ -126,7 +126,7 @@ def _is_plain(image: Image.Image) -> bool:
     return orientation_of(image, header_only=True) == 1
 
 
-def whole(picture: Picture, settings: PixelSettings, scale: int = 1) -> np.ndarray:
+def decode_whole(picture: Picture, settings: PixelSettings, scale: int = 1) -> np.ndarray:
     """All pixels of a picture, also of a JPEG whose decoding waits for the plan; that at 1 / ``scale``."""
     if picture.pixels is not None:
         return picture.pixels
@@ -144,7 +144,7 @@ def _decoded(picture: Picture, plan: SlicePlan, settings: PixelSettings) -> np.n
     whole = all(c.source is None and _in_one_step((height, width), c, plan, settings) for c in plan.canvases)
     most = min(min(height / c.content_hw[0], width / c.content_hw[1]) for c in plan.canvases) if whole else 1
     scale = next((n for n in (8, 4, 2) if n <= most and not height % n and not width % n), 1)
-    return whole(picture, settings, scale)
+    return decode_whole(picture, settings, scale)
 
 
 def _in_one_step(size_hw: tuple[int, int], canvas: Canvas, plan: SlicePlan, settings: PixelSettings) -> bool:

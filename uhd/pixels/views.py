@@ -71,7 +71,7 @@ def move_borders(image: Any, plan: SlicePlan, slicing: Any, *, settings: PixelSe
     >>> page = np.full((400, 800, 3), 255, np.uint8)
     >>> page[::2, 390:405] = 0
     >>> [canvas.source for canvas in move_borders(page, plan((400, 800), config), config).canvases[:2]]
-    [Box(top=0, left=0, bottom=400, right=389), Box(top=0, left=389, bottom=400, right=800)]
+    [Box(top=0, left=0, bottom=400, right=406), Box(top=0, left=406, bottom=400, right=800)]
 
     Args:
         image: As :func:`cut` takes it.
@@ -94,9 +94,9 @@ def move_borders(image: Any, plan: SlicePlan, slicing: Any, *, settings: PixelSe
         return np.asarray(picture.crop((box.left, box.top, box.right, box.bottom)))
 
     if not isinstance(picture, Image.Image):
-        from .fast import whole
+        from .fast import decode_whole
 
-        pixels = whole(picture, settings)
+        pixels = decode_whole(picture, settings)
         return borders.move_borders(plan, slicing, lambda box: pixels[box.top : box.bottom, box.left : box.right])
     return borders.move_borders(plan, slicing, crop)
 
