@@ -225,7 +225,7 @@ def image_costs(sizes_hw: np.ndarray | Sequence[Sequence[int]], slicing: Any, *,
         ValueError: The rule refuses a size, by its row; or there is no such unit.
     """
     check_choice("unit", unit, UNITS)
-    slicing = getattr(slicing, "slicing", slicing)
+    slicing = find(getattr(slicing, "slicing", slicing))
     planned = plan_many(sizes_hw, slicing)
     if unit == "patches" and getattr(slicing, "border_moves", 0):
         slices, overview = planned["num_views"] - 1, planned["overview_hw"] // slicing.patch_size
