@@ -198,6 +198,14 @@ class SlicePlan(Settings):
             raise ValueError(f"the plan's parts contradict each other: {wrong}")
         return found
 
+    def to_dict(self) -> dict[str, Any]:
+        """As every settings' dictionary; where no latents are fitted it says nothing of that, as earlier versions."""
+        found = super().to_dict()
+        for canvas in found["canvases"]:
+            if canvas["latents_hw"] is None:
+                del canvas["latents_hw"]
+        return found
+
     @property
     def num_tokens(self) -> int:
         """Positions in the language model's sequence, separators included."""
