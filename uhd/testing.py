@@ -395,10 +395,12 @@ def image_sizes(
 
 
 def slicing_configs() -> SearchStrategy[SlicingConfig]:
-    """Valid configs of the adaptive planner: any view side, patch, cap, rounding and token rule."""
+    """Valid configs of the adaptive planner: any view side, patch, cap, rounding, token rule and options."""
     from hypothesis import strategies as st
 
     def build(patch: int, units: int, merge: int, **fields: Any) -> SlicingConfig:
+        if fields["tokens_per_view"] is None:
+            fields["latents"] = "fixed"
         return SlicingConfig(patch_size=patch, merge=merge, image_size=patch * merge * units, **fields)
 
     return st.builds(
@@ -411,6 +413,8 @@ def slicing_configs() -> SearchStrategy[SlicingConfig]:
         clamp=st.booleans(),
         overview_first=st.booleans(),
         tokens_per_view=st.one_of(st.none(), st.integers(1, 256)),
+        one_view_below=st.sampled_from((None, None, 1.0, 2.5)),
+        latents=st.sampled_from(("fixed", "fixed", "fitted")),
     )
 
 

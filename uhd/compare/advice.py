@@ -22,7 +22,7 @@ def pasted(option: Option) -> str:
         preset = PRESETS[rule.name]
         changed = {
             name: getattr(rule, name)
-            for name in ("max_slices", "tokens_per_view", "image_size", "max_tokens")
+            for name in ("max_slices", "tokens_per_view", "image_size", "max_tokens", *rule.later)
             if getattr(rule, name) != getattr(preset, name)
         }
         settings = "".join(f", {name}={value!r}" for name, value in changed.items())

@@ -72,7 +72,7 @@ class Lost(NamedTuple):
 
 
 def kind_of(rule: Slicing) -> str | None:
-    """Which arm of the learned comparison cuts as this rule does; ``None``: none.
+    """Which arm of the learned comparison cuts as this rule does; ``None``: none, as with options of the planner on.
 
     >>> from uhd.slicing import find
     >>> [kind_of(find(name)) for name in ("llava-uhd", "siglip", "llava-1.5", "llava-next", "qwen2-vl")]
@@ -80,6 +80,8 @@ def kind_of(rule: Slicing) -> str | None:
     """
     if isinstance(rule, AnyResConfig):
         return "next" if len(rule.grids) <= 5 else "anyres"
+    if isinstance(rule, SlicingConfig) and any(name in rule.to_dict() for name in rule.later):
+        return None
     kinds = {SlicingConfig: "uhd", StretchConfig: "stretch", SquarePadConfig: "pad"}
     return next((kind for known, kind in kinds.items() if isinstance(rule, known)), None)
 
