@@ -115,7 +115,8 @@ def _add_encoding(known: Any) -> None:
     command.set_defaults(run=_doctor)
 
 
-_ADAPTIVE_ONLY = ("max_slices", "max_tokens", "schema", "candidates")
+_CHANGES = ("max_slices", "max_tokens", "one_view_below", "latents")
+_ADAPTIVE_ONLY = (*_CHANGES, "schema", "candidates")
 
 
 def _strategy_help() -> str:
@@ -138,6 +139,8 @@ def _slicing_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--schema", metavar="NAME", help="a token layout; it brings its slicing and its counts")
     command.add_argument("--max-slices", type=int, metavar="N", help="cap on slices; 1 never cuts")
     command.add_argument("--max-tokens", type=int, metavar="N", help="fewer slices until a plan costs at most that")
+    command.add_argument("--one-view-below", type=float, metavar="R", help="up to R : 1 one larger view, not slices")
+    command.add_argument("--latents", metavar="HOW", help="fixed (default), or fitted: a view's tokens by its patches")
 
 
 def _config(args: argparse.Namespace) -> Slicing:
@@ -150,7 +153,7 @@ def _config(args: argparse.Namespace) -> Slicing:
         if given:
             raise ValueError(f"{', '.join(given)}: only for {', '.join(PRESETS)}, not {rule.name!r}")
         return rule
-    changes = {key: getattr(args, key) for key in ("max_slices", "max_tokens") if getattr(args, key) is not None}
+    changes = {key: getattr(args, key) for key in _CHANGES if getattr(args, key, None) is not None}
     if args.schema is None:
         return rule.replace(**changes)
     from uhd.schema import SpatialSchema
@@ -255,7 +258,7 @@ def _show(args: argparse.Namespace) -> int:
     if typed_size(args.image) and not Path(args.image).exists():
         raise ValueError(f"{args.image} is a size, a picture is drawn of an image file: uhd compare takes sizes")
     _check_output(args.output, [args.image])
-    names = ("model", "encoder", "ask") if not args.attention else _ADAPTIVE_ONLY[:3]
+    names = ("model", "encoder", "ask") if not args.attention else _ADAPTIVE_ONLY[:-1]
     if given := [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]:
         raise ValueError(f"{given[0]} is {'not for' if args.attention else 'of'} --attention")
     if args.attention:
