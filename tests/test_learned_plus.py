@@ -92,6 +92,7 @@ def test_a_page_is_the_same_everywhere_and_its_glyphs_are_in_it(parts):
 
 @pytest.mark.parametrize("name", ["PLUS", "PAGES"])
 def test_a_tiny_run_is_done_and_reported(parts, tmp_path, name):
+    parts.plus._arms.cache_clear()  # tests forget what was registered
     settings = getattr(parts.plus, name)
     small = replace(settings.model, width=32, vision_depth=1, text_depth=1, vision_mlp=32, text_mlp=32)
     tiny = replace(settings, vision=2, text=2, joint=2, batch_size=2, test_images=6, validation_images=3)
