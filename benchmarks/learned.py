@@ -1,6 +1,7 @@
 """Slicing strategies judged by models that learned with them.
 
     python benchmarks/learned.py run --workers 2            # the long run, resumable; --quick takes ten minutes
+    python benchmarks/learned.py run --set plus --workers 2 # options of the planner; --set pages: on a second task
     python benchmarks/learned.py report                     # tables and plots of what has run so far
     python benchmarks/learned.py cuts                       # what a border through a glyph costs, on paired images
 
@@ -19,12 +20,21 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded, also in the workers
 
 import learned_cuts
+import learned_plus
 import learned_report
 import learned_run
 from train import SEEDS as TRAINING_SEEDS  # the example, which learned_run puts on the path
 from transformers.utils import logging
 
 HERE = Path(__file__).resolve().parent
+
+SETS = {
+    "long": (learned_run.LONG, learned_run.ARMS),
+    "quick": (learned_run.QUICK, learned_run.QUICK_ARMS),
+    "plus": (learned_plus.PLUS, learned_plus.ARMS),
+    "pages": (learned_plus.PAGES, learned_plus.ARMS),
+}
+"""Settings and arms of the sets of runs, each of which has a folder of its own."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--arms", nargs="+", metavar="ARM", help=f"of {', '.join(learned_run.all_arms())}")
     one.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="default 0 1 2, or 0 where quick")
     one.add_argument("--quick", action="store_true", help="few steps, one seed, four arms: a look, no evidence")
+    one.add_argument("--set", choices=sorted(SETS), help="of runs (long); plus and pages are the second comparison")
     one.add_argument("--workers", type=int, default=1, metavar="N", help="runs side by side, a core each")
     one.add_argument(
         "--minutes",
@@ -66,10 +77,13 @@ def parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Train and judge."""
-    settings = learned_run.QUICK if args.quick else learned_run.LONG
-    arms = args.arms or (learned_run.QUICK_ARMS if args.quick else learned_run.ARMS)
-    if unknown := sorted(set(arms) - set(learned_run.all_arms())):
-        raise ValueError(f"no arm {', '.join(unknown)}: there are {', '.join(learned_run.all_arms())}")
+    if args.quick and args.set not in (None, "quick"):
+        raise ValueError(f"--quick is a set of runs, as --set {args.set} is: give one of them")
+    name = "quick" if args.quick else args.set or "long"
+    settings, arms = SETS[name]
+    arms = args.arms or arms
+    if unknown := sorted(set(arms) - set(settings.arms())):
+        raise ValueError(f"no arm {', '.join(unknown)}: there are {', '.join(settings.arms())}")
     if args.workers < 1:
         raise ValueError(f"--workers must be at least 1, got {args.workers}")
     if args.minutes is not None and not (math.isfinite(args.minutes) and args.minutes > 0):
@@ -79,11 +93,10 @@ def run(args: argparse.Namespace) -> int:
             f"--seeds must be 0 to {TRAINING_SEEDS - 1} (scenes of larger ones are for judging), "
             f"got {', '.join(map(str, wrong))}"
         )
-    name = "quick" if args.quick else "long"
     given = {
         "arms": list(dict.fromkeys(arms)),
         "seeds": list(dict.fromkeys(args.seeds or ()))
-        or ((learned_run.TUNING_SEED,) if args.quick else learned_run.SEEDS),
+        or ((learned_run.TUNING_SEED,) if name == "quick" else learned_run.SEEDS),
         "out": args.out / name,
         "checkpoints": args.checkpoints / name,
         "minutes": args.minutes,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import learned_plus
 import numpy as np
 from learned_run import (
     ARMS,
@@ -36,6 +37,13 @@ UNCUT = "stretch"
 
 CONTRASTS = (("few-latents", "overview-wide"),)
 """Pairs of other arms, the first minus the second: pixels with few tokens, tokens with few pixels."""
+
+SETS = {
+    "long": (ARMS, BASELINE, CONTRASTS),
+    "quick": (ARMS, BASELINE, CONTRASTS),
+    **dict.fromkeys(("plus", "pages"), (learned_plus.ARMS, learned_plus.BASELINE, learned_plus.CONTRASTS)),
+}
+"""Arms, baseline and contrasts of the sets of runs."""
 
 WHOLE, LONG_FROM = "not cut", 1
 """Images that are not cut are told apart at this border of the aspect buckets."""
@@ -126,15 +134,17 @@ class Comparison:
 
     Args:
         found: From :func:`learned_run.read_runs`.
+        name: Of the set of runs, from :data:`SETS`.
 
     Raises:
         ValueError: Runs were judged on different scenes.
     """
 
-    def __init__(self, found: Runs) -> None:
+    def __init__(self, found: Runs, name: str = "long") -> None:
         self.found = found
         self.factors = tuple(next(iter(found.values()))["settings"]["factors"])
-        names = [*ARMS, *sorted({task.arm for task in found} - set(ARMS))]
+        self.planned, self.baseline, self.contrasts = SETS[name]
+        names = [*self.planned, *sorted({task.arm for task in found} - set(self.planned))]
         self.factor = {arm: chosen_factor(arm, found, self.factors) for arm in names}
         self.runs: dict[str, dict[int, Mapping[str, Any]]] = {}
         for arm in names:
@@ -162,14 +172,14 @@ class Comparison:
         length = decode(runs[0]["test"]["items"][kind]["length"])
         return 1 - float(np.nansum(distances(runs, kind)) / (np.nansum(length) * len(runs)))
 
-    def common(self, arm: str, other: str = BASELINE) -> list[int]:
-        """Seeds that two arms both have."""
-        return [seed for seed in self.runs.get(arm, {}) if seed in self.runs.get(other, {})]
+    def common(self, arm: str, other: str | None = None) -> list[int]:
+        """Seeds that two arms both have; ``None``: the second is the baseline."""
+        return [seed for seed in self.runs.get(arm, {}) if seed in self.runs.get(other or self.baseline, {})]
 
     def missing(self) -> list[str]:
         """Runs of the full plan that are not there."""
         seeds = SEEDS if len(self.factors) > 1 else (TUNING_SEED,)
-        arms = ARMS if len(self.factors) > 1 else QUICK_ARMS
+        arms = self.planned if len(self.factors) > 1 else QUICK_ARMS
         planned, blocked = tasks(self.factors, arms, seeds, self.found)
         return [*(task.name for task in planned if task not in self.found), *blocked]
 
@@ -177,16 +187,21 @@ class Comparison:
 def summarize(found: Comparison) -> dict[str, Any]:
     """Everything the tables show, as plain JSON types."""
     return {
-        "baseline": BASELINE,
+        "baseline": found.baseline,
         "missing": found.missing(),
         "borders": list(BORDERS),
         "arms": {arm: _arm(found, arm) for arm in found.runs},
-        "differences": {arm: _differences(found, arm) for arm in found.runs if arm != BASELINE and found.common(arm)},
+        "differences": {
+            arm: _differences(found, arm) for arm in found.runs if arm != found.baseline and found.common(arm)
+        },
         "contrasts": {
-            f"{arm} - {other}": _differences(found, arm, other) for arm, other in CONTRASTS if found.common(arm, other)
+            f"{arm} - {other}": _differences(found, arm, other)
+            for arm, other in found.contrasts
+            if found.common(arm, other)
         },
         "by_cut": _by_cut(found),
         "cut": {arm: shares for arm in found.runs if (shares := _cut(found, arm))},
+        **({"expected": expectations(found)} if found.baseline == learned_plus.BASELINE else {}),
     }
 
 
@@ -220,11 +235,12 @@ def _arm(found: Comparison, arm: str) -> dict[str, Any]:
 
 def _by_cut(found: Comparison) -> dict[str, Any]:
     """How the baseline reads, and the other arms' differences to it, by how it cuts an image; {} for unknown sizes."""
-    sizes = next(iter(found.found.values()))["settings"].get("model")
-    if sizes is None or BASELINE not in found.runs:
+    settings = next(iter(found.found.values()))["settings"]
+    sizes = settings.get("model")
+    if sizes is None or settings.get("set") == "pages" or found.baseline not in found.runs:
         return {}
     slicing = NanoConfig(**sizes).slicing
-    seed = next(iter(found.runs[BASELINE].values()))["test"]["seed"]
+    seed = next(iter(found.runs[found.baseline].values()))["test"]["seed"]
     plans = [plan(scene(seed, number).image_hw, slicing) for number in range(len(found.buckets))]
     names = np.array([_cut_name(one, bucket) for one, bucket in zip(plans, found.buckets, strict=True)])
     order = sorted(set(names), key=lambda name: (not name.startswith(WHOLE), name))
@@ -236,13 +252,13 @@ def _by_cut(found: Comparison) -> dict[str, Any]:
             for name, mask in masks.items()
         },
         "baseline": {
-            kind: [_rounded(share(found.exact(BASELINE, kind)[:, mask])) for mask in masks.values()]
+            kind: [_rounded(share(found.exact(found.baseline, kind)[:, mask])) for mask in masks.values()]
             for kind in found.kinds
         },
         "differences": {
             arm: _differences(found, arm, parts=list(masks.values()))
             for arm in found.runs
-            if arm != BASELINE and found.common(arm)
+            if arm != found.baseline and found.common(arm)
         },
     }
 
@@ -255,12 +271,13 @@ def _cut_name(one: SlicePlan, bucket: float) -> str:
 
 
 def _differences(
-    found: Comparison, arm: str, other: str = BASELINE, parts: Sequence[np.ndarray] | None = None
+    found: Comparison, arm: str, other: str | None = None, parts: Sequence[np.ndarray] | None = None
 ) -> dict[str, Any]:
     """The first minus the second, paired by seed and image, for parts of the images: (images,) bool each.
 
     ``None``: in all, then by aspect bucket.
     """
+    other = other or found.baseline
     seeds, told = found.common(arm, other), {}
     if parts is None:
         parts = [found.buckets >= 0, *(found.buckets == number for number in range(len(BORDERS)))]
@@ -273,6 +290,57 @@ def _differences(
             for part, row in zip(cells, rows, strict=True)
         ]
     return {"seeds": seeds, "questions": told}
+
+
+def expectations(found: Comparison) -> list[dict[str, Any]]:
+    """What became of :data:`learned_plus.EXPECTED`, of those whose arms have run; images are told apart as `uhd` cuts.
+
+    An expectation is refuted where the interval's upper end is below it, met where the mean is not and the interval is
+    above 0, and open elsewhere. ``worse``: aspect buckets of all questions in which the arm is judged worse.
+    """
+    if BASELINE not in found.runs:
+        return []
+    marks = np.array(list(next(iter(found.runs[BASELINE].values()))["test"]["cut"]))
+    long = found.buckets > LONG_FROM
+    masks = {
+        "in all": np.ones(len(long), bool),
+        "below 2.5": ~long,
+        "from 2.5 on": long,
+        "long and not cut": long & (marks == "u"),
+        "a border through a glyph": marks == "1",
+    }
+    rows = []
+    for name, arm, other, kind, where, least in learned_plus.EXPECTED:
+        if not (seeds := found.common(arm, other)):
+            continue
+        difference = (found.exact(arm, kind, seeds) - found.exact(other, kind, seeds))[:, masks[where]]
+        mean, low, high = interval(difference)
+        judged = verdict(difference, low, high)
+        if judged in JUDGED:
+            judged = "refuted" if high < least else "met" if mean >= least and low > 0 else "open"
+        told = _differences(found, arm, other)["questions"]
+        worse = sum(part["verdict"] == "worse" for parts in told.values() for part in parts[1:])
+        what = {"name": name, "arm": arm, "other": other, "kind": kind, "where": where, "least": least}
+        images = int((~np.isnan(difference).any(0)).sum())
+        rows.append(
+            {**what, "difference": _rounded((mean, low, high)), "images": images, "came": judged, "worse": worse}
+        )
+    return rows
+
+
+def _expected_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = [["", "difference", "in", "on", "images", "expected", "found", "which is", "buckets worse"]]
+    for row in rows:
+        cells = [
+            row["name"],
+            f"`{row['arm']}` - `{row['other']}`",
+            f"`{row['kind']}`",
+            row["where"],
+            str(row["images"]),
+        ]
+        ends = [f">= {row['least']:g}", _cell(row["difference"], "+.3f"), row["came"], str(row["worse"])]
+        table.append([*cells, *ends])
+    return table
 
 
 def _cut(found: Comparison, arm: str) -> dict[str, Any]:
@@ -394,9 +462,11 @@ def markdown(told: Mapping[str, Any], name: str) -> str:
     parts += [_table(_cost_table(arms)), _table(_overall_table(arms))]
     for kind in _kinds(arms):
         parts += [f"`{kind}` by longer side / shorter side:", _table(_bucket_table(arms, kind, told["borders"]))]
+    if told.get("expected"):
+        parts += ["What became of the expectations:", _table(_expected_table(told["expected"]))]
     if told["differences"]:
         parts += [
-            f"Difference to `{BASELINE}`, paired by seed and image. {_count(told['differences'])}",
+            f"Difference to `{told['baseline']}`, paired by seed and image. {_count(told['differences'])}",
             _table(_difference_table(told["differences"], ["in all", *told["borders"]])),
         ]
     if told["contrasts"]:
@@ -404,11 +474,11 @@ def markdown(told: Mapping[str, Any], name: str) -> str:
             f"Differences between two other arms. {_count(told['contrasts'])}",
             _table(_difference_table(told["contrasts"], ["in all", *told["borders"]])),
         ]
-    if told["by_cut"] and name == "long":
+    if told["by_cut"] and name != "quick":
         parts += [
-            f"By how `{BASELINE}` cuts an image (rows x columns, turned ones together), with its visual tokens: its "
-            f"own share of exact answers, then differences to it. {_count(told['by_cut']['differences'])}",
-            _table(_by_cut_table(told["by_cut"])),
+            f"By how `{told['baseline']}` cuts an image (rows x columns, turned ones together), with its visual "
+            f"tokens: its own share of exact answers, then differences to it. {_count(told['by_cut']['differences'])}",
+            _table(_by_cut_table(told["by_cut"], told["baseline"])),
         ]
     if told["cut"]:
         parts += ['"Right of", by whether a border between slices goes through a glyph:', _table(_cut_table(told))]
@@ -473,10 +543,10 @@ def _bucket_table(arms: Mapping[str, Any], kind: str, borders: Sequence[str]) ->
     return rows + [[arm, *map(_cell, told["questions"][kind]["by_bucket"])] for arm, told in arms.items()]
 
 
-def _by_cut_table(told: Mapping[str, Any]) -> Table:
+def _by_cut_table(told: Mapping[str, Any], baseline: str) -> Table:
     heads = [f"{name} ({one['images']} images, {one['visual_tokens']:g} tokens)" for name, one in told["cuts"].items()]
     head, *rows = _difference_table(told["differences"], heads)
-    own = [[BASELINE, kind, *map(_cell, shares)] for kind, shares in told["baseline"].items()]
+    own = [[baseline, kind, *map(_cell, shares)] for kind, shares in told["baseline"].items()]
     return [head, *own, *rows]
 
 
@@ -531,7 +601,7 @@ def plots(told: Mapping[str, Any]) -> dict[str, str]:
             found["cost"]["tokens"],
             float(np.mean([found["questions"][kind]["exact"][0] for kind in shown])),
             arm,
-            arm == BASELINE,
+            arm == told["baseline"],
         )
         for arm, found in told["arms"].items()
     ]
@@ -550,7 +620,7 @@ def forest(told: Mapping[str, Any], *, width: int = 760, row: int = 18) -> str:
         for kind, parts in found["questions"].items()
         if parts[0]["difference"][0] is not None
     ]
-    left, right, top = 190, 24, 34
+    left, right, top, baseline = 190, 24, 34, told["baseline"]
     far = max(0.05, *(abs(value) for _, part in lines for value in part["difference"]))
     height = top + row * len(lines) + 12
 
@@ -559,8 +629,8 @@ def forest(told: Mapping[str, Any], *, width: int = 760, row: int = 18) -> str:
 
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'role="img" aria-label="differences to {BASELINE}" font-family="system-ui, sans-serif" font-size="12">',
-        f'<text x="{left}" y="16" fill="{charts.INK}">exact answers, arm minus {BASELINE}, 95 % intervals</text>',
+        f'role="img" aria-label="differences to {baseline}" font-family="system-ui, sans-serif" font-size="12">',
+        f'<text x="{left}" y="16" fill="{charts.INK}">exact answers, arm minus {baseline}, 95 % intervals</text>',
     ]
     for value in (-far, 0.0, far):
         at, color = place(value), charts.FAINT if value == 0 else charts.GRID
@@ -587,7 +657,7 @@ MARKS = ("<!-- results of the learned comparison -->", "<!-- end of results -->"
 
 
 def report(out: Path, *, page: Path | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Tables of whatever runs are in ``out/long`` and ``out/quick``, ``report.json`` and plots beside them.
+    """Tables of whatever runs are in ``out/long`` and the other :data:`SETS`, ``report.json`` and plots beside them.
 
     Args:
         out: Folder of the results.
@@ -597,9 +667,9 @@ def report(out: Path, *, page: Path | None = None, say: Callable[[str], None] = 
         ValueError: There are no runs; they do not belong together; the page has no marks.
     """
     told, parts, drawn = {}, [], []
-    for name in ("long", "quick"):
+    for name in SETS:
         if found := read_runs(out / name):
-            compared = Comparison(found)
+            compared = Comparison(found, name)
             told[name] = summarize(compared)
             parts.append(markdown(told[name], name))
             if name == "long" and (path := out / CUTS_FILE).exists():

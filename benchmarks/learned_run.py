@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import PIL
@@ -25,7 +25,7 @@ from uhd import SlicePlan, SpatialSchema, UHDForConditionalGeneration, VisualEnc
 from uhd.evaluation.judging import cost
 from uhd.nano.build import NanoConfig, build_nano
 from uhd.nano.evaluate import Item, edit_distance, evaluate
-from uhd.nano.task import QUESTIONS, Scene, scene
+from uhd.nano.task import QUESTIONS, Scene, TaskSettings, scene
 from uhd.slicing import SlicingLike, find
 from uhd.slicing.coordinates import view_box
 from uhd.slicing.strategies.base import GRAY
@@ -140,6 +140,18 @@ class Settings:
     validation_images: int = 300
     local_steps: int = 300
     model: NanoConfig = field(default_factory=NanoConfig)
+
+    test_seed: ClassVar[int] = TEST_SEED
+    validation_seed: ClassVar[int] = VALIDATION_SEED
+    task: ClassVar[TaskSettings] = TaskSettings()
+
+    def arms(self) -> dict[str, Arm]:
+        """Every arm by name."""
+        return all_arms(self.model)
+
+    def test_scene(self, number: int) -> Scene:
+        """One of the scenes that judge."""
+        return scene(self.test_seed, number, self.task)
 
     def stage(self, name: str, factor: float = 1.0) -> stages.Stage:
         """The recipe's stage with these steps and this share of its rates, asking every kind of question."""
@@ -353,7 +365,7 @@ def carry_out(task: Task, settings: Settings, *, out: Path, folder: Path, clock:
         ValueError: The folder was begun with other settings.
     """
     settle(folder, {**settings.to_dict(), **asdict(task)})
-    arm = all_arms(settings.model)[task.arm]
+    arm = settings.arms()[task.arm]
     progress = read_progress(folder)
     for name in TRAINED:
         stage = settings.stage(name, task.factor)
@@ -431,25 +443,27 @@ def described(
 
 def judged(model: UHDForConditionalGeneration, settings: Settings) -> dict[str, Any]:
     """Every answer about the test scenes, the score on the validation scenes, and the cost."""
-    items = evaluate(model, images=settings.test_images, seed=TEST_SEED)
+    items = evaluate(model, images=settings.test_images, seed=settings.test_seed, settings=settings.task)
     validation = None
     if settings.validation_images:
-        tried = evaluate(model, images=settings.validation_images, seed=VALIDATION_SEED, kinds=CHOSEN_BY)
+        given = {"images": settings.validation_images, "seed": settings.validation_seed, "settings": settings.task}
+        tried = evaluate(model, **given, kinds=CHOSEN_BY)
         shares = [np.mean([item.exact for item in tried if item.kind == kind]) for kind in CHOSEN_BY]
         validation = round(float(np.mean(shares)), 4)
     return {
         "validation": validation,
-        "test": {"seed": TEST_SEED, **written(items, settings.test_images, model.visual)},
-        "cost": cost(model.visual, [scene(TEST_SEED, n).image for n in range(min(settings.test_images, 256))]),
+        "test": {"seed": settings.test_seed, **written(items, settings, model.visual)},
+        "cost": cost(model.visual, [settings.test_scene(n).image for n in range(min(settings.test_images, 256))]),
     }
 
 
-def written(items: Sequence[Item], images: int, encoder: VisualEncoder) -> dict[str, Any]:
+def written(items: Sequence[Item], settings: Settings, encoder: VisualEncoder) -> dict[str, Any]:
     """Items as one character an image: edit distance (0 is exact) and length of the truth in base 62, by question.
 
     ``cut`` is of the question "right": 1 where a border between slices goes through one of its two glyphs, 0 where
     not, u where the image is not cut.
     """
+    images = settings.test_images
     buckets = [NOT_ASKED] * images
     found = {kind: {"distance": [NOT_ASKED] * images, "length": [NOT_ASKED] * images} for kind in QUESTIONS}
     cut = [NOT_ASKED] * images
@@ -458,7 +472,7 @@ def written(items: Sequence[Item], images: int, encoder: VisualEncoder) -> dict[
         found[item.kind]["distance"][item.index] = DIGITS[edit_distance(item.answer, item.truth)]
         found[item.kind]["length"][item.index] = DIGITS[len(item.truth)]
         if item.kind == "right":
-            drawn = scene(TEST_SEED, item.index)
+            drawn = settings.test_scene(item.index)
             cut[item.index] = cut_by(drawn, item.question, encoder.plan(drawn.image_hw))
     return {
         "buckets": "".join(buckets),

@@ -21,7 +21,7 @@ from tests.tiny import refuses
 from uhd import UHDForConditionalGeneration, register_strategy
 from uhd.evaluation.scores import quantile
 from uhd.nano.build import NanoConfig, build_nano
-from uhd.nano.task import GLYPHS, Glyph, Scene, bucket, scene
+from uhd.nano.task import GLYPHS, Glyph, Scene, TaskSettings, bucket, scene
 from uhd.slicing.coordinates import view_box
 from uhd.slicing.strategies.base import tiled
 from uhd.slicing.strategies.fixed import StretchConfig
@@ -418,8 +418,8 @@ def test_what_is_judged_is_what_was_trained(parts, tiny, tmp_path, monkeypatch):
     )
     assert (seeds, fitted) == ([40, 41, 42], [1])
     assert judged == [
-        {"images": 6, "seed": parts.run.TEST_SEED},
-        {"images": 3, "seed": parts.run.VALIDATION_SEED, "kinds": parts.run.CHOSEN_BY},
+        {"images": 6, "seed": parts.run.TEST_SEED, "settings": TaskSettings()},
+        {"images": 3, "seed": parts.run.VALIDATION_SEED, "settings": TaskSettings(), "kinds": parts.run.CHOSEN_BY},
     ]
     changed = [name for name, tensor in saved["joint"].items() if not torch.equal(tensor, saved["vision"][name])]
     assert any(name.startswith("visual.") for name in changed)

@@ -107,9 +107,11 @@ def _view_weights(encoder: Any, batch: SliceBatch) -> tuple[list[Tensor], list[G
     (plan,) = batch.plans
     weights: list[Tensor] = []
     grids: list[Grid] = []
+    latents = encoder.asked([view.latents_hw for view in plan.views])
     for patches, of_views in encoder.steps(batch.patches, batch.grids):
         features, of_features = encoder.features(patches, of_views, batch.inner)
-        weights += encoder.compressor.attention_weights(features, of_features)
+        own = (latents[len(grids) : len(grids) + len(of_views)],) if latents else ()
+        weights += encoder.compressor.attention_weights(features, of_features, *own)
         grids += of_features
     wanted = feature_lengths(plan)
     if getattr(encoder.compressor, "tokens_per_view", None) is not None and encoder.slicing.nested:

@@ -126,7 +126,7 @@ def _compressor_for(config: Slicing, in_dim: int, out_dim: int) -> nn.Module:
                 return MLPProjector(in_dim, out_dim)
             exact = not any(side % factor for grid in grids for side in grid)
             return (PixelShuffleProjector if exact else PoolProjector)(in_dim, out_dim, factor=factor)
-    latents = max(lengths)
+    latents = math.ceil(fixed**0.5) ** 2 if config.fits_latents else max(lengths)
     square = math.isqrt(latents) ** 2 == latents
     positions = {} if square else {"query_position": False, "key_position": "direct"}
     settings = PerceiverConfig(width=out_dim, vision_width=in_dim, num_heads=2, num_latents=latents, **positions)
@@ -153,7 +153,8 @@ def run(image: Any, *, encoder: VisualEncoder, say: Callable[[str], None]) -> No
         patches = batch.ordered("chw").normalized(encoder.pixels).patches
         features, seconds = _timed(lambda: encoder.vision(patches, batch.grids))
         say(f"2 encode    {seconds}   {tuple(patches.shape)} -> features {tuple(features.shape)}")
-        tokens, seconds = _timed(lambda: encoder.compressor(features, batch.grids))
+        latents = encoder.asked([view.latents_hw for view in plan.views])
+        tokens, seconds = _timed(lambda: encoder.compressor(features, batch.grids, *filter(None, [latents])))
         meaning = " (views, latents, width)" if tokens.dim() == 3 else ""
         say(f"3 compress  {seconds}   {tuple(features.shape)} -> tokens {tuple(tokens.shape)}{meaning}")
         if plan.packing is not None:

@@ -70,6 +70,7 @@ class VisualEncoder(PackedEncoder):
             ``"llava-uhd-safe"`` for this vision encoder. Counts and order are set to what the compressor and the
             schema say: a compressor with fixed ``tokens_per_view`` takes the place of a strategy's counts and packing.
             Of a ``nested`` one (OpenAI's) a view keeps as many of its first latents as the strategy counts for it.
+            With ``latents="fitted"`` the plan's counts stay: the compressor fits its latents to them.
         schema: How tokens are laid out; ``None`` is the ``"llava-uhd"`` schema for the adaptive planner. Other
             strategies have none: views in their own order, learned newlines where their packing has them.
         packer: The learned embeddings of a strategy's packing; ``None`` makes new ones where a named strategy has any.
@@ -133,6 +134,7 @@ class VisualEncoder(PackedEncoder):
         schema = schema if isinstance(schema, SpatialSchema) else SpatialSchema.preset(schema or "llava-uhd")
         _check_backbone(self.vision, rule, self.check_image_size)
         slicing = counted(rule, getattr(self.compressor, "tokens_per_view", None), schema)
+        _check_latents(self.compressor, slicing)
         packer, changed = _fitted_packer(self.packer, slicing, self.compressor), hasattr(self, "_slicing")
         if changed and packer is not self.packer:
             saving.add_note(self, "the learned newlines have new, UNTRAINED weights")
@@ -243,7 +245,8 @@ class VisualEncoder(PackedEncoder):
         """As :meth:`encode`, and each image's layout, whose counts are checked before anything is computed."""
         saving.refuse_described(self)
         layouts = [self._checked_layout(p, number) for number, p in enumerate(batch.plans)]
-        tokens, lengths = self.encode_packed(batch.patches, batch.grids, inner=batch.inner)
+        latents = [view.latents_hw for p in batch.plans for view in p.views]
+        tokens, lengths = self.encode_packed(batch.patches, batch.grids, inner=batch.inner, latents=latents)
         tokens, lengths = _nested(self, tokens, lengths, batch)
         wanted = [feature_lengths(p) for p in batch.plans]
         _check_tokens(batch, wanted, lengths, self.slicing)
@@ -375,6 +378,14 @@ def _check_backbone(vision: nn.Module, slicing: Slicing, check_image_size: bool)
             f"encoder has image_size={image_size}, patch_size={patch_size}: use slicing.for_vision(image_size="
             f"{wanted[0]}, patch_size={patch_size}); slicing = uhd.strategy({slicing.name!r}), where you gave a name. "
             "check_image_size=False lets it see at other sizes than its own"
+        )
+
+
+def _check_latents(compressor: nn.Module, rule: Slicing) -> None:
+    if rule.fits_latents and not getattr(compressor, "fits_latents", False):
+        raise ValueError(
+            f"slicing {rule.name!r} fits latents to views (one_view_below, latents), {type(compressor).__name__} does "
+            "not: take a PerceiverResampler with a square number of latents, or leave these settings alone"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 
@@ -91,22 +92,45 @@ class PackedEncoder(nn.Module):
         return getattr(self.compressor, "out_dim", None)
 
     def encode_packed(
-        self, patches: Tensor, grids: Sequence[tuple[int, int]], *, inner: str = "chw"
+        self,
+        patches: Tensor,
+        grids: Sequence[tuple[int, int]],
+        *,
+        inner: str = "chw",
+        latents: Sequence[tuple[int, int] | None] = (),
     ) -> tuple[Tensor, list[int]]:
         """Packed patches (N, P), raw uint8 or normalised, of V views -> packed tokens (M, D) and V numbers of them.
 
-        ``inner`` is the order inside the patches, see :class:`uhd.batch.SliceBatch`.
+        ``inner`` is the order inside the patches, see :class:`uhd.batch.SliceBatch`. ``latents``: (rows, columns) of
+        each view's tokens, ``None`` for the compressor's own; nothing given: of no view.
 
         Raises:
-            ValueError: A part returned another number of features or tokens than the grids hold.
+            ValueError: A part returned another number of features or tokens than the grids hold; the compressor does
+                not fit its latents to views.
         """
         grids = check_grids(grids)
         if len(patches) != (total := sum(h * w for h, w in grids)):
             raise ValueError(f"{len(grids)} grids hold {total} patches in all; got {len(patches)} patches")
-        done = [self._encode_step(part, views, inner) for part, views in self.steps(patches, grids)]
+        latents, done = self.asked(latents), []
+        for part, views in self.steps(patches, grids):
+            done.append(self._encode_step(part, views, inner, latents[: len(views)]))
+            latents = latents[len(views) :]
         if len(done) == 1:
             return done[0]
         return torch.cat([tokens for tokens, _ in done]), [count for _, lengths in done for count in lengths]
+
+    def asked(self, latents: Sequence[tuple[int, int] | None]) -> list[tuple[int, int] | None]:
+        """Grids of latents, where any view asks for one; else none at all, since not every compressor takes them."""
+        wanted = next((grid for grid in latents if grid is not None), None)
+        if wanted is None:
+            return []
+        if not getattr(self.compressor, "fits_latents", False):
+            raise ValueError(
+                f"a view is planned with {tuple(wanted)} latents, and {type(self.compressor).__name__} does not fit "
+                "its latents to views: take a PerceiverResampler with a square number of them, or leave the slicing's "
+                "one_view_below and latents alone"
+            )
+        return list(latents)
 
     def steps(
         self, patches: Tensor, grids: tuple[tuple[int, int], ...]
@@ -157,12 +181,18 @@ class PackedEncoder(nn.Module):
         return features.to(features.device if weight.is_meta else weight.device, dtype), grids
 
     def _encode_step(
-        self, patches: Tensor, grids: tuple[tuple[int, int], ...], inner: str
+        self,
+        patches: Tensor,
+        grids: tuple[tuple[int, int], ...],
+        inner: str,
+        latents: Sequence[tuple[int, int] | None] = (),
     ) -> tuple[Tensor, list[int]]:
         features, grids = self.features(patches, grids, inner)
-        tokens = self._compress(features, grids)
+        tokens = self.compressor(features, grids, latents) if latents else self._compress(features, grids)
         dense = tokens.dim() == 3
         lengths = [tokens.shape[1]] * len(tokens) if dense else list(self.compressor.output_lengths(grids))
+        if latents:
+            lengths = [own if grid is None else math.prod(grid) for own, grid in zip(lengths, latents, strict=True)]
         tokens = tokens.flatten(0, 1) if dense else tokens
         if len(tokens) != (total := sum(lengths)):
             raise ValueError(f"the compressor returned {len(tokens)} packed tokens, its output_lengths {total}")

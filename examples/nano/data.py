@@ -150,17 +150,18 @@ def choose_questions(drawn: Scene, rng: np.random.Generator, *, every: bool) -> 
 
 
 def codes(drawn: Scene, cut: SlicePlan) -> tuple[Tensor, Tensor]:
-    """Where the glyphs' middles are: (V * Q, NUM_CODES) bool for the latents, (N, KINDS) bool for the patches."""
-    boxes, grids, sides, coarse = _views(cut)
+    """Where the glyphs' middles are: (M, NUM_CODES) bool for all views' latents, (N, KINDS) bool for their patches."""
+    boxes, grids, latent_grids, coarse = _views(cut)
     numbers = np.array([GLYPHS.index(glyph.text) for glyph in drawn.glyphs])
     centres = np.array([glyph.centre_hw for glyph in drawn.glyphs])
     share = (centres - boxes[:, None, :2]) / (boxes[:, None, 2:] - boxes[:, None, :2])  # (V, n, 2) of the view
     view, glyph = np.nonzero(((share >= 0) & (share < 1)).all(-1))
     share, kind = share[view, glyph], np.where(coarse[view], len(GLYPHS), numbers[glyph])
-    cell, rest = np.divmod(share * sides, 1)
+    cell, rest = np.divmod(share * latent_grids[view], 1)
     cell, part = cell.astype(int), (rest * PARTS_HW).astype(int)
-    latents = torch.zeros(len(boxes) * sides * sides, NUM_CODES, dtype=torch.bool)
-    row = view * sides * sides + cell[:, 0] * sides + cell[:, 1]
+    firsts = np.concatenate([[0], np.cumsum(latent_grids.prod(1))])
+    latents = torch.zeros(int(firsts[-1]), NUM_CODES, dtype=torch.bool)
+    row = firsts[view] + cell[:, 0] * latent_grids[view, 1] + cell[:, 1]
     latents[row, (part[:, 0] * PARTS_HW[1] + part[:, 1]) * KINDS + kind] = True
     place = (share * grids[view]).astype(int)
     starts = np.concatenate([[0], np.cumsum(grids.prod(1))])
@@ -170,12 +171,13 @@ def codes(drawn: Scene, cut: SlicePlan) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=20_000)
-def _views(cut: SlicePlan) -> tuple[np.ndarray, np.ndarray, int, np.ndarray]:
-    """Each view's box in the image and its grid; the side of the latents' square; which views are too coarse."""
+def _views(cut: SlicePlan) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Each view's box in the image, its grids of patches and of latents, and whether it is too coarse."""
     boxes = np.array([tuple(map(float, view_box(cut, view.index))) for view in cut.views])
     grids = np.array([view.patches_hw for view in cut.views])
     coarse = np.array([view.kind == "overview" and cut.num_views > 1 for view in cut.views])
-    return boxes, grids, round(cut.views[0].num_tokens ** 0.5), coarse
+    latents = np.array([view.latents_hw or [round(view.num_tokens**0.5)] * 2 for view in cut.views])
+    return boxes, grids, latents, coarse
 
 
 @dataclass(eq=False)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,7 +28,9 @@ from torch import Tensor, nn
 
 from uhd import EncodedImage, UHDForConditionalGeneration
 from uhd.nano.task import TaskSettings
+from uhd.positions import interpolate_pos_embed
 from uhd.schema.counted import layout_of
+from uhd.slicing import View
 
 STAGES = ("vision", "text", "joint", "polish")
 LOCAL_WIDTH = 0.6  # of the attention that latents start with, in cells
@@ -94,11 +96,18 @@ class Supervision(nn.Module):
             nn.init.normal_(head.weight, std=width**-0.5, generator=drawn)
             nn.init.constant_(head.bias, math.log(share))
 
-    def ideal(self, latent_codes: Tensor) -> Tensor:
+    def ideal(self, latent_codes: Tensor, views: Sequence[View]) -> Tensor:
         """(M, NUM_CODES) bool -> (M, D): the sum of codes that each latent should be, at an RMS of 1."""
         told = torch.cat([latent_codes, ~latent_codes.any(1, keepdim=True)], dim=1).float()
-        total = (told @ self.codes).unflatten(0, (-1, len(self.slots))) + self.slots
-        return F.rms_norm(total.flatten(0, 1), total.shape[-1:])
+        total = told @ self.codes + torch.cat([self._slots(view.latents_hw) for view in views])
+        return F.rms_norm(total, total.shape[-1:])
+
+    def _slots(self, latents_hw: tuple[int, int] | None) -> Tensor:
+        """Codes of the latents' places, between the square's where latents are fitted to a view."""
+        if latents_hw is None:
+            return self.slots
+        side = math.isqrt(len(self.slots))
+        return interpolate_pos_embed(self.slots, (side, side), latents_hw, mode="bilinear")
 
 
 def fit_attention(model: UHDForConditionalGeneration, *, steps: int = 300, seed: int = 0) -> float:
@@ -113,25 +122,25 @@ def fit_attention(model: UHDForConditionalGeneration, *, steps: int = 300, seed:
     resampler = model.visual.compressor
     attn, width = resampler.attn, resampler.config.width
     side, heads = math.isqrt(resampler.config.num_latents), resampler.config.num_heads
-    grids = sorted(
-        {
-            view.patches_hw
-            for hw in ((32, 32), (40, 90), (90, 40), (60, 60), (20, 100), (100, 20))
-            for view in model.visual.plan(hw).views
-        }
-    )
+    some = ((32, 32), (40, 90), (90, 40), (60, 60), (20, 100), (100, 20))
+    views = {(view.patches_hw, view.latents_hw or (side, side)) for hw in some for view in model.visual.plan(hw).views}
     drawn = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam([attn.in_proj_weight], lr=2e-3)
-    queries = (resampler.ln_q(resampler.query) + resampler.pos_embed).detach()
+    queries = {hw: resampler.queries(resampler.query_table(hw), hw).detach() for _, hw in views}
     for _ in range(steps):
         loss = torch.zeros(())
-        for rows, columns in grids:
+        for (rows, columns), latents_hw in sorted(views):
             kv = F.layer_norm(torch.randn(rows * columns, width, generator=drawn), (width,))
             keys = kv + resampler.key_table((rows, columns))
-            parts = ((queries, attn.in_proj_weight[:width]), (keys, attn.in_proj_weight[width : 2 * width]))
+            parts = (
+                (queries[latents_hw], attn.in_proj_weight[:width]),
+                (keys, attn.in_proj_weight[width : 2 * width]),
+            )
             q, k = (F.linear(x, weight).unflatten(-1, (heads, -1)).transpose(0, 1) for x, weight in parts)
             logits = q @ k.mT / math.sqrt(width // heads)  # (heads, Q, keys)
-            far = torch.cdist(_middles(side, side), _middles(rows, columns)) * side / LOCAL_WIDTH
+            cells = torch.tensor(latents_hw) / max(latents_hw)
+            middles = (_middles(*grid) * cells for grid in (latents_hw, (rows, columns)))
+            far = torch.cdist(*middles) * max(latents_hw) / LOCAL_WIDTH
             wanted = (-far.square() / 2).log_softmax(-1)
             loss = (
                 loss
@@ -140,9 +149,9 @@ def fit_attention(model: UHDForConditionalGeneration, *, steps: int = 300, seed:
                 .mean()
             )
         optimizer.zero_grad()
-        (loss / len(grids)).backward()
+        (loss / len(views)).backward()
         optimizer.step()
-    return loss.item() / len(grids)
+    return loss.item() / len(views)
 
 
 def _middles(rows: int, columns: int) -> Tensor:
@@ -158,11 +167,11 @@ def losses(
     drawn: torch.Generator,
 ) -> tuple[Tensor, dict[str, float]]:
     """A step's loss, and what the log tells of it."""
-    loss, log = torch.zeros(()), {}
+    loss, log, views = torch.zeros(()), {}, [view for plan in batch.images.plans for view in plan.views]
     if stage.name == "text":
-        tokens = supervision.ideal(batch.latent_codes)
-        spread = torch.rand(len(batch.images.grids), 1, 1, generator=drawn) * stage.noise
-        spread = spread.expand(-1, len(supervision.slots), 1).flatten(0, 1)
+        tokens = supervision.ideal(batch.latent_codes, views)
+        spread = torch.rand(len(views), 1, generator=drawn) * stage.noise
+        spread = spread.repeat_interleave(torch.tensor([view.num_tokens for view in views]), 0)
         tokens = tokens + spread * torch.randn(tokens.shape, generator=drawn)
     else:
         tokens, features = _encode(model, batch)
@@ -174,7 +183,7 @@ def losses(
             loss, log[name] = loss + weight * wrong, wrong.item()
             log[f"{name} found"] = ((logits > 0) & told).sum().item() / max(told.sum().item(), 1)
         if stage.match_weight:
-            loss = loss + stage.match_weight * F.mse_loss(tokens, supervision.ideal(batch.latent_codes))
+            loss = loss + stage.match_weight * F.mse_loss(tokens, supervision.ideal(batch.latent_codes, views))
     if stage.name != "vision":
         wrong, log["characters"] = _answer(model, batch, tokens)
         loss, log["answer"] = loss + wrong, wrong.item()

@@ -189,8 +189,10 @@ def _one_by_one(
 
 
 def measured_at_once(sizes: np.ndarray, rule: Slicing, **system: Any) -> dict[str, np.ndarray] | None:
-    """The columns of the adaptive planner's plans; ``None`` for other rules, and where it refuses a size."""
-    if not isinstance(rule, SlicingConfig):
+    """The columns of the adaptive planner's plans; ``None`` for other rules, where latents are fitted to views, which
+    columns do not tell, and where it refuses a size.
+    """
+    if not isinstance(rule, SlicingConfig) or rule.fits_latents:
         return None
     try:
         planned = plan_many(sizes, rule)

@@ -78,6 +78,11 @@ def described(encoder: VisualEncoder, *, dynamic: bool = True) -> Graph:
     dtype = _checked(encoder)
     if (own := own_function(encoder.slicing)) is not None:
         raise ValueError(f"the slicing is the function {own!r} of your own, which no file holds: export without it")
+    if encoder.slicing.fits_latents:
+        raise ValueError(
+            f"slicing {encoder.slicing.name!r} fits latents to views, a graph has one number of them for every view: "
+            "set one_view_below=None and latents='fixed' in the slicing"
+        )
     int8 = any(isinstance(part, Int8Linear) for part in vision.modules())
     views = length = None
     if not dynamic:

@@ -37,6 +37,10 @@ class TaskSettings:
     inverted: float = 0.0  # share of scenes with light text on a dark ground
     glyphs: str = GLYPHS  # what words are made of; the model and its training know GLYPHS alone
 
+    def draw(self, rng: np.random.Generator) -> Scene:
+        """A scene of these settings; one that draws otherwise is a subclass."""
+        return _drawn(rng, self)
+
 
 @dataclass(frozen=True)
 class Glyph:
@@ -87,8 +91,11 @@ def scene(seed: int, index: int, settings: TaskSettings | None = None) -> Scene:
     """
     if seed < 0 or index < 0:
         raise ValueError(f"seed and index must be at least 0, got seed {seed} and index {index}")
-    settings = settings or TaskSettings()
-    rng = np.random.default_rng((seed, index))
+    return (settings or TaskSettings()).draw(np.random.default_rng((seed, index)))
+
+
+def _drawn(rng: np.random.Generator, settings: TaskSettings) -> Scene:
+    """Words on a lattice of glyphs."""
     image_hw, cell_hw = _draw_size(rng, settings), settings.cell_hw
     lattice = image_hw[0] // cell_hw[0], image_hw[1] // cell_hw[1]
     if min(lattice) < 1:

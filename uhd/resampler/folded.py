@@ -65,6 +65,7 @@ CHECK_FLOPS = 40  # what a CPU core multiplies and adds while it reads one numbe
 CALL_FLOPS = 20_000_000  # and while it does the bookkeeping of a call
 LOGITS_AT_ONCE = {"cpu": 1 << 21}  # logits of views computed together: on a CPU they should stay in its cache
 LOGITS_ELSEWHERE = 1 << 27
+GRIDS = 32  # of fitted latents for which folded weights are kept
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -117,8 +118,8 @@ class Folded:
     """The constant products of one resampler, by path. Copies and pickles are empty; safe in threads."""
 
     def __init__(self) -> None:
-        # stamps and contents of the weights, and what was made of them
-        self._kept: dict[str, tuple[tuple, Tensor, dict[str, Tensor]]] = {}
+        # stamps and contents of the weights, and what was made of them by the latents' grid
+        self._kept: dict[str, tuple[tuple, Tensor, dict[Grid | None, dict[str, Tensor]]]] = {}
 
     def __reduce__(self) -> tuple:
         return Folded, ()
@@ -127,8 +128,11 @@ class Folded:
         """Forget everything; only to free memory, since nothing stale is ever used."""
         self._kept.clear()
 
-    def get(self, path: str, layer: Layer) -> dict[str, Tensor]:
-        """Give what `path` needs; fold it anew unless every weight is what it was."""
+    def get(self, path: str, layer: Layer, latents: Iterable[Grid | None] = (None,)) -> list[dict[str, Tensor]]:
+        """Give what `path` needs for each of these grids of latents; fold it anew unless every weight is what it was.
+
+        None is the latents' own grid. Of the others the last `GRIDS` are kept; what they share is there once.
+        """
         # before anything is made: a weight that changes meanwhile is then seen next time
         query, largest = layer.weights["query"], layer.weights["attn.in_proj_weight"].numel()
         dtype = product_of(query.dtype, query.device, largest).dtype
@@ -136,21 +140,39 @@ class Folded:
         contents = contents_of(layer.weights.values())
         kept = self._kept.get(path)
         if kept is None or kept[0] != stamps or not torch.equal(kept[1], contents):
-            with torch.inference_mode(False), torch.no_grad():
-                kept = self._kept[path] = (stamps, contents, fold(path, layer, dtype))
-        return kept[2]
+            kept = (stamps, contents, {})
+        grids, found = dict(kept[2]), []  # another thread may be at the same
+        for grid in latents:
+            tensors = grids.pop(grid, None)
+            if tensors is None:
+                with torch.inference_mode(False), torch.no_grad():
+                    tensors = fold(path, layer, dtype, grid)
+                one = next(iter(grids.values()), {})
+                tensors |= {name: one[name] for name in ("values", "bias", "root") if name in one}
+            grids[grid] = tensors  # the last used is the last
+            found.append(tensors)
+        self._kept[path] = (*kept[:2], dict([*grids.items()][-GRIDS:]))
+        return found
 
 
-def fold(path: str, layer: Layer, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Multiply what is constant, kept in ``dtype``: the formulas above tell the parts of "absorbed" and "narrow"."""
+def fold(path: str, layer: Layer, dtype: torch.dtype, latents_hw: Grid | None = None) -> dict[str, Tensor]:
+    """Multiply what is constant, kept in ``dtype``: the formulas above tell the parts of "absorbed" and "narrow".
+
+    ``latents_hw``: the grid of the latents; ``None``: their own.
+    """
     config, query = layer.config, layer.weights["query"]
+    native = (config.side, config.side)
     exact = torch.promote_types(query.dtype, torch.float32)
     weights = {name: weight.detach().to(exact) for name, weight in layer.weights.items()}
     w_q, w_k, w_v = weights["attn.in_proj_weight"].chunk(3)
     b_q, _, b_v = weights["attn.in_proj_bias"].chunk(3)
-    q = F.layer_norm(weights["query"], query.shape[-1:], weights["ln_q.weight"], weights["ln_q.bias"], layer.query_eps)
+    latents, table = weights["query"], weights.get("pos_embed")
+    if latents_hw not in (None, native):
+        latents = interpolate_pos_embed(latents, native, latents_hw, mode="bilinear")
+        table = None if table is None else interpolate_pos_embed(table, native, latents_hw)
+    q = F.layer_norm(latents, query.shape[-1:], weights["ln_q.weight"], weights["ln_q.bias"], layer.query_eps)
     if config.query_position:
-        q = q + weights["pos_embed"]
+        q = q + table
     q = F.linear(q, w_q, b_q).unflatten(-1, (config.num_heads, -1)) * (config.width // config.num_heads) ** -0.5
     pairs = torch.einsum("qhd,hdk->hqk", q, w_k.unflatten(0, (config.num_heads, -1))).flatten(0, 1)  # m, (H Q, D)
     folded = {"logits": pairs}

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uhd.grids import Grid, as_grid
-from uhd.positions import sincos_2d
+from uhd.grids import Grid, as_grid, check_grids, group_views, split_views
+from uhd.positions import interpolate_pos_embed, sincos_2d
 from uhd.resampler import folded
 from uhd.resampler.attention import LatentAttention, join_tables
 from uhd.resampler.config import PerceiverConfig
@@ -71,10 +71,16 @@ class PerceiverResampler(ReleasedResampler):
             inference to "plain", the only path that has a kernel.
         inference: which products are taken where nothing is trained, with equal results; see the property.
 
+    Its latents can be fitted to views (`forward`): in another grid than their own square both the learned latents
+    (bilinear) and P (as the keys' positions) are interpolated to that grid, over the same extent. So tokens may be
+    more or fewer, and follow a view's shape, with the same weights.
+
     >>> resampler = PerceiverResampler(PerceiverConfig(width=32, vision_width=16, num_heads=2, num_latents=9))
     >>> features = torch.zeros(2 * 3 + 5 * 4, 16)  # two views, of 2 x 3 and 5 x 4 patches
     >>> resampler(features, [(2, 3), (5, 4)]).shape
     torch.Size([2, 9, 32])
+    >>> resampler(features, [(2, 3), (5, 4)], [(2, 3), (4, 3)]).shape
+    torch.Size([18, 32])
     """
 
     def __init__(self, config: PerceiverConfig) -> None:
@@ -199,25 +205,91 @@ class PerceiverResampler(ReleasedResampler):
         self._folded.clear()  # on a move their memory is wanted back at once
         return super()._apply(fn, recurse)
 
+    @property
+    def fits_latents(self) -> bool:
+        """Whether latents can be fitted to views: they are a square grid."""
+        return self.config.side**2 == self.config.num_latents
+
+    def forward(self, features: Tensor, grids: Sequence[Grid], latents: Sequence[Grid | None] | None = None) -> Tensor:
+        """Compress every view on its own, as :meth:`CompressorModule.forward` says.
+
+        Args:
+            features, grids: As there.
+            latents: (rows, columns) of the tokens of each view; None for the latents' own square. Views of the same
+                are resampled together.
+
+        Returns:
+            (V, Q, D); with `latents` always packed, (sum of rows * columns, D), views in order, tokens row-major.
+
+        Raises:
+            ValueError, TypeError: As there; `latents` are not one a view, or the latents are no square grid.
+        """
+        if latents is None:
+            return super().forward(features, grids)
+        grids = check_grids(grids)
+        self._check(features, grids)
+        groups = self._groups(latents, grids)
+        parts = self._by_latents(features, grids, groups)
+        found: dict[int, Tensor] = {}
+        for numbers, part in zip(groups.values(), parts, strict=True):
+            found.update(zip(numbers, part, strict=True))
+        return torch.cat([found[number] for number in range(len(grids))]) if found else self.proj[:0]
+
+    def _groups(self, latents: Sequence[Grid | None], grids: Sequence[Grid]) -> dict[Grid | None, list[int]]:
+        """The views of each grid of latents; None for the latents' own."""
+        if len(latents) != len(grids):
+            raise ValueError(f"{len(latents)} grids of latents for {len(grids)} views: give one a view")
+        side = (self.config.side, self.config.side)
+        wanted = [None if grid is None else as_grid(grid, f"latents[{n}]") for n, grid in enumerate(latents)]
+        wanted = [None if self.fits_latents and grid == side else grid for grid in wanted]
+        if not self.fits_latents and (fitted := [grid for grid in wanted if grid]):
+            raise ValueError(
+                f"{self.config.num_latents} latents are no square grid, so they cannot be fitted to {fitted[0]}: take "
+                "64 or 144, or latents='fixed' in the slicing"
+            )
+        return group_views(wanted)
+
     def compress(self, features: Tensor, grids: tuple[Grid, ...]) -> Tensor:
+        return self._by_latents(features, grids, {None: list(range(len(grids)))})[0]
+
+    def _by_latents(
+        self, features: Tensor, grids: Sequence[Grid], groups: Mapping[Grid | None, list[int]]
+    ) -> list[Tensor]:
+        """The tokens of each group's views, (v, Q, D)."""
         path = self.inference_path(grids, features)
-        if path == "plain":
-            x = self._plain(features, grids)
-        else:
-            layer = self._layer(path)
-            kept = self._folded.get(path, layer)
-            narrow = path == "narrow"
-            keys = folded.normalised(layer, kept, features) if narrow else self.ln_kv(self.kv_proj(features))
-            x = self.attn.out_proj(folded.attend_folded(layer, kept, keys, grids))
-        return self.ln_post(x) @ self.proj
+        layer = None if path == "plain" else self._layer(path)
+        kept = [{}] * len(groups) if layer is None else self._folded.get(path, layer, groups)
+        found = []
+        for tensors, (latents_hw, numbers) in zip(kept, groups.items(), strict=True):
+            some, own = _views_of(features, grids, numbers)
+            if layer is None:
+                x = self._plain(some, own, latents_hw)
+            else:
+                narrow = path == "narrow"
+                keys = folded.normalised(layer, tensors, some) if narrow else self.ln_kv(self.kv_proj(some))
+                x = self.attn.out_proj(folded.attend_folded(layer, tensors, keys, own))
+            found.append(self.ln_post(x) @ self.proj)
+        return found
 
-    def attention_weights(self, features: Tensor, grids: Sequence[Grid]) -> list[Tensor]:
+    def attention_weights(
+        self, features: Tensor, grids: Sequence[Grid], latents: Sequence[Grid | None] | None = None
+    ) -> list[Tensor]:
         """What each token took of each feature, the mean of the layers: see `uhd.resampler.protocol.Compressor`."""
-        layers: list[list[Tensor]] = []
-        self._plain(features, grids, layers)
-        return [torch.stack(view).mean(0) for view in zip(*layers, strict=True)]
+        found: dict[int, Tensor] = {}
+        for latents_hw, numbers in self._groups(latents or [None] * len(grids), grids).items():
+            layers: list[list[Tensor]] = []
+            self._plain(*_views_of(features, grids, numbers), latents_hw, layers)
+            means = (torch.stack(view).mean(0) for view in zip(*layers, strict=True))
+            found.update(zip(numbers, means, strict=True))
+        return [found[number] for number in range(len(grids))]
 
-    def _plain(self, features: Tensor, grids: Sequence[Grid], looked: list[list[Tensor]] | None = None) -> Tensor:
+    def _plain(
+        self,
+        features: Tensor,
+        grids: Sequence[Grid],
+        latents_hw: Grid | None = None,
+        looked: list[list[Tensor]] | None = None,
+    ) -> Tensor:
         """Run all layers with nothing taken as constant: (V, Q, D); `looked` gets each layer's weights."""
         lengths = [h * w for h, w in grids]
         positions = offsets = None
@@ -225,8 +297,8 @@ class PerceiverResampler(ReleasedResampler):
             positions, offsets = join_tables(grids, self.key_table)
         keys = {"positions": positions, "position_offsets": offsets, "impl": self.attention_impl}
         kv = self.ln_kv(self.kv_proj(features))  # (N, D)
-        query_table = self.query_table()
-        queries = self.queries(query_table)
+        query_table = self.query_table(latents_hw)
+        queries = self.queries(query_table, latents_hw)
         if looked is not None:
             looked.append(self.attn.weights(queries, kv, lengths, **keys))
         x = self.ffn(self.attn(queries, kv, lengths, **keys))  # (V, Q, D)
@@ -236,14 +308,17 @@ class PerceiverResampler(ReleasedResampler):
             x = layer(x, kv, lengths, query_table=query_table, **keys)
         return x
 
-    def query_table(self) -> Tensor | None:
-        """What joins the queries of every layer, (Q, D); None for nothing."""
+    def query_table(self, latents_hw: Grid | None = None) -> Tensor | None:
+        """What joins the queries of every layer, (Q, D); None for nothing. `latents_hw`: None is their own grid."""
         side = (self.config.side, self.config.side)
-        return self._positions_over(side, self.query) if self.config.query_position else None
+        return self._positions_over(latents_hw or side, self.query) if self.config.query_position else None
 
-    def queries(self, table: Tensor | None) -> Tensor:
+    def queries(self, table: Tensor | None, latents_hw: Grid | None = None) -> Tensor:
         """What looks at the features first: (Q, D)."""
-        return self.ln_q(self.query) if table is None else self.ln_q(self.query) + table
+        query, side = self.query, (self.config.side, self.config.side)
+        if latents_hw is not None:
+            query = interpolate_pos_embed(query, side, latents_hw, mode="bilinear")
+        return self.ln_q(query) if table is None else self.ln_q(query) + table
 
     def key_table(self, grid_hw: Grid) -> Tensor:
         """Make the positions that join the keys of a view: (h * w, D); ValueError where the layer has none."""
@@ -253,3 +328,11 @@ class PerceiverResampler(ReleasedResampler):
         if config.key_position == "direct":
             return sincos_2d(config.width, grid_hw, device=like.device, dtype=like.dtype)
         return self._positions_over(grid_hw, like)
+
+
+def _views_of(features: Tensor, grids: Sequence[Grid], numbers: Sequence[int]) -> tuple[Tensor, list[Grid]]:
+    """Packed features and grids of some of the views."""
+    if len(numbers) == len(grids):
+        return features, list(grids)
+    views = split_views(features, grids)
+    return torch.cat([views[number] for number in numbers]), [grids[number] for number in numbers]

@@ -30,9 +30,13 @@ class Compressor(Protocol):
         """Count the tokens of every view, in order."""
         ...
 
+    # Where it can fit its latents to views: `fits_latents = True`, and `compressor(features, grids, latents)` with the
+    # (rows, columns) of each view's tokens, or None for its own; then always packed (N', out_dim).
+
     # And for `VisualEncoder.attention`, where a compressor can tell:
     # attention_weights(features, grids) -> for every view (Q, H, n), float32: what each of its Q tokens takes of each
     # of its n features, by H heads (1 without heads). Sums over n are 1, or less where some came from outside the map.
+    # With `latents` after the grids, as above, where it fits them.
 
 
 class CompressorModule(nn.Module):
@@ -58,8 +62,11 @@ class CompressorModule(nn.Module):
             TypeError: the dtype is not that of the weights, outside autocast.
         """
         grids = check_grids(grids)
-        check_features(features, grids, float_parameter(self, features), self.in_dim)
+        self._check(features, grids)
         return self.compress(features, grids)
+
+    def _check(self, features: Tensor, grids: tuple[Grid, ...]) -> None:
+        check_features(features, grids, float_parameter(self, features), self.in_dim)
 
     def output_lengths(self, grids: Sequence[Grid]) -> list[int]:
         """Count the tokens of every view, in order."""

@@ -78,7 +78,8 @@ class Counted(Recounted):
     Attributes:
         rule: A strategy, or your own function.
         tokens_per_view: What a compressor makes of any view; it takes the place of the rule's counts and packing.
-            A ``nested`` rule's lower counts stay: such a view keeps the first latents. ``None`` keeps both.
+            A ``nested`` rule's lower counts stay: such a view keeps the first latents; those of a canvas with
+            ``latents_hw`` stay too. ``None`` keeps both.
         schema: Its separators are counted; not for plans that keep a packing. ``None``: the rule's own count.
     """
 
@@ -107,10 +108,11 @@ def counted(slicing: Slicing, tokens_per_view: int | None, schema: SpatialSchema
     (256, 64)
 
     ``tokens_per_view``: ``None`` where it depends on the view. :data:`PLAIN` leaves the separators of other rules than
-    the adaptive planner's as they count them.
+    the adaptive planner's as they count them. ``latents="fitted"`` leaves the adaptive planner's tokens.
     """
     if slicing.uses_schema:
-        return schema.slicing_config(slicing).replace(tokens_per_view=tokens_per_view)
+        found = schema.slicing_config(slicing)
+        return found if found.latents == "fitted" else found.replace(tokens_per_view=tokens_per_view)
     rule = slicing.rule if isinstance(slicing, Counted) else slicing
     separators = None if schema == PLAIN else schema
     return rule if tokens_per_view is None and separators is None else Counted(rule, tokens_per_view, separators)
@@ -119,8 +121,12 @@ def counted(slicing: Slicing, tokens_per_view: int | None, schema: SpatialSchema
 @lru_cache(maxsize=4096)
 def _fit(found: SlicePlan, tokens_per_view: int | None, schema: SpatialSchema | None, nested: bool) -> SlicePlan:
     if tokens_per_view is not None:
-        counts = [min(c.tokens_per_view, tokens_per_view) if nested else tokens_per_view for c in found.canvases]
-        canvases = tuple(replace(canvas, tokens_per_view=n) for canvas, n in zip(found.canvases, counts, strict=True))
+        canvases = tuple(
+            replace(c, tokens_per_view=min(c.tokens_per_view, tokens_per_view) if nested else tokens_per_view)
+            if c.latents_hw is None
+            else c
+            for c in found.canvases
+        )
         visual = sum(len(canvas.tiles) * canvas.tokens_per_view for canvas in canvases)
         found = replace(found, canvases=canvases, num_visual_tokens=visual, num_separators=0, packing=None)
     if schema is not None and found.packing is not None:

@@ -71,9 +71,10 @@ def refuse_joint(given: Mapping[str, Any] | Planning) -> None:
 def costliest_hw(slicing: Slicing) -> tuple[int, int]:
     """(height, width) of an image that no other costs more tokens than: by the adaptive rule, else of those tried.
 
-    Other rules tell no bound, so thousands of sizes are tried, and then those around the costliest.
+    Other rules, and latents that are fitted to views, tell no such image, so thousands of sizes are tried, and then
+    those around the costliest.
     """
-    if isinstance(slicing, SlicingConfig):
+    if isinstance(slicing, SlicingConfig) and not slicing.fits_latents:
         return slicing.worst_case().image_hw
     side, plans = slicing.view_side or 448, {}
 

@@ -1,6 +1,6 @@
 """Plans in integers: where an image is cut, at which sizes, and how many tokens it costs. Loads numpy at most."""
 
-from uhd.slicing.adaptive import PRESETS, SlicingConfig, WorstCase, plan_from_grid, worst_case
+from uhd.slicing.adaptive import PRESETS, SlicingConfig, WorstCase, worst_case
 from uhd.slicing.config import OwnRule, SeparatorCount, Slicing
 from uhd.slicing.coordinates import (
     PatchHit,
@@ -18,6 +18,7 @@ from uhd.slicing.coordinates import (
     view_to_canvas,
     view_to_image,
 )
+from uhd.slicing.from_grid import plan_from_grid
 from uhd.slicing.grids import Candidate, grid_score
 from uhd.slicing.many import plan_many
 from uhd.slicing.plan import Box, Canvas, Packing, SlicePlan, View

@@ -6,16 +6,19 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
+from uhd.moved import moved
 from uhd.settings import check_choice, plain_name, unknown_name
-from uhd.slicing.config import MAX_VIEWS, SeparatorCount, Slicing, count_from_0, positive_int
+from uhd.slicing.config import MAX_VIEWS, SeparatorCount, Slicing, aspect_or_none, count_from_0, positive_int
 from uhd.slicing.grids import Candidate, aspects_near, grid_score, grids_near, to_multiple
-from uhd.slicing.plan import MAX_SIDE, Box, Canvas, SlicePlan, bad_canvases, check_size
+from uhd.slicing.latents import fitted, latent_grid, with_latents
+from uhd.slicing.plan import MAX_SIDE, Box, Canvas, SlicePlan, check_size
 
 RULES = ("released", "march2024")
 CUTS = ("area", "shape")
+LATENTS = ("fixed", "fitted")
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,12 @@ class SlicingConfig(Slicing):
             longer side over S, whichever is more, so that long images keep their resolution; ``"released"`` only.
         border_moves: Patches that a border between slices may move by, once there are pixels, to where least content
             is cut; see :mod:`uhd.slicing.borders`. A plan made from a size has none moved. Counts never change.
+        one_view_below: An image that would be cut is one larger view where its longer side is at most this many times
+            the shorter: of at most the patches and tokens of its slices and overview, see :meth:`Planner.joined`. The
+            resampler must fit its latents to it.
+        latents: ``"fixed"``: every view has ``tokens_per_view``. ``"fitted"``: at most that many on average, shared
+            among an image's views by their patches, in grids that follow their shapes; see :mod:`uhd.slicing.latents`.
+            It needs a resampler that fits its latents, as the perceiver does.
 
     Raises:
         ValueError: A setting is out of range; the message names it.
@@ -63,8 +72,10 @@ class SlicingConfig(Slicing):
     max_tokens: int | None = None
     cut_by: str = "area"
     border_moves: int = 0
+    one_view_below: float | None = None
+    latents: str = "fixed"
 
-    later = ("cut_by", "border_moves")
+    later = ("cut_by", "border_moves", "one_view_below", "latents")
 
     def __post_init__(self) -> None:
         for key in ("image_size", "patch_size", "merge", "max_slices", "tokens_per_view", "max_tokens"):
@@ -93,6 +104,10 @@ class SlicingConfig(Slicing):
         object.__setattr__(self, "border_moves", count_from_0("border_moves", self.border_moves))
         if self.border_moves and self.tokens_per_view is None:
             raise ValueError("border_moves makes slices unequal, so it needs tokens_per_view, and that is None")
+        object.__setattr__(self, "one_view_below", aspect_or_none("one_view_below", self.one_view_below))
+        check_choice("latents", self.latents, LATENTS)
+        if self.latents == "fitted" and self.tokens_per_view is None:
+            raise ValueError("latents='fitted' shares tokens_per_view among an image's views, and that is None")
 
     def to_dict(self) -> dict[str, Any]:
         """As every settings' dictionary; options that are off are left out, so that earlier versions read the rest."""
@@ -114,7 +129,16 @@ class SlicingConfig(Slicing):
         """Most slices of a plan within ``max_tokens``: every view has at least one token."""
         if self.max_tokens is None:
             return self.max_slices
-        return min(self.max_slices, self.max_tokens // (self.tokens_per_view or 1))
+        return min(self.max_slices, self.max_tokens // self.least_tokens)
+
+    @property
+    def least_tokens(self) -> int:
+        """Fewest tokens that the views of a cut image have on average."""
+        return 1 if self.tokens_per_view is None or self.fits_latents else self.tokens_per_view
+
+    @property
+    def fits_latents(self) -> bool:
+        return self.tokens_per_view is not None and (self.latents == "fitted" or self.one_view_below is not None)
 
     @property
     def most_slices(self) -> int:
@@ -233,6 +257,8 @@ class Planner:
         self.plan = lru_cache(maxsize=4096)(self._plan)
         self.overview = lru_cache(maxsize=4096)(self._overview)
         self.slices = lru_cache(maxsize=4096)(self._slices)
+        self.fitted = lru_cache(maxsize=4096)(partial(fitted, config.patch_size, config.tokens_per_view))
+        self.fits, self.cuts_all = config.latents == "fitted", config.one_view_below is None
         self.near: dict[int, tuple[list[float], list[tuple[int, int]], list[int]]] = {}  # under the config's own cap
 
     def grid(self, height: int, width: int, cap: int | None = None) -> tuple[int, int] | None:
@@ -279,7 +305,34 @@ class Planner:
             slices, more, separators = self.slices(grid, self.slice_hw(height, width, grid))
             canvases = (canvas, slices) if self.config.overview_first else (slices, canvas)
             tokens += more
+        if self.fits:
+            canvases, tokens = self.fitted(canvases)
         return SlicePlan((height, width), self.config.patch_size, canvases, grid, tokens, separators, self.config.name)
+
+    def chosen(self, height: int, width: int, cap: int | None = None) -> SlicePlan:
+        """The plan of the best grid under a cap, or of one view in its place."""
+        grid, below = self.grid(height, width, cap), self.config.one_view_below
+        if grid is not None and below is not None and max(height, width) <= below * min(height, width):
+            return self.joined(height, width, grid)
+        return self.build(height, width, grid)
+
+    def joined(self, height: int, width: int, grid: tuple[int, int]) -> SlicePlan:
+        """The image as one view in place of those of a grid, with B units (patches, or merged ones) in all.
+
+        It is sized as any other, for an ``image_size`` of sqrt(B) units, and its longer side is shortened to at most B
+        units. Its tokens are the :func:`uhd.slicing.latents.latent_grid` of those of all the views.
+        """
+        config, (rows, cols) = self.config, grid
+        unit, cells = config.unit, rows * cols
+        slice_hw, overview_hw = self.slice_hw(height, width, grid), self.fit(height, width)
+        units = (cells * slice_hw[0] * slice_hw[1] + overview_hw[0] * overview_hw[1]) // unit**2
+        view_hw = _view_fitter(config, units)(height, width)
+        canvas = self.overview(view_hw)[0]
+        if config.tokens_per_view is not None:
+            patches_hw = (view_hw[0] // config.patch_size, view_hw[1] // config.patch_size)
+            canvas = with_latents(canvas, latent_grid((cells + 1) * config.tokens_per_view, patches_hw))
+        counts = canvas.tokens_per_view, config.separators.per_image
+        return SlicePlan((height, width), config.patch_size, (canvas,), None, *counts, config.name)
 
     def within_budget(self, height: int, width: int) -> tuple[SlicePlan, int]:
         """The plan under the largest cap that keeps ``max_tokens``, and that cap (0: the overview alone)."""
@@ -287,7 +340,7 @@ class Planner:
         if config.max_tokens is None:
             return self.plan(height, width), config.max_slices
         for cap in range(config.budget_cap, 0, -1):
-            found = self.build(height, width, self.grid(height, width, cap))
+            found = self.chosen(height, width, cap)
             if found.num_tokens <= config.max_tokens:
                 return found, cap
         alone = self.build(height, width, None)
@@ -301,7 +354,7 @@ class Planner:
     def _plan(self, height: int, width: int) -> SlicePlan:
         if self.config.max_tokens is not None:
             return self.within_budget(height, width)[0]
-        return self.build(height, width, self.grid(height, width))
+        return self.build(height, width, self.grid(height, width)) if self.cuts_all else self.chosen(height, width)
 
     def _overview(self, view_hw: tuple[int, int]) -> tuple[Canvas, int]:
         """The overview's canvas and its tokens."""
@@ -337,13 +390,17 @@ def planner_of(config: SlicingConfig) -> Planner:
     return planner
 
 
-def _view_fitter(config: SlicingConfig) -> Callable[[int, int], tuple[int, int]]:
+def _view_fitter(config: SlicingConfig, most: int | None = None) -> Callable[[int, int], tuple[int, int]]:
     """``fit(height, width)``: size of a view, px: the encoder's pixel budget at the content's aspect.
+
+    ``most``: units that a view has at most, in place of the config's budget.
 
     The order of operations decides the last bits. Source: thunlp/LLaVA-UHD, llava/slice_process.py
     ``find_best_resize`` with upscaling (released); the first release's ``adapt_size`` (march2024).
     """
     unit, side, budget, clamp = config.unit, config.image_size, config.view_budget, config.clamp
+    if most is not None:
+        side, budget, clamp = math.sqrt(most) * unit, most, True
     floor, sqrt = config.rounding == "floor", math.sqrt
 
     def released(height: int, width: int) -> tuple[int, int]:
@@ -367,65 +424,6 @@ def _view_fitter(config: SlicingConfig) -> Callable[[int, int], tuple[int, int]]
         return rows * unit, cols * unit
 
     return released if config.rule == "released" else march2024
-
-
-def plan_from_grid(
-    image_hw: tuple[int, int], grid: tuple[int, int] | None, config: SlicingConfig | str | None = None
-) -> SlicePlan:
-    """Plan an image with a grid of your own choice: everything else is the adaptive planner's.
-
-    Canvas, slices, overview, their order and all counts follow from ``config``, so that a rule of your own need only
-    choose (rows, columns). ``config.max_slices`` bounds what the planner chooses itself, and is not looked at here.
-
-    Args:
-        image_hw: (height, width) of the image, px.
-        grid: (rows, columns) of the slices. ``None`` or (1, 1): the image is not cut, and is its overview alone.
-        config: Settings of the adaptive planner, or the name of a preset; ``None`` is ``"llava-uhd-safe"``.
-
-    Returns:
-        The plan; that of :func:`uhd.slicing.plan` where the grid is the one that the planner chooses.
-
-    Raises:
-        ValueError: No size, no grid of whole numbers from 1, a grid of more than 65,536 views or of a
-            canvas that would not fit in memory, no preset of that name, or a
-            plan that costs more than ``config.max_tokens``.
-        TypeError: ``config`` is another rule's, which has no grid to be given.
-
-    >>> found = plan_from_grid((900, 600), (4, 3))
-    >>> found.slice_hw, found.overview_hw, found.num_views, found.num_tokens
-    ((350, 308), (406, 266), 13, 844)
-    """
-    if isinstance(config, str):
-        config = SlicingConfig.preset(config)
-    config = DEFAULT if config is None else config
-    if not isinstance(config, SlicingConfig):
-        raise TypeError(
-            f"a grid is planned under a SlicingConfig or the name of one ({', '.join(PRESETS)}), got "
-            f"{type(config).__name__}: other rules make their own"
-        )
-    height, width = check_size(image_hw)
-    if grid is not None:
-        try:
-            rows, cols = (positive_int("each", count) or 0 for count in grid)
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"a grid is two whole numbers (rows, columns) from 1, or None for no cut; got {grid!r}"
-            ) from None
-        if rows * cols >= MAX_VIEWS:
-            raise ValueError(
-                f"{rows} rows x {cols} columns and the overview are {rows * cols + 1} views, at most {MAX_VIEWS} are "
-                "planned"
-            )
-        grid = None if rows * cols == 1 else (rows, cols)
-    found = planner_of(config).build(height, width, grid)
-    if bad := next(bad_canvases(found), None):
-        raise ValueError(f"grid {grid} is too large, {bad}: choose a smaller grid")
-    if config.max_tokens is not None and found.num_tokens > config.max_tokens:
-        raise ValueError(
-            f"grid {grid} of a {height}x{width} px image (height x width) costs {found.num_tokens} tokens under "
-            f"{config.name!r}, max_tokens is {config.max_tokens}: choose a smaller grid"
-        )
-    return found
 
 
 class WorstCase(NamedTuple):
@@ -462,13 +460,15 @@ def worst_case(config: SlicingConfig, *, max_aspect: float = 200.0) -> WorstCase
         units = max(units, config.view_budget)  # of a slice between moved borders
     view_tokens = config.tokens_per_view or units
     if config.max_tokens is not None:
-        slices = min(slices, max(config.max_tokens // (config.tokens_per_view or 1) - 1, 0))  # and the overview
+        slices = min(slices, max(config.max_tokens // config.least_tokens - 1, 0))  # and the overview
     views = slices + 1
     grids = [None] if not slices else [(slices, 1), (1, slices)]
     tokens = views * view_tokens + max(config.separators.count(grid) for grid in grids)
     if config.max_tokens is not None:
         tokens = min(tokens, config.max_tokens)
     view_patches, patches = units * config.merge**2, views * units * config.merge**2
+    if config.one_view_below is not None:
+        view_patches = patches
     if config.tokens_per_view is None and config.max_tokens is not None:
         patches = min(patches, config.max_tokens * config.merge**2)
         view_patches = min(view_patches, patches)
@@ -495,3 +495,6 @@ def _costliest(config: SlicingConfig) -> SlicePlan:
     sizes = [(rows * side, cols * side) for rows, cols in shapes]
     plans = [planner_of(config).plan(*size) for size in sizes if max(size) <= MAX_SIDE]
     return max(plans, key=lambda found: (found.num_tokens, found.num_patches))
+
+
+__getattr__ = moved(__name__, {"plan_from_grid": "uhd.slicing"})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,6 +51,15 @@ def count_from_0(key: str, value: Any) -> int:
         raise ValueError(f"{key} must be a whole number from 0, got {value!r}") from None
 
 
+def aspect_or_none(key: str, value: Any) -> float | None:
+    """A ratio of sides, longer to shorter, or ``None``; else a ``ValueError`` that names the setting."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 1 <= value < math.inf:
+        raise ValueError(f"{key} is longer side / shorter side, a number from 1, or None; got {value!r}")
+    return float(value)
+
+
 @dataclass(frozen=True)
 class SeparatorCount(Settings):
     """How many separators and marks a layout adds, so that a plan counts tokens without ``uhd.schema``.
@@ -86,6 +97,7 @@ class Slicing(Settings):
     least_view: tuple[int, int] | None = None  # (rows, columns) of its smallest view, in patches; None: unknown
     uses_schema: bool = False  # whether it counts a schema's separators itself; for others uhd.schema.counted does
     learned: tuple[str, ...] = ()  # embeddings that its plans' packings may need: "newline", "separator"
+    fits_latents: bool = False  # whether its plans ask for latents in grids of their own, see uhd.slicing.latents
     nested: bool = False  # whether a view that it counts fewer tokens for takes a resampler's first latents only
 
     def plan(self, image_hw: tuple[int, int]) -> SlicePlan:
@@ -188,6 +200,7 @@ class Recounted(Slicing):
     patch_size = property(attrgetter("rule.patch_size"))
     view_side = property(attrgetter("rule.view_side"))
     learned = property(attrgetter("rule.learned"))
+    fits_latents = property(attrgetter("rule.fits_latents"))
     nested = property(attrgetter("rule.nested"))
 
     def plan(self, image_hw: tuple[int, int]) -> SlicePlan:

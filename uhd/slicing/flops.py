@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TypeVar
 
 from uhd.settings import check_choice, unknown_name
-from uhd.slicing.plan import SlicePlan
+from uhd.slicing.plan import Canvas, SlicePlan
 from uhd.tables import pool_hw
 
 
@@ -292,7 +292,8 @@ def plan_flops(
     """What a plan costs a given system: every view through the ViT and the compressor, its tokens through the LM.
 
     Attention stays inside a view. ``resampler=None`` is LLaVA-1.5's two-layer MLP over the plan's visual tokens. The
-    LM reads ``plan.num_tokens`` positions, whatever the compressor.
+    LM reads ``plan.num_tokens`` positions, whatever the compressor. A perceiver has the latents of a canvas with
+    ``latents_hw``.
 
     Raises:
         ValueError: No such model; a view that the ViT or the merger cannot halve as often as it does.
@@ -309,7 +310,15 @@ def plan_flops(
         features_hw = vit.output_hw(grid_hw)
         encoder += count * _vit_flops(grid_hw[0] * grid_hw[1], vit, plan.patch_size, 3)
         if resampler is not None:
-            compressor += count * compressor_flops(features_hw, vit.width, resampler, width=lm.width)
+            own = _fitted(named(resampler, RESAMPLERS), canvas)
+            compressor += count * compressor_flops(features_hw, vit.width, own, width=lm.width)
     if resampler is None:
         compressor = mlp_flops(plan.num_visual_tokens, vit.width, width=lm.width)
     return Flops(encoder, compressor, lm_flops(plan.num_tokens, lm, head=head))
+
+
+def _fitted(resampler: ResamplerShape | MergerShape, canvas: Canvas) -> ResamplerShape | MergerShape:
+    """A perceiver with as many latents as a canvas asks for."""
+    if canvas.latents_hw is None or not isinstance(resampler, ResamplerShape) or resampler.kind != "perceiver":
+        return resampler
+    return replace(resampler, latents=canvas.tokens_per_view)

@@ -6,6 +6,7 @@ The choice of a grid and the size of a view stand here once more, for arrays, be
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -14,6 +15,7 @@ import numpy as np
 from uhd.slicing.adaptive import SlicingConfig, planner_of
 from uhd.slicing.config import Slicing
 from uhd.slicing.grids import aspects_near
+from uhd.slicing.latents import latent_grid, shared_latents
 from uhd.slicing.plan import MAX_SIDE, SlicePlan
 from uhd.slicing.rules import SlicingLike, find
 
@@ -154,6 +156,54 @@ def _split(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _columns(sizes: np.ndarray, grid: np.ndarray, config: SlicingConfig) -> dict[str, np.ndarray]:
+    columns = _cut_columns(sizes, grid, config)
+    if config.latents == "fitted":
+        columns["num_tokens"] += _fitted_tokens(columns, config) - columns["num_views"] * config.tokens_per_view
+    if config.one_view_below is not None:
+        shorter, longer = np.sort(sizes, axis=1).T
+        joined = np.flatnonzero((grid[:, 0] > 0) & (longer <= config.one_view_below * shorter))
+        for name, values in _joined_columns(sizes[joined], columns, joined, config).items():
+            columns[name][joined] = values
+    return columns
+
+
+def _fitted_tokens(columns: dict[str, np.ndarray], config: SlicingConfig) -> np.ndarray:
+    """Visual tokens of all views by :func:`uhd.slicing.latents.shared_latents`, once for equal views."""
+    views = [columns[name] // config.patch_size for name in ("slice_hw", "overview_hw")]
+    rows, place = np.unique(np.column_stack([columns["num_views"], *views]), axis=0, return_inverse=True)
+    found = []
+    for count, *sides in rows.tolist():
+        slice_hw, overview_hw = (tuple(sides[:2]), tuple(sides[2:]))
+        grids = shared_latents(count * config.tokens_per_view, count - 1, slice_hw, overview_hw)
+        found.append((count - 1) * math.prod(grids[0]) + math.prod(grids[1]))
+    return np.array(found, np.int64)[place.reshape(-1)] if found else np.zeros(0, np.int64)
+
+
+def _joined_columns(
+    sizes: np.ndarray, columns: dict[str, np.ndarray], joined: np.ndarray, config: SlicingConfig
+) -> dict[str, np.ndarray]:
+    """What changes of these rows where they are one view: :meth:`uhd.slicing.adaptive.Planner.joined`."""
+    budget = columns["num_patches"][joined] // config.merge**2
+    units = np.stack(_fit_views(*_split(sizes), config, budget), axis=1)
+    patches = units.prod(axis=1) * config.merge**2
+    if config.tokens_per_view is None:
+        tokens = units.prod(axis=1)
+    else:
+        asked = np.column_stack([columns["num_views"][joined] * config.tokens_per_view, units * config.merge])
+        rows, place = np.unique(asked, axis=0, return_inverse=True)
+        grids = [math.prod(latent_grid(most, tuple(view))) for most, *view in rows.tolist()]
+        tokens = np.array(grids, np.int64)[place.reshape(-1)]
+    return {
+        "grid": 0,
+        "slice_hw": 0,
+        "overview_hw": units * config.unit,
+        "num_views": 1,
+        "num_patches": patches,
+        "num_tokens": tokens + config.separators.per_image,
+    }
+
+
+def _cut_columns(sizes: np.ndarray, grid: np.ndarray, config: SlicingConfig) -> dict[str, np.ndarray]:
     (height, width), (rows, cols) = _split(sizes), _split(grid)
     cut = rows > 0
     overview = _fit_views(height, width, config)
@@ -179,9 +229,18 @@ def _columns(sizes: np.ndarray, grid: np.ndarray, config: SlicingConfig) -> dict
     }
 
 
-def _fit_views(height: np.ndarray, width: np.ndarray, config: SlicingConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of views, in ``config.unit``, by the scalar planner's order of float64 operations."""
-    unit, side, budget = config.unit, config.image_size, config.view_budget
+def _fit_views(
+    height: np.ndarray, width: np.ndarray, config: SlicingConfig, budget: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of views, in ``config.unit``, by the scalar planner's order of float64 operations.
+
+    ``budget``: units of each that are not exceeded; ``None``: of the config's views.
+    """
+    unit, side, clamp = config.unit, config.image_size, config.clamp or budget is not None
+    if budget is not None:
+        side = np.sqrt(budget) * unit
+    else:
+        budget = config.view_budget
     if config.rule == "march2024":
         scale = np.sqrt(budget * (unit / height) * (unit / width))
         rows, cols = (np.floor(scale * length / unit).clip(1, budget).astype(np.int64) for length in (height, width))
@@ -190,7 +249,7 @@ def _fit_views(height: np.ndarray, width: np.ndarray, config: SlicingConfig) -> 
         fit = np.trunc(side / np.sqrt(aspect))
         steps = np.floor if config.rounding == "floor" else np.rint
         rows, cols = (np.maximum(steps(length / unit), 1).astype(np.int64) for length in (fit, np.trunc(fit * aspect)))
-    if config.clamp:
+    if clamp:
         long, tall = rows * cols > budget, rows >= cols
         rows, cols = np.where(long & tall, budget // cols, rows), np.where(long & ~tall, budget // rows, cols)
     return rows, cols

@@ -56,6 +56,8 @@ class Canvas(Settings):
         cell: (row, column) of its first tile in the plan's grid, where every slice has a canvas of its own.
         first_hw: The source is resized to this before it is resized to ``content_hw``, px, where a rule resizes twice.
         view_filter: (filter, antialias) of a tile's own resize to ``view_hw``; ``None``: the plan's, as the canvas.
+        latents_hw: (rows, columns) that a tile's tokens are laid out in, where a resampler is to fit its latents to
+            the view; ``None``: as the compressor has them.
     """
 
     kind: str
@@ -71,8 +73,9 @@ class Canvas(Settings):
     cell: tuple[int, int] = (0, 0)
     first_hw: tuple[int, int] | None = None
     view_filter: tuple[str, bool] | None = None
+    latents_hw: tuple[int, int] | None = None
 
-    later = ("cell", "first_hw", "view_filter")
+    later = ("cell", "first_hw", "view_filter", "latents_hw")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +140,7 @@ class View:
 
     ``index`` is its place in ``plan.views``, ``canvas`` that in ``plan.canvases``, ``row`` and ``col`` that in the
     plan's grid, (0, 0) for an overview; ``box`` is its rectangle on the canvas and ``size_hw`` what the encoder sees
-    of it, px; ``num_tokens`` are visual tokens after the compressor.
+    of it, px; ``num_tokens`` are visual tokens after the compressor, in a grid of ``latents_hw`` where that is set.
     """
 
     index: int
@@ -149,6 +152,7 @@ class View:
     size_hw: tuple[int, int]
     patches_hw: tuple[int, int]
     num_tokens: int
+    latents_hw: tuple[int, int] | None = None
 
     @property
     def num_patches(self) -> int:
@@ -194,6 +198,14 @@ class SlicePlan(Settings):
             raise ValueError(f"the plan's parts contradict each other: {wrong}")
         return found
 
+    def to_dict(self) -> dict[str, Any]:
+        """As every settings' dictionary; where no latents are fitted it says nothing of that, as earlier versions."""
+        found = super().to_dict()
+        for canvas in found["canvases"]:
+            if canvas["latents_hw"] is None:
+                del canvas["latents_hw"]
+        return found
+
     @property
     def num_tokens(self) -> int:
         """Positions in the language model's sequence, separators included."""
@@ -235,7 +247,8 @@ class SlicePlan(Settings):
             for place, box in enumerate(canvas.tiles):
                 row, col = divmod(place, canvas.grid[1])
                 row, col = row + canvas.cell[0], col + canvas.cell[1]
-                views.append(View(len(views), kind, number, row, col, box, view_hw, patches_hw, tokens))
+                place_hw, sizes = (row, col), (view_hw, patches_hw)
+                views.append(View(len(views), kind, number, *place_hw, box, *sizes, tokens, canvas.latents_hw))
         return tuple(views)
 
     def overview_alone(self) -> SlicePlan | None:
@@ -349,7 +362,7 @@ def bad_canvases(found: SlicePlan) -> Iterator[str]:
 
 
 def _bad_canvas(canvas: Canvas, image_hw: tuple[int, int]) -> Iterator[str]:
-    for name in ("content_hw", "size_hw", "view_hw", "grid", "first_hw"):
+    for name in ("content_hw", "size_hw", "view_hw", "grid", "first_hw", "latents_hw"):
         if min(getattr(canvas, name) or (1,)) < 1:
             yield f"{name} {getattr(canvas, name)} is below 1"
             return
@@ -360,6 +373,8 @@ def _bad_canvas(canvas: Canvas, image_hw: tuple[int, int]) -> Iterator[str]:
         yield f"its grid is {tuple(canvas.grid)} (rows, columns), its tiles are {len(canvas.tiles)}"
     if canvas.tokens_per_view < 0:
         yield f"tokens_per_view is {canvas.tokens_per_view}"
+    if canvas.latents_hw is not None and math.prod(canvas.latents_hw) != canvas.tokens_per_view:
+        yield f"latents_hw is {tuple(canvas.latents_hw)} (rows, columns) but tokens_per_view {canvas.tokens_per_view}"
     outside = [box for box in canvas.tiles if not _within(box, canvas.size_hw)]
     if outside:
         yield f"tile {tuple(outside[0])} is not on the {canvas.size_hw} canvas: clip it, or enlarge the canvas"

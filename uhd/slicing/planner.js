@@ -165,6 +165,10 @@ const uhdPlanner = (() => {
       const got = JSON.stringify(config && config.rule);
       throw new RangeError(`a config is "slicing" of a model.json, of the adaptive rule; this one's rule is ${got}`);
     }
+    if (config.one_view_below != null || (config.latents || "fixed") !== "fixed") {
+      const got = JSON.stringify([config.one_view_below, config.latents]);
+      throw new RangeError(`one_view_below and latents are planned in Python alone; this config has ${got}`);
+    }
     if (!(Number.isInteger(config.max_slices) && config.max_slices > 0)) {
       throw new RangeError(`max_slices must be a whole number above 0, got ${config.max_slices}`);
     }

@@ -1,0 +1,141 @@
+"""The second learned comparison: options of the adaptive planner, alone and together; ``learned.py run --set plus``.
+
+What was expected of it, and what would refute that, stood in docs/learned.md before anything was run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from typing import Any, ClassVar
+
+from learned_pages import PageSettings
+from learned_run import Arm, Settings, all_arms, stages
+
+from uhd import SlicePlan, register_strategy
+from uhd.nano.build import NanoConfig
+from uhd.nano.task import TaskSettings
+from uhd.slicing import Slicing, SlicingLike, find
+from uhd.slicing.latents import with_latents
+
+ARMS = ("uhd", "uhd-more", "one-view", "fitted", "plus", "stretch", "anyres")
+BASELINE = "uhd-more"
+CONTRASTS = (("uhd-more", "uhd"),)
+
+NEAR_SQUARE = 2.5
+"""Up to this aspect the arms with ``one_view_below`` make one view of an image."""
+
+EXPECTED = (
+    ("H1", "plus", "uhd-more", "all", "in all", 0.03),
+    ("H2", "shape", "uhd-more", "all", "long and not cut", 0.10),
+    ("H3", "borders", "uhd", "right", "a border through a glyph", 0.03),
+    ("H4", "one-view", "uhd-more", "all", "below 2.5", 0.05),
+    ("H5", "fitted", "uhd-more", "all", "in all", 0.0),
+    ("H6", "plus", "stretch", "all", "from 2.5 on", 0.10),
+    ("H7", "plus", "anyres", "all", "in all", 0.0),
+)
+"""What docs/learned.md expects: an arm minus another one, in a question, on some images, by at least so much."""
+
+Grid = tuple[int, int]
+
+
+def plus_arms(base: NanoConfig | None = None) -> dict[str, Arm]:
+    """Every arm by name. All but ``uhd`` have about as many visual tokens as ``plus`` on average."""
+    return _arms(base or NanoConfig())
+
+
+@lru_cache(maxsize=8)  # a registered function is this very one
+def _arms(base: NanoConfig) -> dict[str, Arm]:
+    first, side = all_arms(base), 2 * base.side
+    wide = replace(base, side=side, latents=4 * base.latents)  # positions and latents for one large view
+    cut, fitted = base.slicing, base.slicing.replace(latents="fitted")
+    tens = cut.replace(one_view_below=NEAR_SQUARE, tokens_per_view=10)
+    sizes = "" if base == NanoConfig() else "-" + "-".join(map(str, asdict(base).values()))
+    more = _told(f"learned-uhd-more{sizes}", cut, overview=_wide_overview)
+    joined = _told(f"learned-one-view{sizes}", tens, overview=_wide_overview)
+    fewer = _told(f"learned-anyres{sizes}", first["anyres"].slicing, overview=_narrow_overview)
+    return {
+        "uhd": first["uhd"],
+        "uhd-more": Arm("uhd with 12 latents for the overview of a cut image", base, more),
+        "one-view": Arm("uhd-more, but images up to 2.5:1 as one larger view", wide, joined),
+        "fitted": Arm("uhd with latents by patches", base, fitted.replace(tokens_per_view=10)),
+        "plus": Arm("all of them together", wide, fitted.replace(one_view_below=NEAR_SQUARE)),
+        "stretch": first["stretch"],
+        "anyres": Arm("anyres with 6 latents for the base view beside four tiles", base, fewer),
+    }
+
+
+def _wide_overview(slices: int) -> Grid:
+    return (3, 4) if slices else (3, 3)
+
+
+def _narrow_overview(slices: int) -> Grid:
+    return (2, 3) if slices > 3 else (3, 3)
+
+
+def _told(name: str, rule: SlicingLike, *, overview: Callable[[int], Grid]) -> Slicing:
+    """The rule with 3 x 3 latents a slice and as many for the overview as its slices ask for, under a name of its own,
+    by which a saved model finds it."""
+    rule = find(rule)
+
+    def planned(image_hw: Grid) -> SlicePlan:
+        found = rule.plan(image_hw)
+        slices = sum(len(canvas.tiles) for canvas in found.canvases if canvas.kind == "slice")
+        canvases = tuple(
+            canvas
+            if canvas.latents_hw
+            else with_latents(canvas, (3, 3) if canvas.kind == "slice" else overview(slices))
+            for canvas in found.canvases
+        )
+        tokens = sum(len(canvas.tiles) * canvas.tokens_per_view for canvas in canvases)
+        return found.replace(canvases=canvases, num_visual_tokens=tokens, num_separators=0, packing=None)
+
+    planned.__name__ = planned.__qualname__ = name
+    register_strategy(name, planned)
+    return find(name)
+
+
+class PageStage(stages.Stage):
+    """A stage of the recipe whose scenes are pages."""
+
+    def settings(self, step: int) -> TaskSettings:
+        words = super().settings(step)
+        return PageSettings(area=words.area, max_words=words.max_words)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlusSettings(Settings):
+    """As the first comparison's, with its own arms, learning rates, and scenes that judge."""
+
+    factors: tuple[float, ...] = (0.5, 0.25, 0.125)
+
+    name: ClassVar[str] = "plus"
+    test_seed: ClassVar[int] = 1_000_303
+    validation_seed: ClassVar[int] = 1_000_403
+
+    def arms(self) -> dict[str, Arm]:
+        return plus_arms(self.model)
+
+    def to_dict(self) -> dict[str, Any]:
+        seeds = {"test_seed": self.test_seed, "validation_seed": self.validation_seed}
+        return {**super().to_dict(), "set": self.name, **seeds, "arms": {n: a.summary for n, a in self.arms().items()}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageTaskSettings(PlusSettings):
+    """The same on the second task."""
+
+    factors: tuple[float, ...] = (0.5, 0.25)
+
+    name: ClassVar[str] = "pages"
+    test_seed: ClassVar[int] = 1_000_503
+    validation_seed: ClassVar[int] = 1_000_603
+    task: ClassVar[TaskSettings] = PageSettings()
+
+    def stage(self, name: str, factor: float = 1.0) -> stages.Stage:
+        return PageStage(**asdict(super().stage(name, factor)))
+
+
+PLUS, PAGES = PlusSettings(), PageTaskSettings()
+_arms(NanoConfig())  # a saved model finds its slicing by its name
