@@ -81,6 +81,7 @@ def _add_planning(known: Any) -> None:
     command.add_argument("--model", metavar="MODEL", help="with --attention: a model's folder (default nano)")
     command.add_argument("--encoder", type=Path, metavar="DIR", help="with --attention: an encoder's folder instead")
     command.add_argument("--ask", metavar="QUESTION", help="with --attention: where the model looks as it answers")
+    command.add_argument("--border-moves", type=int, metavar="K", help="borders avoid content by up to K patches")
     _slicing_arguments(command)
     command.set_defaults(run=_show)
 
@@ -115,7 +116,7 @@ def _add_encoding(known: Any) -> None:
     command.set_defaults(run=_doctor)
 
 
-_CHANGES = ("max_slices", "max_tokens", "one_view_below", "latents")
+_CHANGES = ("max_slices", "max_tokens", "cut_by", "border_moves", "one_view_below", "latents")
 _ADAPTIVE_ONLY = (*_CHANGES, "schema", "candidates")
 
 
@@ -141,6 +142,7 @@ def _slicing_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--max-tokens", type=int, metavar="N", help="fewer slices until a plan costs at most that")
     command.add_argument("--one-view-below", type=float, metavar="R", help="up to R : 1 one larger view, not slices")
     command.add_argument("--latents", metavar="HOW", help="fixed (default), or fitted: a view's tokens by its patches")
+    command.add_argument("--cut-by", metavar="WHAT", help="area (default), or shape: long images get more slices")
 
 
 def _config(args: argparse.Namespace) -> Slicing:
@@ -222,7 +224,8 @@ def _summary(found: SlicePlan) -> str:
 
     parts = ["not cut"]
     if found.grid and found.slice_hw:
-        parts = ["{} x {} (rows x columns) slices of ".format(*found.grid) + f"{wide(found.slice_hw)} px"]
+        others = " (the first)" if len({view.size_hw for view in found.views if view.kind == "slice"}) > 1 else ""
+        parts = ["{} x {} (rows x columns) slices of ".format(*found.grid) + f"{wide(found.slice_hw)} px{others}"]
     if found.overview_hw:
         parts.append(f"overview {wide(found.overview_hw)} px")
     return (
@@ -250,10 +253,13 @@ def _layout(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
+    import numpy as np
+
     from uhd.compare.inputs import typed_size
     from uhd.draw import draw_plan, write_picture
     from uhd.pixels import load_image
-    from uhd.slicing import plan
+    from uhd.planning import plan
+    from uhd.slicing.borders import content_cut
 
     if typed_size(args.image) and not Path(args.image).exists():
         raise ValueError(f"{args.image} is a size, a picture is drawn of an image file: uhd compare takes sizes")
@@ -273,9 +279,13 @@ def _show(args: argparse.Namespace) -> int:
         print(f"{args.image}: {_summary(found)}", *words, f"wrote {args.output}", sep="\n")
         return 0
     image = load_image(_source(args.image, _pixels(args)), settings=_pixels(args))
-    found = plan((image.height, image.width), _config(args))
+    found = plan(image, _config(args))
     write_picture(args.output, draw_plan(image, found, schema=_schema(args)))
     print(f"{args.image}: {_summary(found)}")
+    if found.grid:
+        print(
+            f"  {100 * content_cut(found, np.asarray(image)):.2f}% of the image's gradient lies on borders of slices"
+        )
     print(f"wrote {args.output}")
     return 0
 
@@ -326,6 +336,7 @@ def _demo(args: argparse.Namespace) -> int:
     from uhd import demo
     from uhd.draw import draw_plan, write_picture
     from uhd.pixels import load_image
+    from uhd.planning import plan
 
     _check_output(args.output, filter(None, [args.image]))
     if args.seed is not None and args.image is not None:
@@ -341,7 +352,7 @@ def _demo(args: argparse.Namespace) -> int:
     own = None if args.image is None else _source(args.image, encoder.pixels)
     source = own if own is not None else reader.scene.image if reader else demo.page_image()
     image = load_image(source, settings=encoder.pixels)
-    found = encoder.plan((image.height, image.width))
+    found = plan(image, encoder.slicing)
     schema = encoder.schema if found.packing is None else None
     drawn = draw_plan(image, found, schema=schema, settings=encoder.pixels)
     write_picture(args.output, drawn, note=encoder.note)

@@ -6,7 +6,7 @@ import io
 import math
 import textwrap
 from collections.abc import Sequence
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from uhd.pixels import DEFAULT, PixelSettings, load_image, render
 from uhd.schema import SpatialSchema, layout
 from uhd.slicing import SlicePlan, View, grid_score, view_box
+from uhd.slicing.borders import even_borders, moved_borders
 from uhd.writing import new_file
 
 Color = tuple[int, int, int]
@@ -35,7 +36,8 @@ def draw_plan(
 ) -> Image.Image:
     """Draw what a plan does to an image, in one picture.
 
-    Left: the image with every slice outlined and named in feeding order. Right: the views as the encoder sees them, in
+    Left: the image with every slice outlined and named in feeding order; where borders were moved, dashes show where
+    they were. Right: the views as the encoder sees them, in
     their grid. Above: sizes, score and counts. Below: the token string. Sizes read width x height.
 
     >>> from uhd.slicing import plan
@@ -117,7 +119,7 @@ def _facts(plan: SlicePlan) -> list[str]:
     if plan.grid and plan.slice_hw:
         title += ",  cut {} x {} (rows x columns)".format(*plan.grid)
         title += f",  score {grid_score(plan.image_hw, plan.grid):.3f} (0 is perfect)"
-        sizes.append(f"slices {_wide(plan.slice_hw)} px")
+        sizes.append(f"slices {_wide(plan.slice_hw)} px{' and others' if moved_borders(plan) else ''}")
     else:
         title += ",  not cut"
     if plan.overview_hw:
@@ -141,6 +143,7 @@ def _image_panel(image: Image.Image, plan: SlicePlan, names: Sequence[str]) -> I
     canvas = Image.new("RGB", (max(size[0], 150), max(size[1], 60)), (236, 238, 242))
     canvas.paste(panel)
     pen = ImageDraw.Draw(canvas)
+    _draw_even_borders(pen, plan, scale, size)
     for view, name in zip(plan.views, names, strict=True):
         if view.kind == "overview" and plan.grid is not None:
             continue  # it is the whole image
@@ -159,6 +162,16 @@ def _image_panel(image: Image.Image, plan: SlicePlan, names: Sequence[str]) -> I
         if view.kind == "slice" and right - left > 110 and bottom - top > 70 and not enlarged:
             _label(pen, (corner[0] + 8, corner[1] + 42), f"{_wide(view.size_hw)} px", color, 14)
     return canvas
+
+
+def _draw_even_borders(pen: ImageDraw.ImageDraw, plan: SlicePlan, scale: float, size: tuple[int, ...]) -> None:
+    """Dash where borders would be that were moved."""
+    if not moved_borders(plan):
+        return
+    for axis, places in enumerate(even_borders(plan)):
+        for place, start in product(places, range(0, size[axis], 12)):
+            line = [(start, place * scale), (start + 6, place * scale)]
+            pen.line(line if axis == 0 else [end[::-1] for end in line], OVERVIEW, 2)
 
 
 def _label(pen: ImageDraw.ImageDraw, place: tuple[float, float], text: str, color: Color, size: int) -> None:

@@ -210,7 +210,8 @@ def show(
     eyes.pixels = pixels(eyes.pixels)
     image = load_image(source, settings=eyes.pixels)
     seen = as_learned(image) if asked is not None and model == NANO else image
-    plan, (maps,) = eyes.plan((image.height, image.width)), eyes.attention([seen])
+    batch = eyes.prepare([seen])
+    (plan,), (maps,) = batch.plans, eyes.attention(batch)
     who = "the shipped nano model" if encoder is None and model == NANO else str(encoder or model)
     facts, answer = [f"{plan}", f"eyes: {who}" + (f"; {eyes.note}" if eyes.note else "")], []
     if ask is not None:

@@ -23,7 +23,7 @@ from PIL import Image
 from uhd.batch import SliceBatch
 from uhd.machine import in_threads
 from uhd.pixels import DEFAULT, PixelSettings, image_size_hw
-from uhd.pixels.views import load_picture
+from uhd.pixels.views import load_picture, move_borders
 from uhd.sampling import TokenBudgetSampler, whole
 from uhd.settings import check_choice
 from uhd.slicing import SlicePlan, SlicingLike, find, plan, plan_many
@@ -97,7 +97,7 @@ class Preparation:
                 with named("image", number, images[number]):
                     plan(size_hw, self.slicing)
             raise  # not one of them alone: all of them, or a setting
-        return self.cut(loaded, plans)
+        return self.cut(loaded, self.moved(loaded, plans))
 
     def _collecting(self, images: Sequence[Any], **settings: Any) -> tuple[SliceBatch, Errors]:
         """Every image by itself first: where it is refused, the others are planned without it."""
@@ -111,7 +111,7 @@ class Preparation:
         loaded, errors = collected(load, _listed(images))
         kept = [picture for picture in loaded if picture is not None]
         plans = plan_sample([(one.height, one.width) for one in kept], [], self.slicing, **settings)[0]
-        return self.cut(kept, plans), errors
+        return self.cut(kept, self.moved(kept, plans)), errors
 
     def load(self, images: Sequence[Any]) -> list[Any]:
         """Upright RGB pictures with ``height`` and ``width``, as :meth:`cut` takes them; errors as of a call."""
@@ -121,6 +121,12 @@ class Preparation:
                 return load_picture(image, settings=self.pixels)
 
         return in_threads(load, range(len(_listed(images))), images)
+
+    def moved(self, loaded: Sequence[Any], plans: Sequence[SlicePlan]) -> list[SlicePlan]:
+        """The plans of pictures, borders moved where the slicing says so: by :func:`uhd.pixels.move_borders`."""
+        if not getattr(self.slicing, "border_moves", 0):
+            return list(plans)
+        return in_threads(lambda *one: move_borders(*one, self.slicing, settings=self.pixels), loaded, plans)
 
     def cut(self, loaded: Sequence[Any], plans: Sequence[SlicePlan]) -> SliceBatch:
         """The batch of pictures by plans of their sizes, one each."""
@@ -213,13 +219,18 @@ def image_costs(sizes_hw: np.ndarray | Sequence[Sequence[int]], slicing: Any, *,
         unit: ``"patches"`` for the vision encoder, ``"tokens"`` for the language model, separators included.
 
     Returns:
-        (M,) int64.
+        (M,) int64. Patches of slices whose borders move depend on the pixels: the most they can be.
 
     Raises:
         ValueError: The rule refuses a size, by its row; or there is no such unit.
     """
     check_choice("unit", unit, UNITS)
-    return plan_many(sizes_hw, getattr(slicing, "slicing", slicing))[f"num_{unit}"]
+    slicing = find(getattr(slicing, "slicing", slicing))
+    planned = plan_many(sizes_hw, slicing)
+    if unit == "patches" and getattr(slicing, "border_moves", 0):
+        slices, overview = planned["num_views"] - 1, planned["overview_hw"] // slicing.patch_size
+        return overview.prod(axis=1) + slices * slicing.view_budget * slicing.merge**2
+    return planned[f"num_{unit}"]
 
 
 @contextmanager

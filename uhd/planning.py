@@ -19,7 +19,7 @@ def plan(
 
     Args:
         image: (height, width) in px, or the Pillow image itself, so that the two cannot be swapped. Its orientation is
-            applied, as wherever a picture is read.
+            applied, as wherever a picture is read; where ``config`` moves borders, they are moved by its pixels.
         config: Settings of any rule, its name (see :func:`uhd.strategies`), or your own function from (height, width)
             to a :class:`SlicePlan`; ``None`` is ``"llava-uhd-safe"``.
         max_tokens: Bound on ``plan.num_tokens``, met by fewer slices; for the adaptive planner only.
@@ -37,7 +37,9 @@ def plan(
     ((3, 2), (3, 2))
     """
     if hasattr(image, "getexif"):  # a Pillow image, and only then is Pillow loaded
-        from uhd.pixels import image_size_hw
+        from uhd.pixels import image_size_hw, move_borders
 
-        image = image_size_hw(image)
+        size_hw = image_size_hw(image)
+        rule, found = slicing.find(config), slicing.plan(size_hw, config, max_tokens=max_tokens)
+        return move_borders(image, found, rule)
     return slicing.plan(image, config, max_tokens=max_tokens)

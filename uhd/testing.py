@@ -395,12 +395,13 @@ def image_sizes(
 
 
 def slicing_configs() -> SearchStrategy[SlicingConfig]:
-    """Valid configs of the adaptive planner: any view side, patch, cap, rounding, token rule and options."""
+    """Valid configs of the adaptive planner: any view side, patch, cap, rounding, token rule and option."""
     from hypothesis import strategies as st
 
     def build(patch: int, units: int, merge: int, **fields: Any) -> SlicingConfig:
         if fields["tokens_per_view"] is None:
             fields["latents"] = "fixed"
+            fields["border_moves"] = 0
         return SlicingConfig(patch_size=patch, merge=merge, image_size=patch * merge * units, **fields)
 
     return st.builds(
@@ -415,6 +416,8 @@ def slicing_configs() -> SearchStrategy[SlicingConfig]:
         tokens_per_view=st.one_of(st.none(), st.integers(1, 256)),
         one_view_below=st.sampled_from((None, None, 1.0, 2.5)),
         latents=st.sampled_from(("fixed", "fixed", "fitted")),
+        cut_by=st.sampled_from(("area", "shape")),
+        border_moves=st.integers(0, 4),
     )
 
 

@@ -80,6 +80,7 @@ def test_equals_the_planner_in_python_with_any_settings(tmp_path):
     configs += [config.replace(max_slices=drawn.randint(1, 40), clamp=True) for config in PRESETS.values()]
     configs += [config.replace(max_tokens=5000, max_slices=20) for config in PRESETS.values()]
     configs.append(PRESETS["llava-uhd"].replace(max_tokens=300))
+    configs += [config.replace(cut_by="shape") for config in configs if config.rule == "released"]
     tasks = [task(call, sizes, config) for config in configs for call in ("plan", "candidates")]
     results = iter(run(tasks, tmp_path))
     for config in configs:

@@ -7,7 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from uhd.slicing import SlicePlan, SlicingLike, find
+import numpy as np
+
+from uhd.slicing import SlicePlan, Slicing, SlicingLike, find
+from uhd.slicing.borders import Gradient, content_cut
 from uhd.slicing.flops import LMS, RESAMPLERS, VITS, named
 from uhd.slicing.metrics import PlanMetrics, measure
 from uhd.slicing.plan import MAX_SIDE, check_size
@@ -24,13 +27,17 @@ Curve = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Entry:
-    """One rule on one image: a plan with its metrics, or the error with which the rule refused the size."""
+    """One rule on one image: a plan with its metrics, or the error with which the rule refused the size.
+
+    ``content_cut`` is :func:`uhd.slicing.borders.content_cut`, where there is a picture.
+    """
 
     name: str
     rule: Any
     plan: SlicePlan | None
     metrics: PlanMetrics | None
     error: str | None = None
+    content_cut: float | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ def compare(
         rules: Names, configs, or your own functions; ``None`` is every rule, cheapest in tokens first. Of equal names
             the second becomes ``"name (2)"``.
         name: What to call the image.
-        image: The picture itself, for :func:`html_page`.
+        image: The picture itself, upright: for :func:`html_page`, for what borders cut of it, and to move them by.
         budget: Tokens an image should cost at most; every metric's ``budget_error`` is relative to it.
         system: ``vit``, ``resampler`` and ``lm`` of :func:`uhd.slicing.metrics.measure`.
 
@@ -88,20 +95,51 @@ def compare(
     if not chosen:
         raise ValueError("no rules to compare: name at least one, or leave them out for all")
     image_hw = check_size(image_hw)
-    entries = _distinct(_entry(image_hw, rule, budget, system) for rule in chosen)
+    shown = None if image is None else _Shown.of(image)
+    entries = _distinct(_entry(image_hw, rule, budget, system, shown) for rule in chosen)
     if rules is None:
         entries.sort(key=lambda e: (e.plan is None, e.plan.num_tokens if e.plan else 0))
     return Comparison(name or "{1}x{0}".format(*image_hw), image_hw, tuple(entries), image)
 
 
-def _entry(image_hw: tuple[int, int], rule: SlicingLike, budget: int | None, system: Mapping[str, Any]) -> Entry:
+@dataclass(frozen=True, eq=False)
+class _Shown:
+    """A picture for rules that look at it, and its gradient."""
+
+    picture: Image.Image
+    gradient: Gradient
+
+    @classmethod
+    def of(cls, image: Image.Image) -> _Shown:
+        from uhd.pixels import load_image
+
+        picture = load_image(image)
+        return cls(picture, Gradient.of(np.asarray(picture)))
+
+    def moved(self, plan: SlicePlan, rule: Slicing) -> SlicePlan:
+        from uhd.pixels import move_borders
+
+        return move_borders(self.picture, plan, rule)
+
+
+def _entry(
+    image_hw: tuple[int, int],
+    rule: SlicingLike,
+    budget: int | None,
+    system: Mapping[str, Any],
+    shown: _Shown | None,
+) -> Entry:
     config = find(rule)  # an unknown name is the caller's mistake, and raises
     name = rule if isinstance(rule, str) else config.name
     try:
         planned = planned_by(config, image_hw)
     except ValueError as problem:
         return Entry(name, config, None, None, str(problem))
-    return Entry(name, config, planned, measure(planned, budget=budget, **system))
+    cut = None
+    if shown is not None:
+        planned = shown.moved(planned, config)
+        cut = content_cut(planned, shown.gradient)
+    return Entry(name, config, planned, measure(planned, budget=budget, **system), content_cut=cut)
 
 
 def _distinct(entries: Iterable[Entry]) -> list[Entry]:
@@ -120,7 +158,8 @@ def _record(entry: Entry) -> dict[str, Any]:
     if entry.plan is None:
         return {"strategy": entry.name, "error": entry.error}
     told = {key: getattr(entry.plan, key) for key in ("grid", "slice_hw", "overview_hw", "num_tokens")}
-    return {"strategy": entry.name, **told, "metrics": entry.metrics.to_dict()}
+    cut = {} if entry.content_cut is None else {"content_cut": entry.content_cut}
+    return {"strategy": entry.name, **told, "metrics": entry.metrics.to_dict(), **cut}
 
 
 def pareto(entries: Sequence[Entry]) -> set[str]:
@@ -170,7 +209,8 @@ def table(images: Comparison | Any, rules: Iterable[SlicingLike] | None = None, 
 
 def _text(comparison: Comparison) -> str:
     budget = any(e.metrics.budget_error is not None for e in comparison.planned)
-    rows = [(*_COLUMNS, "budget") if budget else _COLUMNS]
+    cut = any(e.content_cut is not None for e in comparison.planned)
+    rows = [(*_COLUMNS, *["cut"] * cut, *["budget"] * budget)]
     front = pareto(comparison.planned)
     for entry in comparison.planned:
         m, grid = entry.metrics, entry.plan.grid
@@ -187,6 +227,7 @@ def _text(comparison: Comparison) -> str:
             str(m.patches),
             f"{m.flops.total / 1e12:.1f}",
         )
+        row += (f"{100 * entry.content_cut:.2f}%",) if cut else ()
         rows.append((*row, f"{m.budget_error:.2f}") if budget else row)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     aligned = "  ".join(f"{{:{'>' if column else '<'}{width}}}" for column, width in enumerate(widths))
@@ -199,6 +240,8 @@ def _text(comparison: Comparison) -> str:
         "* no other rule keeps more for as few tokens; TFLOPs: one reference system for all (CLIP-L, MLP, 13B LM) "
         "unless told otherwise",
     ]
+    if cut:
+        notes.insert(1, "cut: share of the image's gradient that lies on borders between slices")
     refused = [f"  {e.name}: {e.error}" for e in comparison.entries if e.plan is None]
     return "\n".join([title, *lines, *notes, *(["refused:", *refused] if refused else [])])
 

@@ -36,6 +36,7 @@ and Parquet (or JSON lines, where pyarrow was missing).
   upright; `grid_rows` and `grid_columns` of its slices, 0 where it is not cut; `num_views`; `num_patches`;
   `num_tokens`: positions in a language model's sequence, separators included; `num_visual_tokens` = stop - start;
   `shard`, `start`, `stop`: the file, and rows of its `tokens`, with `--dedupe` the same for all of one sha256;
+  `slice_borders`, only where the slicing moves them: JSON, the y and the x of every border between slices, px;
   columns of the source that were asked for, as text.
 * `errors.parquet`: `key`, `stage` (read, decode, plan) and `error` of every image that was refused. Images + errors =
   inputs.
@@ -49,9 +50,12 @@ COLUMNS = (
 )
 """Of every index; those of the source come after them."""
 
+BORDERS = "slice_borders"
+"""The column that stands beside them where borders of slices move, so that plans follow from the index."""
+
 TABLES = {INDEX: COLUMNS, ERRORS: ("key", "stage", "error")}
 COUNTS = ("units", "inputs", "images", "errors", "tokens")
-TEXTS = ("key", "sha256", "shard", "stage", "error")
+TEXTS = ("key", "sha256", "shard", "stage", "error", BORDERS)
 Write = Callable[[list[dict[str, Any]]], object]
 
 
@@ -128,7 +132,13 @@ def rows_of(out: Path, units: Sequence[int], name: str, recipe: dict[str, Any]) 
             )
         if row["sha256"] in copied:  # the first comes first
             row |= places.setdefault(row["sha256"], {name: row[name] for name in ("shard", "start", "stop")})
-        yield {column: row[column] for column in COLUMNS} | {name: _text(row.get(name)) for name in recipe["columns"]}
+        yield {column: row[column] for column in COLUMNS} | {name: _text(row.get(name)) for name in _more(recipe)}
+
+
+def _more(recipe: dict[str, Any]) -> list[str]:
+    """Columns of the images' index beside :data:`COLUMNS`."""
+    moves = recipe["encoder"]["slicing"].get("border_moves", 0)
+    return [*([BORDERS] if moves else []), *recipe["columns"]]
 
 
 def _images(out: Path, units: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -145,7 +155,7 @@ def _write(out: Path, name: str, units: Sequence[int], recipe: dict[str, Any]) -
     """Write a table, in blocks; how many rows it has."""
     rows, number = rows_of(out, units, name, recipe), 0
     suffix, other, table = (".parquet", ".jsonl", _parquet_of) if _pyarrow() else (".jsonl", ".parquet", _lines_of)
-    columns = [*TABLES[name], *(recipe["columns"] if name == INDEX else ())]
+    columns = [*TABLES[name], *(_more(recipe) if name == INDEX else ())]
     with new_file((out / name).with_suffix(suffix)) as new, table(new, columns) as write:
         while some := list(islice(rows, _ROWS)):
             write(some)

@@ -120,7 +120,7 @@ def check_form(form: dict[str, Any], shard: tuple[int, int]) -> None:
         raise ValueError(f"shard is i/n with i of 0 to n - 1, got {shard[0]}/{shard[1]}")
     if form["dtype"] is not None:
         check_choice("dtype", form["dtype"], DTYPES)
-    if taken := set(form["columns"]) & set(index.COLUMNS):
+    if taken := set(form["columns"]) & {*index.COLUMNS, index.BORDERS}:
         raise ValueError(f"{', '.join(sorted(taken))}: the index itself has columns of these names")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from operator import index as whole
@@ -12,12 +13,13 @@ import numpy as np
 from safetensors import safe_open
 from torch import Tensor
 
-from uhd.datasets.index import RUN, UNIT_FILE, read_columns, read_rows, read_run
+from uhd.datasets.index import BORDERS, RUN, UNIT_FILE, read_columns, read_rows, read_run
 from uhd.encoded import EncodedImage, num_rows
 from uhd.files import damage_named
 from uhd.saving import EncoderDescription
 from uhd.schema import SpatialSchema
 from uhd.schema.counted import layout_of, slicing_from_dict
+from uhd.slicing.borders import with_borders
 
 _COLUMNS = ("key", "height", "width", "shard", "start", "stop")
 _OPEN = 64  # files that are kept mapped
@@ -44,7 +46,8 @@ class Tokens:
             self.description = EncoderDescription.from_dict(self.run["recipe"]["encoder"])
             self.slicing = slicing_from_dict(self.description.slicing)
             self.schema = SpatialSchema.from_dict(self.description.schema)
-        self._columns = read_columns(self.out, _COLUMNS)
+        self._moves = getattr(self.slicing, "border_moves", 0) > 0
+        self._columns = read_columns(self.out, (*_COLUMNS, *([BORDERS] if self._moves else [])))
         self._files: dict[str, Any] = {}
         self._by_key: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -74,6 +77,9 @@ class Tokens:
             raise IndexError(f"images are numbered from 0 to {len(self) - 1}, got {which}")
         one = {name: self._value(name, number) for name in _COLUMNS}
         plan = self.slicing.plan((one["height"], one["width"]))
+        if self._moves:
+            with damage_named(self.out):
+                plan = with_borders(plan, json.loads(self._value(BORDERS, number)), self.slicing)
         tokens = self._rows(one["shard"], one["start"], one["stop"])
         if len(tokens) != num_rows(plan):
             raise ValueError(f"{self.out}: {one['key']!r} has {len(tokens)} tokens, its plan counts {num_rows(plan)}")

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from uhd.batch import SliceBatch
+from uhd.datasets.index import BORDERS
 from uhd.datasets.plan import FORMAT, Unit, file_of
 from uhd.datasets.sources import Item, read
 from uhd.encoded import num_rows
@@ -22,6 +23,7 @@ from uhd.files import DAMAGE
 from uhd.loading import Preparation
 from uhd.machine import in_threads, use_products
 from uhd.pixels.views import load_picture
+from uhd.slicing.borders import even_borders, moved_borders
 from uhd.writing import new_file
 
 _SHOWN = 500  # characters of an error
@@ -97,6 +99,7 @@ def _prepared(item: Item, job: Job) -> tuple[SliceBatch | None, dict[str, Any]]:
         picture = load_picture(content, settings=how.pixels)
         stage = "plan"
         plan = how.slicing.plan((picture.height, picture.width))
+        (plan,) = how.moved([picture], [plan])
         batch = how.cut([picture], [plan])
     except (*DAMAGE, OSError) as problem:  # a decoder may raise anything
         told = f"{problem}"[:_SHOWN] or repr(problem)
@@ -115,6 +118,7 @@ def _prepared(item: Item, job: Job) -> tuple[SliceBatch | None, dict[str, Any]]:
         "num_patches": plan.num_patches,
         "num_tokens": plan.num_tokens,
         "num_visual_tokens": num_rows(plan),
+        BORDERS: moved_borders(plan) or even_borders(plan),
         **kept,
     }
 

@@ -23,6 +23,7 @@ from uhd.nano.answer import batches
 from uhd.nano.evaluate import wilson
 from uhd.nano.images import as_learned, image_doubts
 from uhd.pixels import load_image
+from uhd.planning import plan
 from uhd.slicing import SlicePlan, find
 from uhd.writing import is_file
 
@@ -129,7 +130,7 @@ def cost(encoder: VisualEncoder, images: Sequence[Any], *, batch_size: int = 64)
         flops = count_flops(encode)
     except NotImplementedError:
         flops = None
-        plans = [encoder.plan((image.height, image.width)) for image in images]
+        plans = [plan(image, encoder.slicing) for image in images]
     finally:
         use_products(before)
     told = {name: [getattr(plan, f"num_{name}") for plan in plans] for name in COSTS}

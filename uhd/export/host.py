@@ -13,7 +13,7 @@ import numpy as np
 
 from uhd import tables
 from uhd.files import damage_named, read_json
-from uhd.pixels import PixelSettings, cut, load_image, patchify
+from uhd.pixels import PixelSettings, cut, load_image, move_borders, patchify
 from uhd.schema import SpatialSchema
 from uhd.schema.counted import slicing_from_dict
 from uhd.settings import Settings, check_choice, check_range
@@ -156,7 +156,7 @@ class Graph(Settings):
         """An image's plan, and its views as normalised patches (n, P) float32, in the plan's order."""
         pixels = pixels or self.own_pixels
         picture = load_image(image, settings=pixels)
-        plan = self.rule.plan((picture.height, picture.width))
+        plan = move_borders(picture, self.rule.plan((picture.height, picture.width)), self.rule, settings=pixels)
         mean, std = (np.array(values, np.float32)[:, None] for values in pixels.mean_std())
 
         def normalised(view: np.ndarray) -> np.ndarray:

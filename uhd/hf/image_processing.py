@@ -26,7 +26,7 @@ from uhd.encoded import EncodedImage
 from uhd.hf.bare import FromPackage, auto_map, save_beside
 from uhd.hf.visual_inputs import describe_plans, pad_patches, pairs
 from uhd.loading import named
-from uhd.pixels import DEFAULT, RESAMPLE, PixelSettings, load_image
+from uhd.pixels import DEFAULT, RESAMPLE, PixelSettings, load_image, move_borders
 from uhd.pixels.source import read_whole
 from uhd.schema.counted import named_function, own_function, slicing_from_dict
 from uhd.slicing import SlicePlan, Slicing, SlicingLike, find
@@ -312,7 +312,15 @@ class UHDImageProcessorPil(Planning, PilBackend):
         )[0]
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
-        """ViT patches of an image, its rows in ``pixel_values``: what an engine splits the packed tensor by."""
+        """ViT patches of an image, its rows in ``pixel_values``: what an engine splits the packed tensor by.
+
+        Raises:
+            ValueError: Borders of slices move, and with them patches, which the pixels alone tell.
+        """
+        if moves := getattr(self.planner(images_kwargs or {}), "border_moves", 0):
+            raise ValueError(
+                f"border_moves={moves}: an image's patches follow from its pixels, not from its size alone"
+            )
         return self.plan((height, width), **(images_kwargs or {})).num_patches
 
     def _preprocess_image_like_inputs(self, images: Any, **kwargs: Any) -> BatchFeature:
@@ -324,6 +332,7 @@ class UHDImageProcessorPil(Planning, PilBackend):
             else:
                 pictures += sample
                 plans += self.plan_images([(picture.height, picture.width) for picture in sample], **kwargs)
+        plans = [move_borders(*pair, self.planner(kwargs)) for pair in zip(pictures, plans, strict=True)]
         padded = self.setting("pad_patches", kwargs)
         if padded:
             self._check_planned_by_size(plans, kwargs)
@@ -333,6 +342,12 @@ class UHDImageProcessorPil(Planning, PilBackend):
 
     def _check_planned_by_size(self, plans: list[SlicePlan], kwargs: Mapping[str, Any]) -> None:
         """Refuse what a model that is told the images' sizes alone would plan otherwise."""
+        moves = getattr(self.planner(kwargs), "border_moves", 0)
+        if moves:
+            raise ValueError(
+                f"with pad_patches the model plans each image anew, from its size alone, and border_moves={moves} "
+                "moves borders by the pixels: leave one of the two out"
+            )
         joint = [name for name in ("max_tokens", "multi_image") if self.setting(name, kwargs)]
         own = as_slicing(self.slicing)
         other = [place for place, plan in enumerate(plans) if plan != own.plan(plan.image_hw)]

@@ -195,7 +195,8 @@ class UHDProcessor(FoundByName):
         if image_sizes is not None:
             plans = [self.image_processor.plan((int(h), int(w)), **kwargs) for h, w in image_sizes]
             found["num_image_tokens"] = [item.num_tokens for item in plans]
-            found["num_image_patches"] = [item.num_patches for item in plans]
+            patches = self.image_processor.get_number_of_image_patches
+            found["num_image_patches"] = [patches(int(h), int(w), kwargs) for h, w in image_sizes]
         if video_sizes is not None:
             clips = [self.video_processor.plan((int(h), int(w)), int(n), **kwargs) for n, h, w in video_sizes]
             found["num_video_tokens"] = [item.num_tokens for item in clips]

@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     from .settings import RESAMPLE as RESAMPLE
     from .settings import PixelSettings as PixelSettings
     from .views import cut as cut
+    from .views import move_borders as move_borders
     from .views import render as render
 
 _NAMES = {
     "uhd.pixels.load": "image_size_hw load_image",
     "uhd.pixels.patches": "INNER fold_into inner_axes patchify reorder unpatchify",
-    "uhd.pixels.views": "cut render",
+    "uhd.pixels.views": "cut move_borders render",
     "uhd.pixels.settings": "DEFAULT MAX_PIXELS RESAMPLE PixelSettings",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}

@@ -126,6 +126,16 @@ def _is_plain(image: Image.Image) -> bool:
     return orientation_of(image, header_only=True) == 1
 
 
+def decode_whole(picture: Picture, settings: PixelSettings, scale: int = 1) -> np.ndarray:
+    """All pixels of a picture, also of a JPEG whose decoding waits for the plan; that at 1 / ``scale``."""
+    if picture.pixels is not None:
+        return picture.pixels
+    with opened(picture.file, picture.name, settings) as image:
+        if scale > 1:
+            image.draft("RGB", (picture.width // scale, picture.height // scale))
+        return np.array(image)
+
+
 def _decoded(picture: Picture, plan: SlicePlan, settings: PixelSettings) -> np.ndarray:
     """Decode; with ``draft``, at the smallest of 1/2, 1/4 and 1/8 that covers the plan and divides the sides."""
     if picture.pixels is not None:
@@ -134,10 +144,7 @@ def _decoded(picture: Picture, plan: SlicePlan, settings: PixelSettings) -> np.n
     whole = all(c.source is None and _in_one_step((height, width), c, plan, settings) for c in plan.canvases)
     most = min(min(height / c.content_hw[0], width / c.content_hw[1]) for c in plan.canvases) if whole else 1
     scale = next((n for n in (8, 4, 2) if n <= most and not height % n and not width % n), 1)
-    with opened(picture.file, picture.name, settings) as image:
-        if scale > 1:
-            image.draft("RGB", (width // scale, height // scale))
-        return np.array(image)
+    return decode_whole(picture, settings, scale)
 
 
 def _in_one_step(size_hw: tuple[int, int], canvas: Canvas, plan: SlicePlan, settings: PixelSettings) -> bool:

@@ -12,7 +12,7 @@ from .pillow import check_plan, cut_canvas
 from .settings import DEFAULT, PixelSettings
 
 if TYPE_CHECKING:
-    from uhd.slicing.plan import SlicePlan
+    from uhd.slicing.plan import Box, SlicePlan
 
     from .fast import Picture
 
@@ -59,6 +59,46 @@ def cut(image: Any, plan: SlicePlan, *, settings: PixelSettings = DEFAULT) -> li
     image = load_image(image, settings=settings)
     check_plan(plan, (image.height, image.width))
     return [view for canvas in plan.canvases for view in cut_canvas(image, canvas, plan, settings)]
+
+
+def move_borders(image: Any, plan: SlicePlan, slicing: Any, *, settings: PixelSettings = DEFAULT) -> SlicePlan:
+    """The plan with its borders moved to where they cut least of the image, by :mod:`uhd.slicing.borders`.
+
+    Wherever images are planned and cut, this comes between; a plan of your own is cut as it is.
+
+    >>> from uhd.slicing import SlicingConfig, plan
+    >>> config = SlicingConfig.preset("llava-uhd-safe", border_moves=2)
+    >>> page = np.full((400, 800, 3), 255, np.uint8)
+    >>> page[::2, 390:405] = 0
+    >>> [canvas.source for canvas in move_borders(page, plan((400, 800), config), config).canvases[:2]]
+    [Box(top=0, left=0, bottom=400, right=406), Box(top=0, left=406, bottom=400, right=800)]
+
+    Args:
+        image: As :func:`cut` takes it.
+        plan: What ``slicing`` plans for an image of its size.
+        slicing: Any; without ``border_moves`` the plan comes back as it is, and the image is not looked at.
+        settings: How the image is read.
+
+    Raises:
+        ValueError: The image has another size than the plan.
+    """
+    if not getattr(slicing, "border_moves", 0) or plan.grid is None:
+        return plan
+    from uhd.slicing import borders
+
+    picture = load_image(image, settings=settings) if isinstance(image, Image.Image) else image
+    picture = load_picture(picture, settings=settings)
+    check_plan(plan, (picture.height, picture.width))
+
+    def crop(box: Box) -> np.ndarray:
+        return np.asarray(picture.crop((box.left, box.top, box.right, box.bottom)))
+
+    if not isinstance(picture, Image.Image):
+        from .fast import decode_whole
+
+        pixels = decode_whole(picture, settings)
+        return borders.move_borders(plan, slicing, lambda box: pixels[box.top : box.bottom, box.left : box.right])
+    return borders.move_borders(plan, slicing, crop)
 
 
 def load_picture(source: Any, *, settings: PixelSettings = DEFAULT) -> Image.Image | Picture:

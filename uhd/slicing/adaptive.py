@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 from uhd.moved import moved
 from uhd.settings import check_choice, plain_name, unknown_name
-from uhd.slicing.config import MAX_VIEWS, SeparatorCount, Slicing, aspect_or_none, positive_int
+from uhd.slicing.config import MAX_VIEWS, SeparatorCount, Slicing, aspect_or_none, count_from_0, positive_int
 from uhd.slicing.grids import Candidate, aspects_near, grid_score, grids_near, to_multiple
 from uhd.slicing.latents import fitted, latent_grid, with_latents
 from uhd.slicing.plan import MAX_SIDE, Box, Canvas, SlicePlan, check_size
 
 RULES = ("released", "march2024")
 LATENTS = ("fixed", "fitted")
+CUTS = ("area", "shape")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class SlicingConfig(Slicing):
         latents: ``"fixed"``: every view has ``tokens_per_view``. ``"fitted"``: at most that many on average, shared
             among an image's views by their patches, in grids that follow their shapes; see :mod:`uhd.slicing.latents`.
             It needs a resampler that fits its latents, as the perceiver does.
+        cut_by: What the number of slices N follows from: ``"area"``, the image's over S*S, or ``"shape"``, that or the
+            longer side over S, whichever is more, so that long images keep their resolution; ``"released"`` only.
+        border_moves: Patches that a border between slices may move by, once there are pixels, to where least content
+            is cut; see :mod:`uhd.slicing.borders`. A plan made from a size has none moved. Counts never change.
 
     Raises:
         ValueError: A setting is out of range; the message names it.
@@ -65,10 +70,12 @@ class SlicingConfig(Slicing):
     tokens_per_view: int | None = 64
     separators: SeparatorCount = field(default=SeparatorCount(per_slice=1))
     max_tokens: int | None = None
+    cut_by: str = "area"
+    border_moves: int = 0
     one_view_below: float | None = None
     latents: str = "fixed"
 
-    later = ("one_view_below", "latents")
+    later = ("cut_by", "border_moves", "one_view_below", "latents")
 
     def __post_init__(self) -> None:
         for key in ("image_size", "patch_size", "merge", "max_slices", "tokens_per_view", "max_tokens"):
@@ -95,6 +102,12 @@ class SlicingConfig(Slicing):
         check_choice("latents", self.latents, LATENTS)
         if self.latents == "fitted" and self.tokens_per_view is None:
             raise ValueError("latents='fitted' shares tokens_per_view among an image's views, and that is None")
+        check_choice("cut_by", self.cut_by, CUTS)
+        if self.cut_by == "shape" and self.rule != "released":
+            raise ValueError(f"cut_by='shape' changes the rule 'released', not {self.rule!r}: leave it at 'area'")
+        object.__setattr__(self, "border_moves", count_from_0("border_moves", self.border_moves))
+        if self.border_moves and self.tokens_per_view is None:
+            raise ValueError("border_moves makes slices unequal, so it needs tokens_per_view, and that is None")
 
     def to_dict(self) -> dict[str, Any]:
         """As every settings' dictionary; options that are off are left out, so that earlier versions read the rest."""
@@ -220,7 +233,17 @@ DEFAULT = PRESETS["llava-uhd-safe"]
 
 def considered_grids(image_hw: tuple[int, int], config: SlicingConfig, cap: int) -> tuple[tuple[int, int], ...]:
     """The grids compared under a cap on slices, in the rule's order: counts, then columns, rising. Empty: no cut."""
-    return grids_near(min(math.ceil(image_hw[1] * image_hw[0] / config.image_size**2), cap), config.rule, cap)
+    return grids_near(min(ideal_slices(*image_hw, config), cap), config.rule, cap)
+
+
+def ideal_slices(height: int, width: int, config: SlicingConfig) -> int:
+    """The number of slices that an image of this size asks for, before any cap.
+
+    >>> [ideal_slices(100, 1000, PRESETS["llava-uhd"].replace(cut_by=what)) for what in CUTS]
+    [1, 3]
+    """
+    found = math.ceil(width * height / config.image_size**2)
+    return found if config.cut_by == "area" else max(found, -(-max(height, width) // config.image_size))
 
 
 class Planner:
@@ -229,6 +252,7 @@ class Planner:
     def __init__(self, config: SlicingConfig) -> None:
         self.config = config
         self.area = config.image_size**2
+        self.by_shape = config.cut_by == "shape"
         self.fit = _view_fitter(config)
         self.plan = lru_cache(maxsize=4096)(self._plan)
         self.overview = lru_cache(maxsize=4096)(self._overview)
@@ -242,7 +266,7 @@ class Planner:
         A misfit rises on either side of the image's aspect, so only the two aspects around it can be best.
         """
         cap = cap or self.config.max_slices
-        ideal = math.ceil(width * height / self.area)
+        ideal = ideal_slices(height, width, self.config) if self.by_shape else math.ceil(width * height / self.area)
         if ideal > cap:
             ideal = cap
         if cap != self.config.max_slices:
@@ -272,7 +296,7 @@ class Planner:
 
     def build(self, height: int, width: int, grid: tuple[int, int] | None) -> SlicePlan:
         """The plan with a given grid."""
-        # an image that is cut has more than one view's area, so that fitting never enlarges its overview
+        # an image that is cut by area has more than one view's, so that fitting never enlarges its overview
         canvas, tokens = self.overview(self.fit(height, width))
         if grid is None:
             canvases, separators = (canvas,), self.config.separators.per_image
@@ -433,6 +457,8 @@ def worst_case(config: SlicingConfig, *, max_aspect: float = 200.0) -> WorstCase
         raise ValueError(f"max_aspect is longer side / shorter side, so at least 1; got {max_aspect}")
     slices = config.most_slices if config.most_slices > 1 else 0
     units = _view_units(config, max_aspect)
+    if config.border_moves and slices:
+        units = max(units, config.view_budget)  # of a slice between moved borders
     view_tokens = config.tokens_per_view or units
     if config.max_tokens is not None:
         slices = min(slices, max(config.max_tokens // config.least_tokens - 1, 0))  # and the overview

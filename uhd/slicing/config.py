@@ -52,6 +52,14 @@ def aspect_or_none(key: str, value: Any) -> float | None:
     return float(value)
 
 
+def count_from_0(key: str, value: Any) -> int:
+    """A count that may be 0; else a ``ValueError`` that names the setting."""
+    try:
+        return value if not value and type(value) is int else positive_int(key, value) or 0
+    except ValueError:
+        raise ValueError(f"{key} must be a whole number from 0, got {value!r}") from None
+
+
 @dataclass(frozen=True)
 class SeparatorCount(Settings):
     """How many separators and marks a layout adds, so that a plan counts tokens without ``uhd.schema``.

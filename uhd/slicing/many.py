@@ -116,7 +116,10 @@ def _check_sizes(sizes_hw: np.ndarray | Sequence[Sequence[int]]) -> np.ndarray:
 
 def _choose_grids(sizes: np.ndarray, config: SlicingConfig, cap: int) -> np.ndarray:
     height, width = _split(sizes)
-    ideal = np.minimum(np.ceil(width * height / config.image_size**2).astype(np.int64), cap)
+    ideal = np.ceil(width * height / config.image_size**2).astype(np.int64)
+    if config.cut_by == "shape":
+        ideal = np.maximum(ideal, -(-np.maximum(height, width) // config.image_size))
+    ideal = np.minimum(ideal, cap)
     present = np.bincount(ideal) > 0
     keys, logs, rows, cols = _tables(tuple(np.flatnonzero(present).tolist()), config.rule, cap)
     aspect = np.log(width / height)

@@ -179,8 +179,7 @@ def _side_by_side(top: int, left: int, h: int, w: int, grid: tuple[int, int]) ->
 
 def _general(plan: SlicePlan) -> _Seen:
     """Of any views, which may overlap or leave gaps."""
-    kinds = {canvas.kind for canvas in plan.canvases}
-    shown = _views(plan, {"slice" if "slice" in kinds else "overview"})
+    shown = _details(plan)
     sizes, cells = shown.sizes, _cells(shown)
     sides = shown.scales.max(axis=1) / shown.scales.min(axis=1)
     enlarged = np.maximum(shown.scales, 1).prod(axis=1)
@@ -204,6 +203,11 @@ class _Shown(NamedTuple):
     @property
     def sizes(self) -> np.ndarray:
         return (self.boxes[:, 2] - self.boxes[:, 0]) * (self.boxes[:, 3] - self.boxes[:, 1])
+
+
+def _details(plan: SlicePlan) -> _Shown:
+    kinds = {canvas.kind for canvas in plan.canvases}
+    return _views(plan, {"slice" if "slice" in kinds else "overview"})
 
 
 def _views(plan: SlicePlan, kinds: set[str]) -> _Shown:
@@ -270,7 +274,7 @@ class _Cells(NamedTuple):
     """The image cut at every edge of a view: R x C rectangles.
 
     ``areas`` px, ``kept`` best min(1, s_x) min(1, s_y) there, ``seen`` by any view; ``across_h`` (R + 1, C) and
-    ``across_w`` (R, C + 1): a view shows both sides of that edge; ``heights`` (R,) and ``widths`` (C,) px.
+    ``across_w`` (R, C + 1): a view shows both sides of that edge; ``ys`` (R + 1,) and ``xs`` (C + 1,): edges, px.
     """
 
     areas: np.ndarray
@@ -278,8 +282,8 @@ class _Cells(NamedTuple):
     seen: np.ndarray
     across_h: np.ndarray
     across_w: np.ndarray
-    heights: np.ndarray
-    widths: np.ndarray
+    ys: np.ndarray
+    xs: np.ndarray
 
 
 def _cells(shown: _Shown) -> _Cells:
@@ -302,20 +306,35 @@ def _cells(shown: _Shown) -> _Cells:
         seen[top:bottom, left:right] = True
         across_h[top + 1 : bottom, left:right] = True
         across_w[top:bottom, left + 1 : right] = True
-    heights, widths = np.diff(ys), np.diff(xs)
-    return _Cells(np.outer(heights, widths), kept, seen, across_h, across_w, heights, widths)
+    return _Cells(np.outer(np.diff(ys), np.diff(xs)), kept, seen, across_h, across_w, ys, xs)
 
 
-def _seam(cells: _Cells) -> float:
-    """Length of inner edges next to a seen cell that no view shows both sides of, px.
+def _cut(cells: _Cells) -> tuple[np.ndarray, np.ndarray]:
+    """Which inner edges next to a seen cell no view shows both sides of: (R - 1, C) and (R, C - 1).
 
     The outermost edges are the image's own, or those of a crop: nothing is cut between views there.
     """
     near_h = cells.seen[1:] | cells.seen[:-1]
     near_w = cells.seen[:, 1:] | cells.seen[:, :-1]
-    cut_h = (near_h & ~cells.across_h[1:-1]) * cells.widths
-    cut_w = (near_w & ~cells.across_w[:, 1:-1]) * cells.heights[:, None]
-    return float(cut_h.sum() + cut_w.sum())
+    return near_h & ~cells.across_h[1:-1], near_w & ~cells.across_w[:, 1:-1]
+
+
+def _seam(cells: _Cells) -> float:
+    """Length of those edges, px."""
+    cut_h, cut_w = _cut(cells)
+    return float((cut_h * np.diff(cells.xs)).sum() + (cut_w * np.diff(cells.ys)[:, None]).sum())
+
+
+def cut_edges(plan: SlicePlan) -> Iterator[tuple[int, int, int, int]]:
+    """What ``seam`` is the length of: (axis, place, start, stop) of every piece, to the nearest px of the image.
+
+    Axis 0 is a line at y = place from x = start to stop, axis 1 one at x = place from y = start to stop.
+    """
+    cells = _cells(_details(plan))
+    ys, xs = (np.rint(edges).astype(int).tolist() for edges in (cells.ys, cells.xs))
+    cut_h, cut_w = _cut(cells)
+    yield from ((0, ys[row + 1], xs[col], xs[col + 1]) for row, col in np.argwhere(cut_h).tolist())
+    yield from ((1, xs[col + 1], ys[row], ys[row + 1]) for row, col in np.argwhere(cut_w).tolist())
 
 
 # --- many sizes

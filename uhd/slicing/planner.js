@@ -88,7 +88,9 @@ const uhdPlanner = (() => {
 
   // The grids that are compared under a cap on slices, in the rule's order; none where the image is not cut.
   function considered([height, width], config, cap) {
-    const ideal = Math.min(Math.ceil((width * height) / config.image_size ** 2), cap);
+    const area = Math.ceil((width * height) / config.image_size ** 2);
+    const side = config.cut_by === "shape" ? Math.ceil(Math.max(height, width) / config.image_size) : 0;
+    const ideal = Math.min(Math.max(area, side), cap);
     let counts = [ideal - 1, ideal, ideal + 1];
     if (config.rule === "march2024") counts = ideal <= 2 ? counts.slice(1) : counts;
     else counts = ideal <= 1 ? [] : counts.filter((n) => 1 < n && n <= cap);
