@@ -16,7 +16,7 @@ from learned_run import Arm, Settings, all_arms, stages
 from uhd import SlicePlan, register_strategy
 from uhd.nano.build import NanoConfig
 from uhd.nano.task import TaskSettings
-from uhd.slicing import SlicingLike, find
+from uhd.slicing import Slicing, SlicingLike, find
 from uhd.slicing.latents import with_latents
 
 ARMS = ("uhd", "uhd-more", "one-view", "fitted", "plus", "stretch", "anyres")
@@ -25,6 +25,17 @@ CONTRASTS = (("uhd-more", "uhd"),)
 
 NEAR_SQUARE = 2.5
 """Up to this aspect the arms with ``one_view_below`` make one view of an image."""
+
+EXPECTED = (
+    ("H1", "plus", "uhd-more", "all", "in all", 0.03),
+    ("H2", "shape", "uhd-more", "all", "long and not cut", 0.10),
+    ("H3", "borders", "uhd", "right", "a border through a glyph", 0.03),
+    ("H4", "one-view", "uhd-more", "all", "below 2.5", 0.05),
+    ("H5", "fitted", "uhd-more", "all", "in all", 0.0),
+    ("H6", "plus", "stretch", "all", "from 2.5 on", 0.10),
+    ("H7", "plus", "anyres", "all", "in all", 0.0),
+)
+"""What docs/learned.md expects: an arm minus another one, in a question, on some images, by at least so much."""
 
 Grid = tuple[int, int]
 
@@ -39,9 +50,11 @@ def _arms(base: NanoConfig) -> dict[str, Arm]:
     first, side = all_arms(base), 2 * base.side
     wide = replace(base, side=side, latents=4 * base.latents)  # positions and latents for one large view
     cut, fitted = base.slicing, base.slicing.replace(latents="fitted")
-    more = _told("uhd-more", cut, overview=_wide_overview)
-    joined = _told("one-view", cut.replace(one_view_below=NEAR_SQUARE, tokens_per_view=10), overview=_wide_overview)
-    fewer = _told("anyres", first["anyres"].slicing, overview=_narrow_overview)
+    tens = cut.replace(one_view_below=NEAR_SQUARE, tokens_per_view=10)
+    sizes = "" if base == NanoConfig() else "-" + "-".join(map(str, asdict(base).values()))
+    more = _told(f"learned-uhd-more{sizes}", cut, overview=_wide_overview)
+    joined = _told(f"learned-one-view{sizes}", tens, overview=_wide_overview)
+    fewer = _told(f"learned-anyres{sizes}", first["anyres"].slicing, overview=_narrow_overview)
     return {
         "uhd": first["uhd"],
         "uhd-more": Arm("uhd with 12 latents for the overview of a cut image", base, more),
@@ -61,8 +74,9 @@ def _narrow_overview(slices: int) -> Grid:
     return (2, 3) if slices > 3 else (3, 3)
 
 
-def _told(name: str, rule: SlicingLike, *, overview: Callable[[int], Grid]) -> Callable[[Grid], SlicePlan]:
-    """The rule with 3 x 3 latents a slice and as many for the overview as its slices ask for, under a name."""
+def _told(name: str, rule: SlicingLike, *, overview: Callable[[int], Grid]) -> Slicing:
+    """The rule with 3 x 3 latents a slice and as many for the overview as its slices ask for, under a name of its own,
+    by which a saved model finds it."""
     rule = find(rule)
 
     def planned(image_hw: Grid) -> SlicePlan:
@@ -78,7 +92,8 @@ def _told(name: str, rule: SlicingLike, *, overview: Callable[[int], Grid]) -> C
         return found.replace(canvases=canvases, num_visual_tokens=tokens, num_separators=0, packing=None)
 
     planned.__name__ = planned.__qualname__ = name
-    return planned
+    register_strategy(name, planned)
+    return find(name)
 
 
 class PageStage(stages.Stage):
@@ -123,6 +138,4 @@ class PageTaskSettings(PlusSettings):
 
 
 PLUS, PAGES = PlusSettings(), PageTaskSettings()
-
-for _name in ("uhd-more", "one-view", "anyres"):  # so that a saved model finds its slicing again
-    register_strategy(f"learned-{_name}", plus_arms()[_name].slicing)
+_arms(NanoConfig())  # a saved model finds its slicing by its name

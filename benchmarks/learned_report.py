@@ -201,6 +201,7 @@ def summarize(found: Comparison) -> dict[str, Any]:
         },
         "by_cut": _by_cut(found),
         "cut": {arm: shares for arm in found.runs if (shares := _cut(found, arm))},
+        **({"expected": expectations(found)} if found.baseline == learned_plus.BASELINE else {}),
     }
 
 
@@ -289,6 +290,57 @@ def _differences(
             for part, row in zip(cells, rows, strict=True)
         ]
     return {"seeds": seeds, "questions": told}
+
+
+def expectations(found: Comparison) -> list[dict[str, Any]]:
+    """What became of :data:`learned_plus.EXPECTED`, of those whose arms have run; images are told apart as `uhd` cuts.
+
+    An expectation is refuted where the interval's upper end is below it, met where the mean is not and the interval is
+    above 0, and open elsewhere. ``worse``: aspect buckets of all questions in which the arm is judged worse.
+    """
+    if BASELINE not in found.runs:
+        return []
+    marks = np.array(list(next(iter(found.runs[BASELINE].values()))["test"]["cut"]))
+    long = found.buckets > LONG_FROM
+    masks = {
+        "in all": np.ones(len(long), bool),
+        "below 2.5": ~long,
+        "from 2.5 on": long,
+        "long and not cut": long & (marks == "u"),
+        "a border through a glyph": marks == "1",
+    }
+    rows = []
+    for name, arm, other, kind, where, least in learned_plus.EXPECTED:
+        if not (seeds := found.common(arm, other)):
+            continue
+        difference = (found.exact(arm, kind, seeds) - found.exact(other, kind, seeds))[:, masks[where]]
+        mean, low, high = interval(difference)
+        judged = verdict(difference, low, high)
+        if judged in JUDGED:
+            judged = "refuted" if high < least else "met" if mean >= least and low > 0 else "open"
+        told = _differences(found, arm, other)["questions"]
+        worse = sum(part["verdict"] == "worse" for parts in told.values() for part in parts[1:])
+        what = {"name": name, "arm": arm, "other": other, "kind": kind, "where": where, "least": least}
+        images = int((~np.isnan(difference).any(0)).sum())
+        rows.append(
+            {**what, "difference": _rounded((mean, low, high)), "images": images, "came": judged, "worse": worse}
+        )
+    return rows
+
+
+def _expected_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = [["", "difference", "in", "on", "images", "expected", "found", "which is", "buckets worse"]]
+    for row in rows:
+        cells = [
+            row["name"],
+            f"`{row['arm']}` - `{row['other']}`",
+            f"`{row['kind']}`",
+            row["where"],
+            str(row["images"]),
+        ]
+        ends = [f">= {row['least']:g}", _cell(row["difference"], "+.3f"), row["came"], str(row["worse"])]
+        table.append([*cells, *ends])
+    return table
 
 
 def _cut(found: Comparison, arm: str) -> dict[str, Any]:
@@ -410,6 +462,8 @@ def markdown(told: Mapping[str, Any], name: str) -> str:
     parts += [_table(_cost_table(arms)), _table(_overall_table(arms))]
     for kind in _kinds(arms):
         parts += [f"`{kind}` by longer side / shorter side:", _table(_bucket_table(arms, kind, told["borders"]))]
+    if told.get("expected"):
+        parts += ["What became of the expectations:", _table(_expected_table(told["expected"]))]
     if told["differences"]:
         parts += [
             f"Difference to `{told['baseline']}`, paired by seed and image. {_count(told['differences'])}",

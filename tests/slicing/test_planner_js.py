@@ -110,7 +110,8 @@ for (const size of [[0, 3], [2.5, 3], [3], [1000001, 3], [300, 300]]) {{
   try {{ plan(size, config); console.log("planned"); }} catch (problem) {{ console.log(problem.message); }}
 }}
 const others = [{json.dumps(uhd.strategy("llava-next").to_dict())}, {{ slicing: config }}, undefined];
-for (const other of [...others, {{ ...config, max_slices: 0 }}]) {{
+const fitted = [{{ ...config, latents: "fitted" }}, {{ ...config, one_view_below: 2 }}];
+for (const other of [...others, {{ ...config, max_slices: 0 }}, ...fitted]) {{
   try {{ plan([30, 50], other); console.log("planned"); }} catch (problem) {{ console.log(problem.message); }}
 }}
 """
@@ -120,3 +121,5 @@ for (const other of [...others, {{ ...config, max_slices: 0 }}]) {{
     assert lines[4] == "the overview alone takes 64 tokens, max_tokens is 10: raise it"
     assert [line.partition("this one's rule is ")[2] for line in lines[5:8]] == ['"AnyResConfig"', *["undefined"] * 2]
     assert lines[8] == "max_slices must be a whole number above 0, got 0"
+    assert all("one_view_below and latents are planned in Python alone" in line for line in lines[9:11])
+    assert len(lines) == 11

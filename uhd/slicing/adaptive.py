@@ -258,6 +258,7 @@ class Planner:
         self.overview = lru_cache(maxsize=4096)(self._overview)
         self.slices = lru_cache(maxsize=4096)(self._slices)
         self.fitted = lru_cache(maxsize=4096)(self._fitted)
+        self.fits, self.cuts_all = config.latents == "fitted", config.one_view_below is None
         self.near: dict[int, tuple[list[float], list[tuple[int, int]], list[int]]] = {}  # under the config's own cap
 
     def grid(self, height: int, width: int, cap: int | None = None) -> tuple[int, int] | None:
@@ -304,7 +305,7 @@ class Planner:
             slices, more, separators = self.slices(grid, self.slice_hw(height, width, grid))
             canvases = (canvas, slices) if self.config.overview_first else (slices, canvas)
             tokens += more
-        if self.config.latents == "fitted":
+        if self.fits:
             canvases, tokens = self.fitted(canvases)
         return SlicePlan((height, width), self.config.patch_size, canvases, grid, tokens, separators, self.config.name)
 
@@ -325,7 +326,7 @@ class Planner:
         unit, cells = config.unit, rows * cols
         slice_hw, overview_hw = self.slice_hw(height, width, grid), self.fit(height, width)
         units = (cells * slice_hw[0] * slice_hw[1] + overview_hw[0] * overview_hw[1]) // unit**2
-        view_hw = self.fit(height, width, side=math.sqrt(units) * unit, budget=units, clamp=True)
+        view_hw = _view_fitter(config, units)(height, width)
         canvas, tokens = self.overview(view_hw)
         if config.tokens_per_view is not None:
             patches_hw = (view_hw[0] // config.patch_size, view_hw[1] // config.patch_size)
@@ -354,7 +355,7 @@ class Planner:
     def _plan(self, height: int, width: int) -> SlicePlan:
         if self.config.max_tokens is not None:
             return self.within_budget(height, width)[0]
-        return self.chosen(height, width)
+        return self.build(height, width, self.grid(height, width)) if self.cuts_all else self.chosen(height, width)
 
     def _fitted(self, canvases: tuple[Canvas, ...]) -> tuple[tuple[Canvas, ...], int]:
         return fitted(canvases, self.config.patch_size, self.config.tokens_per_view)
@@ -393,30 +394,32 @@ def planner_of(config: SlicingConfig) -> Planner:
     return planner
 
 
-def _view_fitter(config: SlicingConfig) -> Callable[..., tuple[int, int]]:
+def _view_fitter(config: SlicingConfig, most: int | None = None) -> Callable[[int, int], tuple[int, int]]:
     """``fit(height, width)``: size of a view, px: the encoder's pixel budget at the content's aspect.
 
-    ``side`` (px), ``budget`` (units) and ``clamp`` are the config's unless given.
+    ``most``: units that a view has at most, in place of the config's budget.
 
     The order of operations decides the last bits. Source: thunlp/LLaVA-UHD, llava/slice_process.py
     ``find_best_resize`` with upscaling (released); the first release's ``adapt_size`` (march2024).
     """
     unit, side, budget, clamp = config.unit, config.image_size, config.view_budget, config.clamp
+    if most is not None:
+        side, budget, clamp = math.sqrt(most) * unit, most, True
     floor, sqrt = config.rounding == "floor", math.sqrt
 
-    def released(height: int, width: int, side=side, budget=budget, clamp=clamp) -> tuple[int, int]:
+    def released(height: int, width: int) -> tuple[int, int]:
         aspect = width / height
         height = int(side / sqrt(aspect))
         width = int(height * aspect)  # from the truncated height, as released
         rows, cols = (height // unit, width // unit) if floor else (round(height / unit), round(width / unit))
-        return finished(rows or 1, cols or 1, budget, clamp)
+        return finished(rows or 1, cols or 1)
 
-    def march2024(height: int, width: int, side=side, budget=budget, clamp=clamp) -> tuple[int, int]:
+    def march2024(height: int, width: int) -> tuple[int, int]:
         scale = sqrt(budget * (unit / height) * (unit / width))
         rows, cols = math.floor(scale * height / unit), math.floor(scale * width / unit)
-        return finished(min(rows or 1, budget), min(cols or 1, budget), budget, clamp)
+        return finished(min(rows or 1, budget), min(cols or 1, budget))
 
-    def finished(rows: int, cols: int, budget: int, clamp: bool) -> tuple[int, int]:
+    def finished(rows: int, cols: int) -> tuple[int, int]:
         if clamp and rows * cols > budget:  # shorten the longer side
             if rows >= cols:
                 rows = budget // cols
