@@ -10,6 +10,7 @@ from PIL import Image
 
 import uhd
 from tests.files import encoded, noise
+from tests.scripts import load_script
 from tests.tiny import PIXELS, tiny_encoder
 from uhd import cli
 from uhd.batch import SliceBatch
@@ -181,6 +182,17 @@ def test_a_drawing_shows_borders_and_where_they_would_be():
     blue = [(np.asarray(draw_plan(image, one)) == OVERVIEW).all(axis=2).sum() for one in (even, moved)]
     assert blue[1] > blue[0] + 200
     draw_plan(image, moved)
+
+
+def test_the_benchmark_measures_what_is_right(monkeypatch):
+    benchmark = load_script("borders")
+    file = benchmark.page(700, 500)
+    found = benchmark.row((700, 500), 2, file, 1)
+    assert found["grid"] == (2, 2)
+    assert found["cut_after"] < found["cut_before"]
+    monkeypatch.setattr(benchmark, "move_borders", lambda image, even, *_, **__: even if hasattr(image, "crop") else 0)
+    with pytest.raises(RuntimeError, match="2 patches"):
+        benchmark.row((700, 500), 2, file, 1)
 
 
 def test_commands_tell_what_is_cut(tmp_path, capsys):
