@@ -6,7 +6,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from uhd.moved import moved
@@ -257,7 +257,8 @@ class Planner:
         self.plan = lru_cache(maxsize=4096)(self._plan)
         self.overview = lru_cache(maxsize=4096)(self._overview)
         self.slices = lru_cache(maxsize=4096)(self._slices)
-        self.fitted = lru_cache(maxsize=4096)(self._fitted)
+        counts = {"patch_size": config.patch_size, "tokens_per_view": config.tokens_per_view}
+        self.fitted = lru_cache(maxsize=4096)(partial(fitted, **counts))
         self.fits, self.cuts_all = config.latents == "fitted", config.one_view_below is None
         self.near: dict[int, tuple[list[float], list[tuple[int, int]], list[int]]] = {}  # under the config's own cap
 
@@ -327,13 +328,12 @@ class Planner:
         slice_hw, overview_hw = self.slice_hw(height, width, grid), self.fit(height, width)
         units = (cells * slice_hw[0] * slice_hw[1] + overview_hw[0] * overview_hw[1]) // unit**2
         view_hw = _view_fitter(config, units)(height, width)
-        canvas, tokens = self.overview(view_hw)
+        canvas = self.overview(view_hw)[0]
         if config.tokens_per_view is not None:
             patches_hw = (view_hw[0] // config.patch_size, view_hw[1] // config.patch_size)
             canvas = with_latents(canvas, latent_grid((cells + 1) * config.tokens_per_view, patches_hw))
-            tokens = canvas.tokens_per_view
-        separators = config.separators.per_image
-        return SlicePlan((height, width), config.patch_size, (canvas,), None, tokens, separators, config.name)
+        counts = canvas.tokens_per_view, config.separators.per_image
+        return SlicePlan((height, width), config.patch_size, (canvas,), None, *counts, config.name)
 
     def within_budget(self, height: int, width: int) -> tuple[SlicePlan, int]:
         """The plan under the largest cap that keeps ``max_tokens``, and that cap (0: the overview alone)."""
@@ -356,9 +356,6 @@ class Planner:
         if self.config.max_tokens is not None:
             return self.within_budget(height, width)[0]
         return self.build(height, width, self.grid(height, width)) if self.cuts_all else self.chosen(height, width)
-
-    def _fitted(self, canvases: tuple[Canvas, ...]) -> tuple[tuple[Canvas, ...], int]:
-        return fitted(canvases, self.config.patch_size, self.config.tokens_per_view)
 
     def _overview(self, view_hw: tuple[int, int]) -> tuple[Canvas, int]:
         """The overview's canvas and its tokens."""
