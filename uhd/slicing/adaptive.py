@@ -257,8 +257,7 @@ class Planner:
         self.plan = lru_cache(maxsize=4096)(self._plan)
         self.overview = lru_cache(maxsize=4096)(self._overview)
         self.slices = lru_cache(maxsize=4096)(self._slices)
-        counts = {"patch_size": config.patch_size, "tokens_per_view": config.tokens_per_view}
-        self.fitted = lru_cache(maxsize=4096)(partial(fitted, **counts))
+        self.fitted = lru_cache(maxsize=4096)(partial(fitted, config.patch_size, config.tokens_per_view))
         self.fits, self.cuts_all = config.latents == "fitted", config.one_view_below is None
         self.near: dict[int, tuple[list[float], list[tuple[int, int]], list[int]]] = {}  # under the config's own cap
 

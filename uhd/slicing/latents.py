@@ -62,7 +62,7 @@ def with_latents(canvas: Canvas, latents_hw: tuple[int, int]) -> Canvas:
     return replace(canvas, tokens_per_view=math.prod(latents_hw), latents_hw=latents_hw)
 
 
-def fitted(canvases: tuple[Canvas, ...], patch_size: int, tokens_per_view: int) -> tuple[tuple[Canvas, ...], int]:
+def fitted(patch_size: int, tokens_per_view: int, canvases: tuple[Canvas, ...]) -> tuple[tuple[Canvas, ...], int]:
     """The overview's canvas, and the slices' where there are some, with shared latents; and the tokens in all."""
     seen = {c.kind: (c.view_hw[0] // patch_size, c.view_hw[1] // patch_size) for c in canvases}
     slices = sum(len(c.tiles) for c in canvases if c.kind == "slice")
