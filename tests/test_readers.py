@@ -250,6 +250,13 @@ def test_parts_may_have_dtypes_of_their_own(tmp_path):
     assert again.compressor.query.dtype == torch.float32
 
 
+def test_a_part_of_two_dtypes_is_refused_before_it_is_written(tmp_path):
+    encoder = tiny_encoder().half()
+    encoder.vision.norm.float()
+    refuses("a part has one dtype, convert the encoder and save it again", encoder.save_pretrained, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("name", ["uhd_encoder.json", "model.safetensors"])
 def test_files_cut_short_are_refused(torn, name):
     data = (torn / name).read_bytes()

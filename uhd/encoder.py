@@ -250,7 +250,8 @@ class VisualEncoder(PackedEncoder):
         """Write ``model.safetensors`` and ``uhd_encoder.json`` at once: the encoder as it is, but no slicing function.
 
         Raises:
-            ValueError: The encoder is quantised, or weights share memory; and as :func:`uhd.writing.new_files`.
+            ValueError: The encoder is quantised, a part has two dtypes, or weights share memory; and as
+                :func:`uhd.writing.new_files`.
         """
         saving.save(self, folder)
 

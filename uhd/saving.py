@@ -130,14 +130,15 @@ class EncoderDescription(Settings):
 def save(encoder: Any, folder: str | os.PathLike[str]) -> None:
     """Write an encoder's two files; errors as in :meth:`uhd.VisualEncoder.save_pretrained`."""
     refuse_int8(encoder)
-    description = json.dumps(EncoderDescription.of(encoder).to_dict(), indent=2)
+    description = EncoderDescription.of(encoder)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    _check_dtypes(weights, description)  # here too: nothing is written that could not be read
     with new_files(folder) as new:
         try:
             save_file(weights, new / WEIGHTS_FILE, metadata={"format": "pt"})
         except RuntimeError as problem:
             raise ValueError(f"weights that share memory cannot be saved: untie them first. {problem}") from None
-        (new / CONFIG_FILE).write_text(description + "\n")
+        (new / CONFIG_FILE).write_text(json.dumps(description.to_dict(), indent=2) + "\n")
 
 
 def refuse_shared(encoder: nn.Module) -> None:
@@ -194,7 +195,8 @@ def load(kind: type[_Encoder], folder: Path, *, sizes: Mapping[str, int] | None 
         wanted = {name: tensor for name, tensor in encoder.state_dict().items() if name not in (*new, *other)}
         check_weights(weights, wanted, f"what {CONFIG_FILE} describes")
         encoder.load_state_dict(weights, strict=False, assign=True)
-        _check_read(weights, description)
+        check_numbers(weights)
+        _check_dtypes(weights, description)
     if new:
         add_note(encoder, f"{', '.join(new)}: new, UNTRAINED weights, since the saved encoder had another slicing")
     if sizes:
@@ -205,9 +207,8 @@ def load(kind: type[_Encoder], folder: Path, *, sizes: Mapping[str, int] | None 
     return encoder.eval()
 
 
-def _check_read(weights: Mapping[str, Tensor], description: EncoderDescription) -> None:
-    """Refuse weights that are no numbers, and parts of several dtypes; the caller's own parts may have several."""
-    check_numbers(weights)
+def _check_dtypes(weights: Mapping[str, Tensor], description: EncoderDescription) -> None:
+    """Refuse parts of several dtypes; the caller's own parts may have several."""
     own = [role for role in ROLES if not is_known(getattr(description, role))]
     first: dict[str, str] = {}
     for name, tensor in weights.items():

@@ -37,16 +37,18 @@ KINDS = ("text", "image", "image+video", "encoded")
 MIXES = tuple(itertools.combinations(KINDS, 2))
 SCHEMAS = ("llava-onevision", "llava-uhd-better")
 """A strategy with learned newlines, and a schema with learned separators beside those of the vocabulary."""
+TIED = ", tied"
 WORLDS = (2, 1, 2)
 """Ranks that train, then resume, then resume that. DeepSpeed takes new processes for each, all others do it in one."""
 SAVED = ("model_state_dict", "optim_state_dict")
 
 
 def fresh(strategy):
-    """A model with learned newlines (``llava-onevision``), or with the separators of a schema."""
+    """A model with learned newlines (``llava-onevision``), or with the separators of a schema; ", tied" embeddings."""
     torch.manual_seed(0)  # of the compressor and of learned separators
-    eyes = strategy if strategy in COMPRESSORS else encoder(schema=strategy)
-    return attached(eyes, tie_word_embeddings=False).train()
+    name = strategy.removesuffix(TIED)
+    eyes = name if name in COMPRESSORS else encoder(schema=name)
+    return attached(eyes, tie_word_embeddings=name != strategy).train()
 
 
 def batch_of(model, kind):

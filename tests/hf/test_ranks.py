@@ -12,7 +12,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-from tests.hf.ranks import BACKENDS, KINDS, MIXES, SCHEMAS, batch_of, fresh, run
+from tests.hf.ranks import BACKENDS, KINDS, MIXES, SCHEMAS, TIED, batch_of, fresh, run
 from tests.hf.test_family import COMPRESSORS
 from tests.hf.tiny import WIDTH, attached
 from tests.tiny import perceiver, tiny_encoder
@@ -57,6 +57,14 @@ def test_every_mix(backend, schema):
     if backend in DEEPSPEED:
         pytest.importorskip("deepspeed")
     check([[backend, mix, schema] for mix in MIXES])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if "every part" not in name])
+def test_tied_embeddings_in_one_unit(backend):
+    if backend in DEEPSPEED:
+        pytest.importorskip("deepspeed")
+    check([[backend, ("text", "image"), SCHEMAS[1] + TIED]])
 
 
 @pytest.fixture

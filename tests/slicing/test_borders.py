@@ -92,6 +92,25 @@ def test_a_line_of_print_is_not_cut():
     assert content_cut(moved, pixels) < 0.01  # the line is too long for a border between columns to avoid it
 
 
+@pytest.mark.parametrize("place", [1, 1023, 1024, 1025, 2047, 2048, 2199])
+def test_every_change_along_a_border_counts(place):
+    """Also between the pieces of a long border, and once: the rows around it change at one column alone."""
+    found, pixels = plan_from_grid((300, 2200), (2, 1), SAFE), np.zeros((300, 2200, 3), np.uint8)
+    pixels[147:153, place:] = 1
+    assert [cost(pixels[..., 0].tolist(), row) for row in (150, 146, 154)] == [2, 0, 0]
+    assert moved_borders(move_borders(found, SAFE, of(pixels))) == ((146,), ())
+
+
+def test_neighbours_that_near_each_other_leave_a_patch():
+    """Both borders want to be in the middle, and 2.4 px are a patch: they stop 4 px apart, at 73 and 77."""
+    config = SAFE.replace(border_moves=99)
+    found, pixels = plan_from_grid((150, 60), (3, 1), config), np.zeros((150, 60, 3), np.uint8)
+    pixels[:, ::2] = np.abs(np.arange(150) - 75)[:, None, None] * 3
+    moved = move_borders(found, config, of(pixels))
+    assert moved_borders(moved) == ((73, 77), ())
+    check(found, moved, config)
+
+
 def test_of_equal_costs_the_smallest_move_and_then_the_one_up_wins():
     blank = np.zeros((800, 600, 3), np.uint8)
     found = plan((800, 600), SAFE)
@@ -149,17 +168,24 @@ def check_maps(moved, point):
         assert view_to_image(moved, hit.view, hit.point) == point
 
 
+def cutting(config):
+    """The same rule with small views and some slices, so that most images are cut."""
+    side = min(config.image_size, 7 * config.unit)
+    slices, tokens = max(config.max_slices, 4), config.tokens_per_view or 5
+    return config.replace(image_size=side, max_slices=slices, tokens_per_view=tokens)
+
+
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(slicing_configs(), image_sizes(), st.integers(1, 9), st.integers(0, 99), st.integers(0, 10**6))
+@given(slicing_configs().map(cutting), image_sizes(), st.integers(1, 9), st.integers(0, 99), st.integers(0, 10**6))
 def test_every_law_holds_for_moved_borders(config, size_hw, moves, seed, where):
-    config = config.replace(border_moves=moves, tokens_per_view=config.tokens_per_view or 5)
+    config = config.replace(border_moves=moves)
     found = plan(size_hw, config)
     moved = move_borders(found, config, lambda box: made(box, seed))
     assert move_borders(found, config, lambda box: made(box, seed)) == moved
-    assert move_borders(moved, config, lambda box: made(box, seed + 1)) is moved
     if moved_borders(moved) is None:
         assert moved is found
         return
+    assert move_borders(moved, config, lambda box: made(box, seed + 1)) is moved
     check(found, moved, config)
     check_maps(moved, (where % size_hw[0], where * 7 % size_hw[1]))
 

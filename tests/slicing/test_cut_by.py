@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from tests.slicing.test_many import check, random_sizes
 from uhd.compare import choose
 from uhd.compare.advice import pasted
+from uhd.compare.learned import kind_of
 from uhd.slicing import PRESETS, SlicingConfig, candidates, plan, plan_from_grid, worst_case
 from uhd.testing import check_strategy, image_sizes, slicing_configs
 
@@ -99,3 +100,9 @@ def test_what_cannot_be_is_refused():
 def test_advice_names_the_option():
     found = choose([(100, 1000), (700, 500)], rules=[SHAPE], max_tokens=1000, slices=[7], latents=[64])
     assert pasted(found.best) == "uhd.SlicingConfig.preset(\"llava-uhd-safe\", cut_by='shape')"
+
+
+def test_the_learned_comparison_has_no_arm_of_it():
+    assert kind_of(PRESETS["llava-uhd-safe"]) == "uhd"
+    assert kind_of(SHAPE) is None
+    assert kind_of(PRESETS["llava-uhd-safe"].replace(border_moves=1)) is None
