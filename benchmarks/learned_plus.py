@@ -19,9 +19,9 @@ from uhd.nano.task import TaskSettings
 from uhd.slicing import Slicing, SlicingLike, find
 from uhd.slicing.latents import with_latents
 
-ARMS = ("uhd", "uhd-more", "one-view", "fitted", "plus", "stretch", "anyres")
+ARMS = ("uhd", "uhd-more", "shape", "borders", "one-view", "fitted", "plus", "stretch", "anyres")
 BASELINE = "uhd-more"
-CONTRASTS = (("uhd-more", "uhd"),)
+CONTRASTS = (("borders", "uhd"), ("uhd-more", "uhd"), ("plus", "stretch"), ("plus", "anyres"))
 
 NEAR_SQUARE = 2.5
 """Up to this aspect the arms with ``one_view_below`` make one view of an image."""
@@ -58,9 +58,15 @@ def _arms(base: NanoConfig) -> dict[str, Arm]:
     return {
         "uhd": first["uhd"],
         "uhd-more": Arm("uhd with 12 latents for the overview of a cut image", base, more),
+        "shape": Arm("uhd with slices for what the longer side needs too", base, cut.replace(cut_by="shape")),
+        "borders": Arm("uhd with borders where little is cut", base, cut.replace(border_moves=2)),
         "one-view": Arm("uhd-more, but images up to 2.5:1 as one larger view", wide, joined),
         "fitted": Arm("uhd with latents by patches", base, fitted.replace(tokens_per_view=10)),
-        "plus": Arm("all of them together", wide, fitted.replace(one_view_below=NEAR_SQUARE)),
+        "plus": Arm(
+            "all of them together",
+            wide,
+            fitted.replace(one_view_below=NEAR_SQUARE, cut_by="shape", border_moves=2),
+        ),
         "stretch": first["stretch"],
         "anyres": Arm("anyres with 6 latents for the base view beside four tiles", base, fewer),
     }

@@ -473,7 +473,7 @@ def written(items: Sequence[Item], settings: Settings, encoder: VisualEncoder) -
         found[item.kind]["length"][item.index] = DIGITS[len(item.truth)]
         if item.kind == "right":
             drawn = settings.test_scene(item.index)
-            cut[item.index] = cut_by(drawn, item.question, encoder.plan(drawn.image_hw))
+            cut[item.index] = cut_by(drawn, item.question, encoder.prepare([drawn.image]).plans[0])
     return {
         "buckets": "".join(buckets),
         "items": {kind: {key: "".join(row) for key, row in rows.items()} for kind, rows in found.items()},

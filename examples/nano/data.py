@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from uhd import SliceBatch, SlicePlan, UHDForConditionalGeneration, plan
 from uhd.nano.build import BEGIN, END, IMAGE, PAD
 from uhd.nano.task import GLYPHS, Question, Scene, TaskSettings, questions, scene
+from uhd.pixels import move_borders
 from uhd.slicing.coordinates import view_box
 
 IGNORE = -100
@@ -106,7 +107,7 @@ class NanoData(IterableDataset):
 
     def _sample(self, index: int, settings: TaskSettings) -> _Sample:
         drawn = scene(self.seed, index, settings)
-        cut = plan(drawn.image_hw, self.slicing)
+        cut = move_borders(drawn.image, plan(drawn.image_hw, self.slicing), self.slicing, settings=self.pixels)
         rng = np.random.default_rng((self.seed, index, 1))
         asked = choose_questions(drawn, rng, every=self.every) if self.ask else []
         return _Sample.write(drawn, cut, asked, self.ids)
