@@ -205,6 +205,10 @@ class SlicingConfig(Slicing):
     def overview_of(self, plan: SlicePlan) -> SlicePlan:
         return self.single_view(plan.image_hw)
 
+    def slices_of(self, plan: SlicePlan) -> int:
+        grid = plan.grid if self.one_view_below is None else planner_of(self).grid(*plan.image_hw)
+        return math.prod(grid or (0,))
+
     def worst_case(self, *, max_aspect: float = 200.0) -> WorstCase:
         """See :func:`worst_case`."""
         return worst_case(self, max_aspect=max_aspect)

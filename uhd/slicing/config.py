@@ -153,6 +153,10 @@ class Slicing(Settings):
         """One of its plans without the slices; ``None`` where there is no overview."""
         return plan.overview_alone()
 
+    def slices_of(self, plan: SlicePlan) -> int:
+        """How many slices one of its plans has, or its one view stands in the place of."""
+        return sum(len(canvas.tiles) for canvas in plan.canvases if canvas.kind == "slice")
+
 
 @dataclass(frozen=True)
 class OwnRule(Slicing):
@@ -212,6 +216,9 @@ class Recounted(Slicing):
     def overview_of(self, plan: SlicePlan) -> SlicePlan | None:
         alone = self.rule.overview_of(plan)
         return None if alone is None else self.fit(alone)
+
+    def slices_of(self, plan: SlicePlan) -> int:
+        return self.rule.slices_of(plan)
 
     def capped(self, max_slices: int) -> Slicing | None:
         return self._around(self.rule.capped(max_slices))
