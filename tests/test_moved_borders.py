@@ -195,6 +195,20 @@ def test_the_benchmark_measures_what_is_right(monkeypatch):
         benchmark.row((700, 500), 2, file, 1)
 
 
+def test_the_table_of_costs_is_what_plans_cost():
+    benchmark = load_script("borders")
+    sizes = [(600, 1500), (90, 900), (300, 300)]
+    pages = [np.asarray(picture(*size)) for size in sizes]
+    found = {name: benchmark.part(name, pages, 1) for name in benchmark.PARTS}
+    for name, options in benchmark.PARTS.items():
+        plans = [uhd.plan(Image.fromarray(one), SlicingConfig.preset("llava-uhd-safe", **options)) for one in pages]
+        assert found[name]["patches"] == pytest.approx(sum(one.num_patches for one in plans) / 3, abs=1e-4)
+        assert found[name]["tokens"] == pytest.approx(sum(one.num_tokens for one in plans) / 3, abs=1e-4)
+        assert found[name]["tflops"] > 1
+        assert min(found[name]["planning_ms"], found[name]["preparing_ms"]) > 0
+    assert len({(one["patches"], one["tokens"], one["tflops"]) for one in found.values()}) == len(found) == 6
+
+
 def test_commands_tell_what_is_cut(tmp_path, capsys):
     uhd.register_strategy("moves-for-a-test", MOVES.replace(name="moves-for-a-test"))
     try:
