@@ -71,8 +71,8 @@ def test_borders_are_where_a_slow_search_finds_least(size_hw, name, moves):
 
 
 def test_a_step_is_a_pixel_of_the_view():
-    """A slice of 112 px shows 350 px of the image: the candidates are 3 px apart."""
-    config = SAFE.replace(image_size=112, max_slices=4)
+    """A slice of 112 px shows 350 px of the image: the candidates are 3 px apart, and a 32nd of the way would be 2."""
+    config = SAFE.replace(image_size=112, max_slices=4, border_moves=1)
     pixels, found = page(700, 700), plan((700, 700), config)
     assert (found.grid, found.slice_hw) == ((2, 2), (112, 112))
     moved = move_borders(found, config, of(pixels))
@@ -262,8 +262,10 @@ def test_borders_that_do_not_cut_the_image_are_refused(borders):
 
 @pytest.mark.parametrize("value", [-1, 1.5, True, "2", None])
 def test_moves_are_a_count(value):
-    with pytest.raises(ValueError, match="border_moves must be a whole number from 0"):
+    with pytest.raises(ValueError, match="border_moves must be a whole number of at least 0, got"):
         SlicingConfig(border_moves=value)
+    none, two = (SlicingConfig(border_moves=np.int64(number)).border_moves for number in (0, 2))
+    assert (type(none), none, type(two), two) == (int, 0, int, 2)
 
 
 def test_moves_need_tokens_that_do_not_follow_from_patches():

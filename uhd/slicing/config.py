@@ -43,14 +43,6 @@ def positive_int(key: str, value: Any) -> int | None:
     return number
 
 
-def count_from_0(key: str, value: Any) -> int:
-    """A count that may be 0; else a ``ValueError`` that names the setting."""
-    try:
-        return value if not value and type(value) is int else positive_int(key, value) or 0
-    except ValueError:
-        raise ValueError(f"{key} must be a whole number from 0, got {value!r}") from None
-
-
 def aspect_or_none(key: str, value: Any) -> float | None:
     """A ratio of sides, longer to shorter, or ``None``; else a ``ValueError`` that names the setting."""
     if value is None:
