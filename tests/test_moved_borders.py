@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 
 import numpy as np
 import pytest
@@ -144,6 +145,8 @@ def test_a_processor_carries_moved_plans_to_the_model():
         processor.image_processor(images, pad_patches=True)
     uncut = processor.image_processor(images, crop_to_patches=False)
     assert uncut["num_patches"].tolist() == [1, 1]
+    count = processor.image_processor.get_number_of_image_patches(150, 260, {"crop_to_patches": False})
+    assert count == math.prod(uncut["grids"][0].tolist())
 
 
 def test_an_index_of_encoded_images_keeps_the_borders(encoder, tmp_path):

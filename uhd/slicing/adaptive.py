@@ -197,7 +197,7 @@ class SlicingConfig(Slicing):
     def uncut(self) -> SlicingConfig:
         if self.rule != "released":
             raise ValueError(f"uncut images need the slicing rule 'released', this one is {self.rule!r}")
-        return self.replace(max_slices=1)
+        return self.replace(max_slices=1, border_moves=0)
 
     def single_view(self, image_hw: tuple[int, int]) -> SlicePlan:
         return planner_of(self).build(*check_size(image_hw), None)  # also where the smallest grids would cut
