@@ -156,9 +156,12 @@ def test_an_encoder_gives_what_the_plan_counts(options, tmp_path):
         encoder.max_patches_per_step = 20
         for stepped, found in zip(encoder(pictures), together, strict=True):
             torch.testing.assert_close(stepped.tokens, found.tokens, atol=1e-5, rtol=1e-4)
+        in_steps = encoder.attention(pictures, size_hw=(8, 8))
         encoder.max_patches_per_step = None
         maps = encoder.attention(pictures, size_hw=(8, 8))
         assert [len(own) for own in maps] == [found.plan.num_visual_tokens for found in together]
+        for own, stepped in zip(maps, in_steps, strict=True):
+            torch.testing.assert_close(own, stepped, atol=1e-5, rtol=1e-4)
         encoder.save_pretrained(tmp_path / "encoder")
         again = VisualEncoder.from_pretrained(tmp_path / "encoder")
         assert again.slicing == encoder.slicing
