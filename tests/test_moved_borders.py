@@ -141,6 +141,8 @@ def test_a_processor_carries_moved_plans_to_the_model():
         torch.testing.assert_close(out.logits, model(**before).logits, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="border_moves=1: an image's patches follow from its pixels"):
         processor.image_processor.get_number_of_image_patches(150, 260)
+    with pytest.raises(ValueError, match="border_moves=1: an image's patches follow from its pixels"):
+        processor._get_num_multimodal_tokens(image_sizes=[(150, 260)])
     with pytest.raises(ValueError, match="pad_patches .* border_moves=1 moves borders by the pixels"):
         processor.image_processor(images, pad_patches=True)
     uncut = processor.image_processor(images, crop_to_patches=False)

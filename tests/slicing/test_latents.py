@@ -87,12 +87,14 @@ def test_one_view_shrinks_to_the_budget_of_a_sample(count):
     assert [found.num_tokens for found in plan_images([(900, 1200), (300, 300)], joined, max_tokens=400)] == [320, 64]
 
 
-@pytest.mark.parametrize("name", ["llava-uhd-safe", "llava-uhd-paper", "minicpm-v"])
+@pytest.mark.parametrize("name", ["llava-uhd-safe", "llava-uhd-paper", "minicpm-v", "minicpm-v-4.6"])
 def test_many_are_planned_as_one_by_one_and_within_the_bounds(name):
     drawn = random.Random(1)
     for options in ({"latents": "fitted"}, {"one_view_below": 2.5}, {"latents": "fitted", "one_view_below": 1.0}):
         for most in (None, 300):
-            config = PRESETS[name].replace(**options, max_tokens=most, tokens_per_view=drawn.choice((1, 9, 30, 64)))
+            merged = PRESETS[name].tokens_per_view is None and "latents" not in options
+            tokens = None if merged else drawn.choice((1, 9, 30, 64))
+            config = PRESETS[name].replace(**options, max_tokens=most, tokens_per_view=tokens)
             sizes = [(drawn.randint(20, 2500), drawn.randint(20, 2500)) for _ in range(60)] + [(700, 700), (10, 900)]
             many, bound = plan_many(sizes, config), worst_case(config)
             for row, size in enumerate(sizes):
