@@ -89,10 +89,7 @@ def encode(
     out, columns = Path(out), list(dict.fromkeys(columns))
     form = {"dtype": dtype, "budget_patches": budget_patches, "columns": columns, "limit": limit, "dedupe": dedupe}
     check_form(form, shard)
-    check_choice("engine", engine, ENGINES)
-    for name, least in (("processes", 0), ("actors", 1)):
-        if (count := settings.get(name)) is not None and count < least:
-            raise ValueError(f"{name} are at least {least}, got {count}")
+    _check_engine(engine, settings)
     check_choice("on_error", on_error, ("record", "stop"))
     _check_source(source, out, columns)
     with saved(encoder) as folder, _alone(out, shard):
@@ -102,6 +99,13 @@ def encode(
         plan = Plan(out, listed(source, columns=columns, skip=out), limit, shard, dedupe)
         done = sum(1 for _ in progress(ENGINES[engine](job, iter(plan), **settings)))
         return {**index.finish(out, plan.inputs, plan.units), "done": done}
+
+
+def _check_engine(engine: str, settings: dict[str, Any]) -> None:
+    check_choice("engine", engine, ENGINES)
+    for name, least in (("processes", 0), ("actors", 1)):
+        if (count := settings.get(name)) is not None and count < least:
+            raise ValueError(f"{name} are at least {least}, got {count}")
 
 
 def _check_source(source: str | os.PathLike[str], out: Path, columns: Sequence[str]) -> None:
