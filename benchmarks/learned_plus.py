@@ -37,6 +37,9 @@ EXPECTED = (
 )
 """What docs/learned.md expects: an arm minus another one, in a question, on some images, by at least so much."""
 
+NOWHERE_WORSE, NOT_WORSE_BELOW = ("H1", "H3"), ("H6",)
+"""Of these also that no bucket of any question is worse; that none below 2.5 is in their own question."""
+
 Grid = tuple[int, int]
 
 

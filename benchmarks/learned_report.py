@@ -295,8 +295,9 @@ def _differences(
 def expectations(found: Comparison) -> list[dict[str, Any]]:
     """What became of :data:`learned_plus.EXPECTED`, of those whose arms have run; images are told apart as `uhd` cuts.
 
-    An expectation is refuted where the interval's upper end is below it, met where the mean is not and the interval is
-    above 0, and open elsewhere. ``worse``: aspect buckets of all questions in which the arm is judged worse.
+    An expectation is refuted where the interval's upper end is below it, or the arm is judged worse where it may not
+    be; else met where the mean is not below it and the interval is above 0, and open elsewhere. ``worse``: aspect
+    buckets of all questions in which the arm is judged worse.
     """
     if BASELINE not in found.runs:
         return []
@@ -316,10 +317,12 @@ def expectations(found: Comparison) -> list[dict[str, Any]]:
         difference = (found.exact(arm, kind, seeds) - found.exact(other, kind, seeds))[:, masks[where]]
         mean, low, high = interval(difference)
         judged = verdict(difference, low, high)
-        if judged in JUDGED:
-            judged = "refuted" if high < least else "met" if mean >= least and low > 0 else "open"
         told = _differences(found, arm, other)["questions"]
         worse = sum(part["verdict"] == "worse" for parts in told.values() for part in parts[1:])
+        below = any(part["verdict"] == "worse" for part in told[kind][1 : LONG_FROM + 2])
+        barred = (name in learned_plus.NOWHERE_WORSE and worse) or (name in learned_plus.NOT_WORSE_BELOW and below)
+        if judged in JUDGED:
+            judged = "refuted" if high < least or barred else "met" if mean >= least and low > 0 else "open"
         what = {"name": name, "arm": arm, "other": other, "kind": kind, "where": where, "least": least}
         images = int((~np.isnan(difference).any(0)).sum())
         rows.append(

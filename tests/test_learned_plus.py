@@ -137,3 +137,10 @@ def test_expectations_are_met_refuted_or_open(parts):
     assert (rows["H2"]["images"], rows["H3"]["images"], rows["H4"]["images"]) == (50, 100, 200)
     assert rows["H1"]["worse"] == 0
     assert rows["H4"]["worse"] == 4 * len(QUESTIONS)
+    bent = np.array([0.2, 0.99, 0.99, 0.99])[[int(mark) for mark in bucket]]  # better in all, worse in one bucket
+    for seed in range(3):
+        found[parts.run.Task("plus", seed, 0.5)] = run("plus", seed, bent)
+    rows = {row["name"]: row for row in parts.report.expectations(parts.report.Comparison(found, "plus"))}
+    assert {name: rows[name]["came"] for name in ("H1", "H2", "H6")} == {"H1": "refuted", "H2": "met", "H6": "refuted"}
+    assert rows["H1"]["difference"][1] > 0.03
+    assert rows["H1"]["worse"] == len(QUESTIONS)

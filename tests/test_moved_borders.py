@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 
 import numpy as np
 import pytest
@@ -144,6 +145,8 @@ def test_a_processor_carries_moved_plans_to_the_model():
         processor.image_processor(images, pad_patches=True)
     uncut = processor.image_processor(images, crop_to_patches=False)
     assert uncut["num_patches"].tolist() == [1, 1]
+    count = processor.image_processor.get_number_of_image_patches(150, 260, {"crop_to_patches": False})
+    assert count == math.prod(uncut["grids"][0].tolist())
 
 
 def test_an_index_of_encoded_images_keeps_the_borders(encoder, tmp_path):
@@ -193,6 +196,20 @@ def test_the_benchmark_measures_what_is_right(monkeypatch):
     monkeypatch.setattr(benchmark, "move_borders", lambda image, even, *_, **__: even if hasattr(image, "crop") else 0)
     with pytest.raises(RuntimeError, match="2 patches"):
         benchmark.row((700, 500), 2, file, 1)
+
+
+def test_the_table_of_costs_is_what_plans_cost():
+    benchmark = load_script("borders")
+    sizes = [(600, 1500), (90, 900), (300, 300)]
+    pages = [np.asarray(picture(*size)) for size in sizes]
+    found = {name: benchmark.part(name, pages, 1) for name in benchmark.PARTS}
+    for name, options in benchmark.PARTS.items():
+        plans = [uhd.plan(Image.fromarray(one), SlicingConfig.preset("llava-uhd-safe", **options)) for one in pages]
+        assert found[name]["patches"] == pytest.approx(sum(one.num_patches for one in plans) / 3, abs=1e-4)
+        assert found[name]["tokens"] == pytest.approx(sum(one.num_tokens for one in plans) / 3, abs=1e-4)
+        assert found[name]["tflops"] > 1
+        assert min(found[name]["planning_ms"], found[name]["preparing_ms"]) > 0
+    assert len({(one["patches"], one["tokens"], one["tflops"]) for one in found.values()}) == len(found) == 6
 
 
 def test_commands_tell_what_is_cut(tmp_path, capsys):

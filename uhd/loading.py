@@ -24,8 +24,8 @@ from uhd.batch import SliceBatch
 from uhd.machine import in_threads
 from uhd.pixels import DEFAULT, PixelSettings, image_size_hw
 from uhd.pixels.views import load_picture, move_borders
-from uhd.sampling import TokenBudgetSampler, whole
-from uhd.settings import check_choice
+from uhd.sampling import TokenBudgetSampler
+from uhd.settings import check_choice, whole
 from uhd.slicing import SlicePlan, SlicingLike, find, plan, plan_many
 from uhd.slicing.sample import plan_sample
 

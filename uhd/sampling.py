@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import math
-import operator
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 from torch import Tensor, distributed
 from torch.utils.data import Sampler
 
-from uhd.settings import check_choice, read_values
+from uhd.settings import check_choice, read_values, whole
 
 UNEVEN = ("error", "repeat", "drop")
 
@@ -288,17 +287,6 @@ class TokenBudgetSampler(Sampler[list[int]]):
             return rng.permuted(steps[rng.permutation(len(steps))], axis=1)
         steps = np.take_along_axis(steps, np.argsort(firsts[steps], axis=1), axis=1)
         return steps[np.argsort(firsts[steps[:, 0]], kind="stable")]
-
-
-def whole(name: str, value: Any, *, least: int) -> int:
-    """The value as an int; a ``ValueError`` that names the setting where it is none, or less than ``least``."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = least - 1
-    if isinstance(value, bool) or number < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    return number
 
 
 def _check_taken(batches: int, count: int) -> int:

@@ -257,6 +257,17 @@ def as_tuples(value: Any) -> Any:
     return tuple(map(as_tuples, value)) if isinstance(value, list) else value
 
 
+def whole(name: str, value: Any, *, least: int) -> int:
+    """The value as an int; a ``ValueError`` that names the setting where it is none, or less than ``least``."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if isinstance(value, bool) or number < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return number
+
+
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     """Raise a ``ValueError`` where a setting is none of its choices.
 

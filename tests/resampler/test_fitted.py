@@ -12,7 +12,7 @@ from uhd import SliceBatch, VisualEncoder
 from uhd.export.graph import described
 from uhd.grids import split_views
 from uhd.nano.build import NanoConfig, build_nano
-from uhd.resampler import PerceiverConfig, PerceiverResampler, SpatialConfig, SpatialResampler
+from uhd.resampler import PerceiverConfig, PerceiverResampler, SpatialConfig, SpatialResampler, folded
 from uhd.slicing import SlicePlan
 
 GRIDS = [(2, 7), (4, 4), (8, 5), (4, 4), (3, 3)]
@@ -78,12 +78,14 @@ def test_their_own_square_is_what_it_was_to_the_bit():
 def test_folded_weights_follow_the_weights_and_are_bounded(monkeypatch):
     module, x = made(), features()
     module.inference = "narrow"
-    monkeypatch.setattr("uhd.resampler.folded.GRIDS", 2)
+    made_now, fold = [], folded.fold_values
+    monkeypatch.setattr(folded, "GRIDS", 2)
+    monkeypatch.setattr(folded, "fold_values", lambda *how: made_now.append(1) or fold(*how))
     with torch.no_grad():
         before = module(x, GRIDS, LATENTS)
-        kept = module._folded._kept["narrow"][2]
-        assert len(kept) == 2  # of three grids
-        assert len({tensors["values"].data_ptr() for tensors in kept.values()}) == 1
+        module(x, GRIDS, LATENTS)
+        assert len(module._folded._kept["narrow"][3]) == 2  # of three grids
+        assert len(made_now) == 1  # for all of them
         module.query[4] = torch.arange(32.0).cos()
         after = module(x, GRIDS, LATENTS)
         module.inference = "plain"
@@ -154,9 +156,12 @@ def test_an_encoder_gives_what_the_plan_counts(options, tmp_path):
         encoder.max_patches_per_step = 20
         for stepped, found in zip(encoder(pictures), together, strict=True):
             torch.testing.assert_close(stepped.tokens, found.tokens, atol=1e-5, rtol=1e-4)
+        in_steps = encoder.attention(pictures, size_hw=(8, 8))
         encoder.max_patches_per_step = None
         maps = encoder.attention(pictures, size_hw=(8, 8))
         assert [len(own) for own in maps] == [found.plan.num_visual_tokens for found in together]
+        for own, stepped in zip(maps, in_steps, strict=True):
+            torch.testing.assert_close(own, stepped, atol=1e-5, rtol=1e-4)
         encoder.save_pretrained(tmp_path / "encoder")
         again = VisualEncoder.from_pretrained(tmp_path / "encoder")
         assert again.slicing == encoder.slicing

@@ -263,10 +263,11 @@ def test_each_tensor_alone_is_watched():
             assert relative(by(path, module, features), wanted) < 3e-6, (name, path)
 
 
-def test_products_are_kept_while_nothing_changes(monkeypatch):
-    module, made_now, fold = made(), [], folded.fold
+@pytest.mark.parametrize("part", ["fold_latents", "fold_values"])
+def test_products_are_kept_while_nothing_changes(monkeypatch, part):
+    module, made_now, fold = made(), [], getattr(folded, part)
     features = features_for(module)
-    monkeypatch.setattr(folded, "fold", lambda path, *how: made_now.append(path) or fold(path, *how))
+    monkeypatch.setattr(folded, part, lambda path, *how: made_now.append(path) or fold(path, *how))
     for _ in range(3):
         for path in FOLDING:
             by(path, module, features)

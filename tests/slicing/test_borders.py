@@ -10,7 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uhd.slicing import PRESETS, SlicingConfig, image_to_view, locate, plan, plan_from_grid, view_box, view_to_image
+from uhd.slicing import (
+    PRESETS,
+    SlicingConfig,
+    image_to_view,
+    locate,
+    plan,
+    plan_from_grid,
+    view_box,
+    view_to_image,
+    worst_case,
+)
 from uhd.slicing.borders import Gradient, content_cut, even_borders, move_borders, moved_borders, with_borders
 from uhd.slicing.metrics import measure, share_seen
 from uhd.slicing.plan import Box, SlicePlan, contradictions
@@ -71,15 +81,24 @@ def test_borders_are_where_a_slow_search_finds_least(size_hw, name, moves):
 
 
 def test_a_step_is_a_pixel_of_the_view():
-    """A slice of 112 px shows 350 px of the image: the candidates are 3 px apart."""
-    config = SAFE.replace(image_size=112, max_slices=4)
-    pixels, found = page(700, 700), plan((700, 700), config)
+    """A slice of 112 px shows 350 px of the image: the candidates are 3 px apart, and a 32nd of the way would be 2."""
+    config = SAFE.replace(image_size=112, max_slices=4, border_moves=1)
+    found = plan((700, 700), config)
     assert (found.grid, found.slice_hw) == ((2, 2), (112, 112))
-    moved = move_borders(found, config, of(pixels))
-    assert {(ours - even) % 3 for ours, even in zip(moved_borders(moved)[0], even_borders(moved)[0], strict=True)} == {
-        0
-    }
-    assert moved_borders(moved) == slowly(found, config, pixels)
+    moves = set()
+    for seed in range(3):
+        pixels = page(700, 700, seed)
+        borders = moved_borders(move_borders(found, config, of(pixels)))
+        assert borders == slowly(found, config, pixels)
+        moves |= {lines[0] - 350 for lines in borders}
+    assert not any(move % 3 for move in moves)
+    assert any(move % 2 for move in moves)
+
+
+def test_bounds_cover_slices_between_moved_borders():
+    """22 patches of 14 px are one view's px of 66 x 66; of equal slices up to 2:1 none has more than 3 x 7."""
+    few, more = (SlicingConfig(image_size=66, border_moves=moves) for moves in (0, 2))
+    assert [worst_case(config, max_aspect=2).view_patches for config in (few, more)] == [21, 22]
 
 
 def test_a_line_of_print_is_not_cut():
@@ -262,8 +281,10 @@ def test_borders_that_do_not_cut_the_image_are_refused(borders):
 
 @pytest.mark.parametrize("value", [-1, 1.5, True, "2", None])
 def test_moves_are_a_count(value):
-    with pytest.raises(ValueError, match="border_moves must be a whole number from 0"):
+    with pytest.raises(ValueError, match="border_moves must be a whole number of at least 0, got"):
         SlicingConfig(border_moves=value)
+    none, two = (SlicingConfig(border_moves=np.int64(number)).border_moves for number in (0, 2))
+    assert (type(none), none, type(two), two) == (int, 0, int, 2)
 
 
 def test_moves_need_tokens_that_do_not_follow_from_patches():

@@ -42,7 +42,6 @@ def test_long_images_are_cut_by_what_their_side_needs(size_hw, grid):
 @given(slicing_configs(), image_sizes())
 def test_the_count_is_the_larger_of_area_and_side(config, size_hw):
     """By the rule's words: cells N - 1, N, N + 1, without 1 or more than the cap; all else is the rule as it was."""
-    config = config.replace(one_view_below=None)  # which makes one view of what is cut
     config = config.replace(one_view_below=None)  # which takes grids away again
     shape, area = config.replace(cut_by="shape"), config.replace(cut_by="area")
     side = config.image_size

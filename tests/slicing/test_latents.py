@@ -12,7 +12,7 @@ from tests.tiny import refuses
 from uhd.cli import main
 from uhd.compare.learned import kind_of
 from uhd.compare.measuring import measured_at_once
-from uhd.slicing import PRESETS, SlicePlan, SlicingConfig, plan, plan_many, worst_case
+from uhd.slicing import PRESETS, SlicePlan, SlicingConfig, plan, plan_images, plan_many, worst_case
 from uhd.slicing.flops import plan_flops
 from uhd.slicing.latents import latent_grid, shared_latents
 from uhd.slicing.plan import contradictions
@@ -75,6 +75,16 @@ def test_one_view_has_the_patches_and_tokens_of_what_it_replaces():
     merged = plan((900, 1200), PRESETS["minicpm-v-4.6"].replace(one_view_below=2))
     assert merged.num_visual_tokens == merged.num_patches // 16
     assert merged.views[0].latents_hw is None
+
+
+@pytest.mark.parametrize("count", [None, lambda found: found])
+def test_one_view_shrinks_to_the_budget_of_a_sample(count):
+    joined = SAFE.replace(one_view_below=2)
+    for budget, tokens in ((432, 432), (431, 320), (300, 192), (100, 64)):
+        (found,) = plan_images([(900, 1200)], joined, max_tokens=budget, count=count)
+        assert found == plan((900, 1200), joined, max_tokens=budget)
+        assert found.num_tokens == tokens
+    assert [found.num_tokens for found in plan_images([(900, 1200), (300, 300)], joined, max_tokens=400)] == [320, 64]
 
 
 @pytest.mark.parametrize("name", ["llava-uhd-safe", "llava-uhd-paper", "minicpm-v"])

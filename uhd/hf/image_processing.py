@@ -332,7 +332,8 @@ class UHDImageProcessorPil(Planning, PilBackend):
             else:
                 pictures += sample
                 plans += self.plan_images([(picture.height, picture.width) for picture in sample], **kwargs)
-        plans = [move_borders(*pair, self.planner(kwargs)) for pair in zip(pictures, plans, strict=True)]
+        planner = self.planner(kwargs)
+        plans = [move_borders(*pair, planner) for pair in zip(pictures, plans, strict=True)]
         padded = self.setting("pad_patches", kwargs)
         if padded:
             self._check_planned_by_size(plans, kwargs)

@@ -12,7 +12,7 @@ from .pillow import check_plan, cut_canvas
 from .settings import DEFAULT, PixelSettings
 
 if TYPE_CHECKING:
-    from uhd.slicing.plan import Box, SlicePlan
+    from uhd.slicing.plan import SlicePlan
 
     from .fast import Picture
 
@@ -86,19 +86,16 @@ def move_borders(image: Any, plan: SlicePlan, slicing: Any, *, settings: PixelSe
         return plan
     from uhd.slicing import borders
 
-    picture = load_image(image, settings=settings) if isinstance(image, Image.Image) else image
-    picture = load_picture(picture, settings=settings)
+    picture = load_picture(image, settings=settings)
     check_plan(plan, (picture.height, picture.width))
+    if isinstance(picture, Image.Image):
+        return borders.move_borders(
+            plan, slicing, lambda box: np.asarray(picture.crop((box.left, box.top, box.right, box.bottom)))
+        )
+    from .fast import decode_whole
 
-    def crop(box: Box) -> np.ndarray:
-        return np.asarray(picture.crop((box.left, box.top, box.right, box.bottom)))
-
-    if not isinstance(picture, Image.Image):
-        from .fast import decode_whole
-
-        pixels = decode_whole(picture, settings)
-        return borders.move_borders(plan, slicing, lambda box: pixels[box.top : box.bottom, box.left : box.right])
-    return borders.move_borders(plan, slicing, crop)
+    pixels = decode_whole(picture, settings)
+    return borders.move_borders(plan, slicing, lambda box: pixels[box.top : box.bottom, box.left : box.right])
 
 
 def load_picture(source: Any, *, settings: PixelSettings = DEFAULT) -> Image.Image | Picture:

@@ -118,8 +118,8 @@ class Folded:
     """The constant products of one resampler, by path. Copies and pickles are empty; safe in threads."""
 
     def __init__(self) -> None:
-        # stamps and contents of the weights, and what was made of them by the latents' grid
-        self._kept: dict[str, tuple[tuple, Tensor, dict[Grid | None, dict[str, Tensor]]]] = {}
+        # stamps and contents of the weights, and what was made of them: of the values, and by the latents' grid
+        self._kept: dict[str, tuple[tuple, Tensor, dict[str, Tensor], dict[Grid | None, dict[str, Tensor]]]] = {}
 
     def __reduce__(self) -> tuple:
         return Folded, ()
@@ -139,38 +139,32 @@ class Folded:
         stamps = (dtype, layer.query_eps, layer.key_eps, *map(_stamp, layer.weights.values()))
         contents = contents_of(layer.weights.values())
         kept = self._kept.get(path)
-        if kept is None or kept[0] != stamps or not torch.equal(kept[1], contents):
-            kept = (stamps, contents, {})
-        grids, found = dict(kept[2]), []  # another thread may be at the same
-        for grid in latents:
-            tensors = grids.pop(grid, None)
-            if tensors is None:
-                with torch.inference_mode(False), torch.no_grad():
-                    tensors = fold(path, layer, dtype, grid)
-                one = next(iter(grids.values()), {})
-                tensors |= {name: one[name] for name in ("values", "bias", "root") if name in one}
-            grids[grid] = tensors  # the last used is the last
-            found.append(tensors)
-        self._kept[path] = (*kept[:2], dict([*grids.items()][-GRIDS:]))
+        with torch.inference_mode(False), torch.no_grad():
+            if kept is None or kept[0] != stamps or not torch.equal(kept[1], contents):
+                kept = (stamps, contents, fold_values(path, layer, dtype), {})
+            grids, found = dict(kept[3]), []  # another thread may be at the same
+            for grid in latents:
+                tensors = grids.pop(grid, None) or fold_latents(path, layer, dtype, grid)
+                grids[grid] = tensors  # the last used is the last
+                found.append(kept[2] | tensors)
+        self._kept[path] = (*kept[:3], dict([*grids.items()][-GRIDS:]))
         return found
 
 
-def fold(path: str, layer: Layer, dtype: torch.dtype, latents_hw: Grid | None = None) -> dict[str, Tensor]:
-    """Multiply what is constant, kept in ``dtype``: the formulas above tell the parts of "absorbed" and "narrow".
+def fold_latents(path: str, layer: Layer, dtype: torch.dtype, latents_hw: Grid | None = None) -> dict[str, Tensor]:
+    """Multiply what is constant of the latents, in ``dtype``: the formulas above tell the parts of the two paths.
 
     ``latents_hw``: the grid of the latents; ``None``: their own.
     """
-    config, query = layer.config, layer.weights["query"]
-    native = (config.side, config.side)
-    exact = torch.promote_types(query.dtype, torch.float32)
-    weights = {name: weight.detach().to(exact) for name, weight in layer.weights.items()}
-    w_q, w_k, w_v = weights["attn.in_proj_weight"].chunk(3)
-    b_q, _, b_v = weights["attn.in_proj_bias"].chunk(3)
+    config, native = layer.config, (layer.config.side, layer.config.side)
+    weights = _exact(layer)
+    w_q, w_k, _ = weights["attn.in_proj_weight"].chunk(3)
+    b_q = weights["attn.in_proj_bias"].chunk(3)[0]
     latents, table = weights["query"], weights.get("pos_embed")
-    if latents_hw not in (None, native):
+    if latents_hw is not None:
         latents = interpolate_pos_embed(latents, native, latents_hw, mode="bilinear")
         table = None if table is None else interpolate_pos_embed(table, native, latents_hw)
-    q = F.layer_norm(latents, query.shape[-1:], weights["ln_q.weight"], weights["ln_q.bias"], layer.query_eps)
+    q = F.layer_norm(latents, latents.shape[-1:], weights["ln_q.weight"], weights["ln_q.bias"], layer.query_eps)
     if config.query_position:
         q = q + table
     q = F.linear(q, w_q, b_q).unflatten(-1, (config.num_heads, -1)) * (config.width // config.num_heads) ** -0.5
@@ -179,18 +173,41 @@ def fold(path: str, layer: Layer, dtype: torch.dtype, latents_hw: Grid | None = 
     if config.key_position != "none":
         interpolated = config.key_position == "interpolated"
         folded["positions"] = weights["pos_embed"] @ pairs.T if interpolated else pairs
+    if path == "narrow":
+        folded["logits"] = pairs * weights["ln_kv.weight"]
+        if "kv_proj.weight" in weights:
+            folded["logits"] = folded["logits"] @ _centred(weights)
+    return {name: tensor.to(dtype) for name, tensor in folded.items()}
+
+
+def fold_values(path: str, layer: Layer, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The same of the values, in ``dtype``, and their bias in the weights' own: nothing that the latents are part of.
+
+    Of "absorbed" both are W_v's as they are.
+    """
     if path == "absorbed":
-        live = {"values": "attn.in_proj_weight", "bias": "attn.in_proj_bias"}  # W_v and its bias, as they are
-        live = {ours: layer.weights[name].detach().chunk(3)[2] for ours, name in live.items()}
-        return {name: tensor.to(dtype) for name, tensor in folded.items()} | live
-    folded |= {"logits": pairs * weights["ln_kv.weight"], "values": w_v * weights["ln_kv.weight"]}
-    bias = (b_v + w_v @ weights["ln_kv.bias"]).to(query.dtype)
+        live = {"values": "attn.in_proj_weight", "bias": "attn.in_proj_bias"}
+        return {ours: layer.weights[name].detach().chunk(3)[2] for ours, name in live.items()}
+    weights = _exact(layer)
+    w_v, b_v = (weights[f"attn.in_proj_{kind}"].chunk(3)[2] for kind in ("weight", "bias"))
+    bias = (b_v + w_v @ weights["ln_kv.bias"]).to(layer.weights["query"].dtype)
+    folded = {"values": w_v * weights["ln_kv.weight"]}
     if "kv_proj.weight" in weights:
-        centred = weights["kv_proj.weight"] - weights["kv_proj.weight"].mean(0)  # C
-        folded |= {"logits": folded["logits"] @ centred, "values": folded["values"] @ centred}
+        centred = _centred(weights)
+        folded["values"] = folded["values"] @ centred
         # of C, not of C'C, whose condition would be squared
-        folded["root"] = torch.linalg.qr(centred * config.width**-0.5, mode="r").R.T.contiguous()
+        folded["root"] = torch.linalg.qr(centred * layer.config.width**-0.5, mode="r").R.T.contiguous()
     return {name: tensor.to(dtype) for name, tensor in folded.items()} | {"bias": bias}
+
+
+def _exact(layer: Layer) -> dict[str, Tensor]:
+    exact = torch.promote_types(layer.weights["query"].dtype, torch.float32)
+    return {name: weight.detach().to(exact) for name, weight in layer.weights.items()}
+
+
+def _centred(weights: Mapping[str, Tensor]) -> Tensor:
+    """C, (D, D_v)."""
+    return weights["kv_proj.weight"] - weights["kv_proj.weight"].mean(0)
 
 
 def are_plain(weights: Mapping[str, Tensor | None], like: Tensor) -> bool:
@@ -237,7 +254,7 @@ def normalised(layer: Layer, tensors: Mapping[str, Tensor], features: Tensor) ->
 
 
 def position_logits(config: PerceiverConfig, positions: Tensor | None, grid_hw: Grid) -> Tensor | None:
-    """Compute m . pos over a grid, (H Q, h * w), from what `fold` made of the positions; None without any."""
+    """Compute m . pos over a grid, (H Q, h * w), from what `fold_latents` made of the positions; None without any."""
     if positions is None:
         return None
     if config.key_position == "interpolated":

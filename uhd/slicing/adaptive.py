@@ -10,8 +10,8 @@ from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from uhd.moved import moved
-from uhd.settings import check_choice, plain_name, unknown_name
-from uhd.slicing.config import MAX_VIEWS, SeparatorCount, Slicing, aspect_or_none, count_from_0, positive_int
+from uhd.settings import check_choice, plain_name, unknown_name, whole
+from uhd.slicing.config import MAX_VIEWS, SeparatorCount, Slicing, aspect_or_none, positive_int
 from uhd.slicing.grids import Candidate, aspects_near, grid_score, grids_near, to_multiple
 from uhd.slicing.latents import fitted, latent_grid, with_latents
 from uhd.slicing.plan import MAX_SIDE, Box, Canvas, SlicePlan, check_size
@@ -101,7 +101,7 @@ class SlicingConfig(Slicing):
         check_choice("cut_by", self.cut_by, CUTS)
         if self.cut_by == "shape" and self.rule != "released":
             raise ValueError(f"cut_by='shape' changes the rule 'released', not {self.rule!r}: leave it at 'area'")
-        object.__setattr__(self, "border_moves", count_from_0("border_moves", self.border_moves))
+        object.__setattr__(self, "border_moves", whole("border_moves", self.border_moves, least=0))
         if self.border_moves and self.tokens_per_view is None:
             raise ValueError("border_moves makes slices unequal, so it needs tokens_per_view, and that is None")
         object.__setattr__(self, "one_view_below", aspect_or_none("one_view_below", self.one_view_below))
@@ -197,13 +197,17 @@ class SlicingConfig(Slicing):
     def uncut(self) -> SlicingConfig:
         if self.rule != "released":
             raise ValueError(f"uncut images need the slicing rule 'released', this one is {self.rule!r}")
-        return self.replace(max_slices=1)
+        return self.replace(max_slices=1, border_moves=0)
 
     def single_view(self, image_hw: tuple[int, int]) -> SlicePlan:
         return planner_of(self).build(*check_size(image_hw), None)  # also where the smallest grids would cut
 
     def overview_of(self, plan: SlicePlan) -> SlicePlan:
         return self.single_view(plan.image_hw)
+
+    def slices_of(self, plan: SlicePlan) -> int:
+        grid = plan.grid if self.one_view_below is None else planner_of(self).grid(*plan.image_hw)
+        return math.prod(grid or (0,))
 
     def worst_case(self, *, max_aspect: float = 200.0) -> WorstCase:
         """See :func:`worst_case`."""

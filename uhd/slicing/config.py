@@ -43,14 +43,6 @@ def positive_int(key: str, value: Any) -> int | None:
     return number
 
 
-def count_from_0(key: str, value: Any) -> int:
-    """A count that may be 0; else a ``ValueError`` that names the setting."""
-    try:
-        return value if not value and type(value) is int else positive_int(key, value) or 0
-    except ValueError:
-        raise ValueError(f"{key} must be a whole number from 0, got {value!r}") from None
-
-
 def aspect_or_none(key: str, value: Any) -> float | None:
     """A ratio of sides, longer to shorter, or ``None``; else a ``ValueError`` that names the setting."""
     if value is None:
@@ -153,6 +145,10 @@ class Slicing(Settings):
         """One of its plans without the slices; ``None`` where there is no overview."""
         return plan.overview_alone()
 
+    def slices_of(self, plan: SlicePlan) -> int:
+        """How many slices one of its plans has, or its one view stands in the place of."""
+        return sum(len(canvas.tiles) for canvas in plan.canvases if canvas.kind == "slice")
+
 
 @dataclass(frozen=True)
 class OwnRule(Slicing):
@@ -212,6 +208,9 @@ class Recounted(Slicing):
     def overview_of(self, plan: SlicePlan) -> SlicePlan | None:
         alone = self.rule.overview_of(plan)
         return None if alone is None else self.fit(alone)
+
+    def slices_of(self, plan: SlicePlan) -> int:
+        return self.rule.slices_of(plan)
 
     def capped(self, max_slices: int) -> Slicing | None:
         return self._around(self.rule.capped(max_slices))

@@ -221,7 +221,7 @@ def _ladder(image_hw: tuple[int, int], slicing: Slicing) -> Iterator[SlicePlan]:
 
 
 def _fewer_slices(slicing: Slicing, own: SlicePlan) -> Iterator[SlicePlan]:
-    slices = sum(view.kind == "slice" for view in own.views)
+    slices = slicing.slices_of(own)
     for cap in range(slices - 1, 0, -1):
         lower = slicing.capped(cap)
         if lower is None:
