@@ -18,7 +18,7 @@ from tests.test_compare import BROWSERS, FLAGS, read
 from tests.tiny import refuses
 from uhd import cli
 from uhd.compare import explore, explore_page
-from uhd.slicing import PRESETS, find, plan
+from uhd.slicing import PRESETS, SlicingConfig, find, plan
 from uhd.slicing.flops import plan_flops
 
 SCRIPT = Path(explore.__file__).with_suffix(".js")
@@ -119,6 +119,15 @@ def test_the_page_is_whole_small_and_asks_nothing(page):
     policy = next(a["content"] for tag, a in tags if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'; img-src data: blob:;")
     assert len(page.encode()) < 1_000_000
+
+
+def test_settings_of_ones_own_are_shown_as_they_are_planned():
+    rules = [SlicingConfig(patch_size=16, image_size=256), SlicingConfig(one_view_below=2.5, latents="fitted")]
+    near_hw = (near(500), near(700))
+    for rule, (found,) in zip(rules, looked_up(explore_page(rules), [[500, 700]])[:2], strict=True):
+        planned = rule.plan((500, 700) if rule.patch_size == 16 else near_hw)
+        assert {key: found.get(key) for key in shown(planned)} == shown(planned)
+        assert found["flops"] == pytest.approx(plan_flops(planned).total / 1e10, abs=0.5001)
 
 
 @pytest.mark.slow
