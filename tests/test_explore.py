@@ -170,7 +170,8 @@ const say = (name, value) => document.body.setAttribute("data-" + name, value);
 const fire = (id, value, name) => { $(id).value = value; $(id).dispatchEvent(new Event(name || "input")); };
 const cards = () => [...document.querySelectorAll("#cards article")].map((card) => ({
   rule: card.querySelector("select").selectedOptions[0].textContent,
-  rects: card.querySelectorAll("svg rect").length - 1, near: card.querySelector(".near")?.textContent,
+  rects: card.querySelectorAll("svg rect").length - 1, dashed: card.querySelectorAll("svg [stroke-dasharray]").length,
+  near: card.querySelector(".near")?.textContent,
   scores: [...card.querySelectorAll("tbody tr")].map((row) => row.lastChild.textContent),
   ...Object.fromEntries([...card.querySelectorAll("[data-key]")].map((one) => [one.dataset.key, one.textContent]))}));
 const select = (place, name) => { const one = document.querySelectorAll("#cards select")[place];
@@ -229,6 +230,7 @@ def test_a_browser_draws_a_size_and_a_dropped_photo_on_a_phone(page, tmp_path):
         assert ("near" in card) == (size != (height, width))
         if "near" in card:
             assert f"{size[1]} x {size[0]} px" in card["near"]
+        assert card["dashed"] == (card["rects"] == 1)  # one view without a cut
         assert card["tokens"] == f"{planned.num_tokens:,}"
         assert card["patches"] == f"{planned.num_patches:,}"
         assert float(card["TFLOPs"]) == pytest.approx(plan_flops(planned).total / 1e12, abs=0.00501)
