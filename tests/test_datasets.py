@@ -13,6 +13,7 @@ import sys
 import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -497,8 +498,9 @@ def test_wrong_calls(whole, tmp_path, folder):
         (whole[0], {"limit": 0}, "at least 1"),
         (whole[0], {"dtype": "int8"}, "dtype must be"),
         (whole[0], {"device": "tpu"}, "device must be"),
-        (whole[0], {"processes": -1}, "processes are at least 0"),
-        (whole[0], {"engine": "ray", "actors": 0}, "actors are at least 1"),
+        (whole[0], {"processes": -1}, "processes must be a whole number of at least 0"),
+        (whole[0], {"processes": 1.5}, "processes must be a whole number"),
+        (whole[0], {"engine": "ray", "actors": 0}, "actors must be a whole number of at least 1"),
         (whole[0], {"on_error": "stop"}, "a/torn.png \\(decode\\)"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -513,6 +515,9 @@ def test_wrong_calls(whole, tmp_path, folder):
     for wrong in ({"shard": (5, 3)}, {"limit": 0}, {"dtype": "int8"}, {"columns": ["key"]}):
         with pytest.raises(ValueError, match="0 to n - 1|at least 1|dtype must be|columns of these names"):
             datasets.estimate(whole[0], folder, **wrong)
+    for call in (partial(run, whole[0], tmp_path / "out"), partial(datasets.estimate, whole[0])):
+        with pytest.raises(TypeError, match="write \\['label'\\]"):
+            call(folder, columns="label")
 
 
 def _bytes_changed(path, place):

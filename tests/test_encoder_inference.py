@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import numpy as np
 import pytest
@@ -163,7 +164,7 @@ def test_projectors_multiply_by_onednn_where_it_is_faster(name, monkeypatch):
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("why", ["gradients", "hook", "autocast", "float32", "frozen float input with gradient"])
+@pytest.mark.parametrize("why", ["gradients", "hook", "autocast", "float32", "compiled", "float input with gradient"])
 def test_a_module_stays_itself_where_it_must(why, monkeypatch):
     monkeypatch.setenv("UHD_PRODUCTS", "bfloat16=float32")
     module = MLPProjector(32, 24).to(torch.float32 if why == "float32" else torch.bfloat16)
@@ -171,9 +172,12 @@ def test_a_module_stays_itself_where_it_must(why, monkeypatch):
     x = torch.zeros(2, 32, dtype=torch.bfloat16, requires_grad="input" in why)
     if why == "hook":
         next(part for part in module.modules() if isinstance(part, nn.Linear)).register_forward_hook(print)
+    if why == "compiled":
+        module.mlp.compile(backend="eager")
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=why == "autocast"):
         assert at_its_fastest(module, x) is module
-    if why in ("gradients", "frozen float input with gradient"):
+    if why in ("gradients", "float input with gradient"):
+        module.lock = threading.Lock()  # which nothing can copy
         with torch.no_grad():
             assert at_its_fastest(module, x) is not module
 

@@ -18,7 +18,7 @@ from tests.test_compare import BROWSERS, FLAGS, read
 from tests.tiny import refuses
 from uhd import cli
 from uhd.compare import explore, explore_page
-from uhd.slicing import PRESETS, find, plan
+from uhd.slicing import PRESETS, SlicingConfig, find, plan
 from uhd.slicing.flops import plan_flops
 
 SCRIPT = Path(explore.__file__).with_suffix(".js")
@@ -121,6 +121,15 @@ def test_the_page_is_whole_small_and_asks_nothing(page):
     assert len(page.encode()) < 1_000_000
 
 
+def test_settings_of_ones_own_are_shown_as_they_are_planned():
+    rules = [SlicingConfig(patch_size=16, image_size=256), SlicingConfig(one_view_below=2.5, latents="fitted")]
+    near_hw = (near(500), near(700))
+    for rule, (found,) in zip(rules, looked_up(explore_page(rules), [[500, 700]])[:2], strict=True):
+        planned = rule.plan((500, 700) if rule.patch_size == 16 else near_hw)
+        assert {key: found.get(key) for key in shown(planned)} == shown(planned)
+        assert found["flops"] == pytest.approx(plan_flops(planned).total / 1e10, abs=0.5001)
+
+
 @pytest.mark.slow
 def test_the_usual_rules_fit_on_a_page():
     page = explore_page()
@@ -161,7 +170,8 @@ const say = (name, value) => document.body.setAttribute("data-" + name, value);
 const fire = (id, value, name) => { $(id).value = value; $(id).dispatchEvent(new Event(name || "input")); };
 const cards = () => [...document.querySelectorAll("#cards article")].map((card) => ({
   rule: card.querySelector("select").selectedOptions[0].textContent,
-  rects: card.querySelectorAll("svg rect").length - 1, near: card.querySelector(".near")?.textContent,
+  rects: card.querySelectorAll("svg rect").length - 1, dashed: card.querySelectorAll("svg [stroke-dasharray]").length,
+  near: card.querySelector(".near")?.textContent,
   scores: [...card.querySelectorAll("tbody tr")].map((row) => row.lastChild.textContent),
   ...Object.fromEntries([...card.querySelectorAll("[data-key]")].map((one) => [one.dataset.key, one.textContent]))}));
 const select = (place, name) => { const one = document.querySelectorAll("#cards select")[place];
@@ -220,6 +230,7 @@ def test_a_browser_draws_a_size_and_a_dropped_photo_on_a_phone(page, tmp_path):
         assert ("near" in card) == (size != (height, width))
         if "near" in card:
             assert f"{size[1]} x {size[0]} px" in card["near"]
+        assert card["dashed"] == (card["rects"] == 1)  # one view without a cut
         assert card["tokens"] == f"{planned.num_tokens:,}"
         assert card["patches"] == f"{planned.num_patches:,}"
         assert float(card["TFLOPs"]) == pytest.approx(plan_flops(planned).total / 1e12, abs=0.00501)

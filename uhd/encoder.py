@@ -129,9 +129,8 @@ class VisualEncoder(PackedEncoder):
         self._fit(self.slicing, schema)
 
     def _fit(self, rule: Slicing, schema: SpatialSchema | str | None) -> None:
-        if schema is None and not rule.uses_schema:
-            schema = PLAIN
-        schema = schema if isinstance(schema, SpatialSchema) else SpatialSchema.preset(schema or "llava-uhd")
+        schema = schema or ("llava-uhd" if rule.uses_schema else PLAIN)
+        schema = schema if isinstance(schema, SpatialSchema) else SpatialSchema.preset(schema)
         _check_backbone(self.vision, rule, self.check_image_size)
         slicing = counted(rule, getattr(self.compressor, "tokens_per_view", None), schema)
         _check_latents(self.compressor, slicing)
@@ -279,8 +278,7 @@ class VisualEncoder(PackedEncoder):
         """Write ``model.safetensors`` and ``uhd_encoder.json`` at once: the encoder as it is, but no slicing function.
 
         Raises:
-            ValueError: The encoder is quantised, a part has two dtypes, or weights share memory; and as
-                :func:`uhd.writing.new_files`.
+            ValueError: It is quantised, has a part of two dtypes, or shared weights; as :func:`uhd.writing.new_files`.
         """
         saving.save(self, folder)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from uhd.machine import product_of
-from uhd.torch_private import has_hooks, in_functorch, packed_products
+from uhd.torch_private import has_hooks, in_functorch, is_compiled, packed_products, shared_view
 
 
 def float_parameter(module: nn.Module, default: Tensor) -> Tensor:
@@ -42,33 +41,36 @@ class _FastLinear(nn.Linear):
 
 
 def at_its_fastest(module: nn.Module, x: Tensor) -> nn.Module:
-    """Copy a module for one call on tensors like ``x``: in the dtype, and by the product, that this CPU likes best.
+    """A module for one call on tensors like ``x``: in the dtype, and by the product, that this CPU likes best.
 
-    Weights that keep their dtype are shared. Returns the module itself where nothing is faster, where gradients are
-    wanted, under autocast and transforms, and where anything has hooks, wrappers, or tensors of other classes, dtypes
-    or devices than the others.
+    All but weights of another dtype is shared. Returns the module itself where nothing is faster, where gradients are
+    wanted, under autocast and transforms, and where anything has hooks, was compiled, or has tensors of other classes,
+    dtypes or devices than the others.
     """
-    if transformed():
-        return module
     tensors = [*module.parameters(), *module.buffers()]
+    if transformed() or torch.is_autocast_enabled(x.device.type) or wants_gradients((x, *tensors)):
+        return module
     floats = [tensor for tensor in tensors if tensor.is_floating_point()]
     own = floats[0].dtype if floats else x.dtype
     product = product_of(own, x.device, max((each.numel() for each in floats), default=0))
-    if product == (own, "native") or torch.is_autocast_enabled(x.device.type) or wants_gradients((x, *tensors)):
-        return module
     plain = {(type(each) in (Tensor, nn.Parameter), each.device, each.dtype) for each in floats}
-    alike = plain == {(True, x.device, own)}
-    if not alike or not all(is_plain(part, type(part)) for part in module.modules()):
+    if product == (own, "native") or plain != {(True, x.device, own)}:
+        return module
+    if not all(is_plain(part, type(part)) and not is_compiled(part) for part in module.modules()):
         return module
     cast = {id(each): each.detach().to(product.dtype) for each in floats if product.dtype != own}
-    for each in module.parameters():
-        if id(each) in cast:
-            cast[id(each)] = nn.Parameter(cast[id(each)], requires_grad=False)
-    made = copy.deepcopy(module, {**{id(each): each for each in tensors}, **cast})
-    for part in made.modules():
-        if type(part) is nn.Linear and product.way != "native":
-            part.__class__ = _FastLinear
-    return made
+    return _multiplying(module, product.way, cast)
+
+
+def _multiplying(module: nn.Module, way: str, cast: Mapping[int, Tensor]) -> nn.Module:
+    """The module with some of its tensors in another dtype, its layers multiplying so."""
+    fast = type(module) is nn.Linear and way != "native"
+    view = shared_view(module, _FastLinear if fast else type(module))
+    for kind in ("_parameters", "_buffers"):
+        setattr(view, kind, {name: cast.get(id(each), each) for name, each in getattr(module, kind).items()})
+    parts = module._modules.items()
+    view._modules = {name: part if part is None else _multiplying(part, way, cast) for name, part in parts}
+    return view
 
 
 def contents_of(sources: Iterable[Tensor]) -> Tensor:

@@ -110,3 +110,8 @@ def has_hooks(module: nn.Module) -> bool:
     """
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(vars(module).get(kind, True) for kind in kinds)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called; False where torch keeps that under another name than today."""
+    return getattr(module, "_compiled_call_impl", None) is not None

@@ -129,6 +129,7 @@ def test_what_would_be_left_aside_is_refused_and_what_asks_for_no_more_is_not(ad
         "response_format": {"type": "json_object"},
         "tool_choice": "none",
         "reasoning_effort": "low",
+        "verbosity": "low",
     }
     for field, value in more.items():
         for stream in (False, True):
@@ -144,9 +145,13 @@ def test_what_would_be_left_aside_is_refused_and_what_asks_for_no_more_is_not(ad
     assert '"completion_tokens":' in counted
     legacy = {"model": "nano", "prompt": "all?", "max_tokens": 2}
     assert post(address, {**legacy, "logprobs": 0}, "/v1/completions")[0] == 400
+    assert post(address, {**legacy, "logit_bias": {"5": 9}}, "/v1/completions")[0] == 400
+    assert said(post(address, {**asked, "logit_bias": {"5": 0.1}})) == DRAWN.text  # there it is done
     assert post(address, {**legacy, "best_of": 1}, "/v1/completions")[0] == 200
     new = {"model": "nano", "input": "all?", "stream": False, "max_output_tokens": 2}
     assert post(address, {**new, "previous_response_id": "resp_1"}, "/v1/responses")[0] == 400
+    for field, value in {"reasoning": {"effort": "high"}, "conversation": "conv_1"}.items():
+        assert f"'{field}'" in post(address, {**new, field: value}, "/v1/responses")[1]["error"]["message"]
     assert post(address, {**new, "store": False, "truncation": "disabled"}, "/v1/responses")[0] == 200
 
 

@@ -137,7 +137,7 @@ if (typeof document !== "undefined")
       const of = `Drawn and counted for ${wide(found.drawn_hw)} px, the nearest size that this page knows of this rule.`;
       if (near) parts.push(make("p", { class: "near" }, of));
       if (found.candidates.length) parts.push(scores(found.candidates, open));
-      else parts.push(make("p", { class: "hint" }, rule.config ? "Not cut: no grids to compare." : "This rule scores no grids."));
+      else parts.push(make("p", { class: "hint" }, rule.config ? "Not cut: no grids to compare." : "This page has no scores of this rule."));
       return parts;
     }
 

@@ -1,7 +1,8 @@
 """One page to try slicing rules on a size of one's own choice: sliders or a dropped photo, cuts drawn as they move.
 
 The adaptive planner runs in the page, by ``uhd/slicing/planner.js``, so its rules are exact for every size. Each
-other rule is planned here for a lattice of sizes, and the page says for which of them it draws.
+other rule, and those that fit latents to views, is planned here for a lattice of sizes, and the page says for which of
+them it draws.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def explore_page(strategies: Iterable[SlicingLike] | None = None) -> str:
         rules.setdefault(find(rule), rule)
     known = [_rule(name, rule) for name, rule in distinct_names(rules.values())]
     shown = min(len({find(rule) for rule in named}), len(SHOWN))
-    data = {"rules": known, "shown": shown, "lattice": LATTICE, "flops": _system()}
+    data = {"rules": known, "shown": shown, "lattice": LATTICE, "flops": _system(rules)}
     styles = (_HERE / "overview.css", _HERE / "explore.css")
     scripts = (_HERE.parent / "slicing" / "planner.js", _HERE / "parts.js", _HERE / "explore.js")
     page = scripted_page("explore.html", styles, scripts, data, lattice=LATTICE)
@@ -71,7 +72,7 @@ def explore_page(strategies: Iterable[SlicingLike] | None = None) -> str:
 
 def _rule(name: str, rule: Slicing) -> dict[str, Any]:
     """A rule as its settings, for the planner in the page, or as what it makes of every size of the lattice."""
-    if isinstance(rule, SlicingConfig):
+    if isinstance(rule, SlicingConfig) and not rule.fits_latents:
         return {"name": name, "config": rule.to_dict()}
     outcomes: dict[str | tuple[Any, ...], int] = {}
     places = []
@@ -93,9 +94,9 @@ def _outcome(rule: Slicing, image_hw: tuple[int, int]) -> str | tuple[Any, ...]:
     return (plan.grid, plan.slice_hw, plan.overview_hw, *counts, tuple(cut_code(plan)))
 
 
-def _system() -> dict[str, Any]:
+def _system(rules: Iterable[Slicing]) -> dict[str, Any]:
     """FLOPs of the reference system as polynomials: of a view's patches, by patch size, and of an image's tokens."""
-    sides = {config.patch_size for config in PRESETS.values()}
+    sides = {rule.patch_size for rule in rules if isinstance(rule, SlicingConfig)}
     return {
         "unit": _FLOPS,
         "vit": {side: _quadratic(lambda n, side=side: vit_flops(n, _VIT, patch_size=side)) for side in sorted(sides)},

@@ -22,6 +22,7 @@ from uhd.datasets.sources import listed
 from uhd.datasets.units import Job
 from uhd.files import read_json
 from uhd.loading import Preparation
+from uhd.sampling import whole
 from uhd.saving import CONFIG_FILE, WEIGHTS_FILE
 from uhd.settings import check_choice
 from uhd.writing import is_file, new_file
@@ -86,13 +87,11 @@ def encode(
             setting is out of range; or an image is refused, and ``on_error`` says stop.
         OSError: ``out`` cannot be written. What was done is kept, and the same call goes on.
     """
-    out, columns = Path(out), list(dict.fromkeys(columns))
+    out = Path(out)
     form = {"dtype": dtype, "budget_patches": budget_patches, "columns": columns, "limit": limit, "dedupe": dedupe}
-    check_form(form, shard)
+    check_form(form | settings, shard)
+    form["columns"] = columns = list(dict.fromkeys(columns))
     check_choice("engine", engine, ENGINES)
-    for name, least in (("processes", 0), ("actors", 1)):
-        if (count := settings.get(name)) is not None and count < least:
-            raise ValueError(f"{name} are at least {least}, got {count}")
     check_choice("on_error", on_error, ("record", "stop"))
     _check_source(source, out, columns)
     with saved(encoder) as folder, _alone(out, shard):
@@ -113,14 +112,17 @@ def _check_source(source: str | os.PathLike[str], out: Path, columns: Sequence[s
 
 def check_form(form: dict[str, Any], shard: tuple[int, int]) -> None:
     """Raise a ``ValueError`` for what no run can be asked for."""
-    budget, limit = form["budget_patches"], form["limit"]
-    if budget < 1 or (limit is not None and limit < 1):
-        raise ValueError(f"budget_patches and limit are at least 1, got {budget}, {limit}")
+    whole("budget_patches", form["budget_patches"], least=1)
+    for name, least in (("limit", 1), ("processes", 0), ("actors", 1)):
+        if form.get(name) is not None:
+            whole(name, form[name], least=least)
     if not 0 <= shard[0] < shard[1]:
         raise ValueError(f"shard is i/n with i of 0 to n - 1, got {shard[0]}/{shard[1]}")
     if form["dtype"] is not None:
         check_choice("dtype", form["dtype"], DTYPES)
-    if taken := set(form["columns"]) & {*index.COLUMNS, index.BORDERS}:
+    if isinstance(names := form["columns"], str):
+        raise TypeError(f"columns are a list, got the string {names!r}: write [{names!r}]")
+    if taken := set(names) & {*index.COLUMNS, index.BORDERS}:
         raise ValueError(f"{', '.join(sorted(taken))}: the index itself has columns of these names")
 
 

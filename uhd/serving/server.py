@@ -42,9 +42,15 @@ _AS_IT_IS = {
     "tool_choice": ('"auto"',),
     "parallel_tool_calls": ("true",),
     "reasoning_effort": ('"none"',),
+    "reasoning": ("{}", '{"effort": "none"}'),
+    "verbosity": ('"medium"',),
+    "logit_bias": ("{}",),
     "truncation": ('"disabled"',),
 }
-"""For fields that transformers' server leaves aside with a line in its log: values, as JSON, that ask for no more."""
+"""For fields that transformers' server leaves aside: values, as JSON, that ask for no more."""
+
+_UNTOLD = frozenset(("context_management", "conversation", "moderation", "reasoning", "verbosity"))
+"""Those that it leaves aside without a line in its log; as ``logit_bias`` of plain completions."""
 
 
 class ServedName(str):
@@ -167,7 +173,7 @@ def ready(folder: Path | None, *, host: str = "127.0.0.1", port: int = 8000, max
     for handler in (server._chat_handler, server._response_handler):
         handler.get_processor_inputs_from_messages = partial(_in_full, handler.get_processor_inputs_from_messages)
     for handler in (server._chat_handler, server._completion_handler, server._response_handler):
-        unused = frozenset(handler._unused_fields)
+        unused = _UNTOLD.union(handler._unused_fields, ["logit_bias"] * (handler is server._completion_handler))
         handler._validate_request = partial(_asks_for_what_is_done, handler._validate_request, unused)
     generating = _Fitting()
     server._generation_state.get_manager = lambda *args, **kwargs: generating
