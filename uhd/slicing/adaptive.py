@@ -206,8 +206,7 @@ class SlicingConfig(Slicing):
         return self.single_view(plan.image_hw)
 
     def slices_of(self, plan: SlicePlan) -> int:
-        grid = plan.grid if self.one_view_below is None else planner_of(self).grid(*plan.image_hw)
-        return math.prod(grid or (0,))
+        return math.prod((plan.grid if self.one_view_below is None else planner_of(self).grid(*plan.image_hw)) or (0,))
 
     def worst_case(self, *, max_aspect: float = 200.0) -> WorstCase:
         """See :func:`worst_case`."""
@@ -326,10 +325,9 @@ class Planner:
         It is sized as any other, for an ``image_size`` of sqrt(B) units, and its longer side is shortened to at most B
         units. Its tokens are the :func:`uhd.slicing.latents.latent_grid` of those of all the views.
         """
-        config, (rows, cols) = self.config, grid
-        unit, cells = config.unit, rows * cols
+        config, cells = self.config, math.prod(grid)
         slice_hw, overview_hw = self.slice_hw(height, width, grid), self.fit(height, width)
-        units = (cells * slice_hw[0] * slice_hw[1] + overview_hw[0] * overview_hw[1]) // unit**2
+        units = (cells * slice_hw[0] * slice_hw[1] + overview_hw[0] * overview_hw[1]) // config.unit**2
         view_hw = _view_fitter(config, units)(height, width)
         canvas = self.overview(view_hw)[0]
         if config.tokens_per_view is not None:
@@ -459,9 +457,8 @@ def worst_case(config: SlicingConfig, *, max_aspect: float = 200.0) -> WorstCase
     if max_aspect < 1:
         raise ValueError(f"max_aspect is longer side / shorter side, so at least 1; got {max_aspect}")
     slices = config.most_slices if config.most_slices > 1 else 0
-    units = _view_units(config, max_aspect)
-    if config.border_moves and slices:
-        units = max(units, config.view_budget)  # of a slice between moved borders
+    between_moved = config.view_budget if config.border_moves and slices else 0
+    units = max(_view_units(config, max_aspect), between_moved)
     view_tokens = config.tokens_per_view or units
     if config.max_tokens is not None:
         slices = min(slices, max(config.max_tokens // config.least_tokens - 1, 0))  # and the overview
@@ -470,9 +467,8 @@ def worst_case(config: SlicingConfig, *, max_aspect: float = 200.0) -> WorstCase
     tokens = views * view_tokens + max(config.separators.count(grid) for grid in grids)
     if config.max_tokens is not None:
         tokens = min(tokens, config.max_tokens)
-    view_patches, patches = units * config.merge**2, views * units * config.merge**2
-    if config.one_view_below is not None:
-        view_patches = patches
+    patches = views * units * config.merge**2
+    view_patches = patches // views if config.one_view_below is None else patches
     if config.tokens_per_view is None and config.max_tokens is not None:
         patches = min(patches, config.max_tokens * config.merge**2)
         view_patches = min(view_patches, patches)
