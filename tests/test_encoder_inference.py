@@ -164,7 +164,9 @@ def test_projectors_multiply_by_onednn_where_it_is_faster(name, monkeypatch):
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("why", ["gradients", "hook", "autocast", "float32", "compiled", "float input with gradient"])
+@pytest.mark.parametrize(
+    "why", ["gradients", "hook", "autocast", "float32", "compiled", "float input with gradient", "meta"]
+)
 def test_a_module_stays_itself_where_it_must(why, monkeypatch):
     monkeypatch.setenv("UHD_PRODUCTS", "bfloat16=float32")
     module = MLPProjector(32, 24).to(torch.float32 if why == "float32" else torch.bfloat16)
@@ -174,6 +176,8 @@ def test_a_module_stays_itself_where_it_must(why, monkeypatch):
         next(part for part in module.modules() if isinstance(part, nn.Linear)).register_forward_hook(print)
     if why == "compiled":
         module.mlp.compile(backend="eager")
+    if why == "meta":
+        module, x = module.to(why), x.to(why)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=why == "autocast"):
         assert at_its_fastest(module, x) is module
     if why in ("gradients", "float input with gradient"):

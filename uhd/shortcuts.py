@@ -48,7 +48,8 @@ def at_its_fastest(module: nn.Module, x: Tensor) -> nn.Module:
     dtypes or devices than the others.
     """
     tensors = [*module.parameters(), *module.buffers()]
-    if transformed() or torch.is_autocast_enabled(x.device.type) or wants_gradients((x, *tensors)):
+    elsewhere = x.device.type != "cpu" or transformed() or torch.is_autocast_enabled("cpu")
+    if elsewhere or wants_gradients((x, *tensors)):
         return module
     floats = [tensor for tensor in tensors if tensor.is_floating_point()]
     own = floats[0].dtype if floats else x.dtype
