@@ -144,6 +144,8 @@ def test_an_address_gives_the_file_or_a_sentence():
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
         assert fetch_bytes(f"{address}/a.png") == file
-        refuses("cannot be fetched", fetch_bytes, f"{address}/b.png")
+        with pytest.raises(ValueError, match="b.png' cannot be fetched: HTTP Error 404") as caught:
+            fetch_bytes(f"{address}/b.png")
+        assert caught.value.__cause__.closed  # with its connection
         refuses("cannot be fetched: URL can't contain", fetch_bytes, f"{address}/a b.png")
         server.shutdown()

@@ -56,7 +56,8 @@ def post(address, body, path="/v1/chat/completions"):
             text = answer.read().decode()
             return answer.status, text if text.startswith("data:") else json.loads(text)
     except urllib.error.HTTPError as problem:
-        return problem.code, json.loads(problem.read())
+        with problem:
+            return problem.code, json.loads(problem.read())
 
 
 def question(text, *images, **more):

@@ -13,6 +13,7 @@ from functools import lru_cache
 from http.client import HTTPException
 from types import MappingProxyType
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import torch
@@ -50,6 +51,8 @@ def fetch_bytes(address: str, settings: PixelSettings = DEFAULT) -> bytes:
         with urlopen(address, timeout=30) as answer:
             return read_whole(answer, settings)
     except (OSError, HTTPException, ValueError) as problem:
+        if isinstance(problem, HTTPError):
+            problem.close()  # it holds the connection
         raise ValueError(f"{address!r:.200} cannot be fetched: {str(problem)[:300]}") from problem
 
 
