@@ -67,7 +67,10 @@ def kill_after(process, file, more):
 
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs POSIX")
-@pytest.mark.parametrize(("workers", "ranks"), [(0, 1), (1, 3), (4, 2)])
+@pytest.mark.parametrize(
+    ("workers", "ranks"),
+    [pytest.param(0, 1, marks=pytest.mark.slow), (1, 3), pytest.param(4, 2, marks=pytest.mark.slow)],
+)
 def test_every_sample_is_used_once_across_kills(workers, ranks, tmp_path):
     """The last run has another number of ranks."""
     state = tmp_path / "state.json"

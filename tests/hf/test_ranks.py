@@ -25,7 +25,7 @@ def check(jobs):
 
 
 def test_fsdp2_text_and_image():
-    check([[backend, ("text", "image"), SCHEMAS[1]] for backend in BACKENDS if backend.startswith("FSDP2")])
+    check([["FSDP2, every part", ("text", "image"), SCHEMAS[1]]])  # the others among every mix below, which is slow
 
 
 @pytest.mark.deepspeed
