@@ -56,15 +56,17 @@ def test_one_command_reads_what_is_on_an_image(address):
 def test_openai_s_client_is_understood(address):
     import openai
 
-    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
-    assert [model.id for model in client.models.list()] == ["nano"]
-    messages = question("all?", DRAWN.image)["messages"]
-    found = client.chat.completions.create(model="nano", messages=messages)
-    assert found.choices[0].message.content == DRAWN.text
-    parts = client.chat.completions.create(model="nano", messages=messages, stream=True)
-    assert "".join(part.choices[0].delta.content or "" for part in parts) == DRAWN.text
-    with pytest.raises(openai.BadRequestError, match="cannot be decoded"):
-        client.chat.completions.create(model="nano", messages=question("all?", "data:image/png;base64,!")["messages"])
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:  # else its connection stays open
+        assert [model.id for model in client.models.list()] == ["nano"]
+        messages = question("all?", DRAWN.image)["messages"]
+        found = client.chat.completions.create(model="nano", messages=messages)
+        assert found.choices[0].message.content == DRAWN.text
+        parts = client.chat.completions.create(model="nano", messages=messages, stream=True)
+        assert "".join(part.choices[0].delta.content or "" for part in parts) == DRAWN.text
+        with pytest.raises(openai.BadRequestError, match="cannot be decoded"):
+            client.chat.completions.create(
+                model="nano", messages=question("all?", "data:image/png;base64,!")["messages"]
+            )
 
 
 def test_no_image_and_several_and_words_that_look_like_one(address):
