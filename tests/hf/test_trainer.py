@@ -1,5 +1,8 @@
 """transformers' Trainer and PEFT, as docs/training.md says to use them."""
 
+import gc
+import warnings
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -18,6 +21,14 @@ SAMPLES = [
     {"text": "<image>or<image>", "images": IMAGES[1:], "answer": "defg"},
     {"text": "<image>?", "images": IMAGES[2:], "answer": "h"},
 ]
+
+
+@pytest.fixture(autouse=True)
+def collected():
+    """accelerate collects garbage while it trains: what other tests left is no fault of these."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 def collate(samples, processor):
