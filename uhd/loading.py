@@ -124,7 +124,7 @@ class Preparation:
 
     def moved(self, loaded: Sequence[Any], plans: Sequence[SlicePlan]) -> list[SlicePlan]:
         """The plans of pictures, borders moved where the slicing says so: by :func:`uhd.pixels.move_borders`."""
-        if not getattr(self.slicing, "border_moves", 0):
+        if not self.slicing.border_moves:
             return list(plans)
         return in_threads(lambda *one: move_borders(*one, self.slicing, settings=self.pixels), loaded, plans)
 
@@ -227,7 +227,7 @@ def image_costs(sizes_hw: np.ndarray | Sequence[Sequence[int]], slicing: Any, *,
     check_choice("unit", unit, UNITS)
     slicing = find(getattr(slicing, "slicing", slicing))
     planned = plan_many(sizes_hw, slicing)
-    if unit == "patches" and getattr(slicing, "border_moves", 0):
+    if unit == "patches" and slicing.border_moves:
         slices, overview = planned["num_views"] - 1, planned["overview_hw"] // slicing.patch_size
         return overview.prod(axis=1) + slices * slicing.view_budget * slicing.merge**2
     return planned[f"num_{unit}"]

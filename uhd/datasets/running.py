@@ -22,9 +22,8 @@ from uhd.datasets.sources import listed
 from uhd.datasets.units import Job
 from uhd.files import read_json
 from uhd.loading import Preparation
-from uhd.sampling import whole
 from uhd.saving import CONFIG_FILE, WEIGHTS_FILE
-from uhd.settings import check_choice
+from uhd.settings import check_choice, whole
 from uhd.writing import is_file, new_file
 
 try:

@@ -46,7 +46,7 @@ class Tokens:
             self.description = EncoderDescription.from_dict(self.run["recipe"]["encoder"])
             self.slicing = slicing_from_dict(self.description.slicing)
             self.schema = SpatialSchema.from_dict(self.description.schema)
-        self._moves = getattr(self.slicing, "border_moves", 0) > 0
+        self._moves = self.slicing.border_moves > 0
         self._columns = read_columns(self.out, (*_COLUMNS, *([BORDERS] if self._moves else [])))
         self._files: dict[str, Any] = {}
         self._by_key: tuple[np.ndarray, np.ndarray] | None = None

@@ -320,7 +320,7 @@ class UHDImageProcessorPil(Planning, PilBackend):
         Raises:
             ValueError: Borders of slices move, and with them patches, which the pixels alone tell.
         """
-        if moves := getattr(self.planner(images_kwargs or {}), "border_moves", 0):
+        if moves := self.planner(images_kwargs or {}).border_moves:
             raise ValueError(
                 f"border_moves={moves}: an image's patches follow from its pixels, not from its size alone"
             )
@@ -346,7 +346,7 @@ class UHDImageProcessorPil(Planning, PilBackend):
 
     def _check_planned_by_size(self, plans: list[SlicePlan], kwargs: Mapping[str, Any]) -> None:
         """Refuse what a model that is told the images' sizes alone would plan otherwise."""
-        moves = getattr(self.planner(kwargs), "border_moves", 0)
+        moves = self.planner(kwargs).border_moves
         if moves:
             raise ValueError(
                 f"with pad_patches the model plans each image anew, from its size alone, and border_moves={moves} "

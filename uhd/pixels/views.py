@@ -82,7 +82,7 @@ def move_borders(image: Any, plan: SlicePlan, slicing: Any, *, settings: PixelSe
     Raises:
         ValueError: The image has another size than the plan.
     """
-    if not getattr(slicing, "border_moves", 0) or plan.grid is None:
+    if not slicing.border_moves or plan.grid is None:
         return plan
     from uhd.slicing import borders
 

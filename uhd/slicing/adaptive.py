@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, fields
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
-from uhd.moved import moved
 from uhd.settings import check_choice, plain_name, unknown_name, whole
 from uhd.slicing.config import MAX_VIEWS, SeparatorCount, Slicing, aspect_or_none, positive_int
 from uhd.slicing.grids import Candidate, aspects_near, grid_score, grids_near, to_multiple
@@ -495,6 +494,3 @@ def _costliest(config: SlicingConfig) -> SlicePlan:
     sizes = [(rows * side, cols * side) for rows, cols in shapes]
     plans = [planner_of(config).plan(*size) for size in sizes if max(size) <= MAX_SIDE]
     return max(plans, key=lambda found: (found.num_tokens, found.num_patches))
-
-
-__getattr__ = moved(__name__, {"plan_from_grid": "uhd.slicing"})

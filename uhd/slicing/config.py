@@ -90,6 +90,7 @@ class Slicing(Settings):
     uses_schema: bool = False  # whether it counts a schema's separators itself; for others uhd.schema.counted does
     learned: tuple[str, ...] = ()  # embeddings that its plans' packings may need: "newline", "separator"
     fits_latents: bool = False  # whether its plans ask for latents in grids of their own, see uhd.slicing.latents
+    border_moves: int = 0  # patches that its borders may move by once there are pixels, see uhd.slicing.borders
     nested: bool = False  # whether a view that it counts fewer tokens for takes a resampler's first latents only
 
     def plan(self, image_hw: tuple[int, int]) -> SlicePlan:
