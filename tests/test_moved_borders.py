@@ -18,6 +18,7 @@ from uhd.batch import SliceBatch
 from uhd.draw import OVERVIEW, draw_plan
 from uhd.loading import Preparation
 from uhd.pixels import move_borders, render
+from uhd.schema import PRESETS as SCHEMAS
 from uhd.slicing import SlicingConfig, plan
 from uhd.slicing.borders import moved_borders
 
@@ -50,6 +51,14 @@ def test_a_plan_of_a_size_is_without_moves_and_one_of_a_picture_with():
     assert moved_borders(moved)
     assert moved == wanted(image)
     assert uhd.plan(image, MOVES, max_tokens=200).num_tokens <= 200
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_rows_and_columns_are_told_apart_as_in_the_plan_of_the_size(name):
+    for image in map(picture, *zip(*SIZES, strict=True)):
+        moved = uhd.plan(image, MOVES)
+        assert uhd.layout(moved, name) == uhd.layout(plan(moved.image_hw, MOVES), name)
+    assert uhd.layout(uhd.plan(picture(40, 260), MOVES)).symbols[:3] == ("s0", ",", "s1")
 
 
 def test_every_way_of_reading_gives_the_same_borders():

@@ -268,8 +268,9 @@ def layout(
     """Lay out one planned image.
 
     Views are matched by kind, not by place: the plan's slices become ``s0``, ``s1``, ... in their own order and its
-    overview goes where the schema wants it. A plan without slices or overview has those symbols left out, several
-    canvases of slices follow each other as separate cut parts. ``plan.num_separators`` is the strategy's own count.
+    overview goes where the schema wants it. A plan without slices or overview has those symbols left out. Several
+    canvases of slices follow each other as separate cut parts, unless their slices fill the plan's grid row by row.
+    ``plan.num_separators`` is the strategy's own count.
 
     Args:
         plan: From any strategy.
@@ -302,9 +303,12 @@ def layout(
                 "rows and columns cannot be told apart, lay it out with your own code"
             )
     counts = _token_counts(plan, tokens_per_view)
-    slices = iter([view.index for view in plan.views if view.kind == "slice"])
+    views = [view for view in plan.views if view.kind == "slice"]
+    grids, slices = [canvas.grid for canvas in cut], iter([view.index for view in views])
+    if plan.grid and [(view.row, view.col) for view in views] == list(itertools.product(*map(range, plan.grid))):
+        grids = [plan.grid]
     overviews = [view.index for view in plan.views if view.kind == OVERVIEW]
-    symbols = schema._sequence([canvas.grid for canvas in cut], len(overviews), image_index)
+    symbols = schema._sequence(grids, len(overviews), image_index)
     overview = iter(overviews)
     entries, start = [], 0
     for symbol in symbols:
