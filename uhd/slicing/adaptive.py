@@ -204,8 +204,9 @@ class SlicingConfig(Slicing):
     def overview_of(self, plan: SlicePlan) -> SlicePlan:
         return self.single_view(plan.image_hw)
 
-    def slices_of(self, plan: SlicePlan) -> int:
-        return math.prod((plan.grid if self.one_view_below is None else planner_of(self).grid(*plan.image_hw)) or (0,))
+    def cap_of(self, plan: SlicePlan) -> int:
+        cut = plan.grid if self.one_view_below is None else planner_of(self).grid(*plan.image_hw)
+        return 0 if cut is None else min(ideal_slices(*plan.image_hw, self) + 1, self.max_slices)
 
     def worst_case(self, *, max_aspect: float = 200.0) -> WorstCase:
         """See :func:`worst_case`."""

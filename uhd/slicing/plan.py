@@ -279,7 +279,7 @@ class SlicePlan(Settings):
         overview = "overview {}x{} px, ".format(*self.overview_hw) if self.overview_hw else ""
         return (
             f"{self.strategy}: {self.image_hw[0]}x{self.image_hw[1]} px (height x width) -> {cut}{overview}"
-            f"{self.num_views} views, {self.num_patches} patches, {self.num_tokens} tokens"
+            f"{self.num_views} view{'s' * (self.num_views > 1)}, {self.num_patches} patches, {self.num_tokens} tokens"
         )
 
 

@@ -52,7 +52,7 @@ def plan(image_hw: tuple[int, int], config: SlicingLike | None = None, *, max_to
     >>> found.grid, found.slice_hw, found.overview_hw, found.num_tokens
     ((3, 2), (336, 336), (406, 266), 454)
     >>> print(plan((1008, 672), "pixtral"))
-    pixtral-1024-p16: 1008x672 px (height x width) -> overview 1008x672 px, 1 views, 2646 patches, 2646 tokens
+    pixtral-1024-p16: 1008x672 px (height x width) -> overview 1008x672 px, 1 view, 2646 patches, 2646 tokens
     """
     slicing = find(config)
     if max_tokens is not None:
