@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import uhd.packed_encoder as encoder_module
 from tests.tiny import IMAGES, noise, refuses, tiny_encoder, vit
@@ -165,7 +167,7 @@ def test_projectors_multiply_by_onednn_where_it_is_faster(name, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "why", ["gradients", "hook", "autocast", "float32", "compiled", "float input with gradient", "meta"]
+    "why", ["gradients", "hook", "autocast", "float32", "compiled", "float input with gradient", "meta", "counted"]
 )
 def test_a_module_stays_itself_where_it_must(why, monkeypatch):
     monkeypatch.setenv("UHD_PRODUCTS", "bfloat16=float32")
@@ -178,7 +180,8 @@ def test_a_module_stays_itself_where_it_must(why, monkeypatch):
         module.mlp.compile(backend="eager")
     if why == "meta":
         module, x = module.to(why), x.to(why)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=why == "autocast"):
+    counted = FlopCounterMode(display=False) if why == "counted" else nullcontext()  # it knows torch's products only
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=why == "autocast"), counted:
         assert at_its_fastest(module, x) is module
     if why in ("gradients", "float input with gradient"):
         module.lock = threading.Lock()  # which nothing can copy

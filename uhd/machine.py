@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from uhd.torch_private import int8_product, packed_products
+from uhd.torch_private import in_dispatch_mode, int8_product, packed_products
 from uhd.writing import new_file
 
 WAYS = {
@@ -78,13 +78,15 @@ def product_of(dtype: torch.dtype, device: torch.device, numbers: int, *, keeps:
     """Choose the product for inference with weights of this dtype and device.
 
     Args:
-        dtype: Other than the three of ``WAYS``, and elsewhere than on a CPU, it is torch's own product.
+        dtype: Other than the three of ``WAYS``, elsewhere than on a CPU, and where something counts FLOPs or else sees
+            every operation, it is torch's own product.
         device: Where the weights are.
         numbers: How many the largest weight has.
         keeps: Whether the caller keeps weights in another order; else ``packed`` is never chosen.
     """
     own = str(dtype).removeprefix("torch.")
-    if device.type != "cpu" or own not in WAYS or (numbers < SMALL and not _overridden()):
+    elsewhere = device.type != "cpu" or own not in WAYS or in_dispatch_mode()
+    if elsewhere or (numbers < SMALL and not _overridden()):
         return Product(dtype, "native")
     choices = products()
     way = choices[own]

@@ -103,6 +103,15 @@ def in_functorch() -> bool:
     return peek is None or peek() is not None
 
 
+def in_dispatch_mode() -> bool:
+    """Whether something looks at every operation, such as a count of FLOPs, which knows torch's own products only.
+
+    True where torch lacks `torch.utils._python_dispatch.is_in_torch_dispatch_mode`: as above.
+    """
+    ask = getattr(torch.utils._python_dispatch, "is_in_torch_dispatch_mode", None)
+    return ask is None or ask()
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether anything beside its forward runs when a module is called.
 

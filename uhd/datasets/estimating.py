@@ -16,7 +16,6 @@ from uhd.datasets.sources import Item, listed, read
 from uhd.datasets.units import Encoder, as_before, prepare
 from uhd.encoded import num_rows
 from uhd.loading import collected
-from uhd.machine import NATIVE, use_products
 from uhd.pixels import image_size_hw
 
 SECONDS = 10.0
@@ -80,10 +79,8 @@ def _rate(work: Encoder, units: list[Unit]) -> tuple[int, int, float, float]:
     if (first := next(parts, None)) is None:
         return 0, 0, 0.0, 0.0
     seconds, images, patches = time.perf_counter() - begin, 0, 0
-    use_products(NATIVE)  # the counter knows no others
     with FlopCounterMode(display=False) as counter:
         work.encode(first.batch)
-    use_products(work.job.products)
     begin = time.perf_counter() - seconds
     for part in chain([first], parts):
         work.encode(part.batch)

@@ -17,7 +17,6 @@ from uhd.evaluation.questions import Asked, Refuse, answerable, prompt_of
 from uhd.evaluation.scores import anls, characters_wrong, exact, paired
 from uhd.flop_counter import count_flops
 from uhd.hf import UHDForConditionalGeneration
-from uhd.machine import NATIVE, use_products
 from uhd.nano import load_nano
 from uhd.nano.answer import batches
 from uhd.nano.evaluate import wilson
@@ -125,14 +124,11 @@ def cost(encoder: VisualEncoder, images: Sequence[Any], *, batch_size: int = 64)
         for part in batches(images, batch_size):
             plans.extend(item.plan for item in encoder(list(part)))
 
-    before = use_products(NATIVE)  # the counter knows no others
     try:
         flops = count_flops(encode)
     except NotImplementedError:
         flops = None
         plans = [plan(image, encoder.slicing) for image in images]
-    finally:
-        use_products(before)
     told = {name: [getattr(plan, f"num_{name}") for plan in plans] for name in COSTS}
     means = {name: round(float(np.mean(values)), 2) for name, values in told.items()}
     most = {"most_visual_tokens": max(told["visual_tokens"])}
