@@ -19,7 +19,7 @@ from uhd.slicing.config import positive_int
 
 from .inputs import Input, given_inputs
 from .learned import Lost, lost, shapes
-from .measuring import Measured, all_rules, distinct_names, measure_sizes, measured_plans, weighted_quantile
+from .measuring import Measured, chosen_rules, measure_sizes, measured_plans, weighted_quantile
 
 SLICES = (*range(1, 13), 16, 20, 24, 32, 40)
 LATENTS = (64, 100, 144, 256)
@@ -277,9 +277,7 @@ def _options(
 ) -> tuple[list[Option], Measured, list[str]]:
     """Every option that plans all images, the rules by name measured, and why each other option refuses an image."""
     check_settings(**dict(zip(("slices", "latents", "base_sizes"), settings, strict=True)))
-    if isinstance(rules, str):
-        raise TypeError(f"rules are a list of rules, got the string {rules!r}: write [{rules!r}]")
-    named = distinct_names(all_rules() if rules is None else rules)
+    named = chosen_rules(rules)
     families = [rule for _, rule in named if rule in [PRESETS[family] for family in FAMILIES]]
     for base in settings[2]:
         if families and all(base % preset.unit for preset in families):

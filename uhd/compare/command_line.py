@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,14 +137,14 @@ def _check_page(path: Path) -> None:
 
 
 def _compare_each(args: argparse.Namespace, rules: Any) -> int:
-    from .inputs import named_inputs, size_of, source_of
+    from .inputs import size_of, source_of
     from .report import compare, picture_of, table
 
     system, pixels = _system(args), _pixels(args)
     found: list[Any] = []
     if rules == []:
         raise ValueError("no rules to compare: name at least one, or leave them out for all")
-    inputs = dict(_distinct(named_inputs(args.inputs, args.sizes)))
+    inputs = _images(args)
     if not inputs:
         raise ValueError("nothing to compare: give at least one image or size")
 
@@ -176,20 +175,21 @@ def _is_size(what: Any) -> bool:
     return isinstance(what, tuple) and not isinstance(what, Item)
 
 
-def _distinct(inputs: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """With a number behind names that come again."""
-    seen: dict[str, int] = {}
-    for name, what in inputs:
-        seen[name] = seen.get(name, 0) + 1
-        yield (name if seen[name] == 1 else f"{name} ({seen[name]})"), what
+def _images(args: argparse.Namespace) -> dict[str, Any]:
+    """What the words of a command stand for, by names that are all different."""
+    from .inputs import named_inputs
+    from .measuring import distinct
+
+    found = list(named_inputs(args.inputs, args.sizes))
+    return dict(zip(distinct(name for name, _ in found), (what for _, what in found), strict=True))
 
 
 def _read(args: argparse.Namespace, name: str) -> tuple[list[Any], int]:
     """Every image with its size, and how many could not be read."""
-    from .inputs import Input, named_inputs, size_of
+    from .inputs import Input, size_of
 
     pixels = _pixels(args)
-    inputs = dict(_distinct(named_inputs(args.inputs, args.sizes)))
+    inputs = _images(args)
     if not inputs:
         raise ValueError("there are no images: give images, folders, lists, sizes such as 672x1008, or --sizes FILE")
     found: list[Input] = []
