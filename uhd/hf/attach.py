@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from uhd.encoder import VisualEncoder
 from uhd.hf.configuration import INJECTION_MODES, UHDConfig, encoder_fields
 from uhd.hf.image_processing import UHDImageProcessor, refuse_own_function
-from uhd.hf.injection import choose_injection
+from uhd.hf.injection import choose_injection, evaluating
 from uhd.hf.processing import IMAGE_TOKEN, PLAIN_CHAT_TEMPLATE, VIDEO_TOKEN, UHDProcessor, placeholder_id
 from uhd.parts import ROLES, check_rebuilt
 from uhd.saving import EncoderDescription, refuse_shared
@@ -172,12 +172,8 @@ def _scale(encoder: VisualEncoder, lm: PreTrainedModel) -> float:
     ramp = np.linspace(0, 255, side)
     picture = np.stack([np.tile(ramp, (side, 1)), np.tile(ramp[:, None], (1, side)), np.full((side, side), 128)], -1)
     picture += np.random.default_rng(0).normal(0, 32, picture.shape)
-    training = [module for module in encoder.modules() if module.training]
-    encoder.eval()
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(encoder):
         tokens = _rms(encoder([picture.clip(0, 255).astype(np.uint8)])[0].tokens)
-    for module in training:
-        module.training = True
     embeddings = embedding_rms(lm)
     scale = embeddings / tokens if tokens > 0 else float("nan")
     if not 0 < scale < float("inf"):
