@@ -152,19 +152,16 @@ class Planning(FromPackage):
         Raises:
             ValueError: ``max_slices`` or ``crop_to_patches`` does not apply to this slicing.
         """
-        names = ("slicing", "max_slices", "crop_to_patches")
-        given = {name: kwargs[name] if kwargs.get(name) is not None else getattr(self, name) for name in names}
-        found = as_slicing(given["slicing"])
-        if given["max_slices"] is not None:
-            few = found.capped(positive_int("max_slices", given["max_slices"]))
+        found, most = as_slicing(self.setting("slicing", kwargs)), self.setting("max_slices", kwargs)
+        if most is not None:
+            few = found.capped(positive_int("max_slices", most))
             if few is None:
                 raise ValueError(
-                    f"the settings of {found.name!r} have no number of slices that "
-                    f"max_slices={given['max_slices']} could lower: bound the tokens with "
-                    "max_tokens, or leave images uncut with crop_to_patches=False"
+                    f"the settings of {found.name!r} have no number of slices that max_slices={most} could lower: "
+                    "bound the tokens with max_tokens, or leave images uncut with crop_to_patches=False"
                 )
             found = few
-        return found.uncut() if given["crop_to_patches"] is False else found
+        return found.uncut() if self.setting("crop_to_patches", kwargs) is False else found
 
     def check_settings(self) -> None:
         """Raise a ``ValueError`` where what was loaded could not be used."""
