@@ -187,6 +187,8 @@ def table(images: Comparison | Any, rules: Iterable[SlicingLike] | None = None, 
 
 
 def _text(comparison: Comparison) -> str:
+    from .summary import aligned
+
     budget = any(e.metrics.budget_error is not None for e in comparison.planned)
     cut = any(e.content_cut is not None for e in comparison.planned)
     rows = [(*_COLUMNS, *["cut"] * cut, *["budget"] * budget)]
@@ -208,9 +210,6 @@ def _text(comparison: Comparison) -> str:
         )
         row += (f"{100 * entry.content_cut:.2f}%",) if cut else ()
         rows.append((*row, f"{m.budget_error:.2f}") if budget else row)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    aligned = "  ".join(f"{{:{'>' if column else '<'}{width}}}" for column, width in enumerate(widths))
-    lines = [aligned.format(*row) for row in rows]
     height, width = comparison.image_hw
     title = f"{comparison.name}: {width}x{height} px (width x height)"
     notes = [
@@ -222,7 +221,7 @@ def _text(comparison: Comparison) -> str:
     if cut:
         notes.insert(1, "cut: share of the image's gradient that lies on borders between slices")
     refused = [f"  {e.name}: {e.error}" for e in comparison.entries if e.plan is None]
-    return "\n".join([title, *lines, *notes, *(["refused:", *refused] if refused else [])])
+    return "\n".join([title, *aligned(rows), *notes, *(["refused:", *refused] if refused else [])])
 
 
 def curves_over_size(
