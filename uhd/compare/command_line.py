@@ -205,7 +205,7 @@ def _read(args: argparse.Namespace, name: str) -> tuple[list[Any], int]:
 
 
 def _compare_all(args: argparse.Namespace, rules: Any) -> int:
-    from uhd.writing import new_file
+    from uhd.writing import new_file, write_text
 
     from . import summary
 
@@ -223,15 +223,12 @@ def _compare_all(args: argparse.Namespace, rules: Any) -> int:
             summary.write_csv(file, answer)
         print(f"wrote {args.csv}: a line for each image and rule", file=said)
     if args.latex is not None:
-        with new_file(args.latex) as new:
-            new.write_text(summary.latex(answer) + "\n", encoding="utf-8")
+        write_text(args.latex, summary.latex(answer) + "\n")
         print(f"wrote {args.latex}", file=said)
     if args.html is not None:
         from .overview import overview_page
 
-        page = overview_page(answer, settings=_pixels(args))
-        with new_file(args.html) as new:
-            new.write_text(page, encoding="utf-8")
+        write_text(args.html, overview_page(answer, settings=_pixels(args)))
         print(f"wrote {args.html}: open it in a browser", file=said)
     return commands.status(failed, failed + len(found))
 
@@ -266,14 +263,12 @@ def _choose(args: argparse.Namespace) -> int:
 
 
 def _explore(args: argparse.Namespace) -> int:
-    from uhd.writing import check_place, new_file
+    from uhd.writing import check_place, write_text
 
     from .explore import explore_page
 
     _check_page(args.output)
     check_place(args.output)
-    page = explore_page(_rules(args))
-    with new_file(args.output) as new:
-        new.write_text(page, encoding="utf-8")
+    write_text(args.output, explore_page(_rules(args)))
     print(f"wrote {args.output}: open it in a browser")
     return 0

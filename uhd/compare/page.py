@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from uhd import charts
-from uhd.writing import new_file
+from uhd.writing import write_text
 
 from .pictures import SIDE, cut_picture, thumbnail, views_picture
 from .report import Comparison, Curve, Entry, curves_over_aspect, curves_over_size, pareto
@@ -45,9 +45,7 @@ def html_page(comparisons: Sequence[Comparison]) -> str:
 
 def write_page(path: str | Path, comparisons: Sequence[Comparison]) -> None:
     """Write :func:`html_page` to a file; errors as there and in :func:`uhd.writing.new_file`."""
-    page = html_page(comparisons)
-    with new_file(path) as new:
-        new.write_text(page, encoding="utf-8")
+    write_text(path, html_page(comparisons))
 
 
 def _section(comparison: Comparison, number: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from uhd.datasets.plan import FORMAT, file_of, header_of, index_of
 from uhd.datasets.sources import pyarrow_for
 from uhd.files import damage_named, read_json
 from uhd.settings import read_values
-from uhd.writing import new_file
+from uhd.writing import new_file, write_text
 
 RUN, INDEX, ERRORS = "run.json", "index", "errors"
 UNIT_FILE = re.compile(r"unit-([0-9]{8})\.safetensors")
@@ -109,8 +109,7 @@ def finish(out: Path, inputs: int, units: int) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    with new_file(path) as new:
-        new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def rows_of(out: Path, units: Sequence[int], name: str, recipe: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -41,7 +41,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from uhd.evaluation import judging, read_questions
-    from uhd.writing import check_place
+    from uhd.writing import check_place, write_text
 
     strategies = _strategies(args.strategies)
     if args.json is not None:
@@ -71,7 +71,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         if bad:
             print(f"lines that could not be asked: {len(bad)} of {total}")
         if args.json is not None:
-            _write(args.json, {**told, "refused": sorted(bad), "strategies": rows})
+            found = {**told, "refused": sorted(bad), "strategies": rows}
+            write_text(args.json, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
     try:
         rows = judging.evaluate(
@@ -103,10 +104,3 @@ def _strategies(text: str) -> list[str]:
     if not found:
         raise ValueError("--strategies names none: own is the model's own rule")
     return found
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    from uhd.writing import new_file
-
-    with new_file(path) as new:
-        new.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
