@@ -12,17 +12,14 @@ from torch import Tensor, nn
 
 from uhd.checkpoint import Checkpoint
 from uhd.encoder import VisualEncoder
-from uhd.pixels import RESAMPLE, PixelSettings
-from uhd.pixels.settings import PREPROCESSORS
+from uhd.pixels import PixelSettings
+from uhd.pixels.settings import FILTERS, PREPROCESSORS
 from uhd.resampler import FeaturePacker
 from uhd.schema import SpatialSchema
 from uhd.slicing import SlicingLike
 from uhd.vision import ViTConfig, compress_vit
 from uhd.vision.weights import build_vit, needed_names, vision_names
 from uhd.weights import shape_of
-
-FILTERS = {int(number): name for name, number in RESAMPLE.items()}
-"""What image processors write for Pillow's filters."""
 
 HEAD_WIDTH = 128
 """Of the released resamplers, but that of March 2024."""
