@@ -233,6 +233,16 @@ def image_costs(sizes_hw: np.ndarray | Sequence[Sequence[int]], slicing: Any, *,
     return planned[f"num_{unit}"]
 
 
+def one_size(frames: Sequence[Any], number: int) -> tuple[int, int]:
+    """(height, width) of the pictures of a video; a ``ValueError`` with its number where they have several or none."""
+    sizes = sorted({(frame.height, frame.width) for frame in frames})
+    if len(sizes) != 1:
+        raise ValueError(
+            f"video {number} has {len(frames)} frames of the sizes {sizes} (height, width): need one size"
+        )
+    return sizes[0]
+
+
 @contextmanager
 def named(kind: str, number: int, image: Any = None) -> Iterator[None]:
     """Errors begin with what they are about, and its path if it has one. One of opening a file tells that already."""

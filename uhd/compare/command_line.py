@@ -59,12 +59,7 @@ def _inputs(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--sizes", type=Path, metavar="FILE", help="a JSON list of [width, height]")
     _rule_arguments(command, "default: all")
-    command.add_argument(
-        "--on-error",
-        choices=("report", "stop"),
-        default="report",
-        help="report an image that cannot be read and go on, exiting with 3 (default), or stop there",
-    )
+    commands.add_on_error(command)
     for part, default in (("vit", "clip-l"), ("resampler", "none, an MLP"), ("lm", "llama-13b")):
         command.add_argument(f"--{part}", metavar="NAME", help=f"what FLOPs are counted for (default {default})")
 

@@ -22,12 +22,7 @@ def add(known: Any) -> None:
     command.add_argument("--batch-size", type=int, default=16, metavar="N")
     command.add_argument("--max-new-tokens", type=int, default=48, metavar="N")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the table and every answer")
-    command.add_argument(
-        "--on-error",
-        choices=("report", "stop"),
-        default="report",
-        help="report a line that cannot be asked and go on, exiting with 3 (default), or stop there",
-    )
+    commands.add_on_error(command, "a line that cannot be asked")
     command.set_defaults(run=_evaluate, wrong=command.error)
 
 

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from uhd.attention import map_numbers
 from uhd.batch import SliceBatch
-from uhd.hf.placing import match, planned_layout
+from uhd.hf.placing import match
 from uhd.hf.versions import take_cache
 from uhd.hf.visual_inputs import PlannedMedia, VisualInputs, read_images
+from uhd.schema.counted import planned_layout
 
 DRAFTS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 """Settings of ``generate`` under which several tokens are drafted and checked at once."""

@@ -22,7 +22,7 @@ from uhd.hf.image_processing import Planning, as_slicing
 from uhd.hf.plans import write_plans
 from uhd.hf.versions import VideoProcessorBase
 from uhd.hf.visual_inputs import pairs
-from uhd.loading import named
+from uhd.loading import named, one_size
 from uhd.pixels.source import plain_source
 from uhd.slicing import VideoPlan
 from uhd.slicing.sample import plan_sample
@@ -155,11 +155,7 @@ class UHDVideoProcessor(Planning, VideoProcessorBase, PilBackend):
         for place, frame in enumerate(video):
             with named(f"video {number}, frame", place, frame):
                 found.append(self.picture(frame, kwargs))
-        sizes = sorted({(frame.height, frame.width) for frame in found})
-        if len(sizes) != 1:
-            raise ValueError(
-                f"video {number} has {len(found)} frames of the sizes {sizes} (height, width): need one size"
-            )
+        one_size(found, number)  # or it is refused
         return tuple(found)
 
     def sample_frames(

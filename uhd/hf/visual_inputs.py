@@ -13,8 +13,9 @@ from torch import Tensor
 from uhd.batch import SliceBatch
 from uhd.encoded import EncodedImage, EncodedVideo, frames_of, num_rows
 from uhd.encoder import VisualEncoder
-from uhd.hf.placing import check_schemas, planned_layout
+from uhd.hf.placing import check_schemas
 from uhd.hf.plans import read_plans, write_plans
+from uhd.schema.counted import planned_layout
 from uhd.slicing import SlicePlan, VideoPlan
 
 MISSING = "pass everything that the processor returned"

@@ -28,9 +28,10 @@ from vllm.multimodal.processing import (
 from uhd.encoded import EncodedImage, EncodedVideo, frames_of, num_rows
 from uhd.hf import UHDConfig, UHDProcessor
 from uhd.hf.image_processing import Planning
-from uhd.hf.placing import check_schemas, planned_layout
+from uhd.hf.placing import check_schemas
 from uhd.hf.plans import read_plans
 from uhd.hf.visual_inputs import pack_encoded, pack_encoded_videos
+from uhd.schema.counted import planned_layout
 from uhd.slicing import Slicing, SlicingConfig
 
 if not hasattr(BaseMultiModalProcessor, "_finalize_hf_mm_data"):
