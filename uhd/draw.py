@@ -37,8 +37,8 @@ def draw_plan(
     """Draw what a plan does to an image, in one picture.
 
     Left: the image with every slice outlined and named in feeding order; where borders were moved, dashes show where
-    they were. Right: the views as the encoder sees them, in
-    their grid. Above: sizes, score and counts. Below: the token string. Sizes read width x height.
+    they were. Right: the views as the encoder sees them, in their grid. Above: sizes, score and counts. Below: the
+    token string. Sizes read width x height.
 
     >>> from uhd.slicing import plan
     >>> draw_plan(np.zeros((336, 672, 3), np.uint8), plan((336, 672))).width >= 1080
