@@ -244,15 +244,7 @@ def _choose(args: argparse.Namespace) -> int:
     found, failed = _read(args, "uhd choose")
     if not found:
         return commands.REFUSED
-    choice = choose(
-        found,
-        **bounds,
-        per_image=args.per_image,
-        rules=rules,
-        learned=args.learned,
-        **settings,
-        **system,
-    )
+    choice = choose(found, **bounds, per_image=args.per_image, rules=rules, learned=args.learned, **settings, **system)
     print(json.dumps({**advice.to_dict(choice), "failed": failed}) if args.json else advice.text(choice))
     return commands.status(failed, failed + len(found))
 

@@ -27,13 +27,7 @@ from uhd.hf.versions import CACHE_NAMES
 from uhd.hf.visual_inputs import PlannedMedia, VisualInputs, read_images, read_videos
 from uhd.parts import ROLES, own_tables
 from uhd.ranks import gathered_between, unwrapped
-from uhd.resampler import (
-    FeaturePacker,
-    PerceiverResampler,
-    PyramidResampler,
-    RewriteResampler,
-    SpatialResampler,
-)
+from uhd.resampler import FeaturePacker, PerceiverResampler, PyramidResampler, RewriteResampler, SpatialResampler
 from uhd.resampler.attention import LatentAttention
 from uhd.schema.counted import layout_of
 from uhd.slicing import SlicePlan, VideoPlan, plan
@@ -144,11 +138,7 @@ class UHDVisualModel(UHDPreTrainedModel):
     """
 
     def __init__(
-        self,
-        config: UHDConfig,
-        *,
-        visual: VisualEncoder | None = None,
-        language_model: PreTrainedModel | None = None,
+        self, config: UHDConfig, *, visual: VisualEncoder | None = None, language_model: PreTrainedModel | None = None
     ) -> None:
         super().__init__(config)
         if language_model is None:

@@ -324,11 +324,7 @@ class UHDForConditionalGeneration(UHDModel, GeneratesByLanguageModel, Generation
     """
 
     def __init__(
-        self,
-        config: UHDConfig,
-        *,
-        visual: VisualEncoder | None = None,
-        language_model: PreTrainedModel | None = None,
+        self, config: UHDConfig, *, visual: VisualEncoder | None = None, language_model: PreTrainedModel | None = None
     ) -> None:
         super().__init__(config, visual=visual, language_model=language_model)
         self._processor: UHDProcessor | None = None

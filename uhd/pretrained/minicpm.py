@@ -115,14 +115,7 @@ def _siglip_vit(values: Mapping[str, Any], names: Names) -> ViTConfig:
     """Read SigLIP's config, or Idefics2's, which 2.5 says it has: the same ViT."""
     from transformers import SiglipVisionConfig
 
-    dims = (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "image_size",
-        "patch_size",
-    )
+    dims = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
     others = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "num_channels": 3}
     given = {name: _setting(name, values) for name in dims}
     given |= {name: values.get(name, default) for name, default in others.items()}

@@ -239,10 +239,7 @@ def _by_item(tensors: Mapping[str, Any]) -> dict[str, Any]:
 def _fields(tensors: Mapping[str, Any]) -> dict[str, MultiModalFieldConfig]:
     """How each tensor of a batch is cut by images and videos."""
     found = {}
-    for kind, patches, grids in (
-        ("image", "pixel_values", "grids"),
-        ("video", "pixel_values_videos", "video_grids"),
-    ):
+    for kind, patches, grids in (("image", "pixel_values", "grids"), ("video", "pixel_values_videos", "video_grids")):
         rows = tensors.get(f"{kind}_plans")
         if rows is None:
             continue
