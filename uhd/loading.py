@@ -72,7 +72,7 @@ class Preparation:
 
     @classmethod
     def of(cls, encoder: Any, *, errors: str = "raise") -> Preparation:
-        """That of a :class:`uhd.VisualEncoder`, as its parts are now."""
+        """The preparation of a :class:`uhd.VisualEncoder`, as its parts are now."""
         fast = encoder.pixels.backend == "fast" and getattr(encoder.vision, "folds_pixels", False)
         return cls(encoder.slicing, encoder.pixels, encoder.vision.patch_size, "hwc" if fast else "chw", errors)
 

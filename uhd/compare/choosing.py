@@ -169,7 +169,8 @@ def choose(
     budget = _budget(max_tokens, max_tflops, per_image)
     within = _within(options, budget, refusals, max_tokens or math.inf, max_tflops or math.inf, per_image)
     allowed = _allowed(within, budget, patches_per_token, measured if learned else None)
-    best, *others = _ranked(allowed)
+    best, *others = sorted(allowed, key=lambda option: option.worth)
+    others = [option for option in others if not option.same_as(best)]
     return Choice(
         images,
         measured.sizes_hw,
@@ -184,12 +185,6 @@ def choose(
         refusing=len(refusals),
         other=len(within) - len(allowed),
     )
-
-
-def _ranked(options: Iterable[Option]) -> list[Option]:
-    """The best first, without those that do the same as it."""
-    best, *others = sorted(options, key=lambda option: option.worth)
-    return [best, *(option for option in others if not option.same_as(best))]
 
 
 def check_budget(**bounds: float | None) -> None:

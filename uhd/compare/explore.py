@@ -22,7 +22,7 @@ LATTICE: tuple[int, ...] = tuple(round(64 * 2 ** (step / 6)) for step in range(4
 """Sides, px, for which rules without a planner in the page are planned: 64 to 8,192, six in a doubling."""
 
 MOST_BYTES = 1_000_000
-"""Of a page."""
+"""Most bytes that a page may take."""
 
 SHOWN = ("llava-uhd-safe", "minicpm-v-4.6", "llava-next", "internvl")
 """The rules side by side when the page opens, unless others are named."""

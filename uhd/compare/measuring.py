@@ -32,7 +32,7 @@ COLUMNS = (
     "rows",
     "columns",
 )
-"""Of :class:`Measured`: ``rows`` and ``columns`` of the cut, 0 where an image is not cut; the others as in metrics."""
+"""Columns of :class:`Measured`: ``rows`` and ``columns`` of the cut, 0 without one; the others as in metrics."""
 
 
 def all_rules() -> list[str]:

@@ -33,7 +33,7 @@ ASPECTS = (
     Bucket("2.5 to 4", 2.5, 4),
     Bucket("4 and above", 4, math.inf),
 )
-"""By longer side / shorter side: the buckets of the learned comparison."""
+"""Buckets by longer side / shorter side: those of the learned comparison."""
 
 AREAS = (
     Bucket("below 0.25 MP", 0, 0.25),
@@ -41,7 +41,7 @@ AREAS = (
     Bucket("1 to 4 MP", 1, 4),
     Bucket("4 MP and above", 4, math.inf),
 )
-"""By area, 10^6 px."""
+"""Buckets by area, 10^6 px."""
 
 
 @dataclass(frozen=True, eq=False)  # arrays have no single answer

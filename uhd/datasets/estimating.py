@@ -20,7 +20,7 @@ from uhd.machine import NATIVE, use_products
 from uhd.pixels import image_size_hw
 
 SECONDS = 10.0
-"""Most that the rate is measured for, but for the first part."""
+"""For how long the rate is measured at most, the first part not counted."""
 
 
 def estimate(

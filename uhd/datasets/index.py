@@ -48,7 +48,7 @@ COLUMNS = (
     *("key", "sha256", "height", "width", "grid_rows", "grid_columns", "num_views", "num_patches", "num_tokens"),
     *("num_visual_tokens", "shard", "start", "stop"),
 )
-"""Of every index; those of the source come after them."""
+"""Columns of every index; those of the source come after them."""
 
 BORDERS = "slice_borders"
 """The column that stands beside them where borders of slices move, so that plans follow from the index."""

@@ -188,7 +188,7 @@ def native_side(encoder: VisualEncoder) -> int:
 
 
 def embedding_rms(lm: PreTrainedModel) -> float:
-    """Of what the language model's input embedding returns, over ids spread over the vocabulary."""
+    """RMS of what the language model's input embedding returns, over ids spread over the vocabulary."""
     vocab_size = lm.config.get_text_config().vocab_size
     ids = torch.linspace(0, vocab_size - 1, min(vocab_size, SAMPLED_IDS)).long().tolist()
     with torch.no_grad():

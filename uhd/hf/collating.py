@@ -249,7 +249,7 @@ class PackedStream(IterableDataset):
             raise ValueError(f"the state stands in epoch {saved} of the stream, which is in {now}: set_epoch({saved})")
 
     def set_epoch(self, epoch: int) -> None:
-        """That of the stream, where it has such: with it a shuffled one comes in another order."""
+        """Set the stream's epoch, where it has one: a shuffled stream comes in another order in each epoch."""
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
 

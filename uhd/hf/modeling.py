@@ -395,7 +395,7 @@ class UHDForConditionalGeneration(UHDModel, GeneratesByLanguageModel, Generation
 
     @property
     def processor(self) -> UHDProcessor:
-        """Of the tokenizer it was attached with, or from the folder it was loaded from.
+        """The model's processor: with the tokenizer that was attached, or loaded from the model's folder.
 
         Where another slicing or other pixels are set on ``visual``, it plans and cuts by those; what is set on the
         processor itself stays until then.

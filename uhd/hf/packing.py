@@ -95,7 +95,7 @@ def refuse_mixing(lm: nn.Module) -> None:
 
 
 def _difference(lm: nn.Module) -> float:
-    """Of a packed row's logits from those of its two samples alone, over the largest."""
+    """How far a packed row's logits are from those of its two samples alone, over the largest."""
     ids = probe_ids(lm, lm.get_input_embeddings())
     half = ids.shape[1] // 2
     positions = torch.cat([torch.arange(half), torch.arange(ids.shape[1] - half)])[None].to(ids.device)

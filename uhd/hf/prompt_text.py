@@ -63,7 +63,7 @@ class PromptText:
 
     @classmethod
     def of(cls, ids: Tensor, visual: Tensor, attention_mask: Tensor | None) -> PromptText:
-        """Of (B, T) ids that stand for images where ``visual`` (B, T) is True; the mask may cover a cache as well."""
+        """The text of (B, T) ids, with images where ``visual`` (B, T) is True; the mask may cover a cache as well."""
         is_text = ~visual.to(ids.device)
         if attention_mask is not None:
             is_text &= attention_mask[:, -ids.shape[1] :].bool().to(ids.device)

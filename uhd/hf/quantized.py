@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
 
 LEFT_ALONE = ("visual.vision.stem", "visual.compressor")
-"""Unless asked: what sees raw pixels, and what every visual token passes; both are small."""
+"""Parts that keep their precision unless asked: one sees raw pixels, one every visual token; both are small."""
 
 _MARKS = ("is_loaded_in_8bit", "is_8bit_serializable", "is_loaded_in_4bit", "is_4bit_serializable", "is_quantized")
 _MARKS += ("quantization_method",)

@@ -100,7 +100,7 @@ class UHDVideoProcessor(Planning, VideoProcessorBase, PilBackend):
 
     @classmethod
     def of(cls, image_processor: Planning) -> "UHDVideoProcessor":
-        """With the slicing and the pixel settings of an image processor."""
+        """A video processor with the slicing and the pixel settings of an image processor."""
         shared = set(cls.valid_kwargs.__annotations__) & set(image_processor.valid_kwargs.__annotations__)
         return cls(**{name: getattr(image_processor, name, None) for name in shared})
 
