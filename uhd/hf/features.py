@@ -219,11 +219,8 @@ class UHDVisualModel(UHDPreTrainedModel):
     def _asked(self, **given: bool | None) -> dict[str, bool]:
         """Which of the vision encoder's hidden states and attentions are wanted: as given, else by its config."""
         config = self.config.vision_config
-        told = {name: given.get(name) for name in _ASKED}
-        return {
-            name.removeprefix("output_"): bool(getattr(config, name) if value is None else value)
-            for name, value in told.items()
-        }
+        wanted = {name: getattr(config, name) if given.get(name) is None else given[name] for name in _ASKED}
+        return {name.removeprefix("output_"): bool(value) for name, value in wanted.items()}
 
     def _positions_of(self, input_ids: Tensor) -> dict[str, Tensor]:
         """(B, T) bool on the CPU for images and for videos."""
