@@ -156,8 +156,7 @@ def choose(
         system: ``vit``, ``resampler`` and ``lm`` of :func:`uhd.slicing.metrics.measure`.
 
     Raises:
-        ValueError: No budget, no images, a size, setting or rule that is none, or nothing fits: the message says what
-            the nearest option costs.
+        ValueError: No budget or image, a wrong size, setting or rule, or nothing fits: it says what the nearest costs.
 
     >>> found = choose([(1754, 1240), (1240, 1754)], max_tokens=600, rules=["llava-uhd-safe", "llava-1.5"])
     >>> found.best.name, found.best.tokens, round(found.best.resolution_kept, 3)
