@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from learned_report import CUTS_FILE, read_cuts
+from learned_results import CUTS_FILE, read_cuts
 from learned_run import INK_HW, TEST_SEED, chosen_factor, cut_by, read_runs, write_json
 from PIL import Image
 

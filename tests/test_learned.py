@@ -36,7 +36,7 @@ SMALL = NanoConfig(
 def parts():
     """The scripts as modules, and the example's ``data``."""
     names = {"data": "data", "main": "learned"}
-    names |= {part: f"learned_{part}" for part in ("cuts", "report", "run")}
+    names |= {part: f"learned_{part}" for part in ("cuts", "report", "results", "run")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [str(ROOT / "benchmarks"), str(ROOT / "examples" / "nano"), *sys.path])
         yield SimpleNamespace(**{part: importlib.import_module(name) for part, name in names.items()})
@@ -309,8 +309,8 @@ def test_borders_through_glyphs_are_judged_once_and_reported(parts, tiny, tmp_pa
     assert "cuts.json is not what `learned.py cuts` writes: it has no images" in capsys.readouterr().err
     (tmp_path / "out" / "cuts.json").write_text(json.dumps(told))
     told["runs"]["nano"] |= {"whole": "1" * 4 + "0" * 4, "cut": "1" * 2 + "0" * 6}
-    found = parts.report.Comparison(parts.run.read_runs(folders["out"]))
-    rows = parts.report.cut_pairs(told, found)
+    found = parts.results.Comparison(parts.run.read_runs(folders["out"]))
+    rows = parts.results.cut_pairs(told, found)
     assert [(row["arm"], row["pairs_of"], row["seeds"]) for row in rows] == [
         ("stretch", "uhd", 1),
         ("next", "next", 1),
@@ -332,8 +332,8 @@ def test_cuts_are_held_against_an_arm_that_does_not_cut(parts, tmp_path):
             told["runs"][f"{arm}-seed{seed}-lr1"] = {"by": by, "whole": "1" * 200, "cut": cut}
 
     def by_arm():
-        compared = parts.report.Comparison(parts.run.read_runs(tmp_path / "long"))
-        return {row["arm"]: row for row in parts.report.cut_pairs(told, compared)}
+        compared = parts.results.Comparison(parts.run.read_runs(tmp_path / "long"))
+        return {row["arm"]: row for row in parts.results.cut_pairs(told, compared)}
 
     rows = by_arm()
     assert rows["stretch"]["to_uncut"] is rows["next"]["to_uncut"] is None
@@ -580,18 +580,18 @@ def write_runs(parts, folder, shares, *, seeds=(0, 1, 2), images=400, **kwargs):
 def test_the_interval_knows_images_and_seeds(parts):
     rng = np.random.default_rng(0)
     one = (rng.random((1, 500)) < 0.3).astype(float)
-    mean, low, high = parts.report.interval(one)
+    mean, low, high = parts.results.interval(one)
     assert mean == one.mean()
     assert (high - low) == pytest.approx(2 * 1.965 * np.sqrt(mean * (1 - mean) / 499), rel=1e-3)
     apart = np.repeat([[0.0], [0.1], [0.2]], 500, axis=1)  # seeds differ, images do not: t of two degrees of freedom
-    mean, low, high = parts.report.interval(apart)
+    mean, low, high = parts.results.interval(apart)
     assert (mean, low, high) == pytest.approx((0.1, 0.1 - 4.303 * 0.1 / 3**0.5, 0.1 + 4.303 * 0.1 / 3**0.5), abs=1e-4)
-    assert parts.report.interval(apart, within=(0.0, 1.0))[1] == 0
+    assert parts.results.interval(apart, within=(0.0, 1.0))[1] == 0
     holes = np.where(np.arange(500) < 100, np.nan, apart)
-    assert parts.report.interval(holes)[0] == pytest.approx(0.1)
-    assert parts.report.interval(np.zeros((3, 50))) == (0, 0, 0)
+    assert parts.results.interval(holes)[0] == pytest.approx(0.1)
+    assert parts.results.interval(np.zeros((3, 50))) == (0, 0, 0)
     for few in (np.full((3, 4), np.nan), np.ones((3, 1))):
-        assert np.isnan(parts.report.interval(few)).all()
+        assert np.isnan(parts.results.interval(few)).all()
 
 
 def test_students_t_is_that_of_the_tables(parts):
@@ -613,7 +613,7 @@ def test_true_zeros_are_rarely_called_differences(parts, spread):
     for _ in range(400):
         hard = rng.normal(0, 1.5, 400)
         difference = arm(hard) - arm(hard)
-        called += parts.report.verdict(difference, *parts.report.interval(difference)[1:]) in ("better", "worse")
+        called += parts.results.verdict(difference, *parts.results.interval(difference)[1:]) in ("better", "worse")
     assert called / 400 < 0.08
 
 
@@ -621,8 +621,8 @@ def test_pairing_by_image_sharpens_differences(parts):
     rng = np.random.default_rng(1)
     hard = rng.random(400)
     base, arm = ((hard + rng.normal(0, 0.02, (3, 400)) < share).astype(float) for share in (0.6, 0.5))
-    paired = parts.report.interval(arm - base)
-    shuffled = parts.report.interval(arm[:, rng.permutation(400)] - base)
+    paired = parts.results.interval(arm - base)
+    shuffled = parts.results.interval(arm[:, rng.permutation(400)] - base)
     assert paired[2] - paired[1] < 0.7 * (shuffled[2] - shuffled[1])
     assert paired[2] < 0
 
@@ -777,10 +777,10 @@ def test_an_arm_with_one_of_two_rates_is_shown_and_its_factor_open(parts, tmp_pa
 
 
 def test_shares_without_variation_have_an_interval(parts):
-    mean, low, high = parts.report.share(np.ones((3, 20)))
+    mean, low, high = parts.results.share(np.ones((3, 20)))
     assert (mean, low, high) == (1, pytest.approx(0.839, abs=1e-3), pytest.approx(1))  # Wilson's, of 20 images
     some = (np.arange(60) % 4 > 0).astype(float).reshape(3, 20)
-    assert parts.report.share(some) == parts.report.interval(some, within=(0, 1))
+    assert parts.results.share(some) == parts.results.interval(some, within=(0, 1))
 
 
 def test_quick_trends_are_held_against_the_long_run(parts, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from uhd.nano.task import GLYPHS, QUESTIONS, questions, scene
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = {"run": "learned_run", "plus": "learned_plus", "pages": "learned_pages", "report": "learned_report"}
+NAMES = {part: f"learned_{part}" for part in ("run", "plus", "pages", "report", "results")}
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_expectations_are_met_refuted_or_open(parts):
         right = np.where(long & (arm == "shape") & np.array([mark == "u" for mark in cut]), 0.95, level)
         for seed in range(3):
             found[parts.run.Task(arm, seed, 0.5)] = run(arm, seed, right)
-    rows = {row["name"]: row for row in parts.report.expectations(parts.report.Comparison(found, "plus"))}
+    rows = {row["name"]: row for row in parts.results.expectations(parts.results.Comparison(found, "plus"))}
     assert {name: row["came"] for name, row in rows.items()} == {
         "H1": "met",
         "H2": "met",
@@ -140,7 +140,7 @@ def test_expectations_are_met_refuted_or_open(parts):
     bent = np.array([0.2, 0.99, 0.99, 0.99])[[int(mark) for mark in bucket]]  # better in all, worse in one bucket
     for seed in range(3):
         found[parts.run.Task("plus", seed, 0.5)] = run("plus", seed, bent)
-    rows = {row["name"]: row for row in parts.report.expectations(parts.report.Comparison(found, "plus"))}
+    rows = {row["name"]: row for row in parts.results.expectations(parts.results.Comparison(found, "plus"))}
     assert {name: rows[name]["came"] for name in ("H1", "H2", "H6")} == {"H1": "refuted", "H2": "met", "H6": "refuted"}
     assert rows["H1"]["difference"][1] > 0.03
     assert rows["H1"]["worse"] == len(QUESTIONS)

@@ -30,10 +30,7 @@ LONGEST = 256
 
 
 def attention_maps(
-    self: Any,
-    images: Sequence[Any] | SliceBatch,
-    size_hw: tuple[int, int] | None = None,
-    heads: bool = False,
+    self: Any, images: Sequence[Any] | SliceBatch, size_hw: tuple[int, int] | None = None, heads: bool = False
 ) -> list[Tensor]:
     """Where each visual token of images looked, over their source pixels.
 

@@ -173,13 +173,11 @@ def curves(
     return _svg(width, height, f"{y.title} over {x.title}", parts)
 
 
-def bars(
-    groups: Mapping[str, Mapping[str, float]], title: str, *, reference: float | None = None, width: int = 760
-) -> str:
+def bars(groups: Mapping[str, Mapping[str, float]], title: str, *, reference: float | None = None) -> str:
     """Draw horizontal bars from 0 with their values, a group's side by side, and a line at ``reference``."""
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
     colors = {name: COLORS[number % len(COLORS)] for number, name in enumerate(names)}
-    left, right, top, bar = 230, 60, 30, 14
+    width, left, right, top, bar = 760, 230, 60, 30, 14
     scale = (width - left - right) / max(value for group in groups.values() for value in group.values())
     parts, y = [_text(left + 90 * n, 16, name, color) for n, (name, color) in enumerate(colors.items())], top
     for label, group in groups.items():

@@ -64,7 +64,7 @@ def _add_planning(known: Any) -> None:
     command.add_argument("--sizes", type=Path, metavar="FILE", help="a JSON list of [width, height]")
     command.add_argument("--candidates", action="store_true", help="every grid that was considered, with its score")
     command.add_argument("--json", action="store_true", help="one JSON object a line")
-    _many_arguments(command)
+    commands.add_on_error(command)
     _slicing_arguments(command)
     command.set_defaults(run=_plan)
 
@@ -96,7 +96,7 @@ def _add_encoding(known: Any) -> None:
     command.add_argument("--onnx", type=Path, metavar="FILE", help="a graph of uhd export, run without torch")
     command.add_argument("--strategy", metavar="NAME", help=_strategy_help())
     command.add_argument("--video", action="store_true", help="the images are the frames of one video, in order")
-    _many_arguments(command)
+    commands.add_on_error(command)
     command.set_defaults(run=_encode)
 
     command = known.add_parser("demo", help="the whole way on one image, step by step, up to an answer")
@@ -124,15 +124,6 @@ def _strategy_help() -> str:
     from uhd.slicing import PRESETS
 
     return f"{', '.join(PRESETS)} (default llava-uhd-safe), or any name of docs/strategies.md"
-
-
-def _many_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--on-error",
-        choices=("report", "stop"),
-        default="report",
-        help="report an image that cannot be read and go on, exiting with 3 (default), or stop there",
-    )
 
 
 def _slicing_arguments(command: argparse.ArgumentParser) -> None:

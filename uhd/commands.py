@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
@@ -15,6 +16,12 @@ from uhd.lazily import LibraryMissing
 
 DONE, REFUSED, SOME_FAILED, INTERRUPTED, TERMINATED = 0, 1, 3, 130, 143
 """Exit statuses; 2, a wrong call, is argparse's own."""
+
+
+def add_on_error(command: argparse.ArgumentParser, what: str = "an image that cannot be read") -> None:
+    """Give a command ``--on-error``: whether the first of many items that fails ends it."""
+    told = f"report {what} and go on, exiting with {SOME_FAILED} (default), or stop there"
+    command.add_argument("--on-error", choices=("report", "stop"), default="report", help=told)
 
 
 def status(failed: int, total: int) -> int:

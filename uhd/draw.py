@@ -37,8 +37,8 @@ def draw_plan(
     """Draw what a plan does to an image, in one picture.
 
     Left: the image with every slice outlined and named in feeding order; where borders were moved, dashes show where
-    they were. Right: the views as the encoder sees them, in
-    their grid. Above: sizes, score and counts. Below: the token string. Sizes read width x height.
+    they were. Right: the views as the encoder sees them, in their grid. Above: sizes, score and counts. Below: the
+    token string. Sizes read width x height.
 
     >>> from uhd.slicing import plan
     >>> draw_plan(np.zeros((336, 672, 3), np.uint8), plan((336, 672))).width >= 1080
@@ -55,8 +55,7 @@ def draw_plan(
         ValueError: The image has another size than the plan's, or its tokens cannot be laid out.
     """
     image = load_image(image, settings=settings)
-    slices = count()
-    names = [f"s{next(slices)}" if view.kind == "slice" else "overview" for view in plan.views]
+    names = view_names(plan)
     views = render(image, plan, settings=settings)  # checks that it is the planned image
     left = _image_panel(image, plan, names)
     right = _views_panel(views, plan, names, height=left.height)
@@ -70,6 +69,12 @@ def draw_plan(
     page.paste(right, (left.width + 2 * _MARGIN, body))
     page.paste(foot, (_MARGIN, page.height - foot.height - _MARGIN))
     return page
+
+
+def view_names(plan: SlicePlan) -> list[str]:
+    """What drawings call the views: s0, s1, ... for slices, and overview."""
+    slices = count()
+    return [f"s{next(slices)}" if view.kind == "slice" else "overview" for view in plan.views]
 
 
 def picture_file(path: Path, picture: Image.Image, note: str = "") -> bytes:

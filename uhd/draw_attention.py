@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from uhd.draw import FAINT, INK, PAPER, SLICE, letters, paragraphs
+from uhd.draw import FAINT, INK, PAPER, SLICE, letters, paragraphs, view_names
 from uhd.slicing import SlicePlan, view_box
 
 Color = tuple[int, int, int]
@@ -67,7 +67,7 @@ def draw_attention(
         raise ValueError(f"the plan has {plan.num_visual_tokens} visual tokens, got {len(maps)} maps")
     width = _WIDTH - 2 * _MARGIN
     parts: list[Image.Image] = [paragraphs(list(facts), width, size=20, color=INK)] if facts else []
-    names = _names(plan)
+    names = view_names(plan)
     drawn = _with_cuts(heated(image, maps.mean(0), _fitted(image.size, 720, 560)), plan)
     if answer:  # beside the image
         shown = [(text, image, heat) for text, heat in answer]
@@ -99,11 +99,6 @@ def _with_cuts(picture: Image.Image, plan: SlicePlan) -> Image.Image:
             if end[0] > corner[0] and end[1] > corner[1]:
                 pen.rectangle((*corner, *end), None, SLICE, 1)
     return picture
-
-
-def _names(plan: SlicePlan) -> list[str]:
-    slices = iter(range(plan.num_views))
-    return [f"s{next(slices)}" if view.kind == "slice" else "overview" for view in plan.views]
 
 
 def _tokens(plan: SlicePlan, names: Sequence[str]) -> list[tuple[str, list[tuple[int, int | None]]]]:

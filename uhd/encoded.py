@@ -60,6 +60,11 @@ class EncodedVideo(_OwnTokens):
     layout: TokenLayout
 
 
+def frames_of(plan: SlicePlan | VideoPlan) -> tuple[SlicePlan, ...]:
+    """The plans of a video's frames, or an image's own."""
+    return plan.plans if isinstance(plan, VideoPlan) else (plan,)
+
+
 def num_rows(plan: SlicePlan | VideoPlan) -> int:
     """Rows of an image's :attr:`EncodedImage.tokens`, or of a video's, its newline included.
 

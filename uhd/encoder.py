@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, overload
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from uhd import saving
 from uhd.attention import attention_maps
 from uhd.batch import SliceBatch
 from uhd.encoded import EncodedImage, EncodedVideo, num_rows
-from uhd.loading import Errors, Preparation, named
+from uhd.loading import Errors, Preparation, named, one_size
 from uhd.packed_encoder import PackedEncoder
 from uhd.parts import find_pixels, load_vision
 from uhd.pixels import PixelSettings
@@ -221,7 +220,7 @@ class VisualEncoder(PackedEncoder):
         """
         prepare = Preparation.of(self)
         loaded = [_loaded_frames(prepare, video, number) for number, video in enumerate(videos)]
-        sizes = [_one_size(video, number) for number, video in enumerate(loaded)]
+        sizes = [one_size(video, number) for number, video in enumerate(loaded)]
         options: dict[str, Any] = {"frames": frames, "max_tokens": max_tokens}
         plans = [self.plan_video(size, len(video), **options) for size, video in zip(sizes, loaded, strict=True)]
         flat = [frame for video in loaded for frame in video]
@@ -457,10 +456,3 @@ def _loaded_frames(prepare: Preparation, video: Any, number: int) -> list[Any]:
         f"video {number} is a {type(video).__name__}{shape}: expected a list of frames, or an array (T, h, w, c) or "
         "(T, c, h, w); one video comes in a list too"
     )
-
-
-def _one_size(video: Sequence[Image.Image], number: int) -> tuple[int, int]:
-    sizes = sorted({(frame.height, frame.width) for frame in video})
-    if len(sizes) != 1:
-        raise ValueError(f"video {number} has {len(video)} frames of the sizes {sizes} (height, width): need one size")
-    return sizes[0]

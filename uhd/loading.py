@@ -72,7 +72,7 @@ class Preparation:
 
     @classmethod
     def of(cls, encoder: Any, *, errors: str = "raise") -> Preparation:
-        """That of a :class:`uhd.VisualEncoder`, as its parts are now."""
+        """The preparation of a :class:`uhd.VisualEncoder`, as its parts are now."""
         fast = encoder.pixels.backend == "fast" and getattr(encoder.vision, "folds_pixels", False)
         return cls(encoder.slicing, encoder.pixels, encoder.vision.patch_size, "hwc" if fast else "chw", errors)
 
@@ -231,6 +231,16 @@ def image_costs(sizes_hw: np.ndarray | Sequence[Sequence[int]], slicing: Any, *,
         slices, overview = planned["num_views"] - 1, planned["overview_hw"] // slicing.patch_size
         return overview.prod(axis=1) + slices * slicing.view_budget * slicing.merge**2
     return planned[f"num_{unit}"]
+
+
+def one_size(frames: Sequence[Any], number: int) -> tuple[int, int]:
+    """(height, width) of the pictures of a video; a ``ValueError`` with its number where they have several or none."""
+    sizes = sorted({(frame.height, frame.width) for frame in frames})
+    if len(sizes) != 1:
+        raise ValueError(
+            f"video {number} has {len(frames)} frames of the sizes {sizes} (height, width): need one size"
+        )
+    return sizes[0]
 
 
 @contextmanager

@@ -119,7 +119,7 @@ def check_range(settings: Any, names: Iterable[str], least: float = 1, most: flo
 
 
 MOST_LAYERS = 512
-"""Of any part: to build one of a mistaken number would take for ever."""
+"""Most layers of any part: to build one of a mistaken number would take for ever."""
 
 
 def check_fields(settings: Any, names: Iterable[str]) -> None:

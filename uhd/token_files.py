@@ -16,10 +16,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from safetensors import safe_open
 
-from uhd.encoded import EncodedImage, EncodedVideo
+from uhd.encoded import EncodedImage, EncodedVideo, frames_of
 from uhd.files import damage_named
-from uhd.schema import SpatialSchema, TokenLayout
-from uhd.schema.counted import checked_layout, layout_of, video_layout
+from uhd.schema import SpatialSchema
+from uhd.schema.counted import checked_layout, planned_layout
 from uhd.settings import Settings
 from uhd.slicing import SlicePlan, VideoPlan
 from uhd.writing import check_place, new_file
@@ -106,7 +106,7 @@ class TokenFile:
     def add(self, name: str, item: EncodedImage | EncodedVideo) -> None:
         """Write one more; its tokens may be an array of NumPy, too."""
         number, (rows, end, end_of_items) = self.size, self._ends
-        if _layout_under(self.schema, item.plan).symbols != item.layout.symbols:
+        if planned_layout(item.plan, self.schema).symbols != item.layout.symbols:
             named = self.schema.name
             raise ValueError(f"image {number} was laid out by another schema than {named!r}: give the encoder's")
         tokens = item.tokens
@@ -170,10 +170,6 @@ class _Unwritable(RuntimeError):
         self.errno = problem.errno
 
 
-def _layout_under(schema: SpatialSchema, plan: SlicePlan | VideoPlan) -> TokenLayout:
-    return video_layout(plan, schema) if isinstance(plan, VideoPlan) else layout_of(plan, schema)
-
-
 def check_output(path: str | os.PathLike[str]) -> None:
     """Raise what :func:`save_tokens` would where it could not write, before any work is done."""
     check_place(path)
@@ -205,9 +201,9 @@ def load_tokens(path: str | os.PathLike[str]) -> list[EncodedImage | EncodedVide
         items = [_Item.from_dict(item) for item in json.loads(told)]
         plans = [(VideoPlan if "plans" in item.plan else SlicePlan).from_dict(item.plan) for item in items]
         for number, p in enumerate(plans):
-            for frame in p.plans if isinstance(p, VideoPlan) else (p,):
+            for frame in frames_of(p):
                 checked_layout(frame, schema, where=f"image {number}", advice="its plan or its schema is another's")
-        layouts = [_layout_under(schema, p) for p in plans]
+        layouts = [planned_layout(p, schema) for p in plans]
         counts = [laid.num_visual_tokens for laid in layouts]
         if sum(counts) != len(tokens):
             raise ValueError(f"it holds {len(tokens)} tokens, its {len(plans)} plans count {sum(counts)}")

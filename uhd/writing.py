@@ -46,6 +46,12 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(new, place)
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file of this text, in UTF-8, as :func:`new_file` does."""
+    with new_file(path) as new:
+        new.write_text(text, encoding="utf-8")
+
+
 def check_place(path: str | os.PathLike[str]) -> None:
     """Before any work: raise what :func:`new_file` would where nothing could be written there. Nothing is changed."""
     place = _checked(path)

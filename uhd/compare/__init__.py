@@ -7,23 +7,29 @@ from typing import TYPE_CHECKING
 from uhd.lazily import lazily
 
 if TYPE_CHECKING:
-    from .choosing import Choice, Option, choose
-    from .explore import explore_page
-    from .measuring import COLUMNS, Measured, all_rules, measure_sizes
-    from .overview import overview_page
-    from .page import html_page, write_page
-    from .report import (
-        Comparison,
-        Entry,
-        compare,
-        curves_over_aspect,
-        curves_over_size,
-        pareto,
-        picture_of,
-        system_of,
-        table,
-    )
-    from .summary import Summary, records, summarize
+    from .choosing import Choice as Choice
+    from .choosing import Option as Option
+    from .choosing import choose as choose
+    from .explore import explore_page as explore_page
+    from .measuring import COLUMNS as COLUMNS
+    from .measuring import Measured as Measured
+    from .measuring import all_rules as all_rules
+    from .measuring import measure_sizes as measure_sizes
+    from .overview import overview_page as overview_page
+    from .page import html_page as html_page
+    from .page import write_page as write_page
+    from .report import Comparison as Comparison
+    from .report import Entry as Entry
+    from .report import compare as compare
+    from .report import curves_over_aspect as curves_over_aspect
+    from .report import curves_over_size as curves_over_size
+    from .report import pareto as pareto
+    from .report import picture_of as picture_of
+    from .report import system_of as system_of
+    from .report import table as table
+    from .summary import Summary as Summary
+    from .summary import records as records
+    from .summary import summarize as summarize
 
 _NAMES = {
     "choosing": "Choice Option choose",
@@ -36,30 +42,6 @@ _NAMES = {
 }
 _HOMES = {name: f"uhd.compare.{module}" for module, names in _NAMES.items() for name in names.split()}
 
-__all__ = [
-    "COLUMNS",
-    "Choice",
-    "Comparison",
-    "Entry",
-    "Measured",
-    "Option",
-    "Summary",
-    "all_rules",
-    "choose",
-    "compare",
-    "curves_over_aspect",
-    "curves_over_size",
-    "explore_page",
-    "html_page",
-    "measure_sizes",
-    "overview_page",
-    "pareto",
-    "picture_of",
-    "records",
-    "summarize",
-    "system_of",
-    "table",
-    "write_page",
-]
+__all__ = [*_HOMES]
 
 __getattr__ = lazily(__name__, _HOMES)  # pages draw pictures, tables need numbers only

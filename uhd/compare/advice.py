@@ -9,7 +9,7 @@ from uhd.slicing.config import OwnRule
 
 from .choosing import Choice, Option
 from .learned import KINDS
-from .summary import aligned
+from .summary import aligned, counted
 
 STRONG = 16
 """Patches a token above which a choice says that it compresses a lot: most released systems stay at or below."""
@@ -99,14 +99,14 @@ def _loss(choice: Choice, option: Option) -> dict[str, Any]:
 
 def text(choice: Choice) -> str:
     """The recommendation, what it costs and keeps, what others would lose and where, and what to paste."""
-    best, sizes = choice.best, len(choice.counts)
+    best = choice.best
     left = [
         f"{choice.over_budget} above the budget",
         *([f"{choice.refusing} refuse an image"] if choice.refusing else []),
         *([f"{choice.other} left out for another reason asked for"] if choice.other else []),
     ]
     said = [
-        f"{_count(len(choice.images), 'image')} of {_count(sizes, 'size')}; budget: {choice.budget}",
+        f"{counted(len(choice.images), 'image')} of {counted(len(choice.counts), 'size')}; budget: {choice.budget}",
         f"{choice.considered:,} options, {', '.join(left)}",
         f"better: {choice.meaning}",
         "",
@@ -135,10 +135,6 @@ def text(choice: Choice) -> str:
     if needed(best.rule):
         said.append(f"  # with {needed(best.rule)}")
     return "\n".join(said)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def _others(choice: Choice) -> list[Option]:

@@ -19,7 +19,7 @@ from uhd.slicing.config import positive_int
 
 from .inputs import Input, given_inputs
 from .learned import Lost, lost, shapes
-from .measuring import Measured, all_rules, distinct_names, measure_sizes, measured_plans, weighted_quantile
+from .measuring import Measured, chosen_rules, measure_sizes, measured_plans, weighted_quantile
 
 SLICES = (*range(1, 13), 16, 20, 24, 32, 40)
 LATENTS = (64, 100, 144, 256)
@@ -156,8 +156,7 @@ def choose(
         system: ``vit``, ``resampler`` and ``lm`` of :func:`uhd.slicing.metrics.measure`.
 
     Raises:
-        ValueError: No budget, no images, a size, setting or rule that is none, or nothing fits: the message says what
-            the nearest option costs.
+        ValueError: No budget or image, a wrong size, setting or rule, or nothing fits: it says what the nearest costs.
 
     >>> found = choose([(1754, 1240), (1240, 1754)], max_tokens=600, rules=["llava-uhd-safe", "llava-1.5"])
     >>> found.best.name, found.best.tokens, round(found.best.resolution_kept, 3)
@@ -169,7 +168,8 @@ def choose(
     budget = _budget(max_tokens, max_tflops, per_image)
     within = _within(options, budget, refusals, max_tokens or math.inf, max_tflops or math.inf, per_image)
     allowed = _allowed(within, budget, patches_per_token, measured if learned else None)
-    best, *others = _ranked(allowed)
+    best, *others = sorted(allowed, key=lambda option: option.worth)
+    others = [option for option in others if not option.same_as(best)]
     return Choice(
         images,
         measured.sizes_hw,
@@ -184,12 +184,6 @@ def choose(
         refusing=len(refusals),
         other=len(within) - len(allowed),
     )
-
-
-def _ranked(options: Iterable[Option]) -> list[Option]:
-    """The best first, without those that do the same as it."""
-    best, *others = sorted(options, key=lambda option: option.worth)
-    return [best, *(option for option in others if not option.same_as(best))]
 
 
 def check_budget(**bounds: float | None) -> None:
@@ -277,9 +271,7 @@ def _options(
 ) -> tuple[list[Option], Measured, list[str]]:
     """Every option that plans all images, the rules by name measured, and why each other option refuses an image."""
     check_settings(**dict(zip(("slices", "latents", "base_sizes"), settings, strict=True)))
-    if isinstance(rules, str):
-        raise TypeError(f"rules are a list of rules, got the string {rules!r}: write [{rules!r}]")
-    named = distinct_names(all_rules() if rules is None else rules)
+    named = chosen_rules(rules)
     families = [rule for _, rule in named if rule in [PRESETS[family] for family in FAMILIES]]
     for base in settings[2]:
         if families and all(base % preset.unit for preset in families):

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +59,7 @@ def _inputs(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--sizes", type=Path, metavar="FILE", help="a JSON list of [width, height]")
     _rule_arguments(command, "default: all")
-    command.add_argument(
-        "--on-error",
-        choices=("report", "stop"),
-        default="report",
-        help="report an image that cannot be read and go on, exiting with 3 (default), or stop there",
-    )
+    commands.add_on_error(command)
     for part, default in (("vit", "clip-l"), ("resampler", "none, an MLP"), ("lm", "llama-13b")):
         command.add_argument(f"--{part}", metavar="NAME", help=f"what FLOPs are counted for (default {default})")
 
@@ -138,14 +132,14 @@ def _check_page(path: Path) -> None:
 
 
 def _compare_each(args: argparse.Namespace, rules: Any) -> int:
-    from .inputs import named_inputs, size_of, source_of
+    from .inputs import size_of, source_of
     from .report import compare, picture_of, table
 
     system, pixels = _system(args), _pixels(args)
     found: list[Any] = []
     if rules == []:
         raise ValueError("no rules to compare: name at least one, or leave them out for all")
-    inputs = dict(_distinct(named_inputs(args.inputs, args.sizes)))
+    inputs = _images(args)
     if not inputs:
         raise ValueError("nothing to compare: give at least one image or size")
 
@@ -176,20 +170,21 @@ def _is_size(what: Any) -> bool:
     return isinstance(what, tuple) and not isinstance(what, Item)
 
 
-def _distinct(inputs: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """With a number behind names that come again."""
-    seen: dict[str, int] = {}
-    for name, what in inputs:
-        seen[name] = seen.get(name, 0) + 1
-        yield (name if seen[name] == 1 else f"{name} ({seen[name]})"), what
+def _images(args: argparse.Namespace) -> dict[str, Any]:
+    """What the words of a command stand for, by names that are all different."""
+    from .inputs import named_inputs
+    from .measuring import distinct
+
+    found = list(named_inputs(args.inputs, args.sizes))
+    return dict(zip(distinct(name for name, _ in found), (what for _, what in found), strict=True))
 
 
 def _read(args: argparse.Namespace, name: str) -> tuple[list[Any], int]:
     """Every image with its size, and how many could not be read."""
-    from .inputs import Input, named_inputs, size_of
+    from .inputs import Input, size_of
 
     pixels = _pixels(args)
-    inputs = dict(_distinct(named_inputs(args.inputs, args.sizes)))
+    inputs = _images(args)
     if not inputs:
         raise ValueError("there are no images: give images, folders, lists, sizes such as 672x1008, or --sizes FILE")
     found: list[Input] = []
@@ -205,7 +200,7 @@ def _read(args: argparse.Namespace, name: str) -> tuple[list[Any], int]:
 
 
 def _compare_all(args: argparse.Namespace, rules: Any) -> int:
-    from uhd.writing import new_file
+    from uhd.writing import new_file, write_text
 
     from . import summary
 
@@ -223,15 +218,12 @@ def _compare_all(args: argparse.Namespace, rules: Any) -> int:
             summary.write_csv(file, answer)
         print(f"wrote {args.csv}: a line for each image and rule", file=said)
     if args.latex is not None:
-        with new_file(args.latex) as new:
-            new.write_text(summary.latex(answer) + "\n", encoding="utf-8")
+        write_text(args.latex, summary.latex(answer) + "\n")
         print(f"wrote {args.latex}", file=said)
     if args.html is not None:
         from .overview import overview_page
 
-        page = overview_page(answer, settings=_pixels(args))
-        with new_file(args.html) as new:
-            new.write_text(page, encoding="utf-8")
+        write_text(args.html, overview_page(answer, settings=_pixels(args)))
         print(f"wrote {args.html}: open it in a browser", file=said)
     return commands.status(failed, failed + len(found))
 
@@ -252,28 +244,18 @@ def _choose(args: argparse.Namespace) -> int:
     found, failed = _read(args, "uhd choose")
     if not found:
         return commands.REFUSED
-    choice = choose(
-        found,
-        **bounds,
-        per_image=args.per_image,
-        rules=rules,
-        learned=args.learned,
-        **settings,
-        **system,
-    )
+    choice = choose(found, **bounds, per_image=args.per_image, rules=rules, learned=args.learned, **settings, **system)
     print(json.dumps({**advice.to_dict(choice), "failed": failed}) if args.json else advice.text(choice))
     return commands.status(failed, failed + len(found))
 
 
 def _explore(args: argparse.Namespace) -> int:
-    from uhd.writing import check_place, new_file
+    from uhd.writing import check_place, write_text
 
     from .explore import explore_page
 
     _check_page(args.output)
     check_place(args.output)
-    page = explore_page(_rules(args))
-    with new_file(args.output) as new:
-        new.write_text(page, encoding="utf-8")
+    write_text(args.output, explore_page(_rules(args)))
     print(f"wrote {args.output}: open it in a browser")
     return 0

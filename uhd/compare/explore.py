@@ -15,14 +15,14 @@ from uhd.slicing import PRESETS, Slicing, SlicingConfig, SlicingLike, find
 from uhd.slicing.flops import LMS, VITS, lm_flops, mlp_flops, plan_flops, vit_flops
 
 from .inputs import SETS
-from .measuring import distinct_names, planned_by
+from .measuring import chosen_rules, planned_by
 from .scripted import cut_code, scripted_page
 
 LATTICE: tuple[int, ...] = tuple(round(64 * 2 ** (step / 6)) for step in range(43))
 """Sides, px, for which rules without a planner in the page are planned: 64 to 8,192, six in a doubling."""
 
 MOST_BYTES = 1_000_000
-"""Of a page."""
+"""Most bytes that a page may take."""
 
 SHOWN = ("llava-uhd-safe", "minicpm-v-4.6", "llava-next", "internvl")
 """The rules side by side when the page opens, unless others are named."""
@@ -56,7 +56,7 @@ def explore_page(strategies: Iterable[SlicingLike] | None = None) -> str:
     rules: dict[Slicing, SlicingLike] = {}
     for rule in (*named, *PRESETS):
         rules.setdefault(find(rule), rule)
-    known = [_rule(name, rule) for name, rule in distinct_names(rules.values())]
+    known = [_rule(name, rule) for name, rule in chosen_rules(rules.values())]
     shown = min(len({find(rule) for rule in named}), len(SHOWN))
     data = {"rules": known, "shown": shown, "lattice": LATTICE, "flops": _system(rules)}
     styles = (_HERE / "overview.css", _HERE / "explore.css")

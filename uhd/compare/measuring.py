@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ COLUMNS = (
     "rows",
     "columns",
 )
-"""Of :class:`Measured`: ``rows`` and ``columns`` of the cut, 0 where an image is not cut; the others as in metrics."""
+"""Columns of :class:`Measured`: ``rows`` and ``columns`` of the cut, 0 without one; the others as in metrics."""
 
 
 def all_rules() -> list[str]:
@@ -112,11 +112,7 @@ def measure_sizes(
     >>> found.counts.tolist(), found.values["tokens"].tolist()
     ([1, 2], [[454.0, 194.0], [576.0, 576.0]])
     """
-    if isinstance(rules, str):
-        raise TypeError(f"rules are a list of rules, got the string {rules!r}: write [{rules!r}]")
-    chosen = distinct_names(all_rules() if rules is None else rules)
-    if not chosen:
-        raise ValueError("no rules to compare: name at least one, or leave them out for all")
+    chosen = chosen_rules(rules)
     numbers: dict[tuple[int, int], int] = {}
     for size in map(check_size, sizes_hw):
         numbers[size] = numbers.get(size, 0) + 1
@@ -135,18 +131,32 @@ def measure_sizes(
     return Measured(tuple(chosen), sizes, np.array(list(numbers.values())), values, refusals)
 
 
-def distinct_names(rules: Iterable[SlicingLike]) -> list[tuple[str, Slicing]]:
-    """(name, rule) of each, with a number behind names that come again."""
-    found: dict[str, Slicing] = {}
-    for rule in rules:
-        config = find(rule)  # an unknown name is the caller's mistake, and raises
-        first = name = rule if isinstance(rule, str) else config.name
-        number = 1
-        while name in found:
-            number += 1
-            name = f"{first} ({number})"
-        found[name] = config
-    return list(found.items())
+def chosen_rules(rules: Iterable[SlicingLike] | None) -> list[tuple[str, Slicing]]:
+    """Name each of the rules, or of all rules for ``None``; errors as of :func:`measure_sizes`."""
+    if isinstance(rules, str):
+        raise TypeError(f"rules are a list of rules, got the string {rules!r}: write [{rules!r}]")
+    chosen = all_rules() if rules is None else list(rules)
+    if not chosen:
+        raise ValueError("no rules to compare: name at least one, or leave them out for all")
+    found = [find(rule) for rule in chosen]
+    names = (rule if isinstance(rule, str) else config.name for rule, config in zip(chosen, found, strict=True))
+    return list(zip(distinct(names), found, strict=True))
+
+
+def distinct(names: Iterable[str]) -> Iterator[str]:
+    """Put a number behind names that come again.
+
+    >>> list(distinct(["page", "page", "photo"]))
+    ['page', 'page (2)', 'photo']
+    """
+    times: dict[str, int] = {}
+    for first in names:
+        name = first
+        while name in times:
+            times[first] += 1
+            name = f"{first} ({times[first]})"
+        times[name] = 1
+        yield name
 
 
 def planned_by(rule: Slicing, image_hw: tuple[int, int]) -> SlicePlan:

@@ -12,10 +12,11 @@ from typing import Any
 from PIL import Image
 
 from uhd import charts
-from uhd.writing import new_file
+from uhd.writing import write_text
 
 from .pictures import SIDE, cut_picture, thumbnail, views_picture
 from .report import Comparison, Curve, Entry, curves_over_aspect, curves_over_size, pareto
+from .scripted import filled
 
 _SIDES = charts.Axis(
     64, 4096, ((64, "64"), (256, "256"), (1024, "1024"), (4096, "4096")), True, "tokens over the longer side, px"
@@ -38,18 +39,13 @@ def html_page(comparisons: Sequence[Comparison]) -> str:
     """
     if not comparisons:
         raise ValueError("nothing to compare: give at least one image or size")
-    import jinja2
-
-    options = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    page = jinja2.Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"), **options)
-    return page.render(sections=[_section(comparison, n) for n, comparison in enumerate(comparisons)], jpeg=jpeg)
+    sections = [_section(comparison, number) for number, comparison in enumerate(comparisons)]
+    return filled("page.html", sections=sections, jpeg=jpeg)
 
 
 def write_page(path: str | Path, comparisons: Sequence[Comparison]) -> None:
     """Write :func:`html_page` to a file; errors as there and in :func:`uhd.writing.new_file`."""
-    page = html_page(comparisons)
-    with new_file(path) as new:
-        new.write_text(page, encoding="utf-8")
+    write_text(path, html_page(comparisons))
 
 
 def _section(comparison: Comparison, number: int) -> dict[str, Any]:

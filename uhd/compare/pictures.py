@@ -44,7 +44,7 @@ def _fit(size_hw: tuple[float, float], side: int) -> tuple[int, int]:
 def cut_picture(thumb: Image.Image, plan: SlicePlan, side: int = SIDE) -> Image.Image:
     """Outline the detail views on the image, and tint what several of them share and what none of them has."""
     picture = thumb.resize(_fit(plan.image_hw, side), Image.Resampling.BICUBIC)
-    kind = "slice" if any(canvas.kind == "slice" for canvas in plan.canvases) else "overview"
+    kind = "overview" if plan.slice_hw is None else "slice"
     scale = (picture.height / plan.image_hw[0], picture.width / plan.image_hw[1])
     boxes = []
     for view in plan.views[:_MOST_DRAWN]:

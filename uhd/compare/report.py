@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from uhd.slicing.flops import LMS, RESAMPLERS, VITS, named
 from uhd.slicing.metrics import PlanMetrics, measure
 from uhd.slicing.plan import MAX_SIDE, check_size
 
-from .measuring import all_rules, front, planned_by
+from .measuring import chosen_rules, front, planned_by
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -89,14 +89,9 @@ def compare(
     >>> sorted(pareto(compared.entries))
     ['llava-uhd']
     """
-    if isinstance(rules, str):
-        raise TypeError(f"rules are a list of rules, got the string {rules!r}: write [{rules!r}]")
-    chosen = all_rules() if rules is None else list(rules)
-    if not chosen:
-        raise ValueError("no rules to compare: name at least one, or leave them out for all")
-    image_hw = check_size(image_hw)
+    chosen, image_hw = chosen_rules(rules), check_size(image_hw)
     shown = None if image is None else _Shown.of(image)
-    entries = _distinct(_entry(image_hw, rule, budget, system, shown) for rule in chosen)
+    entries = [_entry(image_hw, name, rule, budget, system, shown) for name, rule in chosen]
     if rules is None:
         entries.sort(key=lambda e: (e.plan is None, e.plan.num_tokens if e.plan else 0))
     return Comparison(name or "{1}x{0}".format(*image_hw), image_hw, tuple(entries), image)
@@ -116,42 +111,26 @@ class _Shown:
         picture = load_image(image)
         return cls(picture, Gradient.of(np.asarray(picture)))
 
-    def moved(self, plan: SlicePlan, rule: Slicing) -> SlicePlan:
-        from uhd.pixels import move_borders
-
-        return move_borders(self.picture, plan, rule)
-
 
 def _entry(
     image_hw: tuple[int, int],
-    rule: SlicingLike,
+    name: str,
+    rule: Slicing,
     budget: int | None,
     system: Mapping[str, Any],
     shown: _Shown | None,
 ) -> Entry:
-    config = find(rule)  # an unknown name is the caller's mistake, and raises
-    name = rule if isinstance(rule, str) else config.name
     try:
-        planned = planned_by(config, image_hw)
+        planned = planned_by(rule, image_hw)
     except ValueError as problem:
-        return Entry(name, config, None, None, str(problem))
+        return Entry(name, rule, None, None, str(problem))
     cut = None
     if shown is not None:
-        planned = shown.moved(planned, config)
+        from uhd.pixels import move_borders
+
+        planned = move_borders(shown.picture, planned, rule)
         cut = content_cut(planned, shown.gradient)
-    return Entry(name, config, planned, measure(planned, budget=budget, **system), content_cut=cut)
-
-
-def _distinct(entries: Iterable[Entry]) -> list[Entry]:
-    """Put a number behind names that come again: curves, anchors and the front go by name."""
-    by_name: dict[str, Entry] = {}
-    for entry in entries:
-        name, number = entry.name, 1
-        while name in by_name:
-            number += 1
-            name = f"{entry.name} ({number})"
-        by_name[name] = replace(entry, name=name)
-    return list(by_name.values())
+    return Entry(name, rule, planned, measure(planned, budget=budget, **system), content_cut=cut)
 
 
 def _record(entry: Entry) -> dict[str, Any]:
@@ -208,6 +187,8 @@ def table(images: Comparison | Any, rules: Iterable[SlicingLike] | None = None, 
 
 
 def _text(comparison: Comparison) -> str:
+    from .summary import aligned
+
     budget = any(e.metrics.budget_error is not None for e in comparison.planned)
     cut = any(e.content_cut is not None for e in comparison.planned)
     rows = [(*_COLUMNS, *["cut"] * cut, *["budget"] * budget)]
@@ -229,9 +210,6 @@ def _text(comparison: Comparison) -> str:
         )
         row += (f"{100 * entry.content_cut:.2f}%",) if cut else ()
         rows.append((*row, f"{m.budget_error:.2f}") if budget else row)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    aligned = "  ".join(f"{{:{'>' if column else '<'}{width}}}" for column, width in enumerate(widths))
-    lines = [aligned.format(*row) for row in rows]
     height, width = comparison.image_hw
     title = f"{comparison.name}: {width}x{height} px (width x height)"
     notes = [
@@ -243,7 +221,7 @@ def _text(comparison: Comparison) -> str:
     if cut:
         notes.insert(1, "cut: share of the image's gradient that lies on borders between slices")
     refused = [f"  {e.name}: {e.error}" for e in comparison.entries if e.plan is None]
-    return "\n".join([title, *lines, *notes, *(["refused:", *refused] if refused else [])])
+    return "\n".join([title, *aligned(rows), *notes, *(["refused:", *refused] if refused else [])])
 
 
 def curves_over_size(

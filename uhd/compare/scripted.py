@@ -15,17 +15,23 @@ _HERE = Path(__file__).parent
 _MOST_BOXES = 40  # drawn of a plan
 
 
+def filled(template: str, **fields: Any) -> str:
+    """A template of this folder with these fields; one that it asks for and does not get is an error."""
+    import jinja2
+
+    options = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    return jinja2.Template((_HERE / template).read_text(encoding="utf-8"), **options).render(**fields)
+
+
 def scripted_page(template: str, styles: Iterable[Path], scripts: Iterable[Path], data: Any, **fields: Any) -> str:
     """Fill a template of this folder with one style and one script, each made of several files, and its data as JSON.
 
     The template gets ``style``, ``script``, its ``script_hash`` for the page's policy and ``data`` besides ``fields``.
     """
-    import jinja2
-
     script = "".join(path.read_text(encoding="utf-8") for path in scripts)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    options = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    return jinja2.Template((_HERE / template).read_text(encoding="utf-8"), **options).render(
+    return filled(
+        template,
         style="".join(path.read_text(encoding="utf-8") for path in styles),
         script=script,
         script_hash=f"sha256-{digest}",
@@ -37,7 +43,7 @@ def scripted_page(template: str, styles: Iterable[Path], scripts: Iterable[Path]
 
 def cut_code(plan: SlicePlan) -> list[int]:
     """[rows, columns] of equal parts, or the boxes (top, left, bottom, right) of views in thousandths of the image."""
-    kind = "slice" if any(canvas.kind == "slice" for canvas in plan.canvases) else "overview"
+    kind = "overview" if plan.slice_hw is None else "slice"
     shown = [canvas for canvas in plan.canvases if canvas.kind == kind]
     whole = shown[0]
     if len(shown) == 1 and whole.source is None and whole.offset == (0, 0):

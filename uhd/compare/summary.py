@@ -13,7 +13,7 @@ import numpy as np
 from uhd.slicing import SlicingLike
 
 from .inputs import Input, given_inputs
-from .measuring import COLUMNS, Measured, front, measure_sizes
+from .measuring import COLUMNS, Measured, front, measure_sizes, weighted_quantile
 
 WORST = 3
 """Images that are named for each rule."""
@@ -33,7 +33,7 @@ ASPECTS = (
     Bucket("2.5 to 4", 2.5, 4),
     Bucket("4 and above", 4, math.inf),
 )
-"""By longer side / shorter side: the buckets of the learned comparison."""
+"""Buckets by longer side / shorter side: those of the learned comparison."""
 
 AREAS = (
     Bucket("below 0.25 MP", 0, 0.25),
@@ -41,7 +41,7 @@ AREAS = (
     Bucket("1 to 4 MP", 1, 4),
     Bucket("4 MP and above", 4, math.inf),
 )
-"""By area, 10^6 px."""
+"""Buckets by area, 10^6 px."""
 
 
 @dataclass(frozen=True, eq=False)  # arrays have no single answer
@@ -197,8 +197,6 @@ def spread(values: np.ndarray, counts: np.ndarray) -> dict[str, float]:
     >>> spread(np.array([1.0, 3.0]), np.array([1, 3]))
     {'mean': 2.5, 'min': 1.0, 'p5': 1.0, 'p50': 3.0, 'p95': 3.0, 'max': 3.0}
     """
-    from .measuring import weighted_quantile
-
     known = ~np.isnan(values)
     mean = float((values[known] * counts[known]).sum() / counts[known].sum())
     shares = {"min": 0.0, "p5": 0.05, "p50": 0.5, "p95": 0.95, "max": 1.0}
@@ -206,13 +204,12 @@ def spread(values: np.ndarray, counts: np.ndarray) -> dict[str, float]:
 
 
 def _worst(summary: Summary, rule: int, image: int) -> dict[str, Any]:
-    shown, place = summary.inputs[image], summary.places[image]
-    values = {name: summary.measured.values[name][rule, place] for name in ("resolution_kept", "tokens")}
+    shown, place, values = summary.inputs[image], summary.places[image], summary.measured.values
     return {
         "input": shown.name,
         "image_hw": list(shown.image_hw),
-        "resolution_kept": float(values["resolution_kept"]),
-        "tokens": int(values["tokens"]),
+        "resolution_kept": float(values["resolution_kept"][rule, place]),
+        "tokens": int(values["tokens"][rule, place]),
     }
 
 
@@ -245,16 +242,13 @@ def text(summary: Summary) -> str:
     lines = aligned(
         [("  " + _HEAD[0], *_HEAD[1:]), *((m + row[0], *row[1:]) for m, row in zip(marks, rows, strict=True))]
     )
-    images, sizes = found["images"], found["sizes"]
     said = [
-        f"{images:,} image{'s' * (images != 1)} of {sizes:,} size{'s' * (sizes != 1)}, {len(by_rule)} rules",
+        f"{counted(found['images'], 'image')} of {counted(found['sizes'], 'size')}, {len(by_rule)} rules",
         *lines,
-    ]
-    said.append("* on the front: no other rule keeps more for as few tokens, on average over these images")
-    said.append(
+        "* on the front: no other rule keeps more for as few tokens, on average over these images",
         "kept: share of an image's px that reach the encoder; p5, p50, p95: so many in a hundred images lie below; "
-        "TFLOPs: one reference system for all (CLIP-L, MLP, 13B LM) unless told otherwise"
-    )
+        "TFLOPs: one reference system for all (CLIP-L, MLP, 13B LM) unless told otherwise",
+    ]
     shown = [rule for rule in planned if rule in summary.front]
     for title, buckets in (("longer side / shorter side", ASPECTS), ("area", AREAS)):
         said += ["", f"By {title}: tokens and share kept, mean", *_bucket_lines(summary, shown, buckets)]
@@ -290,6 +284,10 @@ def _worst_row(summary: Summary, rule: int) -> tuple[str, ...]:
     found = _worst(summary, rule, worst[0])
     size = "{1}x{0} px".format(*found["image_hw"])
     return name, f"{100 * found['resolution_kept']:.1f}%", f"{size}, {found['tokens']} tokens, {found['input']}"
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

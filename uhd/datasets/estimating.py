@@ -19,7 +19,7 @@ from uhd.loading import collected
 from uhd.pixels import image_size_hw
 
 SECONDS = 10.0
-"""Most that the rate is measured for, but for the first part."""
+"""For how long the rate is measured at most, the first part not counted."""
 
 
 def estimate(

@@ -17,7 +17,7 @@ from uhd.datasets.plan import FORMAT, file_of, header_of, index_of
 from uhd.datasets.sources import pyarrow_for
 from uhd.files import damage_named, read_json
 from uhd.settings import read_values
-from uhd.writing import new_file
+from uhd.writing import new_file, write_text
 
 RUN, INDEX, ERRORS = "run.json", "index", "errors"
 UNIT_FILE = re.compile(r"unit-([0-9]{8})\.safetensors")
@@ -48,7 +48,7 @@ COLUMNS = (
     *("key", "sha256", "height", "width", "grid_rows", "grid_columns", "num_views", "num_patches", "num_tokens"),
     *("num_visual_tokens", "shard", "start", "stop"),
 )
-"""Of every index; those of the source come after them."""
+"""Columns of every index; those of the source come after them."""
 
 BORDERS = "slice_borders"
 """The column that stands beside them where borders of slices move, so that plans follow from the index."""
@@ -109,8 +109,7 @@ def finish(out: Path, inputs: int, units: int) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    with new_file(path) as new:
-        new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def rows_of(out: Path, units: Sequence[int], name: str, recipe: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -20,7 +20,7 @@ from uhd.datasets.units import Encoder, Job, Part, prepare
 from uhd.machine import use_products
 
 _RETRIES = 5
-"""Of a task or an actor whose process dies."""
+"""How often a task or an actor whose process dies is tried again."""
 
 _AHEAD = 2
 """Units that wait for every actor, prepared, beside the one that it encodes and those that the cores prepare."""

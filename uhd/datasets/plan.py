@@ -19,7 +19,7 @@ from uhd.datasets.sources import Item, read
 from uhd.files import DAMAGE, damage_named
 
 FORMAT = 1
-"""Of a folder of units."""
+"""Version of the format of a folder of units."""
 
 
 class Unit(NamedTuple):

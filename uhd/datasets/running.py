@@ -24,7 +24,7 @@ from uhd.files import read_json
 from uhd.loading import Preparation
 from uhd.saving import CONFIG_FILE, WEIGHTS_FILE
 from uhd.settings import check_choice, whole
-from uhd.writing import is_file, new_file
+from uhd.writing import is_file, write_text
 
 try:
     import fcntl
@@ -194,8 +194,7 @@ def _settle(out: Path, recipe: dict[str, Any], device: str | None) -> dict[str, 
     on = {"cpu": machine.cpu(), **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})}
     versions = {"uhd": uhd.__version__, "torch": torch.__version__, **on}
     index.write_json(path, {"format": FORMAT, "recipe": recipe, "settled": settled, "versions": versions})
-    with new_file(out / "README.md") as new:
-        new.write_text(index.README, encoding="utf-8")
+    write_text(out / "README.md", index.README)
     return settled
 
 

@@ -209,7 +209,7 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 def _stem(name: str) -> str:
     folder, _, base = name.rpartition("/")
-    return f"{folder}/{base.partition('.')[0]}".lstrip("/") if folder else base.partition(".")[0]
+    return f"{folder}/{base.partition('.')[0]}".lstrip("/")
 
 
 def _table(path: Path, key: str, columns: tuple[str, ...], asked: bool) -> Iterator[Item]:

@@ -101,7 +101,7 @@ class Tokens:
         return self._value("key", number)
 
     def keys(self) -> Iterator[str]:
-        """In the order of the source."""
+        """The keys of all images, in the order of the source."""
         return map(self.key, range(len(self)))
 
     def items(self) -> Iterator[tuple[str, EncodedImage]]:

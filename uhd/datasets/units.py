@@ -202,7 +202,7 @@ def _write(
 
 
 def digest(tensors: dict[str, Tensor]) -> str:
-    """Of a unit's tensors, bit by bit."""
+    """sha256 of a unit's tensors, bit by bit."""
     found = hashlib.sha256()
     for name in ("tokens", "offsets", "index"):
         if tensors[name].numel():

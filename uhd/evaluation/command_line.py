@@ -22,12 +22,7 @@ def add(known: Any) -> None:
     command.add_argument("--batch-size", type=int, default=16, metavar="N")
     command.add_argument("--max-new-tokens", type=int, default=48, metavar="N")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the table and every answer")
-    command.add_argument(
-        "--on-error",
-        choices=("report", "stop"),
-        default="report",
-        help="report a line that cannot be asked and go on, exiting with 3 (default), or stop there",
-    )
+    commands.add_on_error(command, "a line that cannot be asked")
     command.set_defaults(run=_evaluate, wrong=command.error)
 
 
@@ -41,7 +36,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from uhd.evaluation import judging, read_questions
-    from uhd.writing import check_place
+    from uhd.writing import check_place, write_text
 
     strategies = _strategies(args.strategies)
     if args.json is not None:
@@ -71,7 +66,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         if bad:
             print(f"lines that could not be asked: {len(bad)} of {total}")
         if args.json is not None:
-            _write(args.json, {**told, "refused": sorted(bad), "strategies": rows})
+            found = {**told, "refused": sorted(bad), "strategies": rows}
+            write_text(args.json, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
     try:
         rows = judging.evaluate(
@@ -103,10 +99,3 @@ def _strategies(text: str) -> list[str]:
     if not found:
         raise ValueError("--strategies names none: own is the model's own rule")
     return found
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    from uhd.writing import new_file
-
-    with new_file(path) as new:
-        new.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -272,12 +272,11 @@ class _Judged:
         self.seconds += seconds
         self.costs.append((len(shown), costs))
 
-    def scores(self, score: Callable[[str, Sequence[str]], float]) -> list[float]:
+    def scores(self, score: Callable[[str, Sequence[str]], Any]) -> list[Any]:
         return [score(text, asked.answers) for text, asked in zip(self.said, self.asked, strict=True)]
 
     def row(self, first: _Judged) -> dict[str, Any]:
-        right, near = self.scores(exact), self.scores(anls)
-        wrong = [characters_wrong(text, asked.answers) for text, asked in zip(self.said, self.asked, strict=True)]
+        right, near, wrong = map(self.scores, (exact, anls, characters_wrong))
         images, count = [asked.image for asked in self.asked], sum(shown for shown, _ in self.costs)
         means = {}
         for name in (*COSTS, "encoder_flops"):

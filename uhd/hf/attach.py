@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from uhd.encoder import VisualEncoder
 from uhd.hf.configuration import INJECTION_MODES, UHDConfig, encoder_fields
 from uhd.hf.image_processing import UHDImageProcessor, refuse_own_function
-from uhd.hf.injection import choose_injection
+from uhd.hf.injection import choose_injection, evaluating
 from uhd.hf.processing import IMAGE_TOKEN, PLAIN_CHAT_TEMPLATE, VIDEO_TOKEN, UHDProcessor, placeholder_id
 from uhd.parts import ROLES, check_rebuilt
 from uhd.saving import EncoderDescription, refuse_shared
@@ -122,10 +122,8 @@ def with_image_token(tokenizer: Any, image_token: str | None, symbols: Sequence[
     """A copy of the tokenizer that has an image token, and a padding token where it can have one."""
     if image_token in symbols:
         raise ValueError(f"the schema writes {image_token!r} itself ({list(symbols)}): choose another image_token")
-    tokenizer = copy.deepcopy(tokenizer)
     known = (image_token, getattr(tokenizer, "image_token", None), IMAGE_TOKEN, OTHER_IMAGE_TOKEN)
-    image_token = next(name for name in known if name and name not in symbols)
-    _add(tokenizer, image_token)
+    tokenizer, image_token = _with_token(tokenizer, known, symbols)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer, image_token
@@ -135,19 +133,18 @@ def with_video_token(tokenizer: Any, video_token: str | None, symbols: Sequence[
     """A copy of the tokenizer that has a video token beside its image token."""
     if video_token in symbols:
         raise ValueError(f"{video_token!r} stands for something else already ({list(symbols)}): choose another")
-    tokenizer = copy.deepcopy(tokenizer)
     known = (video_token, getattr(tokenizer, "video_token", None), VIDEO_TOKEN, OTHER_VIDEO_TOKEN)
-    video_token = next(name for name in known if name and name not in symbols)
-    _add(tokenizer, video_token)
-    return tokenizer, video_token
+    return _with_token(tokenizer, known, symbols)
 
 
-def _add(tokenizer: Any, token: str) -> None:
-    """Make a token one of the tokenizer's, unless it is."""
+def _with_token(tokenizer: Any, names: Sequence[str | None], symbols: Sequence[str]) -> tuple[Any, str]:
+    """A copy of the tokenizer that has the first of these tokens that is none of the schema's symbols."""
+    tokenizer, token = copy.deepcopy(tokenizer), next(name for name in names if name and name not in symbols)
     try:
         placeholder_id(tokenizer, token)
     except ValueError:
         tokenizer.add_special_tokens({"extra_special_tokens": [token]}, replace_extra_special_tokens=False)
+    return tokenizer, token
 
 
 def check_ids(tokenizer: Any, vocab_size: int) -> None:
@@ -172,12 +169,8 @@ def _scale(encoder: VisualEncoder, lm: PreTrainedModel) -> float:
     ramp = np.linspace(0, 255, side)
     picture = np.stack([np.tile(ramp, (side, 1)), np.tile(ramp[:, None], (1, side)), np.full((side, side), 128)], -1)
     picture += np.random.default_rng(0).normal(0, 32, picture.shape)
-    training = [module for module in encoder.modules() if module.training]
-    encoder.eval()
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(encoder):
         tokens = _rms(encoder([picture.clip(0, 255).astype(np.uint8)])[0].tokens)
-    for module in training:
-        module.training = True
     embeddings = embedding_rms(lm)
     scale = embeddings / tokens if tokens > 0 else float("nan")
     if not 0 < scale < float("inf"):
@@ -195,7 +188,7 @@ def native_side(encoder: VisualEncoder) -> int:
 
 
 def embedding_rms(lm: PreTrainedModel) -> float:
-    """Of what the language model's input embedding returns, over ids spread over the vocabulary."""
+    """RMS of what the language model's input embedding returns, over ids spread over the vocabulary."""
     vocab_size = lm.config.get_text_config().vocab_size
     ids = torch.linspace(0, vocab_size - 1, min(vocab_size, SAMPLED_IDS)).long().tolist()
     with torch.no_grad():

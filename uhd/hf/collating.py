@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset
 
 from uhd.hf.labels import is_visual, labels_of
@@ -122,11 +123,11 @@ class PackingCollator:
         ordered = [sample for row in rows for sample in row]
         pad = self.processor.tokenizer.pad_token_id
         fills = {"input_ids": 0 if pad is None else pad, "labels": IGNORE}
-        length = max(sum(len(sample["input_ids"]) for sample in row) for row in rows)
-        batch = {
-            name: torch.stack([_filled([sample[name] for sample in row], length, fill) for row in rows])
-            for name, fill in fills.items()
-        }
+        batch = {}
+        for name, fill in fills.items():
+            parts = [torch.cat([sample[name] for sample in row]) for row in rows]
+            batch[name] = pad_sequence(parts, batch_first=True, padding_value=fill)
+        length = batch["input_ids"].shape[1]
         batch["position_ids"] = torch.stack([_positions(row, length) for row in rows])
         for name in VISUAL_KEYS:
             given = [sample[name] for sample in ordered if name in sample]
@@ -248,7 +249,7 @@ class PackedStream(IterableDataset):
             raise ValueError(f"the state stands in epoch {saved} of the stream, which is in {now}: set_epoch({saved})")
 
     def set_epoch(self, epoch: int) -> None:
-        """That of the stream, where it has such: with it a shuffled one comes in another order."""
+        """Set the stream's epoch, where it has one: a shuffled stream comes in another order in each epoch."""
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
 
@@ -301,11 +302,6 @@ class PackedStream(IterableDataset):
 
 def _length(waiting: _Waiting) -> int:
     return len(waiting.sample["input_ids"])
-
-
-def _filled(parts: list[Tensor], length: int, fill: int) -> Tensor:
-    row = torch.cat(parts)
-    return torch.cat([row, row.new_full((length - len(row),), fill)])
 
 
 def _positions(row: list[dict[str, Tensor]], length: int) -> Tensor:

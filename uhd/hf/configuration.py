@@ -216,9 +216,8 @@ class UHDConfig(FromPackage, PreTrainedConfig):
         self.schema_config = self.schema.to_dict()
         self.pixel_config = self.pixels.to_dict()
         if self.resampler_config.kind == "perceiver" and self.resampler_config.settings is None:
-            width = self.text_config.get_text_config().hidden_size
-            sizes = {"width": width, "vision_width": self.vision_config.width, "num_heads": default_heads(width)}
-            default = PerceiverConfig(**sizes)
+            width, vision_width = text.hidden_size, self.vision_config.width
+            default = PerceiverConfig(width=width, vision_width=vision_width, num_heads=default_heads(width))
             self.resampler_config.settings = default.to_dict()
         elif self.resampler_config.settings is not None:  # what code leaves out; a file has all
             self.resampler_config.settings = completed(self.resampler_config.kind, self.resampler_config.settings)

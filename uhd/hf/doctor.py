@@ -107,10 +107,11 @@ def diagnose(folder: str | Path, *, schema: str | SpatialSchema = "llava-uhd") -
     folder = Path(folder)
     schema = SpatialSchema.preset(schema) if isinstance(schema, str) else schema
     lm, tokenizer = _load(folder)
+    vocab_size = lm.config.get_text_config().vocab_size
     problems: list[str] = []
     marked, image_token = with_image_token(tokenizer, None, schema.separators)
     try:
-        check_ids(marked, lm.config.get_text_config().vocab_size)
+        check_ids(marked, vocab_size)
     except ValueError as problem:
         problems.append(str(problem))
     try:
@@ -118,7 +119,7 @@ def diagnose(folder: str | Path, *, schema: str | SpatialSchema = "llava-uhd") -
     except ValueError as problem:
         mode, reason = None, str(problem)
         problems.append(reason)
-    separators = _separators(marked, schema, image_token, lm.config.get_text_config().vocab_size, problems)
+    separators = _separators(marked, schema, image_token, vocab_size, problems)
     limit = max_positions(lm.config)
     kernel, kernel_reason = attention()
     return Diagnosis(
@@ -127,7 +128,7 @@ def diagnose(folder: str | Path, *, schema: str | SpatialSchema = "llava-uhd") -
         model_type=lm.config.model_type,
         num_parameters=sum(parameter.numel() for parameter in lm.parameters()),
         dtype=str(lm.dtype).removeprefix("torch."),
-        vocab_size=lm.config.get_text_config().vocab_size,
+        vocab_size=vocab_size,
         width=lm.get_input_embeddings()(torch.zeros(1, 1, dtype=torch.long)).shape[-1],
         schema=schema.name,
         injection=mode,
@@ -256,7 +257,7 @@ def table(found: Diagnosis) -> str:
         *(
             (
                 f"separator {symbol!r}",
-                f"{', '.join(map(str, item.ids))}  {' '.join(map(repr, item.pieces))}{_how(item)}",
+                f"{', '.join(map(str, item.ids))}  {' '.join(map(repr, item.pieces))}  ({_HOW[item.how]})",
             )
             for symbol, item in found.separators.items()
         ),
@@ -283,10 +284,6 @@ _HOW = {
     "pieces": "the mean of the pieces it is written with",
     "given": "as chosen",
 }
-
-
-def _how(item: Separator) -> str:
-    return f"  ({_HOW[item.how]})"
 
 
 def _others(found: Diagnosis) -> str:

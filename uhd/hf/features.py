@@ -27,13 +27,7 @@ from uhd.hf.versions import CACHE_NAMES
 from uhd.hf.visual_inputs import PlannedMedia, VisualInputs, read_images, read_videos
 from uhd.parts import ROLES, own_tables
 from uhd.ranks import gathered_between, unwrapped
-from uhd.resampler import (
-    FeaturePacker,
-    PerceiverResampler,
-    PyramidResampler,
-    RewriteResampler,
-    SpatialResampler,
-)
+from uhd.resampler import FeaturePacker, PerceiverResampler, PyramidResampler, RewriteResampler, SpatialResampler
 from uhd.resampler.attention import LatentAttention
 from uhd.schema.counted import layout_of
 from uhd.slicing import SlicePlan, VideoPlan, plan
@@ -144,11 +138,7 @@ class UHDVisualModel(UHDPreTrainedModel):
     """
 
     def __init__(
-        self,
-        config: UHDConfig,
-        *,
-        visual: VisualEncoder | None = None,
-        language_model: PreTrainedModel | None = None,
+        self, config: UHDConfig, *, visual: VisualEncoder | None = None, language_model: PreTrainedModel | None = None
     ) -> None:
         super().__init__(config)
         if language_model is None:
@@ -229,11 +219,8 @@ class UHDVisualModel(UHDPreTrainedModel):
     def _asked(self, **given: bool | None) -> dict[str, bool]:
         """Which of the vision encoder's hidden states and attentions are wanted: as given, else by its config."""
         config = self.config.vision_config
-        told = {name: given.get(name) for name in _ASKED}
-        return {
-            name.removeprefix("output_"): bool(getattr(config, name) if value is None else value)
-            for name, value in told.items()
-        }
+        wanted = {name: getattr(config, name) if given.get(name) is None else given[name] for name in _ASKED}
+        return {name.removeprefix("output_"): bool(value) for name, value in wanted.items()}
 
     def _positions_of(self, input_ids: Tensor) -> dict[str, Tensor]:
         """(B, T) bool on the CPU for images and for videos."""

@@ -17,7 +17,7 @@ from transformers import GenerationMixin
 
 from uhd.hf.conversation import cached_columns, cached_length, is_filled, remember
 from uhd.hf.injection import inject
-from uhd.hf.looking import generate_looking
+from uhd.hf.looking import DRAFTS, generate_looking
 from uhd.hf.prompt_text import PromptText, reading_text
 from uhd.hf.versions import cache_name, take_cache
 from uhd.hf.visual_inputs import VisualInputs
@@ -30,7 +30,7 @@ class GeneratesByLanguageModel(GenerationMixin):
     """What :class:`uhd.hf.modeling.UHDModel` needs to generate."""
 
     @property
-    def _steps_are_prepared(self) -> bool:
+    def steps_are_prepared(self) -> bool:
         """Whether ``prepare_inputs_for_generation`` was replaced on this very model, as PEFT does."""
         return "prepare_inputs_for_generation" in vars(self)
 
@@ -82,7 +82,7 @@ class GeneratesByLanguageModel(GenerationMixin):
         if kwargs.pop("return_visual_attention", False):
             return generate_looking(self, asked, inputs, generation_config, kwargs)
         visual = VisualInputs.take(kwargs)
-        if self._steps_are_prepared:
+        if self.steps_are_prepared:
             return self._generate_by_steps(visual, inputs=inputs, generation_config=generation_config, **kwargs)
         lm = self.language_model
         lm.generation_config = self.generation_config
@@ -169,8 +169,7 @@ class _Asked:
     @property
     def reads_ids(self) -> bool:
         """Whether the language model is called on the prompt's ids again, or with others behind them."""
-        drafts = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
-        return self("use_cache") is False or any(map(self, drafts))
+        return self("use_cache") is False or any(map(self, DRAFTS))
 
     def new_tokens(self, length: int) -> int:
         """How many tokens are surely asked for; 0 where that is left to the language model."""

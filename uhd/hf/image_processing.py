@@ -28,13 +28,13 @@ from uhd.hf.bare import FromPackage, auto_map, save_beside
 from uhd.hf.visual_inputs import describe_plans, pad_patches, pairs
 from uhd.loading import named
 from uhd.pixels import DEFAULT, RESAMPLE, PixelSettings, load_image, move_borders
+from uhd.pixels.settings import FILTERS
 from uhd.pixels.source import read_whole
 from uhd.schema.counted import named_function, own_function, slicing_from_dict
 from uhd.slicing import SlicePlan, Slicing, SlicingLike, find
 from uhd.slicing.config import positive_int
 from uhd.slicing.sample import plan_sample
 
-_FILTER_NAMES = {int(value): name for name, value in RESAMPLE.items()}
 _NOT_APPLYING = ("do_resize", "do_center_crop", "do_pad", "size", "crop_size", "pad_size", "input_data_format")
 """Keywords of transformers' image processors that nothing here could heed."""
 
@@ -152,19 +152,16 @@ class Planning(FromPackage):
         Raises:
             ValueError: ``max_slices`` or ``crop_to_patches`` does not apply to this slicing.
         """
-        names = ("slicing", "max_slices", "crop_to_patches")
-        given = {name: kwargs[name] if kwargs.get(name) is not None else getattr(self, name) for name in names}
-        found = as_slicing(given["slicing"])
-        if given["max_slices"] is not None:
-            few = found.capped(positive_int("max_slices", given["max_slices"]))
+        found, most = as_slicing(self.setting("slicing", kwargs)), self.setting("max_slices", kwargs)
+        if most is not None:
+            few = found.capped(positive_int("max_slices", most))
             if few is None:
                 raise ValueError(
-                    f"the settings of {found.name!r} have no number of slices that "
-                    f"max_slices={given['max_slices']} could lower: bound the tokens with "
-                    "max_tokens, or leave images uncut with crop_to_patches=False"
+                    f"the settings of {found.name!r} have no number of slices that max_slices={most} could lower: "
+                    "bound the tokens with max_tokens, or leave images uncut with crop_to_patches=False"
                 )
             found = few
-        return found.uncut() if given["crop_to_patches"] is False else found
+        return found.uncut() if self.setting("crop_to_patches", kwargs) is False else found
 
     def check_settings(self) -> None:
         """Raise a ``ValueError`` where what was loaded could not be used."""
@@ -192,7 +189,7 @@ class Planning(FromPackage):
             kwargs,
             mean=kwargs["image_mean"],
             std=kwargs["image_std"],
-            resample=None if kwargs["resample"] is None else _FILTER_NAMES[int(kwargs["resample"])],
+            resample=None if kwargs["resample"] is None else FILTERS[int(kwargs["resample"])],
             backend=self.setting("pixel_backend", kwargs),
         )
         side = as_slicing(self.setting("slicing", kwargs)).patch_size
@@ -205,8 +202,8 @@ class Planning(FromPackage):
                 f"got do_rescale={kwargs.get('do_rescale')} and do_normalize={kwargs.get('do_normalize')}: set both "
                 "for normalised float32 patches, or neither for raw uint8 ones, which the model normalises"
             )
-        if kwargs["resample"] is not None and int(kwargs["resample"]) not in _FILTER_NAMES:
-            raise ValueError(f"resample must be one of {_FILTER_NAMES} (Pillow's numbers), got {kwargs['resample']!r}")
+        if kwargs["resample"] is not None and int(kwargs["resample"]) not in FILTERS:
+            raise ValueError(f"resample must be one of {FILTERS} (Pillow's numbers), got {kwargs['resample']!r}")
         given = [name for name in _NOT_APPLYING if kwargs.get(name)]
         if given:
             raise ValueError(f"{given[0]} does not apply: the plan decides every size. Leave it out")
@@ -236,7 +233,7 @@ def _settings(slicing: SlicingLike, pixels: PixelSettings) -> dict[str, Any]:
         "slicing": slicing if own_function(slicing) else find(slicing).to_dict(),
         "image_mean": mean,
         "image_std": std,
-        "resample": None if pixels.resample is None else int(RESAMPLE[pixels.resample]),
+        "resample": None if pixels.resample is None else RESAMPLE[pixels.resample],
         "background": pixels.background,
         "max_pixels": pixels.max_pixels,
         "pixel_backend": pixels.backend,

@@ -101,14 +101,8 @@ def choose_injection(lm: nn.Module) -> str:
 def explain_injection(lm: nn.Module) -> tuple[str, str]:
     """As :func:`choose_injection`, and with the choice a sentence that says why."""
     embed = lm.get_input_embeddings()
-    training = [module for module in lm.modules() if module.training]
-    lm.eval()
-    try:
-        with torch.no_grad(), constants_shaken(lm):
-            problem = _embeds_problem(lm, embed)
-    finally:
-        for module in training:
-            module.training = True
+    with torch.no_grad(), evaluating(lm), constants_shaken(lm):
+        problem = _embeds_problem(lm, embed)
     if problem is None:
         return "embeds", "ids and their embeddings give the same logits through the same modules"
     return "hook", problem
@@ -159,6 +153,18 @@ def _run(lm: nn.Module, **inputs: Tensor) -> tuple[Tensor, Counter]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A model in eval mode; at the end the modules that were training train again."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager

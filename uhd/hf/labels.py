@@ -120,12 +120,9 @@ class LabelledBatch(BatchFeature):
 
     def __setitem__(self, name: str, value: Any) -> None:
         ids = self.data.get("input_ids")
-        if name == "labels" and self._processor is not None and _match(value, ids):
+        tensors = isinstance(value, Tensor) and isinstance(ids, Tensor) and value.shape == ids.shape
+        if name == "labels" and self._processor is not None and tensors:
             kept = ignore_visual(value, is_visual(ids, self._processor).to(value.device), self._processor)
             shared = value.untyped_storage().data_ptr() == ids.untyped_storage().data_ptr()
             value = kept if shared or kept is value else value.copy_(kept)
         super().__setitem__(name, value)
-
-
-def _match(labels: Any, ids: Any) -> bool:
-    return isinstance(labels, Tensor) and isinstance(ids, Tensor) and labels.shape == ids.shape

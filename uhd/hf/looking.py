@@ -16,9 +16,13 @@ from torch import Tensor
 
 from uhd.attention import map_numbers
 from uhd.batch import SliceBatch
-from uhd.hf.placing import match, planned_layout
+from uhd.hf.placing import match
 from uhd.hf.versions import take_cache
 from uhd.hf.visual_inputs import PlannedMedia, VisualInputs, read_images
+from uhd.schema.counted import planned_layout
+
+DRAFTS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+"""Settings of ``generate`` under which several tokens are drafted and checked at once."""
 
 
 def generate_looking(
@@ -105,10 +109,9 @@ def _checked(
             "return_visual_attention: give input_ids and the pixel_values of images; there are no maps of videos, nor "
             "of images that were encoded before"
         )
-    drafts = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
-    refused = [setting for setting in drafts if asked(setting)] + ["num_beams"] * ((asked("num_beams") or 1) > 1)
+    refused = [setting for setting in DRAFTS if asked(setting)] + ["num_beams"] * ((asked("num_beams") or 1) > 1)
     refused += ["a cache"] if take_cache(dict(kwargs)) is not None else []
-    refused += ["prompt learning"] if "prepare_inputs_for_generation" in vars(model) else []
+    refused += ["prompt learning"] if model.steps_are_prepared else []
     if refused:
         raise ValueError(
             f"return_visual_attention: not with {', '.join(refused)}, where steps are not one new token each after "

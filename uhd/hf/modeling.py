@@ -324,11 +324,7 @@ class UHDForConditionalGeneration(UHDModel, GeneratesByLanguageModel, Generation
     """
 
     def __init__(
-        self,
-        config: UHDConfig,
-        *,
-        visual: VisualEncoder | None = None,
-        language_model: PreTrainedModel | None = None,
+        self, config: UHDConfig, *, visual: VisualEncoder | None = None, language_model: PreTrainedModel | None = None
     ) -> None:
         super().__init__(config, visual=visual, language_model=language_model)
         self._processor: UHDProcessor | None = None
@@ -399,7 +395,7 @@ class UHDForConditionalGeneration(UHDModel, GeneratesByLanguageModel, Generation
 
     @property
     def processor(self) -> UHDProcessor:
-        """Of the tokenizer it was attached with, or from the folder it was loaded from.
+        """The model's processor: with the tokenizer that was attached, or loaded from the model's folder.
 
         Where another slicing or other pixels are set on ``visual``, it plans and cuts by those; what is set on the
         processor itself stays until then.

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from uhd.hf.injection import constants_shaken, probe_ids
+from uhd.hf.injection import constants_shaken, evaluating, probe_ids
 from uhd.ranks import unwrapped
 
 _TRIED: WeakKeyDictionary[nn.Module, dict[str, float]] = WeakKeyDictionary()
@@ -95,26 +95,16 @@ def refuse_mixing(lm: nn.Module) -> None:
 
 
 def _difference(lm: nn.Module) -> float:
-    """Of a packed row's logits from those of its two samples alone, over the largest."""
+    """How far a packed row's logits are from those of its two samples alone, over the largest."""
     ids = probe_ids(lm, lm.get_input_embeddings())
     half = ids.shape[1] // 2
     positions = torch.cat([torch.arange(half), torch.arange(ids.shape[1] - half)])[None].to(ids.device)
     if "position_ids" not in inspect.signature(unwrapped(lm).forward).parameters:
         return float("inf")
-    training = [module for module in lm.modules() if module.training]
-    lm.eval()
-    try:
-        with torch.no_grad(), constants_shaken(lm):
-            packed, *parts = (
-                lm(input_ids=part, position_ids=place, use_cache=False, return_dict=True).logits
-                for part, place in (
-                    (ids, positions),
-                    (ids[:, :half], positions[:, :half]),
-                    (ids[:, half:], positions[:, half:]),
-                )
-            )
-    finally:
-        for module in training:
-            module.training = True
+    with torch.no_grad(), evaluating(lm), constants_shaken(lm):
+        packed, *parts = (
+            lm(input_ids=ids[:, part], position_ids=positions[:, part], use_cache=False, return_dict=True).logits
+            for part in (slice(None), slice(half), slice(half, None))
+        )
     alone = torch.cat(parts, dim=1).float()
     return ((packed.float() - alone).abs().max() / alone.abs().max()).item()

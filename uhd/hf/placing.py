@@ -9,14 +9,9 @@ from torch import Tensor
 
 from uhd.encoded import EncodedImage, EncodedVideo, num_rows
 from uhd.merge import assemble, separator_embeddings
-from uhd.schema import SeparatorIds, SpatialSchema, TokenLayout
-from uhd.schema.counted import layout_of, video_layout
+from uhd.schema import SeparatorIds, SpatialSchema
+from uhd.schema.counted import planned_layout
 from uhd.slicing import SlicePlan, VideoPlan
-
-
-def planned_layout(plan: SlicePlan | VideoPlan, schema: SpatialSchema, index: int = 0) -> TokenLayout:
-    """The layout of an image, the ``index``-th of its sample, or of a video."""
-    return video_layout(plan, schema) if isinstance(plan, VideoPlan) else layout_of(plan, schema, image_index=index)
 
 
 def laid_out(

@@ -41,6 +41,7 @@ from uhd.hf.video_processing import (
     UHDVideosKwargs,
     arrange_videos,
     same_slicing,
+    size_of,
 )
 from uhd.hf.visual_inputs import pack_encoded, pack_encoded_videos
 from uhd.hf.words import spelling, words_stay_words
@@ -244,7 +245,9 @@ class UHDProcessor(FoundByName):
         if self.image_processor.pad_patches and "text_kwargs" not in kwargs:
             kwargs = {"padding": False, "return_tensors": None, **kwargs}
         text = None if text is None else list(map(_with_tokens, text))
-        unmarked = _unmarked(text, kwargs)
+        unmarked = text  # a token in what transformers marked as the user's own words is no placeholder
+        if text is not None and kwargs.get("sanitize_control_tokens"):
+            unmarked = without_marked_text(text)
         flat, counts = arrange_images(images)
         clips, clip_counts = ([], None) if videos is None else arrange_videos(videos)
         counts = _per_sample(unmarked, self.image_token, len(flat), counts, "image")
@@ -403,9 +406,9 @@ def _made(
     for number, (num_images, num_videos) in enumerate(rows):
         sample = [next(still) for _ in range(num_images)]
         frames = [next(moving) for _ in range(num_videos)]
-        sizes = [((clip[0].height, clip[0].width), len(clip)) for clip in frames]
+        sizes = [(item.height, item.width) for item in sample]
         with named("sample", number):
-            plans, video_plans = plan_sample([(item.height, item.width) for item in sample], sizes, **settings)
+            plans, video_plans = plan_sample(sizes, list(map(size_of, frames)), **settings)
         found += map(PlannedImage, sample, plans)
         clips += map(PlannedVideo, frames, video_plans)
     return (
@@ -489,11 +492,6 @@ def _per_sample(
         f"{rule}the {len(text)} samples have {sum(counts)} {token} (per sample: {counts}) and there are "
         f"{given} {kind}s: each {kind} needs its own {token} in the text"
     )
-
-
-def _unmarked(text: list[str] | None, kwargs: dict[str, Any]) -> list[str] | None:
-    """The text without what transformers marked as the user's own words, in which a token is no placeholder."""
-    return without_marked_text(text) if text is not None and kwargs.get("sanitize_control_tokens") else text
 
 
 __all__ = ["UHDProcessor", "UHDProcessorKwargs", "pack_encoded", "pack_encoded_videos", "placeholder_id"]

@@ -7,7 +7,7 @@ and drafters. At the positions of images those ids mean nothing: :func:`reading_
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -63,7 +63,7 @@ class PromptText:
 
     @classmethod
     def of(cls, ids: Tensor, visual: Tensor, attention_mask: Tensor | None) -> PromptText:
-        """Of (B, T) ids that stand for images where ``visual`` (B, T) is True; the mask may cover a cache as well."""
+        """The text of (B, T) ids, with images where ``visual`` (B, T) is True; the mask may cover a cache as well."""
         is_text = ~visual.to(ids.device)
         if attention_mask is not None:
             is_text &= attention_mask[:, -ids.shape[1] :].bool().to(ids.device)
@@ -213,16 +213,15 @@ def reading_text(lm: PreTrainedModel, prompt: PromptText, kwargs: dict[str, Any]
     if kwargs.get("streamer") is not None:
         kwargs["streamer"] = _TextStreamer(kwargs["streamer"], prompt)
     if kwargs.get("stopping_criteria"):
-        kwargs["stopping_criteria"] = StoppingCriteriaList(_criteria(kwargs["stopping_criteria"], prompt))
+        kwargs["stopping_criteria"] = StoppingCriteriaList(
+            rule if isinstance(rule, COUNTING) else _TextCriterion(rule, prompt)
+            for rule in kwargs["stopping_criteria"]
+        )
     if not isinstance(lm, GenerationMixin):
         return lm  # wrapped by another library, with a generate of its own
     view = object.__new__(_reading_class(type(lm)))
     vars(view).update(vars(lm), _prompt_text=prompt, _whole=lm)
     return view
-
-
-def _criteria(criteria: Iterable[Callable[..., Any]], prompt: PromptText) -> Iterable[Callable[..., Any]]:
-    return (rule if isinstance(rule, COUNTING) else _TextCriterion(rule, prompt) for rule in criteria)
 
 
 @cache

@@ -10,12 +10,12 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
 
 LEFT_ALONE = ("visual.vision.stem", "visual.compressor")
-"""Unless asked: what sees raw pixels, and what every visual token passes; both are small."""
+"""Parts that keep their precision unless asked: one sees raw pixels, one every visual token; both are small."""
 
 _MARKS = ("is_loaded_in_8bit", "is_8bit_serializable", "is_loaded_in_4bit", "is_4bit_serializable", "is_quantized")
 _MARKS += ("quantization_method",)
@@ -30,7 +30,8 @@ def take_over(model: PreTrainedModel, lm: PreTrainedModel) -> None:
     if quantizer is None or _skip_field(quantizer.quantization_config) is None:
         return
     config = copy.deepcopy(quantizer.quantization_config)
-    whole = [name for name, module in lm.named_modules() if type(module) is nn.Linear and _is_plain(module.weight)]
+    linear = {name: module for name, module in lm.named_modules() if type(module) is nn.Linear}
+    whole = [name for name, module in linear.items() if type(module.weight) is nn.Parameter]
     setattr(config, _skip_field(config), ["visual", *(f"language_model.{name}" for name in whole)])
     model.hf_quantizer = copy.copy(quantizer)
     model.hf_quantizer.quantization_config = config
@@ -75,7 +76,3 @@ def refuse_unsaved(model: PreTrainedModel) -> None:
 def _skip_field(config: Any) -> str | None:
     names = ("modules_to_not_convert", "llm_int8_skip_modules", "skip_modules")
     return next((name for name in names if hasattr(config, name)), None)
-
-
-def _is_plain(weight: Tensor) -> bool:
-    return type(weight) is nn.Parameter

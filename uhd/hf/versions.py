@@ -42,12 +42,7 @@ CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")
 
 
 HOOKS = {
-    "ProcessorMixin": (
-        "_merge_kwargs",
-        "_process_images",
-        "_process_videos",
-        "_check_special_mm_tokens",
-    ),
+    "ProcessorMixin": ("_merge_kwargs", "_process_images", "_process_videos", "_check_special_mm_tokens"),
     "PilBackend": ("_preprocess_image_like_inputs", "_validate_preprocess_kwargs"),
     "PreTrainedModel": (
         "_init_weights",

@@ -3,7 +3,7 @@
 # no `from __future__ import annotations`: transformers reads the types of the keywords below at run time
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from uhd.hf.image_processing import Planning, as_slicing
 from uhd.hf.plans import write_plans
 from uhd.hf.versions import VideoProcessorBase
 from uhd.hf.visual_inputs import pairs
-from uhd.loading import named
+from uhd.loading import named, one_size
 from uhd.pixels.source import plain_source
 from uhd.slicing import VideoPlan
 from uhd.slicing.sample import plan_sample
@@ -100,7 +100,7 @@ class UHDVideoProcessor(Planning, VideoProcessorBase, PilBackend):
 
     @classmethod
     def of(cls, image_processor: Planning) -> "UHDVideoProcessor":
-        """With the slicing and the pixel settings of an image processor."""
+        """A video processor with the slicing and the pixel settings of an image processor."""
         shared = set(cls.valid_kwargs.__annotations__) & set(image_processor.valid_kwargs.__annotations__)
         return cls(**{name: getattr(image_processor, name, None) for name in shared})
 
@@ -155,11 +155,7 @@ class UHDVideoProcessor(Planning, VideoProcessorBase, PilBackend):
         for place, frame in enumerate(video):
             with named(f"video {number}, frame", place, frame):
                 found.append(self.picture(frame, kwargs))
-        sizes = sorted({(frame.height, frame.width) for frame in found})
-        if len(sizes) != 1:
-            raise ValueError(
-                f"video {number} has {len(found)} frames of the sizes {sizes} (height, width): need one size"
-            )
+        one_size(found, number)  # or it is refused
         return tuple(found)
 
     def sample_frames(
@@ -174,7 +170,8 @@ class UHDVideoProcessor(Planning, VideoProcessorBase, PilBackend):
         for name in self.valid_kwargs.__annotations__:
             kwargs.setdefault(name, getattr(self, name, None))
         self._validate_preprocess_kwargs(**kwargs)
-        planned = videos if _all_planned(videos) else self._planned(videos, kwargs)
+        ready = isinstance(videos, list) and videos and all(isinstance(video, PlannedVideo) for video in videos)
+        planned = videos if ready else self._planned(videos, kwargs)
         plans = [video.plan for video in planned]
         frames = [frame for video in planned for frame in video.frames]
         batch = self._patches(frames, [frame for plan in plans for frame in plan.plans], kwargs)
@@ -192,7 +189,7 @@ class UHDVideoProcessor(Planning, VideoProcessorBase, PilBackend):
         loaded = self.load_all(flat, kwargs)
         for count in [1] * len(flat) if counts is None else counts:
             sample = loaded[start : start + count]
-            plans = self.plan_videos([_described(frames) for frames in sample], **kwargs)
+            plans = self.plan_videos(list(map(size_of, sample)), **kwargs)
             found += [PlannedVideo(frames, plan) for frames, plan in zip(sample, plans, strict=True)]
             start += count
         return found
@@ -273,11 +270,8 @@ def _ndim(item: Any) -> int | None:
     return item.ndim if isinstance(item, (np.ndarray, Tensor)) else None
 
 
-def _all_planned(videos: Any) -> bool:
-    return isinstance(videos, list) and bool(videos) and all(isinstance(video, PlannedVideo) for video in videos)
-
-
-def _described(frames: tuple[Image.Image, ...]) -> tuple[tuple[int, int], int]:
+def size_of(frames: Sequence[Image.Image]) -> tuple[tuple[int, int], int]:
+    """(height, width) of a video's frames, and their number: what it is planned by."""
     return (frames[0].height, frames[0].width), len(frames)
 
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from uhd.batch import SliceBatch
-from uhd.encoded import EncodedImage, EncodedVideo, num_rows
+from uhd.encoded import EncodedImage, EncodedVideo, frames_of, num_rows
 from uhd.encoder import VisualEncoder
-from uhd.hf.placing import check_schemas, planned_layout
+from uhd.hf.placing import check_schemas
 from uhd.hf.plans import read_plans, write_plans
+from uhd.schema.counted import planned_layout
 from uhd.slicing import SlicePlan, VideoPlan
 
 MISSING = "pass everything that the processor returned"
@@ -84,9 +85,8 @@ class VisualInputs:
 
     def to(self, *args: Any, **kwargs: Any) -> VisualInputs:
         """All tensors moved, as by ``Tensor.to``."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {name: value.to(*args, **kwargs) for name, value in values.items() if isinstance(value, Tensor)}
-        return replace(self, **moved)
+        tensors = {name: value for name, value in self.given().items() if isinstance(value, Tensor)}
+        return replace(self, **{name: tensor.to(*args, **kwargs) for name, tensor in tensors.items()})
 
     @property
     def any(self) -> bool:
@@ -101,11 +101,6 @@ class VisualInputs:
             "video": (self.pixel_values_videos, self.video_tokens),
         }
         return {kind for kind, values in given.items() if any(value is not None for value in values)}
-
-    @property
-    def have_pixels(self) -> bool:
-        """Whether the encoder has to run."""
-        return self.pixel_values is not None or self.pixel_values_videos is not None
 
 
 def together(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -226,9 +221,9 @@ class PlannedMedia:
         """Tokens (M, D) of those of these numbers; ``None``: all. ``whole``: see :meth:`uhd.VisualEncoder.encode`."""
         if self.tokens is not None:
             return _rows(self.tokens, [num_rows(plan) for plan in self.plans], kept)
-        patches = _rows(self.patches, [sum(frame.num_patches for frame in _frames(plan)) for plan in self.plans], kept)
+        patches = _rows(self.patches, [plan.num_patches for plan in self.plans], kept)
         plans = self.chosen(kept)
-        frames = [frame for plan in plans for frame in _frames(plan)]
+        frames = [frame for plan in plans for frame in frames_of(plan)]
         videos = [plan for plan in plans if isinstance(plan, VideoPlan)]
         return self.encoder.encode(SliceBatch.from_patches(patches, frames), videos=videos, whole=whole)
 
@@ -300,23 +295,16 @@ def _checked(
         if len(tokens) != rows:
             raise ValueError(f"got {len(tokens)} {kind}_tokens, their plans count {rows}")
         return media
-    views = [view for plan in plans for frame in _frames(plan) for view in frame.views]
+    views = [view for plan in plans for frame in frames_of(plan) for view in frame.views]
     if grids.tolist() != [list(view.patches_hw) for view in views]:
         raise ValueError(
             f"the {len(plans)} {kind}s' plans have {len(views)} views, there are {len(grids)} grids, or their "
             f"rows and columns differ: {MISSING}, and where a loader cuts batches (accelerate does, of streams), "
             "uhd.hf.together(batch)"
         )
-    if len(patches) != sum(view.num_patches for view in views):
-        raise ValueError(
-            f"the {len(plans)} {kind}s' plans have {sum(view.num_patches for view in views)} patches, "
-            f"got {len(patches)}: {MISSING}"
-        )
+    if len(patches) != (wanted := sum(plan.num_patches for plan in plans)):
+        raise ValueError(f"the {len(plans)} {kind}s' plans have {wanted} patches, got {len(patches)}: {MISSING}")
     return media
-
-
-def _frames(plan: SlicePlan | VideoPlan) -> Sequence[SlicePlan]:
-    return plan.plans if isinstance(plan, VideoPlan) else (plan,)
 
 
 def _rows(rows: Tensor, counts: Sequence[int], kept: Sequence[int] | None) -> Tensor:

@@ -16,7 +16,7 @@ from uhd.hf import UHDForConditionalGeneration
 from uhd.nano.answer import load_nano
 from uhd.nano.evaluate import EVALUATION_SEED, evaluate, summary, table
 from uhd.nano.task import LEARNED, QUESTIONS
-from uhd.writing import check_place, is_file, new_file
+from uhd.writing import check_place, is_file, write_text
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,8 +54,7 @@ def measure(args: argparse.Namespace) -> int:
     if args.seed < EVALUATION_SEED:
         print(f"seeds below {EVALUATION_SEED} are for training: the model may have seen these images")
     if args.json:
-        with new_file(args.json) as new:
-            new.write_text(json.dumps({"summary": found, "items": [asdict(item) for item in items]}) + "\n")
+        write_text(args.json, json.dumps({"summary": found, "items": [asdict(item) for item in items]}) + "\n")
     return 0
 
 

@@ -81,10 +81,11 @@ def edit_distance(one: str, other: str) -> int:
     return row[-1]
 
 
-def wilson(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(right: int, asked: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share."""
     if not asked:
         return 0.0, 1.0
+    z = 1.96
     share, spread = right / asked, z * z / asked
     middle = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / asked + spread / (4 * asked)) / (1 + spread)

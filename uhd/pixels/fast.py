@@ -150,18 +150,14 @@ def _decoded(picture: Picture, plan: SlicePlan, settings: PixelSettings) -> np.n
 def _in_one_step(size_hw: tuple[int, int], canvas: Canvas, plan: SlicePlan, settings: PixelSettings) -> bool:
     """Return whether the views of a canvas are at most one antialiased resize away from the image."""
     if canvas.source is not None:
-        size_hw = _size_hw(canvas.source)
+        size_hw = canvas.source.size_hw
     sizes = [size for size in (size_hw, canvas.first_hw, canvas.content_hw) if size is not None]
     steps = [(plan.resample, plan.antialias) for old, new in pairwise(sizes) if tuple(old) != tuple(new)]
-    if any(_size_hw(box) != tuple(canvas.view_hw) for box in canvas.tiles):
+    if any(box.size_hw != tuple(canvas.view_hw) for box in canvas.tiles):
         steps.append(canvas.view_filter or (plan.resample, plan.antialias))
     if len(steps) > 1 or is_long_crop(canvas):
         return False
     return all(antialias and _pass_orders(settings.resample or name) for name, antialias in steps)
-
-
-def _size_hw(box: tuple[int, int, int, int]) -> tuple[int, int]:
-    return box[2] - box[0], box[3] - box[1]
 
 
 def _resized(pixels: np.ndarray, size_hw: tuple[int, int], name: str, antialias: bool) -> np.ndarray:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from .settings import RESAMPLE, PixelSettings, check_filter
+from uhd.slicing.plan import Canvas, SlicePlan, within
 
-if TYPE_CHECKING:
-    from uhd.slicing.plan import Canvas, SlicePlan
+from .settings import RESAMPLE, PixelSettings, check_filter
 
 _TAPS: dict[str, tuple[int, Callable[[np.ndarray], np.ndarray]]] = {
     "bilinear": (1, lambda x: 1 - x),
@@ -103,12 +102,7 @@ def _placed(content: np.ndarray, canvas: Canvas) -> np.ndarray:
 
 def is_long_crop(canvas: Canvas) -> bool:
     """Return whether the content covers its canvas and is so much larger that only what is seen should be made."""
-    return _covers(canvas) and math.prod(canvas.content_hw) > max(MOST_RESIZED, 16 * math.prod(canvas.size_hw))
-
-
-def _covers(canvas: Canvas) -> bool:
-    sides = zip(canvas.offset, canvas.content_hw, canvas.size_hw, strict=True)
-    return all(start <= 0 and start + content >= side for start, content, side in sides)
+    return canvas.is_covered and math.prod(canvas.content_hw) > max(MOST_RESIZED, 16 * math.prod(canvas.size_hw))
 
 
 def _seen(image: Image.Image, canvas: Canvas) -> tuple[float, float, float, float]:
@@ -129,18 +123,13 @@ def check_plan(plan: SlicePlan, image_hw: tuple[int, int]) -> None:
     for canvas in plan.canvases:
         if min(*canvas.content_hw, *canvas.size_hw, *canvas.view_hw, *(canvas.first_hw or ())) < 1:
             raise ValueError(f"every side of a canvas must be at least 1 px, got {canvas}")
-        if canvas.source is not None and not _inside(canvas.source, image_hw):
+        if canvas.source is not None and not within(canvas.source, image_hw):
             raise ValueError(f"the source {tuple(canvas.source)} of a canvas lies outside the image of {image_hw} px")
         for box in canvas.tiles:
-            if not _inside(box, canvas.size_hw):
+            if not within(box, canvas.size_hw):
                 raise ValueError(f"the tile {tuple(box)} lies outside its canvas of {canvas.size_hw} px")
-        if not _covers(canvas) and canvas.fill is None:
+        if not canvas.is_covered and canvas.fill is None:
             raise ValueError(
                 f"content of {canvas.content_hw} px at {canvas.offset} does not cover its canvas of {canvas.size_hw} "
                 "px: give the canvas a fill"
             )
-
-
-def _inside(box: tuple[int, int, int, int], size_hw: tuple[int, int]) -> bool:
-    top, left, bottom, right = box
-    return 0 <= top < bottom <= size_hw[0] and 0 <= left < right <= size_hw[1]

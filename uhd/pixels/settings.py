@@ -18,6 +18,9 @@ MAX_PIXELS = 3 << 24
 RESAMPLE = {"bicubic": 3, "lanczos": 1, "bilinear": 2}
 """Pillow's numbers of the filters. It widens all three when it shrinks, so none of them aliases."""
 
+FILTERS = {number: name for name, number in RESAMPLE.items()}
+"""The filters by these numbers, which image processors write."""
+
 PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 """Files in which transformers keeps the settings of an image processor; the second one inside those of a processor."""
 

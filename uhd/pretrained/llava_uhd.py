@@ -7,17 +7,14 @@ a folder of its own, which ``mm_vision_tower`` names.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-
 from uhd.checkpoint import Checkpoint, transformers_config
 from uhd.pixels import PixelSettings
 from uhd.pixels.settings import image_processors
-from uhd.pretrained.recipe import Names, Prefixes, Recipe, heads_of
+from uhd.pretrained.recipe import Names, Prefixes, Recipe, resampler_of
 from uhd.resampler import PerceiverResampler, SpatialResampler
 from uhd.schema import SpatialSchema
 from uhd.slicing import SlicingConfig
@@ -30,7 +27,7 @@ PREFIXES = Prefixes(
 )
 
 HEADS = 8
-"""Of the resampler of March 2024."""
+"""Attention heads of the resampler of March 2024, which its weights do not say."""
 
 CLIP = PixelSettings(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
 UNCHANGED = PixelSettings(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
@@ -74,7 +71,7 @@ def recipe(checkpoint: Checkpoint, family: str, vision_tower: str | os.PathLike[
         names,
         vit=vit,
         vit_names="clip",
-        compressor=perceiver if first else _spatial,
+        compressor=perceiver if first else resampler_of(SpatialResampler),
         slicing=SlicingConfig.preset(preset).for_vision(image_size=vit.image_size, patch_size=vit.patch_size),
         schema=SpatialSchema.preset(preset),
         pixels=UNCHANGED if first else pixels,  # the training of the first never normalised
@@ -87,10 +84,6 @@ _FIRST_NOTE = (
     "the code that these weights were trained with mixed up its slices (docs/family.md): the tokens are those of the "
     "paper's method"
 )
-
-
-def _spatial(state: Mapping[str, Tensor]) -> nn.Module:
-    return SpatialResampler.from_state_dict(state, num_heads=heads_of(state))
 
 
 def _tower(

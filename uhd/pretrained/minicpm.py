@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from uhd.checkpoint import Checkpoint
 from uhd.pixels import PixelSettings
 from uhd.pixels.settings import PREPROCESSORS
-from uhd.pretrained.recipe import Names, Prefixes, Recipe, filter_of, heads_of, preprocessor_of
+from uhd.pretrained.recipe import Names, Prefixes, Recipe, filter_of, preprocessor_of, resampler_of
 from uhd.resampler import MergeProjector, PerceiverResampler
 from uhd.schema import SpatialSchema
 from uhd.slicing import SlicingConfig
@@ -47,7 +45,7 @@ def recipe_2(checkpoint: Checkpoint, family: str) -> Recipe:
         names,
         vit=vit,
         vit_names="timm" if first else "siglip",
-        compressor=partial(_resampler, variant="minicpm-v-2.0" if first else "minicpm-v-2.6"),
+        compressor=resampler_of(PerceiverResampler, variant="minicpm-v-2.0" if first else "minicpm-v-2.6"),
         slicing=_slicing("minicpm-v", settings, vit),
         schema=_schema(family, settings),
         pixels=PixelSettings(mean=preprocessor.get("norm_mean", half), std=preprocessor.get("norm_std", half)),
@@ -81,10 +79,6 @@ def recipe_4_6(checkpoint: Checkpoint, family: str, downsample: str | None) -> R
     )
 
 
-def _resampler(state: Mapping[str, Tensor], *, variant: str) -> nn.Module:
-    return PerceiverResampler.from_state_dict(state, variant=variant, num_heads=heads_of(state))
-
-
 def _schema(family: str, settings: Mapping[str, Any]) -> SpatialSchema:
     schema = SpatialSchema.preset(family)
     return schema if settings.get("use_image_id", True) else schema.replace(image_id=None)
@@ -115,14 +109,7 @@ def _siglip_vit(values: Mapping[str, Any], names: Names) -> ViTConfig:
     """Read SigLIP's config, or Idefics2's, which 2.5 says it has: the same ViT."""
     from transformers import SiglipVisionConfig
 
-    dims = (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "image_size",
-        "patch_size",
-    )
+    dims = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
     others = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "num_channels": 3}
     given = {name: _setting(name, values) for name in dims}
     given |= {name: values.get(name, default) for name, default in others.items()}

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from uhd.checkpoint import Checkpoint
 from uhd.encoder import VisualEncoder
-from uhd.pixels import RESAMPLE, PixelSettings
-from uhd.pixels.settings import PREPROCESSORS
+from uhd.pixels import PixelSettings
+from uhd.pixels.settings import FILTERS, PREPROCESSORS
 from uhd.resampler import FeaturePacker
 from uhd.schema import SpatialSchema
 from uhd.slicing import SlicingLike
@@ -21,11 +21,8 @@ from uhd.vision import ViTConfig, compress_vit
 from uhd.vision.weights import build_vit, needed_names, vision_names
 from uhd.weights import shape_of
 
-FILTERS = {int(number): name for name, number in RESAMPLE.items()}
-"""What image processors write for Pillow's filters."""
-
 HEAD_WIDTH = 128
-"""Of the released resamplers, but that of March 2024."""
+"""Width of an attention head of the released resamplers, but for that of March 2024."""
 
 
 @dataclass(frozen=True)
@@ -131,9 +128,9 @@ def filter_of(preprocessor: Mapping[str, Any]) -> str:
     return FILTERS[number]
 
 
-def heads_of(resampler: Mapping[str, Tensor]) -> int:
-    """Return the number of heads of a released resampler, which its weights do not say."""
-    return shape_of(resampler, "query", 2)[1] // HEAD_WIDTH
+def resampler_of(kind: Any, **flags: Any) -> Callable[[Mapping[str, Tensor]], nn.Module]:
+    """Return what makes a released resampler of its weights, which do not say its number of heads."""
+    return lambda state: kind.from_state_dict(state, num_heads=shape_of(state, "query", 2)[1] // HEAD_WIDTH, **flags)
 
 
 def build(recipe: Recipe, device: str | torch.device) -> VisualEncoder:

@@ -71,6 +71,11 @@ def video_layout(plan: VideoPlan, schema: SpatialSchema) -> TokenLayout:
     return TokenLayout(tuple(entries), schema)
 
 
+def planned_layout(plan: SlicePlan | VideoPlan, schema: SpatialSchema, index: int = 0) -> TokenLayout:
+    """The layout of an image, the ``index``-th of its sample, or of a video."""
+    return video_layout(plan, schema) if isinstance(plan, VideoPlan) else layout_of(plan, schema, image_index=index)
+
+
 @dataclass(frozen=True)
 class Counted(Recounted):
     """A rule's cuts with an encoder's counts.
@@ -185,6 +190,7 @@ __all__ = [
     "layout_of",
     "named_function",
     "own_function",
+    "planned_layout",
     "slicing_from_dict",
     "video_layout",
 ]

@@ -308,10 +308,9 @@ def layout(
     if plan.grid and [(view.row, view.col) for view in views] == list(itertools.product(*map(range, plan.grid))):
         grids = [plan.grid]
     overviews = [view.index for view in plan.views if view.kind == OVERVIEW]
-    symbols = schema._sequence(grids, len(overviews), image_index)
     overview = iter(overviews)
     entries, start = [], 0
-    for symbol in symbols:
+    for symbol in schema._sequence(grids, len(overviews), image_index):
         index = None
         if _VIEW_SYMBOL.fullmatch(symbol):
             index = next(overview if symbol == OVERVIEW else slices)

@@ -154,10 +154,8 @@ def _added_tokens(tokenizer: Any) -> dict[str, int]:
 def _contexts(tokenizer: Any, image_token: str | None) -> Iterator[str]:
     """Tokens to stand around the symbol, best first; the empty one is the symbol alone."""
     if image_token is not None:
-        if (
-            len(tokenizer.encode(image_token, add_special_tokens=False)) != 1
-            or _token_id(tokenizer, image_token) is None
-        ):
+        alone = len(tokenizer.encode(image_token, add_special_tokens=False)) == 1
+        if not alone or _token_id(tokenizer, image_token) is None:
             raise ValueError(
                 f"image_token {image_token!r} is not one token of this tokenizer: add it with "
                 f"tokenizer.add_special_tokens, or leave image_token out"

@@ -25,13 +25,14 @@ from vllm.multimodal.processing import (
     PromptReplacement,
 )
 
-from uhd.encoded import EncodedImage, EncodedVideo, num_rows
+from uhd.encoded import EncodedImage, EncodedVideo, frames_of, num_rows
 from uhd.hf import UHDConfig, UHDProcessor
 from uhd.hf.image_processing import Planning
-from uhd.hf.placing import check_schemas, planned_layout
+from uhd.hf.placing import check_schemas
 from uhd.hf.plans import read_plans
 from uhd.hf.visual_inputs import pack_encoded, pack_encoded_videos
-from uhd.slicing import Slicing, SlicingConfig, VideoPlan
+from uhd.schema.counted import planned_layout
+from uhd.slicing import Slicing, SlicingConfig
 
 if not hasattr(BaseMultiModalProcessor, "_finalize_hf_mm_data"):
     raise ImportError(f"vLLM {vllm.__version__} asks processors otherwise than 0.32, which this plug-in is made for")
@@ -238,15 +239,12 @@ def _by_item(tensors: Mapping[str, Any]) -> dict[str, Any]:
 def _fields(tensors: Mapping[str, Any]) -> dict[str, MultiModalFieldConfig]:
     """How each tensor of a batch is cut by images and videos."""
     found = {}
-    for kind, patches, grids in (
-        ("image", "pixel_values", "grids"),
-        ("video", "pixel_values_videos", "video_grids"),
-    ):
+    for kind, patches, grids in (("image", "pixel_values", "grids"), ("video", "pixel_values_videos", "video_grids")):
         rows = tensors.get(f"{kind}_plans")
         if rows is None:
             continue
         plans = [read_plans(row[None])[0] for row in rows]
-        views = [sum(len(frame.views) for frame in _frames(plan)) for plan in plans]
+        views = [sum(len(frame.views) for frame in frames_of(plan)) for plan in plans]
         flat = {
             patches: [plan.num_patches for plan in plans],
             grids: views,
@@ -257,7 +255,3 @@ def _fields(tensors: Mapping[str, Any]) -> dict[str, MultiModalFieldConfig]:
         batched = [f"{kind}_plans"] + ["num_patches", "image_sizes"] * (kind == "image")
         found.update({name: MultiModalFieldConfig.batched(kind, keep_on_cpu=True) for name in batched})
     return found
-
-
-def _frames(plan: Any) -> Sequence[Any]:
-    return plan.plans if isinstance(plan, VideoPlan) else (plan,)

@@ -270,7 +270,7 @@ def lm_flops(tokens: int, lm: LMShape | str, *, head: bool = False) -> int:
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one image, by part; ``total`` is their sum."""
+    """FLOPs of one image, by part; ``total`` is their sum."""
 
     encoder: int
     compressor: int

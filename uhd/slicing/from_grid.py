@@ -25,9 +25,8 @@ def plan_from_grid(
         make one view of it (``config.one_view_below``).
 
     Raises:
-        ValueError: No size, no grid of whole numbers from 1, a grid of more than 65,536 views or of a
-            canvas that would not fit in memory, no preset of that name, or a
-            plan that costs more than ``config.max_tokens``.
+        ValueError: No size, no grid of whole numbers from 1, a grid of more than 65,536 views or of a canvas that
+            would not fit in memory, no preset of that name, or a plan that costs more than ``config.max_tokens``.
         TypeError: ``config`` is another rule's, which has no grid to be given.
 
     >>> found = plan_from_grid((900, 600), (4, 3))

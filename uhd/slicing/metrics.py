@@ -206,8 +206,7 @@ class _Shown(NamedTuple):
 
 
 def _details(plan: SlicePlan) -> _Shown:
-    kinds = {canvas.kind for canvas in plan.canvases}
-    return _views(plan, {"slice" if "slice" in kinds else "overview"})
+    return _views(plan, {"overview" if plan.slice_hw is None else "slice"})
 
 
 def _views(plan: SlicePlan, kinds: set[str]) -> _Shown:

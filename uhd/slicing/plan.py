@@ -77,6 +77,12 @@ class Canvas(Settings):
 
     later = ("cell", "first_hw", "view_filter", "latents_hw")
 
+    @property
+    def is_covered(self) -> bool:
+        """Whether content lies on all of the canvas."""
+        sides = zip(self.offset, self.content_hw, self.size_hw, strict=True)
+        return all(start <= 0 and start + content >= side for start, content, side in sides)
+
 
 @dataclass(frozen=True, slots=True)
 class Packing(Settings):
@@ -375,14 +381,12 @@ def _bad_canvas(canvas: Canvas, image_hw: tuple[int, int]) -> Iterator[str]:
         yield f"tokens_per_view is {canvas.tokens_per_view}"
     if canvas.latents_hw is not None and math.prod(canvas.latents_hw) != canvas.tokens_per_view:
         yield f"latents_hw is {tuple(canvas.latents_hw)} (rows, columns) but tokens_per_view {canvas.tokens_per_view}"
-    outside = [box for box in canvas.tiles if not _within(box, canvas.size_hw)]
+    outside = [box for box in canvas.tiles if not within(box, canvas.size_hw)]
     if outside:
         yield f"tile {tuple(outside[0])} is not on the {canvas.size_hw} canvas: clip it, or enlarge the canvas"
-    if canvas.source is not None and not _within(canvas.source, image_hw):
+    if canvas.source is not None and not within(canvas.source, image_hw):
         yield f"source {tuple(canvas.source)} is not in the image"
-    (top, left), (rows, cols) = canvas.offset, canvas.content_hw
-    full = top <= 0 and left <= 0 and top + rows >= height and left + cols >= width
-    if not full and canvas.fill is None:
+    if canvas.fill is None and not canvas.is_covered:
         yield "content leaves part of the canvas empty and fill is None: give an RGB fill"
     if canvas.fill is not None and not all(0 <= level <= 255 for level in canvas.fill):
         yield f"fill {tuple(canvas.fill)} is no RGB colour of 0..255"
@@ -392,7 +396,8 @@ def _bad_canvas(canvas: Canvas, image_hw: tuple[int, int]) -> Iterator[str]:
         yield f"a canvas of {height} x {width} px would not fit in memory: bound it"
 
 
-def _within(box: Sequence[int], size_hw: tuple[int, int]) -> bool:
+def within(box: Sequence[int], size_hw: tuple[int, int]) -> bool:
+    """Whether a rectangle of a px and more lies on a canvas, or an image, of this size."""
     top, left, bottom, right = box
     return 0 <= top < bottom <= size_hw[0] and 0 <= left < right <= size_hw[1]
 

@@ -7,7 +7,6 @@ poolings are those of LLaVA-UHD v3 (its class `WTC`).
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -250,8 +249,7 @@ def compress_vit(
     if type(vit) is not ViT:
         raise TypeError(f"compress_vit takes a plain ViT, all places at once; got {type(vit).__name__}")
     places = (after,) if isinstance(after, int) else tuple(after)
-    fields = {field.name: getattr(vit.config, field.name) for field in dataclasses.fields(ViTConfig)}
-    config = CompressedViTConfig(**fields, compress_after=places, compressor=compressor)
+    config = CompressedViTConfig(**vit.config.to_dict(), compress_after=places, compressor=compressor)
     if weights is not None and (compressor != "window" or len(places) != 1):
         raise ValueError(f"weights are for one window compressor; got {len(places)} of kind {compressor!r}")
     with torch.device("meta"):

@@ -199,8 +199,7 @@ def video_frame(image_hw: Size, config: VideoFrameConfig) -> SlicePlan:
     side = config.token_side
     pooled = ceil_div(side, config.pool)
     packing = Packing(view_hw=(side, side), pooled_hw=(pooled, pooled))
-    view = config.whole(pooled**2)
-    return config.finish(image_hw, (view,), packing=packing)
+    return config.finish(image_hw, (config.whole(pooled**2),), packing=packing)
 
 
 def video_tokens(num_frames: int, config: VideoFrameConfig | None = None) -> int:

@@ -170,12 +170,10 @@ def pan_and_scan(image_hw: Size, config: PanAndScanConfig) -> SlicePlan:
     Traps: a 4:3 photo becomes two 2:3 crops, squeezed more than the photo was; a sentence of English stands around
     the crops in the text.
     """
-    tokens = config.token_side**2
-    overview = config.whole(tokens)
-    crops = _crops(image_hw, config)
+    tokens, crops = config.token_side**2, _crops(image_hw, config)
     slices = tuple(single("slice", config.tile_hw, tokens, source=box, cell=cell) for cell, box in crops)
     grid = (slices[-1].cell[0] + 1, slices[-1].cell[1] + 1) if slices else None
-    return config.finish(image_hw, (overview, *slices), grid=grid)
+    return config.finish(image_hw, (config.whole(), *slices), grid=grid)
 
 
 def _crops(image_hw: Size, config: PanAndScanConfig) -> list[tuple[Size, Box]]:

@@ -203,8 +203,8 @@ def phi4(image_hw: Size, config: Phi4Config) -> SlicePlan:
         ceil_div(count * (tile // config.patch_size) - (size - content) // config.patch_size, config.merge)
         for count, size, content in zip(grid, canvas_hw, content_hw, strict=True)
     )
-    side, tokens = config.token_side, config.token_side**2
-    slices = config.tiles(grid, tokens, content_hw=content_hw, fill=WHITE)
+    side = config.token_side
+    slices = config.tiles(grid, content_hw=content_hw, fill=WHITE)
     overview = replace(
         slices, kind="overview", grid=(1, 1), tiles=(Box(0, 0, *canvas_hw),), view_filter=("bicubic", False)
     )

@@ -29,8 +29,7 @@ def stretch(image_hw: Size, config: StretchConfig) -> SlicePlan:
     Models: SigLIP, BLIP-2, InstructBLIP, MiniGPT-v2, Gemma 3 without pan and scan, PaliGemma.
     Traps: 384 px with patch 14 leaves 6 px at the right and bottom that no patch sees.
     """
-    tokens = config.token_side**2 if config.tokens is None else config.tokens
-    return config.finish(image_hw, (config.whole(tokens),))
+    return config.finish(image_hw, (config.whole(config.tokens),))
 
 
 @dataclass(frozen=True)

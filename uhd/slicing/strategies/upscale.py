@@ -33,10 +33,9 @@ def llama4(image_hw: Size, config: Llama4Config) -> SlicePlan:
     """
     grids = tuple(grid for group in pairs_by_ratio(config.max_tiles).values() for grid in group)
     grid = least_upscaling(image_hw, grids, config.tile, dtype=np.float32)
-    tokens = config.token_side**2
-    canvases = (config.tiles(grid, tokens, content_hw=_capped(image_hw, grid, config.tile), fill=BLACK),)
+    canvases = (config.tiles(grid, content_hw=_capped(image_hw, grid, config.tile), fill=BLACK),)
     if math.prod(grid) > 1:
-        canvases += (config.whole(tokens),)
+        canvases += (config.whole(),)
     return config.finish(image_hw, canvases)
 
 
