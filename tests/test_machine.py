@@ -125,6 +125,10 @@ def quick(monkeypatch):
     monkeypatch.setattr(machine, "ATTENTION", (2, 8, 4))
 
 
+def test_a_machine_too_slow_for_a_round_tells_nothing(unasked, quick):
+    assert machine.measure(seconds=0) == {}
+
+
 def test_a_clock_that_cannot_be_trusted_tells_nothing(unasked, quick, monkeypatch):
     later = itertools.accumulate(1.5**n for n in range(999))  # ever slower
     assert machine.measure(clock=lambda: next(later), seconds=30) == {}

@@ -183,7 +183,7 @@ def measure(*, clock: Callable[[], float] | None = None, seconds: float = SECOND
                 before = clock()
                 call()
                 times.setdefault(name, []).append(clock() - before)
-            fastest = min(map(min, times.values()))
+            fastest = min(map(min, times.values()), default=0.0)  # none, where a slow machine had no time for a round
             calls = {name: call for name, call in calls.items() if min(times.get(name, [0.0])) < 4 * fastest}
     heads, tokens, width = ATTENTION
     dense = sum(2 * rows * inputs * outputs for rows, inputs, outputs in SHAPES)
