@@ -190,7 +190,8 @@ def measure(*, clock: Callable[[], float] | None = None, seconds: float = SECOND
     found = {}
     for name, taken in times.items():
         least = sorted(taken)[:2]
-        if min(least) > 0 and (len(least) < 2 or least[1] <= _AGREE * least[0] or name not in calls):
+        agree = len(least) == 2 and least[1] <= _AGREE * least[0]
+        if min(least) > 0 and (agree or name not in calls):
             flops = 4 * heads * tokens**2 * width if "attention" in name else dense
             found[name] = round(flops / least[0] / 1e9, 1)
         else:
