@@ -130,6 +130,16 @@ def test_costs_are_the_most_that_moved_slices_have():
     assert uhd.image_costs(sizes, MOVES, unit="tokens").tolist() == [plan(size, MOVES).num_tokens for size in sizes]
 
 
+@pytest.mark.parametrize(("name", "size"), [("minicpm-v", (763, 621)), ("llava-uhd", (1, 4370))])
+def test_slices_that_do_not_move_may_exceed_the_budget_that_moved_ones_keep(name, size):
+    config = SlicingConfig.preset(name, border_moves=2, cut_by="shape")
+    plain = plan(size, config)
+    slices = [view.num_patches for view in plain.views if view.kind == "slice"]
+    assert move_borders(Image.new("RGB", size[::-1]), plain, config) is plain
+    assert min(slices) > config.view_budget
+    assert uhd.image_costs([size], config).tolist() == [plain.num_patches]
+
+
 def test_a_processor_carries_moved_plans_to_the_model():
     from tests.hf import tiny
     from uhd.hf.plans import read_plans

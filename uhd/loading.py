@@ -228,8 +228,10 @@ def image_costs(sizes_hw: np.ndarray | Sequence[Sequence[int]], slicing: Any, *,
     slicing = find(getattr(slicing, "slicing", slicing))
     planned = plan_many(sizes_hw, slicing)
     if unit == "patches" and slicing.border_moves:
-        slices, overview = planned["num_views"] - 1, planned["overview_hw"] // slicing.patch_size
-        return overview.prod(axis=1) + slices * slicing.view_budget * slicing.merge**2
+        slices = planned["num_views"] - 1
+        own, overview = (planned[name] // slicing.patch_size for name in ("slice_hw", "overview_hw"))
+        moved = slicing.view_budget * slicing.merge**2  # slices where none moves may have more
+        return overview.prod(axis=1) + slices * np.maximum(own.prod(axis=1), moved)
     return planned[f"num_{unit}"]
 
 
