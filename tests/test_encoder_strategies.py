@@ -486,6 +486,14 @@ def test_every_step_of_an_image_costs_less(name):
         assert len(steps) > 1
 
 
+def test_the_budget_of_one_image_is_that_of_its_plan():
+    page = (889, 2458)  # six slices; five under a cap of six
+    own = uhd.plan(page)
+    assert (own.grid, uhd.plan(page, max_tokens=own.num_tokens - 1).grid) == ((2, 3), (1, 5))
+    for budget in range(64, own.num_tokens + 1, 13):
+        assert plan_images([page], max_tokens=budget) == (uhd.plan(page, max_tokens=budget),)
+
+
 def test_a_budget_counts_what_the_encoder_counts():
     encoder = tiny_encoder(perceiver(), "internvl", schema="llava-uhd")
     own = sum(image.plan.num_tokens for image in encoder(IMAGES))

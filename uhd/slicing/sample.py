@@ -222,7 +222,7 @@ def _ladder(image_hw: tuple[int, int], slicing: Slicing) -> Iterator[SlicePlan]:
 
 def _fewer_slices(slicing: Slicing, own: SlicePlan) -> Iterator[SlicePlan]:
     slices = slicing.slices_of(own)
-    for cap in range(slices - 1, 0, -1):
+    for cap in range(slices, 0, -1):
         lower = slicing.capped(cap)
         if lower is None:
             break
