@@ -151,6 +151,9 @@ def test_a_processor_carries_moved_plans_to_the_model():
     plans = read_plans(inputs["image_plans"])
     assert list(plans) == [wanted(image, eyes.slicing) for image in images]
     assert all(map(moved_borders, plans))
+    sizes = [(150, 260), (200, 90)]
+    for plans_sizes in (processor.image_processor.plan, model.visual.plan):
+        assert uhd.image_costs(sizes, plans_sizes).tolist() == uhd.image_costs(sizes, MOVES).tolist()
     batch = eyes.prepare(images)
     assert inputs["grids"].tolist() == [list(grid) for grid in batch.grids]
     with torch.no_grad():
