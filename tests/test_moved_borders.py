@@ -50,6 +50,7 @@ def test_a_plan_of_a_size_is_without_moves_and_one_of_a_picture_with():
     assert even == plan((150, 260), SlicingConfig.preset("llava-uhd-safe", image_size=56))
     assert moved_borders(moved)
     assert moved == wanted(image)
+    assert [" px and others, overview " in str(found) for found in (even, moved)] == [False, True]
     assert uhd.plan(image, MOVES, max_tokens=200).num_tokens <= 200
 
 
