@@ -231,6 +231,19 @@ def test_what_is_pasted_is_what_was_chosen(key):
         assert rule == option.rule == slicing_from_dict(json.loads(json.dumps(option.rule.to_dict())))
 
 
+@pytest.mark.parametrize("name", ["llava-uhd-safe", "my-own", "internvl"])
+def test_settings_of_ones_own_are_pasted_whole(name):
+    import uhd
+
+    separators = uhd.slicing.SeparatorCount(per_slice=2)
+    own = SlicingConfig(name=name, rounding="round", merge=2, separators=separators, border_moves=2, cut_by="shape")
+    choice = choose([(300, 1500)], max_tokens=900, rules=[own], slices=[7], latents=[64], base_sizes=[336])
+    assert eval(advice.pasted(choice.best), {"uhd": uhd}) == own
+    uhd.register_strategy("pasted-by-name", own.replace(name="pasted-by-name"))
+    choice = choose([(300, 1500)], max_tokens=900, rules=["pasted-by-name"])
+    assert advice.pasted(choice.best) == 'uhd.strategy("pasted-by-name")'
+
+
 def test_the_command_gives_one_object(tmp_path, capsys):
     (tmp_path / "sizes.json").write_text(json.dumps([size[::-1] for size in SETS["scans"]]))
     words = ["choose", "--sizes", str(tmp_path / "sizes.json"), "--max-tokens", "600", "--patches-per-token", "16"]

@@ -430,7 +430,7 @@ sizes = st.lists(st.tuples(st.integers(20, 3000), st.integers(20, 3000)), min_si
 @settings(max_examples=120, deadline=None)
 @given(sizes, st.sampled_from(BUDGETED), st.floats(0.05, 1.1))
 @example([(20, 897)], "phi4", 0.5)  # with one slice the rule refuses a picture as flat as this
-@example([(2146, 633)], "llava-uhd", 0.915)  # six slices could be seven, so one less than six is not the next step
+@example([(2146, 633)], "llava-uhd", 0.915)  # a cap of as many slices as it has gives fewer
 def test_one_budget_for_all_images(sizes_hw, name, share):
     own = [uhd.plan(size_hw, name) for size_hw in sizes_hw]
     budget = max(int(share * sum(plan.num_tokens for plan in own)), 1)
@@ -487,6 +487,14 @@ def test_every_step_of_an_image_costs_less(name):
         assert steps == sorted(set(steps), reverse=True)
         assert steps[-1] == least
         assert len(steps) > 1
+
+
+def test_the_budget_of_one_image_is_that_of_its_plan():
+    page = (889, 2458)  # six slices; five under a cap of six
+    own = uhd.plan(page)
+    assert (own.grid, uhd.plan(page, max_tokens=own.num_tokens - 1).grid) == ((2, 3), (1, 5))
+    for budget in range(64, own.num_tokens + 1, 13):
+        assert plan_images([page], max_tokens=budget) == (uhd.plan(page, max_tokens=budget),)
 
 
 def test_a_budget_counts_what_the_encoder_counts():

@@ -50,6 +50,7 @@ def test_a_plan_of_a_size_is_without_moves_and_one_of_a_picture_with():
     assert even == plan((150, 260), SlicingConfig.preset("llava-uhd-safe", image_size=56))
     assert moved_borders(moved)
     assert moved == wanted(image)
+    assert [" px and others, overview " in str(found) for found in (even, moved)] == [False, True]
     assert uhd.plan(image, MOVES, max_tokens=200).num_tokens <= 200
 
 
@@ -130,6 +131,16 @@ def test_costs_are_the_most_that_moved_slices_have():
     assert uhd.image_costs(sizes, MOVES, unit="tokens").tolist() == [plan(size, MOVES).num_tokens for size in sizes]
 
 
+@pytest.mark.parametrize(("name", "size"), [("minicpm-v", (763, 621)), ("llava-uhd", (1, 4370))])
+def test_slices_that_do_not_move_may_exceed_the_budget_that_moved_ones_keep(name, size):
+    config = SlicingConfig.preset(name, border_moves=2, cut_by="shape")
+    plain = plan(size, config)
+    slices = [view.num_patches for view in plain.views if view.kind == "slice"]
+    assert move_borders(Image.new("RGB", size[::-1]), plain, config) is plain
+    assert min(slices) > config.view_budget
+    assert uhd.image_costs([size], config).tolist() == [plain.num_patches]
+
+
 def test_a_processor_carries_moved_plans_to_the_model():
     from tests.hf import tiny
     from uhd.hf.plans import read_plans
@@ -141,6 +152,9 @@ def test_a_processor_carries_moved_plans_to_the_model():
     plans = read_plans(inputs["image_plans"])
     assert list(plans) == [wanted(image, eyes.slicing) for image in images]
     assert all(map(moved_borders, plans))
+    sizes = [(150, 260), (200, 90)]
+    for plans_sizes in (processor.image_processor.plan, model.visual.plan):
+        assert uhd.image_costs(sizes, plans_sizes).tolist() == uhd.image_costs(sizes, MOVES).tolist()
     batch = eyes.prepare(images)
     assert inputs["grids"].tolist() == [list(grid) for grid in batch.grids]
     with torch.no_grad():

@@ -26,7 +26,7 @@ from uhd.pixels import DEFAULT, PixelSettings, image_size_hw
 from uhd.pixels.views import load_picture, move_borders
 from uhd.sampling import TokenBudgetSampler
 from uhd.settings import check_choice, whole
-from uhd.slicing import SlicePlan, SlicingLike, find, plan, plan_many
+from uhd.slicing import SlicePlan, Slicing, SlicingLike, find, plan, plan_many
 from uhd.slicing.sample import plan_sample
 
 UNITS = ("patches", "tokens")
@@ -225,11 +225,13 @@ def image_costs(sizes_hw: np.ndarray | Sequence[Sequence[int]], slicing: Any, *,
         ValueError: The rule refuses a size, by its row; or there is no such unit.
     """
     check_choice("unit", unit, UNITS)
-    slicing = find(getattr(slicing, "slicing", slicing))
-    planned = plan_many(sizes_hw, slicing)
-    if unit == "patches" and slicing.border_moves:
-        slices, overview = planned["num_views"] - 1, planned["overview_hw"] // slicing.patch_size
-        return overview.prod(axis=1) + slices * slicing.view_budget * slicing.merge**2
+    planned = plan_many(sizes_hw, getattr(slicing, "slicing", slicing))
+    rule = _cuts_by(slicing)
+    if unit == "patches" and rule.border_moves:
+        slices = planned["num_views"] - 1
+        own, overview = (planned[name] // rule.patch_size for name in ("slice_hw", "overview_hw"))
+        moved = rule.view_budget * rule.merge**2  # slices where none moves may have more
+        return overview.prod(axis=1) + slices * np.maximum(own.prod(axis=1), moved)
     return planned[f"num_{unit}"]
 
 
@@ -241,6 +243,14 @@ def one_size(frames: Sequence[Any], number: int) -> tuple[int, int]:
             f"video {number} has {len(frames)} frames of the sizes {sizes} (height, width): need one size"
         )
     return sizes[0]
+
+
+def _cuts_by(slicing: Any) -> Slicing:
+    """What images are cut by, also where it is the method ``plan`` of a processor or an encoder, which knows sizes
+    alone."""
+    owner = getattr(slicing, "__self__", None)
+    own = owner.planner({}) if hasattr(owner, "planner") else getattr(owner, "slicing", None)
+    return own if isinstance(own, Slicing) else find(getattr(slicing, "slicing", slicing))
 
 
 @contextmanager

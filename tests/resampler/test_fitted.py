@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from tests.tiny import refuses
-from uhd import SliceBatch, VisualEncoder
+from uhd import SliceBatch, VisualEncoder, register_strategy
 from uhd.export.graph import described
 from uhd.grids import split_views
 from uhd.nano.build import NanoConfig, build_nano
@@ -210,3 +210,13 @@ def test_parts_that_cannot_are_refused_by_name():
     refuses(r"is planned with \(2, 4\) latents, and SpatialResampler does not fit", plain.attention, batch)
     refuses("'nano' fits latents to views, a graph has one number", described, model.visual)
     assert SlicePlan.from_dict(json.loads(json.dumps(own[0].to_dict()))) == own[0]
+
+
+def test_a_graph_refuses_a_rule_of_ones_own_whose_plans_fit_latents():
+    model = nano()
+    fitted = model.visual.slicing.replace(latents="fitted")
+    register_strategy("fits-by-itself", fitted_by_itself := lambda size_hw: fitted.plan(size_hw))
+    model.visual.slicing = fitted_by_itself
+    (found,) = model.visual(images()[2:3])
+    assert (found.plan.views[0].latents_hw, len(found.tokens)) == ((2, 4), found.plan.num_visual_tokens)
+    refuses(r"plans a view with \(2, 4\) latents, a graph has one", described(model.visual).cut, images()[2])

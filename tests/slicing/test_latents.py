@@ -108,6 +108,16 @@ def test_many_are_planned_as_one_by_one_and_within_the_bounds(name):
     assert plan_many([], config)["num_tokens"].shape == (0,)
 
 
+@pytest.mark.parametrize("latents", ["fixed", "fitted"])
+def test_one_view_may_have_fewer_tokens_than_it_stands_for_views(latents):
+    config = SAFE.replace(one_view_below=2.5, latents=latents, tokens_per_view=1, max_slices=30, max_tokens=20)
+    found, bound = plan((1317, 1852), config), worst_case(config)
+    assert (found.num_tokens, config.slices_of(found)) == (20, 21)  # and an overview: 4 x 5 latents of 22
+    assert plan_many([found.image_hw], config)["num_patches"].tolist() == [found.num_patches]
+    assert found.num_patches <= min(bound.num_patches, bound.view_patches)
+    assert (found,) == plan_images([found.image_hw], config.replace(max_tokens=None), max_tokens=20)
+
+
 def test_the_laws_of_a_strategy_hold():
     # sides become whole patches from a truncated height, so that a turned view may be a patch longer
     check_strategy(SAFE.replace(latents="fitted", one_view_below=2.5), skip=["transposition"])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
-from uhd.slicing import PRESETS, Slicing, SlicingConfig
+from uhd.slicing import PRESETS, Slicing, SlicingConfig, find, strategies
 from uhd.slicing.config import OwnRule
 
 from .choosing import Choice, Option
@@ -19,17 +20,21 @@ def pasted(option: Option) -> str:
     """The option as Python, to be passed as ``slicing=`` to an encoder or as ``config`` to ``uhd.plan``."""
     rule = option.rule
     if isinstance(rule, SlicingConfig) and rule.name in PRESETS:
-        preset = PRESETS[rule.name]
-        changed = {
-            name: getattr(rule, name)
-            for name in ("max_slices", "tokens_per_view", "image_size", "max_tokens", *rule.later)
-            if getattr(rule, name) != getattr(preset, name)
-        }
-        settings = "".join(f", {name}={value!r}" for name, value in changed.items())
+        settings = "".join(f", {setting}" for setting in _changed(rule, PRESETS[rule.name]))
         return f'uhd.SlicingConfig.preset("{rule.name}"{settings})'
+    if isinstance(rule, SlicingConfig) and (option.strategy not in strategies() or find(option.strategy) != rule):
+        return f"uhd.SlicingConfig({', '.join(_changed(rule, SlicingConfig()))})"
     if isinstance(rule, OwnRule) and rule.registered is None:
         return rule.name
     return f'uhd.strategy("{option.strategy}")'
+
+
+def _changed(rule: SlicingConfig, other: SlicingConfig) -> list[str]:
+    """The settings of a rule that another one has otherwise, those that are varied first."""
+    names = dict.fromkeys(("max_slices", "tokens_per_view", "image_size", "max_tokens"))
+    names |= dict.fromkeys(field.name for field in fields(rule))
+    changed = [name for name in names if getattr(rule, name) != getattr(other, name)]
+    return [f"{name}={'uhd.slicing.' * (name == 'separators')}{getattr(rule, name)!r}" for name in changed]
 
 
 def needed(rule: Slicing) -> str:

@@ -156,10 +156,19 @@ class Graph(Settings):
         return PixelSettings.from_dict(self.pixels).replace(backend="pillow", draft=False)
 
     def cut(self, image: Any, pixels: PixelSettings | None = None) -> tuple[SlicePlan, list[np.ndarray]]:
-        """An image's plan, and its views as normalised patches (n, P) float32, in the plan's order."""
+        """An image's plan, and its views as normalised patches (n, P) float32, in the plan's order.
+
+        Raises:
+            ValueError: A view is planned with latents of its own.
+        """
         pixels = pixels or self.own_pixels
         picture = load_image(image, settings=pixels)
         plan = move_borders(picture, self.rule.plan((picture.height, picture.width)), self.rule, settings=pixels)
+        if fitted := next((canvas.latents_hw for canvas in plan.canvases if canvas.latents_hw), None):
+            raise ValueError(
+                f"{plan.strategy!r} plans a view with {tuple(fitted)} latents, a graph has one number for all: export "
+                "with a slicing that fits none"
+            )
         mean, std = (np.array(values, np.float32)[:, None] for values in pixels.mean_std())
 
         def normalised(view: np.ndarray) -> np.ndarray:

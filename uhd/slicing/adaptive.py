@@ -125,15 +125,15 @@ class SlicingConfig(Slicing):
 
     @property
     def budget_cap(self) -> int:
-        """Most slices of a plan within ``max_tokens``: every view has at least one token."""
-        if self.max_tokens is None:
+        """Most slices of a plan within ``max_tokens``; one view in their place may have fewer tokens than they are."""
+        if self.max_tokens is None or self.one_view_below is not None:
             return self.max_slices
         return min(self.max_slices, self.max_tokens // self.least_tokens)
 
     @property
     def least_tokens(self) -> int:
         """Fewest tokens that the views of a cut image have on average."""
-        return 1 if self.tokens_per_view is None or self.fits_latents else self.tokens_per_view
+        return 1 if self.tokens_per_view is None or self.latents == "fitted" else self.tokens_per_view
 
     @property
     def fits_latents(self) -> bool:
@@ -204,9 +204,8 @@ class SlicingConfig(Slicing):
     def overview_of(self, plan: SlicePlan) -> SlicePlan:
         return self.single_view(plan.image_hw)
 
-    def cap_of(self, plan: SlicePlan) -> int:
-        cut = plan.grid if self.one_view_below is None else planner_of(self).grid(*plan.image_hw)
-        return 0 if cut is None else min(ideal_slices(*plan.image_hw, self) + 1, self.max_slices)
+    def slices_of(self, plan: SlicePlan) -> int:
+        return math.prod((plan.grid if self.one_view_below is None else planner_of(self).grid(*plan.image_hw)) or (0,))
 
     def worst_case(self, *, max_aspect: float = 200.0) -> WorstCase:
         """See :func:`worst_case`."""
@@ -460,7 +459,7 @@ def worst_case(config: SlicingConfig, *, max_aspect: float = 200.0) -> WorstCase
     between_moved = config.view_budget if config.border_moves and slices else 0
     units = max(_view_units(config, max_aspect), between_moved)
     view_tokens = config.tokens_per_view or units
-    if config.max_tokens is not None:
+    if config.max_tokens is not None and config.one_view_below is None:
         slices = min(slices, max(config.max_tokens // config.least_tokens - 1, 0))  # and the overview
     views = slices + 1
     grids = [None] if not slices else [(slices, 1), (1, slices)]

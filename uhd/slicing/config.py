@@ -146,8 +146,8 @@ class Slicing(Settings):
         """One of its plans without the slices; ``None`` where there is no overview."""
         return plan.overview_alone()
 
-    def cap_of(self, plan: SlicePlan) -> int:
-        """The lowest known ``max_slices`` that leaves one of its plans as it is; 0: it has nothing to cut less."""
+    def slices_of(self, plan: SlicePlan) -> int:
+        """How many slices one of its plans has, or its one view stands in the place of."""
         return sum(len(canvas.tiles) for canvas in plan.canvases if canvas.kind == "slice")
 
 
@@ -210,8 +210,8 @@ class Recounted(Slicing):
         alone = self.rule.overview_of(plan)
         return None if alone is None else self.fit(alone)
 
-    def cap_of(self, plan: SlicePlan) -> int:
-        return self.rule.cap_of(plan)
+    def slices_of(self, plan: SlicePlan) -> int:
+        return self.rule.slices_of(plan)
 
     def capped(self, max_slices: int) -> Slicing | None:
         return self._around(self.rule.capped(max_slices))

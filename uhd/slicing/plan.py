@@ -281,7 +281,8 @@ class SlicePlan(Settings):
     def __str__(self) -> str:
         cut = ""
         if self.grid and self.slice_hw:
-            cut = "{}x{} slices of {}x{} px, ".format(*self.grid, *self.slice_hw)
+            others = " and others" * (len({c.view_hw for c in self.canvases if c.kind == "slice"}) > 1)
+            cut = "{}x{} slices of {}x{} px{}, ".format(*self.grid, *self.slice_hw, others)
         overview = "overview {}x{} px, ".format(*self.overview_hw) if self.overview_hw else ""
         return (
             f"{self.strategy}: {self.image_hw[0]}x{self.image_hw[1]} px (height x width) -> {cut}{overview}"

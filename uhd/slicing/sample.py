@@ -221,8 +221,8 @@ def _ladder(image_hw: tuple[int, int], slicing: Slicing) -> Iterator[SlicePlan]:
 
 
 def _fewer_slices(slicing: Slicing, own: SlicePlan) -> Iterator[SlicePlan]:
-    most = slicing.cap_of(own)
-    for cap in range(most - 1, 0, -1):
+    slices = slicing.slices_of(own)
+    for cap in range(slices, 0, -1):
         lower = slicing.capped(cap)
         if lower is None:
             break
@@ -231,7 +231,7 @@ def _fewer_slices(slicing: Slicing, own: SlicePlan) -> Iterator[SlicePlan]:
         except ValueError:  # the rule takes this image with more slices, not with so few
             continue
         yield plan
-    if most > 0:
+    if slices > 0:
         alone = slicing.overview_of(own)
         if alone is not None:
             yield alone
