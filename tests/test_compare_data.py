@@ -23,6 +23,7 @@ from tests.tiny import refuses
 from uhd import cli
 from uhd.compare import all_rules, compare, measure_sizes, overview, overview_page, summarize, table
 from uhd.compare.inputs import SETS, Input, holds_many, named_rules
+from uhd.compare.scripted import cut_code
 from uhd.compare.summary import AREAS, ASPECTS, latex, text, to_dict
 from uhd.slicing import PRESETS, find, plan
 from uhd.slicing.metrics import measure
@@ -407,6 +408,17 @@ def test_the_page_has_the_plans_numbers_and_cuts(pictures):
                 top, left, bottom, right = picture["cuts"][place]
                 height, width = sizes[name]
                 assert (bottom - top) / 1000 * height == pytest.approx((right - left) / 1000 * width, rel=0.02)
+
+
+def test_the_page_cuts_a_picture_where_its_borders_moved_to():
+    from uhd.demo import page_image
+
+    image, moves = page_image(600, 900), PRESETS["llava-uhd-safe"].replace(border_moves=2)
+    data = data_of(page_of([image, (900, 600)], [moves, "llava-1.5"]))
+    shown = {
+        one["i"]: one["cuts"][[rule["name"] for rule in data["rules"]].index(moves.name)] for one in data["pictures"]
+    }
+    assert shown[0] == cut_code(uhd.plan(image, moves)) != cut_code(plan((900, 600), moves)) == shown[1]
 
 
 def test_a_page_is_bounded_and_says_so(monkeypatch):

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from uhd.pixels import DEFAULT, PixelSettings, load_image
-from uhd.slicing import find
+from uhd.pixels import DEFAULT, PixelSettings, load_image, move_borders
+from uhd.slicing import Slicing, find
 
 from .inputs import Input, source_of
 from .page import jpeg
 from .scripted import cut_code, scripted_page
 from .summary import AREAS, ASPECTS, Bucket, Summary, to_dict
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MOST_PICTURES = 18
 MOST_LISTED = 1000
@@ -178,23 +181,25 @@ def _pictures(summary: Summary, listed: list[int], settings: PixelSettings) -> l
         scale = min(_SIDE / max(height, width), 1)
         shape = {"i": place, "w": max(round(width * scale), 1), "h": max(round(height * scale), 1)}
         try:
-            shape["src"] = _thumbnail(image, (shape["w"], shape["h"]), settings)
+            picture = _loaded(image, settings)
         except (ValueError, OSError):  # its header could be read, its pixels cannot
             continue
-        shape["cuts"] = [_cut(summary, rule, image.image_hw) for rule in summary.order]
+        shape["src"] = "" if picture is None else jpeg(picture.resize((shape["w"], shape["h"])), quality=74)
+        shape["cuts"] = [_cut(summary.measured.rules[rule][1], image.image_hw, picture) for rule in summary.order]
         found.append(shape)
     return found
 
 
-def _thumbnail(image: Input, size: tuple[int, int], settings: PixelSettings) -> str:
+def _loaded(image: Input, settings: PixelSettings) -> Image.Image | None:
     if image.picture is None:
-        return ""
+        return None
     source = image.picture if hasattr(image.picture, "getexif") else source_of(image.picture, settings)
-    return jpeg(load_image(source, settings=settings).resize(size), quality=74)
+    return load_image(source, settings=settings)
 
 
-def _cut(summary: Summary, rule: int, image_hw: tuple[int, int]) -> list[int] | None:
+def _cut(rule: Slicing, image_hw: tuple[int, int], picture: Image.Image | None) -> list[int] | None:
     try:
-        return cut_code(summary.measured.rules[rule][1].plan(image_hw))
+        planned = rule.plan(image_hw)
+        return cut_code(planned if picture is None else move_borders(picture, planned, rule))
     except ValueError:
         return None
