@@ -32,7 +32,7 @@ SETS = {
     "long": (learned_run.LONG, learned_run.ARMS),
     "quick": (learned_run.QUICK, learned_run.QUICK_ARMS),
     "plus": (learned_plus.PLUS, learned_plus.ARMS),
-    "pages": (learned_plus.PAGES, learned_plus.ARMS),
+    "pages": (learned_plus.PAGES, learned_plus.PAGE_ARMS),
 }
 """Settings and arms of the sets of runs, each of which has a folder of its own."""
 

@@ -20,6 +20,9 @@ from uhd.slicing import Slicing, SlicingLike, find
 from uhd.slicing.latents import with_latents
 
 ARMS = ("uhd", "uhd-more", "shape", "borders", "one-view", "fitted", "plus", "stretch", "anyres")
+PAGE_ARMS = ("uhd-more", "plus")
+"""What the second task asks about; the others are asked for by name."""
+
 BASELINE = "uhd-more"
 CONTRASTS = (("borders", "uhd"), ("uhd-more", "uhd"), ("plus", "stretch"), ("plus", "anyres"))
 

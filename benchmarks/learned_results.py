@@ -31,7 +31,8 @@ CONTRASTS = (("few-latents", "overview-wide"),)
 SETS = {
     "long": (ARMS, BASELINE, CONTRASTS),
     "quick": (ARMS, BASELINE, CONTRASTS),
-    **dict.fromkeys(("plus", "pages"), (learned_plus.ARMS, learned_plus.BASELINE, learned_plus.CONTRASTS)),
+    "plus": (learned_plus.ARMS, learned_plus.BASELINE, learned_plus.CONTRASTS),
+    "pages": (learned_plus.PAGE_ARMS, learned_plus.BASELINE, learned_plus.CONTRASTS),
 }
 """Arms, baseline and contrasts of the sets of runs."""
 

@@ -188,16 +188,26 @@ class Task:
         return f"{self.arm}-seed{self.seed}-lr{self.factor:g}"
 
 
+def tried_factors(arm: str, found: Mapping[Task, Mapping[str, Any]], factors: Sequence[float]) -> Sequence[float]:
+    """Those to choose from: the first two, and each other one if the one before it read better than the one before."""
+    for count in range(2, len(factors)):
+        runs = [found.get(Task(arm, TUNING_SEED, factor)) for factor in factors[count - 2 : count]]
+        if None in runs or runs[1]["validation"] <= runs[0]["validation"]:
+            return factors[:count]
+    return factors
+
+
 def chosen_factor(arm: str, found: Mapping[Task, Mapping[str, Any]], factors: Sequence[float]) -> float | None:
-    """The factor that reads the validation scenes best, the first of equals; ``None``: not every one has run.
+    """Of the tried ones, that which reads the validation scenes best, the first of equals; ``None``: one has not run.
 
     Those of :data:`VARIANTS` take that of ``uhd``.
     """
     if len(factors) == 1:
         return factors[0]
     arm = "uhd" if arm in VARIANTS else arm
-    scores = {f: found[task]["validation"] for f in factors if (task := Task(arm, TUNING_SEED, f)) in found}
-    return max(scores, key=scores.__getitem__) if len(scores) == len(factors) else None
+    tried = tried_factors(arm, found, factors)
+    scores = {f: found[task]["validation"] for f in tried if (task := Task(arm, TUNING_SEED, f)) in found}
+    return max(scores, key=scores.__getitem__) if len(scores) == len(tried) else None
 
 
 def tasks(
@@ -205,7 +215,8 @@ def tasks(
 ) -> tuple[list[Task], list[str]]:
     """The runs in their order, arms side by side, and what cannot be planned before an arm has its factor."""
     choosing = [arm for arm in arms if arm not in VARIANTS]
-    first = [Task(arm, TUNING_SEED, f) for f in factors for arm in choosing if TUNING_SEED in seeds]
+    tried = {arm: tried_factors(arm, found, factors) for arm in choosing if TUNING_SEED in seeds}
+    first = [Task(arm, TUNING_SEED, f) for f in factors for arm in tried if f in tried[arm]]
     rest, blocked = [], []
     for seed in seeds:
         for arm in arms if seed != TUNING_SEED else [arm for arm in arms if arm in VARIANTS]:

@@ -504,6 +504,19 @@ def test_every_arm_takes_the_learning_rate_that_its_validation_chose(parts):
     assert {*parts.run.VARIANTS, *parts.run.ARMS} == set(parts.run.all_arms())
 
 
+def test_a_third_learning_rate_is_tried_where_the_second_read_better(parts):
+    Task, factors = parts.run.Task, (0.5, 0.25, 0.125)
+    found = {Task(arm, 0, 0.5): {"validation": 0.5} for arm in ("uhd", "pad", "next")}
+    planned = parts.run.tasks(factors, ("uhd", "pad"), (0, 1), found)
+    assert planned == ([Task(arm, 0, f) for f in factors[:2] for arm in ("uhd", "pad")], ["uhd-seed1", "pad-seed1"])
+    found |= {Task("uhd", 0, 0.25): {"validation": 0.4}, Task("pad", 0, 0.25): {"validation": 0.6}}
+    planned, blocked = parts.run.tasks(factors, ("uhd", "pad"), (0, 1), found)
+    assert planned[4:] == [Task("pad", 0, 0.125), Task("uhd", 1, 0.5)]
+    assert blocked == ["pad-seed1"]
+    found[Task("pad", 0, 0.125)] = {"validation": 0.55}
+    assert parts.run.tasks(factors, ("pad",), (1,), found) == ([Task("pad", 1, 0.25)], [])
+
+
 def test_steps_images_and_rates_are_equal_for_all_arms(parts):
     long = parts.run.LONG
     stage = long.stage("joint", 0.5)
