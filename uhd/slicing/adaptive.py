@@ -102,7 +102,10 @@ class SlicingConfig(Slicing):
             raise ValueError(f"cut_by='shape' changes the rule 'released', not {self.rule!r}: leave it at 'area'")
         object.__setattr__(self, "border_moves", whole("border_moves", self.border_moves, least=0))
         if self.border_moves and self.tokens_per_view is None:
-            raise ValueError("border_moves makes slices unequal, so it needs tokens_per_view, and that is None")
+            raise ValueError(
+                "border_moves makes slices unequal, so it needs tokens_per_view, and that is None (with a projector "
+                "that gives a token for each patch it always is): give a number, or leave border_moves at 0"
+            )
         object.__setattr__(self, "one_view_below", aspect_or_none("one_view_below", self.one_view_below))
         check_choice("latents", self.latents, LATENTS)
         if self.latents == "fitted" and self.tokens_per_view is None:
