@@ -1,18 +1,14 @@
 """The code of the README and of the pages under docs/ runs as it stands, and so do the examples."""
 
-import contextlib
 import copy
 import importlib.util
-import io
 import pathlib
 import re
-import runpy
 import shlex
 import subprocess
 import sys
 
 import pytest
-import torch
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -294,16 +290,14 @@ ARGUMENTS = {
 
 
 def run_example(path, folder, *arguments):
-    if "ranks" not in path.stem:  # here, where everything is imported already
-        said = io.StringIO()
-        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said), torch.random.fork_rng():
-            patch.chdir(folder)
-            patch.setattr(sys, "argv", [str(path), *arguments])
-            runpy.run_path(str(path), run_name="__main__")
-        return said.getvalue()
-    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, "-W", "error", *ranks, path, *arguments]
-    found = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if "ranks" in path.stem else []
+    found = subprocess.run(
+        [sys.executable, "-W", "error", *ranks, path, *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert found.returncode == 0, found.stderr
     return found.stdout
 
