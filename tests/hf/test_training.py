@@ -1,4 +1,9 @@
-"""Gradients, labels and checkpointing."""
+"""Gradients, labels, checkpointing, and data-parallel ranks without images."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +17,8 @@ from tests.hf.tiny import (
     targets,
 )
 from tests.tiny import noise, silent
+
+ROOT = Path(__file__).parents[2]
 
 
 def fresh(kind="llama"):
@@ -88,6 +95,64 @@ def test_the_blank_is_not_encoded_for_a_frozen_encoder(monkeypatch):
     found(**batch_of(found, ["hello"], None)).loss.backward()
     assert any(parameter.grad is not None for parameter in found.language_model.parameters())
     assert all(parameter.grad is None for parameter in found.visual.parameters())
+
+
+WORKER = """
+import sys
+import warnings
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
+from tests.hf.test_training import IMAGES, batch_of, fresh
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2,
+                        timeout=timedelta(seconds=60))
+texts, images = (["a<image>b"], IMAGES[:1]) if rank == 0 else (["hello there"], None)
+ways = {
+    "plain": DistributedDataParallel,
+    "unused": lambda model: DistributedDataParallel(model, find_unused_parameters=True),
+    "static": lambda model: DistributedDataParallel(model, static_graph=True),
+    "sharded": lambda model: FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True),
+}
+warnings.filterwarnings("ignore", category=FutureWarning)  # of FSDP1 about itself
+for way, wrap in ways.items():
+    found = fresh()
+    batch = batch_of(found, texts, images)
+    if rank == 1:  # any input shape
+        batch = {name: value.repeat(2, 1) for name, value in batch.items()}
+    wrapped = wrap(found)
+    for _ in range(2):
+        wrapped(**batch).loss.backward()
+    torch.save({name: p.grad for name, p in found.named_parameters()}, f"{folder}/{way}-{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_a_rank_without_images_does_not_hang(tmp_path):
+    """Two steps on two ranks under DDP's three settings and under FSDP1, which take outputs apart."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, [ROOT, ROOT / "kernels"]))}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(rank), tmp_path], env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=240)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], errors
+    want = torch.load(tmp_path / "plain-0.pt")
+    assert want["visual.vision.stem.weight"].any()
+    for way in ("plain", "unused", "static"):
+        for rank in range(2):
+            got = torch.load(tmp_path / f"{way}-{rank}.pt")
+            for name in want:
+                torch.testing.assert_close(got[name], want[name], msg=f"{way}, rank {rank}: {name}")
+    halves = [torch.load(tmp_path / f"sharded-{rank}.pt") for rank in range(2)]  # a parameter is on either or both
+    whole = torch.cat([grad.flatten() for half in halves for grad in half.values() if grad is not None])
+    assert len(whole) == sum(grad.numel() for grad in want.values())
+    torch.testing.assert_close(whole, torch.cat([grad.flatten() for grad in want.values()]))
 
 
 def test_learning_to_tell_two_images_apart():
