@@ -125,8 +125,12 @@ def quick(monkeypatch):
     monkeypatch.setattr(machine, "ATTENTION", (2, 8, 4))
 
 
-def test_a_machine_too_slow_for_a_round_tells_nothing(unasked, quick):
+def test_a_machine_too_slow_for_two_rounds_tells_nothing(unasked, quick, monkeypatch):
     assert machine.measure(seconds=0) == {}
+    even = itertools.count().__next__
+    assert machine.measure(clock=even, seconds=30)
+    monkeypatch.setattr(machine, "_ROUNDS", 1)
+    assert machine.measure(clock=even, seconds=30) == {}
 
 
 def test_a_clock_that_cannot_be_trusted_tells_nothing(unasked, quick, monkeypatch):

@@ -13,7 +13,7 @@ from torch import nn
 from uhd_kernels import varlen_cross_attention
 from uhd_kernels.op import attention_op
 
-from uhd import torch_private
+from uhd import machine, torch_private
 from uhd.hf import versions
 from uhd.torch_private import has_hooks, in_functorch, int8_product
 from uhd.vision import ViT, ViTConfig, compiled
@@ -205,6 +205,14 @@ def test_without_word_of_transforms_the_modules_run(vit: ViT, monkeypatch: pytes
     monkeypatch.setattr(FastBlocks, "_run", None)
     vit.compile_blocks("none")
     assert torch.equal(vit(x, GRIDS), wanted)
+
+
+def test_without_word_of_dispatch_modes_products_are_torch_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UHD_PRODUCTS", "bfloat16=float32")
+    asked = torch.bfloat16, torch.device("cpu"), 1
+    assert machine.product_of(*asked) == (torch.float32, "native")
+    monkeypatch.delattr(torch.utils._python_dispatch, "is_in_torch_dispatch_mode")
+    assert machine.product_of(*asked) == (torch.bfloat16, "native")
 
 
 @pytest.mark.parametrize("name", ["_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"])
