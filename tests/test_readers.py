@@ -73,6 +73,7 @@ def test_every_plan_is_read_again():
         (["canvases", 0, "view_hw"], [10**9, 10**9], "would not fit in memory"),
         (["canvases", 0, "tokens_per_view"], -1, "tokens_per_view is -1"),
         (["canvases", 0, "kind"], "crop", "kind is 'crop'"),
+        (["canvases", 0, "cell"], [1, 0], r"slice 0 of a . x . grid is at \(row, column\) \(1, 0\), not \(0, 0\)"),
         (["canvases", 0, "fill"], [0, 0, 700], "no RGB colour"),
         (["canvases", 0, "view_filter"], ["bicubic", 1], r"view_filter\[1\] must be True or False"),
         (["canvases", 0, "offset"], ..., "missing offset"),

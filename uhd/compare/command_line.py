@@ -133,27 +133,29 @@ def _check_page(path: Path) -> None:
 
 def _compare_each(args: argparse.Namespace, rules: Any) -> int:
     from .inputs import size_of, source_of
+    from .measuring import chosen_rules
     from .report import compare, picture_of, table
 
     system, pixels = _system(args), _pixels(args)
     found: list[Any] = []
-    if rules == []:
-        raise ValueError("no rules to compare: name at least one, or leave them out for all")
+    looks = args.html is not None or any(rule.border_moves for _, rule in chosen_rules(rules))
     inputs = _images(args)
     if not inputs:
         raise ValueError("nothing to compare: give at least one image or size")
 
     def one(name: str) -> str:
         what, image = inputs[name], None
-        if args.html is not None and not _is_size(what):
+        if looks and not _is_size(what):
             image, size_hw = picture_of(source_of(what, pixels), pixels)
         else:
             size_hw = size_of(what, pixels)
-        found.append(compare(size_hw, rules, name=Path(name).name, image=image, budget=args.budget, **system))
-        return json.dumps(found[-1].to_dict()) if args.json else table(found[-1]) + "\n"
+        compared = compare(size_hw, rules, name=Path(name).name, image=image, budget=args.budget, **system)
+        if args.html is not None:
+            found.append(compared)
+        return json.dumps(compared.to_dict()) if args.json else table(compared) + "\n"
 
     failed, stop = commands.each("uhd compare", inputs, one, stop=args.on_error == "stop")
-    if args.html is not None and found:
+    if found:
         from .page import write_page
 
         words = f"{len(found)} of {len(inputs)} images are in {args.html}"
