@@ -40,6 +40,9 @@ EXPECTED = (
 )
 """What docs/learned.md expects: an arm minus another one, in a question, on some images, by at least so much."""
 
+EXPECTED_OF_PAGES = (("H8", "plus", "uhd-more", "all", "in all", 0.0),)
+"""The same of the second task."""
+
 NOWHERE_WORSE, NOT_WORSE_BELOW = ("H1", "H3"), ("H6",)
 """Of these also that no bucket of any question is worse; that none below 2.5 is in their own question."""
 

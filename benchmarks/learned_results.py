@@ -278,38 +278,48 @@ def expectations(found: Comparison) -> list[dict[str, Any]]:
 
     An expectation is refuted where the interval's upper end is below it, or the arm is judged worse where it may not
     be; else met where the mean is not below it and the interval is above 0, and open elsewhere. ``worse``: aspect
-    buckets of all questions in which the arm is judged worse.
+    buckets of all questions in which the arm is judged worse. Of the pages it is H8 alone, a sign: refuted where the
+    mean is below 0, met where it is above and no question is judged worse.
     """
-    if BASELINE not in found.runs:
-        return []
-    marks = np.array(list(next(iter(found.runs[BASELINE].values()))["test"]["cut"]))
-    long = found.buckets > LONG_FROM
-    masks = {
-        "in all": np.ones(len(long), bool),
-        "below 2.5": ~long,
-        "from 2.5 on": long,
-        "long and not cut": long & (marks == "u"),
-        "a border through a glyph": marks == "1",
+    long, rows, masks = found.buckets > LONG_FROM, learned_plus.EXPECTED_OF_PAGES, {"in all": slice(None)}
+    if found.planned != learned_plus.PAGE_ARMS:
+        if BASELINE not in found.runs:
+            return []
+        marks, rows = np.array(list(next(iter(found.runs[BASELINE].values()))["test"]["cut"])), learned_plus.EXPECTED
+        masks |= {"below 2.5": ~long, "from 2.5 on": long, "long and not cut": long & (marks == "u")}
+        masks |= {"a border through a glyph": marks == "1"}
+    return [_expected(found, *row, masks[row[4]]) for row in rows if found.common(row[1], row[2])]
+
+
+def _expected(
+    found: Comparison, name: str, arm: str, other: str, kind: str, where: str, least: float, images: Any
+) -> dict[str, Any]:
+    seeds = found.common(arm, other)
+    difference = (found.exact(arm, kind, seeds) - found.exact(other, kind, seeds))[:, images]
+    mean, low, high = interval(difference)
+    came = verdict(difference, low, high)
+    told = _differences(found, arm, other)["questions"]
+    worse = {each: [part["verdict"] == "worse" for part in parts] for each, parts in told.items()}
+    buckets = sum(sum(parts[1:]) for parts in worse.values())
+    if came in JUDGED and name == "H8":
+        questions = sum(parts[0] for parts in worse.values())
+        came = "refuted" if mean < 0 else "met" if mean > 0 and not questions else "open"
+    elif came in JUDGED:
+        below = any(worse[kind][1 : LONG_FROM + 2])
+        barred = (name in learned_plus.NOWHERE_WORSE and buckets) or (name in learned_plus.NOT_WORSE_BELOW and below)
+        came = "refuted" if high < least or barred else "met" if mean >= least and low > 0 else "open"
+    return {
+        "name": name,
+        "arm": arm,
+        "other": other,
+        "kind": kind,
+        "where": where,
+        "least": least,
+        "difference": _rounded((mean, low, high)),
+        "images": int((~np.isnan(difference).any(0)).sum()),
+        "came": came,
+        "worse": buckets,
     }
-    rows = []
-    for name, arm, other, kind, where, least in learned_plus.EXPECTED:
-        if not (seeds := found.common(arm, other)):
-            continue
-        difference = (found.exact(arm, kind, seeds) - found.exact(other, kind, seeds))[:, masks[where]]
-        mean, low, high = interval(difference)
-        judged = verdict(difference, low, high)
-        told = _differences(found, arm, other)["questions"]
-        worse = sum(part["verdict"] == "worse" for parts in told.values() for part in parts[1:])
-        below = any(part["verdict"] == "worse" for part in told[kind][1 : LONG_FROM + 2])
-        barred = (name in learned_plus.NOWHERE_WORSE and worse) or (name in learned_plus.NOT_WORSE_BELOW and below)
-        if judged in JUDGED:
-            judged = "refuted" if high < least or barred else "met" if mean >= least and low > 0 else "open"
-        what = {"name": name, "arm": arm, "other": other, "kind": kind, "where": where, "least": least}
-        images = int((~np.isnan(difference).any(0)).sum())
-        rows.append(
-            {**what, "difference": _rounded((mean, low, high)), "images": images, "came": judged, "worse": worse}
-        )
-    return rows
 
 
 def _cut(found: Comparison, arm: str) -> dict[str, Any]:

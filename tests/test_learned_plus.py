@@ -144,3 +144,24 @@ def test_expectations_are_met_refuted_or_open(parts):
     assert {name: rows[name]["came"] for name in ("H1", "H2", "H6")} == {"H1": "refuted", "H2": "met", "H6": "refuted"}
     assert rows["H1"]["difference"][1] > 0.03
     assert rows["H1"]["worse"] == len(QUESTIONS)
+
+
+@pytest.mark.parametrize("gain, came", [(0.1, "met"), (-0.1, "refuted")])
+def test_of_the_pages_a_sign_is_expected(parts, gain, came):
+    generator, images = np.random.default_rng(0), 400
+    found = {}
+    for arm, level in (("uhd-more", 0.5), ("plus", 0.5 + gain)):
+        for seed in range(3):
+            distance = "".join(generator.choice(["0", "1"], images, p=[level, 1 - level]))
+            items = {kind: {"distance": distance, "length": "3" * images} for kind in QUESTIONS}
+            test = {"seed": 1, "buckets": "0123" * (images // 4), "items": items, "cut": "0" * images}
+            row = {"arm": arm, "seed": seed, "factor": 0.5, "settings": {"factors": [0.5]}, "test": test}
+            found[parts.run.Task(arm, seed, 0.5)] = row
+    (told,) = parts.results.expectations(parts.results.Comparison(found, "pages"))
+    assert (told["name"], told["came"], told["images"]) == ("H8", came, images)
+    assert told["difference"][0] == pytest.approx(gain, abs=0.06)
+    for seed in range(3):  # better in all, but one question is worse
+        run = found[parts.run.Task("plus", seed, 0.5)]["test"]["items"]
+        run["all"], run["count"] = run["all"] | {"distance": "0" * images}, run["all"] | {"distance": "1" * images}
+    (told,) = parts.results.expectations(parts.results.Comparison(found, "pages"))
+    assert told["came"] == "open"
