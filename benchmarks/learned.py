@@ -33,6 +33,7 @@ SETS = {
     "quick": (learned_run.QUICK, learned_run.QUICK_ARMS),
     "plus": (learned_plus.PLUS, learned_plus.ARMS),
     "pages": (learned_plus.PAGES, learned_plus.PAGE_ARMS),
+    "after": (learned_plus.AFTER, learned_plus.AFTER_ARMS),
 }
 """Settings and arms of the sets of runs, each of which has a folder of its own."""
 
@@ -58,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--arms", nargs="+", metavar="ARM", help=f"of {', '.join(learned_run.all_arms())}")
     one.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="default 0 1 2, or 0 where quick")
     one.add_argument("--quick", action="store_true", help="few steps, one seed, four arms: a look, no evidence")
-    one.add_argument("--set", choices=sorted(SETS), help="of runs (long); plus and pages are the second comparison")
+    one.add_argument("--set", choices=sorted(SETS), help="of runs (long); the others are the second comparison")
     one.add_argument("--workers", type=int, default=1, metavar="N", help="runs side by side, a core each")
     one.add_argument(
         "--minutes",

@@ -23,27 +23,38 @@ ARMS = ("uhd", "uhd-more", "shape", "borders", "one-view", "fitted", "plus", "st
 PAGE_ARMS = ("uhd-more", "plus")
 """What the second task asks about; the others are asked for by name."""
 
+AFTER_ARMS = ("uhd-more", "plus", "native", "slices")
+"""Of the afterthought: two that ``plus`` set aside, and two that its results suggested."""
+
 BASELINE = "uhd-more"
 CONTRASTS = (("borders", "uhd"), ("uhd-more", "uhd"), ("plus", "stretch"), ("plus", "anyres"))
 
 NEAR_SQUARE = 2.5
 """Up to this aspect the arms with ``one_view_below`` make one view of an image."""
 
-EXPECTED = (
-    ("H1", "plus", "uhd-more", "all", "in all", 0.03),
-    ("H2", "shape", "uhd-more", "all", "long and not cut", 0.10),
-    ("H3", "borders", "uhd", "right", "a border through a glyph", 0.03),
-    ("H4", "one-view", "uhd-more", "all", "below 2.5", 0.05),
-    ("H5", "fitted", "uhd-more", "all", "in all", 0.0),
-    ("H6", "plus", "stretch", "all", "from 2.5 on", 0.10),
-    ("H7", "plus", "anyres", "all", "in all", 0.0),
-)
+NO_IMAGE_BEYOND = 8.0
+"""No scene has a larger aspect."""
+
+EXPECTED = {
+    "plus": (
+        ("H1", "plus", "uhd-more", "all", "in all", 0.03),
+        ("H2", "shape", "uhd-more", "all", "long and not cut", 0.10),
+        ("H3", "borders", "uhd", "right", "a border through a glyph", 0.03),
+        ("H4", "one-view", "uhd-more", "all", "below 2.5", 0.05),
+        ("H5", "fitted", "uhd-more", "all", "in all", 0.0),
+        ("H6", "plus", "stretch", "all", "from 2.5 on", 0.10),
+        ("H7", "plus", "anyres", "all", "in all", 0.0),
+    ),
+    "pages": (("H8", "plus", "uhd-more", "all", "in all", 0.0),),
+    "after": (
+        ("H9", "native", "uhd-more", "all", "in all", 0.03),
+        ("H10", "slices", "uhd-more", "all", "in all", 0.03),
+        ("H1 again", "plus", "uhd-more", "all", "in all", 0.03),
+    ),
+}
 """What docs/learned.md expects: an arm minus another one, in a question, on some images, by at least so much."""
 
-EXPECTED_OF_PAGES = (("H8", "plus", "uhd-more", "all", "in all", 0.0),)
-"""The same of the second task."""
-
-NOWHERE_WORSE, NOT_WORSE_BELOW = ("H1", "H3"), ("H6",)
+NOWHERE_WORSE, NOT_WORSE_BELOW = ("H1", "H3", "H9", "H10", "H1 again"), ("H6",)
 """Of these also that no bucket of any question is worse; that none below 2.5 is in their own question."""
 
 Grid = tuple[int, int]
@@ -78,6 +89,18 @@ def _arms(base: NanoConfig) -> dict[str, Arm]:
         ),
         "stretch": first["stretch"],
         "anyres": Arm("anyres with 6 latents for the base view beside four tiles", base, fewer),
+    }
+
+
+def after_arms(base: NanoConfig | None = None) -> dict[str, Arm]:
+    """What the results of ``plus`` suggested: all images as one view, or none but those that are not cut."""
+    base = base or NanoConfig()
+    wide = replace(base, side=2 * base.side, latents=4 * base.latents)
+    fitted = base.slicing.replace(latents="fitted", cut_by="shape")
+    whole = fitted.replace(one_view_below=NO_IMAGE_BEYOND)
+    return {
+        "native": Arm("plus, but every image as one view", wide, whole),
+        "slices": Arm("plus without one view in place of slices", base, fitted.replace(border_moves=2)),
     }
 
 
@@ -152,5 +175,20 @@ class PageTaskSettings(PlusSettings):
         return PageStage(**asdict(super().stage(name, factor)))
 
 
-PLUS, PAGES = PlusSettings(), PageTaskSettings()
+@dataclass(frozen=True, kw_only=True)
+class AfterSettings(PlusSettings):
+    """The afterthought, on scenes of its own; arms of ``plus`` are those that were trained there."""
+
+    factors: tuple[float, ...] = (0.5,)
+
+    name: ClassVar[str] = "after"
+    test_seed: ClassVar[int] = 1_000_703
+    validation_seed: ClassVar[int] = 1_000_803
+    trained_in: ClassVar[str | None] = "plus"
+
+    def arms(self) -> dict[str, Arm]:
+        return {**super().arms(), **after_arms(self.model)}
+
+
+PLUS, PAGES, AFTER = PlusSettings(), PageTaskSettings(), AfterSettings()
 _arms(NanoConfig())  # a saved model finds its slicing by its name

@@ -30,9 +30,10 @@ CONTRASTS = (("few-latents", "overview-wide"),)
 
 SETS = {
     "long": (ARMS, BASELINE, CONTRASTS),
-    "quick": (ARMS, BASELINE, CONTRASTS),
+    "quick": (QUICK_ARMS, BASELINE, CONTRASTS),
     "plus": (learned_plus.ARMS, learned_plus.BASELINE, learned_plus.CONTRASTS),
     "pages": (learned_plus.PAGE_ARMS, learned_plus.BASELINE, learned_plus.CONTRASTS),
+    "after": (learned_plus.AFTER_ARMS, learned_plus.BASELINE, (("native", "plus"), ("slices", "plus"))),
 }
 """Arms, baseline and contrasts of the sets of runs."""
 
@@ -122,7 +123,7 @@ class Comparison:
     """
 
     def __init__(self, found: Runs, name: str = "long") -> None:
-        self.found = found
+        self.found, self.name = found, name
         self.factors = tuple(next(iter(found.values()))["settings"]["factors"])
         self.planned, self.baseline, self.contrasts = SETS[name]
         names = [*self.planned, *sorted({task.arm for task in found} - set(self.planned))]
@@ -159,9 +160,8 @@ class Comparison:
 
     def missing(self) -> list[str]:
         """Runs of the full plan that are not there."""
-        seeds = SEEDS if len(self.factors) > 1 else (TUNING_SEED,)
-        arms = self.planned if len(self.factors) > 1 else QUICK_ARMS
-        planned, blocked = tasks(self.factors, arms, seeds, self.found)
+        seeds = (TUNING_SEED,) if self.name == "quick" else SEEDS
+        planned, blocked = tasks(self.factors, self.planned, seeds, self.found)
         return [*(task.name for task in planned if task not in self.found), *blocked]
 
 
@@ -182,7 +182,7 @@ def summarize(found: Comparison) -> dict[str, Any]:
         },
         "by_cut": _by_cut(found),
         "cut": {arm: shares for arm in found.runs if (shares := _cut(found, arm))},
-        **({"expected": expectations(found)} if found.baseline == learned_plus.BASELINE else {}),
+        "expected": expectations(found),
     }
 
 
@@ -281,14 +281,13 @@ def expectations(found: Comparison) -> list[dict[str, Any]]:
     buckets of all questions in which the arm is judged worse. Of the pages it is H8 alone, a sign: refuted where the
     mean is below 0, met where it is above and no question is judged worse.
     """
-    long, rows, masks = found.buckets > LONG_FROM, learned_plus.EXPECTED_OF_PAGES, {"in all": slice(None)}
-    if found.planned != learned_plus.PAGE_ARMS:
-        if BASELINE not in found.runs:
-            return []
-        marks, rows = np.array(list(next(iter(found.runs[BASELINE].values()))["test"]["cut"])), learned_plus.EXPECTED
-        masks |= {"below 2.5": ~long, "from 2.5 on": long, "long and not cut": long & (marks == "u")}
-        masks |= {"a border through a glyph": marks == "1"}
-    return [_expected(found, *row, masks[row[4]]) for row in rows if found.common(row[1], row[2])]
+    long, masks = found.buckets > LONG_FROM, {"in all": slice(None)}
+    masks |= {"below 2.5": ~long, "from 2.5 on": long}
+    if BASELINE in found.runs:
+        marks = np.array(list(next(iter(found.runs[BASELINE].values()))["test"]["cut"]))
+        masks |= {"long and not cut": long & (marks == "u"), "a border through a glyph": marks == "1"}
+    rows = [row for row in learned_plus.EXPECTED.get(found.name, ()) if found.common(row[1], row[2])]
+    return [_expected(found, *row, masks[row[4]]) for row in rows if row[4] in masks]
 
 
 def _expected(

@@ -144,6 +144,8 @@ class Settings:
     test_seed: ClassVar[int] = TEST_SEED
     validation_seed: ClassVar[int] = VALIDATION_SEED
     task: ClassVar[TaskSettings] = TaskSettings()
+    trained_in: ClassVar[str | None] = None
+    """Another set, of which the models of arms that both have are judged and not trained again."""
 
     def arms(self) -> dict[str, Arm]:
         """Every arm by name."""
@@ -375,6 +377,12 @@ def carry_out(task: Task, settings: Settings, *, out: Path, folder: Path, clock:
     Raises:
         ValueError: The folder was begun with other settings.
     """
+    if settings.trained_in and (model := folder.parents[1] / settings.trained_in / folder.name / "model").exists():
+        trained = json.loads((out.parent / settings.trained_in / f"{task.name}.json").read_text())
+        result = judged(UHDForConditionalGeneration.from_pretrained(model).eval(), settings)
+        write_json(out / f"{task.name}.json", {**trained, "settings": settings.to_dict(), **result})
+        print(f"{task.name}: judged as {settings.trained_in} trained it", flush=True)
+        return True
     settle(folder, {**settings.to_dict(), **asdict(task)})
     arm = settings.arms()[task.arm]
     progress = read_progress(folder)
