@@ -56,13 +56,13 @@ def test_arms_are_equal_in_tokens_and_parameters_as_the_page_says(parts, judged)
 
 
 def test_seeds_are_new_and_settings_are_told_apart(parts):
-    sets = [parts.run.LONG, parts.plus.PLUS, parts.plus.PAGES]
+    sets = [parts.run.LONG, parts.plus.PLUS, parts.plus.PAGES, parts.plus.AFTER]
     seeds = [seed for one in sets for seed in (one.test_seed, one.validation_seed)]
-    assert len({*seeds, 1_000_003}) == 7
+    assert len({*seeds, 1_000_003}) == 9
     assert min(seeds) > 1_000_000
     told = [one.to_dict() for one in sets]
     assert "set" not in told[0]  # as the committed runs have them
-    assert [one["set"] for one in told[1:]] == ["plus", "pages"]
+    assert [one["set"] for one in told[1:]] == ["plus", "pages", "after"]
     stored = json.loads(next((ROOT / "benchmarks" / "results" / "learned" / "long").glob("*.json")).read_text())
     assert stored["settings"] == told[0]
     for one in sets[1:]:
@@ -90,14 +90,17 @@ def test_a_page_is_the_same_everywhere_and_its_glyphs_are_in_it(parts):
     assert [one.text for one in plain] != [one.text for one in drawn[:3]]
 
 
+def tiny_of(settings):
+    small = replace(settings.model, width=32, vision_depth=1, text_depth=1, vision_mlp=32, text_mlp=32)
+    tiny = replace(settings, vision=2, text=2, joint=2, batch_size=2, test_images=6, validation_images=3)
+    return replace(tiny, local_steps=1, factors=(0.5,), model=small)
+
+
 @pytest.mark.parametrize("name", ["PLUS", "PAGES"])
 def test_a_tiny_run_is_done_and_reported(parts, tmp_path, name):
     parts.plus._arms.cache_clear()  # tests forget what was registered
     settings = getattr(parts.plus, name)
-    small = replace(settings.model, width=32, vision_depth=1, text_depth=1, vision_mlp=32, text_mlp=32)
-    tiny = replace(settings, vision=2, text=2, joint=2, batch_size=2, test_images=6, validation_images=3)
-    tiny = replace(tiny, local_steps=1, factors=(0.5,), model=small)
-    folder = tmp_path / settings.name
+    tiny, folder = tiny_of(settings), tmp_path / settings.name
     given = {"arms": ("uhd-more", "plus", "one-view"), "seeds": (0,)}
     assert parts.run.work(tiny, **given, out=folder, checkpoints=tmp_path / "checkpoints") == []
     runs = parts.run.read_runs(folder, tiny)
@@ -105,6 +108,39 @@ def test_a_tiny_run_is_done_and_reported(parts, tmp_path, name):
     told = parts.report.report(tmp_path, say=lambda text: None)[settings.name]
     assert told["baseline"] == "uhd-more"
     assert set(told["differences"]) == {"plus", "one-view"}
+
+
+def test_the_afterthought_judges_anew_what_was_trained_before(parts, tmp_path, capsys):
+    parts.plus._arms.cache_clear()
+    plus, after = tiny_of(parts.plus.PLUS), tiny_of(parts.plus.AFTER)
+    for settings, arms in ((plus, ("uhd-more",)), (after, ("uhd-more", "native"))):
+        places = {"out": tmp_path / settings.name, "checkpoints": tmp_path / "checkpoints" / settings.name}
+        assert parts.run.work(settings, arms=arms, seeds=(0,), **places) == []
+    first, again = (json.loads((tmp_path / s / "uhd-more-seed0-lr0.5.json").read_text()) for s in ("plus", "after"))
+    assert (again["time"], again["parameters"], again["curves"]) == (
+        first["time"],
+        first["parameters"],
+        first["curves"],
+    )
+    assert (first["test"]["seed"], again["test"]["seed"]) == (plus.test_seed, after.test_seed)
+    assert "uhd-more-seed0-lr0.5: judged as plus trained it" in capsys.readouterr().out
+    assert set(parts.run.read_runs(tmp_path / "after", after)) == {
+        parts.run.Task(arm, 0, 0.5) for arm in ("uhd-more", "native")
+    }
+
+
+def test_each_arm_of_the_afterthought_sees_images_in_one_way(parts):
+    settings = parts.plus.AFTER
+    images = [settings.test_scene(number).image for number in range(1000)]
+    page = (ROOT / "docs" / "learned.md").read_text().split("### An afterthought")[1]
+    arms = settings.arms()
+    for name in ("native", "slices"):
+        plans = arms[name].build(0).visual.prepare(images).plans
+        assert (max(plan.num_views for plan in plans) == 1) == (name == "native")
+        count = sum(parameter.numel() for parameter in arms[name].build(0).parameters())
+        tokens, patches = ([getattr(plan, what) for plan in plans] for what in ("num_visual_tokens", "num_patches"))
+        cells = [cell.strip() for cell in page.split(f"\n| `{name}` |")[1].split("\n")[0].split("|")[1:4]]
+        assert cells == [f"{np.mean(tokens):.1f} ({max(tokens)})", f"{np.mean(patches):.1f}", f"{count:,}"]
 
 
 def test_expectations_are_met_refuted_or_open(parts):
