@@ -375,10 +375,12 @@ def carry_out(task: Task, settings: Settings, *, out: Path, folder: Path, clock:
     """Begin a run or go on with it; ``True`` where it is done, ``False`` where the time is over.
 
     Raises:
-        ValueError: The folder was begun with other settings.
+        ValueError: The folder was begun with other settings, or the model to judge was trained with others.
     """
     if settings.trained_in and (model := folder.parents[1] / settings.trained_in / folder.name / "model").exists():
         trained = json.loads((out.parent / settings.trained_in / f"{task.name}.json").read_text())
+        if any(trained["settings"][key] != settings.to_dict()[key] for key in ("recipe", "model", "local_steps")):
+            raise ValueError(f"{model} was trained otherwise than {settings.name} asks for: move it away")
         result = judged(UHDForConditionalGeneration.from_pretrained(model).eval(), settings)
         write_json(out / f"{task.name}.json", {**trained, "settings": settings.to_dict(), **result})
         print(f"{task.name}: judged as {settings.trained_in} trained it", flush=True)

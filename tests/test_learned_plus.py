@@ -127,6 +127,9 @@ def test_the_afterthought_judges_anew_what_was_trained_before(parts, tmp_path, c
     assert set(parts.run.read_runs(tmp_path / "after", after)) == {
         parts.run.Task(arm, 0, 0.5) for arm in ("uhd-more", "native")
     }
+    longer = replace(after, joint=3)
+    with pytest.raises(ValueError, match="trained otherwise than after asks for"):
+        parts.run.work(longer, arms=("uhd-more",), seeds=(0,), **(places | {"out": places["out"].with_name("other")}))
 
 
 def test_each_arm_of_the_afterthought_sees_images_in_one_way(parts):

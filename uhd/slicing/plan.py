@@ -309,8 +309,7 @@ def check_size(image_hw: Sequence[int]) -> tuple[int, int]:
 
 def contradictions(found: SlicePlan) -> Iterator[str]:
     """Everything in a plan that cannot be, or does not agree with another part of it."""
-    wrong = list(bad_canvases(found))
-    yield from wrong
+    yield from bad_canvases(found)
     if found.resample not in FILTERS:
         yield f"resample is {found.resample!r}: take one of {', '.join(FILTERS)}"
     overviews, slices = (sum(len(c.tiles) for c in found.canvases if c.kind == kind) for kind in ("overview", "slice"))
@@ -319,8 +318,6 @@ def contradictions(found: SlicePlan) -> Iterator[str]:
         yield f"{slices} slices and no grid: say how many rows and columns they are"
     elif grid is not None and (min(grid) < 1 or math.prod(grid) != max(slices, 1)):
         yield f"grid {tuple(grid)} (rows, columns) but {slices} slices"
-    elif grid is not None and slices and not wrong:
-        yield from _bad_cells(found, grid)
     counted = found.num_visual_tokens, found.num_separators
     if found.packing is not None:
         if what := _bad_packing(found.packing):
@@ -333,14 +330,6 @@ def contradictions(found: SlicePlan) -> Iterator[str]:
         yield f"views hold {by_view} tokens, num_visual_tokens is {found.num_visual_tokens}, no packing explains it"
     if found.num_separators < 0:
         yield f"num_separators is {found.num_separators}"
-
-
-def _bad_cells(found: SlicePlan, grid: tuple[int, int]) -> Iterator[str]:
-    slices = (view for view in found.views if view.kind == "slice")
-    for place, view in enumerate(slices):
-        if (view.row, view.col) != (cell := divmod(place, grid[1])):
-            yield f"slice {place} of a {grid[0]} x {grid[1]} grid is at (row, column) {view.row, view.col}, not {cell}"
-            return
 
 
 def _bad_packing(packing: Packing) -> str | None:
