@@ -34,6 +34,7 @@ SETS = {
     "plus": (learned_plus.PLUS, learned_plus.ARMS),
     "pages": (learned_plus.PAGES, learned_plus.PAGE_ARMS),
     "after": (learned_plus.AFTER, learned_plus.AFTER_ARMS),
+    "direct": (learned_plus.DIRECT, learned_plus.DIRECT_ARMS),
 }
 """Settings and arms of the sets of runs, each of which has a folder of its own."""
 

@@ -34,6 +34,7 @@ SETS = {
     "plus": (learned_plus.ARMS, learned_plus.BASELINE, learned_plus.CONTRASTS),
     "pages": (learned_plus.PAGE_ARMS, learned_plus.BASELINE, learned_plus.CONTRASTS),
     "after": (learned_plus.AFTER_ARMS, learned_plus.BASELINE, (("native", "plus"), ("slices", "plus"))),
+    "direct": (learned_plus.DIRECT_ARMS, learned_plus.BASELINE, (("native-direct", "native"),)),
 }
 """Arms, baseline and contrasts of the sets of runs."""
 
@@ -304,8 +305,11 @@ def _expected(
         questions = sum(parts[0] for parts in worse.values())
         came = "refuted" if mean < 0 else "met" if mean > 0 and not questions else "open"
     elif came in JUDGED:
-        below = any(worse[kind][1 : LONG_FROM + 2])
-        barred = (name in learned_plus.NOWHERE_WORSE and buckets) or (name in learned_plus.NOT_WORSE_BELOW and below)
+        barred = (
+            (name in learned_plus.NOWHERE_WORSE and buckets)
+            or (name in learned_plus.NOT_WORSE_BELOW and any(worse[kind][1 : LONG_FROM + 2]))
+            or (name in learned_plus.NOT_WORSE_IN_ALL and any((*worse[kind], *(row[0] for row in worse.values()))))
+        )
         came = "refuted" if high < least or barred else "met" if mean >= least and low > 0 else "open"
     return {
         "name": name,

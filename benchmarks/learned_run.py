@@ -63,16 +63,19 @@ NOT_ASKED = "."
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to show images to the model: sizes of its parts, a slicing (``None``: the sizes' own), a schema."""
+    """One way to show images to the model: sizes of its parts, a slicing (``None``: the sizes' own), a schema, and the
+    positions of fitted latents."""
 
     summary: str
     config: NanoConfig
     slicing: SlicingLike | None = None
     schema: str | SpatialSchema = "llava-uhd"
+    fitted_position: str = "interpolated"
 
     def build(self, seed: int) -> UHDForConditionalGeneration:
         """The untrained model."""
-        return build_nano(self.config, slicing=self.slicing, schema=self.schema, seed=seed)
+        given = {"slicing": self.slicing, "schema": self.schema, "fitted_position": self.fitted_position}
+        return build_nano(self.config, **given, seed=seed)
 
 
 def all_arms(base: NanoConfig | None = None) -> dict[str, Arm]:

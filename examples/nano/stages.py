@@ -131,7 +131,7 @@ def fit_attention(model: UHDForConditionalGeneration, *, steps: int = 300, seed:
         loss = torch.zeros(())
         for (rows, columns), latents_hw in sorted(views):
             kv = F.layer_norm(torch.randn(rows * columns, width, generator=drawn), (width,))
-            keys = kv + resampler.key_table((rows, columns))
+            keys = kv + resampler.key_table((rows, columns), latents_hw)
             parts = (
                 (queries[latents_hw], attn.in_proj_weight[:width]),
                 (keys, attn.in_proj_weight[width : 2 * width]),

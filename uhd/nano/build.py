@@ -82,6 +82,7 @@ def build_nano(
     *,
     slicing: SlicingLike | None = None,
     schema: SpatialSchema | str = "llava-uhd",
+    fitted_position: str = "interpolated",
     seed: int = 0,
 ) -> UHDForConditionalGeneration:
     """An untrained nano model from the public parts; the caller's random state is left as it was.
@@ -89,11 +90,16 @@ def build_nano(
     Args:
         config: Its sizes.
         slicing, schema: As of :class:`uhd.VisualEncoder`; ``None`` is the config's own slicing.
+        fitted_position: As of :class:`uhd.resampler.PerceiverConfig`.
         seed: Of the weights.
     """
     config = config or NanoConfig()
     tokenizer = character_tokenizer()
-    latents = {"num_heads": config.latent_heads, "num_latents": config.latents}
+    latents = {
+        "num_heads": config.latent_heads,
+        "num_latents": config.latents,
+        "fitted_position": fitted_position,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = VisualEncoder(

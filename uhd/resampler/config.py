@@ -62,6 +62,7 @@ def default_heads(width: int) -> int:
 
 
 KEY_POSITIONS = ("interpolated", "direct", "none")
+FITTED_POSITIONS = ("interpolated", "direct")
 
 # What sets the published layers apart. Sizes are not part of a variant; "minicpm-v-2.6" also reads 2.5 (96 latents).
 VARIANTS: dict[str, dict[str, object]] = {
@@ -77,6 +78,7 @@ class PerceiverConfig(ResamplerConfig):
 
     query_position: bool = True  # latents get the sincos table of their own square grid
     key_position: str = "interpolated"  # that table resized to the view's grid; "direct": the view's own; "none"
+    fitted_position: str = "interpolated"  # of latents in another grid: that table resized, or "direct": that grid's own
     depth: int = 1  # cross-attention layers; the published ones have 1
     ffn_ratio: float = 0.0  # hidden width of an FFN after each layer, as a multiple of the width; 0 for none
 
@@ -89,6 +91,7 @@ class PerceiverConfig(ResamplerConfig):
         super().__post_init__()
         check_range(self, ("depth",), 1, MOST_LAYERS)
         check_choice("key_position", self.key_position, KEY_POSITIONS)
+        check_choice("fitted_position", self.fitted_position, FITTED_POSITIONS)
         if self.ffn_ratio < 0 or (self.ffn_ratio and self.ffn_width < 1):
             raise ValueError(
                 f"ffn_ratio={self.ffn_ratio}: must be 0 for no FFN, or leave a hidden width of at least 1"

@@ -51,7 +51,7 @@ from torch import Tensor, nn
 
 from uhd.grids import Grid, map_by_grid, sent, split_views
 from uhd.machine import product_of
-from uhd.positions import interpolate_pos_embed, sines
+from uhd.positions import interpolate_pos_embed, sincos_2d, sines
 from uhd.resampler.config import PerceiverConfig
 from uhd.settings import check_choice
 from uhd.shortcuts import contents_of
@@ -151,6 +151,20 @@ class Folded:
         return found
 
 
+def position_grid(config: PerceiverConfig, latents_hw: Grid | None) -> Grid:
+    """The grid of the table that the positions of latents and keys are resized from, for latents in this grid."""
+    own = latents_hw is None or config.fitted_position == "interpolated"
+    return (config.side, config.side) if own else latents_hw
+
+
+def position_table(config: PerceiverConfig, own: Tensor, latents_hw: Grid | None) -> Tensor:
+    """That table; ``own`` is that of the latents' own square."""
+    grid_hw = position_grid(config, latents_hw)
+    if grid_hw == (config.side, config.side):
+        return own
+    return sincos_2d(config.width, grid_hw, device=own.device, dtype=own.dtype)
+
+
 def fold_latents(path: str, layer: Layer, dtype: torch.dtype, latents_hw: Grid | None = None) -> dict[str, Tensor]:
     """Multiply what is constant of the latents, in ``dtype``: the formulas above tell the parts of the two paths.
 
@@ -160,19 +174,19 @@ def fold_latents(path: str, layer: Layer, dtype: torch.dtype, latents_hw: Grid |
     weights = _exact(layer)
     w_q, w_k, _ = weights["attn.in_proj_weight"].chunk(3)
     b_q = weights["attn.in_proj_bias"].chunk(3)[0]
-    latents, table = weights["query"], weights.get("pos_embed")
+    latents = weights["query"]
+    table = position_table(config, weights["pos_embed"], latents_hw) if config.has_latent_table else None
     if latents_hw is not None:
         latents = interpolate_pos_embed(latents, native, latents_hw, mode="bilinear")
-        table = None if table is None else interpolate_pos_embed(table, native, latents_hw)
     q = F.layer_norm(latents, latents.shape[-1:], weights["ln_q.weight"], weights["ln_q.bias"], layer.query_eps)
     if config.query_position:
-        q = q + table
+        q = q + interpolate_pos_embed(table, position_grid(config, latents_hw), latents_hw or native)
     q = F.linear(q, w_q, b_q).unflatten(-1, (config.num_heads, -1)) * (config.width // config.num_heads) ** -0.5
     pairs = torch.einsum("qhd,hdk->hqk", q, w_k.unflatten(0, (config.num_heads, -1))).flatten(0, 1)  # m, (H Q, D)
     folded = {"logits": pairs}
     if config.key_position != "none":
         interpolated = config.key_position == "interpolated"
-        folded["positions"] = weights["pos_embed"] @ pairs.T if interpolated else pairs
+        folded["positions"] = table @ pairs.T if interpolated else pairs
     if path == "narrow":
         folded["logits"] = pairs * weights["ln_kv.weight"]
         if "kv_proj.weight" in weights:
@@ -224,8 +238,14 @@ def are_plain(weights: Mapping[str, Tensor | None], like: Tensor) -> bool:
     )
 
 
-def attend_folded(layer: Layer, tensors: Mapping[str, Tensor], keys: Tensor, grids: Sequence[Grid]) -> Tensor:
-    """Compute what the attention gives before out_proj, (V, Q, D), with what `Folded.get` gave for the path.
+def attend_folded(
+    layer: Layer,
+    tensors: Mapping[str, Tensor],
+    keys: Tensor,
+    grids: Sequence[Grid],
+    latents_hw: Grid | None = None,
+) -> Tensor:
+    """Compute what the attention gives before out_proj, (V, Q, D), with what `Folded.get` gave for path and latents.
 
     `keys` are packed (N, K): u for "absorbed", `normalised` features for "narrow".
     """
@@ -235,7 +255,7 @@ def attend_folded(layer: Layer, tensors: Mapping[str, Tensor], keys: Tensor, gri
 
     def attend(grid: Grid, views: list[int]) -> Iterable[Tensor]:
         step = max(1, at_once // (math.prod(grid) * len(logits)))
-        table = position_logits(layer.config, tensors.get("positions"), grid)
+        table = position_logits(layer.config, tensors.get("positions"), grid, latents_hw)
         for first in range(0, len(views), step):
             some = torch.stack([per_view[view] for view in views[first : first + step]])
             yield from _values(layer.config.num_heads, tensors, _sums(logits, some, table))
@@ -253,12 +273,14 @@ def normalised(layer: Layer, tensors: Mapping[str, Tensor], features: Tensor) ->
     return features * (variance + layer.key_eps).rsqrt().to(features.dtype)
 
 
-def position_logits(config: PerceiverConfig, positions: Tensor | None, grid_hw: Grid) -> Tensor | None:
+def position_logits(
+    config: PerceiverConfig, positions: Tensor | None, grid_hw: Grid, latents_hw: Grid | None = None
+) -> Tensor | None:
     """Compute m . pos over a grid, (H Q, h * w), from what `fold_latents` made of the positions; None without any."""
     if positions is None:
         return None
     if config.key_position == "interpolated":
-        table = interpolate_pos_embed(positions, (config.side, config.side), grid_hw)
+        table = interpolate_pos_embed(positions, position_grid(config, latents_hw), grid_hw)
         return table.T.contiguous()  # the sums below are slower over a transposed one
     half = config.width // 2
     by_column, by_row = positions.split(half, dim=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +74,9 @@ class PerceiverResampler(ReleasedResampler):
 
     Its latents can be fitted to views (`forward`): in another grid than their own square both the learned latents
     (bilinear) and P (as the keys' positions) are interpolated to that grid, over the same extent. So tokens may be
-    more or fewer, and follow a view's shape, with the same weights.
+    more or fewer, and follow a view's shape, with the same weights. A long view's latents are then near each other in
+    P; with `fitted_position="direct"` P is the table of the fitted grid itself, so that neighbours are as far apart as
+    in the square. A model trained without the one does not know the other.
 
     >>> resampler = PerceiverResampler(PerceiverConfig(width=32, vision_width=16, num_heads=2, num_latents=9))
     >>> features = torch.zeros(2 * 3 + 5 * 4, 16)  # two views, of 2 x 3 and 5 x 4 patches
@@ -267,7 +270,7 @@ class PerceiverResampler(ReleasedResampler):
             else:
                 narrow = path == "narrow"
                 keys = folded.normalised(layer, tensors, some) if narrow else self.ln_kv(self.kv_proj(some))
-                x = self.attn.out_proj(folded.attend_folded(layer, tensors, keys, own))
+                x = self.attn.out_proj(folded.attend_folded(layer, tensors, keys, own, latents_hw))
             found.append(self.ln_post(x) @ self.proj)
         return found
 
@@ -294,7 +297,7 @@ class PerceiverResampler(ReleasedResampler):
         lengths = [h * w for h, w in grids]
         positions = offsets = None
         if self.config.key_position != "none":
-            positions, offsets = join_tables(grids, self.key_table)
+            positions, offsets = join_tables(grids, partial(self.key_table, latents_hw=latents_hw))
         keys = {"positions": positions, "position_offsets": offsets, "impl": self.attention_impl}
         kv = self.ln_kv(self.kv_proj(features))  # (N, D)
         query_table = self.query_table(latents_hw)
@@ -310,8 +313,9 @@ class PerceiverResampler(ReleasedResampler):
 
     def query_table(self, latents_hw: Grid | None = None) -> Tensor | None:
         """What joins the queries of every layer, (Q, D); None for nothing. `latents_hw`: None is their own grid."""
-        side = (self.config.side, self.config.side)
-        return self._positions_over(latents_hw or side, self.query) if self.config.query_position else None
+        if not self.config.query_position:
+            return None
+        return self._resized_positions(latents_hw or (self.config.side, self.config.side), latents_hw)
 
     def queries(self, table: Tensor | None, latents_hw: Grid | None = None) -> Tensor:
         """What looks at the features first: (Q, D)."""
@@ -320,14 +324,23 @@ class PerceiverResampler(ReleasedResampler):
             query = interpolate_pos_embed(query, side, latents_hw, mode="bilinear")
         return self.ln_q(query) if table is None else self.ln_q(query) + table
 
-    def key_table(self, grid_hw: Grid) -> Tensor:
-        """Make the positions that join the keys of a view: (h * w, D); ValueError where the layer has none."""
+    def key_table(self, grid_hw: Grid, latents_hw: Grid | None = None) -> Tensor:
+        """Make the positions that join the keys of a view: (h * w, D); ValueError where the layer has none.
+
+        `latents_hw`: the grid of the view's latents; None is their own.
+        """
         config, like = self.config, self.query
         if config.key_position == "none":
             raise ValueError("this resampler has no key positions (key_position='none')")
         if config.key_position == "direct":
             return sincos_2d(config.width, grid_hw, device=like.device, dtype=like.dtype)
-        return self._positions_over(grid_hw, like)
+        return self._resized_positions(grid_hw, latents_hw)
+
+    def _resized_positions(self, grid_hw: Grid, latents_hw: Grid | None) -> Tensor:
+        """The positions of a grid over a view whose latents have this grid."""
+        table = folded.position_table(self.config, self.pos_embed, latents_hw)
+        source_hw = folded.position_grid(self.config, latents_hw)
+        return interpolate_pos_embed(table, source_hw, grid_hw).to(self.query)
 
 
 def _views_of(features: Tensor, grids: Sequence[Grid], numbers: Sequence[int]) -> tuple[Tensor, list[Grid]]:
