@@ -12,7 +12,9 @@ from uhd import SliceBatch, VisualEncoder, register_strategy
 from uhd.export.graph import described
 from uhd.grids import split_views
 from uhd.nano.build import NanoConfig, build_nano
+from uhd.positions import sincos_2d
 from uhd.resampler import PerceiverConfig, PerceiverResampler, SpatialConfig, SpatialResampler, folded
+from uhd.resampler.config import FITTED_POSITIONS
 from uhd.slicing import SlicePlan
 
 GRIDS = [(2, 7), (4, 4), (8, 5), (4, 4), (3, 3)]
@@ -37,23 +39,26 @@ def features(grids=GRIDS, width=24):
 def by_definition(module, x, grid_hw, latents_hw):
     """One view through `torch.nn.MultiheadAttention`, with positions and latents by `interpolate`."""
 
-    def resized(table, mode):
-        image = table.T.unflatten(1, (3, 3))[None]
-        return F.interpolate(image, latents_hw, mode=mode, align_corners=False)[0].flatten(1).T
+    def resized(table, mode, source_hw=(3, 3), to_hw=latents_hw):
+        image = table.T.unflatten(1, source_hw)[None]
+        return F.interpolate(image, to_hw, mode=mode, align_corners=False)[0].flatten(1).T
 
     width = module.out_dim
+    source_hw = latents_hw if module.config.fitted_position == "direct" else (3, 3)
+    positions = sincos_2d(width, source_hw)
     attention = torch.nn.MultiheadAttention(width, module.attn.num_heads)
     attention.load_state_dict(module.attn.state_dict())
-    queries = module.ln_q(resized(module.query, "bilinear")) + resized(module.pos_embed, "bicubic")
+    queries = module.ln_q(resized(module.query, "bilinear")) + resized(positions, "bicubic", source_hw)
     values = module.ln_kv(module.kv_proj(x))
-    keys = values + module.key_table(grid_hw)
+    keys = values + resized(positions, "bicubic", source_hw, grid_hw)
     mixed = attention(queries, keys, values, need_weights=False)[0]
     return module.ln_post(mixed) @ module.proj
 
 
+@pytest.mark.parametrize("fitted_position", FITTED_POSITIONS)
 @pytest.mark.parametrize("way", ["plain", "absorbed", "narrow"])
-def test_every_view_gets_the_grid_it_asks_for(way):
-    module, x = made(), features()
+def test_every_view_gets_the_grid_it_asks_for(way, fitted_position):
+    module, x = made(fitted_position=fitted_position), features()
     module.inference = way
     with torch.no_grad():
         found = module(x, GRIDS, LATENTS)
@@ -73,6 +78,33 @@ def test_their_own_square_is_what_it_was_to_the_bit():
         assert torch.equal(module(x, GRIDS, [(3, 3)] * 5), whole.flatten(0, 1))
         assert torch.equal(module(x, GRIDS, [None] * 5), whole.flatten(0, 1))
         assert module(x[:0], [], []).shape == (0, 32)
+
+
+def test_neighbours_in_a_long_view_stay_as_far_apart_as_in_the_square():
+    def nearest(module, latents_hw):
+        table = module.query_table(latents_hw)
+        return torch.pdist(table).min().item()
+
+    stretched, direct = made(), made(fitted_position="direct")
+    assert nearest(direct, (2, 12)) == pytest.approx(nearest(direct, (3, 3)))
+    assert nearest(stretched, (2, 12)) < 0.5 * nearest(stretched, (3, 3))
+    assert torch.equal(direct.query_table((3, 3)), direct.pos_embed)
+
+
+def test_views_own_index_stays_that_of_the_keys():
+    module = made(fitted_position="direct", key_position="direct")
+    assert torch.equal(module.key_table((2, 5), (2, 3)), sincos_2d(32, (2, 5)))
+    with torch.no_grad():
+        fitted = module(features(), GRIDS, LATENTS)
+        module.inference = "narrow"
+        torch.testing.assert_close(module(features(), GRIDS, LATENTS), fitted, atol=2e-5, rtol=2e-5)
+
+
+def test_settings_of_earlier_files_are_read():
+    config = PerceiverConfig(width=32, vision_width=24, num_heads=4)
+    earlier = {key: value for key, value in config.to_dict().items() if key != "fitted_position"}
+    assert PerceiverConfig.from_dict(earlier) == config
+    refuses("fitted_position", config.replace, fitted_position="stretched")
 
 
 def test_folded_weights_follow_the_weights_and_are_bounded(monkeypatch):

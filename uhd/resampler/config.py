@@ -78,10 +78,11 @@ class PerceiverConfig(ResamplerConfig):
 
     query_position: bool = True  # latents get the sincos table of their own square grid
     key_position: str = "interpolated"  # that table resized to the view's grid; "direct": the view's own; "none"
-    fitted_position: str = "interpolated"  # of latents in another grid: that table resized, or "direct": that grid's own
     depth: int = 1  # cross-attention layers; the published ones have 1
     ffn_ratio: float = 0.0  # hidden width of an FFN after each layer, as a multiple of the width; 0 for none
+    fitted_position: str = "interpolated"  # latents in another grid: that table resized to it; "direct": its own
 
+    later: ClassVar[tuple[str, ...]] = ("fitted_position",)
     square_advice: ClassVar[str] = (
         "the latents' positions are a square grid, so take 64 or 144, say, or query_position=False with "
         "key_position='direct' or 'none'"
