@@ -1,5 +1,6 @@
 """The second learned comparison: what its arms see, its scenes, and what is said of its expectations."""
 
+import itertools
 import json
 import sys
 from dataclasses import replace
@@ -56,13 +57,13 @@ def test_arms_are_equal_in_tokens_and_parameters_as_the_page_says(parts, judged)
 
 
 def test_seeds_are_new_and_settings_are_told_apart(parts):
-    sets = [parts.run.LONG, parts.plus.PLUS, parts.plus.PAGES, parts.plus.AFTER]
+    sets = [parts.run.LONG, parts.plus.PLUS, parts.plus.PAGES, parts.plus.AFTER, parts.plus.DIRECT]
     seeds = [seed for one in sets for seed in (one.test_seed, one.validation_seed)]
-    assert len({*seeds, 1_000_003}) == 9
+    assert len({*seeds, 1_000_003}) == 11
     assert min(seeds) > 1_000_000
     told = [one.to_dict() for one in sets]
     assert "set" not in told[0]  # as the committed runs have them
-    assert [one["set"] for one in told[1:]] == ["plus", "pages", "after"]
+    assert [one["set"] for one in told[1:]] == ["plus", "pages", "after", "direct"]
     stored = json.loads(next((ROOT / "benchmarks" / "results" / "learned" / "long").glob("*.json")).read_text())
     assert stored["settings"] == told[0]
     for one in sets[1:]:
@@ -96,18 +97,19 @@ def tiny_of(settings):
     return replace(tiny, local_steps=1, factors=(0.5,), model=small)
 
 
-@pytest.mark.parametrize("name", ["PLUS", "PAGES"])
+@pytest.mark.parametrize("name", ["PLUS", "PAGES", "DIRECT"])
 def test_a_tiny_run_is_done_and_reported(parts, tmp_path, name):
     parts.plus._arms.cache_clear()  # tests forget what was registered
     settings = getattr(parts.plus, name)
     tiny, folder = tiny_of(settings), tmp_path / settings.name
-    given = {"arms": ("uhd-more", "plus", "one-view"), "seeds": (0,)}
+    arm = "plus" if name == "PLUS" else "native-direct"
+    given = {"arms": ("uhd-more", arm), "seeds": (0,)}
     assert parts.run.work(tiny, **given, out=folder, checkpoints=tmp_path / "checkpoints") == []
     runs = parts.run.read_runs(folder, tiny)
     assert {run["test"]["seed"] for run in runs.values()} == {settings.test_seed}
     told = parts.report.report(tmp_path, say=lambda text: None)[settings.name]
     assert told["baseline"] == "uhd-more"
-    assert set(told["differences"]) == {"plus", "one-view"}
+    assert set(told["differences"]) == {arm}
 
 
 def test_the_afterthought_judges_anew_what_was_trained_before(parts, tmp_path, capsys):
@@ -132,14 +134,18 @@ def test_the_afterthought_judges_anew_what_was_trained_before(parts, tmp_path, c
         parts.run.work(longer, arms=("uhd-more",), seeds=(0,), **(places | {"out": places["out"].with_name("other")}))
 
 
-def test_each_arm_of_the_afterthought_sees_images_in_one_way(parts):
-    settings = parts.plus.AFTER
+@pytest.mark.parametrize(
+    "settings, title, names",
+    [("AFTER", "### An afterthought", ("native", "slices")), ("DIRECT", "### A third comparison", ("native-direct",))],
+)
+def test_each_later_arm_sees_images_in_one_way(parts, settings, title, names):
+    settings = getattr(parts.plus, settings)
     images = [settings.test_scene(number).image for number in range(1000)]
-    page = (ROOT / "docs" / "learned.md").read_text().split("### An afterthought")[1]
+    page = (ROOT / "docs" / "learned.md").read_text().split(title)[1]
     arms = settings.arms()
-    for name in ("native", "slices"):
+    for name in names:
         plans = arms[name].build(0).visual.prepare(images).plans
-        assert (max(plan.num_views for plan in plans) == 1) == (name == "native")
+        assert (max(plan.num_views for plan in plans) == 1) == (name != "slices")
         count = sum(parameter.numel() for parameter in arms[name].build(0).parameters())
         tokens, patches = ([getattr(plan, what) for plan in plans] for what in ("num_visual_tokens", "num_patches"))
         cells = [cell.strip() for cell in page.split(f"\n| `{name}` |")[1].split("\n")[0].split("|")[1:4]]
@@ -185,22 +191,43 @@ def test_expectations_are_met_refuted_or_open(parts):
     assert rows["H1"]["worse"] == len(QUESTIONS)
 
 
-@pytest.mark.parametrize("gain, came", [(0.1, "met"), (-0.1, "refuted")])
-def test_of_the_pages_a_sign_is_expected(parts, gain, came):
-    generator, images = np.random.default_rng(0), 400
-    found = {}
-    for arm, level in (("uhd-more", 0.5), ("plus", 0.5 + gain)):
-        for seed in range(3):
-            distance = "".join(generator.choice(["0", "1"], images, p=[level, 1 - level]))
-            items = {kind: {"distance": distance, "length": "3" * images} for kind in QUESTIONS}
-            test = {"seed": 1, "buckets": "0123" * (images // 4), "items": items, "cut": "0" * images}
-            row = {"arm": arm, "seed": seed, "factor": 0.5, "settings": {"factors": [0.5]}, "test": test}
-            found[parts.run.Task(arm, seed, 0.5)] = row
-    (told,) = parts.results.expectations(parts.results.Comparison(found, "pages"))
-    assert (told["name"], told["came"], told["images"]) == ("H8", came, images)
-    assert told["difference"][0] == pytest.approx(gain, abs=0.06)
-    for seed in range(3):  # better in all, but one question is worse
-        run = found[parts.run.Task("plus", seed, 0.5)]["test"]["items"]
-        run["all"], run["count"] = run["all"] | {"distance": "0" * images}, run["all"] | {"distance": "1" * images}
-    (told,) = parts.results.expectations(parts.results.Comparison(found, "pages"))
-    assert told["came"] == "open"
+def judged_expectation(parts, name, share, wrong=(), right=()):
+    """Name, verdict, buckets worse and mean of a set's one expectation: ``native-direct`` answers this share, half
+    elsewhere; in (question, buckets) of ``wrong`` nothing, in those of ``right`` everything."""
+    generator, images, found = np.random.default_rng(0), 400, {}
+    for arm, seed in itertools.product(("uhd-more", "native-direct"), range(3)):
+        direct = arm == "native-direct"
+        exact = generator.random((len(QUESTIONS), images)) < (share if direct else 0.5)
+        for value, places in ((False, wrong), (True, right)):
+            for kind, buckets in places if direct else ():
+                exact[QUESTIONS.index(kind), np.isin(np.arange(images) % 4, buckets)] = value
+        marks = ["".join("0" if one else "1" for one in row) for row in exact]
+        items = {k: {"distance": row, "length": "3" * images} for k, row in zip(QUESTIONS, marks, strict=True)}
+        test = {"seed": 1, "buckets": "0123" * (images // 4), "items": items, "cut": "0" * images}
+        run = {"arm": arm, "seed": seed, "factor": 0.5, "settings": {"factors": [0.5]}, "test": test}
+        found[parts.run.Task(arm, seed, 0.5)] = run
+    (told,) = parts.results.expectations(parts.results.Comparison(found, name))
+    assert told["images"] == images
+    assert told["difference"][0] == pytest.approx(share - 0.5, abs=0.06) or wrong or right
+    return told["name"], told["came"], told["worse"]
+
+
+EVERYWHERE = [0, 1, 2, 3]
+
+
+def test_of_the_third_comparison_buckets_of_all_and_questions_in_all_may_not_be_worse(parts):
+    for wrong, told in (
+        ([], ("met", 0)),
+        ([("count", [3])], ("met", 1)),
+        ([("all", [3])], ("refuted", 1)),
+        ([("count", EVERYWHERE)], ("refuted", 4)),
+    ):
+        assert judged_expectation(parts, "direct", 0.9, wrong) == ("H11", *told)
+    assert judged_expectation(parts, "direct", 0.4)[1] == "refuted"
+
+
+def test_of_the_pages_a_sign_is_expected(parts):
+    assert judged_expectation(parts, "pages", 0.6) == ("H8", "met", 0)
+    assert judged_expectation(parts, "pages", 0.4)[1] == "refuted"
+    better, one_worse = [("all", EVERYWHERE)], [("count", EVERYWHERE)]
+    assert judged_expectation(parts, "pages", 0.6, one_worse, better)[1] == "open"
