@@ -121,12 +121,11 @@ def test_the_page_is_whole_small_and_asks_nothing(page):
     assert len(page.encode()) < 1_000_000
 
 
-def test_settings_of_ones_own_are_shown_as_they_are_planned():
+def test_settings_of_ones_own_are_planned_for_every_size():
     rules = [SlicingConfig(patch_size=16, image_size=256), SlicingConfig(one_view_below=2.5, latents="fitted")]
     rules.append(PRESETS["minicpm-v-4.6"].replace(one_view_below=2.5))
-    near_hw = (near(500), near(700))
-    for rule, (found,) in zip(rules, looked_up(explore_page(rules), [[500, 700]])[:3], strict=True):
-        planned = rule.plan((500, 700) if rule.patch_size == 16 else near_hw)
+    for rule, (found,) in zip(rules, looked_up(explore_page(rules), [[501, 703]])[:3], strict=True):
+        planned = rule.plan((501, 703))
         assert {key: found.get(key) for key in shown(planned)} == shown(planned)
         assert found["flops"] == pytest.approx(plan_flops(planned).total / 1e10, abs=0.5001)
 

@@ -1,8 +1,7 @@
 """One page to try slicing rules on a size of one's own choice: sliders or a dropped photo, cuts drawn as they move.
 
 The adaptive planner runs in the page, by ``uhd/slicing/planner.js``, so its rules are exact for every size. Each
-other rule, and those of one view or of fitted latents, is planned here for a lattice of sizes, and the page says for
-which of them it draws.
+other rule is planned here for a lattice of sizes, and the page says for which of them it draws.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ def explore_page(strategies: Iterable[SlicingLike] | None = None) -> str:
 
 def _rule(name: str, rule: Slicing) -> dict[str, Any]:
     """A rule as its settings, for the planner in the page, or as what it makes of every size of the lattice."""
-    if isinstance(rule, SlicingConfig) and rule.one_view_below is None and not rule.fits_latents:
+    if isinstance(rule, SlicingConfig):
         return {"name": name, "config": rule.to_dict()}
     outcomes: dict[str | tuple[Any, ...], int] = {}
     places = []

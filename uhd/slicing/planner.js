@@ -1,5 +1,5 @@
-// The adaptive (LLaVA-UHD) planner in plain JavaScript: the rule of uhd/slicing/adaptive.py, step for step, since the
-// order of operations decides the last bits. A plain script, which defines `uhdPlanner`, and a module of Node.
+// The adaptive (LLaVA-UHD) planner in plain JavaScript: the rule of uhd/slicing/adaptive.py with all of its options,
+// step for step, since the order of operations decides the last bits. Latents are those of uhd/slicing/latents.py. A plain script, which defines `uhdPlanner`, and a module of Node.
 //
 // A config is what SlicingConfig.to_dict() gives, as in "slicing" of a model.json. Sizes are [height, width] in px,
 // grids [rows, columns]. Other strategies are not here.
@@ -64,10 +64,11 @@ const uhdPlanner = (() => {
     return sum(high, low + a[0] * b[1] + a[1] * b[0]);
   }
 
-  // The size of a view: the encoder's pixel budget at the content's aspect.
-  function fit(height, width, config) {
+  // The size of a view: the encoder's pixel budget at the content's aspect, or `most` units in its place.
+  function fit(height, width, config, most = null) {
     const unit = config.patch_size * config.merge;
-    const budget = div(config.image_size ** 2, unit ** 2);
+    const budget = most ?? div(config.image_size ** 2, unit ** 2);
+    const imageSize = most === null ? config.image_size : Math.sqrt(most) * unit;
     let rows, columns;
     if (config.rule === "march2024") {
       const scale = Math.sqrt(budget * (unit / height) * (unit / width));
@@ -75,11 +76,11 @@ const uhdPlanner = (() => {
       columns = Math.min(Math.floor((scale * width) / unit) || 1, budget);
     } else {
       const aspect = width / height;
-      const fitted = Math.floor(config.image_size / Math.sqrt(aspect));
+      const fitted = Math.floor(imageSize / Math.sqrt(aspect));
       const sides = [fitted, Math.floor(fitted * aspect)]; // from the truncated height, as released
       [rows, columns] = sides.map((side) => (config.rounding === "floor" ? div(side, unit) : round(side / unit)) || 1);
     }
-    if (config.clamp && rows * columns > budget) {
+    if ((config.clamp || most !== null) && rows * columns > budget) {
       if (rows >= columns) rows = div(budget, columns);
       else columns = div(budget, rows);
     }
@@ -121,36 +122,83 @@ const uhdPlanner = (() => {
     return fit(side(height, rows), side(width, columns), config);
   }
 
-  function view(kind, sizeHw, place, config) {
+  const area = ([rows, columns]) => rows * columns;
+
+  // (rows, columns) of at most so many latents over a view of so many patches, in cells as square as can be.
+  function latentGrid(tokens, [height, width]) {
+    let rows = Math.max(Math.floor(Math.sqrt(div(tokens * height, width))), 1);
+    while (rows > 1 && height * div(tokens, rows) < width * rows) rows--;
+    while (rows < tokens && height * div(tokens, rows + 1) >= width * (rows + 1)) rows++;
+    const options = [[rows, div(tokens, rows)]];
+    if (rows < tokens) {
+      const columns = div(tokens, rows + 1);
+      options.push([div(tokens, columns), columns]);
+    }
+    const [one, other = one] = options;
+    const longer = ([r, c], by) => Math.max(height * c, width * r) * area(by); // of a cell, times both areas
+    const order = [longer(one, other) - longer(other, one), area(other) - area(one), one[0] - other[0]];
+    return (order.find((difference) => difference !== 0) || 0) > 0 ? other : one;
+  }
+
+  function view(kind, sizeHw, place, config, latentsHw = null) {
     const unit = config.patch_size * config.merge;
     const tokens = config.tokens_per_view || div(sizeHw[0], unit) * div(sizeHw[1], unit);
-    const patches = sizeHw.map((side) => div(side, config.patch_size));
-    return { kind, place, size_hw: sizeHw, patches_hw: patches, num_tokens: tokens };
+    const found = { kind, place, size_hw: sizeHw, patches_hw: patchesOf(sizeHw, config), num_tokens: tokens };
+    return latentsHw === null ? found : { ...found, num_tokens: area(latentsHw), latents_hw: latentsHw };
+  }
+
+  const patchesOf = (sizeHw, config) => sizeHw.map((side) => div(side, config.patch_size));
+
+  // Grids of latents of each slice and of the overview: their patches' shares of the tokens of all.
+  function sharedLatents(slices, slice, overview, config) {
+    const tokens = (slices + 1) * config.tokens_per_view;
+    const [whole, part] = [overview, slice ?? overview].map((sizeHw) => patchesOf(sizeHw, config));
+    const share = div(tokens * area(part), slices * area(part) + area(whole));
+    const own = latentGrid(Math.max(share, 1), part);
+    return [own, latentGrid(tokens - slices * area(own), whole)];
   }
 
   // The plan with a given grid; null is one view alone.
   function build(imageHw, grid, config) {
-    const overview = view("overview", fit(...imageHw, config), null, config);
+    const overview = fit(...imageHw, config);
+    const slice = grid === null ? null : sliceHw(imageHw, grid, config);
+    const cells = grid === null ? 0 : area(grid);
+    const fitted = config.latents === "fitted";
+    const [own, rest] = fitted ? sharedLatents(cells, slice, overview, config) : [null, null];
+    const views = [view("overview", overview, null, config, rest)];
     const counts = config.separators;
-    let views = [overview];
     let separators = counts.per_image;
-    let slice = null;
     if (grid !== null) {
       const [rows, columns] = grid;
-      slice = sliceHw(imageHw, grid, config);
       const slices = [];
       for (let row = 0; row < rows; row++) {
-        for (let column = 0; column < columns; column++) slices.push(view("slice", slice, [row, column], config));
+        for (let column = 0; column < columns; column++) slices.push(view("slice", slice, [row, column], config, own));
       }
-      views = config.overview_first ? [overview, ...slices] : [...slices, overview];
-      separators += counts.per_cut + counts.per_slice * rows * columns + counts.per_row * rows;
+      views.splice(config.overview_first ? 1 : 0, 0, ...slices);
+      separators += counts.per_cut + counts.per_slice * cells + counts.per_row * rows;
     }
+    return planOf(imageHw, grid, slice, overview, views, separators);
+  }
+
+  // The image as one view, in place of the slices of a grid and the overview, of as many patches and tokens.
+  function joined(imageHw, grid, config) {
+    const overview = fit(...imageHw, config);
+    const unit = config.patch_size * config.merge;
+    const units = div(area(grid) * area(sliceHw(imageHw, grid, config)) + area(overview), unit ** 2);
+    const sizeHw = fit(...imageHw, config, units);
+    const tokens = config.tokens_per_view && (area(grid) + 1) * config.tokens_per_view;
+    const latentsHw = tokens ? latentGrid(tokens, patchesOf(sizeHw, config)) : null;
+    const views = [view("overview", sizeHw, null, config, latentsHw)];
+    return planOf(imageHw, null, null, sizeHw, views, config.separators.per_image);
+  }
+
+  function planOf(imageHw, grid, slice, overview, views, separators) {
     const visual = views.reduce((sum, one) => sum + one.num_tokens, 0);
     return {
       image_hw: imageHw,
       grid,
       slice_hw: slice,
-      overview_hw: overview.size_hw,
+      overview_hw: overview,
       views,
       num_patches: views.reduce((sum, one) => sum + one.patches_hw[0] * one.patches_hw[1], 0),
       num_visual_tokens: visual,
@@ -159,22 +207,28 @@ const uhdPlanner = (() => {
     };
   }
 
+  // The plan of the best grid under a cap, or of one view in its place.
+  function chosen(imageHw, config, cap) {
+    const grid = bestGrid(imageHw, config, cap);
+    const below = config.one_view_below ?? 0;
+    const near = Math.max(...imageHw) <= below * Math.min(...imageHw);
+    return grid !== null && near ? joined(imageHw, grid, config) : build(imageHw, grid, config);
+  }
+
   // The plan, and the cap on slices that it was made under; 0: the overview alone.
   function withinBudget(imageHw, config) {
     if (!config || !["released", "march2024"].includes(config.rule) || !config.separators) {
       const got = JSON.stringify(config && config.rule);
       throw new RangeError(`a config is "slicing" of a model.json, of the adaptive rule; this one's rule is ${got}`);
     }
-    if (config.one_view_below != null || (config.latents || "fixed") !== "fixed") {
-      const got = JSON.stringify([config.one_view_below, config.latents]);
-      throw new RangeError(`one_view_below and latents are planned in Python alone; this config has ${got}`);
-    }
     if (!(Number.isInteger(config.max_slices) && config.max_slices > 0)) {
       throw new RangeError(`max_slices must be a whole number above 0, got ${config.max_slices}`);
     }
     const most = config.max_tokens == null ? Infinity : config.max_tokens;
-    for (let cap = Math.min(config.max_slices, div(most, config.tokens_per_view || 1)); cap > 0; cap--) {
-      const found = build(imageHw, bestGrid(imageHw, config, cap), config);
+    const least = config.latents === "fitted" ? 1 : config.tokens_per_view || 1; // tokens of a cut image's views
+    const caps = config.one_view_below == null ? div(most, least) : Infinity;
+    for (let cap = Math.min(config.max_slices, caps); cap > 0; cap--) {
+      const found = chosen(imageHw, config, cap);
       if (found.num_tokens <= most) return [found, cap];
     }
     const alone = build(imageHw, null, config);
