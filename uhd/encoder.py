@@ -19,7 +19,6 @@ from uhd.packed_encoder import PackedEncoder
 from uhd.parts import find_pixels, load_vision
 from uhd.pixels import PixelSettings
 from uhd.resampler import FeaturePacker, PerceiverConfig, PerceiverResampler, pack_features
-from uhd.resampler.config import default_heads
 from uhd.resampler.stitch import feature_lengths
 from uhd.schema import SpatialSchema, TokenLayout
 from uhd.schema.counted import PLAIN, checked_layout, counted, video_layout
@@ -345,7 +344,7 @@ class VisualEncoder(PackedEncoder):
             with read_whole(saved.parent, saved.name):
                 return saving.load(cls, saved.parent, slicing=slicing, schema=schema, pixels=pixels, **parts)
         vision, new = load_vision(source) if vision is None else vision, compressor is None
-        compressor = _new_resampler(vision, out_dim, sizes) if new else compressor
+        compressor = _new_resampler(vision, out_dim, find(slicing).fits_latents, sizes) if new else compressor
         pixels = find_pixels(source) if pixels is None else pixels
         encoder = cls(vision, compressor, slicing=slicing, schema=schema, pixels=pixels).eval()
         if new:
@@ -355,14 +354,15 @@ class VisualEncoder(PackedEncoder):
         return encoder
 
 
-def _new_resampler(vision: nn.Module, out_dim: int | None, sizes: dict[str, int]) -> PerceiverResampler:
+def _new_resampler(
+    vision: nn.Module, out_dim: int | None, fits_latents: bool, sizes: dict[str, int]
+) -> PerceiverResampler:
     if out_dim is None or not hasattr(vision, "out_dim"):
         raise ValueError(
             "a new compressor needs out_dim, the language model's hidden_size, and a vision encoder that "
             "tells its own out_dim; or pass compressor=..."
         )
-    sizes = {"num_heads": default_heads(out_dim), **sizes}
-    return PerceiverResampler(PerceiverConfig(width=out_dim, vision_width=vision.out_dim, **sizes))
+    return PerceiverResampler(PerceiverConfig.for_new(out_dim, vision.out_dim, fits_latents=fits_latents, **sizes))
 
 
 def _check_backbone(vision: nn.Module, slicing: Slicing, check_image_size: bool) -> None:

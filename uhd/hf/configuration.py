@@ -18,7 +18,6 @@ from uhd.hf.versions import CACHE_NAMES
 from uhd.parts import completed
 from uhd.pixels import PixelSettings
 from uhd.resampler import PerceiverConfig
-from uhd.resampler.config import default_heads
 from uhd.saving import EncoderDescription
 from uhd.schema import SeparatorIds, SpatialSchema
 from uhd.schema.counted import named_function, slicing_from_dict
@@ -217,8 +216,8 @@ class UHDConfig(FromPackage, PreTrainedConfig):
         self.pixel_config = self.pixels.to_dict()
         if self.resampler_config.kind == "perceiver" and self.resampler_config.settings is None:
             width, vision_width = text.hidden_size, self.vision_config.width
-            default = PerceiverConfig(width=width, vision_width=vision_width, num_heads=default_heads(width))
-            self.resampler_config.settings = default.to_dict()
+            new = PerceiverConfig.for_new(width, vision_width, fits_latents=self.slicing.fits_latents)
+            self.resampler_config.settings = new.to_dict()
         elif self.resampler_config.settings is not None:  # what code leaves out; a file has all
             self.resampler_config.settings = completed(self.resampler_config.kind, self.resampler_config.settings)
 

@@ -108,6 +108,20 @@ class PerceiverConfig(ResamplerConfig):
         check_choice("variant", variant, VARIANTS)
         return cls(**{**VARIANTS[variant], **fields})
 
+    @classmethod
+    def for_new(
+        cls, width: int, vision_width: int, *, fits_latents: bool = False, **fields: object
+    ) -> PerceiverConfig:
+        """Settings of a layer that is still to be trained: heads by width, and, where its slicing fits latents,
+        positions of the fitted grids.
+
+        >>> PerceiverConfig.for_new(4096, 1024, fits_latents=True).fitted_position
+        'direct'
+        """
+        position = "direct" if fits_latents else "interpolated"
+        given = {"num_heads": default_heads(width), "fitted_position": position, **fields}
+        return cls(width=width, vision_width=vision_width, **given)
+
     @property
     def has_positions(self) -> bool:
         return self.query_position or self.key_position != "none"

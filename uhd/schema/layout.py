@@ -429,7 +429,12 @@ PRESETS: dict[str, SpatialSchema] = {
 }
 """Schemas by name, as released."""
 
-_SCHEMA_OF_SLICING = {"llava-uhd-safe": "llava-uhd", "minicpm-v": "minicpm-v-2.6", "minicpm-v-4.6-4x": "minicpm-v-4.6"}
+_SCHEMA_OF_SLICING = {
+    "llava-uhd-safe": "llava-uhd",
+    "minicpm-v": "minicpm-v-2.6",
+    "minicpm-v-4.6-4x": "minicpm-v-4.6",
+    "uhd-plus": "llava-uhd",
+}
 _SLICING_OF_SCHEMA = {
     "llava-uhd-better": "llava-uhd-paper",
     "minicpm-v-2.0": "minicpm-v",
