@@ -28,7 +28,7 @@ _ADAPTIVE = {
     "minicpm-v": "adaptive grid of up to 9 slices near 448 px, sides rounded, overview first; MiniCPM-V 2.0 to 2.6",
     "minicpm-v-4.6": "the same in multiples of 56 px, patches / 16 tokens a view; MiniCPM-V 4.6",
     "minicpm-v-4.6-4x": "the same in multiples of 28 px, patches / 4 tokens a view; MiniCPM-V 4.6 in its 4x mode",
-    "uhd-plus": "one native view up to 8:1, of as many patches as slices and overview, tokens by patches; to train with",
+    "uhd-plus": "one native view up to 8:1, of as many patches as slices and overview; to be trained",
 }
 
 
