@@ -122,6 +122,14 @@ def test_from_a_hugging_face_vision_model(tmp_path):
         assert_same_images(encoder(IMAGES), from_model(IMAGES))
     assert "UNTRAINED" in encoder.note
     assert not encoder.training
+    assert encoder.compressor.config.fitted_position == "interpolated"
+    fitting = uhd.strategy("uhd-plus").for_vision(image_size=56, patch_size=14)
+    plus = uhd.VisualEncoder.from_pretrained(tmp_path, out_dim=24, slicing=fitting)
+    plus.save_pretrained(tmp_path / "plus")
+    again = uhd.VisualEncoder.from_pretrained(tmp_path / "plus")
+    assert again.compressor.config.fitted_position == plus.compressor.config.fitted_position == "direct"
+    with torch.no_grad():
+        assert_same_images(again(IMAGES), plus(IMAGES))
     with pytest.raises(ValueError, match="is not a folder; give a local one, nothing is downloaded"):
         uhd.VisualEncoder.from_pretrained("openai/clip-vit-large-patch14", out_dim=24)
     refuses("needs out_dim", uhd.VisualEncoder.from_pretrained, tmp_path)

@@ -1,5 +1,6 @@
 """One view in place of slices, and tokens shared by patches: what the planner decides, one by one and many at once."""
 
+import itertools
 import json
 import math
 import random
@@ -124,6 +125,18 @@ def test_the_laws_of_a_strategy_hold():
     assert all(
         math.prod(latent_grid(t, (h, 9))) == math.prod(latent_grid(t, (9, h))) for t in (7, 64) for h in range(1, 60)
     )
+
+
+def test_the_preset_is_one_view_up_to_eight_to_one_and_costs_no_more():
+    config = PRESETS["uhd-plus"]
+    check_strategy(config, skip=["transposition"])
+    assert config == SAFE.replace(name="uhd-plus", cut_by="shape", one_view_below=8.0, latents="fitted")
+    for hw in itertools.product((40, 336, 700, 1500, 4000), repeat=2):
+        found, cut = plan(hw, config), plan(hw, SAFE.replace(cut_by="shape"))
+        assert (found.num_views == 1) == (max(hw) <= 8 * min(hw) or cut.grid is None)
+        assert found.num_patches <= cut.num_patches
+        assert found.num_visual_tokens <= cut.num_visual_tokens
+    assert plan((300, 2401), config).grid == (1, 7)
 
 
 def test_json_carries_what_is_on_and_nothing_of_what_is_off():
