@@ -385,6 +385,9 @@ def test_the_config_reads_any_strategy():
     rule = packed_encoder("llava-next").slicing
     config = UHDConfig(slicing_config=rule.to_dict(), text_config=language_model("llama").config)
     assert config.slicing == rule
+    for name, position in (("uhd-plus", "direct"), ("llava-uhd", "interpolated")):
+        config = UHDConfig(slicing_config=find(name).to_dict(), text_config=language_model("llama").config)
+        assert config.resampler_config.settings["fitted_position"] == position  # of a resampler to be trained
     with pytest.raises(ValueError, match="unknown rule 'never'"):
         UHDConfig(slicing_config={"rule": "never"}, text_config=language_model("llama").config)
 
