@@ -14,7 +14,7 @@ from learned_pages import PageSettings
 from learned_run import Arm, Settings, all_arms, stages
 
 from uhd import SlicePlan, register_strategy
-from uhd.nano.build import NanoConfig
+from uhd.nano.build import NanoConfig, plus_parts
 from uhd.nano.task import TaskSettings
 from uhd.slicing import Slicing, SlicingLike, find
 from uhd.slicing.latents import with_latents
@@ -111,13 +111,8 @@ def after_arms(base: NanoConfig | None = None) -> dict[str, Arm]:
 
 def direct_arms(base: NanoConfig | None = None) -> dict[str, Arm]:
     """``native`` with a resampler for long views: neighbours stay as far apart in its positions as in a square."""
-    native = after_arms(base)["native"]
     told = "native with fitted latents' own positions, and 64 learned latents"
-    return {
-        "native-direct": replace(
-            native, summary=told, config=replace(native.config, latents=64), fitted_position="direct"
-        )
-    }
+    return {"native-direct": Arm(told, **plus_parts(base))}
 
 
 def _wide_overview(slices: int) -> Grid:

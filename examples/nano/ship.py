@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from train import RULES
 
 from uhd import UHDForConditionalGeneration
 from uhd.nano.build import build_nano
@@ -58,7 +59,9 @@ def main(argv: list[str] | None = None) -> None:
 def halved(folder: Path) -> Path:
     """The folder's model in float16, in a folder beside it."""
     trained = UHDForConditionalGeneration.from_pretrained(folder / "model")
-    model = build_nano()
+    run = folder / "run.json"
+    told = json.loads(run.read_text()) if run.exists() else {}
+    model = build_nano(**RULES[told.get("rule", "llava-uhd")]())
     model.load_state_dict(trained.state_dict())
     model.eval().to(torch.float16)
     made = folder / "shipped"

@@ -5,7 +5,7 @@
     python examples/nano/train.py runs/nano joint polish   # two cores: the first two stages side by side
 
 A stage that was interrupted goes on from its newest checkpoint; one that is done is not run again. A folder is for one
-seed and one number of steps, which ``run.json`` tells; others are refused. All take about 80 CPU minutes. At the end
+seed, rule and number of steps, which ``run.json`` tells; others are refused. All take about 80 CPU minutes. At the end
 the folder holds the model in the transformers format (``model``), how well it reads fresh images
 (``evaluation.json``), and the curves of the training (``curves.svg``).
 """
@@ -25,7 +25,7 @@ from stages import Stage, Supervision, fit_attention, start_from, start_joint, t
 
 from uhd import UHDForConditionalGeneration
 from uhd.charts import curves, log_axis, percent_axis
-from uhd.nano.build import NanoConfig, build_nano
+from uhd.nano.build import NanoConfig, build_nano, plus_parts
 from uhd.nano.evaluate import EVALUATION_SEED, evaluate, summary, table
 from uhd.nano.task import QUESTIONS
 
@@ -44,6 +44,9 @@ RECIPE = {
     "joint": JOINT,
     "polish": replace(JOINT, name="polish", steps=1400, matrix_lr=0.003, other_lr=0.001, every=True),
 }
+RULES = {"llava-uhd": lambda: {"config": NanoConfig()}, "uhd-plus": plus_parts}
+"""What :func:`uhd.nano.build_nano` takes for each slicing rule."""
+
 NEEDS = {"vision": (), "text": (), "joint": ("vision", "text"), "polish": ("joint",)}
 """Stages that a stage starts from."""
 
@@ -57,6 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("stages", nargs="*", help=f"of {', '.join(RECIPE)}; default: all")
     parser.add_argument("--seed", type=int, default=0, help=f"0 to {SEEDS - 1}")
+    parser.add_argument("--rule", choices=sorted(RULES), default="llava-uhd", help="that cuts images")
     parser.add_argument("--workers", type=int, default=0, help="processes that make data; 0: this one")
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of steps, for a quick look")
     parser.add_argument("--images", type=int, default=500, help="fresh images that the end is judged on")
@@ -72,10 +76,11 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)  # small matrices: one thread a process, more processes
     stages = {name: replace(kept, steps=max(round(kept.steps * args.scale), 1)) for name, kept in RECIPE.items()}
     try:
-        settle(args.folder, {"seed": args.seed, "steps": {name: stage.steps for name, stage in stages.items()}})
+        rule = {} if args.rule == "llava-uhd" else {"rule": args.rule}  # folders of before have none
+        settle(args.folder, {"seed": args.seed, "steps": {name: one.steps for name, one in stages.items()}, **rule})
         for name in (name for name in RECIPE if name in (args.stages or RECIPE)):
             check_done(args.folder, [stages[before] for before in NEEDS[name]])
-            model, supervision = begin(args.folder, name, seed=args.seed)
+            model, supervision = begin(args.folder, name, seed=args.seed, rule=args.rule)
             train(model, supervision, stages[name], args.folder, seed=args.seed, workers=args.workers)
     except (FileExistsError, NotADirectoryError, RunError) as problem:
         parser.error(str(problem))
@@ -132,13 +137,16 @@ def check_done(folder: Path, needed: list[Stage]) -> None:
             raise RunError(f"stage {stage.name} is needed first: it has {steps} of {stage.steps} steps in {folder}")
 
 
-def begin(folder: Path, name: str, *, seed: int) -> tuple[UHDForConditionalGeneration, Supervision]:
+def begin(
+    folder: Path, name: str, *, seed: int, rule: str = "llava-uhd"
+) -> tuple[UHDForConditionalGeneration, Supervision]:
     """The model as a stage finds it."""
-    config = NanoConfig()
+    parts = RULES[rule]()
+    config = parts["config"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         supervision = Supervision(config.width, config.latents)
-    model = build_nano(config, seed=seed)
+    model = build_nano(**parts, seed=seed)
     if name == "joint":
         start_joint(folder, model, supervision)
     elif name == "polish":

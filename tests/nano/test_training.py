@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from uhd import load_nano
+from uhd import UHDForConditionalGeneration, load_nano
 from uhd.nano.build import NanoConfig, build_nano
 from uhd.nano.evaluate import EVALUATION_SEED
 from uhd.nano.task import GLYPHS, questions, scene
@@ -261,6 +261,17 @@ def test_a_folder_is_trained_to_its_end_and_is_of_one_run(train, tmp_path, capsy
     assert "belongs to another run (steps.vision " in refused(train.main, [folder, "--scale", 0.1], capsys)
     (folder / "run.json").unlink()
     assert "of an unknown run" in refused(train.main, [folder, *SHORT], capsys)
+
+
+def test_a_rule_is_trained_and_made_ready_to_ship(parts, train, tmp_path, capsys):
+    import ship
+
+    folder = tmp_path / "plus"
+    train.main([str(folder), *SHORT, "--rule", "uhd-plus"])
+    assert "belongs to another run (rule uhd-plus, asked is None)" in refused(train.main, [folder, *SHORT], capsys)
+    made = UHDForConditionalGeneration.from_pretrained(ship.halved(folder))
+    assert made.visual.plan((24, 96)).num_views == 1
+    assert made.visual.compressor.config.fitted_position == "direct"
 
 
 def test_a_stage_begins_after_those_that_it_needs(train, tmp_path, capsys):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -15,7 +16,7 @@ from uhd.hf import UHDForConditionalGeneration
 from uhd.pixels import PixelSettings
 from uhd.resampler import PerceiverConfig, PerceiverResampler
 from uhd.schema import SpatialSchema
-from uhd.slicing import SeparatorCount, SlicingConfig, SlicingLike
+from uhd.slicing import PRESETS, SeparatorCount, SlicingConfig, SlicingLike
 from uhd.vision import ViT, ViTConfig
 
 PAD, BEGIN, END, IMAGE = "<pad>", "<begin>", "<end>", "<image>"
@@ -58,6 +59,22 @@ class NanoConfig:
             tokens_per_view=self.latents,
             separators=SeparatorCount(per_slice=1),
         )
+
+
+def plus_parts(base: NanoConfig | None = None) -> dict[str, Any]:
+    """What :func:`build_nano` takes for a nano model of the rule ``uhd-plus``: tables for one view of four times the
+    pixels, and 64 learned latents, which are fitted to it.
+
+    >>> build_nano(**plus_parts()).visual.plan((24, 96)).num_views
+    1
+    """
+    base, rule = base or NanoConfig(), PRESETS["uhd-plus"]
+    options = {name: getattr(rule, name) for name in ("cut_by", "one_view_below", "latents")}
+    return {
+        "config": replace(base, side=2 * base.side, latents=64),
+        "slicing": base.slicing.replace(name="nano-plus", **options),
+        "fitted_position": "direct",
+    }
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
