@@ -30,7 +30,7 @@ import uhd
 from uhd.loading import Preparation
 from uhd.pixels import PixelSettings, move_borders
 from uhd.pixels.views import load_picture
-from uhd.slicing import SlicingConfig, plan
+from uhd.slicing import PRESETS, SlicingConfig, plan
 from uhd.slicing.adaptive import Planner
 from uhd.slicing.borders import content_cut
 from uhd.slicing.flops import plan_flops
@@ -48,6 +48,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "latents='fitted'": {"latents": "fitted"},
 }
 PARTS["all four"] = {name: value for part in PARTS.values() for name, value in part.items()}
+PARTS["uhd-plus"] = {name: getattr(PRESETS["uhd-plus"], name) for name in ("cut_by", "one_view_below", "latents")}
 
 
 def page(height: int, width: int) -> bytes:
