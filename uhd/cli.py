@@ -131,9 +131,9 @@ def _slicing_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--schema", metavar="NAME", help="a token layout; it brings its slicing and its counts")
     command.add_argument("--max-slices", type=int, metavar="N", help="cap on slices; 1 never cuts")
     command.add_argument("--max-tokens", type=int, metavar="N", help="fewer slices until a plan costs at most that")
-    command.add_argument("--cut-by", metavar="WHAT", help="area (default), or shape: long images get more slices")
+    command.add_argument("--cut-by", metavar="WHAT", help="area, or shape: long images get more slices")
     command.add_argument("--one-view-below", type=float, metavar="R", help="up to R : 1 one larger view, not slices")
-    command.add_argument("--latents", metavar="HOW", help="fixed (default), or fitted: a view's tokens by its patches")
+    command.add_argument("--latents", metavar="HOW", help="fixed, or fitted: a view's tokens by its patches")
 
 
 def _config(args: argparse.Namespace) -> Slicing:

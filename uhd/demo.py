@@ -129,8 +129,8 @@ def _compressor_for(config: Slicing, in_dim: int, out_dim: int) -> nn.Module:
     latents = math.ceil(fixed**0.5) ** 2 if config.fits_latents else max(lengths)
     square = math.isqrt(latents) ** 2 == latents
     positions = {} if square else {"query_position": False, "key_position": "direct"}
-    settings = PerceiverConfig(width=out_dim, vision_width=in_dim, num_heads=2, num_latents=latents, **positions)
-    return PerceiverResampler(settings)
+    sizes = {"num_heads": 2, "num_latents": latents, **positions}
+    return PerceiverResampler(PerceiverConfig.for_new(out_dim, in_dim, fits_latents=config.fits_latents, **sizes))
 
 
 def run(image: Any, *, encoder: VisualEncoder, say: Callable[[str], None]) -> None:

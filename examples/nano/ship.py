@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from train import RULES
+from train import DEFAULT_RULE, RULES
 
 from uhd import UHDForConditionalGeneration
 from uhd.nano.build import build_nano
@@ -61,7 +61,7 @@ def halved(folder: Path) -> Path:
     trained = UHDForConditionalGeneration.from_pretrained(folder / "model")
     run = folder / "run.json"
     told = json.loads(run.read_text()) if run.exists() else {}
-    model = build_nano(**RULES[told.get("rule", "llava-uhd")]())
+    model = build_nano(**RULES[told.get("rule", DEFAULT_RULE)]())
     model.load_state_dict(trained.state_dict())
     model.eval().to(torch.float16)
     made = folder / "shipped"

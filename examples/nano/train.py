@@ -47,6 +47,9 @@ RECIPE = {
 RULES = {"llava-uhd": lambda: {"config": NanoConfig()}, "uhd-plus": plus_parts}
 """What :func:`uhd.nano.build_nano` takes for each slicing rule."""
 
+DEFAULT_RULE = "llava-uhd"
+"""Of folders that tell none, too."""
+
 NEEDS = {"vision": (), "text": (), "joint": ("vision", "text"), "polish": ("joint",)}
 """Stages that a stage starts from."""
 
@@ -60,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("stages", nargs="*", help=f"of {', '.join(RECIPE)}; default: all")
     parser.add_argument("--seed", type=int, default=0, help=f"0 to {SEEDS - 1}")
-    parser.add_argument("--rule", choices=sorted(RULES), default="llava-uhd", help="that cuts images")
+    parser.add_argument("--rule", choices=sorted(RULES), default=DEFAULT_RULE, help="that cuts images")
     parser.add_argument("--workers", type=int, default=0, help="processes that make data; 0: this one")
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of steps, for a quick look")
     parser.add_argument("--images", type=int, default=500, help="fresh images that the end is judged on")
@@ -76,8 +79,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)  # small matrices: one thread a process, more processes
     stages = {name: replace(kept, steps=max(round(kept.steps * args.scale), 1)) for name, kept in RECIPE.items()}
     try:
-        rule = {} if args.rule == "llava-uhd" else {"rule": args.rule}  # folders of before have none
-        settle(args.folder, {"seed": args.seed, "steps": {name: one.steps for name, one in stages.items()}, **rule})
+        steps = {name: stage.steps for name, stage in stages.items()}
+        settle(args.folder, {"seed": args.seed, "rule": args.rule, "steps": steps})
         for name in (name for name in RECIPE if name in (args.stages or RECIPE)):
             check_done(args.folder, [stages[before] for before in NEEDS[name]])
             model, supervision = begin(args.folder, name, seed=args.seed, rule=args.rule)
@@ -102,7 +105,7 @@ def settle(folder: Path, wanted: dict[str, Any]) -> None:
     path = folder / "run.json"
     if path.exists():
         found = json.loads(path.read_text())
-        has, asked = _leaves(found), _leaves(wanted)
+        has, asked = _leaves({"rule": DEFAULT_RULE, **found} if "rule" in wanted else found), _leaves(wanted)
         if differ := [key for key in {**asked, **has} if has.get(key) != asked.get(key)]:
             told = ", ".join(f"{key} {has.get(key)}, asked is {asked.get(key)}" for key in differ)
             raise RunError(f"{folder} belongs to another run ({told}): give another folder, or move it away")
@@ -138,7 +141,7 @@ def check_done(folder: Path, needed: list[Stage]) -> None:
 
 
 def begin(
-    folder: Path, name: str, *, seed: int, rule: str = "llava-uhd"
+    folder: Path, name: str, *, seed: int, rule: str = DEFAULT_RULE
 ) -> tuple[UHDForConditionalGeneration, Supervision]:
     """The model as a stage finds it."""
     parts = RULES[rule]()

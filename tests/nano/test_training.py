@@ -268,7 +268,9 @@ def test_a_rule_is_trained_and_made_ready_to_ship(parts, train, tmp_path, capsys
 
     folder = tmp_path / "plus"
     train.main([str(folder), *SHORT, "--rule", "uhd-plus"])
-    assert "belongs to another run (rule uhd-plus, asked is None)" in refused(train.main, [folder, *SHORT], capsys)
+    assert "belongs to another run (rule uhd-plus, asked is llava-uhd)" in refused(
+        train.main, [folder, *SHORT], capsys
+    )
     made = UHDForConditionalGeneration.from_pretrained(ship.halved(folder))
     assert made.visual.plan((24, 96)).num_views == 1
     assert made.visual.compressor.config.fitted_position == "direct"

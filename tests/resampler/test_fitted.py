@@ -107,6 +107,21 @@ def test_settings_of_earlier_files_are_read():
     refuses("fitted_position", config.replace, fitted_position="stretched")
 
 
+def test_views_of_more_latents_than_the_layer_has_are_not_folded_unasked(monkeypatch):
+    monkeypatch.setattr(folded, "cheapest", lambda config, grids, among=folded.PATHS: among[-1])
+    module, x = made(), features()
+    with torch.no_grad():
+        assert module.inference_path(GRIDS, x) == "narrow"
+        found = module(x, GRIDS, LATENTS)
+        assert set(module._folded._kept["narrow"][3]) == {(2, 4), None}  # and not (6, 4)
+        alone = [
+            module(view, [grid], [hw]) for view, grid, hw in zip(split_views(x, GRIDS), GRIDS, LATENTS, strict=True)
+        ]
+        torch.testing.assert_close(found, torch.cat(alone), atol=1e-6, rtol=1e-6)
+        module.inference = "plain"
+        assert torch.equal(found[17:41], module(x, GRIDS, LATENTS)[17:41])
+
+
 def test_folded_weights_follow_the_weights_and_are_bounded(monkeypatch):
     module, x = made(), features()
     module.inference = "narrow"

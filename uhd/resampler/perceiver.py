@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -122,12 +123,12 @@ class PerceiverResampler(ReleasedResampler):
         """Which products are taken in eval mode where no gradients are wanted; `uhd.resampler.folded` has the maths.
 
         On a CPU "auto" (as made) takes the way with the fewest FLOPs for an image's usual views, whatever a call has:
-        each rounds otherwise, and tokens would depend on the batch. Elsewhere it takes "plain", since the others wait
-        for the device once a call. "plain", "absorbed" and "narrow" ask for one. Whatever is asked for, "plain" is
-        taken in training, under compilation, tracing, autocast and functorch, while a CUDA graph is captured, with
-        more layers than one or an FFN, and where weights or layers are not what they were made as (quantised,
-        parametrised, distributed, wrapped, hooked). LoRA or hooks on kv_proj or ln_kv leave "absorbed".
-        `inference_path` tells.
+        each rounds otherwise, and tokens would depend on the batch. Views that are fitted more latents than the layer
+        has take "plain", and so do all elsewhere, where the others wait for the device once a call. "plain",
+        "absorbed" and "narrow" ask for one. Whatever is asked for, "plain" is taken in training, under compilation, tracing,
+        autocast and functorch, while a CUDA graph is captured, with more layers than one or an FFN, and where weights
+        or layers are not what they were made as (quantised, parametrised, distributed, wrapped, hooked). LoRA or hooks
+        on kv_proj or ln_kv leave "absorbed". `inference_path` tells of views with no more latents than that.
 
         Raises (on setting):
             ValueError: an unknown name, or one that this layer cannot take (depth above 1, an FFN).
@@ -260,12 +261,13 @@ class PerceiverResampler(ReleasedResampler):
     ) -> list[Tensor]:
         """The tokens of each group's views, (v, Q, D)."""
         path = self.inference_path(grids, features)
-        layer = None if path == "plain" else self._layer(path)
-        kept = [{}] * len(groups) if layer is None else self._folded.get(path, layer, groups)
+        folding = [] if path == "plain" else [latents_hw for latents_hw in groups if self._folds(latents_hw)]
+        layer = self._layer(path) if folding else None
+        kept = dict(zip(folding, self._folded.get(path, layer, folding), strict=True)) if folding else {}
         found = []
-        for tensors, (latents_hw, numbers) in zip(kept, groups.items(), strict=True):
+        for latents_hw, numbers in groups.items():
             some, own = _views_of(features, grids, numbers)
-            if layer is None:
+            if (tensors := kept.get(latents_hw)) is None:
                 x = self._plain(some, own, latents_hw)
             else:
                 narrow = path == "narrow"
@@ -273,6 +275,11 @@ class PerceiverResampler(ReleasedResampler):
                 x = self.attn.out_proj(folded.attend_folded(layer, tensors, keys, own, latents_hw))
             found.append(self.ln_post(x) @ self.proj)
         return found
+
+    def _folds(self, latents_hw: Grid | None) -> bool:
+        """Whether views of these latents take what is folded: "auto" leaves those of more latents than its own, whose
+        constants are large, and others for nearly every shape of an image."""
+        return self._inference != "auto" or latents_hw is None or prod(latents_hw) <= self.config.num_latents
 
     def attention_weights(
         self, features: Tensor, grids: Sequence[Grid], latents: Sequence[Grid | None] | None = None
