@@ -125,10 +125,10 @@ class PerceiverResampler(ReleasedResampler):
         On a CPU "auto" (as made) takes the way with the fewest FLOPs for an image's usual views, whatever a call has:
         each rounds otherwise, and tokens would depend on the batch. Views that are fitted more latents than the layer
         has take "plain", and so do all elsewhere, where the others wait for the device once a call. "plain",
-        "absorbed" and "narrow" ask for one. Whatever is asked for, "plain" is taken in training, under compilation, tracing,
-        autocast and functorch, while a CUDA graph is captured, with more layers than one or an FFN, and where weights
-        or layers are not what they were made as (quantised, parametrised, distributed, wrapped, hooked). LoRA or hooks
-        on kv_proj or ln_kv leave "absorbed". `inference_path` tells of views with no more latents than that.
+        "absorbed" and "narrow" ask for one. Whatever is asked for, "plain" is taken in training, under compilation,
+        tracing, autocast and functorch, while a CUDA graph is captured, with more layers than one or an FFN, and where
+        weights or layers are not what they were made as (quantised, parametrised, distributed, wrapped, hooked). LoRA
+        or hooks on kv_proj or ln_kv leave "absorbed". `inference_path` tells of views with no more latents than that.
 
         Raises (on setting):
             ValueError: an unknown name, or one that this layer cannot take (depth above 1, an FFN).
