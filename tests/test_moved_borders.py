@@ -234,7 +234,7 @@ def test_the_table_of_costs_is_what_plans_cost():
         assert found[name]["tokens"] == pytest.approx(sum(one.num_tokens for one in plans) / 3, abs=1e-4)
         assert found[name]["tflops"] > 1
         assert min(found[name]["planning_ms"], found[name]["preparing_ms"]) > 0
-    assert len({(one["patches"], one["tokens"], one["tflops"]) for one in found.values()}) == len(found) == 6
+    assert len({(one["patches"], one["tokens"], one["tflops"]) for one in found.values()}) == len(found) == 7
 
 
 def test_commands_tell_what_is_cut(tmp_path, capsys):
