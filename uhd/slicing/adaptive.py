@@ -231,8 +231,7 @@ PRESETS: dict[str, SlicingConfig] = {
         _MINICPM,
         _MINICPM.replace(name="minicpm-v-4.6", merge=4, tokens_per_view=None),
         _MINICPM.replace(name="minicpm-v-4.6-4x", merge=2, tokens_per_view=None),
-        # no release: what read best of the rules that docs/learned.md compares
-        SlicingConfig(name="uhd-plus", clamp=True, cut_by="shape", one_view_below=8.0, latents="fitted"),
+        SlicingConfig(name="uhd-plus", clamp=True, cut_by="shape", one_view_below=8.0, latents="fitted"),  # our own
     )
 }
 DEFAULT = PRESETS["llava-uhd-safe"]
