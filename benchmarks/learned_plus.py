@@ -20,14 +20,11 @@ from uhd.slicing import Slicing, SlicingLike, find
 from uhd.slicing.latents import with_latents
 
 ARMS = ("uhd", "uhd-more", "shape", "borders", "one-view", "fitted", "plus", "stretch", "anyres")
-PAGE_ARMS = ("uhd-more", "native-direct")
-"""What the second task asks about; the others are asked for by name."""
-
 AFTER_ARMS = ("uhd-more", "plus", "native", "slices")
 """Of the afterthought: two that ``plus`` set aside, and two that its results suggested."""
 
-DIRECT_ARMS = ("uhd-more", "native-direct")
-"""Of the third comparison."""
+DIRECT_ARMS = PAGE_ARMS = ("uhd-more", "native-direct")
+"""Of the third comparison, and of the second task; the others are asked for by name."""
 
 BASELINE = "uhd-more"
 CONTRASTS = (("borders", "uhd"), ("uhd-more", "uhd"), ("plus", "stretch"), ("plus", "anyres"))
