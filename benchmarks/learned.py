@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         learned_run.work_side_by_side(args.workers, settings, **given)
     found = learned_run.read_runs(args.out / name, settings)
-    planned, blocked = learned_run.tasks(settings.factors, given["arms"], given["seeds"], found)
+    planned, blocked = learned_run.tasks(settings.factors, given["arms"], given["seeds"], found, settings.takes)
     left = [task.name for task in planned if task not in found]
     print(f"{len(planned) - len(left)} runs done, {len(left) + len(blocked)} left: {', '.join((*left, *blocked))}")
     if blocked:

@@ -5,7 +5,7 @@ What was expected of it, and what would refute that, stood in docs/learned.md be
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -27,6 +27,9 @@ DIRECT_ARMS = PAGE_ARMS = ("uhd-more", "native-direct")
 """Of the third comparison, and of the second task; the others are asked for by name."""
 
 BASELINE = "uhd-more"
+TAKES = {arm: BASELINE for arm in ARMS if arm not in (BASELINE, "plus")}
+"""Arms that take the learning rate that another one chose."""
+
 CONTRASTS = (("borders", "uhd"), ("uhd-more", "uhd"), ("plus", "stretch"), ("plus", "anyres"))
 
 NEAR_SQUARE = 2.5
@@ -157,6 +160,7 @@ class PlusSettings(Settings):
     factors: tuple[float, ...] = (0.5, 0.25, 0.125)
 
     name: ClassVar[str] = "plus"
+    takes: ClassVar[Mapping[str, str]] = TAKES
     test_seed: ClassVar[int] = 1_000_303
     validation_seed: ClassVar[int] = 1_000_403
 

@@ -13,7 +13,18 @@ from typing import Any
 
 import learned_plus
 import numpy as np
-from learned_run import ARMS, DIGITS, NOT_ASKED, QUICK_ARMS, SEEDS, TUNING_SEED, Task, chosen_factor, tasks
+from learned_run import (
+    ARMS,
+    DIGITS,
+    NOT_ASKED,
+    QUICK_ARMS,
+    SEEDS,
+    TUNING_SEED,
+    VARIANTS,
+    Task,
+    chosen_factor,
+    tasks,
+)
 
 from uhd import SlicePlan, plan
 from uhd.evaluation.scores import quantile
@@ -128,7 +139,8 @@ class Comparison:
         self.factors = tuple(next(iter(found.values()))["settings"]["factors"])
         self.planned, self.baseline, self.contrasts = SETS[name]
         names = [*self.planned, *sorted({task.arm for task in found} - set(self.planned))]
-        self.factor = {arm: chosen_factor(arm, found, self.factors) for arm in names}
+        self.takes = learned_plus.TAKES if name == "plus" else VARIANTS
+        self.factor = {arm: chosen_factor(arm, found, self.factors, self.takes) for arm in names}
         self.runs: dict[str, dict[int, Mapping[str, Any]]] = {}
         for arm in names:
             there = {task.factor for task in found if task.arm == arm}
@@ -162,7 +174,7 @@ class Comparison:
     def missing(self) -> list[str]:
         """Runs of the full plan that are not there."""
         seeds = (TUNING_SEED,) if self.name == "quick" else SEEDS
-        planned, blocked = tasks(self.factors, self.planned, seeds, self.found)
+        planned, blocked = tasks(self.factors, self.planned, seeds, self.found, self.takes)
         return [*(task.name for task in planned if task not in self.found), *blocked]
 
 

@@ -115,8 +115,8 @@ def all_arms(base: NanoConfig | None = None) -> dict[str, Arm]:
 
 ARMS = ("uhd", "stretch", "pad", "next", "anyres", "no-separators")
 QUICK_ARMS = ("uhd", "stretch", "next", "no-separators")
-VARIANTS = ("overview", "overview-wide", "few-latents")
-"""Changes of the arm ``uhd`` in one number, which take its learning rate: they choose none."""
+VARIANTS = dict.fromkeys(("overview", "overview-wide", "few-latents"), "uhd")
+"""Arms that choose no learning rate, and whose they take: changes of the arm ``uhd`` in one number."""
 
 SEEDS = (0, 1, 2)
 
@@ -147,6 +147,7 @@ class Settings:
     test_seed: ClassVar[int] = TEST_SEED
     validation_seed: ClassVar[int] = VALIDATION_SEED
     task: ClassVar[TaskSettings] = TaskSettings()
+    takes: ClassVar[Mapping[str, str]] = VARIANTS
     trained_in: ClassVar[str | None] = None
     """Another set, of which the models of arms that both have are judged and not trained again."""
 
@@ -202,30 +203,39 @@ def tried_factors(arm: str, found: Mapping[Task, Mapping[str, Any]], factors: Se
     return factors
 
 
-def chosen_factor(arm: str, found: Mapping[Task, Mapping[str, Any]], factors: Sequence[float]) -> float | None:
+def chosen_factor(
+    arm: str,
+    found: Mapping[Task, Mapping[str, Any]],
+    factors: Sequence[float],
+    takes: Mapping[str, str] = VARIANTS,
+) -> float | None:
     """Of the tried ones, that which reads the validation scenes best, the first of equals; ``None``: one has not run.
 
-    Those of :data:`VARIANTS` take that of ``uhd``.
+    Arms in ``takes`` take another one's.
     """
     if len(factors) == 1:
         return factors[0]
-    arm = "uhd" if arm in VARIANTS else arm
+    arm = takes.get(arm, arm)
     tried = tried_factors(arm, found, factors)
     scores = {f: found[task]["validation"] for f in tried if (task := Task(arm, TUNING_SEED, f)) in found}
     return max(scores, key=scores.__getitem__) if len(scores) == len(tried) else None
 
 
 def tasks(
-    factors: Sequence[float], arms: Sequence[str], seeds: Sequence[int], found: Mapping[Task, Any]
+    factors: Sequence[float],
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    found: Mapping[Task, Any],
+    takes: Mapping[str, str] = VARIANTS,
 ) -> tuple[list[Task], list[str]]:
     """The runs in their order, arms side by side, and what cannot be planned before an arm has its factor."""
-    choosing = [arm for arm in arms if arm not in VARIANTS]
+    choosing = [arm for arm in arms if arm not in takes]
     tried = {arm: tried_factors(arm, found, factors) for arm in choosing if TUNING_SEED in seeds}
     first = [Task(arm, TUNING_SEED, f) for f in factors for arm in tried if f in tried[arm]]
     rest, blocked = [], []
     for seed in seeds:
-        for arm in arms if seed != TUNING_SEED else [arm for arm in arms if arm in VARIANTS]:
-            factor = chosen_factor(arm, found, factors)
+        for arm in arms if seed != TUNING_SEED else [arm for arm in arms if arm in takes]:
+            factor = chosen_factor(arm, found, factors, takes)
             if factor is None:
                 blocked.append(f"{arm}-seed{seed}")
             else:
@@ -324,7 +334,7 @@ def work(
     clock = Clock(minutes, longest_piece([*begun, *(run["time"] for run in read_runs(out, settings).values())]))
     while True:
         found = read_runs(out, settings)
-        planned, blocked = tasks(settings.factors, arms, seeds, found)
+        planned, blocked = tasks(settings.factors, arms, seeds, found, settings.takes)
         left = [task for task in planned if task not in found]
         names = [*(task.name for task in left), *blocked]
         if not names or not clock.room:
