@@ -274,7 +274,7 @@ def test_the_command_gives_one_object(tmp_path, capsys):
 
 
 def rows_of_the_page():
-    page = (ROOT / "docs" / "learned.md").read_text()
+    page = (ROOT / "docs" / "learned_results.md").read_text()
     text = page[page.index("Difference to `uhd`, paired by seed and image") :]
     found = {}
     for arm, question, *cells in re.findall(

@@ -767,12 +767,13 @@ def test_the_page_has_the_tables_of_the_stored_runs(parts, tmp_path):
     tables = []
     shutil.copytree(ROOT / "benchmarks" / "results" / "learned", tmp_path / "learned")
     parts.report.report(tmp_path / "learned", say=tables.append)
-    assert tables[0] in (ROOT / "docs" / "learned.md").read_text(), "run `learned.py report --page docs/learned.md`"
+    page = ROOT / "docs" / "learned_results.md"
+    assert tables[0] in page.read_text(), "run `learned.py report --page docs/learned_results.md`"
 
 
 def test_every_interval_in_the_conclusions_stands_in_the_tables(parts):
-    page = (ROOT / "docs" / "learned.md").read_text()
-    conclusions, tables = page.split("## What came out")[1].split("\n## ")[0], page.split(parts.report.MARKS[0])[1]
+    conclusions = (ROOT / "docs" / "learned.md").read_text().split("## What came out")[1].split("\n## ")[0]
+    tables = (ROOT / "docs" / "learned_results.md").read_text()
     said, found = (
         {(float(low), float(high)) for low, high in re.findall(r"\[([+-]?\d\.\d+),\s+([+-]?\d\.\d+)\]", text)}
         for text in (conclusions, tables)
