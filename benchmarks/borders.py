@@ -48,7 +48,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "latents='fitted'": {"latents": "fitted"},
 }
 PARTS["all four"] = {name: value for part in PARTS.values() for name, value in part.items()}
-PARTS["uhd-plus"] = {name: getattr(PRESETS["uhd-plus"], name) for name in ("cut_by", "one_view_below", "latents")}
+PARTS["uhd-plus"] = {name: getattr(PRESETS["uhd-plus"], name) for name in SlicingConfig.later}
 
 
 def page(height: int, width: int) -> bytes:

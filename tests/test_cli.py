@@ -252,6 +252,17 @@ def test_demo_reads_an_image_drawn_on_the_spot(tmp_path, capsys):
         assert picture.width > 500
 
 
+def test_demo_shows_the_same_image_to_the_other_shipped_model(tmp_path, capsys):
+    for name, views in (("nano", "5 views"), ("nano-plus", "1 view")):
+        status, out, _ = run("demo", "--seed", 3, "--model", name, "-o", tmp_path / "out.png", capsys=capsys)
+        assert status == 0
+        assert "23x105 px" in out
+        assert f"encoder: the shipped model {name}\n" in out
+        assert f", {views}\n" in out
+        assert out.count("% sure a character)   right") >= 2
+    fails("there are nano, nano-plus", "demo", "--model", "nan", "-o", tmp_path / "no.png", capsys=capsys)
+
+
 def test_demo_answers_about_your_own_image_and_says_when_it_is_far_from_it(tmp_path, capsys):
     from uhd.nano.task import scene
 

@@ -72,7 +72,7 @@ def test_the_command_draws_what_the_shipped_model_or_an_encoder_saw(tmp_path, ca
     assert cli.main([*command, "--ask", "all?"]) == 0
     said = capsys.readouterr().out
     assert f"it says {drawn.text!r}" in said
-    assert "eyes: the shipped nano model" in said
+    assert "eyes: the shipped model nano" in said
     with Image.open(out) as picture:
         asked = picture.size
     assert cli.main([*command, "--strategy", "llava-next"]) == 0

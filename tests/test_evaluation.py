@@ -120,6 +120,13 @@ def test_swapping_leaves_the_model_as_it_was(saved):
     refuses("a prompt holds", prompt_of, model, "all?", "{question}")
 
 
+def test_a_rule_that_fits_latents_shares_as_many_as_the_models_own_rule_has():
+    model = load_nano()
+    plans = [encoder_with(model, rule).plan((24, 90)) for rule in ("own", "uhd-plus")]
+    assert [plan.num_views for plan in plans] == [5, 1]
+    assert [plan.num_visual_tokens for plan in plans] == [45, 45]
+
+
 def test_the_shipped_model_sees_what_ask_shows_it(tmp_path, capsys):
     lines = []
     for number in range(6):
@@ -137,7 +144,7 @@ def test_the_shipped_model_sees_what_ask_shows_it(tmp_path, capsys):
     assert said == [ask(model, tmp_path / line["image"], ["all?"])[0].text for line in lines[:6]]
     assert row["exact"] > 0.6
     assert row["images_in_doubt"] == 1
-    assert "images unlike what nano learned from: 1 (" in capsys.readouterr().out
+    assert "images unlike what it learned from: 1 (" in capsys.readouterr().out
 
 
 def test_a_line_that_is_wrong_is_reported_and_the_others_go_on(saved, tmp_path, capsys):

@@ -78,7 +78,7 @@ def _add_planning(known: Any) -> None:
     command.add_argument("image")
     command.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the picture to write")
     command.add_argument("--attention", action="store_true", help="where an encoder's tokens look, drawn over it")
-    command.add_argument("--model", metavar="MODEL", help="with --attention: a model's folder (default nano)")
+    command.add_argument("--model", metavar="MODEL", help="with --attention: a folder or nano-plus (default nano)")
     command.add_argument("--encoder", type=Path, metavar="DIR", help="with --attention: an encoder's folder instead")
     command.add_argument("--ask", metavar="QUESTION", help="with --attention: where the model looks as it answers")
     command.add_argument("--border-moves", type=int, metavar="K", help="borders avoid content by up to K patches")
@@ -104,6 +104,7 @@ def _add_encoding(known: Any) -> None:
     command.add_argument(
         "--ask", action="append", default=[], metavar="QUESTION", help="ask the shipped model, e.g. 'all?'; repeatable"
     )
+    command.add_argument("--model", metavar="NAME", help="nano-plus: the shipped model of the rule uhd-plus")
     command.add_argument("--seed", type=int, metavar="N", help="of the image drawn on the spot; default: a new one")
     command.add_argument("-o", "--output", type=Path, default=Path("uhd_demo.png"), metavar="FILE")
     command.add_argument("--encoder", **folder)
@@ -332,13 +333,14 @@ def _demo(args: argparse.Namespace) -> int:
     _check_output(args.output, filter(None, [args.image]))
     if args.seed is not None and args.image is not None:
         raise ValueError(f"--seed is of the image drawn on the spot, and {args.image} was given")
-    reader = demo.Reader(args.ask, seed=args.seed) if args.ask or (args.image is None and not args.encoder) else None
+    asking = args.ask or args.model or (args.image is None and not args.encoder)
+    reader = demo.Reader(args.ask, seed=args.seed, model=args.model or "nano") if asking else None
     if reader and args.encoder:
-        raise ValueError("--ask is answered by the shipped model, which has its own eyes: leave --encoder out")
+        raise ValueError("--ask is answered by a shipped model, which has its own eyes: leave --encoder out")
     encoder = reader.model.visual if reader else _encoder(args.encoder)
     name, eyes = "a page drawn for this demo", "a small ViT and perceiver resampler"
     if reader:
-        name, eyes = reader.name, "the shipped nano model"
+        name, eyes = reader.name, f"the shipped model {reader.model_name}"
     encoder.pixels = _pixels(args, encoder.pixels)
     own = None if args.image is None else _source(args.image, encoder.pixels)
     source = own if own is not None else reader.scene.image if reader else demo.page_image()

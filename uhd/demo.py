@@ -144,7 +144,8 @@ def run(image: Any, *, encoder: VisualEncoder, say: Callable[[str], None]) -> No
     image_hw = (image.height, image.width)
     plan, seconds = _timed(lambda: encoder.plan(image_hw))
     cut = "not cut" if plan.grid is None else "{} x {} (rows x columns)".format(*plan.grid)
-    say(f"1 slice     {seconds}   (height, width) {image_hw} -> {cut}, {plan.num_views} views")
+    views = f"{plan.num_views} view{'s' * (plan.num_views > 1)}"
+    say(f"1 slice     {seconds}   (height, width) {image_hw} -> {cut}, {views}")
     for candidate in encoder.slicing.candidates(image_hw)[:3]:
         say(f"{'':24}considered {candidate.grid[0]} x {candidate.grid[1]}, score {candidate.score:.3f}")
     batch, seconds = _timed(lambda: encoder.prepare([image]))
@@ -176,18 +177,20 @@ class Reader:
     Args:
         questions: As :func:`uhd.nano.task.questions` words them; none: three about the drawn image.
         seed: Of the drawn image; ``None`` takes a new one each time, and says which.
+        model: Name of a shipped one.
 
     Raises:
-        ValueError: A negative seed (those are not kept from training), or what :func:`uhd.nano.ask` refuses.
+        ValueError: A negative seed (those are not kept from training), no such model, or what :func:`uhd.nano.ask`
+            refuses.
     """
 
-    def __init__(self, questions: Sequence[str] = (), *, seed: int | None = None) -> None:
+    def __init__(self, questions: Sequence[str] = (), *, seed: int | None = None, model: str = "nano") -> None:
         from uhd.nano.answer import check_questions
 
         check_questions(tuple(questions))
         if seed is not None and seed < 0:
             raise ValueError(f"seed must be at least 0, got {seed}")
-        self.questions = tuple(questions)
+        self.questions, self.model_name = tuple(questions), model
         self.seed = secrets.randbelow(10**6) if seed is None else seed
 
     @property
@@ -202,17 +205,18 @@ class Reader:
         from uhd.nano import load_nano
 
         logging.disable_progress_bar()
-        return load_nano()
+        return load_nano(self.model_name)
 
     @cached_property
     def scene(self) -> Scene:
-        """The first scene of the seed that is cut and has two lines and a neighbour to ask for."""
+        """The first scene of the seed that LLaVA-UHD cuts and that has two lines and a neighbour to ask for."""
+        from uhd.nano.build import NanoConfig
         from uhd.nano.evaluate import EVALUATION_SEED
         from uhd.nano.task import questions, scene
 
         for index in count():
             drawn = scene(EVALUATION_SEED + 1 + self.seed, index)
-            if self.model.visual.plan(drawn.image_hw).grid and len(drawn.lines) > 1 and questions(drawn)["right"]:
+            if NanoConfig().slicing.plan(drawn.image_hw).grid and len(drawn.lines) > 1 and questions(drawn)["right"]:
                 return drawn
 
     def read(self, image: Image.Image, *, own: bool, say: Callable[[str], None]) -> None:

@@ -180,8 +180,8 @@ def show(
 
     Args:
         source: The image, as :func:`uhd.pixels.load_image` takes it.
-        model: A saved model's folder; ``None`` or ``nano`` is the shipped one. Its encoder looks, unless ``encoder``
-            is the folder of one.
+        model: A saved model's folder, or the name of a shipped one; ``None`` is ``nano``. Its encoder looks, unless
+            ``encoder`` is the folder of one.
         strategy: Another rule than the encoder's own.
         ask: A question for the model, whose answer is drawn too.
         pixels: A function from the encoder's pixel settings to those that were asked for.
@@ -190,13 +190,14 @@ def show(
         ValueError: Both an encoder and a question; as where these are loaded and run.
     """
     from uhd.encoder import VisualEncoder
-    from uhd.evaluation.judging import NANO, OWN, encoder_with, load_model
+    from uhd.evaluation.judging import OWN, encoder_with
+    from uhd.nano.answer import SHIPPED, load_model
     from uhd.nano.images import as_learned
     from uhd.pixels import load_image
 
     if encoder is not None and (ask is not None or model is not None):
         raise ValueError("an encoder alone answers no question, and is no model: give --model or --encoder")
-    model = model or NANO
+    model = model or "nano"
     asked = None if encoder is not None else load_model(model)
     if asked is None:
         eyes = VisualEncoder.from_pretrained(encoder, slicing=strategy)
@@ -204,10 +205,10 @@ def show(
         eyes = asked.visual = encoder_with(asked, strategy or OWN)
     eyes.pixels = pixels(eyes.pixels)
     image = load_image(source, settings=eyes.pixels)
-    seen = as_learned(image) if asked is not None and model == NANO else image
+    seen = as_learned(image) if asked is not None and model in SHIPPED else image
     batch = eyes.prepare([seen])
     (plan,), (maps,) = batch.plans, eyes.attention(batch)
-    who = "the shipped nano model" if encoder is None and model == NANO else str(encoder or model)
+    who = f"the shipped model {model}" if encoder is None and model in SHIPPED else str(encoder or model)
     facts, answer = [f"{plan}", f"eyes: {who}" + (f"; {eyes.note}" if eyes.note else "")], []
     if ask is not None:
         said, answer, share = _answered(asked, seen, ask)

@@ -13,8 +13,9 @@ import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
-from uhd import UHDForConditionalGeneration, load_nano
+from uhd import UHDForConditionalGeneration
 from uhd.nano import ask
+from uhd.nano.answer import load_model
 from uhd.nano.evaluate import choose
 from uhd.nano.task import LEARNED, TaskSettings, questions, scene
 
@@ -71,11 +72,12 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=200, help="of each row")
+    parser.add_argument("--model", default="nano", help="a folder, or the name of a shipped one (default nano)")
     args = parser.parse_args(argv)
     if args.images < 1:
         parser.error(f"--images must be at least 1, got {args.images}")
     logging.disable_progress_bar()
-    model = load_nano()
+    model = load_model(args.model)
     print(f"{'':28}{'all? right':>12}{'all? marked':>13}{'wrong, unmarked':>17}{'marked, any':>13}")
     for name, settings in SCENES.items():
         print(row(name, model, settings, lambda image, rng: image, images=args.images), flush=True)

@@ -16,10 +16,12 @@ import torch
 from train import DEFAULT_RULE, RULES
 
 from uhd import UHDForConditionalGeneration
+from uhd.hf.bare import MODULE
+from uhd.nano.answer import SHIPPED
 from uhd.nano.build import build_nano
 from uhd.nano.evaluate import EVALUATION_SEED, evaluate, summary, table
 
-ASSETS = Path(__file__).parents[2] / "uhd" / "assets" / "nano"
+ASSETS = Path(__file__).parents[2] / "uhd" / "assets"
 BEGIN, END = "<!-- numbers -->", "<!-- end of numbers -->"
 MOST_BYTES = 4_000_000
 LEAST = {"right": 0.93, "line": 0.85, "all": 0.75}
@@ -31,14 +33,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="what train.py wrote")
     parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--into", type=Path, default=ASSETS, help="default: the package")
+    parser.add_argument("--into", type=Path, help="default: the package's folder for models of this rule")
     parser.add_argument("--anyway", action="store_true", help="however it reads")
     args = parser.parse_args(argv)
     if args.images < 1:
         parser.error(f"--images must be at least 1, got {args.images}")
     if not (args.folder / "model" / "config.json").is_file():
         parser.error(f"{args.folder} has no trained model (model/config.json): run train.py to its end")
-    path = args.into / "README.md"
+    into = args.into or ASSETS / next(name for name, learned in SHIPPED.items() if learned == rule_of(args.folder))
+    path = into / "README.md"
     card = path.read_text() if path.is_file() else ""
     if card.count(BEGIN) != 1 or card.count(END) != 1:
         parser.error(f"{path} needs the lines {BEGIN} and {END}, once each, for the numbers")
@@ -51,22 +54,32 @@ def main(argv: list[str] | None = None) -> None:
     if low and not args.anyway:
         raise SystemExit(f"not shipped: {', '.join(low)} below {LEAST}; --anyway ships it nevertheless")
     for new in made.iterdir():
-        (args.into / new.name).write_bytes(new.read_bytes())
+        (into / new.name).write_bytes(new.read_bytes())
     numbers = f"{BEGIN}\n\n```\n{table(found)}\n```\n\n{args.images} images of seed {EVALUATION_SEED}.\n\n{END}"
     path.write_text(card.partition(BEGIN)[0] + numbers + card.partition(END)[2])
+
+
+def rule_of(folder: Path) -> str:
+    """The slicing rule that a folder's model learned with."""
+    run = folder / "run.json"
+    told = json.loads(run.read_text()) if run.exists() else {}
+    return told.get("rule", DEFAULT_RULE)
 
 
 def halved(folder: Path) -> Path:
     """The folder's model in float16, in a folder beside it."""
     trained = UHDForConditionalGeneration.from_pretrained(folder / "model")
-    run = folder / "run.json"
-    told = json.loads(run.read_text()) if run.exists() else {}
-    model = build_nano(**RULES[told.get("rule", DEFAULT_RULE)]())
+    model = build_nano(**RULES[rule_of(folder)]())
     model.load_state_dict(trained.state_dict())
     model.eval().to(torch.float16)
     made = folder / "shipped"
     shutil.rmtree(made, ignore_errors=True)
     model.save_pretrained(made)
+    (made / f"{MODULE}.py").unlink()  # the package has the classes themselves
+    for path in made.glob("*.json"):
+        told = json.loads(path.read_text())
+        if told.pop("auto_map", None):
+            path.write_text(json.dumps(told, indent=2) + "\n")
     size = (made / "model.safetensors").stat().st_size
     if size > MOST_BYTES:
         raise SystemExit(f"{made} holds {size} bytes of weights, the package takes {MOST_BYTES}")

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from vlmeval.vlm.base import BaseModel
 
-from uhd.evaluation.judging import OWN, encoder_with, load_model
+from uhd.evaluation.judging import OWN, encoder_with
+from uhd.nano.answer import load_model
 
 
 class UHD(BaseModel):

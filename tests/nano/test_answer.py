@@ -12,7 +12,7 @@ from PIL import Image
 import uhd
 from uhd.nano import ask
 from uhd.nano.__main__ import main
-from uhd.nano.answer import answer_many, question_doubts, reading_doubts
+from uhd.nano.answer import SHIPPED, answer_many, question_doubts, reading_doubts
 from uhd.nano.evaluate import Item, edit_distance, evaluate, summary, table, wilson
 from uhd.nano.images import as_learned, image_doubts
 from uhd.nano.task import LEARNED, TaskSettings, questions, scene
@@ -25,8 +25,13 @@ def nano():
     return uhd.load_nano()
 
 
-def test_it_reads_fresh_images_at_every_aspect(nano):
-    items = evaluate(nano, images=160, seed=FRESH, kinds=("all", "line", "right"))
+@pytest.fixture(scope="module", params=SHIPPED)
+def shipped(request):
+    return request.param, uhd.load_nano(request.param)
+
+
+def test_it_reads_fresh_images_at_every_aspect(shipped):
+    items = evaluate(shipped[1], images=160, seed=FRESH, kinds=("all", "line", "right"))
     found = summary(items)
     # far below the card's numbers, so that rounding on another machine is no failure
     assert found["right"]["exact"] > 0.93
@@ -36,19 +41,23 @@ def test_it_reads_fresh_images_at_every_aspect(nano):
     assert all(share > 0.75 for share in found["right"]["buckets"])
 
 
-def test_the_weights_are_small_and_half_precision_and_load_in_float32(nano):
-    folder = resources.files("uhd") / "assets" / "nano"
+def test_the_weights_are_small_and_half_precision_and_load_in_float32(shipped):
+    name, nano = shipped
+    folder = resources.files("uhd") / "assets" / name
     assert len((folder / "model.safetensors").read_bytes()) <= 4_000_000
     assert {p.dtype for p in nano.parameters()} == {torch.float32}
-    half = uhd.load_nano(dtype=torch.float16)
+    half = uhd.load_nano(name, dtype=torch.float16)
     assert {p.dtype for p in half.parameters()} == {torch.float16}
     drawn = scene(FRESH, 1)
     assert [ask(model, drawn.image, ["all?"])[0].text for model in (nano, half)] == [drawn.text] * 2
     assert not nano.training
+    with pytest.raises(ValueError, match="no model 'nono' comes with this package: there are nano, nano-plus"):
+        uhd.load_nano("nono")
     assert "learned" in (folder / "README.md").read_text()
 
 
-def test_it_is_a_model_of_transformers(nano, tmp_path):
+def test_it_is_a_model_of_transformers(shipped, tmp_path):
+    nano = shipped[1]
     drawn, greedy = scene(FRESH, 1), {"max_new_tokens": 30, "do_sample": False}
     batch = nano.processor(text="<begin><image>all?", images=drawn.image)
     nano.save_pretrained(tmp_path)
@@ -61,7 +70,8 @@ def test_it_is_a_model_of_transformers(nano, tmp_path):
     assert torch.equal(templated["input_ids"], batch["input_ids"])
 
 
-def test_answers_do_not_depend_on_what_is_asked_beside_them(nano):
+def test_answers_do_not_depend_on_what_is_asked_beside_them(shipped):
+    nano = shipped[1]
     scenes = [scene(FRESH, index) for index in range(6)]
     asked = [[some[0].text for some in questions(item).values() if some] for item in scenes]
     together = answer_many(nano, [item.image for item in scenes], asked)
@@ -300,7 +310,6 @@ def test_it_is_measured_by_one_command(tmp_path, capsys):
     [
         (("--images", "0"), "--images must be at least 1"),
         (("--seed", "-1"), "--seed must be at least 0"),
-        (("--model", "nowhere"), "nowhere is no folder with a saved model"),
         (("--kinds", "zoom"), "invalid choice: 'zoom'"),
     ],
 )
@@ -321,6 +330,8 @@ def test_the_command_says_when_images_may_have_been_trained_on_and_counts_none_t
     assert main(["--images", "2", "--seed", "5", "--kinds", "all", "all", "--json", str(tmp_path / "out.json")]) == 0
     assert "seeds below 1000003 are for training" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "out.json").read_text())["items"]) == 2
+    assert main(["--model", "nowhere"]) == 1
+    assert "nowhere is no folder with a saved model" in capsys.readouterr().err
     (tmp_path / "config.json").write_text("{}")
     assert main(["--images", "2", "--model", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith("python -m uhd.nano: ")
@@ -332,19 +343,22 @@ def test_kinds_that_there_are_not_are_refused(nano):
             evaluate(nano, images=1, kinds=kinds)
 
 
-CARD = (resources.files("uhd") / "assets" / "nano" / "README.md").read_text()
+def card(name):
+    return (resources.files("uhd") / "assets" / name / "README.md").read_text()
 
 
-def test_the_cards_sizes_are_those_of_the_model(nano):
-    told = [row.split("|")[-2].strip() for row in CARD.splitlines() if row.startswith("|")]
+def test_the_cards_sizes_are_those_of_the_model(shipped):
+    name, nano = shipped
+    told = [row.split("|")[-2].strip() for row in card(name).splitlines() if row.startswith("|")]
     parts = (nano.visual.vision, nano.visual.compressor, nano.language_model)
     sizes = [sum(p.numel() for p in part.parameters()) for part in parts]
     assert [told[2 + n] for n in (1, 2, 4)] == [f"{size / 1000:.0f} k" for size in sizes]
-    assert f"of {sum(sizes) / 1e6:.2f} million parameters" in CARD
+    assert f"of {sum(sizes) / 1e6:.2f} million parameters" in card(name)
 
 
-def test_the_cards_example_runs(capsys):
-    code = CARD.split("```python\n")[1].split("```")[0]
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_cards_example_runs(name, capsys):
+    code = card(name).split("```python\n")[1].split("```")[0]
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out.strip() == "True"
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from uhd import UHDForConditionalGeneration, load_nano
+from uhd.nano.answer import SHIPPED
 from uhd.nano.build import NanoConfig, build_nano
 from uhd.nano.evaluate import EVALUATION_SEED
 from uhd.nano.task import GLYPHS, questions, scene
@@ -263,7 +264,7 @@ def test_a_folder_is_trained_to_its_end_and_is_of_one_run(train, tmp_path, capsy
     assert "of an unknown run" in refused(train.main, [folder, *SHORT], capsys)
 
 
-def test_a_rule_is_trained_and_made_ready_to_ship(parts, train, tmp_path, capsys):
+def test_a_rule_is_trained_and_shipped_beside_the_other(parts, train, tmp_path, capsys, monkeypatch):
     import ship
 
     folder = tmp_path / "plus"
@@ -274,6 +275,14 @@ def test_a_rule_is_trained_and_made_ready_to_ship(parts, train, tmp_path, capsys
     made = UHDForConditionalGeneration.from_pretrained(ship.halved(folder))
     assert made.visual.plan((24, 96)).num_views == 1
     assert made.visual.compressor.config.fitted_position == "direct"
+    monkeypatch.setattr(ship, "ASSETS", tmp_path)
+    for name in SHIPPED:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "README.md").write_text(f"{ship.BEGIN}\n{ship.END}\n")
+    ship.main([str(folder), "--images", "2", "--anyway"])
+    assert UHDForConditionalGeneration.from_pretrained(tmp_path / "nano-plus").visual.slicing.name == "nano-plus"
+    assert [path.name for path in (tmp_path / "nano").iterdir()] == ["README.md"]
+    assert not list((tmp_path / "nano-plus").glob("*.py"))
 
 
 def test_a_stage_begins_after_those_that_it_needs(train, tmp_path, capsys):

@@ -188,6 +188,16 @@ def test_a_limit_that_lets_no_picture_through_is_refused_before_a_model_is_loade
 
 
 @pytest.mark.slow
+def test_the_other_shipped_model_by_its_name():
+    from uhd.serving.server import ready
+
+    with running("uhd.cli", "serve", "--nano", "nano-plus") as (_, address):
+        assert said(post(address, question("all?", DRAWN.image, model="nano-plus"))) == DRAWN.text
+    with pytest.raises(ValueError, match="no model 'nan' comes"):
+        ready("nan")
+
+
+@pytest.mark.slow
 def test_a_folder_by_its_path_and_its_name_and_by_the_stock_command(tmp_path):
     folder = tmp_path / "eyes"
     uhd.load_nano().save_pretrained(folder)

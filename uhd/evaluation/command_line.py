@@ -14,9 +14,9 @@ from uhd import commands
 def add(known: Any) -> None:
     """Add it to the parser's commands."""
     command = known.add_parser("evaluate", help="what slicing rules make of own questions: accuracy and cost")
-    command.add_argument("model", nargs="?", metavar="MODEL", help="a saved model's folder, or nano: the shipped one")
+    command.add_argument("model", nargs="?", metavar="MODEL", help="a saved model's folder, or nano or nano-plus")
     command.add_argument("data", type=Path, metavar="DATA.jsonl", help="lines of image, question, answer")
-    command.add_argument("--nano", action="store_true", help="the shipped model, in place of MODEL")
+    command.add_argument("--nano", action="store_true", help="in place of MODEL, as nano is")
     command.add_argument("--strategies", default="own", metavar="A,B,C", help="rules' names; own is the model's")
     command.add_argument("--prompt", help="with {image} and {question} (default: the model's chat template)")
     command.add_argument("--batch-size", type=int, default=16, metavar="N")
@@ -28,7 +28,7 @@ def add(known: Any) -> None:
 
 def _evaluate(args: argparse.Namespace) -> int:
     if args.nano == (args.model is not None):
-        args.wrong("give a model's folder, or nano for the shipped one, before the data; or --nano alone")
+        args.wrong("give a model's folder, or nano or nano-plus, before the data; or --nano alone")
     if min(args.batch_size, args.max_new_tokens) < 1:
         raise ValueError(
             f"--batch-size and --max-new-tokens must be at least 1, got {args.batch_size} and {args.max_new_tokens}"
@@ -36,6 +36,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from uhd.evaluation import judging, read_questions
+    from uhd.nano.answer import SHIPPED, load_model
     from uhd.writing import check_place, write_text
 
     strategies = _strategies(args.strategies)
@@ -56,7 +57,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if not asked:
         return commands.status(len(bad), total)
     logging.disable_progress_bar()
-    source = judging.NANO if args.nano else args.model
+    source = "nano" if args.nano else args.model
     told = {"model": source, "prompt": args.prompt, "max_new_tokens": args.max_new_tokens}
     done: list[int] = []
 
@@ -71,13 +72,13 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     try:
         rows = judging.evaluate(
-            judging.load_model(source),
+            load_model(source),
             asked,
             strategies,
             prompt=args.prompt,
             batch_size=args.batch_size,
             max_new_tokens=args.max_new_tokens,
-            repaint=source == judging.NANO,
+            repaint=source in SHIPPED,
             refuse=refuse,
             keep=keep,
         )

@@ -17,39 +17,23 @@ from uhd.evaluation.questions import Asked, Refuse, answerable, prompt_of
 from uhd.evaluation.scores import anls, characters_wrong, exact, paired
 from uhd.flop_counter import count_flops
 from uhd.hf import UHDForConditionalGeneration
-from uhd.nano import load_nano
 from uhd.nano.answer import batches
 from uhd.nano.evaluate import wilson
 from uhd.nano.images import as_learned, image_doubts
 from uhd.pixels import load_image
 from uhd.planning import plan
 from uhd.slicing import SlicePlan, find
-from uhd.writing import is_file
 
 OWN = "own"
 """Instead of a strategy's name: the one that the model was saved with."""
 
-NANO = "nano"
-"""Instead of a model's folder: the shipped model, whose images are repainted as :func:`uhd.nano.ask` does."""
-
 COSTS = ("visual_tokens", "tokens", "views", "patches")
-
-
-def load_model(source: str) -> UHDForConditionalGeneration:
-    """:data:`NANO` is the shipped one, anything else a folder.
-
-    Raises:
-        ValueError: Not a folder with a saved model.
-    """
-    if source == NANO:
-        return load_nano()
-    if not is_file(Path(source) / "config.json"):
-        raise ValueError(f"{source} is no folder with a saved model (config.json); or give nano")
-    return UHDForConditionalGeneration.from_pretrained(source).eval()
 
 
 def encoder_with(model: UHDForConditionalGeneration, strategy: str) -> VisualEncoder:
     """The model's encoder, images cut by another rule that is fitted to its views and patches.
+
+    A rule that fits latents to views has as many a view on average as the model's own rule.
 
     Raises:
         ValueError: No such rule, or the model cannot take it: parts do not fit, or embeddings were never trained.
@@ -61,12 +45,15 @@ def encoder_with(model: UHDForConditionalGeneration, strategy: str) -> VisualEnc
     side = getattr(own.slicing, "image_size", None) or getattr(vision, "image_size", None)
     if side is None:
         raise ValueError(f"{strategy!r} cannot be fitted: this model's vision encoder states no image_size")
+    rule = rule.for_vision(image_size=side, patch_size=vision.patch_size)
+    if rule.fits_latents and (shared := getattr(own.slicing, "tokens_per_view", None)):
+        rule = rule.replace(tokens_per_view=shared)
     counted = getattr(own.compressor, "tokens_per_view", None) is not None
     try:
         found = VisualEncoder(
             vision,
             own.compressor,
-            slicing=rule.for_vision(image_size=side, patch_size=vision.patch_size),
+            slicing=rule,
             schema=own.schema if counted else None,
             packer=own.packer,
             pixels=own.pixels,
@@ -159,7 +146,7 @@ def evaluate(
         prompt: As in :func:`uhd.evaluation.questions.prompt_of`.
         batch_size: Questions that are answered together.
         max_new_tokens: Most that an answer may have.
-        repaint: Show images as :func:`uhd.nano.images.as_learned` makes them, for the shipped model.
+        repaint: Show images as :func:`uhd.nano.images.as_learned` makes them, for a shipped model.
         refuse: Called with a line and what is wrong with it, which is then left out; ``None``: the first raises.
         keep: Called with what there is so far where an interrupt ends the run, which it does afterwards.
 
@@ -332,7 +319,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         if row["unfinished"]:
             lines.append(f"{row['strategy']}: answers that had not ended: {row['unfinished']} (give --max-new-tokens)")
     if rows[0]["images_in_doubt"]:
-        lines.append(f"images unlike what nano learned from: {rows[0]['images_in_doubt']} (`uhd demo IMAGE` says how)")
+        lines.append(f"images unlike what it learned from: {rows[0]['images_in_doubt']} (`uhd demo IMAGE` says how)")
     return "\n".join(lines)
 
 

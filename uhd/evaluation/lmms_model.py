@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from uhd.evaluation.judging import OWN, encoder_with, load_model
-from uhd.nano.answer import batches
+from uhd.evaluation.judging import OWN, encoder_with
+from uhd.nano.answer import batches, load_model
 
 Message = dict[str, Any]
 ANSWER = ("do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty")
@@ -26,8 +26,8 @@ class UHDChat(lmms):
     """``--model uhd``, for tasks that ask and read what is generated.
 
     Args:
-        pretrained: A folder that ``save_pretrained`` wrote, or ``nano``, the shipped model (its images are shown as
-            they are: nothing is repainted).
+        pretrained: A folder that ``save_pretrained`` wrote, or the name of a shipped one, ``nano`` or ``nano-plus``
+            (whose images are shown as they are: nothing is repainted).
         strategy: A slicing rule in place of the model's own.
         batch_size: Samples that are answered together; those of one batch have the same settings.
         device, dtype: Where the model runs, and in what; ``None`` leaves them.

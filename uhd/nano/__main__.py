@@ -1,4 +1,4 @@
-"""``python -m uhd.nano``: Read fresh images with the shipped model, or with one in a folder, and print how well."""
+"""``python -m uhd.nano``: Read fresh images with a shipped model, or with one in a folder, and print how well."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from pathlib import Path
 from transformers.utils import logging
 
 from uhd import commands
-from uhd.hf import UHDForConditionalGeneration
-from uhd.nano.answer import load_nano
+from uhd.nano.answer import SHIPPED, load_model
 from uhd.nano.evaluate import EVALUATION_SEED, evaluate, summary, table
 from uhd.nano.task import LEARNED, QUESTIONS
-from uhd.writing import check_place, is_file, write_text
+from uhd.writing import check_place, write_text
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,7 +27,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m uhd.nano", description=__doc__.partition(": ")[2])
     parser.add_argument("--images", type=int, default=2000, metavar="N")
     parser.add_argument("--seed", type=int, default=EVALUATION_SEED, help=f"default {EVALUATION_SEED}")
-    parser.add_argument("--model", type=Path, metavar="FOLDER", help="default: the shipped model")
+    parser.add_argument("--model", default="nano", metavar="MODEL", help=f"a folder, or one of {', '.join(SHIPPED)}")
     parser.add_argument("--kinds", nargs="+", choices=QUESTIONS, default=LEARNED, help="of questions")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write summary and every item")
     args = parser.parse_args(argv)
@@ -36,8 +35,6 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--images must be at least 1, got {args.images}")
     if args.seed < 0:
         parser.error(f"--seed must be at least 0, got {args.seed}")
-    if args.model and not is_file(args.model / "config.json"):
-        parser.error(f"{args.model} is no folder with a saved model (config.json)")
     return args
 
 
@@ -45,7 +42,7 @@ def measure(args: argparse.Namespace) -> int:
     if args.json:
         check_place(args.json)
     logging.disable_progress_bar()
-    model = load_nano() if args.model is None else UHDForConditionalGeneration.from_pretrained(args.model).eval()
+    model = load_model(args.model)
     start = time.perf_counter()
     items = evaluate(model, images=args.images, seed=args.seed, kinds=list(dict.fromkeys(args.kinds)))
     found = summary(items)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,10 @@ from uhd.nano.build import BEGIN, END, IMAGE, PAD
 from uhd.nano.images import as_learned, image_doubts
 from uhd.nano.task import GLYPHS
 from uhd.pixels import load_image
+from uhd.writing import is_file
+
+SHIPPED = {"nano": "llava-uhd", "nano-plus": "uhd-plus"}
+"""The models that this package brings, each with the slicing rule that it learned with; the first is the default."""
 
 MAX_ANSWER = 48  # characters: 8 words of 3 glyphs and what separates them, and some room
 
@@ -39,23 +45,52 @@ class Answer:
     doubts: tuple[str, ...]
 
 
-def load_nano(**kwargs: Any) -> UHDForConditionalGeneration:
-    """The small model that this package brings: it reads up to 8 short words on small grey images, on one CPU core.
+def shipped_folder(name: str) -> AbstractContextManager[Path]:
+    """A folder with one of :data:`SHIPPED`, as ``save_pretrained`` wrote it, and its card, while the context lasts.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    if name not in SHIPPED:
+        raise ValueError(f"no model {name!r} comes with this package: there are {', '.join(SHIPPED)}")
+    return resources.as_file(resources.files("uhd") / "assets" / name)
+
+
+def load_nano(name: str = "nano", **kwargs: Any) -> UHDForConditionalGeneration:
+    """A small model that this package brings: it reads up to 8 short words on small grey images, on one CPU core.
 
     Its card, with what it can and cannot do, is ``uhd/assets/nano/README.md``.
 
     Args:
+        name: ``"nano"`` learned with LLaVA-UHD's slices, ``"nano-plus"`` with one view at an image's own aspect, the
+            rule ``uhd-plus``; everything else is equal.
         kwargs: As for ``from_pretrained``; the weights are stored in float16 and loaded in float32 unless ``dtype``
             says otherwise.
 
     Returns:
         The model in eval mode; :attr:`~uhd.UHDForConditionalGeneration.processor` is its processor. See :func:`ask`.
+
+    Raises:
+        ValueError: There is none of that name.
     """
     kwargs.setdefault("dtype", torch.float32)
-    with resources.as_file(resources.files("uhd") / "assets" / "nano") as folder:
+    with shipped_folder(name) as folder:
         model = UHDForConditionalGeneration.from_pretrained(folder, **kwargs)
         model.processor  # noqa: B018  read while the folder is there
     return model.eval()
+
+
+def load_model(source: str) -> UHDForConditionalGeneration:
+    """One of :data:`SHIPPED` by name, or the model in a folder that ``save_pretrained`` wrote, in eval mode.
+
+    Raises:
+        ValueError: Not a folder with a saved model.
+    """
+    if source in SHIPPED:
+        return load_nano(source)
+    if not is_file(Path(source) / "config.json"):
+        raise ValueError(f"{source} is no folder with a saved model (config.json); or give {' or '.join(SHIPPED)}")
+    return UHDForConditionalGeneration.from_pretrained(source).eval()
 
 
 def ask(model: UHDForConditionalGeneration, image: Any, questions: Sequence[str]) -> list[Answer]:

@@ -69,7 +69,7 @@ def plus_parts(base: NanoConfig | None = None) -> dict[str, Any]:
     1
     """
     base, rule = base or NanoConfig(), PRESETS["uhd-plus"]
-    options = {name: getattr(rule, name) for name in ("cut_by", "one_view_below", "latents")}
+    options = {name: getattr(rule, name) for name in rule.later}
     return {
         "config": replace(base, side=2 * base.side, latents=64),
         "slicing": base.slicing.replace(name="nano-plus", **options),

@@ -14,7 +14,7 @@ def add(known: Any) -> None:
     command = known.add_parser("serve", help="a saved model over HTTP, as OpenAI's clients speak")
     which = command.add_mutually_exclusive_group(required=True)
     which.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="that model.save_pretrained wrote")
-    which.add_argument("--nano", action="store_true", help="the small model that ships, called nano")
+    which.add_argument("--nano", nargs="?", const="nano", metavar="NAME", help="a shipped model (default nano)")
     command.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: this machine only)")
     command.add_argument("--port", type=int, default=8000, help="default 8000")
     command.set_defaults(run=_serve)
@@ -40,7 +40,7 @@ def _serve(args: argparse.Namespace) -> int:
             f"the server of transformers is needed ({problem}): pip install 'llava-uhd[serving]'"
         ) from None
 
-    server = ready(args.folder, host=args.host, port=args.port, max_pixels=args.max_pixels)
+    server = ready(args.nano or args.folder, host=args.host, port=args.port, max_pixels=args.max_pixels)
     try:
         server.server.run()
     except SystemExit:  # it has said why it cannot listen

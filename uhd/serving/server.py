@@ -9,7 +9,6 @@ import json
 import re
 import traceback
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from transformers.cli.serving.model_manager import TimedModel
 from transformers.cli.serving.utils import GenerateManager
 
 from uhd.hf import UHDConfig, UHDForConditionalGeneration
+from uhd.nano import load_nano
 from uhd.writing import finish, is_file
 
 _ADDRESS = re.compile("(https?|data):", re.IGNORECASE)
@@ -143,28 +143,27 @@ def _with_addresses_only(apply: Any, conversation: Any, *args: Any, **kwargs: An
     return apply(conversation, *args, **kwargs)
 
 
-def ready(folder: Path | None, *, host: str = "127.0.0.1", port: int = 8000, max_pixels: int | None = None) -> _Ready:
+def ready(source: Path | str, *, host: str = "127.0.0.1", port: int = 8000, max_pixels: int | None = None) -> _Ready:
     """transformers' server for one model; ``.server.run()`` runs it.
 
     Args:
-        folder: That ``save_pretrained`` wrote; ``None``: the nano model, which is called ``nano``.
+        source: A folder that ``save_pretrained`` wrote, or a shipped model's name, by which it is then called.
         host, port: Where it listens.
         max_pixels: Larger pictures are refused; ``None``: as the folder says.
 
     Raises:
-        ValueError, OSError: What is wrong with the folder, in a sentence.
+        ValueError, OSError: What is wrong with the folder or the name, in a sentence.
     """
-    if folder is None:
-        name, dtype = ServedName("nano"), "float32"  # as `uhd.load_nano` has it
-        folder = Path(str(resources.files("uhd") / "assets" / "nano"))
+    if isinstance(source, str):
+        name, dtype, load = ServedName(source), "float32", load_nano
     else:
-        name, dtype = _checked(folder), "auto"
+        name, dtype, load = _checked(source), "auto", UHDForConditionalGeneration.from_pretrained
     server = _Ready(
         dtype=dtype, model_timeout=-1, chat_template_kwargs=_AS_WORDS, host=host, port=port, non_blocking=True
     )
     manager = server._model_manager
     # not by the manager, which takes an "@" in a path for a revision before 5.24
-    model = UHDForConditionalGeneration.from_pretrained(folder, dtype=manager.dtype, device_map=manager.device).eval()
+    model = load(source, dtype=manager.dtype, device_map=manager.device).eval()
     processor = model.processor
     for part in (processor.image_processor, processor.video_processor) if max_pixels is not None else ():
         part.max_pixels = max_pixels
