@@ -228,15 +228,11 @@ def _arm(found: Comparison, arm: str) -> dict[str, Any]:
 
 
 def _by_cut(found: Comparison) -> dict[str, Any]:
-    """How the baseline reads, and the other arms' differences to it, by how it cuts an image; {} for unknown sizes."""
-    settings = next(iter(found.found.values()))["settings"]
-    sizes = settings.get("model")
-    if sizes is None or settings.get("set") == "pages" or found.baseline not in found.runs:
+    """How the baseline reads, and the other arms' differences to it, by how `uhd` cuts an image; {} where unknown."""
+    plans = _plans(found)
+    if not plans or found.baseline not in found.runs:
         return {}
-    slicing = NanoConfig(**sizes).slicing
-    seed = next(iter(found.runs[found.baseline].values()))["test"]["seed"]
-    plans = [plan(scene(seed, number).image_hw, slicing) for number in range(len(found.buckets))]
-    names = np.array([_cut_name(one, bucket) for one, bucket in zip(plans, found.buckets, strict=True)])
+    names = _cut_names(found, plans)
     order = sorted(set(names), key=lambda name: (not name.startswith(WHOLE), name))
     masks = {name: names == name for name in order}
     tokens = np.array([one.num_visual_tokens for one in plans])
@@ -255,6 +251,20 @@ def _by_cut(found: Comparison) -> dict[str, Any]:
             if arm != found.baseline and found.common(arm)
         },
     }
+
+
+def _plans(found: Comparison) -> list[SlicePlan]:
+    """`uhd`'s of the scenes that judge; none where the runs do not tell its sizes, or judge by other scenes."""
+    first = next(iter(found.found.values()))
+    settings, seed = first["settings"], first["test"]["seed"]
+    if "model" not in settings or settings.get("set") == "pages":
+        return []
+    slicing = NanoConfig(**settings["model"]).slicing
+    return [plan(scene(seed, number).image_hw, slicing) for number in range(len(found.buckets))]
+
+
+def _cut_names(found: Comparison, plans: Sequence[SlicePlan]) -> np.ndarray:
+    return np.array([_cut_name(one, bucket) for one, bucket in zip(plans, found.buckets, strict=True)])
 
 
 def _cut_name(one: SlicePlan, bucket: float) -> str:
@@ -298,7 +308,9 @@ def expectations(found: Comparison) -> list[dict[str, Any]]:
     masks |= {"below 2.5": ~long, "from 2.5 on": long}
     if BASELINE in found.runs:
         marks = np.array(list(next(iter(found.runs[BASELINE].values()))["test"]["cut"]))
-        masks |= {"long and not cut": long & (marks == "u"), "a border through a glyph": marks == "1"}
+        masks["a border through a glyph"] = marks == "1"
+    if plans := _plans(found):
+        masks["long and not cut"] = long & np.char.startswith(_cut_names(found, plans), WHOLE)
     rows = [row for row in learned_plus.EXPECTED.get(found.name, ()) if found.common(row[1], row[2])]
     return [_expected(found, *row, masks[row[4]]) for row in rows if row[4] in masks]
 

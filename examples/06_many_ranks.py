@@ -7,6 +7,7 @@ same calls on every rank whatever its batch holds, so none waits for another. Th
 """
 
 import argparse
+import gc
 import os
 
 import torch
@@ -80,3 +81,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    gc.collect()  # torch may abort where process groups that FSDP still holds die with the interpreter

@@ -261,6 +261,11 @@ def test_demo_shows_the_same_image_to_the_other_shipped_model(tmp_path, capsys):
         assert f", {views}\n" in out
         assert out.count("% sure a character)   right") >= 2
     fails("there are nano, nano-plus", "demo", "--model", "nan", "-o", tmp_path / "no.png", capsys=capsys)
+    Image.new("L", (40, 30), 240).save(tmp_path / "own.png")
+    args = ("demo", tmp_path / "own.png", "--model", "nano-plus", "-o", tmp_path / "out.png")
+    status, out, _ = run(*args, capsys=capsys)
+    assert (status, out.count("all? "), "1 answer, one character" in out) == (0, 1, True)
+    fails("leave --encoder out, or --ask and --model", *args, "--encoder", tmp_path, capsys=capsys)
 
 
 def test_demo_answers_about_your_own_image_and_says_when_it_is_far_from_it(tmp_path, capsys):

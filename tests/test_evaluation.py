@@ -19,7 +19,7 @@ from uhd.evaluation.judging import swapped
 from uhd.evaluation.questions import prompt_of
 from uhd.evaluation.scores import characters_wrong, paired
 from uhd.nano import load_nano
-from uhd.nano.answer import answer_many, ask
+from uhd.nano.answer import SHIPPED, answer_many, ask
 from uhd.nano.build import BEGIN, NanoConfig, build_nano
 from uhd.nano.task import scene
 from uhd.pixels import PixelSettings
@@ -125,9 +125,14 @@ def test_a_rule_that_fits_latents_shares_as_many_as_the_models_own_rule_has():
     plans = [encoder_with(model, rule).plan((24, 90)) for rule in ("own", "uhd-plus")]
     assert [plan.num_views for plan in plans] == [5, 1]
     assert [plan.num_visual_tokens for plan in plans] == [45, 45]
+    model = load_nano("nano-plus")
+    plans = [encoder_with(model, rule).plan((24, 90)) for rule in ("own", "llava-uhd", "llava-next")]
+    assert [plan.num_views for plan in plans] == [1, 5, 4]
+    assert [plan.num_visual_tokens for plan in plans] == [45, 44, 4 * 64]  # of a rule of another kind all latents
 
 
-def test_the_shipped_model_sees_what_ask_shows_it(tmp_path, capsys):
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_model_sees_what_ask_shows_it(name, tmp_path, capsys):
     lines = []
     for number in range(6):
         drawn = scene(5_000_000, number)
@@ -137,10 +142,10 @@ def test_the_shipped_model_sees_what_ask_shows_it(tmp_path, capsys):
     lines.append({"image": "noise.png", "question": "all?", "answer": "A"})
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     data = str(tmp_path / "questions.jsonl")
-    assert cli.main(["evaluate", "nano", data, "--json", str(tmp_path / "rows.json")]) == 0
+    assert cli.main(["evaluate", name, data, "--json", str(tmp_path / "rows.json")]) == 0
     (row,) = json.loads((tmp_path / "rows.json").read_text())["strategies"]
     said = [answer["answer"] for answer in row["answers"][:6]]
-    model = load_nano()
+    model = load_nano(name)
     assert said == [ask(model, tmp_path / line["image"], ["all?"])[0].text for line in lines[:6]]
     assert row["exact"] > 0.6
     assert row["images_in_doubt"] == 1

@@ -104,7 +104,9 @@ def _add_encoding(known: Any) -> None:
     command.add_argument(
         "--ask", action="append", default=[], metavar="QUESTION", help="ask the shipped model, e.g. 'all?'; repeatable"
     )
-    command.add_argument("--model", metavar="NAME", help="nano-plus: the shipped model of the rule uhd-plus")
+    command.add_argument(
+        "--model", metavar="NAME", help="a shipped model: nano, which learned with slices, or nano-plus"
+    )
     command.add_argument("--seed", type=int, metavar="N", help="of the image drawn on the spot; default: a new one")
     command.add_argument("-o", "--output", type=Path, default=Path("uhd_demo.png"), metavar="FILE")
     command.add_argument("--encoder", **folder)
@@ -333,10 +335,13 @@ def _demo(args: argparse.Namespace) -> int:
     _check_output(args.output, filter(None, [args.image]))
     if args.seed is not None and args.image is not None:
         raise ValueError(f"--seed is of the image drawn on the spot, and {args.image} was given")
-    asking = args.ask or args.model or (args.image is None and not args.encoder)
-    reader = demo.Reader(args.ask, seed=args.seed, model=args.model or "nano") if asking else None
+    asking = args.ask or args.model is not None or (args.image is None and not args.encoder)
+    name = "nano" if args.model is None else args.model
+    reader = demo.Reader(args.ask, seed=args.seed, model=name) if asking else None
     if reader and args.encoder:
-        raise ValueError("--ask is answered by a shipped model, which has its own eyes: leave --encoder out")
+        raise ValueError(
+            "a shipped model answers --ask, and has its own eyes: leave --encoder out, or --ask and --model"
+        )
     encoder = reader.model.visual if reader else _encoder(args.encoder)
     name, eyes = "a page drawn for this demo", "a small ViT and perceiver resampler"
     if reader:

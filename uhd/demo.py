@@ -175,7 +175,8 @@ class Reader:
     """The nano model with questions: the caller's, or three about an image drawn on the spot, with their answers.
 
     Args:
-        questions: As :func:`uhd.nano.task.questions` words them; none: three about the drawn image.
+        questions: As :func:`uhd.nano.task.questions` words them; none: three about the drawn image, or for all that
+            stands on the caller's.
         seed: Of the drawn image; ``None`` takes a new one each time, and says which.
         model: Name of a shipped one.
 
@@ -222,15 +223,16 @@ class Reader:
     def read(self, image: Image.Image, *, own: bool, say: Callable[[str], None]) -> None:
         """Ask, and ``say`` answers beside the truth where that is known, and doubts where there are any."""
         from uhd.nano import ask
+        from uhd.nano.answer import EXAMPLES
         from uhd.nano.images import as_learned
         from uhd.nano.task import questions
 
         drawn = {} if own else questions(self.scene)
         known = {item.text: item.answer for some in drawn.values() for item in some}
-        # everything, the second line, a neighbour
-        asked = self.questions or [drawn[kind][place].text for kind, place in (("all", 0), ("line", 1), ("right", 0))]
+        three = (("all", 0), ("line", 1), ("right", 0))  # everything, the second line, a neighbour
+        asked = self.questions or ([EXAMPLES["all"]] if own else [drawn[kind][place].text for kind, place in three])
         answers, elapsed = _timed(lambda: ask(self.model, image, asked))
-        say(f"5 read      {elapsed}   {len(asked)} answers, one character at a time:")
+        say(f"5 read      {elapsed}   {len(asked)} answer{'s' * (len(asked) > 1)}, one character at a time:")
         if as_learned(image) is not image:
             say(f"{'':24}its two colours are repainted as dark text on light ground, which the model learned from")
         shared = [doubt for doubt in answers[0].doubts if all(doubt in answer.doubts for answer in answers)]

@@ -77,9 +77,10 @@ def halved(folder: Path) -> Path:
     model.save_pretrained(made)
     (made / f"{MODULE}.py").unlink()  # the package has the classes themselves
     for path in made.glob("*.json"):
-        told = json.loads(path.read_text())
-        if told.pop("auto_map", None):
-            path.write_text(json.dumps(told, indent=2) + "\n")
+        told = json.loads(
+            path.read_text(), object_hook=lambda part: {k: v for k, v in part.items() if k != "auto_map"}
+        )
+        path.write_text(json.dumps(told, indent=2) + "\n")
     size = (made / "model.safetensors").stat().st_size
     if size > MOST_BYTES:
         raise SystemExit(f"{made} holds {size} bytes of weights, the package takes {MOST_BYTES}")

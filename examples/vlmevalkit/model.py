@@ -19,7 +19,7 @@ from uhd.nano.answer import load_model
 
 
 class UHD(BaseModel):
-    """A folder that ``save_pretrained`` wrote, or ``nano``; ``strategy`` is a slicing rule in place of its own."""
+    """A folder that ``save_pretrained`` wrote, or a shipped model's name; ``strategy``: a rule in place of its own."""
 
     INSTALL_REQ = False
     INTERLEAVE = True

@@ -283,6 +283,7 @@ def test_a_rule_is_trained_and_shipped_beside_the_other(parts, train, tmp_path, 
     assert UHDForConditionalGeneration.from_pretrained(tmp_path / "nano-plus").visual.slicing.name == "nano-plus"
     assert [path.name for path in (tmp_path / "nano").iterdir()] == ["README.md"]
     assert not list((tmp_path / "nano-plus").glob("*.py"))
+    assert not [path for path in (tmp_path / "nano-plus").glob("*.json") if "auto_map" in path.read_text()]
 
 
 def test_a_stage_begins_after_those_that_it_needs(train, tmp_path, capsys):

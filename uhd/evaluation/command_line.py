@@ -16,7 +16,7 @@ def add(known: Any) -> None:
     command = known.add_parser("evaluate", help="what slicing rules make of own questions: accuracy and cost")
     command.add_argument("model", nargs="?", metavar="MODEL", help="a saved model's folder, or nano or nano-plus")
     command.add_argument("data", type=Path, metavar="DATA.jsonl", help="lines of image, question, answer")
-    command.add_argument("--nano", action="store_true", help="in place of MODEL, as nano is")
+    command.add_argument("--nano", action="store_true", help="the same as giving nano as MODEL")
     command.add_argument("--strategies", default="own", metavar="A,B,C", help="rules' names; own is the model's")
     command.add_argument("--prompt", help="with {image} and {question} (default: the model's chat template)")
     command.add_argument("--batch-size", type=int, default=16, metavar="N")

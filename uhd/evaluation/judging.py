@@ -22,7 +22,7 @@ from uhd.nano.evaluate import wilson
 from uhd.nano.images import as_learned, image_doubts
 from uhd.pixels import load_image
 from uhd.planning import plan
-from uhd.slicing import SlicePlan, find
+from uhd.slicing import SlicePlan, SlicingConfig, find
 
 OWN = "own"
 """Instead of a strategy's name: the one that the model was saved with."""
@@ -33,7 +33,8 @@ COSTS = ("visual_tokens", "tokens", "views", "patches")
 def encoder_with(model: UHDForConditionalGeneration, strategy: str) -> VisualEncoder:
     """The model's encoder, images cut by another rule that is fitted to its views and patches.
 
-    A rule that fits latents to views has as many a view on average as the model's own rule.
+    Where the model's own rule fits latents to views, so do other rules of the adaptive planner, with as many a view on
+    average. Of rules of other kinds every view has all of the resampler's latents.
 
     Raises:
         ValueError: No such rule, or the model cannot take it: parts do not fit, or embeddings were never trained.
@@ -46,8 +47,9 @@ def encoder_with(model: UHDForConditionalGeneration, strategy: str) -> VisualEnc
     if side is None:
         raise ValueError(f"{strategy!r} cannot be fitted: this model's vision encoder states no image_size")
     rule = rule.for_vision(image_size=side, patch_size=vision.patch_size)
-    if rule.fits_latents and (shared := getattr(own.slicing, "tokens_per_view", None)):
-        rule = rule.replace(tokens_per_view=shared)
+    both = [found for found in (rule, own.slicing) if isinstance(found, SlicingConfig) and found.tokens_per_view]
+    if len(both) == 2 and "fitted" in (both[0].latents, both[1].latents):
+        rule = rule.replace(latents="fitted", tokens_per_view=own.slicing.tokens_per_view)
     counted = getattr(own.compressor, "tokens_per_view", None) is not None
     try:
         found = VisualEncoder(
@@ -319,7 +321,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         if row["unfinished"]:
             lines.append(f"{row['strategy']}: answers that had not ended: {row['unfinished']} (give --max-new-tokens)")
     if rows[0]["images_in_doubt"]:
-        lines.append(f"images unlike what it learned from: {rows[0]['images_in_doubt']} (`uhd demo IMAGE` says how)")
+        how = 'uhd demo IMAGE --ask "all?"'
+        lines.append(f"images unlike what it learned from: {rows[0]['images_in_doubt']} (`{how}` says how)")
     return "\n".join(lines)
 
 

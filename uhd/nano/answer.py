@@ -63,7 +63,7 @@ def load_nano(name: str = "nano", **kwargs: Any) -> UHDForConditionalGeneration:
 
     Args:
         name: ``"nano"`` learned with LLaVA-UHD's slices, ``"nano-plus"`` with one view at an image's own aspect, the
-            rule ``uhd-plus``; everything else is equal.
+            rule ``uhd-plus``, and reads better: ``uhd/assets/nano-plus/README.md``.
         kwargs: As for ``from_pretrained``; the weights are stored in float16 and loaded in float32 unless ``dtype``
             says otherwise.
 
@@ -82,6 +82,8 @@ def load_nano(name: str = "nano", **kwargs: Any) -> UHDForConditionalGeneration:
 
 def load_model(source: str) -> UHDForConditionalGeneration:
     """One of :data:`SHIPPED` by name, or the model in a folder that ``save_pretrained`` wrote, in eval mode.
+
+    A folder that has a shipped model's name is ``./nano-plus``.
 
     Raises:
         ValueError: Not a folder with a saved model.

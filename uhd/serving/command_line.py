@@ -40,7 +40,9 @@ def _serve(args: argparse.Namespace) -> int:
             f"the server of transformers is needed ({problem}): pip install 'llava-uhd[serving]'"
         ) from None
 
-    server = ready(args.nano or args.folder, host=args.host, port=args.port, max_pixels=args.max_pixels)
+    server = ready(
+        args.folder if args.nano is None else args.nano, host=args.host, port=args.port, max_pixels=args.max_pixels
+    )
     try:
         server.server.run()
     except SystemExit:  # it has said why it cannot listen
