@@ -23,13 +23,15 @@ ARMS = ("uhd", "uhd-more", "shape", "borders", "one-view", "fitted", "plus", "st
 AFTER_ARMS = ("uhd-more", "plus", "native", "slices")
 """Of the afterthought: two that ``plus`` set aside, and two that its results suggested."""
 
-DIRECT_ARMS = PAGE_ARMS = ("uhd-more", "native-direct")
-"""Of the third comparison, and of the second task; the others are asked for by name."""
+PAGE_ARMS = ("uhd-more", "native-direct")
+DIRECT_ARMS = (*PAGE_ARMS, "stretch", "anyres")
+"""Of the second task, and of the third comparison; the others are asked for by name."""
 
 BASELINE = "uhd-more"
 TAKES = {arm: BASELINE for arm in ARMS if arm not in (BASELINE, "plus")}
 """Arms that take the learning rate that another one chose."""
 
+DIRECT_CONTRASTS = tuple(("native-direct", other) for other in ("anyres", "stretch", "native"))
 CONTRASTS = (("borders", "uhd"), ("uhd-more", "uhd"), ("plus", "stretch"), ("plus", "anyres"))
 
 NEAR_SQUARE = 2.5
@@ -54,7 +56,11 @@ EXPECTED = {
         ("H10", "slices", "uhd-more", "all", "in all", 0.03),
         ("H1 again", "plus", "uhd-more", "all", "in all", 0.03),
     ),
-    "direct": (("H11", "native-direct", "uhd-more", "all", "in all", 0.03),),
+    "direct": (
+        ("H11", "native-direct", "uhd-more", "all", "in all", 0.03),
+        ("H12", "native-direct", "anyres", "all", "in all", 0.0),
+        ("H13", "native-direct", "stretch", "all", "in all", 0.0),
+    ),
 }
 """What docs/learned.md expects: an arm minus another one, in a question, on some images, by at least so much."""
 
@@ -207,13 +213,14 @@ class AfterSettings(PlusSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class DirectSettings(PlusSettings):
-    """The third comparison, on scenes of its own."""
+    """The third comparison, on scenes of its own; arms of ``plus`` that were trained there are judged here."""
 
     factors: tuple[float, ...] = (0.5,)
 
     name: ClassVar[str] = "direct"
     test_seed: ClassVar[int] = 1_000_903
     validation_seed: ClassVar[int] = 1_001_003
+    trained_in: ClassVar[str | None] = "plus"
 
     def arms(self) -> dict[str, Arm]:
         return {**super().arms(), **after_arms(self.model), **direct_arms(self.model)}

@@ -45,7 +45,7 @@ SETS = {
     "plus": (learned_plus.ARMS, learned_plus.BASELINE, learned_plus.CONTRASTS),
     "pages": (learned_plus.PAGE_ARMS, learned_plus.BASELINE, learned_plus.CONTRASTS),
     "after": (learned_plus.AFTER_ARMS, learned_plus.BASELINE, (("native", "plus"), ("slices", "plus"))),
-    "direct": (learned_plus.DIRECT_ARMS, learned_plus.BASELINE, (("native-direct", "native"),)),
+    "direct": (learned_plus.DIRECT_ARMS, learned_plus.BASELINE, learned_plus.DIRECT_CONTRASTS),
 }
 """Arms, baseline and contrasts of the sets of runs."""
 
