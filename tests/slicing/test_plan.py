@@ -246,7 +246,7 @@ def test_worst_case_is_an_upper_bound(image_hw, name, cap, clamp):
     bound = config.worst_case()
     named = plan(bound.image_hw, config)
     assert named.num_tokens <= bound.num_tokens
-    if config.tokens_per_view:
+    if config.tokens_per_view and not config.fits_latents:
         assert (named.num_views, named.num_tokens) == (bound.num_views, bound.num_tokens)
     if max(image_hw) > 200 * min(image_hw):
         return
