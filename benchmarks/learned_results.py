@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,21 @@ class Comparison:
         """Seeds that two arms both have; ``None``: the second is the baseline."""
         return [seed for seed in self.runs.get(arm, {}) if seed in self.runs.get(other or self.baseline, {})]
 
+    @cached_property
+    def plans(self) -> list[SlicePlan]:
+        """`uhd`'s of the scenes that judge; none where the runs do not tell its sizes, or judge by other scenes."""
+        first = next(iter(self.found.values()))
+        settings, seed = first["settings"], first["test"]["seed"]
+        if "model" not in settings or settings.get("set") == "pages":
+            return []
+        slicing = NanoConfig(**settings["model"]).slicing
+        return [plan(scene(seed, number).image_hw, slicing) for number in range(len(self.buckets))]
+
+    @cached_property
+    def cut_names(self) -> np.ndarray:
+        """Of the images: :func:`_cut_name`."""
+        return np.array([_cut_name(one, bucket) for one, bucket in zip(self.plans, self.buckets, strict=True)])
+
     def missing(self) -> list[str]:
         """Runs of the full plan that are not there."""
         seeds = (TUNING_SEED,) if self.name == "quick" else SEEDS
@@ -229,10 +245,10 @@ def _arm(found: Comparison, arm: str) -> dict[str, Any]:
 
 def _by_cut(found: Comparison) -> dict[str, Any]:
     """How the baseline reads, and the other arms' differences to it, by how `uhd` cuts an image; {} where unknown."""
-    plans = _plans(found)
+    plans = found.plans
     if not plans or found.baseline not in found.runs:
         return {}
-    names = _cut_names(found, plans)
+    names = found.cut_names
     order = sorted(set(names), key=lambda name: (not name.startswith(WHOLE), name))
     masks = {name: names == name for name in order}
     tokens = np.array([one.num_visual_tokens for one in plans])
@@ -251,20 +267,6 @@ def _by_cut(found: Comparison) -> dict[str, Any]:
             if arm != found.baseline and found.common(arm)
         },
     }
-
-
-def _plans(found: Comparison) -> list[SlicePlan]:
-    """`uhd`'s of the scenes that judge; none where the runs do not tell its sizes, or judge by other scenes."""
-    first = next(iter(found.found.values()))
-    settings, seed = first["settings"], first["test"]["seed"]
-    if "model" not in settings or settings.get("set") == "pages":
-        return []
-    slicing = NanoConfig(**settings["model"]).slicing
-    return [plan(scene(seed, number).image_hw, slicing) for number in range(len(found.buckets))]
-
-
-def _cut_names(found: Comparison, plans: Sequence[SlicePlan]) -> np.ndarray:
-    return np.array([_cut_name(one, bucket) for one, bucket in zip(plans, found.buckets, strict=True)])
 
 
 def _cut_name(one: SlicePlan, bucket: float) -> str:
@@ -309,8 +311,8 @@ def expectations(found: Comparison) -> list[dict[str, Any]]:
     if BASELINE in found.runs:
         marks = np.array(list(next(iter(found.runs[BASELINE].values()))["test"]["cut"]))
         masks["a border through a glyph"] = marks == "1"
-    if plans := _plans(found):
-        masks["long and not cut"] = long & np.char.startswith(_cut_names(found, plans), WHOLE)
+    if found.plans:
+        masks["long and not cut"] = long & np.char.startswith(found.cut_names, WHOLE)
     rows = [row for row in learned_plus.EXPECTED.get(found.name, ()) if found.common(row[1], row[2])]
     return [_expected(found, *row, masks[row[4]]) for row in rows if row[4] in masks]
 

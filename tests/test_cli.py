@@ -257,7 +257,7 @@ def test_demo_shows_the_same_image_to_the_other_shipped_model(tmp_path, capsys):
         status, out, _ = run("demo", "--seed", 3, "--model", name, "-o", tmp_path / "out.png", capsys=capsys)
         assert status == 0
         assert "23x105 px" in out
-        assert f"encoder: the shipped model {name}\n" in out
+        assert f"encoder: the shipped {name} model\n" in out
         assert f", {views}\n" in out
         assert out.count("% sure a character)   right") >= 2
     fails("there are nano, nano-plus", "demo", "--model", "nan", "-o", tmp_path / "no.png", capsys=capsys)

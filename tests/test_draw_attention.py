@@ -72,12 +72,12 @@ def test_the_command_draws_what_the_shipped_model_or_an_encoder_saw(tmp_path, ca
     assert cli.main([*command, "--ask", "all?"]) == 0
     said = capsys.readouterr().out
     assert f"it says {drawn.text!r}" in said
-    assert "eyes: the shipped model nano\n" in said
+    assert "eyes: the shipped nano model" in said
     drawn.image.point(lambda value: 255 - value).save(light := tmp_path / "light.png")
     assert cli.main(["show", str(light), *command[2:], "--model", "nano-plus", "--ask", "all?"]) == 0
     said = capsys.readouterr().out
     assert f"it says {drawn.text!r}" in said
-    assert "eyes: the shipped model nano-plus\n" in said
+    assert "eyes: the shipped nano-plus model" in said
     with Image.open(out) as picture:
         asked = picture.size
     assert cli.main([*command, "--strategy", "llava-next"]) == 0

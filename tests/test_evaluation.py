@@ -149,7 +149,7 @@ def test_a_shipped_model_sees_what_ask_shows_it(name, tmp_path, capsys):
     assert said == [ask(model, tmp_path / line["image"], ["all?"])[0].text for line in lines[:6]]
     assert row["exact"] > 0.6
     assert row["images_in_doubt"] == 1
-    assert "images unlike what it learned from: 1 (" in capsys.readouterr().out
+    assert "images unlike what nano learned from: 1 (" in capsys.readouterr().out
 
 
 def test_a_line_that_is_wrong_is_reported_and_the_others_go_on(saved, tmp_path, capsys):

@@ -345,7 +345,7 @@ def _demo(args: argparse.Namespace) -> int:
     encoder = reader.model.visual if reader else _encoder(args.encoder)
     name, eyes = "a page drawn for this demo", "a small ViT and perceiver resampler"
     if reader:
-        name, eyes = reader.name, f"the shipped model {reader.model_name}"
+        name, eyes = reader.name, f"the shipped {reader.model_name} model"
     encoder.pixels = _pixels(args, encoder.pixels)
     own = None if args.image is None else _source(args.image, encoder.pixels)
     source = own if own is not None else reader.scene.image if reader else demo.page_image()

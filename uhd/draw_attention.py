@@ -208,7 +208,7 @@ def show(
     seen = as_learned(image) if asked is not None and model in SHIPPED else image
     batch = eyes.prepare([seen])
     (plan,), (maps,) = batch.plans, eyes.attention(batch)
-    who = f"the shipped model {model}" if encoder is None and model in SHIPPED else str(encoder or model)
+    who = f"the shipped {model} model" if encoder is None and model in SHIPPED else str(encoder or model)
     facts, answer = [f"{plan}", f"eyes: {who}" + (f"; {eyes.note}" if eyes.note else "")], []
     if ask is not None:
         said, answer, share = _answered(asked, seen, ask)

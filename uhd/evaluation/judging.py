@@ -322,7 +322,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             lines.append(f"{row['strategy']}: answers that had not ended: {row['unfinished']} (give --max-new-tokens)")
     if rows[0]["images_in_doubt"]:
         how = 'uhd demo IMAGE --ask "all?"'
-        lines.append(f"images unlike what it learned from: {rows[0]['images_in_doubt']} (`{how}` says how)")
+        lines.append(f"images unlike what nano learned from: {rows[0]['images_in_doubt']} (`{how}` says how)")
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers.utils import logging
 
 from uhd import commands
-from uhd.nano.answer import SHIPPED, load_model
+from uhd.nano.answer import SHIPPED, check_source, load_model
 from uhd.nano.evaluate import EVALUATION_SEED, evaluate, summary, table
 from uhd.nano.task import LEARNED, QUESTIONS
 from uhd.writing import check_place, write_text
@@ -35,6 +35,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--images must be at least 1, got {args.images}")
     if args.seed < 0:
         parser.error(f"--seed must be at least 0, got {args.seed}")
+    try:
+        check_source(args.model)
+    except ValueError as problem:
+        parser.error(str(problem))
     return args
 
 

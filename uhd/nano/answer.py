@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -45,17 +44,6 @@ class Answer:
     doubts: tuple[str, ...]
 
 
-def shipped_folder(name: str) -> AbstractContextManager[Path]:
-    """A folder with one of :data:`SHIPPED`, as ``save_pretrained`` wrote it, and its card, while the context lasts.
-
-    Raises:
-        ValueError: There is none of that name.
-    """
-    if name not in SHIPPED:
-        raise ValueError(f"no model {name!r} comes with this package: there are {', '.join(SHIPPED)}")
-    return resources.as_file(resources.files("uhd") / "assets" / name)
-
-
 def load_nano(name: str = "nano", **kwargs: Any) -> UHDForConditionalGeneration:
     """A small model that this package brings: it reads up to 8 short words on small grey images, on one CPU core.
 
@@ -73,8 +61,10 @@ def load_nano(name: str = "nano", **kwargs: Any) -> UHDForConditionalGeneration:
     Raises:
         ValueError: There is none of that name.
     """
+    if name not in SHIPPED:
+        raise ValueError(f"no model {name!r} comes with this package: there are {', '.join(SHIPPED)}")
     kwargs.setdefault("dtype", torch.float32)
-    with shipped_folder(name) as folder:
+    with resources.as_file(resources.files("uhd") / "assets" / name) as folder:
         model = UHDForConditionalGeneration.from_pretrained(folder, **kwargs)
         model.processor  # noqa: B018  read while the folder is there
     return model.eval()
@@ -88,11 +78,14 @@ def load_model(source: str) -> UHDForConditionalGeneration:
     Raises:
         ValueError: Not a folder with a saved model.
     """
-    if source in SHIPPED:
-        return load_nano(source)
-    if not is_file(Path(source) / "config.json"):
+    check_source(source)
+    return load_nano(source) if source in SHIPPED else UHDForConditionalGeneration.from_pretrained(source).eval()
+
+
+def check_source(source: str) -> None:
+    """Raises what :func:`load_model` raises, before anything is loaded."""
+    if source not in SHIPPED and not is_file(Path(source) / "config.json"):
         raise ValueError(f"{source} is no folder with a saved model (config.json); or give {' or '.join(SHIPPED)}")
-    return UHDForConditionalGeneration.from_pretrained(source).eval()
 
 
 def ask(model: UHDForConditionalGeneration, image: Any, questions: Sequence[str]) -> list[Answer]:

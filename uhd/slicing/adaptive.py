@@ -434,8 +434,8 @@ def _view_fitter(config: SlicingConfig, most: int | None = None) -> Callable[[in
 class WorstCase(NamedTuple):
     """Upper bounds: views an image, ViT patches a view and an image, tokens an image; and a costly image.
 
-    ``image_hw`` is the costliest of the images shaped like a grid of the largest slice count. Where all views have as
-    many tokens, without ``max_tokens``, it reaches ``num_views`` and ``num_tokens``; elsewhere it may stay far below.
+    ``image_hw`` is the costliest of the images shaped like a grid of the largest slice count. With one number of
+    tokens for all views and no ``max_tokens`` it reaches ``num_views`` and ``num_tokens``, else it may stay far below.
     """
 
     num_views: int
