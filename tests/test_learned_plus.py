@@ -238,3 +238,15 @@ def test_of_the_pages_a_sign_is_expected(parts):
     assert judged_expectation(parts, "pages", 0.4)[1] == "refuted"
     better, one_worse = [("all", EVERYWHERE)], [("count", EVERYWHERE)]
     assert judged_expectation(parts, "pages", 0.6, one_worse, better)[1] == "open"
+
+
+def test_single_parts_take_the_rate_that_their_baseline_chose(parts):
+    settings, task = parts.plus.PLUS, parts.run.Task
+    scores = {0.5: 0.7, 0.25: 0.8, 0.125: 0.6}
+    found = {task("uhd-more", 0, factor): {"validation": score} for factor, score in scores.items()}
+    planned, blocked = parts.run.tasks(settings.factors, ["uhd-more", "shape"], [0, 1], found, settings.takes)
+    assert [one for one in planned if one.arm == "shape"] == [task("shape", 0, 0.25), task("shape", 1, 0.25)]
+    assert not blocked
+    planned, blocked = parts.run.tasks(settings.factors, ["plus", "shape"], [0, 1], {}, settings.takes)
+    assert {one.arm for one in planned} == {"plus"}
+    assert blocked == ["shape-seed0", "plus-seed1", "shape-seed1"]
