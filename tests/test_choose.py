@@ -273,9 +273,9 @@ def test_the_command_gives_one_object(tmp_path, capsys):
 # --- the learned comparison
 
 
-def rows_of_the_page():
+def rows_of_the_page(title="Difference to `uhd`, paired by seed and image"):
     page = (ROOT / "docs" / "learned_results.md").read_text()
-    text = page[page.index("Difference to `uhd`, paired by seed and image") :]
+    text = page[page.index(title) :]
     found = {}
     for arm, question, *cells in re.findall(
         r"^\| (\S+) \| (\w+) \| (.*?) \| (.*?) \| (.*?) \| (.*?) \| (.*?) \|$", text, re.M
@@ -285,47 +285,65 @@ def rows_of_the_page():
     return found
 
 
-def test_measured_differences_are_those_of_the_page():
+def measured_rows():
+    """Differences of every kind as the page has them: those of the last comparison are to slices of equal tokens."""
     rows = rows_of_the_page()
+    return {**rows, "native-direct": rows_of_the_page("### The direct run")["native-direct"]}
+
+
+def test_measured_differences_are_those_of_the_page():
+    rows = measured_rows()
     for kind, differences in learned.DIFFERENCES.items():
         assert list(differences) == rows[kind][1:]
     assert rows["overview-wide"][0] == learned.RESOLUTION
 
 
 @pytest.mark.slow
-def test_what_arms_kept_is_measured_on_their_images():
-    arms, seed = load_script("learned_run").all_arms(), load_script("learned_run").TEST_SEED
-    sizes = [scene(seed, number).image_hw for number in range(1000)]
-    shares = learned.shapes(np.array(sizes), np.ones(1000))
+def test_what_arms_keep_more_is_measured_on_their_images():
+    first, direct = load_script("learned_run"), load_script("learned_plus").DIRECT
+    aspects, kept = kept_by(first.all_arms(), first.TEST_SEED)
+    shares = learned.shapes(np.array([[aspect, 1] for aspect in aspects]), np.ones(1000))
     assert shares == pytest.approx([0.24, 0.28, 0.24, 0.24], abs=0.06)
-    kept = {
-        name: np.array(
-            [measure((arms[name].slicing or arms[name].config.slicing)(size)).resolution_kept for size in sizes]
-        )
-        for name in arms
-    }
-    aspects = np.array([max(size) / min(size) for size in sizes])
-    for name, values in learned.KEPT.items():
-        for bucket, value in zip(ASPECTS, values, strict=True):
-            inside = (aspects >= bucket.low) & (aspects < bucket.high)
-            assert kept[name][inside].mean() == pytest.approx(value, abs=0.002), (name, bucket)
     assert kept["uhd"].mean() - kept["overview-wide"].mean() == pytest.approx(learned.LESS_KEPT, abs=0.002)
+    own, native = kept_by({name: direct.arms()[name] for name in ("native-direct", "uhd-more")}, direct.test_seed)
+    for name, values in learned.MORE_KEPT.items():
+        shape, arms, slices = (own, native, "uhd-more") if name in native else (aspects, kept, "uhd")
+        for bucket, value in zip(ASPECTS, values, strict=True):
+            inside = (shape >= bucket.low) & (shape < bucket.high)
+            more = (arms[name] - arms[slices])[inside].mean()
+            assert more == pytest.approx(value, abs=0.001), (name, bucket)
+
+
+def kept_by(arms, seed):
+    """Aspects of the 1,000 scenes that judge, and the resolution that each arm keeps of them."""
+    sizes = [scene(seed, number).image_hw for number in range(1000)]
+    rules = {name: arm.slicing or arm.config.slicing for name, arm in arms.items()}
+    kept = {name: np.array([measure(rule(size)).resolution_kept for size in sizes]) for name, rule in rules.items()}
+    return np.array([max(size) / min(size) for size in sizes]), kept
 
 
 def test_a_measured_arm_on_the_measured_shapes_loses_what_was_measured():
-    rows = rows_of_the_page()
+    rows = measured_rows()
     for kind, name in {
         "stretch": "siglip",
         "pad": "llava-1.5",
         "next": "llava-next",
         "anyres": "llava-onevision",
+        "native-direct": "uhd-plus",
     }.items():
         for place in range(4):
             shares = [float(place == each) for each in range(4)]
-            own = learned.lost(find(name), learned.KEPT[kind][place], shares)
-            native = learned.lost(find("llava-uhd"), learned.KEPT["uhd"][place], shares)
+            own = learned.lost(find(name), 0.8 + learned.MORE_KEPT[kind][place], shares)
+            native = learned.lost(find("llava-uhd"), 0.8, shares)
             assert native.mean - own.mean == pytest.approx(rows[kind][place + 1][0], abs=1e-9)
             assert own.low < own.mean < own.high
+
+
+def test_options_of_the_planner_that_were_not_measured_so_have_no_number():
+    plus = PRESETS["uhd-plus"]
+    assert learned.kind_of(plus.replace(image_size=448, max_slices=9)) == "native-direct"
+    for other in (plus.replace(one_view_below=2.5), plus.replace(border_moves=1), plus.replace(latents="fixed")):
+        assert learned.kind_of(other) is None
 
 
 def test_learned_choices_weigh_shape_and_resolution():

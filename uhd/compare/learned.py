@@ -1,7 +1,7 @@
 """What a rule costs when a model learns to read, as docs/learned.md measured it, for a mix of shapes.
 
 All numbers are shares of exact answers to "read everything", of models that were trained alike but for how images were
-cut, with 95 % intervals. Two costs are put together:
+cut (one native view: also for the positions of its latents), with 95 % intervals. Two costs are put together:
 
 * of resolution: the arm that sees the overview alone, with as many tokens, keeps less and answers less. Its loss over
   what it keeps less is a rate, about 0.8 exact answers for a px kept;
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from uhd.slicing import Slicing, SlicingConfig
+from uhd.slicing import PRESETS, Slicing, SlicingConfig
 from uhd.slicing.strategies.anyres import AnyResConfig
 from uhd.slicing.strategies.fixed import SquarePadConfig, StretchConfig
 
@@ -29,17 +29,20 @@ DIFFERENCES: dict[str, tuple[tuple[float, float, float], ...]] = {
     "pad": ((0.063, 0.020, 0.105), (0.032, -0.012, 0.075), (-0.345, -0.409, -0.281), (-0.399, -0.465, -0.332)),
     "next": ((-0.004, -0.072, 0.064), (-0.003, -0.049, 0.044), (-0.047, -0.096, 0.002), (-0.225, -0.287, -0.164)),
     "anyres": ((0.017, -0.035, 0.070), (-0.038, -0.083, 0.007), (0.011, -0.034, 0.055), (-0.027, -0.090, 0.037)),
+    "native-direct": ((0.164, 0.117, 0.210), (0.128, 0.088, 0.167), (0.122, 0.049, 0.196), (0.117, 0.058, 0.176)),
 }
-"""Arm of docs/learned.md -> (difference to native slices, its interval) in each of :data:`ASPECTS`."""
+"""Arm of docs/learned.md -> (difference to native slices, its interval) in each of :data:`ASPECTS`; the last one on
+images of its own, to slices of as many tokens."""
 
-KEPT: dict[str, tuple[float, ...]] = {
-    "uhd": (0.973, 0.876, 0.965, 0.983),
-    "stretch": (0.986, 0.903, 0.764, 0.647),
-    "pad": (0.974, 0.827, 0.606, 0.449),
-    "next": (0.975, 0.869, 0.927, 0.786),
-    "anyres": (0.975, 0.869, 0.968, 0.974),
+MORE_KEPT: dict[str, tuple[float, ...]] = {
+    "uhd": (0.0, 0.0, 0.0, 0.0),
+    "stretch": (0.013, 0.027, -0.201, -0.336),
+    "pad": (0.001, -0.049, -0.359, -0.534),
+    "next": (0.002, -0.007, -0.039, -0.197),
+    "anyres": (0.002, -0.007, 0.003, -0.009),
+    "native-direct": (0.025, 0.093, 0.026, 0.011),
 }
-"""The mean resolution kept of that arm on the images that it was judged on, in each of them."""
+"""How much more of the resolution that arm keeps than native slices, on average over the images it was judged on."""
 
 RESOLUTION = (-0.362, -0.391, -0.334)
 """Difference of the arm ``overview-wide`` to native slices in all, with its interval."""
@@ -56,7 +59,15 @@ KINDS = {
     "pad": "one square view, padded",
     "next": "LLaVA-NeXT's five canvases",
     "anyres": "full AnyRes",
+    "native-direct": "one native view",
 }
+
+
+_PLANNED = {
+    kind: {option: getattr(PRESETS[name], option) for option in SlicingConfig.later}
+    for kind, name in {"uhd": "llava-uhd", "native-direct": "uhd-plus"}.items()
+}
+"""Options of the adaptive planner -> the arm that has just these."""
 
 
 class Lost(NamedTuple):
@@ -72,17 +83,18 @@ class Lost(NamedTuple):
 
 
 def kind_of(rule: Slicing) -> str | None:
-    """Which arm of the learned comparison cuts as this rule does; ``None``: none, as with options of the planner on.
+    """Which arm of the learned comparison cuts as this rule does; ``None``: none, as with other options of planning.
 
     >>> from uhd.slicing import find
-    >>> [kind_of(find(name)) for name in ("llava-uhd", "siglip", "llava-1.5", "llava-next", "qwen2-vl")]
-    ['uhd', 'stretch', 'pad', 'next', None]
+    >>> [kind_of(find(name)) for name in ("llava-uhd", "siglip", "llava-next", "uhd-plus", "qwen2-vl")]
+    ['uhd', 'stretch', 'next', 'native-direct', None]
     """
     if isinstance(rule, AnyResConfig):
         return "next" if len(rule.grids) <= 5 else "anyres"
-    if isinstance(rule, SlicingConfig) and any(name in rule.to_dict() for name in rule.later):
-        return None
-    kinds = {SlicingConfig: "uhd", StretchConfig: "stretch", SquarePadConfig: "pad"}
+    if isinstance(rule, SlicingConfig):
+        same = (kind for kind, measured in _PLANNED.items() if all(getattr(rule, k) == v for k, v in measured.items()))
+        return next(same, None)
+    kinds = {StretchConfig: "stretch", SquarePadConfig: "pad"}
     return next((kind for known, kind in kinds.items() if isinstance(rule, known)), None)
 
 
@@ -113,7 +125,7 @@ def lost(rule: Slicing, kept: float, shares: Sequence[float]) -> Lost | None:
     gain, low, high = 0.0, 0.0, 0.0
     for place, share in enumerate(shares):
         found = DIFFERENCES[kind][place] if kind in DIFFERENCES else (0.0, 0.0, 0.0)
-        explained = rate * (KEPT[kind][place] - KEPT["uhd"][place])
+        explained = rate * MORE_KEPT[kind][place]
         gain, low, high = (
             total + share * (part - explained) for total, part in zip((gain, low, high), found, strict=True)
         )
