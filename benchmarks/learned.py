@@ -20,23 +20,13 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded, also in the workers
 
 import learned_cuts
-import learned_plus
 import learned_report
 import learned_run
+from learned_results import SETS
 from train import SEEDS as TRAINING_SEEDS  # the example, which learned_run puts on the path
 from transformers.utils import logging
 
 HERE = Path(__file__).resolve().parent
-
-SETS = {
-    "long": (learned_run.LONG, learned_run.ARMS),
-    "quick": (learned_run.QUICK, learned_run.QUICK_ARMS),
-    "plus": (learned_plus.PLUS, learned_plus.ARMS),
-    "pages": (learned_plus.PAGES, learned_plus.PAGE_ARMS),
-    "after": (learned_plus.AFTER, learned_plus.AFTER_ARMS),
-    "direct": (learned_plus.DIRECT, learned_plus.DIRECT_ARMS),
-}
-"""Settings and arms of the sets of runs, each of which has a folder of its own."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,10 +47,10 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser("run", help="train and judge the arms, or go on with it")
     one.add_argument("--out", type=Path, default=HERE / "results" / "learned", help="of results, which are committed")
     one.add_argument("--checkpoints", type=Path, default=HERE / "out" / "learned", help="what git ignores")
-    one.add_argument("--arms", nargs="+", metavar="ARM", help=f"of {', '.join(learned_run.all_arms())}")
+    one.add_argument("--arms", nargs="+", metavar="ARM", help="of the set; a wrong name lists them")
     one.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="default 0 1 2, or 0 where quick")
     one.add_argument("--quick", action="store_true", help="few steps, one seed, four arms: a look, no evidence")
-    one.add_argument("--set", choices=sorted(SETS), help="of runs (long); the others are the second comparison")
+    one.add_argument("--set", choices=sorted(SETS), help="of runs, each in a folder of its own (long)")
     one.add_argument("--workers", type=int, default=1, metavar="N", help="runs side by side, a core each")
     one.add_argument(
         "--minutes",
@@ -82,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     if args.quick and args.set not in (None, "quick"):
         raise ValueError(f"--quick is a set of runs, as --set {args.set} is: give one of them")
     name = "quick" if args.quick else args.set or "long"
-    settings, arms = SETS[name]
+    settings, arms, *_ = SETS[name]
     arms = args.arms or arms
     if unknown := sorted(set(arms) - set(settings.arms())):
         raise ValueError(f"no arm {', '.join(unknown)}: there are {', '.join(settings.arms())}")
@@ -112,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     left = [task.name for task in planned if task not in found]
     print(f"{len(planned) - len(left)} runs done, {len(left) + len(blocked)} left: {', '.join((*left, *blocked))}")
     if blocked:
-        print(f"those without a learning rate wait for both of seed {learned_run.TUNING_SEED}'s")
+        print(f"those without a learning rate wait for seed {learned_run.TUNING_SEED}'s")
     return 0
 
 

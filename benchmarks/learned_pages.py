@@ -1,6 +1,6 @@
 """The second task of the learned comparison: small pages, lines of text or ruled tables, in several styles and sizes.
 
-Only what Pillow brings along is drawn, so that every machine has the same pages: its outline font at six sizes,
+Only what Pillow brings along is drawn, so that every machine has the same pages: its outline font at five sizes,
 regular, bold, slanted or narrow, and its bitmap font. Words, questions and glyphs are those of :mod:`uhd.nano.task`.
 """
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from learned_results import CUTS_FILE, JUDGED, SETS, UNCUT, Comparison, cut_pairs, read_cuts, summarize
-from learned_run import read_runs, write_json
+from learned_results import BASELINE, CUTS_FILE, JUDGED, SETS, UNCUT, Comparison, cut_pairs, read_cuts, summarize
+from learned_run import COSTED, read_runs, write_json
 
 from uhd import charts
 
@@ -62,6 +62,7 @@ def markdown(told: Mapping[str, Any], name: str) -> str:
         parts.append("Intervals of an arm with one seed are of the images alone: they say nothing of another seed.")
     if told["missing"]:
         parts.append(f"**Not complete.** Missing: {', '.join(told['missing'])}.")
+    parts.append(f"Tokens, views, patches and FLOPs are means over the first {COSTED} images.")
     parts += [_table(_cost_table(arms)), _table(_overall_table(arms))]
     for kind in _kinds(arms):
         parts += [f"`{kind}` by longer side / shorter side:", _table(_bucket_table(arms, kind, told["borders"]))]
@@ -70,17 +71,17 @@ def markdown(told: Mapping[str, Any], name: str) -> str:
     if told["differences"]:
         parts += [
             f"Difference to `{told['baseline']}`, paired by seed and image. {_count(told['differences'])}",
-            _table(_difference_table(told["differences"], ["in all", *told["borders"]])),
+            _table(_difference_table(told["differences"], ["all images", *told["borders"]])),
         ]
     if told["contrasts"]:
         parts += [
             f"Differences between two other arms. {_count(told['contrasts'])}",
-            _table(_difference_table(told["contrasts"], ["in all", *told["borders"]])),
+            _table(_difference_table(told["contrasts"], ["all images", *told["borders"]])),
         ]
     if told["by_cut"] and name != "quick":
         parts += [
-            f"By how `{told['baseline']}` cuts an image (rows x columns, turned ones together), with its visual "
-            f"tokens: its own share of exact answers, then differences to it. {_count(told['by_cut']['differences'])}",
+            f"By how `{BASELINE}` cuts an image (rows x columns, turned ones together), with its visual tokens: what "
+            f"`{told['baseline']}` answers exactly, then differences to it. {_count(told['by_cut']['differences'])}",
             _table(_by_cut_table(told["by_cut"], told["baseline"])),
         ]
     if told["cut"]:
@@ -282,7 +283,7 @@ def report(out: Path, *, page: Path | None = None, say: Callable[[str], None] = 
                 drawn.append(out / f"{name}_{plot}.svg")
                 drawn[-1].write_text(text, encoding="utf-8")
     if not told:
-        raise ValueError(f"no runs in {out / 'long'} or {out / 'quick'}: do some with `learned.py run`")
+        raise ValueError(f"no runs in {out}, in {', '.join(SETS)}: do some with `learned.py run`")
     if "long" in told and "quick" in told:
         rows = trends(told["long"], told["quick"])
         parts.append("### Does the quick run point where the long one does?")

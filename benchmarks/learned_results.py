@@ -10,18 +10,20 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import learned_plus
 import numpy as np
 from learned_run import (
     ARMS,
     DIGITS,
+    LONG,
     NOT_ASKED,
+    QUICK,
     QUICK_ARMS,
     SEEDS,
     TUNING_SEED,
-    VARIANTS,
+    Settings,
     Task,
     chosen_factor,
     tasks,
@@ -40,15 +42,24 @@ UNCUT = "stretch"
 CONTRASTS = (("few-latents", "overview-wide"),)
 """Pairs of other arms, the first minus the second: pixels with few tokens, tokens with few pixels."""
 
+
+class Planned(NamedTuple):
+    """A set of runs, which has a folder of its own: how they are made, which there are, what is held against what."""
+
+    settings: Settings
+    arms: tuple[str, ...]
+    baseline: str = learned_plus.BASELINE
+    contrasts: tuple[tuple[str, str], ...] = learned_plus.CONTRASTS
+
+
 SETS = {
-    "long": (ARMS, BASELINE, CONTRASTS),
-    "quick": (QUICK_ARMS, BASELINE, CONTRASTS),
-    "plus": (learned_plus.ARMS, learned_plus.BASELINE, learned_plus.CONTRASTS),
-    "pages": (learned_plus.PAGE_ARMS, learned_plus.BASELINE, learned_plus.CONTRASTS),
-    "after": (learned_plus.AFTER_ARMS, learned_plus.BASELINE, (("native", "plus"), ("slices", "plus"))),
-    "direct": (learned_plus.DIRECT_ARMS, learned_plus.BASELINE, learned_plus.DIRECT_CONTRASTS),
+    "long": Planned(LONG, ARMS, BASELINE, CONTRASTS),
+    "quick": Planned(QUICK, QUICK_ARMS, BASELINE, CONTRASTS),
+    "plus": Planned(learned_plus.PLUS, learned_plus.ARMS),
+    "pages": Planned(learned_plus.PAGES, learned_plus.PAGE_ARMS),
+    "after": Planned(learned_plus.AFTER, learned_plus.AFTER_ARMS, contrasts=(("native", "plus"), ("slices", "plus"))),
+    "direct": Planned(learned_plus.DIRECT, learned_plus.DIRECT_ARMS, contrasts=learned_plus.DIRECT_CONTRASTS),
 }
-"""Arms, baseline and contrasts of the sets of runs."""
 
 WHOLE, LONG_FROM = "not cut", 1
 """Images that are not cut are told apart at this border of the aspect buckets."""
@@ -138,9 +149,9 @@ class Comparison:
     def __init__(self, found: Runs, name: str = "long") -> None:
         self.found, self.name = found, name
         self.factors = tuple(next(iter(found.values()))["settings"]["factors"])
-        self.planned, self.baseline, self.contrasts = SETS[name]
+        settings, self.planned, self.baseline, self.contrasts = SETS[name]
         names = [*self.planned, *sorted({task.arm for task in found} - set(self.planned))]
-        self.takes = learned_plus.TAKES if name == "plus" else VARIANTS
+        self.takes = settings.takes
         self.factor = {arm: chosen_factor(arm, found, self.factors, self.takes) for arm in names}
         self.runs: dict[str, dict[int, Mapping[str, Any]]] = {}
         for arm in names:
@@ -210,7 +221,8 @@ def summarize(found: Comparison) -> dict[str, Any]:
             if found.common(arm, other)
         },
         "by_cut": _by_cut(found),
-        "cut": {arm: shares for arm in found.runs if (shares := _cut(found, arm))},
+        # a page's fonts have their own ink, which the marks do not go by
+        "cut": {arm: shares for arm in found.runs if found.name != "pages" and (shares := _cut(found, arm))},
         "expected": expectations(found),
     }
 
@@ -281,7 +293,7 @@ def _differences(
 ) -> dict[str, Any]:
     """The first minus the second, paired by seed and image, for parts of the images: (images,) bool each.
 
-    ``None``: in all, then by aspect bucket.
+    ``None``: all images, then by aspect bucket.
     """
     other = other or found.baseline
     seeds, told = found.common(arm, other), {}
@@ -306,7 +318,7 @@ def expectations(found: Comparison) -> list[dict[str, Any]]:
     buckets of all questions in which the arm is judged worse. Of the pages it is H8 alone, a sign: refuted where the
     mean is below 0, met where it is above and no question is judged worse.
     """
-    long, masks = found.buckets > LONG_FROM, {"in all": slice(None)}
+    long, masks = found.buckets > LONG_FROM, {"all images": slice(None)}
     masks |= {"below 2.5": ~long, "from 2.5 on": long}
     if BASELINE in found.runs:
         marks = np.array(list(next(iter(found.runs[BASELINE].values()))["test"]["cut"]))

@@ -120,6 +120,9 @@ VARIANTS = dict.fromkeys(("overview", "overview-wide", "few-latents"), "uhd")
 
 SEEDS = (0, 1, 2)
 
+COSTED = 256
+"""Images over which tokens, views, patches and FLOPs are averaged, the first ones."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -487,7 +490,7 @@ def judged(model: UHDForConditionalGeneration, settings: Settings) -> dict[str, 
     return {
         "validation": validation,
         "test": {"seed": settings.test_seed, **written(items, settings, model.visual)},
-        "cost": cost(model.visual, [settings.test_scene(n).image for n in range(min(settings.test_images, 256))]),
+        "cost": cost(model.visual, [settings.test_scene(n).image for n in range(min(settings.test_images, COSTED))]),
     }
 
 

@@ -1,7 +1,7 @@
 """What a rule costs when a model learns to read, as docs/learned.md measured it, for a mix of shapes.
 
 All numbers are shares of exact answers to "read everything", of models that were trained alike but for how images were
-cut (one native view: also for the positions of its latents), with 95 % intervals. Two costs are put together:
+cut (one native view: also for larger tables of positions and latents), with 95 % intervals. Two costs are joined:
 
 * of resolution: the arm that sees the overview alone, with as many tokens, keeps less and answers less. Its loss over
   what it keeps less is a rate, about 0.8 exact answers for a px kept;

@@ -31,7 +31,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, kw_only=True)
 class NanoConfig:
-    """Sizes of a nano model. The defaults are those of the shipped one: 1.56 M parameters."""
+    """Sizes of a nano model. The defaults are those of ``nano``: 1.56 M parameters."""
 
     side: int = 32  # of the square that a view has as many pixels as, px
     patch_size: int = 8  # px

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 GLYPHS = "0123456789ACEFHKLPTX"
 QUESTIONS = ("all", "line", "right", "where", "count")  # kinds of questions, see `questions`
-LEARNED = ("all", "line", "right", "count")  # the shipped model's; "where" stayed near chance and counts as unknown
+LEARNED = ("all", "line", "right", "count")  # of shipped models; "where" stayed near chance in nano: unknown
 BUCKETS = (1.5, 2.5, 4.0)  # borders of the aspect buckets, longer side / shorter side
 PLACING_TRIES = 16  # random places that are tried for a word before it is left out
 _ROOM, _RIM = 2, 3  # px around a glyph's cell that its ink may cover; and around the image, with a jitter of 1 px

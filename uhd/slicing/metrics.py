@@ -272,7 +272,7 @@ def _padding(plan: SlicePlan, tilings: Sequence[_Tiling | None]) -> float:
 class _Cells(NamedTuple):
     """The image cut at every edge of a view: R x C rectangles.
 
-    ``areas`` px, ``kept`` best min(1, s_x) min(1, s_y) there, ``seen`` by any view; ``across_h`` (R + 1, C) and
+    ``areas`` px, ``kept`` best min(1, m_x) min(1, m_y) there, ``seen`` by any view; ``across_h`` (R + 1, C) and
     ``across_w`` (R, C + 1): a view shows both sides of that edge; ``ys`` (R + 1,) and ``xs`` (C + 1,): edges, px.
     """
 
