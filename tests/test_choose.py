@@ -140,6 +140,34 @@ def test_settings_and_rules_can_be_narrowed():
     assert weak.other > 0
 
 
+@pytest.mark.parametrize("resampler", [None, "perceiver-64"])
+def test_presets_that_are_named_are_varied_whatever_they_are(resampler):
+    sizes = SETS["photos"] + SETS["receipts and banners"]
+    given = {
+        "max_tokens": 300,
+        "slices": (2, 5),
+        "latents": (49, 64),
+        "base_sizes": (224, 336),
+        "resampler": resampler,
+    }
+    choice = choose(sizes, rules=["uhd-plus", "llava-uhd"], **given)
+    rules = [
+        PRESETS[name].replace(max_slices=slices, tokens_per_view=latents, image_size=base)
+        for name in ("uhd-plus", "llava-uhd")
+        for slices in (2, 5)
+        for latents in (49, 64)
+        for base in (224, 336)
+    ]
+    assert choice.considered == len(rules)
+    rows = [(rule, [measure(plan(size, rule), resampler=resampler) for size in sizes]) for rule in rules]
+    within = [(rule, ms) for rule, ms in rows if np.mean([m.tokens for m in ms]) <= 300]
+    best, ms = max(within, key=lambda row: round(float(np.mean([m.resolution_kept for m in row[1]])), 3))
+    assert (choice.best.rule, choice.over_budget) == (best, len(rules) - len(within))
+    assert choice.best.tokens == pytest.approx(np.mean([m.tokens for m in ms]))
+    assert choice.best.tflops == pytest.approx(np.mean([m.flops.total for m in ms]) / 1e12)
+    assert "trained with 49 tokens a view on average, fitted to views" in advice.needed(rules[0])
+
+
 def test_refusals_and_budgets_that_nothing_keeps():
     choice = choose([(1, 900), (300, 400)], max_tokens=600)
     assert choice.refusing > 0
@@ -153,6 +181,8 @@ def test_refusals_and_budgets_that_nothing_keeps():
     )
     refuses("max_tokens is a number above 0, got -1", choose, [(3, 4)], max_tokens=-1)
     refuses("nothing to compare", choose, [], max_tokens=600)
+    own = SlicingConfig(name="own", max_slices=3)
+    refuses("no option has these settings", choose, [(30, 40)], max_tokens=600, rules=[own], slices=[4])
     refuses(
         "options refuses one of these images: .* qwen2-vl: .*1x900",
         choose,
@@ -337,6 +367,16 @@ def test_a_measured_arm_on_the_measured_shapes_loses_what_was_measured():
             native = learned.lost(find("llava-uhd"), 0.8, shares)
             assert native.mean - own.mean == pytest.approx(rows[kind][place + 1][0], abs=1e-9)
             assert own.low < own.mean < own.high
+
+
+def test_a_native_view_has_its_number_where_it_is_one_view():
+    settings = {"base_sizes": (336,), "slices": (7,), "latents": (64,), "max_tokens": 900, "learned": True}
+    for size, gain in (((1000, 1000), 0.164), ((2000, 250), 0.117), ((2001, 250), 0.0), ((60, 900), 0.0)):
+        lost = choose([size], rules=["uhd-plus"], **settings).best
+        place = min(int(np.searchsorted((1.5, 2.5, 4), max(size) / min(size), side="right")), 3)
+        explained = learned.RATE[0] * learned.MORE_KEPT["native-direct"][place] if gain else 0
+        expected = learned.RATE[0] * (1 - lost.resolution_kept) - (gain - explained)
+        assert lost.lost.mean == pytest.approx(expected), size
 
 
 def test_options_of_the_planner_that_were_not_measured_so_have_no_number():

@@ -184,6 +184,25 @@ def test_encode_with_a_saved_encoder(page, tmp_path, capsys):
         assert "note" not in file.metadata()
 
 
+def test_another_strategy_is_fitted_to_a_saved_encoder(page, tmp_path, capsys):
+    from uhd.demo import untrained_encoder
+    from uhd.slicing import find
+    from uhd.token_files import load_tokens
+
+    encoder = untrained_encoder(out_dim=64)
+    encoder.check_image_size = False
+    encoder.slicing = encoder.slicing.replace(image_size=224)
+    encoder.save_pretrained(tmp_path / "encoder")
+    out_file = tmp_path / "t.safetensors"
+    args = ("encode", page, "-o", out_file, "--encoder", tmp_path / "encoder", "--strategy")
+    for name in ("minicpm-v", "llava-next", "siglip"):
+        assert run(*args, name, capsys=capsys)[0] == 0
+        (found,) = load_tokens(out_file)
+        own = find(name).for_vision(image_size=224, patch_size=14).plan(found.plan.image_hw)
+        assert {canvas.view_hw for canvas in found.plan.canvases} == {canvas.view_hw for canvas in own.canvases}
+    fails("no strategy named", *args, "minicpm-x", capsys=capsys)
+
+
 def test_encode_goes_on_past_a_bad_image(page, tmp_path, capsys):
     (tmp_path / "bad.png").write_bytes(b"no image")
     out_file = tmp_path / "t.safetensors"
@@ -204,6 +223,7 @@ def test_outputs_are_checked_before_any_work(page, tmp_path, capsys):
         (("show", page, "-o", tmp_path / "out.foo"), "names no picture format"),
         (("demo", "-o", tmp_path / "no" / "d.png"), "there is no folder"),
         (("encode", page, "-o", tmp_path / "t.safetensors", "--encoder", tmp_path), "holds no uhd_encoder.json"),
+        (("export", tmp_path, "-o", tmp_path / "a.onnx"), "holds no uhd_encoder.json: give a folder"),
     ):
         status, out, err = run(*args, capsys=capsys)
         assert (status, out) == (1, "")

@@ -149,7 +149,9 @@ def test_a_shipped_model_sees_what_ask_shows_it(name, tmp_path, capsys):
     assert said == [ask(model, tmp_path / line["image"], ["all?"])[0].text for line in lines[:6]]
     assert row["exact"] > 0.6
     assert row["images_in_doubt"] == 1
-    assert "images unlike what nano learned from: 1 (" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"images unlike what {name} learned from: 1 (" in out
+    assert ("--model nano-plus" in out) == (name == "nano-plus")
 
 
 def test_a_line_that_is_wrong_is_reported_and_the_others_go_on(saved, tmp_path, capsys):
@@ -172,6 +174,10 @@ def test_a_line_that_is_wrong_is_reported_and_the_others_go_on(saved, tmp_path, 
         (json.dumps({**good, "question": "gr\u00f6\u00dfe?"}), "reads the question 'gr\u00f6\u00dfe?' as 'gr??e?'"),
         (json.dumps({**good, "answer": "\u00fc"}), "writes the answer '\u00fc' as '?': it could never be right"),
         (json.dumps({**good, "answer": "3" * 49}), "the answer has 49 tokens, the model may write 48"),
+        (
+            json.dumps({**good, "question": "A" * 600}),
+            "the text has 601 and the answer up to 48: the language model has 512",
+        ),
     ]
     file = tmp_path / "data.jsonl"
     command = ["evaluate", str(saved / "model"), str(file), "--strategies", "own,qwen2-vl"]
@@ -194,6 +200,23 @@ def test_a_line_that_is_wrong_is_reported_and_the_others_go_on(saved, tmp_path, 
         err = capsys.readouterr().err
         assert "data.jsonl, line 2: " in err
         assert words in err
+
+
+def test_a_rule_without_room_for_an_image_leaves_it_out_of_all_rules(saved, tmp_path):
+    lines = []
+    for number, size in enumerate([(30, 20), (300, 20)]):
+        Image.new("L", size, 240).save(tmp_path / f"{number}.png")
+        lines.append(json.dumps({"image": f"{number}.png", "question": "all?", "answer": "3"}))
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    model = load_model(str(saved / "model"))
+    longest = encoder_with(model, "own").plan((20, 300)).num_tokens
+    model.config.text_config.max_position_embeddings = 5 + 48 + longest - 1
+    said = []
+    rows = evaluate(model, read_questions(tmp_path / "data.jsonl"), refuse=lambda *told: said.append(told))
+    assert rows[0]["questions"] == rows[0]["images"] == 1
+    assert [line for line, _ in said] == [2]
+    assert f"'own' makes {longest} positions of 1.png" in said[0][1]
+    refuses("line 2: 'own' makes", evaluate, model, read_questions(tmp_path / "data.jsonl"))
 
 
 def test_a_command_that_is_wrong_is_refused_before_any_work(saved, tmp_path, capsys):

@@ -402,13 +402,9 @@ def _encoder(folder: Path | None, strategy: str | None = None) -> VisualEncoder:
         from uhd import demo
 
         return demo.untrained_encoder(strategy=strategy)
-    from uhd.encoder import VisualEncoder
-    from uhd.saving import CONFIG_FILE
-    from uhd.writing import is_file
+    from uhd.encoder import saved_encoder
 
-    if not is_file(folder / CONFIG_FILE):
-        raise ValueError(f"{folder} holds no {CONFIG_FILE}: give a folder that VisualEncoder.save_pretrained wrote")
-    return VisualEncoder.from_pretrained(folder, slicing=strategy)
+    return saved_encoder(folder, strategy)
 
 
 def _pixels(args: argparse.Namespace, settings: PixelSettings | None = None) -> PixelSettings:

@@ -189,7 +189,7 @@ def show(
     Raises:
         ValueError: Both an encoder and a question; as where these are loaded and run.
     """
-    from uhd.encoder import VisualEncoder
+    from uhd.encoder import saved_encoder
     from uhd.evaluation.judging import OWN, encoder_with
     from uhd.nano.answer import SHIPPED, load_model
     from uhd.nano.images import as_learned
@@ -200,7 +200,7 @@ def show(
     model = model or "nano"
     asked = None if encoder is not None else load_model(model)
     if asked is None:
-        eyes = VisualEncoder.from_pretrained(encoder, slicing=strategy)
+        eyes = saved_encoder(encoder, strategy)
     else:
         eyes = asked.visual = encoder_with(asked, strategy or OWN)
     eyes.pixels = pixels(eyes.pixels)

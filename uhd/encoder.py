@@ -314,8 +314,9 @@ class VisualEncoder(PackedEncoder):
                 SigLIP2 or DINOv2 vision encoder, or a timm ViT. The latter get a new, untrained perceiver resampler,
                 and ``encoder.note`` says so. Nothing is downloaded.
             out_dim: Width of that resampler's tokens, the language model's ``hidden_size``.
-            num_latents, num_heads: Its tokens a view (64) and heads (of 128, or wider). In a saved encoder they change
-                the compressor: what does not fit then is new, which ``encoder.note`` says.
+            num_latents, num_heads: Its tokens a view (64; those that are fitted to views the slicing counts) and heads
+                (of 128, or wider). In a saved encoder they change the compressor: what does not fit then is new, which
+                ``encoder.note`` says.
             vision, compressor: The caller's own parts. Needed to load an encoder that was saved with such.
             slicing, schema: As in the constructor; they replace what was saved. A schema for the adaptive planner does
                 not outlive another strategy, nor the other way round: the default is taken. Newlines that the saved
@@ -352,6 +353,21 @@ class VisualEncoder(PackedEncoder):
         if encoder.packer is not None:
             saving.add_note(encoder, "the learned newlines have new, UNTRAINED weights")
         return encoder
+
+
+def saved_encoder(folder: Path, strategy: str | None = None) -> VisualEncoder:
+    """The encoder in a folder, its images cut by another rule that is fitted to it where one is named, for a command.
+
+    Raises:
+        ValueError: The folder holds none, or one that is damaged; no such rule, or none that fits.
+    """
+    if not is_file(folder / saving.CONFIG_FILE):
+        raise ValueError(
+            f"{folder} holds no {saving.CONFIG_FILE}: give a folder that VisualEncoder.save_pretrained wrote, of a "
+            "model's eyes model.visual.save_pretrained"
+        )
+    rule = None if strategy is None else saving.fitted_rule(saving.described(VisualEncoder, folder), strategy)
+    return VisualEncoder.from_pretrained(folder, slicing=rule)
 
 
 def _new_resampler(

@@ -19,7 +19,7 @@ from uhd.resampler import FeaturePacker
 from uhd.schema import SpatialSchema
 from uhd.schema.counted import slicing_from_dict
 from uhd.settings import Settings, read_arguments, read_values
-from uhd.slicing import SlicingLike, find
+from uhd.slicing import Slicing, SlicingConfig, SlicingLike, find
 from uhd.slicing.adaptive import RULES
 from uhd.vision.int8 import refuse_int8
 from uhd.weights import check_numbers, check_weights
@@ -160,6 +160,26 @@ def described(kind: type[_Encoder], folder: Path) -> _Encoder:
         _take_packer(encoder, description)
     encoder.only_described = True
     return encoder.eval()
+
+
+def fitted_rule(encoder: Any, strategy: str) -> Slicing:
+    """The rule of this name for an encoder's views and patches.
+
+    Where the encoder's own rule fits latents to views, so do other rules of the adaptive planner, with as many a view
+    on average. Of rules of other kinds every view has all of the resampler's latents.
+
+    Raises:
+        ValueError: No such rule, or the encoder does not tell for which size it was made.
+    """
+    rule, vision, own = find(strategy), encoder.vision, encoder.slicing
+    side = getattr(own, "image_size", None) or getattr(vision, "image_size", None)
+    if side is None:
+        raise ValueError(f"{strategy!r} cannot be fitted: this model's vision encoder states no image_size")
+    rule = rule.for_vision(image_size=side, patch_size=vision.patch_size)
+    both = [found for found in (rule, own) if isinstance(found, SlicingConfig) and found.tokens_per_view]
+    if len(both) == 2 and "fitted" in (both[0].latents, both[1].latents):
+        rule = rule.replace(latents="fitted", tokens_per_view=own.tokens_per_view)
+    return rule
 
 
 def lacks_weights(encoder: nn.Module) -> bool:

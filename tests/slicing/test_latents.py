@@ -12,7 +12,7 @@ import pytest
 from tests.tiny import refuses
 from uhd.cli import main
 from uhd.compare.learned import kind_of
-from uhd.compare.measuring import measured_at_once
+from uhd.compare.measuring import COLUMNS, measured_at_once, record
 from uhd.slicing import PRESETS, SlicePlan, SlicingConfig, plan, plan_images, plan_many, worst_case
 from uhd.slicing.flops import plan_flops
 from uhd.slicing.latents import latent_grid, shared_latents
@@ -155,7 +155,7 @@ def test_settings_that_make_no_sense_are_refused():
     refuses("latents must be 'fixed' or 'fitted', got 'square'", SAFE.replace, latents="square")
     for value in (0.9, True, "2", float("nan"), float("inf")):
         refuses("one_view_below is longer side / shorter side, a number from 1", SAFE.replace, one_view_below=value)
-    refuses("shares tokens_per_view .* and that is None", SAFE.replace, latents="fitted", tokens_per_view=None)
+    refuses("shares tokens_per_view .*: give a number", SAFE.replace, latents="fitted", tokens_per_view=None)
 
 
 def test_costs_follow_the_latents():
@@ -165,7 +165,12 @@ def test_costs_follow_the_latents():
     assert costs[0] > costs[1] > costs[2]
     assert kind_of(SAFE) == "uhd"
     assert kind_of(SAFE.replace(latents="fitted")) is None  # what was measured is not this
-    assert measured_at_once(np.array([(600, 1500)]), SAFE.replace(latents="fitted")) is None
+    sizes = np.array([(600, 1500), (90, 70), (1500, 60), (120, 999), (800, 801)])
+    for rule in (SAFE.replace(latents="fitted"), PRESETS["uhd-plus"], SAFE.replace(one_view_below=2.5)):
+        rows = measured_at_once(sizes, rule)
+        for place, size in enumerate(sizes.tolist()):
+            assert [rows[name][place] for name in COLUMNS] == pytest.approx(record(rule.plan(tuple(size))))
+        assert measured_at_once(sizes, rule, resampler="perceiver-64") is None  # whose FLOPs go by a view's latents
 
 
 def test_commands_take_both(capsys):

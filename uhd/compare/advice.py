@@ -42,8 +42,9 @@ def needed(rule: Slicing) -> str:
     if not isinstance(rule, SlicingConfig):
         return ""
     tokens = "pixel merging" if rule.tokens_per_view is None else f"a compressor of {rule.tokens_per_view} latents"
-    fitted = ", fitted to views: PerceiverResampler, trained with them" if rule.fits_latents else ""
-    return f"a vision encoder of {rule.image_size} px and patches of {rule.patch_size} px, {tokens}{fitted}"
+    if rule.fits_latents:
+        tokens = f"a PerceiverResampler trained with {rule.tokens_per_view} tokens a view on average, fitted to views"
+    return f"a vision encoder of {rule.image_size} px and patches of {rule.patch_size} px, {tokens}"
 
 
 def to_dict(choice: Choice) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from uhd.slicing.config import positive_int
 
 from .inputs import Input, given_inputs
 from .learned import Lost, lost, shapes
-from .measuring import Measured, chosen_rules, measure_sizes, measured_plans, weighted_quantile
+from .measuring import Measured, chosen_rules, measure_sizes, measured_plans, measured_rows, weighted_quantile
 
 SLICES = (*range(1, 13), 16, 20, 24, 32, 40)
 LATENTS = (64, 100, 144, 256)
@@ -27,7 +27,7 @@ BASE_SIZES = (224, 336, 378, 448)
 """px; 378 is SigLIP's 384 in whole patches of 14."""
 
 FAMILIES = ("llava-uhd-safe", "minicpm-v", "minicpm-v-4.6", "minicpm-v-4.6-4x")
-"""Presets whose settings are varied; the others are options as they are."""
+"""Presets whose settings are varied where no rules are named; the others are options as they are then."""
 
 MEANING = (
     "more resolution kept (to 0.1%), then shorter seams (to 0.01 image sides), less padding (to 0.1%), fewer tokens; "
@@ -146,7 +146,7 @@ def choose(
         inputs: As in :func:`uhd.compare.table`: paths, (height, width) pairs, px, and Pillow images.
         max_tokens, max_tflops: The budget: one of them, or both. TFLOPs as :func:`uhd.slicing.metrics.measure` counts.
         per_image: Every image keeps the budget; otherwise their mean does.
-        rules: Options instead of all rules by name; presets among them are varied as above.
+        rules: Options instead of all rules by name; any preset among them is varied as those above.
         slices, latents, base_sizes: Settings of the adaptive planner that are tried: caps on slices, tokens a view,
             and sides of the square that the vision encoder was trained on, px.
         patches_per_token: Leave out what makes a token of more ViT patches than that, on average. What a resampler
@@ -210,6 +210,8 @@ def _within(
 ) -> list[Option]:
     """Options that keep the budget; a ``ValueError`` that names the nearest where there is none."""
     within, nearest = [], None
+    if not options and not refusals:
+        raise ValueError("no option has these settings: give slices, latents and base sizes that the rules can have")
     for option in options:
         tokens, tflops = (option.tokens_max, option.tflops_max) if per_image else (option.tokens, option.tflops)
         over = max(tokens / max_tokens, tflops / max_tflops)
@@ -238,12 +240,15 @@ def _allowed(
     allowed = [o for o in options if patches_per_token is None or o.patches_per_token <= patches_per_token]
     advice = "allow more patches a token" if not allowed else "leave learned out"
     if learned_for is not None:
-        shares = shapes(learned_for.sizes_hw, learned_for.counts)
-        weighed = (replace(option, lost=lost(option.rule, option.resolution_kept, shares)) for option in allowed)
-        allowed = [option for option in weighed if option.lost is not None]
+        images = learned_for.sizes_hw, learned_for.counts
+        for place, option in enumerate(allowed):
+            shares = shapes(*images, most=getattr(option.rule, "one_view_below", None))
+            allowed[place] = replace(option, lost=lost(option.rule, option.resolution_kept, shares))
+        allowed = [option for option in allowed if option.lost is not None]
     if not allowed:
         raise ValueError(
-            f"{len(options)} options keep the budget of {budget}, and none of them what else was asked for: {advice}"
+            f"{len(options)} of the options keep the budget of {budget}, and none of them what else was asked for: "
+            f"{advice}"
         )
     return allowed
 
@@ -272,7 +277,8 @@ def _options(
     """Every option that plans all images, the rules by name measured, and why each other option refuses an image."""
     check_settings(**dict(zip(("slices", "latents", "base_sizes"), settings, strict=True)))
     named = chosen_rules(rules)
-    families = [rule for _, rule in named if rule in [PRESETS[family] for family in FAMILIES]]
+    presets = [PRESETS[family] for family in (FAMILIES if rules is None else PRESETS)]
+    families = [rule for _, rule in named if rule in presets]
     for base in settings[2]:
         if families and all(base % preset.unit for preset in families):
             units = sorted({preset.unit for preset in families})
@@ -320,26 +326,30 @@ def _varied(
     """The preset with every setting, also bounded in every image's tokens; or why one refuses an image."""
     slices, latents, base_sizes = settings
     sizes, counts = measured.sizes_hw, measured.counts
+
+    def option(rule: SlicingConfig) -> Option | str:
+        columns, refused = measured_rows(sizes, rule, **system)
+        worded = _worded(name, preset, rule)
+        return f"{worded}: {next(iter(refused.values()))}" if refused else _option(worded, name, rule, columns, counts)
+
     for base in base_sizes:
         if base % preset.unit:
             continue
         for most in slices:
             cut = preset.replace(image_size=base, max_slices=most)
-            planned = plan_many(sizes, cut)
+            planned = None if cut.fits_latents else plan_many(sizes, cut)
             own = [preset.tokens_per_view] if preset.tokens_per_view is None else latents
             for tokens in own:
                 rule = cut.replace(tokens_per_view=tokens)
-                columns = measured_plans(sizes, _recounted(planned, rule), rule, **system)
-                yield _option(_worded(name, preset, rule), name, rule, columns, counts)
-                if bound is not None and most == max(slices) and columns["tokens"].max() > bound:
-                    rule = rule.replace(max_tokens=bound)
-                    try:
-                        bounded = plan_many(sizes, rule)
-                    except ValueError as problem:
-                        yield f"{_worded(name, preset, rule)}: {problem}"
-                    else:
-                        columns = measured_plans(sizes, bounded, rule, **system)
-                        yield _option(_worded(name, preset, rule), name, rule, columns, counts)
+                if planned is None:
+                    found = option(rule)
+                else:
+                    columns = measured_plans(sizes, _recounted(planned, rule), rule, **system)
+                    found = _option(_worded(name, preset, rule), name, rule, columns, counts)
+                yield found
+                over = bound is not None and isinstance(found, Option) and found.tokens_max > bound
+                if over and most == max(slices):
+                    yield option(rule.replace(max_tokens=bound))
 
 
 def _recounted(planned: dict[str, np.ndarray], rule: SlicingConfig) -> dict[str, np.ndarray]:

@@ -98,15 +98,19 @@ def kind_of(rule: Slicing) -> str | None:
     return next((kind for known, kind in kinds.items() if isinstance(rule, known)), None)
 
 
-def shapes(sizes_hw: np.ndarray, counts: np.ndarray) -> tuple[float, ...]:
+def shapes(sizes_hw: np.ndarray, counts: np.ndarray, *, most: float | None = None) -> tuple[float, ...]:
     """The share of images in each of :data:`ASPECTS`, of (S, 2) sizes, px, and the (S,) images of each.
 
-    >>> shapes(np.array([[1000, 1000], [300, 1500]]), np.array([3, 1]))
-    (0.75, 0.0, 0.0, 0.25)
+    ``most``: longer side / shorter side beyond which images are in none, as a rule cuts them into slices there.
+
+    >>> sizes, counts = np.array([[1000, 1000], [300, 1500]]), np.array([3, 1])
+    >>> shapes(sizes, counts), shapes(sizes, counts, most=4)
+    ((0.75, 0.0, 0.0, 0.25), (0.75, 0.0, 0.0, 0.0))
     """
     aspects = sizes_hw.max(axis=1) / sizes_hw.min(axis=1)
+    counts, total = np.where(aspects <= (most or np.inf), counts, 0), counts.sum()
     inside = (counts[(aspects >= bucket.low) & (aspects < bucket.high)].sum() for bucket in ASPECTS)
-    return tuple(float(number / counts.sum()) for number in inside)
+    return tuple(float(number / total) for number in inside)
 
 
 def lost(rule: Slicing, kept: float, shares: Sequence[float]) -> Lost | None:

@@ -122,10 +122,8 @@ def measure_sizes(
     values = {name: np.full((len(chosen), len(sizes)), math.nan) for name in COLUMNS}
     refusals: dict[tuple[int, int], str] = {}
     for place, (_, rule) in enumerate(chosen):
-        rows = measured_at_once(sizes, rule, **system)
-        if rows is None:
-            rows, refused = _one_by_one(numbers, rule, system)
-            refusals |= {(place, size): why for size, why in refused.items()}
+        rows, refused = measured_rows(sizes, rule, **system)
+        refusals |= {(place, size): why for size, why in refused.items()}
         for name in COLUMNS:
             values[name][place] = rows[name]
     return Measured(tuple(chosen), sizes, np.array(list(numbers.values())), values, refusals)
@@ -180,6 +178,12 @@ def record(plan: SlicePlan, **system: Any) -> tuple[float, ...]:
     )
 
 
+def measured_rows(sizes: np.ndarray, rule: Slicing, **system: Any) -> tuple[dict[str, np.ndarray], dict[int, str]]:
+    """One rule's columns, ``nan`` where it refuses a size; and why, by the size's place."""
+    rows = measured_at_once(sizes, rule, **system)
+    return (rows, {}) if rows is not None else _one_by_one(map(tuple, sizes.tolist()), rule, system)
+
+
 def _one_by_one(
     sizes: Iterable[tuple[int, int]], rule: Slicing, system: dict[str, Any]
 ) -> tuple[dict, dict[int, str]]:
@@ -199,10 +203,10 @@ def _one_by_one(
 
 
 def measured_at_once(sizes: np.ndarray, rule: Slicing, **system: Any) -> dict[str, np.ndarray] | None:
-    """The columns of the adaptive planner's plans; ``None`` for other rules, where latents are fitted to views, which
-    columns do not tell, and where it refuses a size.
+    """The columns of the adaptive planner's plans; ``None`` for other rules, where it refuses a size, and where FLOPs
+    of a resampler go by latents that are fitted to views, which columns do not tell.
     """
-    if not isinstance(rule, SlicingConfig) or rule.fits_latents:
+    if not isinstance(rule, SlicingConfig) or (rule.fits_latents and system.get("resampler") is not None):
         return None
     try:
         planned = plan_many(sizes, rule)

@@ -63,7 +63,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     def keep(rows: list[dict[str, Any]]) -> None:
         done.append(rows[0]["questions"])
-        print(judging.table(rows))
+        print(judging.table(rows, model=source))
         if bad:
             print(f"lines that could not be asked: {len(bad)} of {total}")
         if args.json is not None:

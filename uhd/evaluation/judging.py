@@ -22,7 +22,8 @@ from uhd.nano.evaluate import wilson
 from uhd.nano.images import as_learned, image_doubts
 from uhd.pixels import load_image
 from uhd.planning import plan
-from uhd.slicing import SlicePlan, SlicingConfig, find
+from uhd.saving import fitted_rule
+from uhd.slicing import SlicePlan
 
 OWN = "own"
 """Instead of a strategy's name: the one that the model was saved with."""
@@ -31,10 +32,7 @@ COSTS = ("visual_tokens", "tokens", "views", "patches")
 
 
 def encoder_with(model: UHDForConditionalGeneration, strategy: str) -> VisualEncoder:
-    """The model's encoder, images cut by another rule that is fitted to its views and patches.
-
-    Where the model's own rule fits latents to views, so do other rules of the adaptive planner, with as many a view on
-    average. Of rules of other kinds every view has all of the resampler's latents.
+    """The model's encoder, images cut by another rule: :func:`uhd.saving.fitted_rule`.
 
     Raises:
         ValueError: No such rule, or the model cannot take it: parts do not fit, or embeddings were never trained.
@@ -42,18 +40,11 @@ def encoder_with(model: UHDForConditionalGeneration, strategy: str) -> VisualEnc
     own = model.visual
     if strategy == OWN:
         return own
-    rule, vision = find(strategy), own.vision
-    side = getattr(own.slicing, "image_size", None) or getattr(vision, "image_size", None)
-    if side is None:
-        raise ValueError(f"{strategy!r} cannot be fitted: this model's vision encoder states no image_size")
-    rule = rule.for_vision(image_size=side, patch_size=vision.patch_size)
-    both = [found for found in (rule, own.slicing) if isinstance(found, SlicingConfig) and found.tokens_per_view]
-    if len(both) == 2 and "fitted" in (both[0].latents, both[1].latents):
-        rule = rule.replace(latents="fitted", tokens_per_view=own.slicing.tokens_per_view)
+    rule = fitted_rule(own, strategy)
     counted = getattr(own.compressor, "tokens_per_view", None) is not None
     try:
         found = VisualEncoder(
-            vision,
+            own.vision,
             own.compressor,
             slicing=rule,
             schema=own.schema if counted else None,
@@ -170,13 +161,12 @@ def evaluate(
     judged = [_Judged(strategy, repaint) for strategy in encoders]
     try:
         for paths in batches(list(by_image), batch_size):
-            pictures = _pictures(model, {path: by_image[path] for path in paths}, encoders, repaint, told)
-            some = [asked for path in pictures for asked in by_image[path]]
-            prompts = [prompt_of(model, asked.question, prompt) for asked in some]
+            group = {path: by_image[path] for path in paths}
+            texts, pictures = _askable(model, group, encoders, repaint, prompt, max_new_tokens, told)
             how = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-            parts = [_asked(model, encoder, some, prompts, pictures, **how) for encoder in encoders.values() if some]
+            parts = [_asked(model, encoder, texts, pictures, **how) for encoder in encoders.values() if texts]
             for one, part in zip(judged, parts, strict=False):  # all rules have answered, or none
-                one.add(some, list(pictures.values()), *part)
+                one.add(list(texts), list(pictures.values()), *part)
     except KeyboardInterrupt:
         if keep is not None and judged[0].asked:
             keep([one.row(judged[0]) for one in judged])
@@ -189,8 +179,7 @@ def evaluate(
 def _asked(
     model: UHDForConditionalGeneration,
     encoder: VisualEncoder,
-    some: Sequence[Asked],
-    prompts: Sequence[str],
+    texts: dict[Asked, str],
     pictures: dict[Path, Image.Image],
     *,
     batch_size: int,
@@ -198,7 +187,7 @@ def _asked(
 ) -> tuple[list[tuple[str, bool]], float, dict[str, Any]]:
     """What one rule makes of some questions: answers, seconds, and the cost of the images."""
     numbers, shown = {path: number for number, path in enumerate(pictures)}, list(pictures.values())
-    pairs = [(numbers[asked.path], text) for asked, text in zip(some, prompts, strict=True)]
+    pairs = [(numbers[asked.path], text) for asked, text in texts.items()]
     with swapped(model, encoder):
         start = time.perf_counter()
         found = answers(model, shown, pairs, batch_size=batch_size, max_new_tokens=max_new_tokens)
@@ -234,6 +223,48 @@ def _pictures(
         else:
             found[path] = picture
     return found
+
+
+def _askable(
+    model: UHDForConditionalGeneration,
+    questions: dict[Path, list[Asked]],
+    encoders: dict[str, VisualEncoder],
+    repaint: bool,
+    prompt: str | None,
+    max_new_tokens: int,
+    refuse: Refuse,
+) -> tuple[dict[Asked, str], dict[Path, Image.Image]]:
+    """The questions that can be asked of all rules, with their prompts, and their images."""
+    pictures, texts = _pictures(model, questions, encoders, repaint, refuse), {}
+    for path, picture in pictures.items():
+        for asked in questions[path]:
+            text = prompt_of(model, asked.question, prompt)
+            if _has_room(model, asked, text, picture, encoders, max_new_tokens, refuse):
+                texts[asked] = text
+    return texts, {asked.path: pictures[asked.path] for asked in texts}
+
+
+def _has_room(
+    model: UHDForConditionalGeneration,
+    asked: Asked,
+    prompt: str,
+    picture: Image.Image,
+    encoders: dict[str, VisualEncoder],
+    max_new_tokens: int,
+    refuse: Refuse,
+) -> bool:
+    """Whether question, image and answer have room in the language model with every rule; else it is refused."""
+    limit, text = model.config.max_positions, len(model.processor.tokenizer(prompt)["input_ids"]) - 1
+    for strategy, encoder in encoders.items():
+        seen = encoder.plan((picture.height, picture.width)).num_tokens
+        if limit is not None and text + seen + max_new_tokens > limit:
+            refuse(
+                asked.line,
+                f"{strategy!r} makes {seen} positions of {asked.image}, the text has {text} and the answer up to "
+                f"{max_new_tokens}: the language model has {limit} in all",
+            )
+            return False
+    return True
 
 
 class _Judged:
@@ -299,8 +330,8 @@ class _Judged:
         }
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as text; costs are means of an image, seconds those of all questions.
+def table(rows: Sequence[dict[str, Any]], *, model: str = "nano") -> str:
+    """The rows as text; costs are means of an image, seconds those of all questions. ``model``: whose they are.
 
     The interval of ``exact`` takes questions as independent, those of the differences to the first row images.
     """
@@ -321,8 +352,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         if row["unfinished"]:
             lines.append(f"{row['strategy']}: answers that had not ended: {row['unfinished']} (give --max-new-tokens)")
     if rows[0]["images_in_doubt"]:
-        how = 'uhd demo IMAGE --ask "all?"'
-        lines.append(f"images unlike what nano learned from: {rows[0]['images_in_doubt']} (`{how}` says how)")
+        how = 'uhd demo IMAGE --ask "all?"' + (f" --model {model}" if model != "nano" else "")
+        lines.append(f"images unlike what {model} learned from: {rows[0]['images_in_doubt']} (`{how}` says how)")
     return "\n".join(lines)
 
 

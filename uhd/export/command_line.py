@@ -20,10 +20,10 @@ def add(known: Any) -> None:
 
 def _export(args: argparse.Namespace) -> int:
     from uhd import export
-    from uhd.encoder import VisualEncoder
+    from uhd.encoder import saved_encoder
     from uhd.export.graph import BOUNDS
 
-    encoder = VisualEncoder.from_pretrained(args.encoder, slicing=args.strategy)
+    encoder = saved_encoder(args.encoder, args.strategy)
     if args.dtype == "float16":
         encoder.half()
     elif args.dtype is not None:

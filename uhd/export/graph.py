@@ -81,7 +81,7 @@ def described(encoder: VisualEncoder, *, dynamic: bool = True) -> Graph:
     if encoder.slicing.fits_latents:
         raise ValueError(
             f"slicing {encoder.slicing.name!r} fits latents to views, a graph has one number of them for every view: "
-            "set one_view_below=None and latents='fixed' in the slicing"
+            "set one_view_below=None and latents='fixed' in the slicing, if the model has learned with such views"
         )
     int8 = any(isinstance(part, Int8Linear) for part in vision.modules())
     views = length = None

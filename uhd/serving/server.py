@@ -185,7 +185,7 @@ def _checked(folder: Path) -> ServedName:
     """How a folder's model may be called; a ``ValueError`` where it is none of ours."""
     finish(folder)
     if not is_file(folder / "config.json"):
-        raise ValueError(f"{folder} is no folder with a saved model (config.json)")
+        raise ValueError(f"{folder} is no folder with a saved model (config.json); a shipped one is --nano NAME")
     kind = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
     if kind != UHDConfig.model_type:
         raise ValueError(f"{folder} holds a model of type {kind!r} without these eyes: transformers serve is for it")

@@ -109,7 +109,7 @@ class SlicingConfig(Slicing):
         object.__setattr__(self, "one_view_below", aspect_or_none("one_view_below", self.one_view_below))
         check_choice("latents", self.latents, LATENTS)
         if self.latents == "fitted" and self.tokens_per_view is None:
-            raise ValueError("latents='fitted' shares tokens_per_view among an image's views, and that is None")
+            raise ValueError("latents='fitted' shares tokens_per_view among an image's views: give a number")
 
     def to_dict(self) -> dict[str, Any]:
         """As every settings' dictionary; options that are off are left out, so that earlier versions read the rest."""
