@@ -184,6 +184,18 @@ def test_encode_with_a_saved_encoder(page, tmp_path, capsys):
         assert "note" not in file.metadata()
 
 
+def test_commands_take_a_name_with_settings(page, tmp_path, capsys):
+    for text, symbols in (("llava-uhd+max-slices=2", "[s0:64]\n[s1:64]\n"), ("minicpm-v+max-slices=1", "<image>")):
+        assert symbols in run("layout", page, "--strategy", text, capsys=capsys)[1]
+    rules = "llava-uhd-safe+one_view_below=2.5,internvl+max_tiles=3"
+    rows = run("compare", page, "--strategies", rules, capsys=capsys)[1].splitlines()
+    assert [name for name in rules.split(",") if any(name in row for row in rows)] == rules.split(",")
+    assert (
+        run("show", page, "-o", tmp_path / "cut.png", "--strategy", "llava-uhd+border_moves=2", capsys=capsys)[0] == 0
+    )
+    fails("not a setting of 'llava-uhd'", "plan", "9x9", "--strategy", "llava-uhd+slices=2", capsys=capsys)
+
+
 def test_another_strategy_is_fitted_to_a_saved_encoder(page, tmp_path, capsys):
     from uhd.demo import untrained_encoder
     from uhd.slicing import find

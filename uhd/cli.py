@@ -154,16 +154,15 @@ def _config(args: argparse.Namespace) -> Slicing:
         return rule.replace(**changes)
     from uhd.schema import SpatialSchema
 
-    return SpatialSchema.preset(args.schema).slicing_config(args.strategy).replace(**changes)
+    return SpatialSchema.preset(args.schema).slicing_config(args.strategy and rule).replace(**changes)
 
 
 def _schema(args: argparse.Namespace) -> SpatialSchema | None:
     """The schema that was asked for, or the one that goes with the slicing; ``None`` for rules without one."""
     from uhd.schema import SpatialSchema
 
-    if not _config(args).uses_schema:
-        return None
-    return SpatialSchema.preset(args.schema or args.strategy or "llava-uhd-safe")
+    config = _config(args)
+    return SpatialSchema.preset(args.schema or config.name) if config.uses_schema else None
 
 
 def _plan(args: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import uhd
+from tests.tiny import refuses
 from uhd.cli import main
 from uhd.draw import draw_plan
 from uhd.pixels import render
@@ -481,6 +482,44 @@ def test_unknown_names_give_the_nearest():
         plan((10, 10), "xyzzy")
     with pytest.raises(TypeError, match=r"a function from .* got int"):
         plan((10, 10), 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llava-uhd-safe", {"cut_by": "shape"}),
+        ("llava-uhd-safe", {"border_moves": 2, "max_slices": 12}),
+        ("llava-uhd-safe", {"one_view_below": 2.5, "clamp": False}),
+        ("minicpm-v", {"latents": "fitted", "max_tokens": None}),
+        ("uhd-plus", {"one_view_below": None, "rounding": "round"}),
+        ("internvl", {"max_tiles": 4, "resample": "bilinear"}),
+        ("llava-next-anyres-336", {"grids": ((1, 2), (3, 1))}),
+    ],
+)
+def test_settings_may_follow_a_name(name, changes):
+    base = uhd.strategy(name)
+    text = "+".join([name, *(f"{key}={json.dumps(value)}" for key, value in changes.items())])
+    assert uhd.strategy(text) == base.replace(**changes)
+    assert uhd.strategy(text.replace('"', "").replace("_", "-")) == base.replace(**changes)
+    assert slicing_from_dict(uhd.strategy(text).to_dict()) == base.replace(**changes)
+    assert plan((300, 900), text) == base.replace(**changes).plan((300, 900))
+
+
+def test_settings_that_a_rule_does_not_have_are_refused():
+    for text, words in (
+        (
+            "llava-uhd+max_slice=2",
+            "'max_slice=2' is not a setting of 'llava-uhd' and its value; its settings are image",
+        ),
+        ("llava-uhd+latents", "'latents' is not a setting"),
+        ("llava-uhd+name=own", "'name=own' is not a setting"),
+        ("llava-uhd+max_slices=two", "max_slices must be a positive int, got 'two'"),
+        ("internvl+max_tiles=two", "max_tiles of InternVLConfig must be a whole number"),
+        ("lava-uhd+max_slices=2", "no strategy named 'lava-uhd': did you mean 'llava-uhd'"),
+    ):
+        refuses(re.escape(words), uhd.strategy, text)
+    uhd.register_strategy("own-function", lambda image_hw: plan(image_hw, "clip"))
+    refuses("'clip=1' is not .* it is a function, which has no settings", uhd.strategy, "own-function+clip=1")
 
 
 def test_plan_takes_configs_and_adaptive_presets_alike():

@@ -171,8 +171,8 @@ def named_rules(words: Iterable[str], sets: Iterable[str] = ()) -> list[SlicingL
     """Rules that a command line names; ``None``, which is every rule, where it names none.
 
     Args:
-        words: A name, a pattern of names with ``*``, ``?`` or ``[...]``, or ``module:function``, which is imported
-            from the working folder or where Python finds it.
+        words: A name, also with settings (``name+setting=value``), a pattern of names with ``*``, ``?`` or ``[...]``,
+            or ``module:function``, which is imported from the working folder or where Python finds it.
         sets: Names of :data:`SETS`.
 
     Raises:
@@ -195,6 +195,9 @@ def named_rules(words: Iterable[str], sets: Iterable[str] = ()) -> list[SlicingL
 
 
 def _named(word: str) -> Sequence[SlicingLike]:
+    if "+" in word:
+        find(word)
+        return [word]
     if ":" in word:
         return [imported(word)]
     if not any(mark in word for mark in "*?["):

@@ -1,15 +1,17 @@
 """The front door: plan an image by any rule, and find rules by name.
 
-A name stands for a preset of the adaptive planner or for a strategy of another system; your own rule needs no name:
-pass the function.
+A name stands for a preset of the adaptive planner or for a strategy of another system; settings may follow it, as in
+``"llava-uhd-safe+max_slices=12"``. Your own rule needs no name: pass the function.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
-from uhd.settings import check_free, place_of, plain_name, unknown_name
+from uhd.settings import as_tuples, check_free, place_of, plain_name, unknown_name
 from uhd.slicing.adaptive import DEFAULT, PRESETS, RULES, SlicingConfig
 from uhd.slicing.config import OWN, REGISTERED, OwnRule, Rule, Slicing
 from uhd.slicing.grids import Candidate
@@ -159,11 +161,15 @@ def _settings_classes() -> dict[str, type[Slicing]]:
 def strategy(name: str) -> Slicing:
     """The rule of this name (dashes and underscores are the same), to be called with (height, width) in px.
 
+    Settings may follow the name, each after a ``+``; values are written as in JSON, texts also without quotes.
+
     Raises:
-        ValueError: No such rule; the message lists the nearest names.
+        ValueError: No such rule, or no such setting of it; the message lists the nearest names, or all settings.
 
     >>> strategy("llava-next")((1008, 672)).grid
     (2, 2)
+    >>> strategy("llava-uhd-safe+cut_by=shape+max_slices=9")((100, 2000)).grid
+    (1, 6)
     """
     return find(name)
 
@@ -172,7 +178,7 @@ def find(rule: SlicingLike | None) -> Slicing:
     """The rule that a name stands for, or your own function as a rule; a rule as it is; the default for ``None``.
 
     Raises:
-        ValueError: No rule has that name.
+        ValueError: No rule has that name, or it has no such setting.
         TypeError: Neither a name, nor a rule, nor a function.
 
     >>> find("internvl").max_tiles
@@ -190,6 +196,8 @@ def find(rule: SlicingLike | None) -> Slicing:
             return STRATEGIES[key].config
         if key in _REGISTERED:
             return _REGISTERED[key]
+        if "+" in rule:
+            return _with_settings(rule)
         known = [*PRESETS, *ALIASES, *STRATEGIES, *_REGISTERED]
         raise unknown_name("strategy", rule, known, f"uhd.strategies() lists all {len(known)} names")
     if callable(rule):
@@ -200,6 +208,24 @@ def find(rule: SlicingLike | None) -> Slicing:
         "a strategy is a name, a SlicingConfig, another strategy's config, or a function from (height, width) to a "
         f"SlicePlan; got {type(rule).__name__}"
     )
+
+
+def _with_settings(text: str) -> Slicing:
+    """The rule of ``name+setting=value+...``."""
+    name, *words = text.split("+")
+    rule, changes = find(name), {}
+    known = [] if isinstance(rule, OwnRule) else [field.name for field in fields(rule) if field.name != "name"]
+    for word in words:
+        setting, given, value = word.partition("=")
+        setting = setting.strip().replace("-", "_")
+        if not given or setting not in known:
+            told = f"its settings are {', '.join(known)}" if known else "it is a function, which has no settings"
+            raise ValueError(f"{text!r} is no rule: {word!r} is not a setting of {name!r} and its value; {told}")
+        try:
+            changes[setting] = as_tuples(json.loads(value))
+        except ValueError:
+            changes[setting] = value.strip()
+    return rule.replace(**changes)
 
 
 def rule_name(rule: SlicingLike) -> str:
