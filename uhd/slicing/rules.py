@@ -169,7 +169,7 @@ def strategy(name: str) -> Slicing:
     >>> strategy("llava-next")((1008, 672)).grid
     (2, 2)
     >>> strategy("llava-uhd-safe+cut_by=shape+max_slices=9")((100, 2000)).grid
-    (1, 6)
+    (1, 7)
     """
     return find(name)
 
