@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import uhd
 from tests.scripts import load_script
 from tests.test_learned import ROOT
 from tests.tiny import refuses
@@ -140,6 +141,16 @@ def test_settings_and_rules_can_be_narrowed():
     assert weak.other > 0
 
 
+def test_a_rule_that_is_named_with_its_settings_is_an_option_as_it_is():
+    rules = ["llava-uhd+max_slices=14", SlicingConfig(name="own", max_slices=15), 'internvl+resample="bilinear"']
+    choice = choose([(672, 1008)], max_tokens=6000, rules=rules, slices=[2])
+    assert choice.considered == 3
+    assert choice.best.name == "llava-uhd+max_slices=14"
+    assert choice.best.rule.max_slices == 14
+    (tiled,) = (option for option in choice.alternatives if option.name.startswith("internvl"))
+    assert eval(advice.pasted(tiled), {"uhd": uhd}) == tiled.rule
+
+
 @pytest.mark.parametrize("resampler", [None, "perceiver-64"])
 def test_presets_that_are_named_are_varied_whatever_they_are(resampler):
     sizes = SETS["photos"] + SETS["receipts and banners"]
@@ -181,8 +192,6 @@ def test_refusals_and_budgets_that_nothing_keeps():
     )
     refuses("max_tokens is a number above 0, got -1", choose, [(3, 4)], max_tokens=-1)
     refuses("nothing to compare", choose, [], max_tokens=600)
-    own = SlicingConfig(name="own", max_slices=3)
-    refuses("no option has these settings", choose, [(30, 40)], max_tokens=600, rules=[own], slices=[4])
     refuses(
         "options refuses one of these images: .* qwen2-vl: .*1x900",
         choose,
@@ -371,7 +380,8 @@ def test_a_measured_arm_on_the_measured_shapes_loses_what_was_measured():
 
 def test_a_native_view_has_its_number_where_it_is_one_view():
     settings = {"base_sizes": (336,), "slices": (7,), "latents": (64,), "max_tokens": 900, "learned": True}
-    for size, gain in (((1000, 1000), 0.164), ((2000, 250), 0.117), ((2001, 250), 0.0), ((60, 900), 0.0)):
+    cases = (((1000, 1000), 0.164), ((2000, 250), 0.117), ((2001, 250), 0.0), ((60, 900), 0.0), ((90, 120), 0.0))
+    for size, gain in cases:  # one beyond 8:1 is cut, and a small one is one view with every rule
         lost = choose([size], rules=["uhd-plus"], **settings).best
         place = min(int(np.searchsorted((1.5, 2.5, 4), max(size) / min(size), side="right")), 3)
         explained = learned.RATE[0] * learned.MORE_KEPT["native-direct"][place] if gain else 0

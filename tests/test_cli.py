@@ -188,6 +188,8 @@ def test_commands_take_a_name_with_settings(page, tmp_path, capsys):
     for text, symbols in (("llava-uhd+max-slices=2", "[s0:64]\n[s1:64]\n"), ("minicpm-v+max-slices=1", "<image>")):
         assert symbols in run("layout", page, "--strategy", text, capsys=capsys)[1]
     rules = "llava-uhd-safe+one_view_below=2.5,internvl+max_tiles=3"
+    _, out, _ = run("compare", page, "--strategies", "clip,llava-next+grids=[[1,2],[2,1]]", capsys=capsys)
+    assert "llava-next+grids=[[1,2],[2,1]]" in out
     rows = run("compare", page, "--strategies", rules, capsys=capsys)[1].splitlines()
     assert [name for name in rules.split(",") if any(name in row for row in rows)] == rules.split(",")
     assert (
@@ -213,6 +215,16 @@ def test_another_strategy_is_fitted_to_a_saved_encoder(page, tmp_path, capsys):
         own = find(name).for_vision(image_size=224, patch_size=14).plan(found.plan.image_hw)
         assert {canvas.view_hw for canvas in found.plan.canvases} == {canvas.view_hw for canvas in own.canvases}
     fails("no strategy named", *args, "minicpm-x", capsys=capsys)
+    assert run(*args, "llava-uhd+max_slices=2", capsys=capsys)[0] == 0
+    fails(
+        "image_size is 224 of this encoder, 'llava-uhd+image_size=448' gives 448",
+        *args,
+        "llava-uhd+image_size=448",
+        capsys=capsys,
+    )
+    encoder.slicing = lambda image_hw: find("clip").plan(image_hw)  # no file holds it, and another takes its place
+    encoder.save_pretrained(tmp_path / "encoder")
+    assert run(*args, "llava-uhd", capsys=capsys)[0] == 0
 
 
 def test_encode_goes_on_past_a_bad_image(page, tmp_path, capsys):

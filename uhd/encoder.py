@@ -314,9 +314,8 @@ class VisualEncoder(PackedEncoder):
                 SigLIP2 or DINOv2 vision encoder, or a timm ViT. The latter get a new, untrained perceiver resampler,
                 and ``encoder.note`` says so. Nothing is downloaded.
             out_dim: Width of that resampler's tokens, the language model's ``hidden_size``.
-            num_latents, num_heads: Its tokens a view (64; those that are fitted to views the slicing counts) and heads
-                (of 128, or wider). In a saved encoder they change the compressor: what does not fit then is new, which
-                ``encoder.note`` says.
+            num_latents, num_heads: Its latents (64; a slicing that fits them counts a view's) and heads (of 128, or
+                wider). In a saved encoder they change the compressor: what is new then ``encoder.note`` says.
             vision, compressor: The caller's own parts. Needed to load an encoder that was saved with such.
             slicing, schema: As in the constructor; they replace what was saved. A schema for the adaptive planner does
                 not outlive another strategy, nor the other way round: the default is taken. Newlines that the saved
@@ -366,8 +365,15 @@ def saved_encoder(folder: Path, strategy: str | None = None) -> VisualEncoder:
             f"{folder} holds no {saving.CONFIG_FILE}: give a folder that VisualEncoder.save_pretrained wrote, of a "
             "model's eyes model.visual.save_pretrained"
         )
-    rule = None if strategy is None else saving.fitted_rule(saving.described(VisualEncoder, folder), strategy)
-    return VisualEncoder.from_pretrained(folder, slicing=rule)
+    if strategy is None:
+        return VisualEncoder.from_pretrained(folder)
+    try:
+        rule = saving.fitted_rule(saving.described(VisualEncoder, folder), strategy)
+    except ValueError:  # such as of a slicing that no file holds, whose place this one takes
+        rule = find(strategy)
+    encoder = VisualEncoder.from_pretrained(folder, slicing=rule)
+    saving.check_given(encoder, strategy)
+    return encoder
 
 
 def _new_resampler(
@@ -389,8 +395,8 @@ def _check_backbone(vision: nn.Module, slicing: Slicing, check_image_size: bool)
         raise ValueError(
             f"slicing {slicing.name!r} plans for image_size={side}, patch_size={slicing.patch_size}; the vision "
             f"encoder has image_size={image_size}, patch_size={patch_size}: use slicing.for_vision(image_size="
-            f"{wanted[0]}, patch_size={patch_size}); slicing = uhd.strategy({slicing.name!r}), where you gave a name. "
-            "check_image_size=False lets it see at other sizes than its own"
+            f"{wanted[0]}, patch_size={patch_size}); slicing = uhd.strategy({slicing.name!r}), where you gave a name, "
+            "with its settings. check_image_size=False lets it see at other sizes than its own"
         )
 
 

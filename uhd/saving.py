@@ -21,6 +21,8 @@ from uhd.schema.counted import slicing_from_dict
 from uhd.settings import Settings, read_arguments, read_values
 from uhd.slicing import Slicing, SlicingConfig, SlicingLike, find
 from uhd.slicing.adaptive import RULES
+from uhd.slicing.config import Recounted
+from uhd.slicing.rules import with_settings
 from uhd.vision.int8 import refuse_int8
 from uhd.weights import check_numbers, check_weights
 from uhd.writing import is_file, new_files
@@ -180,6 +182,18 @@ def fitted_rule(encoder: Any, strategy: str) -> Slicing:
     if len(both) == 2 and "fitted" in (both[0].latents, both[1].latents):
         rule = rule.replace(latents="fitted", tokens_per_view=own.tokens_per_view)
     return rule
+
+
+def check_given(encoder: Any, strategy: str) -> None:
+    """Raise a ``ValueError`` where settings in a rule's name are not those that the encoder cuts and counts by."""
+    if "+" not in strategy:
+        return
+    rule, given = with_settings(strategy)
+    used = encoder.slicing.rule if isinstance(encoder.slicing, Recounted) else encoder.slicing
+    for name in given:
+        if getattr(used, name) != getattr(rule, name):
+            what = f"{name} is {getattr(used, name)!r} of this encoder, {strategy!r} gives {getattr(rule, name)!r}"
+            raise ValueError(f"{what}: leave it out")
 
 
 def lacks_weights(encoder: nn.Module) -> bool:

@@ -501,7 +501,10 @@ def test_settings_may_follow_a_name(name, changes):
     text = "+".join([name, *(f"{key}={json.dumps(value)}" for key, value in changes.items())])
     assert uhd.strategy(text) == base.replace(**changes)
     assert uhd.strategy(text.replace('"', "").replace("_", "-")) == base.replace(**changes)
+    python = "+".join([name, *(f"{key}={value}" for key, value in changes.items() if not isinstance(value, tuple))])
+    assert uhd.strategy(python) == base.replace(**{k: v for k, v in changes.items() if not isinstance(v, tuple)})
     assert slicing_from_dict(uhd.strategy(text).to_dict()) == base.replace(**changes)
+    assert plan((300, 900), text) is plan((300, 900), text)
     assert plan((300, 900), text) == base.replace(**changes).plan((300, 900))
 
 
@@ -513,11 +516,14 @@ def test_settings_that_a_rule_does_not_have_are_refused():
         ),
         ("llava-uhd+latents", "'latents' is not a setting"),
         ("llava-uhd+name=own", "'name=own' is not a setting"),
+        ("llava-uhd+max_slices=1+MAX-SLICES=2", "it gives max_slices twice"),
+        ("llava-uhd+max_slices=" + "[" * 20_000, "max_slices must be a positive int"),
         ("llava-uhd+max_slices=two", "max_slices must be a positive int, got 'two'"),
         ("internvl+max_tiles=two", "max_tiles of InternVLConfig must be a whole number"),
         ("lava-uhd+max_slices=2", "no strategy named 'lava-uhd': did you mean 'llava-uhd'"),
     ):
         refuses(re.escape(words), uhd.strategy, text)
+    refuses("has no '\\+'", uhd.register_strategy, "own+max_slices=3", lambda image_hw: plan(image_hw, "clip"))
     uhd.register_strategy("own-function", lambda image_hw: plan(image_hw, "clip"))
     refuses("'clip=1' is not .* it is a function, which has no settings", uhd.strategy, "own-function+clip=1")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from typing import Any
 
@@ -26,7 +27,7 @@ def pasted(option: Option) -> str:
         return f"uhd.SlicingConfig({', '.join(_changed(rule, SlicingConfig()))})"
     if isinstance(rule, OwnRule) and rule.registered is None:
         return rule.name
-    return f'uhd.strategy("{option.strategy}")'
+    return f"uhd.strategy({json.dumps(option.strategy)})"
 
 
 def _changed(rule: SlicingConfig, other: SlicingConfig) -> list[str]:

@@ -18,7 +18,7 @@ from uhd.slicing import PRESETS, Slicing, SlicingConfig, SlicingLike, plan_many
 from uhd.slicing.config import positive_int
 
 from .inputs import Input, given_inputs
-from .learned import Lost, lost, shapes
+from .learned import Lost, differs, lost, shapes
 from .measuring import Measured, chosen_rules, measure_sizes, measured_plans, measured_rows, weighted_quantile
 
 SLICES = (*range(1, 13), 16, 20, 24, 32, 40)
@@ -210,8 +210,6 @@ def _within(
 ) -> list[Option]:
     """Options that keep the budget; a ``ValueError`` that names the nearest where there is none."""
     within, nearest = [], None
-    if not options and not refusals:
-        raise ValueError("no option has these settings: give slices, latents and base sizes that the rules can have")
     for option in options:
         tokens, tflops = (option.tokens_max, option.tflops_max) if per_image else (option.tokens, option.tflops)
         over = max(tokens / max_tokens, tflops / max_tflops)
@@ -242,7 +240,7 @@ def _allowed(
     if learned_for is not None:
         images = learned_for.sizes_hw, learned_for.counts
         for place, option in enumerate(allowed):
-            shares = shapes(*images, most=getattr(option.rule, "one_view_below", None))
+            shares = shapes(*images, among=differs(option.rule, learned_for.sizes_hw))
             allowed[place] = replace(option, lost=lost(option.rule, option.resolution_kept, shares))
         allowed = [option for option in allowed if option.lost is not None]
     if not allowed:
@@ -288,7 +286,7 @@ def _options(
     measured = measure_sizes([one.image_hw for one in images], [rule for _, rule in named], **system)
     options, refusals, own = [], [], {rule for _, rule in named}
     for place, (name, rule) in enumerate(named):
-        if not _among(rule, settings):
+        if rule in PRESETS.values() and not _among(rule, settings):
             own.discard(rule)
         elif measured.complete[place]:
             columns = {key: rows[place] for key, rows in measured.values.items()}
@@ -306,11 +304,9 @@ def _options(
     return options, measured, refusals
 
 
-def _among(rule: Slicing, settings: _Settings) -> bool:
-    """Whether a rule as it is has settings that are tried; rules without these have no others."""
+def _among(rule: SlicingConfig, settings: _Settings) -> bool:
+    """Whether a preset as it is has settings that are tried."""
     slices, latents, base_sizes = settings
-    if not isinstance(rule, SlicingConfig):
-        return True
     counted = rule.tokens_per_view is None or rule.tokens_per_view in latents
     return rule.max_slices in slices and rule.image_size in base_sizes and counted
 

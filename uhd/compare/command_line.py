@@ -79,9 +79,11 @@ def _numbers(words: str) -> list[int]:
 
 
 def _rules(args: argparse.Namespace) -> Any:
+    from uhd.slicing.rules import split_names
+
     from .inputs import named_rules
 
-    words = [word.strip() for text in args.strategies or () for word in text.split(",") if word.strip()]
+    words = [word for text in args.strategies or () for word in split_names(text)]
     if args.strategies is not None and not words:
         return []  # which is refused, unlike none at all
     return named_rules(words, args.set)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from uhd.slicing import PRESETS, Slicing, SlicingConfig
+from uhd.slicing import PRESETS, Slicing, SlicingConfig, plan_many
 from uhd.slicing.strategies.anyres import AnyResConfig
 from uhd.slicing.strategies.fixed import SquarePadConfig, StretchConfig
 
@@ -98,17 +98,30 @@ def kind_of(rule: Slicing) -> str | None:
     return next((kind for known, kind in kinds.items() if isinstance(rule, known)), None)
 
 
-def shapes(sizes_hw: np.ndarray, counts: np.ndarray, *, most: float | None = None) -> tuple[float, ...]:
+def differs(rule: Slicing, sizes_hw: np.ndarray) -> np.ndarray:
+    """(S,) whether a rule sees an image of that size in its own way: one native view only where it replaces slices.
+
+    >>> from uhd.slicing import find
+    >>> differs(find("uhd-plus"), np.array([[100, 100], [1000, 900], [250, 2001]])).tolist()
+    [False, True, False]
+    """
+    if kind_of(rule) != "native-direct":
+        return np.ones(len(sizes_hw), bool)
+    one = sizes_hw.max(axis=1) <= rule.one_view_below * sizes_hw.min(axis=1)
+    return one & (plan_many(sizes_hw, rule.replace(one_view_below=None, max_tokens=None))["grid"][:, 0] > 0)
+
+
+def shapes(sizes_hw: np.ndarray, counts: np.ndarray, *, among: np.ndarray | None = None) -> tuple[float, ...]:
     """The share of images in each of :data:`ASPECTS`, of (S, 2) sizes, px, and the (S,) images of each.
 
-    ``most``: longer side / shorter side beyond which images are in none, as a rule cuts them into slices there.
+    ``among``: (S,) bool, images that are in none elsewhere.
 
     >>> sizes, counts = np.array([[1000, 1000], [300, 1500]]), np.array([3, 1])
-    >>> shapes(sizes, counts), shapes(sizes, counts, most=4)
+    >>> shapes(sizes, counts), shapes(sizes, counts, among=sizes[:, 0] > 300)
     ((0.75, 0.0, 0.0, 0.25), (0.75, 0.0, 0.0, 0.0))
     """
-    aspects = sizes_hw.max(axis=1) / sizes_hw.min(axis=1)
-    counts, total = np.where(aspects <= (most or np.inf), counts, 0), counts.sum()
+    aspects, total = sizes_hw.max(axis=1) / sizes_hw.min(axis=1), counts.sum()
+    counts = counts if among is None else np.where(among, counts, 0)
     inside = (counts[(aspects >= bucket.low) & (aspects < bucket.high)].sum() for bucket in ASPECTS)
     return tuple(float(number / total) for number in inside)
 

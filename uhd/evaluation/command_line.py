@@ -91,9 +91,9 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _strategies(text: str) -> list[str]:
     """Rules by their names; one that does not exist is an error before any work."""
     from uhd.evaluation.judging import OWN
-    from uhd.slicing import find
+    from uhd.slicing.rules import find, split_names
 
-    found = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    found = list(dict.fromkeys(split_names(text)))
     for name in found:
         if name != OWN:
             find(name)

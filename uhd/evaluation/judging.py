@@ -22,7 +22,7 @@ from uhd.nano.evaluate import wilson
 from uhd.nano.images import as_learned, image_doubts
 from uhd.pixels import load_image
 from uhd.planning import plan
-from uhd.saving import fitted_rule
+from uhd.saving import check_given, fitted_rule
 from uhd.slicing import SlicePlan
 
 OWN = "own"
@@ -54,6 +54,7 @@ def encoder_with(model: UHDForConditionalGeneration, strategy: str) -> VisualEnc
         ).eval()
     except ValueError as problem:
         raise ValueError(f"this model cannot take {strategy!r}: {problem}") from None
+    check_given(found, strategy)
     if found.packer is not None and found.packer is not own.packer:
         raise ValueError(f"this model cannot take {strategy!r}: it needs newlines that the model never learned")
     return found
@@ -335,8 +336,9 @@ def table(rows: Sequence[dict[str, Any]], *, model: str = "nano") -> str:
 
     The interval of ``exact`` takes questions as independent, those of the differences to the first row images.
     """
+    wide = max(28, *(len(row["strategy"]) + 1 for row in rows))
     lines = [
-        f"{'strategy':28}{'n':>5}{'exact':>8}  {'95 % interval':16}{'ANLS':>7}{'characters':>11}{'tokens':>8}"
+        f"{'strategy':{wide}}{'n':>5}{'exact':>8}  {'95 % interval':16}{'ANLS':>7}{'characters':>11}{'tokens':>8}"
         f"{'visual':>8}{'patches':>9}{'TFLOPs':>10}{'seconds':>9}  exact and ANLS minus {rows[0]['strategy']}'s"
     ]
     for row in rows:
@@ -344,7 +346,7 @@ def table(rows: Sequence[dict[str, Any]], *, model: str = "nano") -> str:
         apart = "".join(_difference(row[key]) for key in ("to_first", "anls_to_first") if row is not rows[0])
         flops = "-" if row["encoder_flops"] is None else f"{row['encoder_flops'] / 1e12:.3g}"
         lines.append(
-            f"{row['strategy']:28}{row['questions']:5}{row['exact']:8.3f}  {low:.3f} to {high:.3f}  "
+            f"{row['strategy']:{wide}}{row['questions']:5}{row['exact']:8.3f}  {low:.3f} to {high:.3f}  "
             f"{row['anls']:7.3f}{row['characters']:11.3f}{row['tokens']:8.1f}{row['visual_tokens']:8.1f}"
             f"{row['patches']:9.1f}{flops:>10}{row['seconds']:9.2f}{apart}"
         )

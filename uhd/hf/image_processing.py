@@ -402,12 +402,13 @@ def refuse_own_function(slicing: Any) -> None:
 def check_backbone(slicing: Any, own: Any) -> None:
     """Raise a ``ValueError`` where a call's slicing plans for another backbone than the processor's own."""
     rule, own = as_slicing(slicing), as_slicing(own)
+    name = slicing if isinstance(slicing, str) else rule.name
     wanted, got = ((one.view_side, one.patch_size) for one in (own, rule))
     if all(a is None or b is None or a == b for a, b in zip(wanted, got, strict=True)):
         return
     raise ValueError(
         f"slicing {rule.name!r} plans for image_size={got[0]}, patch_size={got[1]}; this processor's model has "
-        f"image_size={wanted[0]}, patch_size={wanted[1]}: fit it with uhd.strategy({rule.name!r})"
+        f"image_size={wanted[0]}, patch_size={wanted[1]}: fit it with uhd.strategy({name!r})"
         f".for_vision(image_size={wanted[0] or got[0]}, patch_size={wanted[1]})"
     )
 

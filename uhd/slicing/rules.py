@@ -134,6 +134,8 @@ def register_strategy(name: str, rule: Slicing | Rule | None = None) -> Any:
     given = rule.function if isinstance(rule, OwnRule) else rule
     if isinstance(given, Slicing):
         _check_settings(given)
+    if "+" in str(name):
+        raise ValueError(f"a strategy's name has no '+', after which settings follow: got {name!r}")
     taken = {known: find(known) for known in (*ALIASES, *PRESETS, *STRATEGIES, *_REGISTERED)}
     taken = {known: one.function if isinstance(one, OwnRule) else one for known, one in taken.items()}
     check_free("strategy", name, taken, given)
@@ -197,7 +199,7 @@ def find(rule: SlicingLike | None) -> Slicing:
         if key in _REGISTERED:
             return _REGISTERED[key]
         if "+" in rule:
-            return _with_settings(rule)
+            return with_settings(rule)[0]
         known = [*PRESETS, *ALIASES, *STRATEGIES, *_REGISTERED]
         raise unknown_name("strategy", rule, known, f"uhd.strategies() lists all {len(known)} names")
     if callable(rule):
@@ -210,22 +212,55 @@ def find(rule: SlicingLike | None) -> Slicing:
     )
 
 
-def _with_settings(text: str) -> Slicing:
-    """The rule of ``name+setting=value+...``."""
+def with_settings(text: str) -> tuple[Slicing, dict[str, Any]]:
+    """The rule of ``name+setting=value+...`` and the settings that it gives; errors as of :func:`find`.
+
+    >>> with_settings("internvl+max_tiles=6")[1]
+    {'max_tiles': 6}
+    """
     name, *words = text.split("+")
-    rule, changes = find(name), {}
-    known = [] if isinstance(rule, OwnRule) else [field.name for field in fields(rule) if field.name != "name"]
+    rule, given = find(name.strip()), {}
+    known = [] if isinstance(rule, OwnRule) else [f.name for f in fields(rule) if f.name not in _NO_SETTINGS]
     for word in words:
-        setting, given, value = word.partition("=")
-        setting = setting.strip().replace("-", "_")
-        if not given or setting not in known:
+        setting, equals, value = word.partition("=")
+        setting = setting.strip().replace("-", "_").lower()
+        if not equals or setting not in known:
             told = f"its settings are {', '.join(known)}" if known else "it is a function, which has no settings"
-            raise ValueError(f"{text!r} is no rule: {word!r} is not a setting of {name!r} and its value; {told}")
-        try:
-            changes[setting] = as_tuples(json.loads(value))
-        except ValueError:
-            changes[setting] = value.strip()
-    return rule.replace(**changes)
+            raise ValueError(
+                f"{text!r:.80} is no rule: {word!r:.40} is not a setting of {name!r} and its value; {told}"
+            )
+        if setting in given:
+            raise ValueError(f"{text!r:.80} is no rule: it gives {setting} twice")
+        given[setting] = _value(value.strip())
+    return rule.replace(**given), given
+
+
+_NO_SETTINGS = ("name", "separators")  # of those that follow a name
+_WORDS = {"true": True, "false": False, "none": None}
+
+
+def _value(text: str) -> Any:
+    """As JSON or Python writes it; any other text is itself."""
+    try:
+        return _WORDS[text.lower()] if text.lower() in _WORDS else as_tuples(json.loads(text))
+    except (ValueError, RecursionError):
+        return text
+
+
+def split_names(text: str) -> list[str]:
+    """Names between commas; those inside brackets belong to a setting.
+
+    >>> split_names("clip, llava-next+grids=[[1,2],[2,1]]")
+    ['clip', 'llava-next+grids=[[1,2],[2,1]]']
+    """
+    names, depth = [""], 0
+    for mark in text:
+        depth += (mark in "[{") - (mark in "]}")
+        if mark == "," and depth <= 0:
+            names.append("")
+        else:
+            names[-1] += mark
+    return [name.strip() for name in names if name.strip()]
 
 
 def rule_name(rule: SlicingLike) -> str:
