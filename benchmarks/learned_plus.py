@@ -24,7 +24,7 @@ AFTER_ARMS = ("uhd-more", "plus", "native", "slices")
 """Of the afterthought: two that ``plus`` set aside, and two that its results suggested."""
 
 PAGE_ARMS = ("uhd-more", "native-direct")
-DIRECT_ARMS = (*PAGE_ARMS, "stretch", "anyres")
+DIRECT_ARMS = (*PAGE_ARMS, "stretch", "anyres", "native")
 """Of the second task, and of the third comparison; the others are asked for by name."""
 
 BASELINE = "uhd-more"
@@ -60,6 +60,7 @@ EXPECTED = {
         ("H11", "native-direct", "uhd-more", "all", "all images", 0.03),
         ("H12", "native-direct", "anyres", "all", "all images", 0.0),
         ("H13", "native-direct", "stretch", "all", "all images", 0.0),
+        ("H14", "native-direct", "native", "all", "all images", 0.0),
     ),
 }
 """What docs/learned.md expects: an arm minus another one, in a question, on some images, by at least so much."""
