@@ -187,6 +187,11 @@ def test_encode_with_a_saved_encoder(page, tmp_path, capsys):
 def test_commands_take_a_name_with_settings(page, tmp_path, capsys):
     for text, symbols in (("llava-uhd+max-slices=2", "[s0:64]\n[s1:64]\n"), ("minicpm-v+max-slices=1", "<image>")):
         assert symbols in run("layout", page, "--strategy", text, capsys=capsys)[1]
+    other = run(
+        "layout", "1200x900", "--strategy", "minicpm-v+max-slices=2", "--schema", "minicpm-v-2.5", capsys=capsys
+    )
+    assert other[0] == 0
+    assert other[1].count("<image>[s") == 2
     rules = "llava-uhd-safe+one_view_below=2.5,internvl+max_tiles=3"
     _, out, _ = run("compare", page, "--strategies", "clip,llava-next+grids=[[1,2],[2,1]]", capsys=capsys)
     assert "llava-next+grids=[[1,2],[2,1]]" in out

@@ -314,6 +314,7 @@ def test_rules_by_pattern_set_and_function(tmp_path, monkeypatch):
     assert named_rules(["internvl", "internvl-dynamic-448-max12"]) == ["internvl"]  # one rule by two names
     assert len(named_rules(["*"])) == len(all_rules())
     assert named_rules([]) is None
+    assert named_rules([], ["all"]) is None
     assert {find(name) for name in SETS["common"]} <= {find(name) for name in all_rules()}
     (tmp_path / "own_rules_of_mine.py").write_text(
         "from uhd.slicing import plan_from_grid\nnumber = 3\n"

@@ -202,6 +202,14 @@ def test_a_line_that_is_wrong_is_reported_and_the_others_go_on(saved, tmp_path, 
         assert words in err
 
 
+def test_columns_stay_under_their_heads_beside_long_names(saved):
+    questions = read_questions(saved / "images" / "questions.jsonl")
+    rules = ["own", "llava-uhd-safe+cut_by=shape+max_slices=3"]
+    head, *rows = judging.table(evaluate(load_model(str(saved / "model")), questions, rules)).splitlines()[:3]
+    place = head.index(" exact") + len(" exact")
+    assert all(row[place - 5 : place].replace(".", "").isdigit() for row in rows)
+
+
 def test_a_rule_without_room_for_an_image_leaves_it_out_of_all_rules(saved, tmp_path):
     lines = []
     for number, size in enumerate([(30, 20), (300, 20)]):

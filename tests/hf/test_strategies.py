@@ -409,6 +409,8 @@ def test_a_slicing_for_another_backbone_is_refused():
             processor(text="<image>", images=IMAGES[0], slicing=name)
         with pytest.raises(ValueError, match=r"\.for_vision\(image_size=56, patch_size=14\)"):
             processor(text="<video>", videos=[IMAGES[:1]], slicing=name)
+    with pytest.raises(ValueError, match=r"uhd\.strategy\('internvl\+max_tiles=2'\)"):  # settings are not lost
+        processor(text="<image>", images=IMAGES[0], slicing="internvl+max_tiles=2")
     fitted = find("llava-1.5").for_vision(image_size=56, patch_size=14)
     assert processor(text="<image>", images=IMAGES[0], slicing=fitted)["num_patches"].tolist() == [1]
     assert processor(text="<image>", images=IMAGES[0], slicing="qwen2-vl")["num_patches"].tolist() == [1]

@@ -168,7 +168,7 @@ def _number(digits: str) -> float | str:
 
 
 def named_rules(words: Iterable[str], sets: Iterable[str] = ()) -> list[SlicingLike] | None:
-    """Rules that a command line names; ``None``, which is every rule, where it names none.
+    """Rules that a command line names; ``None``, which is every rule, where it names none, or the set of all.
 
     Args:
         words: A name, also with settings (``name+setting=value``), a pattern of names with ``*``, ``?`` or ``[...]``,
@@ -191,7 +191,7 @@ def named_rules(words: Iterable[str], sets: Iterable[str] = ()) -> list[SlicingL
     for word in words:
         for rule in _named(word):
             found.setdefault(find(rule), rule)
-    return list(found.values()) if words or sets else None
+    return list(found.values()) if words or set(sets) - {"all"} else None
 
 
 def _named(word: str) -> Sequence[SlicingLike]:
