@@ -81,4 +81,4 @@ def main():
 
 if __name__ == "__main__":
     main()
-    gc.collect()  # torch may abort where process groups that FSDP still holds die with the interpreter
+    gc.collect()  # torch may abort where process groups that wrapped models still hold die with the interpreter

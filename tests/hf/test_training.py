@@ -98,6 +98,7 @@ def test_the_blank_is_not_encoded_for_a_frozen_encoder(monkeypatch):
 
 
 WORKER = """
+import gc
 import sys
 import warnings
 from datetime import timedelta
@@ -107,27 +108,34 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from tests.hf.test_training import IMAGES, batch_of, fresh
 
-rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2,
-                        timeout=timedelta(seconds=60))
-texts, images = (["a<image>b"], IMAGES[:1]) if rank == 0 else (["hello there"], None)
-ways = {
+WAYS = {
     "plain": DistributedDataParallel,
     "unused": lambda model: DistributedDataParallel(model, find_unused_parameters=True),
     "static": lambda model: DistributedDataParallel(model, static_graph=True),
     "sharded": lambda model: FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True),
 }
-warnings.filterwarnings("ignore", category=FutureWarning)  # of FSDP1 about itself
-for way, wrap in ways.items():
+
+
+def step_twice(rank, folder, way):
+    texts, images = (["a<image>b"], IMAGES[:1]) if rank == 0 else (["hello there"], None)
     found = fresh()
     batch = batch_of(found, texts, images)
     if rank == 1:  # any input shape
         batch = {name: value.repeat(2, 1) for name, value in batch.items()}
-    wrapped = wrap(found)
+    wrapped = WAYS[way](found)
     for _ in range(2):
         wrapped(**batch).loss.backward()
     torch.save({name: p.grad for name, p in found.named_parameters()}, f"{folder}/{way}-{rank}.pt")
+
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2,
+                        timeout=timedelta(seconds=60))
+warnings.filterwarnings("ignore", category=FutureWarning)  # of FSDP1 about itself
+for way in WAYS:
+    step_twice(rank, folder, way)
 dist.destroy_process_group()
+gc.collect()  # torch may abort where process groups that wrapped models still hold die with the interpreter
 """
 
 
