@@ -9,6 +9,7 @@ import signal
 import sys
 
 import pytest
+import torch
 from hypothesis import settings
 
 settings.register_profile("uhd", deadline=None, max_examples=60, print_blob=True)
@@ -21,6 +22,12 @@ def in_the_foreground():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """A test draws the same weights alone as behind others."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture
