@@ -58,6 +58,12 @@ def own_code_named(what: Any, how: str) -> Iterator[None]:
         raise ValueError(f"{what} asks for code that the folder brings, which is not run: {how}") from problem
 
 
+def check_described(folder: Path) -> None:
+    """Raise a ``FileNotFoundError`` where a folder lacks the file that says what it holds."""
+    if not is_file(folder / "config.json"):
+        raise FileNotFoundError(f"{folder} has no config.json: copy the whole release, its *.json files included")
+
+
 class Checkpoint:
     """What a folder of ``save_pretrained``, or of a release on the hub, holds. At first only names are read.
 
@@ -79,8 +85,7 @@ class Checkpoint:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{folder} is not a folder; give a local one, nothing is downloaded")
-        if not is_file(self.folder / "config.json"):
-            raise FileNotFoundError(f"{folder} has no config.json: copy the whole release, its *.json files included")
+        check_described(self.folder)
         self.config = read_json(self.folder / "config.json")
         self.pickled = False
         self.files = self._find_files(pickled)

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import json
 import random
-import resource
 import shutil
 import signal
 import sys
@@ -30,6 +29,7 @@ import uhd
 from tests import tiny
 from tests.fuzz.damage import damaged_file, damaged_json
 from tests.hf import tiny as hf_tiny
+from tests.memory import peak_mib
 from uhd.hf import UHDForConditionalGeneration, UHDProcessor
 from uhd.slicing import SlicePlan, VideoPlan, plan_video
 from uhd.token_files import load_tokens, save_tokens
@@ -158,9 +158,8 @@ def main(arguments: list[str] | None = None) -> int:
         for one in found:
             bad += 1
             print(json.dumps(one), flush=True)
-    mebibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     seconds = round(time.monotonic() - start, 1)
-    print(json.dumps({"cases": len(cases), "bad": bad, "seconds": seconds, "peak_mib": mebibytes}))
+    print(json.dumps({"cases": len(cases), "bad": bad, "seconds": seconds, "peak_mib": round(peak_mib())}))
     return int(bad > 0)
 
 

@@ -34,6 +34,5 @@ def test_what_is_met_badly_is_told(tmp_path):
 def test_ten_thousand(kind, cases):
     command = [sys.executable, "-m", "tests.fuzz.artefacts", "--kind", kind, "--seed", "1", "--cases", str(cases)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    *bad, last = done.stdout.splitlines()
-    assert bad == []
-    assert json.loads(last)["peak_mib"] < 1024
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["peak_mib"] < 1024

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import time
 import warnings
 from pathlib import Path
@@ -20,13 +19,14 @@ import numpy as np
 import pytest
 
 from tests.fuzz.mutators import damaged, whole_files
+from tests.memory import peak_mib
 from uhd.pixels import PixelSettings, image_size_hw, load_image
 from uhd.pixels.views import load_picture
 
 FAST = PixelSettings(backend="fast")
 BLOCK = 1000
 SECONDS = 2
-MEMORY = 1 << 30
+MEBIBYTES = 1024
 
 
 def outcome(read, *args, **kwargs):
@@ -57,10 +57,6 @@ def look_at(file: bytes) -> bool:
     return True
 
 
-def memory() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def _timed(file: bytes, name: str) -> tuple[bool, float]:
     """Look at a file: whether it is a picture, and the CPU time that this took, in s."""
     start = time.process_time()
@@ -75,7 +71,7 @@ def run(seed: int, numbers: range) -> tuple[int, float, int]:
     """Look at the files of these numbers: how many are pictures, the longest look in s of CPU time, and its number."""
     pictures, longest, slowest = 0, 0.0, numbers.start
     assert all(look_at(file) for file in whole_files())  # what is loaded or tried at the first picture is not counted
-    before = memory()
+    before = peak_mib(anew=True)
     for number in numbers:
         file = damaged(seed, number)
         picture, spent = _timed(file, f"seed {seed}, number {number}")
@@ -84,7 +80,7 @@ def run(seed: int, numbers: range) -> tuple[int, float, int]:
         pictures += picture
         longest, slowest = max((longest, slowest), (spent, number))
         assert spent < SECONDS, (seed, number, spent)
-    assert memory() - before < MEMORY, (seed, numbers)
+    assert peak_mib() - before < MEBIBYTES, (seed, numbers)
     return pictures, longest, slowest
 
 
@@ -118,7 +114,7 @@ def main() -> None:
         start, last = time.time(), min(first + BLOCK, args.files)
         pictures, longest, slowest = run(args.seed, range(first, last))
         notes |= {"next": last, "pictures": notes["pictures"] + pictures}
-        notes |= {"longest": max(notes["longest"], [round(longest, 3), slowest]), "memory": memory()}
+        notes |= {"longest": max(notes["longest"], [round(longest, 3), slowest]), "peak_mib": round(peak_mib())}
         notes["seconds"] = round(notes["seconds"] + time.time() - start)
         if args.notes:
             args.notes.write_text(json.dumps(notes))

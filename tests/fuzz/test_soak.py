@@ -1,24 +1,15 @@
 """Memory stays flat over many images, readings of files, and plans."""
 
 import gc
-import resource
 
 import pytest
 import torch
 
 import uhd
+from tests.memory import held_mib
 from tests.tiny import picture, tiny_encoder
 from uhd.slicing import plan
 from uhd.token_files import load_tokens, save_tokens
-
-
-def resident_mib():
-    """What this process holds now, in MiB; where the system does not tell, the most that it ever held."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize() / 2**20
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def soak(rounds, folder):
@@ -37,9 +28,9 @@ def soak(rounds, folder):
         plan((number % 3000 + 1, number * 31 % 5000 + 1), "llava-uhd")
         if number == rounds // 3:
             gc.collect()
-            before = resident_mib()
+            before = held_mib()
     gc.collect()
-    return resident_mib() - before
+    return held_mib() - before
 
 
 def test_memory_is_flat_over_some_rounds(tmp_path):

@@ -149,3 +149,13 @@ def test_a_shape_that_does_not_fit_is_a_runtime_error_too(torn):
     found = load(torn / "one", ignore_mismatched_sizes=True)
     assert found.config.text_config.intermediate_size == 64
     assert isinstance(found.visual.vision.norm.bias, torch.Tensor)
+
+
+@pytest.mark.parametrize("read", [load, UHDConfig.from_pretrained])
+def test_a_folder_without_its_description_is_named(read, saved, torn):
+    (torn / "one" / "config.json").unlink()
+    for path, where in ((torn / "one", {}), (torn, {"subfolder": "one"})):
+        with pytest.raises(FileNotFoundError, match=f"{torn / 'one'} has no config.json: copy the whole release"):
+            read(path, **where)
+    found = UHDConfig.from_pretrained(saved / "one" / "config.json")
+    assert found.vision_config.to_dict() == UHDConfig.from_pretrained(saved, subfolder="one").vision_config.to_dict()

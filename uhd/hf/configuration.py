@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
+from uhd.checkpoint import check_described
 from uhd.files import damage_named
 from uhd.hf.bare import FromPackage, auto_map, save_beside
 from uhd.hf.outputs import MEDIA
@@ -24,6 +26,9 @@ from uhd.schema.counted import named_function, slicing_from_dict
 from uhd.settings import check_fields, check_range
 from uhd.slicing import Slicing, find
 from uhd.vision import CompressedViTConfig, ViTConfig
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 FORMAT = 1
 """Version of what is written to ``config.json``; another one is refused, never guessed at."""
@@ -220,6 +225,19 @@ class UHDConfig(FromPackage, PreTrainedConfig):
             self.resampler_config.settings = new.to_dict()
         elif self.resampler_config.settings is not None:  # what code leaves out; a file has all
             self.resampler_config.settings = completed(self.resampler_config.kind, self.resampler_config.settings)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Self:
+        """As in transformers; a save that was killed is finished first, see :mod:`uhd.writing`.
+
+        Raises:
+            FileNotFoundError: A local folder has no ``config.json``, which transformers reads as an empty one.
+            ValueError: As :meth:`from_dict`.
+        """
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        if folder.is_dir():
+            check_described(folder)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
