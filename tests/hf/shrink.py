@@ -66,6 +66,7 @@ SETTINGS: dict[str, Any] = {
     "time_step_rank": 4,
     "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": 260,
+    "unpadded_vocab_size": 260,
     "conv_kernel": 4,
     "is_decoder": True,
     "image_size": 28,

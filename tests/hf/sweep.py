@@ -190,8 +190,8 @@ def page(records: Sequence[dict[str, Any]]) -> str:
         *_table(f"In part ({len(groups['part'])})", "what fails", groups["part"], _failures),
     ]
     lines += [
-        "Where only the left-padded batch fails, the model does not take positions (or no mask) from outside: give it "
-        "one sample at a time, or samples of equal length.",
+        "Where only the left-padded batch fails, the model takes no positions, or no padding mask, from outside: give "
+        "it one sample at a time, or samples of equal length.",
         "",
         *_table(f"Does not work ({len(groups['none'])})", "why", groups["none"], lambda record: record["why"]),
         *_table(f"Not built ({len(groups['unbuilt'])})", "why", groups["unbuilt"], lambda record: record["why"]),
