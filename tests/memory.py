@@ -1,7 +1,7 @@
 """Memory of this process in MiB: what it holds, and the most that it held.
 
-``ru_maxrss`` of a process that Python started begins with what its parent held, so it is read only where there is no
-``/proc``.
+``ru_maxrss`` of a process that Python started begins with what its parent held, so it is read only where ``/proc``
+does not tell.
 """
 
 import contextlib
@@ -23,8 +23,6 @@ def peak_mib(*, anew=False):
 
 
 def _status(name):
-    try:
-        told = Path("/proc/self/status").read_text()
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
-    return int(told.partition(f"{name}:")[2].split()[0]) / 1024
+    with contextlib.suppress(OSError, IndexError):  # no such file, or no such line in it
+        return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
